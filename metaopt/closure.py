@@ -1,0 +1,89 @@
+"""Finding tensors that a loss reaches behind its arguments' back."""
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaopt import tree
+from metaopt.functional import Functional
+from metaopt.transforms import is_tracked
+
+
+def check_closure(loss: Callable[..., Tensor], source: Any, *arguments: Any) -> None:
+    """Raise if `loss(*arguments)` depends on a tensor that requires grad and is none of its arguments.
+
+    The loss is evaluated once with every argument detached: a result that still requires grad has another source. The
+    random state is put back. Cost: one forward pass.
+
+    Args:
+        loss: the function to evaluate.
+        source: the user's function or module, searched for the tensor's name.
+        arguments: trees of tensors.
+
+    Raises:
+        ValueError: there is such a tensor; the message names it.
+    """
+    detached = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, arguments)
+    devices = {leaf.device.index for leaf in tree.leaves(arguments) if isinstance(leaf, Tensor) and leaf.is_cuda}
+    with torch.random.fork_rng(devices=devices):
+        value = loss(*detached)
+    if is_tracked(value):
+        raise ValueError(
+            f"`loss_fn` reaches {_names(source, value)} through its closure, and that requires grad. Only explicit arguments are "
+            "differentiated. Pass it as `meta`: `minimize(loss_fn, ..., meta=w)` with `loss_fn(params, batch, meta)`; or detach it."
+        )
+
+
+def _names(source: Any, value: Tensor) -> str:
+    """Name the tracked tensors in the closure of `source` that `value` was computed from."""
+    tracked = [(name, tensor) for name, tensor in _reachable("", source, set()) if is_tracked(tensor)]
+    nodes = _graph(value)
+    used = [(name, tensor) for name, tensor in tracked if nodes & {id(tensor), id(tensor.grad_fn)}]
+    names = {f"`{name}` (shape {tuple(tensor.shape)})" for name, tensor in used or tracked}
+    return ", ".join(sorted(names)) or f"a tensor (last operation: {type(value.grad_fn).__name__})"
+
+
+def _graph(value: Tensor) -> set[int]:
+    """Return the ids of the autograd nodes and leaf tensors below `value`."""
+    found: set[int] = set()
+    pending = [value.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and id(node) not in found:
+            found |= {id(node), id(getattr(node, "variable", None))}
+            pending += [parent for parent, _ in node.next_functions]
+    return found - {id(None)}
+
+
+def _reachable(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for what a function reaches besides its arguments."""
+    if id(value) in seen or isinstance(value, Functional | type | types.ModuleType):
+        return
+    seen.add(id(value))
+    members: dict[str, Any] = {}
+    prefix = f"{name}." if name else ""
+    match value:
+        case Tensor():
+            yield name, value
+        case nn.Module():
+            members = {prefix + key: tensor for key, tensor in value.named_parameters()}
+        case types.FunctionType():
+            cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+            members = {key: value.__globals__[key] for key in value.__code__.co_names if key in value.__globals__}
+            members |= {key: cell.cell_contents for key, cell in cells if cell != types.CellType()}
+        case types.MethodType():
+            members = {"self": value.__self__, "function": value.__func__}
+        case functools.partial():
+            members = {f"{prefix}{key}": item for key, item in [("function", value.func), *enumerate(value.args), *value.keywords.items()]}
+        case dict():
+            members = {f"{name}[{key!r}]": item for key, item in value.items()}
+        case list() | tuple():
+            members = {f"{name}[{index}]": item for index, item in enumerate(value)}
+        case _ if hasattr(value, "__dict__"):
+            members = {prefix + key: item for key, item in vars(value).items()}
+    for key, member in members.items():
+        yield from _reachable(key, member, seen)

@@ -1,0 +1,126 @@
+"""A pure optimizer deployed as a `torch.optim.Optimizer`."""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+
+if TYPE_CHECKING:
+    from metaopt.optimizer import Optimizer
+
+
+class Deployed(torch.optim.Optimizer):
+    """Steps a model's parameters in place with a frozen copy of an `Optimizer`; made by `Optimizer.as_torch`.
+
+    Every numeric hyperparameter of the optimizer is a key of each parameter group, so groups may differ and
+    `torch.optim.lr_scheduler` works. Where the optimizer has no numeric `lr` (learned ones, and those whose `lr` is a
+    schedule), the group's `lr` is 1.0 and multiplies the updates.
+
+    The gradient of a parameter whose `.grad` is None counts as zero where the optimizer looks at several parameters
+    at once; the parameter itself is not moved, nor is the memory kept for it.
+    """
+
+    def __init__(self, params: Iterable[Any], optimizer: "Optimizer"):
+        self._optimizer = copy.deepcopy(optimizer).requires_grad_(False)
+        numbers = {name: getattr(self._optimizer, name) for name in optimizer.hyperparameters}
+        self._numeric = {name: _as_float(value) for name, value in numbers.items() if isinstance(value, float | Tensor)}
+        for name in self._numeric:
+            delattr(self._optimizer, name)
+        super().__init__(params, {"lr": 1.0} | self._numeric)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its options are the optimizer's numeric hyperparameters and `lr`.
+
+        Raises:
+            ValueError: an option that the optimizer does not have.
+        """
+        unknown = param_group.keys() - {"params", "param_names"} - self.defaults.keys()
+        if unknown:
+            raise ValueError(
+                f"{type(self._optimizer).__name__} has no option {sorted(unknown)} for a parameter group; it has {sorted(self.defaults)}."
+            )
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Make one update.
+
+        Args:
+            closure: recomputes the loss and its gradients and returns the loss; needed only if a schedule observes the loss.
+
+        Returns:
+            What the closure returned, else None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        observed = torch.as_tensor(loss).detach() if loss is not None else None
+        for index, group in enumerate(self.param_groups):
+            if any(param.grad is not None for param in group["params"]):
+                self._step_group(f"group {index}", group, observed)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; tensors move to the devices of the parameters.
+
+        Raises:
+            ValueError: the groups or the optimizer's memory do not fit these parameters.
+        """
+        super().load_state_dict(state_dict)
+        for index, group in enumerate(self.param_groups):
+            key = f"group {index}"
+            if key in self.state:
+                with self._options(group):
+                    expected = self._optimizer.init(_named(group["params"]))
+                leaves, structure = tree.flatten(expected)
+                saved = tree.flatten_like(structure, self.state[key], f"state_dict['state'][{key!r}]")
+                self.state[key] = tree.unflatten(structure, [s.to(e.device) for s, e in zip(saved, leaves, strict=True)])
+
+    def _step_group(self, key: str, group: dict[str, Any], loss: Tensor | None) -> None:
+        params = _named(group["params"])
+        moved = {name for name, param in params.items() if param.grad is not None}
+        grads = {name: param.grad if name in moved else torch.zeros_like(param) for name, param in params.items()}
+        with self._options(group):
+            before = self.state[key] if key in self.state else self._optimizer.init(params)
+            updates, after = self._optimizer(grads, before, params, loss=loss)
+        for name, slot in after["slots"].items():
+            if isinstance(slot, dict):
+                after["slots"][name] = {k: tensor if k in moved else before["slots"][name][k] for k, tensor in slot.items()}
+        self.state[key] = after
+        scale = 1.0 if "lr" in self._numeric else group["lr"]
+        for name in moved:
+            params[name].add_(updates[name].to(params[name].dtype), alpha=scale)
+
+    def _options(self, group: dict[str, Any]) -> "_Options":
+        return _Options(self._optimizer, {name: group[name] for name in self._numeric})
+
+
+class _Options:
+    """While entered, the optimizer has a group's hyperparameters."""
+
+    def __init__(self, optimizer: "Optimizer", values: dict[str, Any]):
+        self.optimizer, self.values = optimizer, values
+
+    def __enter__(self) -> None:
+        for name, value in self.values.items():
+            setattr(self.optimizer, name, value)
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.values:
+            delattr(self.optimizer, name)
+
+
+def _named(params: list[Tensor]) -> dict[str, Tensor]:
+    return {str(index): param for index, param in enumerate(params)}
+
+
+def _as_float(value: float | Tensor) -> Any:
+    """Return a plain number for a scalar, else a tensor of its own."""
+    if isinstance(value, Tensor):
+        return value.tolist() if value.ndim == 0 else value.detach().clone()
+    return value

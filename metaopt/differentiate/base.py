@@ -1,0 +1,60 @@
+"""The protocol between the inner loop and the rules that differentiate it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from metaopt.scan import Memory, scan
+from metaopt.tree import Tree
+
+# (inputs, params, batch) -> (gradients, loss)
+Gradient = Callable[[Tree, Tree, Tree], tuple[Tree, Tensor]]
+# (inputs, gradients, optimizer state, params, loss) -> (params, optimizer state)
+Update = Callable[[Tree, Tree, Any, Tree, Tensor], tuple[Tree, Any]]
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """An inner problem as pure functions of explicit tensors.
+
+    Attributes:
+        loss: (inputs, params, batch) -> scalar loss.
+        update: (inputs, grads, state, params, loss) -> (params, state): one application of the optimizer.
+        inputs: what every step reads: the tensors of the optimizer and of the loss, and `meta`.
+        params: initial parameters.
+        state: initial optimizer state.
+        batches: leaves with the leading axis `steps`.
+        steps: number of steps.
+    """
+
+    loss: Callable[[Tree, Tree, Tree], Tensor]
+    update: Update
+    inputs: Tree
+    params: Tree
+    state: Any
+    batches: Tree
+    steps: int
+
+
+class Rule(Protocol):
+    """How gradients pass through an inner loop: run it, and attach a derivative to what comes out."""
+
+    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
+        """Return (params, optimizer state, losses [steps])."""
+        ...
+
+
+def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory) -> tuple[Tree, Any, Tensor]:
+    """Run the loop with this gradient oracle and keep what `memory` says for the way back."""
+
+    def step(inputs: Tree, carry: Tree, batch: Tree) -> tuple[Tree, Tensor]:
+        params, state = carry
+        grads, loss = gradient(inputs, params, batch)
+        return loop.update(inputs, grads, state, params, loss), loss
+
+    (params, state), losses = scan(step, loop.inputs, (loop.params, loop.state), loop.batches, loop.steps, memory)
+    return params, state, losses

@@ -1,0 +1,50 @@
+"""First-order differentiation of the inner loop: inner gradients are constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.differentiate.base import InnerLoop, unroll
+from metaopt.scan import Memory, check_memory
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """The derivative of the loop with everything the optimizer observes (gradients and loss) held constant.
+
+    For MAML this is FOMAML; for learned optimizers the classic shortcut of leaving out the optimizee's second derivatives.
+    The losses in the result are differentiated as usual. Exact when the inner losses are linear; otherwise the
+    error is the left-out product of Hessians, of the order of (step size) x (curvature) a step.
+
+    Args:
+        memory: as for `Backprop`.
+
+    Cost:
+        One gradient and one backward pass of the loss a step; one more gradient for "steps".
+
+    Reference:
+        Finn, Abbeel, Levine 2017, arXiv:1703.03400, section 5.2; Andrychowicz et al. 2016, arXiv:1606.04474, section 2.
+    """
+
+    memory: Memory = "full"
+
+    def __post_init__(self) -> None:
+        check_memory(self.memory)
+
+    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
+        def gradient(inputs: Tree, params: Tree, batch: Tree) -> tuple[Tree, Tensor]:
+            loss, pullback = torch.func.vjp(lambda at: loop.loss(inputs, at, batch), params)
+            with torch.no_grad():  # no graph of the backward pass for the levels around this one
+                (grads,) = pullback(torch.ones_like(loss))
+            return tree.map(torch.Tensor.detach, grads), loss
+
+        def update(inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor) -> tuple[Tree, Any]:
+            return loop.update(inputs, grads, state, params, loss.detach())
+
+        return unroll(replace(loop, update=update), gradient, self.memory)

@@ -1,0 +1,111 @@
+"""An `nn.Module` as a pure function of its parameters and buffers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+Params = dict[str, Tensor]
+
+
+def functional(model: nn.Module) -> "Functional":
+    """Return `model` as a pure function: `net(params, x)` computes f(x; params) and changes nothing.
+
+    Args:
+        model: any module. It is read, never written: buffers that its forward updates in place are updated on copies.
+
+    Returns:
+        A `Functional`. Its `params` are the model's own trainable parameters, one entry per distinct tensor, so that
+        `loss.backward()` fills the model's `.grad` and an outer `torch.optim` optimizer is seen at once. Parameters with
+        `requires_grad=False` are constants; what is frozen is read here, once.
+    """
+    return Functional(model)
+
+
+class Functional:
+    """A module seen as a function; made by `functional`."""
+
+    def __init__(self, model: nn.Module):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}. Pass the module, not its output.")
+        self.model = model
+        names: dict[Tensor, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        self._aliases = {same[0]: same for parameter, same in names.items() if parameter.requires_grad}
+        self._norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)]
+
+    @property
+    def params(self) -> Params:
+        """The trainable parameters, live: name of the first use -> tensor. Tied weights stand once."""
+        return {name: self.model.get_parameter(name) for name in self._aliases}
+
+    @property
+    def buffers(self) -> Params:
+        """The buffers, live: name -> tensor."""
+        return dict(self.model.named_buffers())
+
+    def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+        """Return f(args; params).
+
+        Buffers keep their values. A norm layer in training mode uses the statistics of its batch and does not touch
+        its running ones, so this works under `vmap`; to carry them, call `with_buffers`.
+
+        Raises:
+            ValueError: `params` has other names or shapes than the model.
+        """
+        buffers: dict[str, Tensor | None] = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        for name, layer in self._norms:
+            if layer.training and layer.track_running_stats:
+                prefix = f"{name}." if name else ""
+                buffers |= {f"{prefix}{statistic}": None for statistic, _ in layer.named_buffers(recurse=False)}
+        return self._call(params, buffers, args, kwargs)
+
+    def with_buffers(self, params: Params, buffers: Params, *args: Any, **kwargs: Any) -> tuple[Any, Params]:
+        """Return (f(args; params, buffers), the buffers after the call); the given buffers are not changed.
+
+        Under `vmap` give batched buffers (`tree.map(lambda b: b.expand(n, *b.shape), net.buffers)`): every element of the
+        batch has its own statistics.
+
+        Raises:
+            ValueError: `params` or `buffers` have other names or shapes than the model.
+        """
+        self._check("buffers", buffers, self.buffers)
+        after: dict[str, Tensor | None] = {name: buffer.clone() for name, buffer in buffers.items()}
+        output = self._call(params, after, args, kwargs)
+        return output, {name: tensor for name, tensor in after.items() if tensor is not None}
+
+    def load(self, params: Params) -> None:
+        """Copy the values of `params` into the model, in place.
+
+        Raises:
+            ValueError: `params` has other names or shapes than the model.
+        """
+        self._check("params", params, self.params)
+        with torch.no_grad():
+            for name, parameter in self.params.items():
+                parameter.copy_(params[name])
+
+    def _call(self, params: Params, buffers: dict[str, Tensor | None], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the model with these tensors; `buffers` then holds what the forward left in them."""
+        self._check("params", params, self.params)
+        tensors: dict[str, Any] = {alias: params[name] for name, same in self._aliases.items() for alias in same}
+        tensors |= buffers
+        output = torch.func.functional_call(self.model, tensors, args, kwargs, tie_weights=False)
+        buffers.update((name, tensors[name]) for name in buffers)
+        return output
+
+    def _check(self, what: str, given: Params, own: Params) -> None:
+        missing, unknown = own.keys() - given.keys(), given.keys() - own.keys()
+        if missing or unknown:
+            raise ValueError(
+                f"`{what}` must have the names of the model's {what}; missing {sorted(missing)}, unknown {sorted(unknown)}. "
+                f"Start from `net.{what}`."
+            )
+        for name, tensor in own.items():
+            if given[name].shape != tensor.shape:
+                raise ValueError(
+                    f"`{what}[{name!r}]` must have shape {tuple(tensor.shape)}, got {tuple(given[name].shape)}. "
+                    "For a batch of models, map over it with `torch.func.vmap`."
+                )

@@ -1,0 +1,99 @@
+"""Gradients of a task loss, averaged over a batch of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad_and_value, vmap
+
+from metaopt import tree
+from metaopt.functional import Params
+from metaopt.minimize import check_finite
+from metaopt.transforms import values_are_readable
+from metaopt.tree import Tree
+
+
+def meta_grad(
+    task_loss: Callable[[Tree, Tree], Tensor], *, compile: bool = False, chunk_size: int | None = None
+) -> Callable[[Tree, Tree], tuple[Tree, Tensor]]:
+    """Return a function that computes g = 1/n sum_i grad_w L(w; task_i).
+
+    Each task is differentiated by itself and the gradients are averaged: the derivative of an average over `vmap` is
+    silently wrong in torch when a norm layer follows a linear or convolution layer.
+
+    Args:
+        task_loss: `task_loss(params, task)` returns a scalar; usually it calls `minimize`.
+        compile: compile the whole meta-gradient with `torch.compile`; needs a C++ compiler on CPU. Best for short loops with
+            `Backprop("full")`, since every inner step is unrolled at compile time.
+        chunk_size: how many tasks are batched by `vmap` at a time; by default all. 1 means a plain loop over
+            tasks, which is faster for convolutions on CPU.
+
+    Returns:
+        `meta_gradient(params, tasks) -> (grads, losses [n])`, where every leaf of `tasks` has the leading axis n. The
+        gradients are detached at the top level; to differentiate them again, call it inside `torch.func.grad`.
+
+    Raises:
+        ValueError: there are no tasks, or their leading axes differ.
+        NonFiniteError: a task's loss is not finite.
+
+    Cost:
+        `chunk_size` times the memory of one task, and as many copies of the parameters.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be a positive integer or None, got {chunk_size}.")
+    one = grad_and_value(task_loss)
+
+    def many(params: Tree, tasks: Tree) -> tuple[Tree, Tensor]:
+        grads, losses = vmap(one, in_dims=(None, 0), randomness="different")(params, tasks)
+        return tree.map(lambda g: g.sum(0), grads), losses
+
+    if compile:
+        one, many = torch.compile(one, fullgraph=True), torch.compile(many, fullgraph=True)
+
+    def meta_gradient(params: Tree, tasks: Tree) -> tuple[Tree, Tensor]:
+        count = _count(tasks)
+        outermost = values_are_readable()
+        if outermost:  # without this, autograd would record the whole computation once more
+            params = tree.map(torch.Tensor.detach, params)
+        total, losses = None, []
+        for start in range(0, count, chunk_size or count):
+            if chunk_size == 1:
+                grads, loss = one(params, tree.index(tasks, start))
+                loss = loss[None]
+            else:
+                grads, loss = many(params, tree.index(tasks, slice(start, start + (chunk_size or count))))
+            total = grads if total is None else tree.map(torch.add, total, grads)
+            losses.append(loss)
+        all_losses = torch.cat(losses)
+        if outermost:
+            check_finite(all_losses, "meta_grad", unit="task")
+        return tree.map(lambda g: g / count, total), all_losses
+
+    return meta_gradient
+
+
+def assign_grads(model: nn.Module, grads: Params) -> None:
+    """Write `grads` into the `.grad` of the model's parameters, for any `torch.optim` optimizer to use.
+
+    Raises:
+        ValueError: a name is not a parameter of the model, a trainable parameter is missing, or a shape differs.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if trainable.keys() != grads.keys():
+        missing, unknown = sorted(trainable.keys() - grads.keys()), sorted(grads.keys() - trainable.keys())
+        raise ValueError(f"`grads` must name the model's trainable parameters; missing {missing}, unknown {unknown}.")
+    for name, parameter in trainable.items():
+        if parameter.shape != grads[name].shape:
+            raise ValueError(f"`grads[{name!r}]` must have shape {tuple(parameter.shape)}, got {tuple(grads[name].shape)}.")
+        parameter.grad = grads[name].detach().clone()
+
+
+def _count(tasks: Tree) -> int:
+    lengths = {name: leaf.shape[0] if leaf.ndim else None for name, leaf in tree.named_leaves(tasks)}
+    if len(set(lengths.values())) != 1 or None in lengths.values() or 0 in lengths.values():
+        raise ValueError(
+            f"Every leaf of `tasks` must have the number of tasks (at least 1) as its leading axis, got {lengths}. Stack the tasks first."
+        )
+    return next(iter(lengths.values()))

@@ -1,0 +1,141 @@
+"""The inner loop: a loss, an optimizer, and how gradients pass through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metaopt import tree
+from metaopt.closure import check_closure
+from metaopt.differentiate import Backprop, InnerLoop, Rule
+from metaopt.errors import NonFiniteError
+from metaopt.optimizer import Optimizer, State, apply_updates
+from metaopt.transforms import values_are_readable
+from metaopt.tree import Tree
+
+
+class Minimized(NamedTuple):
+    """What `minimize` returns: the last parameters and optimizer state, and the loss before each step, [steps]."""
+
+    params: Tree
+    opt_state: State
+    losses: Tensor
+
+
+def minimize(
+    loss_fn: Callable[..., Tensor],
+    optimizer: Optimizer,
+    params: Tree,
+    batches: Tree,
+    *,
+    steps: int | None = None,
+    meta: Tree = None,
+    opt_state: State | None = None,
+    differentiate: Rule = Backprop(),  # noqa: B008
+) -> Minimized:
+    """Run w_{t+1} = w_t + u(grad L(w_t, batch_t), s_t, w_t) and return (w_T, s_T, [L(w_0), ..., L(w_{T-1})]).
+
+    The result is differentiable in the initial parameters, the optimizer's parameters and tensors, `meta`, a given
+    `opt_state` and floating-point batches, in the way that `differentiate` says. Nothing is changed in place.
+
+    Args:
+        loss_fn: `loss_fn(params, batch)`, or `loss_fn(params, batch, meta)` if `meta` is given, returns a scalar. If it is an
+            `nn.Module`, its parameters are differentiated too.
+        optimizer: any `Optimizer`.
+        params: initial parameters, a tree of floating-point tensors.
+        batches: with `steps`, the one batch that every step sees (or None); without, a tree whose leaves all have time as
+            their leading axis, one row a step.
+        steps: number of steps T.
+        meta: what the outer level owns, a tree of tensors.
+        opt_state: state to go on from; by default `optimizer.init(params)`.
+        differentiate: how gradients pass through the loop: `Backprop()`, `FirstOrder()`, ...
+
+    Raises:
+        ValueError: the batches' leading axes differ, `steps` is missing, the loss is no scalar, or `loss_fn` reaches a
+            tensor that requires grad through its closure.
+        NonFiniteError: a loss is not finite. (Inside `vmap`, `grad` or a compiled function values cannot be read; there
+            the value is passed on as it is.)
+
+    Cost:
+        That of the rule, and one forward pass of the loss that looks for closures while gradients are enabled.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"`optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}.{type(optimizer).__name__}. "
+            "Use one from `optimizers`, for example `optimizers.SGD(lr=0.1)`."
+        )
+    same_batch = steps is not None
+    xs, constant, steps = _batches_and_steps(batches, steps)
+    inputs = {"optimizer": _tensors(optimizer), "loss": _tensors(loss_fn), "meta": meta, "batch": constant}
+
+    def loss(inputs: Tree, params: Tree, x: Tree) -> Tensor:
+        batch = inputs["batch"] if same_batch else x
+        arguments = (params, batch) if meta is None else (params, batch, inputs["meta"])
+        owner = isinstance(loss_fn, nn.Module) and inputs is not own
+        value = functional_call(loss_fn, inputs["loss"], arguments) if owner else loss_fn(*arguments)
+        return _check_scalar(value)
+
+    def update(inputs: Tree, grads: Tree, state: State, params: Tree, loss: Tensor) -> tuple[Tree, State]:
+        if inputs is own:
+            updates, state = optimizer(grads, state, params, loss=loss)
+        else:
+            updates, state = functional_call(optimizer, inputs["optimizer"], (grads, state, params), {"loss": loss})
+        return apply_updates(params, updates), state
+
+    own = inputs
+    state = optimizer.init(params) if opt_state is None else opt_state
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        check_closure(loss, loss_fn, {**inputs, "optimizer": {}}, params, tree.index(xs, 0))
+    result = Minimized(*differentiate(InnerLoop(loss, update, inputs, params, state, xs, steps)))
+    if values_are_readable():
+        check_finite(result.losses, "minimize")
+    return result
+
+
+def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:
+    """Raise `NonFiniteError` for the first entry of `losses` [n] that is not finite."""
+    finite = torch.isfinite(losses.detach())
+    if not finite.all():
+        values = losses.detach().tolist()
+        first = finite.tolist().index(False)
+        raise NonFiniteError(where, first, values[first], values[first - 1] if first and unit == "step" else None, unit=unit)
+
+
+def _tensors(module: Any) -> dict[str, Tensor]:
+    if not isinstance(module, nn.Module):
+        return {}
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def _batches_and_steps(batches: Tree, steps: int | None) -> tuple[Tree, Tree, int]:
+    """Return (rows to scan over, the batch of every step or None, number of steps)."""
+    if steps is not None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
+        return (), batches, steps
+    lengths = {name: leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for name, leaf in tree.named_leaves(batches)}
+    if not lengths or None in lengths.values():
+        raise ValueError(
+            f"`steps` is missing: without it every leaf of `batches` needs the leading axis time, got {lengths}. "
+            "Pass `steps=` to use the same batch at every step."
+        )
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"The leading axis of every leaf of `batches` must be the number of steps, got {lengths}. "
+            "Stack one batch per step, or pass `steps=` to use the same batch at every step."
+        )
+    (length,) = set(lengths.values())
+    if length == 0:
+        raise ValueError("`batches` must hold at least one step, got the leading axis 0.")
+    return batches, None, length
+
+
+def _check_scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+        kind = f"{value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"`loss_fn` must return a floating-point scalar, got a {kind}. Take the mean or the sum.")
+    return value

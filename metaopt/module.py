@@ -1,0 +1,112 @@
+"""Modules that can be written to a file and read back: weights as safetensors, constructor arguments as JSON."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT = "metaopt-1"
+
+
+class Configurable(nn.Module):
+    """A module that knows its constructor arguments: each is an attribute of the same name.
+
+    An argument may be a number, a string, a bool, None, a tensor or parameter, another `Configurable`, or a tuple of these.
+    """
+
+    def config(self) -> dict[str, Any]:
+        """Return {"class": name, "arguments": {...}} in JSON's types; tensors appear as their kind, shape and dtype."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {"class": type(self).__name__, "arguments": {name: _describe(getattr(self, name)) for name in names}}
+
+    def save(self, path: str | Path) -> None:
+        """Write all tensors as safetensors, the configuration in the file's header; the folder is made if need be."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # safetensors refuses tensors that share memory or are not contiguous.
+        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in self.state_dict().items()}
+        save_file(tensors, path, metadata={"format": FORMAT, "config": json.dumps(self.config())})
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> Self:
+        """Read a module that `save` wrote. Only classes that are imported and derive from `cls` are built; nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not safetensors, was not written by `save`, names an unknown class, or its tensors do
+                not fit the class.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"No weights file at {path}. Give the path that `save` wrote.")
+        try:
+            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file ({error}). Write it again with `save`.") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}. Write it with `save`.")
+        module = _build(json.loads(metadata["config"]), path)
+        if not isinstance(module, cls):
+            raise ValueError(f"{path} holds a {type(module).__name__}, not a {cls.__name__}. Use `{type(module).__name__}.load`.")
+        own = module.state_dict()
+        for name in sorted(own.keys() | tensors.keys()):
+            expected = tuple(own[name].shape) if name in own else "no such tensor"
+            found = tuple(tensors[name].shape) if name in tensors else "no such tensor"
+            if expected != found:
+                raise ValueError(
+                    f"{path} does not fit {type(module).__name__}: tensor {name!r} should be {expected}, found {found}. "
+                    "The file was written by another version or configuration."
+                )
+        module.load_state_dict(tensors, assign=True)
+        return module
+
+
+def known_classes() -> dict[str, type[Configurable]]:
+    """Return every imported class that a weights file may name."""
+    known: dict[str, type[Configurable]] = {}
+    pending = [Configurable]
+    while pending:
+        children = pending.pop().__subclasses__()
+        known |= {child.__name__: child for child in children}
+        pending += children
+    return known
+
+
+def _describe(value: Any) -> Any:
+    match value:
+        case Configurable():
+            return value.config()
+        case Tensor():
+            kind = "parameter" if isinstance(value, nn.Parameter) else "tensor"
+            return {kind: list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        case tuple() | list():
+            return [_describe(item) for item in value]
+        case None | bool() | int() | float() | str():
+            return value
+    raise TypeError(f"A constructor argument of type {type(value).__name__} cannot be saved: {value!r}. Use numbers, tensors or modules.")
+
+
+def _build(value: Any, path: Path) -> Any:
+    """Invert `_describe`; tensors come back as placeholders that `load_state_dict` replaces."""
+    match value:
+        case {"class": name, "arguments": arguments}:
+            known = known_classes()
+            if name not in known:
+                raise ValueError(
+                    f"{path} names the class {name!r}, which is not known; known are {sorted(known)}. Import the module that defines it."
+                )
+            return known[name](**{key: _build(item, path) for key, item in arguments.items()})
+        case {"parameter": shape, "dtype": dtype}:
+            return nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype)))
+        case {"tensor": shape, "dtype": dtype}:
+            return torch.zeros(shape, dtype=getattr(torch, dtype))
+        case list():
+            return tuple(_build(item, path) for item in value)
+    return value

@@ -1,0 +1,110 @@
+"""Optimizers: modules whose forward is the update, pure and out of place."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.deployed import Deployed
+from metaopt.hyperparameter import Value
+from metaopt.module import Configurable
+from metaopt.schedule import Schedule
+from metaopt.tree import Tree
+
+State = dict[str, Any]
+
+
+class Optimizer(Configurable):
+    """The update rule (g_t, s_t, w_t) -> (u_t, s_{t+1}), with w_{t+1} = w_t + u_t.
+
+    A subclass names its `hyperparameters`, sets each with `set_hyperparameter`, and defines `slots` and `update`, which
+    work on lists with one tensor per parameter. The base class takes care of trees, the step count and schedules.
+    Hand-designed and learned optimizers are the same type; every `nn.Parameter` inside can be meta-learned.
+
+    The state is a dict: "step" (int64 scalar), "slots" and "schedules". A slot that is a list in `slots` appears there
+    in the parameters' own structure.
+    """
+
+    hyperparameters: tuple[str, ...] = ()
+
+    def slots(self, params: list[Tensor]) -> dict[str, list[Tensor] | Tensor]:
+        """Return the optimizer's memory before the first step."""
+        return {}
+
+    def update(
+        self, grads: list[Tensor], params: list[Tensor] | None, slots: dict[str, Any], hyper: dict[str, Value], step: Tensor
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """Return (updates, next slots). `step` counts from 1; `hyper` holds the hyperparameters' values at this step."""
+        raise TypeError(f"{type(self).__name__} must define `update(grads, params, slots, hyper, step)`.")
+
+    def init(self, params: Tree) -> State:
+        """Return the state before the first step, on the parameters' device and in their dtypes.
+
+        Raises:
+            ValueError: there are no parameters, or one is not a floating-point tensor.
+        """
+        for name, leaf in tree.named_leaves(params):
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ValueError(f"`params` must be floating-point tensors, got {kind} at {name}. Leave it out, or convert it.")
+        leaves, structure = tree.flatten(tree.map(torch.Tensor.detach, params))
+        if not leaves:
+            raise ValueError("`params` must hold at least one tensor, got an empty tree. Is every parameter frozen?")
+        slots = self.slots(leaves)
+        return {
+            "step": torch.zeros((), dtype=torch.int64, device=leaves[0].device),
+            "slots": {name: tree.unflatten(structure, slot) if isinstance(slot, list) else slot for name, slot in slots.items()},
+            "schedules": {name: schedule.init(leaves[0]) for name, schedule in self._schedules()},
+        }
+
+    def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
+        """Return (updates, next state); nothing is changed in place.
+
+        Args:
+            grads: gradients, in the structure of the parameters.
+            state: from `init` or the step before.
+            params: the parameters at which the gradients were taken; needed by weight decay and most learned optimizers.
+            loss: the loss there, a scalar; needed by schedules that observe it.
+
+        Raises:
+            ValueError: `params` is missing though needed, or a structure does not match.
+        """
+        gradients, structure = tree.flatten(grads)
+        weights = None if params is None else tree.flatten_like(structure, params, "params")
+        hyper: dict[str, Value] = {name: getattr(self, name) for name in self.hyperparameters}
+        schedules = {}
+        for name, schedule in self._schedules():
+            hyper[name], schedules[name] = schedule(state["schedules"][name], step=state["step"], loss=loss, grads=gradients)
+        slots = {
+            name: slot if isinstance(slot, Tensor) else tree.flatten_like(structure, slot, f"state['slots'][{name!r}]")
+            for name, slot in state["slots"].items()
+        }
+        step = state["step"] + 1
+        updates, after = self.update(gradients, weights, slots, hyper, step)
+        # A 0-dim hyperparameter of a wider dtype would widen the memory of a 0-dim parameter, hence the conversions.
+        kept = {
+            name: after[name].to(slot.dtype)
+            if isinstance(slot, Tensor)
+            else tree.unflatten(structure, [new.to(old.dtype) for new, old in zip(after[name], slot, strict=True)])
+            for name, slot in slots.items()
+        }
+        return tree.unflatten(structure, updates), {"step": step, "slots": kept, "schedules": schedules}
+
+    def as_torch(self, params: Iterable[Any]) -> Deployed:
+        """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""
+        return Deployed(params, self)
+
+    def _schedules(self) -> list[tuple[str, Schedule]]:
+        return [(name, value) for name in self.hyperparameters if isinstance(value := getattr(self, name), Schedule)]
+
+    def _require_params(self, params: list[Tensor] | None, reason: str) -> list[Tensor]:
+        if params is None:
+            raise ValueError(f"`{type(self).__name__}` needs `params` because {reason}. Call `optimizer(grads, state, params)`.")
+        return params
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """Return w + u leaf by leaf, in the dtype of w."""
+    return tree.map(lambda param, update: (param + update).to(param.dtype), params, updates)

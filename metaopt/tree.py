@@ -1,0 +1,70 @@
+"""Arithmetic on trees of tensors: nested dicts, lists, tuples and named tuples with tensors at the leaves."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree = Any
+Structure = pytree.TreeSpec
+
+map = pytree.tree_map
+leaves = pytree.tree_leaves
+flatten = pytree.tree_flatten
+
+
+def unflatten(structure: Structure, leaves: Sequence[Any]) -> Tree:
+    """Return the tree with this structure and these leaves."""
+    return pytree.tree_unflatten(list(leaves), structure)
+
+
+def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
+    """Return the leaves of `tree`, which must have the given structure.
+
+    Raises:
+        ValueError: `tree` has another structure; `what` names it in the message.
+    """
+    found, own = pytree.tree_flatten(tree)
+    if own != structure:
+        raise ValueError(f"`{what}` has the structure {own}, but the parameters have {structure}. Build it from the same tree.")
+    return found
+
+
+def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
+    """Return (path, leaf) pairs; the path reads like Python indexing, for example `['net.0.weight']`."""
+    return [(pytree.keystr(path) or "the tensor itself", leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    """Stack trees of one structure along a new leading axis of every leaf."""
+    return map(lambda *tensors: torch.stack(tensors), *trees)
+
+
+def index(tree: Tree, i: Any) -> Tree:
+    """Index the leading axis of every leaf."""
+    return map(lambda leaf: leaf[i], tree)
+
+
+def norm(tree: Tree) -> Tensor:
+    """Return the Euclidean norm of all entries together, with derivative 0 where the norm is 0."""
+    square = sum_leaves(lambda leaf: leaf.square().sum(), tree)
+    return safe_sqrt(square)
+
+
+def sum_leaves(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tensor:
+    """Return the sum of `fn(leaf)` over the leaves; at least one leaf is needed."""
+    first, *rest = [fn(leaf) for leaf in leaves(tree)]
+    for term in rest:
+        first = first + term
+    return first
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Return sqrt(x) for x >= 0 with every derivative 0, not infinite, at x = 0.
+
+    The inner `where` keeps the infinite slope out of the graph, the outer one restores the value.
+    """
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)

@@ -1,0 +1,72 @@
+"""RMSprop."""
+
+import torch
+
+from metaopt import tree
+from metaopt.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
+from metaopt.optimizer import Optimizer
+
+
+class RMSprop(Optimizer):
+    """v = alpha v + (1 - alpha) g^2;  u = -lr g / (sqrt(v) + eps).
+
+    With `centered`, v is replaced by v - a^2, where a = alpha a + (1 - alpha) g. With momentum,
+    b = momentum b + g / (sqrt(v) + eps) and u = -lr b. Equal to `torch.optim.RMSprop`; finite derivatives where v = 0.
+
+    Args:
+        lr: step size.
+        alpha: decay of the second moment, in [0, 1).
+        eps: added to the denominator.
+        weight_decay: coefficient of 1/2 |w|^2, added to the gradient.
+        momentum: decay of the velocity; 0 keeps none.
+        centered: divide by the standard deviation instead of the root mean square.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Cost:
+        One to three copies of the parameters.
+
+    Reference:
+        Tieleman and Hinton, Neural Networks for Machine Learning, lecture 6.5, 2012; centred: Graves, arXiv:1308.0850, eq. 38-45.
+    """
+
+    hyperparameters = ("lr", "alpha", "eps", "weight_decay", "momentum")
+
+    def __init__(
+        self,
+        lr: Hyperparameter = 1e-2,
+        alpha: Hyperparameter = 0.99,
+        *,
+        eps: Hyperparameter = 1e-8,
+        weight_decay: Hyperparameter = 0.0,
+        momentum: Hyperparameter = 0.0,
+        centered: bool = False,
+    ):
+        super().__init__()
+        set_hyperparameter(self, "lr", lr)
+        set_hyperparameter(self, "alpha", alpha, below=1.0)
+        set_hyperparameter(self, "eps", eps)
+        set_hyperparameter(self, "weight_decay", weight_decay)
+        set_hyperparameter(self, "momentum", momentum)
+        self.centered = centered
+
+    def slots(self, params):
+        names = ["square", *["mean"] * self.centered, *["velocity"] * (not is_zero(self.momentum))]
+        return {name: [torch.zeros_like(p) for p in params] for name in names}
+
+    def update(self, grads, params, slots, hyper, step):
+        lr, alpha, eps, decay, momentum = (hyper[name] for name in self.hyperparameters)
+        if not is_zero(decay):
+            params = self._require_params(params, f"weight_decay={decay}")
+            grads = [g + decay * p for g, p in zip(grads, params, strict=True)]
+        after = {"square": [alpha * v + (1 - alpha) * g * g for v, g in zip(slots["square"], grads, strict=True)]}
+        spread = after["square"]
+        if self.centered:
+            after["mean"] = [alpha * a + (1 - alpha) * g for a, g in zip(slots["mean"], grads, strict=True)]
+            spread = [v - a * a for v, a in zip(spread, after["mean"], strict=True)]
+        direction = [g / (tree.safe_sqrt(v) + eps) for g, v in zip(grads, spread, strict=True)]
+        if "velocity" in slots:
+            direction = [momentum * b + d for b, d in zip(slots["velocity"], direction, strict=True)]
+            after["velocity"] = direction
+        return [-lr * d for d in direction], after

@@ -1,0 +1,69 @@
+"""Stochastic gradient descent with momentum."""
+
+import torch
+from torch import Tensor
+
+from metaopt.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
+from metaopt.optimizer import Optimizer
+
+
+class SGD(Optimizer):
+    """g = grad + weight_decay w;  b = momentum b + (1 - dampening) g  (b = g at the first step);  u = -lr b.
+
+    With `nesterov`, u = -lr (g + momentum b). Equal to `torch.optim.SGD` and differentiable in every hyperparameter.
+
+    Args:
+        lr: step size.
+        momentum: decay of the velocity; 0 keeps no memory.
+        dampening: share of the gradient left out of the velocity.
+        weight_decay: coefficient of 1/2 |w|^2.
+        nesterov: look ahead along the velocity.
+
+    Raises:
+        ValueError: a number out of range, or `nesterov` without momentum or with dampening.
+
+    Cost:
+        One copy of the parameters if there is momentum.
+
+    Reference:
+        Sutskever, Martens, Dahl, Hinton, ICML 2013.
+    """
+
+    hyperparameters = ("lr", "momentum", "dampening", "weight_decay")
+
+    def __init__(
+        self,
+        lr: Hyperparameter,
+        momentum: Hyperparameter = 0.0,
+        *,
+        dampening: Hyperparameter = 0.0,
+        weight_decay: Hyperparameter = 0.0,
+        nesterov: bool = False,
+    ):
+        super().__init__()
+        set_hyperparameter(self, "lr", lr)
+        set_hyperparameter(self, "momentum", momentum)
+        set_hyperparameter(self, "dampening", dampening, high=1.0)
+        set_hyperparameter(self, "weight_decay", weight_decay)
+        self.nesterov = nesterov
+        if nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
+            raise ValueError(f"SGD: `nesterov` needs momentum > 0 and dampening = 0, got {momentum} and {dampening}.")
+
+    def slots(self, params):
+        return {} if is_zero(self.momentum) else {"velocity": [torch.zeros_like(p) for p in params]}
+
+    def update(self, grads, params, slots, hyper, step):
+        lr, momentum, dampening, decay = (hyper[name] for name in self.hyperparameters)
+        if not is_zero(decay):
+            params = self._require_params(params, f"weight_decay={decay}")
+            grads = [g + decay * p for g, p in zip(grads, params, strict=True)]
+        if "velocity" not in slots:
+            return [-lr * g for g in grads], {}
+        velocity = [momentum * b + self._damp(g, dampening, step) for b, g in zip(slots["velocity"], grads, strict=True)]
+        ahead = [g + momentum * b for g, b in zip(grads, velocity, strict=True)] if self.nesterov else velocity
+        return [-lr * b for b in ahead], {"velocity": velocity}
+
+    @staticmethod
+    def _damp(grad: Tensor, dampening: float | Tensor, step: Tensor) -> Tensor:
+        """The velocity starts as the whole first gradient."""
+        return grad if is_zero(dampening) else torch.where(step == 1, grad, (1 - dampening) * grad)
