@@ -1,9 +1,39 @@
 """Optimisation that learns: differentiable inner loops, meta-gradients and learned optimizers on top of `torch.func`."""
 
+from metaopt import tasks, tree
 from metaopt.differentiate import Backprop, FirstOrder
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Functional, functional
 from metaopt.meta_grad import assign_grads, meta_grad
+from metaopt.meta_training import FullUnroll, MetaTraining, Report, Task, TaskFamily, TruncatedBackprop, evaluate, tune
 from metaopt.minimize import Minimized, minimize
 from metaopt.optimizer import Optimizer, apply_updates
 from metaopt.schedule import Schedule
+from metaopt.train import TensorBoardLogger, Trainer
+
+__all__ = [
+    "Backprop",
+    "FirstOrder",
+    "FullUnroll",
+    "Functional",
+    "MetaTraining",
+    "Minimized",
+    "NonFiniteError",
+    "Optimizer",
+    "Report",
+    "Schedule",
+    "Task",
+    "TaskFamily",
+    "TensorBoardLogger",
+    "Trainer",
+    "TruncatedBackprop",
+    "apply_updates",
+    "assign_grads",
+    "evaluate",
+    "functional",
+    "meta_grad",
+    "minimize",
+    "tasks",
+    "tree",
+    "tune",
+]

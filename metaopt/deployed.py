@@ -69,17 +69,42 @@ class Deployed(torch.optim.Optimizer):
         """Restore what `state_dict` returned; tensors move to the devices of the parameters.
 
         Raises:
-            ValueError: the groups or the optimizer's memory do not fit these parameters.
+            ValueError: the groups or the optimizer's memory do not fit these parameters; nothing is changed then.
         """
+        fitted = {
+            f"group {index}": self._fitted(f"group {index}", group, saved, state_dict["state"])
+            for index, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False))
+        }
         super().load_state_dict(state_dict)
-        for index, group in enumerate(self.param_groups):
-            key = f"group {index}"
-            if key in self.state:
-                with self._options(group):
-                    expected = self._optimizer.init(_named(group["params"]))
-                leaves, structure = tree.flatten(expected)
-                saved = tree.flatten_like(structure, self.state[key], f"state_dict['state'][{key!r}]")
-                self.state[key] = tree.unflatten(structure, [s.to(e.device) for s, e in zip(saved, leaves, strict=True)])
+        self.state.update({key: memory for key, memory in fitted.items() if memory is not None})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copying and pickling keep."""
+        return super().__getstate__() | {"_optimizer": self._optimizer, "_numeric": self._numeric}
+
+    def _fitted(self, key: str, group: dict[str, Any], saved: dict[str, Any], states: dict[Any, Any]) -> tree.Tree | None:
+        """Return the saved memory of a group, if there is one, on the devices of its parameters.
+
+        Raises:
+            ValueError: the saved group or its memory does not fit this optimizer and these parameters.
+        """
+        missing = self.defaults.keys() - saved.keys()
+        if missing:
+            raise ValueError(
+                f"`state_dict` was saved from another optimizer: {key} lacks {sorted(missing)}, which {type(self._optimizer).__name__} has."
+            )
+        if key not in states:
+            return None
+        with self._options(saved):
+            expected, structure = tree.flatten(self._optimizer.init(_named(group["params"])))
+        found = tree.flatten_like(structure, states[key], f"state_dict['state'][{key!r}]")
+        for own, other in zip(expected, found, strict=True):
+            if own.shape != other.shape:
+                raise ValueError(
+                    f"`state_dict` was saved for another model: the memory of {key} has a tensor of shape {tuple(other.shape)}, "
+                    f"expected {tuple(own.shape)}."
+                )
+        return tree.unflatten(structure, [other.to(own.device) for own, other in zip(expected, found, strict=True)])
 
     def _step_group(self, key: str, group: dict[str, Any], loss: Tensor | None) -> None:
         params = _named(group["params"])

@@ -30,9 +30,11 @@ class Functional:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}. Pass the module, not its output.")
         self.model = model
+        # Not `named_parameters(remove_duplicate=False)`: a module that stands in several places must be patched once.
         names: dict[Tensor, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(parameter, []).append(name)
+        for path, layer in model.named_modules():
+            for name, parameter in layer.named_parameters(path, recurse=False, remove_duplicate=False):
+                names.setdefault(parameter, []).append(name)
         self._aliases = {same[0]: same for parameter, same in names.items() if parameter.requires_grad}
         self._norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)]
 

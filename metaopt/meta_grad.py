@@ -10,8 +10,9 @@ from torch.func import grad_and_value, vmap
 
 from metaopt import tree
 from metaopt.functional import Params
+from metaopt.kernels import twice_differentiable
 from metaopt.minimize import check_finite
-from metaopt.transforms import values_are_readable
+from metaopt.transforms import is_inside_derivative, values_are_readable
 from metaopt.tree import Tree
 
 
@@ -28,11 +29,12 @@ def meta_grad(
         compile: compile the whole meta-gradient with `torch.compile`; needs a C++ compiler on CPU. Best for short loops with
             `Backprop("full")`, since every inner step is unrolled at compile time.
         chunk_size: how many tasks are batched by `vmap` at a time; by default all. 1 means a plain loop over
-            tasks, which is faster for convolutions on CPU.
+            tasks, which is faster for convolutions on CPU, and the way for layers that `vmap` cannot batch (`nn.LSTM`).
 
     Returns:
-        `meta_gradient(params, tasks) -> (grads, losses [n])`, where every leaf of `tasks` has the leading axis n. The
-        gradients are detached at the top level; to differentiate them again, call it inside `torch.func.grad`.
+        `meta_gradient(params, tasks) -> (grads, losses [n])`, where every leaf of `tasks` has the leading axis n. Both
+        are detached at the top level; to differentiate them again, call it inside `torch.func.grad` (there the tasks are a
+        plain loop, for the reason above).
 
     Raises:
         ValueError: there are no tasks, or their leading axes differ.
@@ -55,17 +57,20 @@ def meta_grad(
     def meta_gradient(params: Tree, tasks: Tree) -> tuple[Tree, Tensor]:
         count = _count(tasks)
         outermost = values_are_readable()
-        if outermost:  # without this, autograd would record the whole computation once more
+        chunk = 1 if is_inside_derivative() else chunk_size or count
+        if outermost:
             params = tree.map(torch.Tensor.detach, params)
         total, losses = None, []
-        for start in range(0, count, chunk_size or count):
-            if chunk_size == 1:
-                grads, loss = one(params, tree.index(tasks, start))
-                loss = loss[None]
-            else:
-                grads, loss = many(params, tree.index(tasks, slice(start, start + (chunk_size or count))))
-            total = grads if total is None else tree.map(torch.add, total, grads)
-            losses.append(loss)
+        # Without gradients at the top level, autograd would record the whole computation once more.
+        with torch.set_grad_enabled(not outermost), twice_differentiable():
+            for start in range(0, count, chunk):
+                if chunk == 1:
+                    grads, loss = one(params, tree.index(tasks, start))
+                    loss = loss[None]
+                else:
+                    grads, loss = many(params, tree.index(tasks, slice(start, start + chunk)))
+                total = grads if total is None else tree.map(torch.add, total, grads)
+                losses.append(loss)
         all_losses = torch.cat(losses)
         if outermost:
             check_finite(all_losses, "meta_grad", unit="task")

@@ -13,6 +13,7 @@ from metaopt import tree
 from metaopt.closure import check_closure
 from metaopt.differentiate import Backprop, InnerLoop, Rule
 from metaopt.errors import NonFiniteError
+from metaopt.kernels import twice_differentiable
 from metaopt.optimizer import Optimizer, State, apply_updates
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
@@ -89,7 +90,8 @@ def minimize(
     own = inputs
     state = optimizer.init(params) if opt_state is None else opt_state
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        check_closure(loss, loss_fn, {**inputs, "optimizer": {}}, params, tree.index(xs, 0))
+        with twice_differentiable():
+            check_closure(loss, loss_fn, {**inputs, "optimizer": {}}, params, tree.index(xs, 0))
     result = Minimized(*differentiate(InnerLoop(loss, update, inputs, params, state, xs, steps)))
     if values_are_readable():
         check_finite(result.losses, "minimize")

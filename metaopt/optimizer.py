@@ -23,14 +23,14 @@ class Optimizer(Configurable):
     work on lists with one tensor per parameter. The base class takes care of trees, the step count and schedules.
     Hand-designed and learned optimizers are the same type; every `nn.Parameter` inside can be meta-learned.
 
-    The state is a dict: "step" (int64 scalar), "slots" and "schedules". A slot that is a list in `slots` appears there
-    in the parameters' own structure.
+    The state is a dict: "step" (int64 scalar), "slots" (memory per parameter, in the parameters' own structure), "shared"
+    (memory over all parameters) and "schedules".
     """
 
     hyperparameters: tuple[str, ...] = ()
 
     def slots(self, params: list[Tensor]) -> dict[str, list[Tensor] | Tensor]:
-        """Return the optimizer's memory before the first step."""
+        """Return the memory before the first step: name -> one tensor per parameter, or one tensor for all of them."""
         return {}
 
     def update(
@@ -55,7 +55,8 @@ class Optimizer(Configurable):
         slots = self.slots(leaves)
         return {
             "step": torch.zeros((), dtype=torch.int64, device=leaves[0].device),
-            "slots": {name: tree.unflatten(structure, slot) if isinstance(slot, list) else slot for name, slot in slots.items()},
+            "slots": {name: tree.unflatten(structure, slot) for name, slot in slots.items() if isinstance(slot, list)},
+            "shared": {name: slot for name, slot in slots.items() if isinstance(slot, Tensor)},
             "schedules": {name: schedule.init(leaves[0]) for name, schedule in self._schedules()},
         }
 
@@ -77,20 +78,19 @@ class Optimizer(Configurable):
         schedules = {}
         for name, schedule in self._schedules():
             hyper[name], schedules[name] = schedule(state["schedules"][name], step=state["step"], loss=loss, grads=gradients)
-        slots = {
-            name: slot if isinstance(slot, Tensor) else tree.flatten_like(structure, slot, f"state['slots'][{name!r}]")
-            for name, slot in state["slots"].items()
-        }
+        slots = {name: tree.flatten_like(structure, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
         step = state["step"] + 1
-        updates, after = self.update(gradients, weights, slots, hyper, step)
+        updates, after = self.update(gradients, weights, slots | state["shared"], hyper, step)
         # A 0-dim hyperparameter of a wider dtype would widen the memory of a 0-dim parameter, hence the conversions.
-        kept = {
-            name: after[name].to(slot.dtype)
-            if isinstance(slot, Tensor)
-            else tree.unflatten(structure, [new.to(old.dtype) for new, old in zip(after[name], slot, strict=True)])
-            for name, slot in slots.items()
+        return tree.unflatten(structure, updates), {
+            "step": step,
+            "slots": {
+                name: tree.unflatten(structure, [new.to(old.dtype) for new, old in zip(after[name], slot, strict=True)])
+                for name, slot in slots.items()
+            },
+            "shared": {name: after[name].to(memory.dtype) for name, memory in state["shared"].items()},
+            "schedules": schedules,
         }
-        return tree.unflatten(structure, updates), {"step": step, "slots": kept, "schedules": schedules}
 
     def as_torch(self, params: Iterable[Any]) -> Deployed:
         """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""

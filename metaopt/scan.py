@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from metaopt import tree
+from metaopt.replay import Ambient
 from metaopt.transforms import is_tracked
 from metaopt.tree import Structure, Tree
 
@@ -33,10 +34,12 @@ def scan(step: Step, inputs: Tree, carry: Tree, xs: Tree, length: int, memory: M
         xs: a tree whose leaves have the leading axis `length`; step t gets row t.
         length: number of steps.
         memory: "full" keeps the graph of every step; "steps" keeps every carry and rebuilds one step at a time on the way
-            back, which costs one more forward run and is exact for first and second derivatives.
+            back, which costs one more forward run and is exact for first and second derivatives. A rebuilt step draws the
+            same global random numbers and runs under the same autocast. Under `torch.compile` the loop is always unrolled, and
+            the compiler decides what to keep.
     """
     leaves, structure = tree.flatten((inputs, carry, xs))
-    if memory == "full" or _inside_step.get() or not _needs_gradient(leaves):
+    if memory == "full" or torch.compiler.is_compiling() or _inside_step.get() or not _needs_gradient(leaves):
         return _plain_loop(step, inputs, carry, xs, length)
     loop = _Loop(step, structure, len(tree.leaves(inputs)), len(tree.leaves(carry)), length)
     outputs = _ScanFunction.apply(loop, *leaves)
@@ -75,6 +78,7 @@ class _Loop:
     shared: int  # leaves in `inputs`
     carried: int  # leaves in the carry
     length: int
+    ambients: list[Ambient] = field(default_factory=list)  # one a step, noted as the loop runs forward
 
     def split(self, leaves: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return the leaves of (inputs, carry, xs)."""
@@ -102,10 +106,9 @@ class _ScanFunction(torch.autograd.Function):
         shared, carry, xs = loop.split(leaves)
         carries, outs, seen = [], [], {id(leaf) for leaf in leaves}
         for t in range(loop.length):
+            loop.ambients.append(Ambient.now(leaves))
             carry, out = loop.run(shared, carry, [x[t] for x in xs])
-            # A Function may not return one tensor twice, nor an input as it is.
-            carry = [leaf.clone() if id(leaf) in seen else leaf for leaf in carry]
-            seen |= {id(leaf) for leaf in carry}
+            *carry, out = _distinct([*carry, out], seen)
             carries += carry
             outs.append(out)
         return (*carries, *outs)
@@ -157,7 +160,8 @@ def _pull_back(ctx: FunctionCtx | Any, cotangents: tuple[Tensor | None, ...]) ->
             return [after[i] for i in in_carry], out
 
         variables = ([shared[i] for i in in_shared], [carry[i] for i in in_carry], [x[i] for i in in_xs])
-        (after, out), pullback = torch.func.vjp(run, variables)
+        with loop.ambients[t].restored():
+            (after, out), pullback = torch.func.vjp(run, variables)
         seeds = [_or_zeros(bar_carry[i], tensor) for i, tensor in zip(in_carry, after, strict=True)]
         ((to_shared, to_carry, to_x),) = pullback((seeds, _or_zeros(of_out[t], out)))
         for i, bar in zip(in_shared, to_shared, strict=True):
@@ -168,6 +172,15 @@ def _pull_back(ctx: FunctionCtx | Any, cotangents: tuple[Tensor | None, ...]) ->
         for i, bar in zip(in_carry, to_carry, strict=True):
             bar_carry[i] = _add(bar_carry[i], bar)
     return (None, *bar_shared, *bar_carry, *[torch.stack(bars[::-1]) if bars else None for bars in bar_xs])
+
+
+def _distinct(tensors: list[Tensor], seen: set[int]) -> list[Tensor]:
+    """Clone the tensors met before: a Function may not return one tensor twice, nor an input as it is."""
+    fresh = []
+    for tensor in tensors:
+        fresh.append(tensor.clone() if id(tensor) in seen else tensor)
+        seen.add(id(fresh[-1]))
+    return fresh
 
 
 def _xs(loop: _Loop) -> int:

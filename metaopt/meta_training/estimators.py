@@ -1,0 +1,142 @@
+"""Estimators of the meta-gradient by backpropagation: whole episodes, or windows of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad_and_value, vmap
+
+from metaopt import tree
+from metaopt.differentiate import FirstOrder, Rule
+from metaopt.functional import Params
+from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
+from metaopt.minimize import minimize
+from metaopt.optimizer import Optimizer
+from metaopt.tree import Tree
+
+
+class Estimate(NamedTuple):
+    """A meta-gradient, one per task [tasks, ...], the mean loss of each task [tasks], and the estimator's next state."""
+
+    grads: Params
+    losses: Tensor
+    state: Any
+
+
+class Estimator(Protocol):
+    """Estimates the derivative of the mean loss over an episode with respect to an optimizer's parameters.
+
+    Whatever it remembers (inner problems under way) is its explicit state.
+    """
+
+    def init(self) -> Any:
+        """Return the state before the first estimate."""
+        ...
+
+    def __call__(
+        self, optimizer: Optimizer, theta: Params, family: TaskFamily, horizon: int, state: Any, generator: torch.Generator
+    ) -> Estimate:
+        """Estimate at theta, for episodes of `horizon` steps."""
+        ...
+
+
+@dataclass(frozen=True)
+class FullUnroll:
+    """g = d/dtheta 1/T sum_t L_t, backpropagated through whole episodes.
+
+    Args:
+        tasks: number of episodes, batched by `vmap`.
+        differentiate: how gradients pass through the inner loop.
+
+    Cost:
+        `tasks` times T inner steps, and what `differentiate` costs on top.
+    """
+
+    tasks: int = 8
+    differentiate: Rule = field(default_factory=FirstOrder)
+
+    def __post_init__(self) -> None:
+        _check_positive("tasks", self.tasks)
+
+    def init(self) -> None:
+        return None
+
+    def __call__(
+        self, optimizer: Optimizer, theta: Params, family: TaskFamily, horizon: int, state: None, generator: torch.Generator
+    ) -> Estimate:
+        tasks = sample_tasks(family, generator, self.tasks, horizon)
+        per_task = vmap(grad_and_value(_episode, argnums=1, has_aux=True), in_dims=(None, None, None, 0, 0, None), randomness="different")
+        opt_state = vmap(optimizer.init)(tasks.params)
+        grads, (losses, _) = per_task(optimizer, theta, family, tasks, opt_state, self.differentiate)
+        return Estimate(grads, losses, None)
+
+
+@dataclass(frozen=True)
+class TruncatedBackprop:
+    """g = d/dtheta 1/window sum of L_t over a window, the inner state at its start held constant.
+
+    Episodes go on from window to window and start afresh at the horizon; the last window of an episode is shorter if the
+    horizon is no multiple. Biased towards short-sighted updates (Wu, Ren, Liao, Grosse 2018, arXiv:1803.02021): select by validation.
+
+    Args:
+        window: steps per estimate.
+        tasks: number of episodes, batched by `vmap`.
+        differentiate: how gradients pass through a window.
+
+    Cost:
+        `tasks` times `window` inner steps, and what `differentiate` costs on top.
+    """
+
+    window: int
+    tasks: int = 8
+    differentiate: Rule = field(default_factory=FirstOrder)
+
+    def __post_init__(self) -> None:
+        _check_positive("window", self.window)
+        _check_positive("tasks", self.tasks)
+
+    def init(self) -> None:
+        """Return the state before the first episode; later it is (tasks, optimizer states, step)."""
+        return None
+
+    def __call__(
+        self, optimizer: Optimizer, theta: Params, family: TaskFamily, horizon: int, state: Any, generator: torch.Generator
+    ) -> Estimate:
+        if state is None:
+            tasks = sample_tasks(family, generator, self.tasks, horizon)
+            state = (tasks, vmap(optimizer.init)(tasks.params), 0)
+        tasks, opt_state, start = state
+        stop = min(start + self.window, horizon)
+        window = Task(tasks.params, tree.map(lambda leaf: leaf[:, start:stop], tasks.batches))
+        per_task = vmap(grad_and_value(_episode, argnums=1, has_aux=True), in_dims=(None, None, None, 0, 0, None), randomness="different")
+        grads, (losses, (params, opt_state)) = per_task(optimizer, theta, family, window, opt_state, self.differentiate)
+        after = (Task(params, tasks.batches), opt_state, stop) if stop < horizon else None
+        return Estimate(grads, losses, after)
+
+
+class _Unroll(torch.nn.Module):
+    """Holds an optimizer so that `functional_call` can lend it other parameters for a whole unroll."""
+
+    def __init__(self, optimizer: Optimizer):
+        super().__init__()
+        self.optimizer = optimizer
+
+    def forward(self, family: TaskFamily, task: Task, opt_state: Any, rule: Rule) -> tuple[Tensor, tuple[Tree, Any]]:
+        out = minimize(family.loss, self.optimizer, task.params, task.batches, opt_state=opt_state, differentiate=rule)
+        return out.losses.mean(), tree.map(torch.Tensor.detach, (out.params, out.opt_state))
+
+
+def _episode(
+    optimizer: Optimizer, theta: Params, family: TaskFamily, task: Task, opt_state: Any, rule: Rule
+) -> tuple[Tensor, tuple[Tree, Any]]:
+    """Return (mean loss, (params, optimizer state) at the end) of the optimizer with parameters theta on one task."""
+    lent = {f"optimizer.{name}": value for name, value in theta.items()}
+    return functional_call(_Unroll(optimizer), lent, (family, task, opt_state, rule))
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value}.")

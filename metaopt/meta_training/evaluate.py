@@ -1,0 +1,109 @@
+"""Comparing optimizers on tasks that training never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from torch.func import vmap
+
+from metaopt.meta_training.task import TaskFamily, sample_tasks
+from metaopt.minimize import minimize
+from metaopt.optimizer import Optimizer
+
+VALIDATION_SEED = 1_000_003
+TEST_SEED = 2_000_003
+
+
+@dataclass(frozen=True)
+class Report:
+    """Losses of several optimizers on the same tasks.
+
+    Attributes:
+        curves: name -> losses [seeds, horizon], the loss before each step.
+    """
+
+    curves: dict[str, Tensor]
+
+    def mean(self, name: str) -> float:
+        """Return the mean loss over seeds and steps: the area under the curve, divided by the horizon."""
+        return self.curves[name].mean().tolist()
+
+    def table(self) -> str:
+        """Return one row per optimizer: mean loss over the episode with its standard error over seeds, loss in the last tenth, diverged runs."""
+        rows = []
+        for name, losses in self.curves.items():
+            per_seed = losses.mean(1)
+            error = per_seed.std() / len(per_seed) ** 0.5 if len(per_seed) > 1 else torch.tensor(torch.nan)
+            last = losses[:, -max(1, losses.shape[1] // 10) :].mean()
+            diverged = (~losses.isfinite().all(1)).sum().tolist()
+            rows.append([name, per_seed.mean().tolist(), error.tolist(), last.tolist(), diverged])
+        return tabulate(rows, ["optimizer", "mean loss", "std. error", "final loss", "diverged"], floatfmt=".4f")
+
+    def plot(self, path: str | Path, title: str = "") -> None:
+        """Draw the mean loss against the step, with a band of two standard errors, into an image file."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name, losses in self.curves.items():
+            mean, error = losses.mean(0), losses.std(0) / len(losses) ** 0.5
+            steps = torch.arange(len(mean))
+            (line,) = axes.plot(steps, mean, label=f"{name} (mean {self.mean(name):.3f})")
+            axes.fill_between(steps, mean - 2 * error, mean + 2 * error, color=line.get_color(), alpha=0.2, linewidth=0)
+        seeds = len(next(iter(self.curves.values())))
+        axes.set(xlabel="inner step", ylabel=f"training loss, mean of {seeds} runs", yscale="log", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+
+
+def evaluate(
+    optimizers: Mapping[str, Optimizer], tasks: TaskFamily, *, horizon: int, seeds: int = 64, seed: int = TEST_SEED
+) -> Report:
+    """Run every optimizer on the same `seeds` tasks for `horizon` steps.
+
+    Args:
+        optimizers: name -> optimizer.
+        tasks: the family to draw from.
+        horizon: number of steps.
+        seeds: number of tasks.
+        seed: where their randomness starts; by default test tasks, apart from those that `tune` and training use.
+
+    Raises:
+        ValueError: there is nothing to compare, or a number is not positive.
+    """
+    if not optimizers or horizon < 1 or seeds < 1:
+        raise ValueError(f"`evaluate` needs an optimizer, a horizon and seeds, got {list(optimizers)}, {horizon} and {seeds}.")
+    drawn = sample_tasks(tasks, torch.Generator().manual_seed(seed), seeds, horizon)
+    curves = {}
+    for name, optimizer in optimizers.items():
+
+        def losses(params, batches, optimizer=optimizer):
+            return minimize(tasks.loss, optimizer, params, batches).losses
+
+        with torch.no_grad():
+            curves[name] = vmap(losses, randomness="different")(*drawn)
+    return Report(curves)
+
+
+def tune(
+    make: Callable[[float], Optimizer], grid: Iterable[float], tasks: TaskFamily, *, horizon: int, seeds: int = 32
+) -> tuple[float, float]:
+    """Return (the value in `grid` with the lowest mean loss on validation tasks, that loss).
+
+    Raises:
+        ValueError: every value diverged.
+    """
+    candidates = {repr(value): make(value) for value in grid}
+    report = evaluate(candidates, tasks, horizon=horizon, seeds=seeds, seed=VALIDATION_SEED)
+    finite = {name: mean for name in candidates if torch.isfinite(torch.tensor(mean := report.mean(name)))}
+    if not finite:
+        raise ValueError(f"Every value of the grid diverged: {list(candidates)}. Try smaller ones.")
+    best = min(finite, key=finite.__getitem__)
+    return float(best), finite[best]

@@ -1,0 +1,105 @@
+"""Training an optimizer's own parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.meta_training.estimators import Estimator
+from metaopt.meta_training.task import TaskFamily
+from metaopt.optimizer import Optimizer, apply_updates
+
+
+class MetaTraining:
+    """theta_{k+1} = theta_k + outer update of the estimated meta-gradient; theta are the optimizer's `nn.Parameter`s.
+
+    A task whose gradient is not finite is left out of the mean, and counted. Each remaining task's gradient is clipped to the norm `clip` before
+    the mean, so that one wild episode does not decide a step.
+
+    Args:
+        optimizer: what is trained, in place: a learned optimizer, or a hand-designed one with parameters or learned schedules.
+        tasks: the tasks it is trained on.
+        estimator: `FullUnroll()`, `TruncatedBackprop(window)`, ...
+        outer: the optimizer of theta.
+        horizon: steps per episode.
+        clip: largest norm of one task's meta-gradient; None for no limit.
+        seed: of all randomness in training.
+
+    Raises:
+        ValueError: the optimizer has nothing to train, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        tasks: TaskFamily,
+        *,
+        estimator: Estimator,
+        outer: Optimizer,
+        horizon: int,
+        clip: float | None = 1.0,
+        seed: int = 0,
+    ):
+        if horizon < 1:
+            raise ValueError(f"`horizon` must be a positive integer, got {horizon}.")
+        if clip is not None and clip <= 0:
+            raise ValueError(f"`clip` must be positive or None, got {clip}.")
+        self.optimizer, self.tasks, self.estimator, self.outer = optimizer, tasks, estimator, outer
+        self.horizon, self.clip = horizon, clip
+        self.generator = torch.Generator().manual_seed(seed)
+        if not self._theta():
+            raise ValueError(
+                f"{type(optimizer).__name__} has nothing to train. Make a hyperparameter an nn.Parameter, "
+                "for example `SGD(lr=nn.Parameter(torch.tensor(0.1)))`, or use a learned optimizer."
+            )
+        self.outer_state = outer.init(self._theta())
+        self.estimator_state = estimator.init()
+
+    def step(self) -> dict[str, float | Tensor]:
+        """Make one outer step; return the mean loss of its tasks, the norm of the meta-gradient and how many tasks were left out."""
+        theta = self._theta()
+        estimate = self.estimator(self.optimizer, theta, self.tasks, self.horizon, self.estimator_state, self.generator)
+        norms = torch.stack([grad.flatten(1).square().sum(1) for grad in estimate.grads.values()]).sum(0).sqrt()
+        good = norms.isfinite() & estimate.losses.isfinite()
+        weights = good / good.sum().clamp(min=1)
+        if self.clip is not None:
+            weights = weights * (self.clip / norms.clamp(min=self.clip))
+        grads = {
+            name: torch.einsum("t,t...->...", weights.masked_fill(~good, 0), torch.where(_like(good, grad), grad, 0))
+            for name, grad in estimate.grads.items()
+        }
+        with torch.no_grad():
+            updates, self.outer_state = self.outer(grads, self.outer_state, theta, loss=estimate.losses[good].mean())
+            for name, value in apply_updates(theta, updates).items():
+                self.optimizer.get_parameter(name).copy_(value)
+        self.estimator_state = estimate.state
+        return {
+            "loss": estimate.losses[good].mean(),
+            "gradient norm": tree.norm(grads),
+            "tasks left out": (~good).sum(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next step depends on."""
+        return {
+            "theta": self.optimizer.state_dict(),
+            "outer": self.outer_state,
+            "estimator": self.estimator_state,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a state that `state_dict` returned."""
+        self.optimizer.load_state_dict(state["theta"])
+        self.outer_state, self.estimator_state = state["outer"], state["estimator"]
+        self.generator.set_state(state["generator"])
+
+    def _theta(self) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in self.optimizer.named_parameters() if value.requires_grad}
+
+
+def _like(mask: Tensor, tensor: Tensor) -> Tensor:
+    return mask.view(-1, *[1] * (tensor.ndim - 1))

@@ -1,0 +1,52 @@
+"""Running a step again exactly: what it depends on besides its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """The state of torch's random generators, and the autocast mode, at one moment.
+
+    Attributes:
+        random: state of the CPU's generator.
+        cuda: device index -> state of that device's generator.
+        autocast: device type -> arguments of `torch.autocast`.
+    """
+
+    random: Tensor
+    cuda: dict[int, Tensor]
+    autocast: dict[str, dict[str, Any]]
+
+    @classmethod
+    def now(cls, leaves: Iterable[Any]) -> Ambient:
+        """Return the present state, for the devices that the leaves are on."""
+        devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
+        return cls(
+            torch.get_rng_state(),
+            {device.index: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"},
+            {
+                kind: {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+                for kind in {device.type for device in devices}
+                if torch.amp.is_autocast_available(kind)
+            },
+        )
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """While entered, this state holds; afterwards the one before does."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(self.cuda))
+            for kind, mode in self.autocast.items():
+                stack.enter_context(torch.autocast(kind, **mode))
+            torch.set_rng_state(self.random)
+            for index, state in self.cuda.items():
+                torch.cuda.set_rng_state(state, index)
+            yield

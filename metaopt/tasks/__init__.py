@@ -1,0 +1,6 @@
+"""Ready task families on data that needs no download."""
+
+from metaopt.tasks.digits import DigitsMLP
+from metaopt.tasks.quadratics import Quadratics
+
+__all__ = ["DigitsMLP", "Quadratics"]

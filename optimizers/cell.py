@@ -1,0 +1,40 @@
+"""An LSTM cell on columns: features are rows, and every column is a sequence of its own."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class LSTMCell(nn.Module):
+    """[i; f; g; o] = W [x; h] + b;  c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o) tanh(c').
+
+    One matrix product for all n columns. Plain operations only, so it can be differentiated any number of times.
+
+    Args:
+        inputs: number of rows of x.
+        hidden: number of rows of h and c.
+        generator: draws W from U(-1/sqrt(hidden), 1/sqrt(hidden)); b starts at 0, with 1 for the forget gate.
+
+    Reference:
+        Hochreiter and Schmidhuber 1997; forget gate bias: Jozefowicz, Zaremba, Sutskever, ICML 2015.
+    """
+
+    def __init__(self, inputs: int, hidden: int, generator: torch.Generator):
+        super().__init__()
+        self.weight = uniform((4 * hidden, inputs + hidden), hidden, generator)
+        self.bias = nn.Parameter(torch.cat([torch.zeros(hidden), torch.ones(hidden), torch.zeros(2 * hidden)]))
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (h', c') for x [inputs, n], h and c [hidden, n]."""
+        gates = self.weight @ torch.cat([x, h]) + self.bias[:, None]
+        i, f, g, o = gates.chunk(4)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+
+def uniform(shape: tuple[int, ...], fan: int, generator: torch.Generator) -> nn.Parameter:
+    """Return a parameter drawn from U(-1/sqrt(fan), 1/sqrt(fan))."""
+    return nn.Parameter(torch.empty(shape).uniform_(-1 / math.sqrt(fan), 1 / math.sqrt(fan), generator=generator))

@@ -1,0 +1,38 @@
+"""Cosine decay."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from metaopt.hyperparameter import Value, set_hyperparameter
+from metaopt.schedule import Schedule
+
+
+class Cosine(Schedule):
+    """value_t = final + (initial - final) (1 + cos(pi t / steps)) / 2, and `final` from t = steps on.
+
+    Args:
+        initial: the value at step 0.
+        steps: length of the decay, in steps.
+        final: the value at its end.
+
+    Raises:
+        ValueError: `steps` is not positive.
+
+    Reference:
+        Loshchilov and Hutter, ICLR 2017, arXiv:1608.03983, equation 5 with one period.
+    """
+
+    def __init__(self, initial: Value, steps: int, *, final: Value = 0.0):
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"Cosine: `steps` must be a positive integer, got {steps}.")
+        set_hyperparameter(self, "initial", initial)
+        set_hyperparameter(self, "final", final)
+        self.steps = steps
+
+    def forward(self, state, *, step, loss, grads):
+        fraction = (step.to(grads[0].dtype) / self.steps).clamp(max=1)
+        return self.final + (self.initial - self.final) * (1 + torch.cos(math.pi * fraction)) / 2, state

@@ -1,0 +1,64 @@
+"""A learned schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from metaopt import tree
+from metaopt.schedule import Schedule
+from optimizers.cell import LSTMCell
+
+
+class LSTMSchedule(Schedule):
+    """log value_t = log value_{t-1} + max_change * tanh(readout . h_t), h_t = LSTM(loss_t, |grad_t|, t / steps).
+
+    The loss enters as sign(L) log(1 + |L|), the norm of the gradient as log(|g| + 1e-6) / 5. The readout starts at zero: untrained, it
+    is the constant `initial`, which is learned too. It observes, so the optimizer must be given `loss=`.
+
+    Args:
+        initial: the value at the start.
+        steps: the number of steps that makes the step fraction 1.
+        hidden_size: width of the LSTM.
+        max_change: bound on the change of log value in one step.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: an argument that is not positive.
+
+    Reference:
+        The controller of Xu, Dai, Kemp, Metz 2019, arXiv:1909.09712, section 3, trained through the inner loop instead of by
+        reinforcement learning.
+    """
+
+    def __init__(
+        self, initial: float = 0.1, steps: int = 100, *, hidden_size: int = 20, max_change: float = 0.2, seed: int = 0
+    ):
+        super().__init__()
+        for name, value in {"initial": initial, "steps": steps, "hidden_size": hidden_size, "max_change": max_change}.items():
+            if value <= 0:
+                raise ValueError(f"LSTMSchedule: `{name}` must be positive, got {value}.")
+        self.initial, self.steps, self.hidden_size, self.max_change, self.seed = initial, steps, hidden_size, max_change, seed
+        self.cell = LSTMCell(3, hidden_size, torch.Generator().manual_seed(seed))
+        self.log_initial = nn.Parameter(torch.tensor(math.log(initial)))
+        self.readout = nn.Parameter(torch.zeros(1, hidden_size))
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        zeros = self.readout.new_zeros(self.hidden_size, 1, device=like.device)
+        return {"h": zeros, "c": zeros, "change": self.readout.new_zeros((), device=like.device)}
+
+    def forward(self, state, *, step, loss, grads):
+        if loss is None:
+            raise ValueError("LSTMSchedule observes the loss, got None. Call `optimizer(grads, state, params, loss=loss)` or `step(closure)`.")
+        observed = torch.stack(
+            [
+                loss.sign() * loss.abs().log1p(),
+                (tree.norm(grads) + 1e-6).log() / 5,
+                step.to(loss.dtype) / self.steps,
+            ]
+        ).to(self.readout.dtype)
+        h, c = self.cell(observed[:, None], state["h"], state["c"])
+        change = state["change"] + self.max_change * torch.tanh(self.readout @ h)[0, 0]
+        return (self.log_initial + change).exp(), {"h": h, "c": c, "change": change}

@@ -1,0 +1,429 @@
+"""Model-agnostic meta-learning: an initialisation from which a few gradient steps learn a new task.
+
+scripts/maml.py sinusoid --compile
+scripts/maml.py omniglot --data ../shared/data/omniglot --ways 5 --shots 1
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import tyro
+from safetensors.torch import save_file
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import metaopt as mo
+from metaopt import tree
+from metaopt.functional import Params
+from metaopt.tasks.episode import Episode
+from metaopt.tasks.omniglot import CharacterTasks, conv4, read_omniglot, split_alphabets
+from metaopt.tasks.sinusoid import Sinusoids, sinusoid_mlp
+from metaopt.train import TensorBoardLogger, Trainer
+from optimizers import SGD
+
+Batch = tuple[Tensor, Tensor]
+Loss = Callable[[Params, Batch], Tensor]
+BLUE, RED, GREY = "#1f5fa8", "#c8442c", "#7a7a7a"
+VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002  # the same tasks whatever the training seed
+
+
+@dataclass(kw_only=True)
+class Config:
+    """What both experiments have."""
+
+    shots: int
+    """examples (of each class) to adapt on"""
+    queries: int
+    """examples (of each class) that judge the adapted network in training"""
+    test_queries: int
+    """examples (of each class) that judge the adapted network in the test"""
+    inner_lr: float
+    """step size of the adaptation"""
+    inner_steps: int = 1
+    """gradient steps of the adaptation in training"""
+    test_steps: tuple[int, ...]
+    """numbers of gradient steps after which the test looks"""
+    meta_batch: int
+    """tasks in a meta-gradient"""
+    max_steps: int
+    """meta-gradients"""
+    pretrain_steps: int
+    """gradients of the pretraining that MAML is compared with"""
+    lr: float = 1e-3
+    """step size of the outer Adam"""
+    first_order: bool = False
+    """hold inner gradients constant (FOMAML)"""
+    test_tasks: int = 600
+    """tasks in the test"""
+    seed: int = 0
+    """seed of the initialisation and of the training tasks"""
+    out: Path
+    """folder for weights, plot and TensorBoard events"""
+
+
+@dataclass(kw_only=True)
+class SinusoidConfig(Config):
+    """Regression of sine waves from a few points."""
+
+    shots: int = 10
+    queries: int = 10
+    test_queries: int = 100
+    inner_lr: float = 0.01
+    test_steps: tuple[int, ...] = (0, 1, 2, 3, 5, 10)
+    meta_batch: int = 25
+    max_steps: int = 40000
+    pretrain_steps: int = 10000
+    out: Path = Path("runs/maml-sinusoid")
+    compile: bool = False
+    """compile the meta-gradient; needs a C++ compiler"""
+
+
+@dataclass(kw_only=True)
+class OmniglotConfig(Config):
+    """N-way K-shot classification of characters from alphabets that training never saw."""
+
+    data: Path
+    """an official images_*.zip, or a folder that holds some"""
+    ways: int = 5
+    """classes of a task"""
+    shots: int = 1
+    queries: int = 5
+    test_queries: int = 15
+    inner_lr: float = 0.4
+    test_steps: tuple[int, ...] = (0, 1, 3, 10)
+    meta_batch: int = 8
+    max_steps: int = 3000
+    pretrain_steps: int = 1500
+    out: Path = Path("runs/maml-omniglot")
+    filters: int = 32
+    """channels of each of the four convolutions"""
+    test_alphabets: tuple[str, ...] = ()
+    """alphabets to hold out; by default the last two in five by name"""
+
+
+class MetaLearning:
+    """Descends the average of `task_loss` over sampled tasks with Adam."""
+
+    def __init__(
+        self, model: nn.Module, task_loss: Callable, sample: Callable[[torch.Generator], Any], config: Config, **batching: Any
+    ):
+        self.model, self.sample = model, sample
+        self.net = mo.functional(model)
+        self.meta_gradient = mo.meta_grad(task_loss, **batching)
+        self.outer = torch.optim.Adam(model.parameters(), lr=config.lr)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.losses: list[float] = []
+
+    def step(self) -> dict[str, float]:
+        grads, losses = self.meta_gradient(self.net.params, self.sample(self.generator))
+        mo.assign_grads(self.model, grads)
+        self.outer.step()
+        self.losses.append(losses.mean().item())
+        return {"query loss": self.losses[-1]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "outer": self.outer.state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.outer.load_state_dict(state["outer"])
+        self.generator.set_state(state["generator"])
+
+    def fit(self, name: str, steps: int, config: Config) -> None:
+        """Train, with events and weights in `config.out`."""
+        Trainer(self, max_steps=steps, logger=TensorBoardLogger(config.out / name), label=name).fit()
+        weights = {key: tensor.contiguous().clone() for key, tensor in self.model.state_dict().items()}
+        save_file(weights, config.out / f"{name}.safetensors", metadata={"config": json.dumps(asdict(config), default=str)})
+
+
+def maml_loss(loss: Loss, config: Config) -> Callable[[Params, Episode], Tensor]:
+    """Return L(w'; query), where w' is w after gradient steps on the support set."""
+    rule = mo.FirstOrder() if config.first_order else mo.Backprop()
+    optimizer = SGD(lr=config.inner_lr)
+
+    def task_loss(params: Params, task: Episode) -> Tensor:
+        adapted = mo.minimize(loss, optimizer, params, task.support, steps=config.inner_steps, differentiate=rule).params
+        return loss(adapted, task.query)
+
+    return task_loss
+
+
+@torch.no_grad()
+def adapt(loss: Loss, lr: float, steps: Sequence[int], params: Params, task: Episode) -> list[Params]:
+    """Return the parameters after each of these numbers of gradient steps on the support set."""
+    path = []
+    for done, wanted in zip((0, *steps), steps, strict=False):
+        if wanted > done:
+            params = mo.minimize(loss, SGD(lr=lr), params, task.support, steps=wanted - done).params
+        path.append(params)
+    return path
+
+
+def fine_tune(
+    curves: Callable[[float, Episode], Tensor],
+    rates: Sequence[float],
+    validation: Episode,
+    test: Episode,
+    *,
+    larger_is_better: bool,
+) -> tuple[Tensor, list[float]]:
+    """Return (scores [test tasks, steps] with the best learning rate of each number of steps on the validation tasks, these rates)."""
+    means = torch.stack([curves(rate, validation).mean(0) for rate in rates])
+    best = [rates[row] for row in (means if larger_is_better else -means).argmax(0).tolist()]
+    scores = {rate: curves(rate, test) for rate in set(best)}
+    return torch.stack([scores[rate][:, column] for column, rate in enumerate(best)], dim=1), best
+
+
+def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
+    """Train, test, and write everything into `config.out`; return squared errors [test tasks, steps] by method."""
+    torch.manual_seed(config.seed)
+    model, pretrained, waves = sinusoid_mlp(), sinusoid_mlp(), Sinusoids()
+    net = mo.functional(model)
+
+    def loss(params: Params, batch: Batch) -> Tensor:
+        x, y = batch
+        return F.mse_loss(net(params, x), y)
+
+    def curves(params: Params, lr: float, tasks: Episode) -> Tensor:
+        def one(task: Episode) -> Tensor:
+            return torch.stack([loss(adapted, task.query) for adapted in adapt(loss, lr, config.test_steps, params, task)])
+
+        return torch.func.vmap(one)(tasks)
+
+    sample = partial(waves.sample, tasks=config.meta_batch, shots=config.shots, queries=config.queries)
+    MetaLearning(model, maml_loss(loss, config), sample, config, compile=config.compile).fit("maml", config.max_steps, config)
+
+    def joint(params: Params, task: Episode) -> Tensor:
+        return loss(params, task.query)
+
+    MetaLearning(pretrained, joint, sample, config, compile=config.compile).fit("pretrained", config.pretrain_steps, config)
+    draw = partial(waves.sample, tasks=config.test_tasks, shots=config.shots, queries=config.test_queries)
+    validation, test = (draw(torch.Generator().manual_seed(seed)) for seed in (VALIDATION_SEED, TEST_SEED))
+    start = mo.functional(pretrained).params
+    rates = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+    fine_tuned, best = fine_tune(partial(curves, start), rates, validation, test, larger_is_better=False)
+    scores = {"MAML": curves(net.params, config.inner_lr, test), "pretrained, fine-tuned": fine_tuned}
+    report("mean squared error", scores, config, best)
+    plot_sinusoid(scores, net, loss, {"MAML": (net.params, config.inner_lr), "pretrained": (start, best[-1])}, test, config)
+    return scores
+
+
+def run_omniglot(config: OmniglotConfig) -> dict[str, Tensor]:
+    """Train, test, and write everything into `config.out`; return accuracies [test tasks, steps] by method."""
+    torch.manual_seed(config.seed)
+    seen, unseen = split_alphabets(read_omniglot(config.data), config.test_alphabets)
+    train, validate_on, test_on = CharacterTasks(seen, rotations=True), CharacterTasks(seen), CharacterTasks(unseen)
+    print(f"training on {train.characters} characters of {', '.join(seen)}; test on {test_on.characters} of {', '.join(unseen)}")
+    counts = {"ways": config.ways, "shots": config.shots, "queries": config.test_queries}
+    validation = validate_on.sample(torch.Generator().manual_seed(VALIDATION_SEED), 40, **counts)
+    test = test_on.sample(torch.Generator().manual_seed(TEST_SEED), config.test_tasks, **counts)
+    model = conv4(config.ways, config.filters)
+    net = mo.functional(model)
+    untrained = tree.map(lambda tensor: tensor.detach().clone(), net.params)
+
+    def loss(params: Params, batch: Batch) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(net(params, images), labels)
+
+    def curves(params: Params, lr: float, tasks: Episode) -> Tensor:
+        def one(task: Episode) -> Tensor:
+            images, labels = task.query
+            return torch.stack(
+                [accuracy(net(adapted, images), labels) for adapted in adapt(loss, lr, config.test_steps, params, task)]
+            )
+
+        with torch.no_grad():
+            return torch.stack([one(task) for task in each(tasks, "adapting")])
+
+    sample = partial(train.sample, tasks=config.meta_batch, ways=config.ways, shots=config.shots, queries=config.queries)
+    training = MetaLearning(model, maml_loss(loss, config), sample, config, chunk_size=1)
+    training.fit("maml", config.max_steps, config)
+    fine_tuned, best = fine_tune(partial(curves, untrained), (0.03, 0.1, 0.3, 1.0, 3.0), validation, test, larger_is_better=True)
+    scores = {"MAML": curves(net.params, config.inner_lr, test), "random initialisation, fine-tuned": fine_tuned}
+    scores["pretrained features, nearest centroid"] = nearest_centroid(train, test, config)
+    report("accuracy", scores, config, best)
+    plot_omniglot(scores, net, loss, training.losses, test, list(unseen), config)
+    return scores
+
+
+def nearest_centroid(train: CharacterTasks, test: Episode, config: OmniglotConfig) -> Tensor:
+    """Return accuracies [test tasks, 1] by the nearest class mean, with features trained to tell all training characters apart."""
+    model = conv4(len(train.classes), config.filters)
+    net = mo.functional(model)
+
+    def loss(params: Params, batch: Batch) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(net(params, images), labels)
+
+    def sample(generator: torch.Generator) -> Batch:
+        images, labels = train.batch(generator, 64)
+        return images[None], labels[None]  # one task without an inner loop
+
+    MetaLearning(model, loss, sample, config, chunk_size=1).fit("pretrained", config.pretrain_steps, config)
+    features = nn.Sequential(*list(model)[:-1])
+
+    def one(task: Episode) -> Tensor:
+        support, query = F.normalize(features(task.support[0])), F.normalize(features(task.query[0]))
+        centroids = torch.stack([support[task.support[1] == label].mean(0) for label in range(config.ways)])
+        return accuracy(-torch.cdist(query, centroids), task.query[1])
+
+    with torch.no_grad():
+        return torch.stack([one(task) for task in each(test, "classifying")])[:, None]
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the share of rows whose largest entry is at the label."""
+    return (logits.argmax(-1) == labels).float().mean()
+
+
+def each(tasks: Episode, label: str) -> Iterator[Episode]:
+    """Yield the tasks one by one under a progress bar."""
+    for index in tqdm(range(len(tree.leaves(tasks)[0])), desc=label, mininterval=0.5, leave=False):
+        yield tree.index(tasks, index)
+
+
+def mean_and_margin(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean over tasks, the first axis, and half the width of its 95 % interval."""
+    return scores.mean(0), 1.96 * scores.std(0) / math.sqrt(len(scores))
+
+
+def report(what: str, scores: dict[str, Tensor], config: Config, rates: list[float]) -> None:
+    """Print the table, and write it into `config.out`."""
+    rows = [
+        [name, *(f"{mean:.3f} ± {margin:.3f}" for mean, margin in zip(*mean_and_margin(s), strict=True))]
+        for name, s in scores.items()
+    ]
+    table = tabulate(rows, headers=[f"gradient steps (inner lr {config.inner_lr})", *config.test_steps], tablefmt="github")
+    text = (
+        f"{what} on {config.test_tasks} new tasks, mean ± 95 % interval\n\n{table}\n\n"
+        f"Fine-tuning has the learning rate that was best on other tasks for each number of steps: {rates}."
+    )
+    print(f"\n{text}")
+    (config.out / "report.md").write_text(text + "\n")
+
+
+def plot_curves(axes: plt.Axes, scores: dict[str, Tensor], config: Config) -> None:
+    """Draw the scores over the number of gradient steps, with 95 % intervals."""
+    for (name, score), color in zip(scores.items(), (BLUE, RED, GREY), strict=False):
+        mean, margin = mean_and_margin(score)
+        if len(mean) == 1:  # no gradient steps
+            axes.axhspan((mean - margin).item(), (mean + margin).item(), color=color, alpha=0.25, lw=0)
+            axes.axhline(mean.item(), color=color, ls="--", lw=1.2, label=name)
+        else:
+            axes.fill_between(config.test_steps, mean - margin, mean + margin, color=color, alpha=0.25, lw=0)
+            axes.plot(config.test_steps, mean, "o-", color=color, ms=4, label=name)
+    axes.set_xlabel("gradient steps on the support set")
+    axes.grid(alpha=0.25)
+
+
+def plot_sinusoid(
+    scores: dict[str, Tensor],
+    net: mo.Functional,
+    loss: Loss,
+    starts: dict[str, tuple[Params, float]],
+    test: Episode,
+    config: Config,
+) -> None:
+    """Draw how both networks adapt to two of the test waves, and the error over the number of steps."""
+    layout = [["MAML 0", "pretrained 0", "error"], ["MAML 1", "pretrained 1", "error"]]
+    figure, axes = plt.subplot_mosaic(layout, figsize=(13, 6.4), width_ratios=[1, 1, 1.15], layout="constrained")
+    last = config.test_steps[-1]
+    for index in range(2):
+        task = tree.index(test, index)
+        order = task.query[0].flatten().argsort()
+        x = task.query[0][order]
+        for name, (params, lr) in starts.items():
+            panel = axes[f"{name} {index}"]
+            panel.plot(x, task.query[1][order], color="black", lw=1, label="the wave")
+            panel.plot(*task.support, "^", color="black", ms=6, label=f"{config.shots} points to adapt on")
+            styles = [(":", 1.4, "before"), ("--", 1.4, "1 step"), ("-", 2.0, f"{last} steps")]
+            for (style, width, label), adapted in zip(styles, adapt(loss, lr, (0, 1, last), params, task), strict=True):
+                panel.plot(x, net(adapted, x).detach(), style, lw=width, color=BLUE if name == "MAML" else RED, label=label)
+            panel.set(xlim=(-5, 5), ylim=(-5.6, 5.6), xlabel="x", ylabel="y", title=f"{name}, step size {lr:g}")
+            panel.grid(alpha=0.25)
+    axes["MAML 0"].legend(fontsize=8, loc="lower left", ncols=2)
+    plot_curves(axes["error"], scores, config)
+    axes["error"].set(yscale="log", ylabel="mean squared error", title=f"Error on {config.test_tasks} new waves (95 % intervals)")
+    axes["error"].legend()
+    figure.suptitle(f"Meta-learned and pretrained initialisations adapting to new sine waves from {config.shots} points")
+    figure.savefig(config.out / "maml.png", dpi=130)
+    plt.close(figure)
+
+
+def plot_omniglot(
+    scores: dict[str, Tensor],
+    net: mo.Functional,
+    loss: Loss,
+    losses: list[float],
+    test: Episode,
+    unseen: list[str],
+    config: OmniglotConfig,
+) -> None:
+    """Draw a test task with the answers, the accuracy over the number of steps, and the training curve."""
+    figure, axes = plt.subplot_mosaic([["task", "accuracy", "training"]], figsize=(15, 4.8), layout="constrained")
+    task = tree.index(test, 0)
+    (images, labels), (queries, answers) = task
+    (params,) = adapt(loss, config.inner_lr, config.test_steps[-1:], net.params, task)
+    right = net(params, queries).argmax(-1) == answers
+    rows = min(config.ways, 10)
+    for row in range(rows):
+        line = [(images[labels == row][0], "black"), *zip(queries[answers == row][:6], right[answers == row][:6], strict=True)]
+        for column, (image, mark) in enumerate(line):
+            ink = image[0, :, :, None] * (
+                1 - torch.tensor(matplotlib.colors.to_rgb("black" if column == 0 else BLUE if mark else RED))
+            )
+            left = column + (0.35 if column else 0)
+            axes["task"].imshow(1 - ink, extent=(left, left + 0.94, row + 0.94, row), interpolation="nearest")
+    axes["task"].axvline(1.14, color=GREY, lw=1)
+    axes["task"].set(
+        xlim=(0, 7.35), ylim=(rows, 0), xticks=[0.47, 4.3], xticklabels=["given", "to classify: blue right, red wrong"], yticks=[]
+    )
+    axes["task"].set_title(f"A new task: {right.sum()} of {len(right)} right")
+    plot_curves(axes["accuracy"], scores, config)
+    axes["accuracy"].axhline(1 / config.ways, color="black", ls=":", lw=1, label="chance")
+    axes["accuracy"].set(ylabel="accuracy", ylim=(0, 1), title=f"Accuracy on {config.test_tasks} new tasks (95 % intervals)")
+    axes["accuracy"].legend(loc="lower right", fontsize=9)
+    width = min(100, len(losses))
+    smooth = torch.tensor(losses).unfold(0, width, 1).mean(-1)
+    axes["training"].plot(range(1, len(losses) + 1), losses, color=BLUE, alpha=0.2, lw=0.6, label="meta-batch")
+    axes["training"].plot(range(width, len(losses) + 1), smooth, color=BLUE, label=f"mean of {width}")
+    axes["training"].set(
+        xlabel="meta-gradient", ylabel="query loss after adaptation [nats]", title="Training tasks", ylim=(0, None)
+    )
+    axes["training"].legend()
+    axes["training"].grid(alpha=0.25)
+    figure.suptitle(f"Omniglot, {config.ways}-way {config.shots}-shot, on alphabets never seen in training: {', '.join(unseen)}")
+    figure.savefig(config.out / "maml.png", dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    config = tyro.cli(
+        Annotated[SinusoidConfig, tyro.conf.subcommand("sinusoid")] | Annotated[OmniglotConfig, tyro.conf.subcommand("omniglot")],
+        description=__doc__,
+    )
+    config.out.mkdir(parents=True, exist_ok=True)
+    if isinstance(config, SinusoidConfig):
+        run_sinusoid(config)
+    else:
+        run_omniglot(config)
+    print(f"plot, weights and events are in {config.out}")
+
+
+if __name__ == "__main__":
+    main()

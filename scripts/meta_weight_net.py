@@ -1,0 +1,293 @@
+"""Learning from damaged data: plain training, clean data only, meta-weight-net and an oracle on the handwritten digits.
+
+    python scripts/meta_weight_net.py --noise 0.4                      # 40 % of the labels are wrong
+    python scripts/meta_weight_net.py --noise 0 --imbalance 50         # ten classes, the rarest 50 times rarer than the largest
+
+Every method makes SGD steps with momentum on minibatches; they differ in where these come from and how they are weighted:
+
+- plain: the damaged training set, as it is;
+- clean only: the 100 clean, balanced examples (10 of each class);
+- meta-weight-net: the damaged set, example i weighted by V(loss_i; theta); theta is learned so that one step of the learner
+  lowers the loss on the 100 clean examples (Shu et al. 2019, arXiv:1902.07379, equations 3 to 5);
+- oracle: the damaged set with the best weights there are: wrong labels never drawn, the classes drawn equally often.
+
+The learning rate and the number of steps are chosen for each method and seed from one grid, by the accuracy on the clean examples
+(ties by the loss); clean only is chosen by 5-fold cross-validation within them, then trained on all 100. All seeds, rates and
+folds train side by side under `vmap`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib
+import tabulate
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.func import grad, vmap
+from tqdm import tqdm
+
+import metaopt as mo
+from metaopt import tree
+from metaopt.tasks.corruption import flip_labels, long_tail, stratified_split
+from metaopt.tasks.digits import digits
+from metaopt.train import TensorBoardLogger
+from metaopt.tree import Tree
+from optimizers import SGD, Adam
+
+CLASSES, CLEAN, TRAIN, FOLDS, MOMENTUM = 10, 10, 100, 5, 0.9  # CLEAN and TRAIN: examples of each class
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compare ways to learn from damaged labels."""
+
+    noise: float = 0.4
+    """Share of wrong labels, in [0, 1)."""
+    imbalance: float = 1.0
+    """Size of the largest class over that of the smallest, 1 to 100; sizes fall exponentially."""
+    hidden: int = 100
+    """Width of the learner, a 64-hidden-10 perceptron."""
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    """Grid of learning rates, for every method."""
+    lengths: tuple[int, ...] = (25, 50, 100, 200, 400, 800, 1600)
+    """Grid of numbers of steps, rising; the last is the long training."""
+    batch_size: int = 50
+    """Examples in a minibatch."""
+    weight_lr: float = 1e-2
+    """Adam's learning rate for the weight net."""
+    weight_input: Literal["loss", "loss and class"] = "loss"
+    """What the weight net sees of an example: its loss, as in the paper, or also its label."""
+    seeds: int = 5
+    """Random splits, damages and initialisations."""
+    seed: int = 0
+    """The first of them."""
+    out: Path = Path("runs/meta_weight_net")
+    """Folder for the plot and the TensorBoard events."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rates", "lengths"):
+            values = getattr(self, name)
+            if not values or min(values) <= 0 or sorted(set(values)) != list(values):
+                raise ValueError(f"`{name}` must be positive and rising, got {values}.")
+        if self.seeds < 2:
+            raise ValueError(f"`seeds` must be at least 2, got {self.seeds}. One seed has no standard error.")
+
+
+METHODS = ("plain", "clean only", "meta-weight-net", "oracle")
+
+
+class Data(NamedTuple):
+    """One seed's split, or a stack of them. The pool is the damaged training set, then the clean examples, of which
+    there are CLEAN x CLASSES."""
+
+    images: Tensor  # [pool, 64]
+    labels: Tensor  # [pool], as given
+    wrong: Tensor  # [pool], whether the label is
+    ideal: Tensor  # [pool], the oracle's probability of drawing the example
+    test_images: Tensor  # [test, 64]
+    test_labels: Tensor  # [test]
+
+    def clean(self) -> tuple[Tensor, Tensor]:
+        """Return the clean examples."""
+        return self.images[..., -CLEAN * CLASSES :, :], self.labels[..., -CLEAN * CLASSES :]
+
+
+def damaged_digits(config: Config, seed: int) -> Data:
+    """Split the digits afresh into clean, training and test, and damage the training set: first its classes, then its labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images, truth = digits()
+    clean, train, test = stratified_split(truth, (CLEAN, TRAIN), generator)
+    train = train[long_tail(truth[train], config.imbalance, generator)]
+    given = flip_labels(truth[train], config.noise, CLASSES, generator)
+    pool = torch.cat([train, clean])
+    labels = torch.cat([given, truth[clean]])
+    right = given == truth[train]
+    counts = torch.bincount(given[right], minlength=CLASSES)
+    ideal = F.pad(right / counts[given].clamp(min=1), (0, len(clean)))
+    return Data(images[pool], labels, labels != truth[pool], ideal / ideal.sum(), images[test], truth[test])
+
+
+def sampling(method: str, data: Data) -> Tensor:
+    """Return the probability of drawing each example of the pool, [seeds, trainings, pool].
+
+    There is one training, but for "clean only", where training k = 0 ... FOLDS - 1 leaves out fold k and the last one nothing.
+    """
+    seeds, pool = data.labels.shape
+    clean = torch.arange(pool) - (pool - CLEAN * CLASSES)
+    if method == "clean only":
+        fold = torch.arange(FOLDS + 1)[:, None]  # the clean examples are grouped by class: every fold is balanced
+        drawn = (clean >= 0) & (clean % FOLDS != fold)
+    else:
+        drawn = (clean < 0)[None]
+    uniform = (drawn / drawn.sum(-1, keepdim=True)).expand(seeds, *drawn.shape)
+    return data.ideal[:, None] if method == "oracle" else uniform
+
+
+class Learner:
+    """The learner's step: SGD with momentum on the mean cross-entropy of a minibatch. The state is a dict of trees."""
+
+    def __init__(self, net: mo.Functional):
+        self.net = net
+
+    def start(self, params: Tree) -> Tree:
+        """Return the state before the first step."""
+        return {"params": params, "opt_state": SGD(1.0, MOMENTUM).init(params)}
+
+    def loss(self, params: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the mean cross-entropy."""
+        return F.cross_entropy(self.net(params, batch[0]), batch[1])
+
+    def step(self, state: Tree, lr: Tensor, batch: tuple[Tensor, Tensor], clean: tuple[Tensor, Tensor]) -> Tree:
+        """Return the next state; this learner does not look at the clean examples."""
+        out = mo.minimize(self.loss, SGD(lr, MOMENTUM), state["params"], batch, steps=1, opt_state=state["opt_state"])
+        return {"params": out.params, "opt_state": out.opt_state}
+
+
+class MetaWeightNet(Learner):
+    """A learner whose minibatch loss is mean_i V(l_i; theta) l_i, with theta learned on the way.
+
+    Where the paper looks ahead with a plain gradient step, we look ahead with the learner's own optimizer and its state: the
+    step that the learner is going to make.
+
+    Args:
+        net: the learner.
+        weight_net: V, from [n, 1] (losses) or [n, 1 + CLASSES] (losses and one-hot labels) to weights [n, 1] in (0, 1).
+        optimizer: for theta.
+
+    Reference:
+        Shu et al. 2019, arXiv:1902.07379, algorithm 1.
+    """
+
+    def __init__(self, net: mo.Functional, weight_net: mo.Functional, optimizer: mo.Optimizer):
+        super().__init__(net)
+        self.weight_net, self.optimizer = weight_net, optimizer
+        self.sees_class = next(iter(weight_net.params.values())).shape[1] > 1
+
+    def start(self, params: Tree) -> Tree:
+        weights = self.weight_net.params
+        return super().start(params) | {"weights": weights, "weights_opt_state": self.optimizer.init(weights)}
+
+    def weigh(self, weights: Tree, losses: Tensor, labels: Tensor) -> Tensor:
+        """Return V(losses; theta), [n]; the losses count as constants."""
+        seen = losses.detach()[:, None]
+        if self.sees_class:
+            seen = torch.cat([seen, torch.eye(CLASSES, dtype=seen.dtype)[labels]], dim=1)
+        return self.weight_net(weights, seen).squeeze(1)
+
+    def weighted_loss(self, params: Tree, batch: tuple[Tensor, Tensor], weights: Tree) -> Tensor:
+        """Return mean_i V(l_i; theta) l_i."""
+        losses = F.cross_entropy(self.net(params, batch[0]), batch[1], reduction="none")
+        return (self.weigh(weights, losses, batch[1]) * losses).mean()
+
+    def ahead(self, weights: Tree, state: Tree, lr: Tensor, batch: tuple[Tensor, Tensor]) -> mo.Minimized:
+        """Make the step that the learner would make with these weights."""
+        opt_state = state["opt_state"]
+        return mo.minimize(self.weighted_loss, SGD(lr, MOMENTUM), state["params"], batch, steps=1, meta=weights, opt_state=opt_state)
+
+    def meta_loss(self, weights: Tree, state: Tree, lr: Tensor, batch: tuple[Tensor, Tensor], clean: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the loss on the clean examples after that step."""
+        return self.loss(self.ahead(weights, state, lr, batch).params, clean)
+
+    def step(self, state: Tree, lr: Tensor, batch: tuple[Tensor, Tensor], clean: tuple[Tensor, Tensor]) -> Tree:
+        """Improve the weight net, then make the learner's step with the new weights."""
+        hypergradient = grad(self.meta_loss)(state["weights"], state, lr, batch, clean)
+        updates, weights_opt_state = self.optimizer(hypergradient, state["weights_opt_state"], state["weights"])
+        weights = mo.apply_updates(state["weights"], updates)
+        out = self.ahead(weights, state, lr, batch)
+        return {"params": out.params, "opt_state": out.opt_state, "weights": weights, "weights_opt_state": weights_opt_state}
+
+
+class Result(NamedTuple):
+    """What a method's trainings give on the grid."""
+
+    test_accuracy: Tensor  # [seeds, rates, lengths]
+    score: Tensor  # [seeds, rates, lengths]: correct clean examples, plus a fraction for their loss that breaks ties
+    states: list[Tree]  # for each length, leaves [seeds, rates, ...]
+
+    def choose(self, *, longest: bool) -> Tensor:
+        """Return the index of the best score on the grid of each seed, [seeds, 2]: rate, length; `longest` fixes the length."""
+        rates, lengths = self.score.shape[1:]
+        score = self.score.clone()
+        score[:, :, : lengths - 1 if longest else 0] = -torch.inf
+        return torch.stack(torch.unravel_index(score.flatten(1).argmax(1), (rates, lengths)), 1)
+
+    def chosen(self, *, longest: bool) -> Tensor:
+        """Return the test accuracy of the choice, [seeds]."""
+        rate, length = self.choose(longest=longest).T
+        return self.test_accuracy[torch.arange(len(rate)), rate, length]
+
+
+def train(method: str, config: Config, data: Data, logger: TensorBoardLogger) -> Result:
+    """Train one method on every seed, learning rate and fold at once, and judge it at every length.
+
+    Methods see the same minibatches if they draw from the same examples.
+    """
+    learner, starts = make_learner(method, config)
+    probabilities = sampling(method, data)
+    seeds, trainings, pool = probabilities.shape
+    grid = (seeds, len(config.learning_rates), trainings)
+
+    def per_run(leaf: Tensor) -> Tensor:  # [seeds, ...] -> [runs, ...]
+        return leaf[:, None, None].expand(*grid, *leaf.shape[1:]).flatten(0, 2)
+
+    images, labels, *_, test_images, test_labels = tree.map(per_run, tuple(data))
+    clean = tree.map(per_run, data.clean())
+    state = tree.map(per_run, starts)
+    rates = torch.tensor(config.learning_rates)[:, None].expand(grid).flatten()
+    runs = torch.arange(len(rates))[:, None]
+    step, forward = vmap(learner.step), vmap(learner.net)
+    generator = torch.Generator().manual_seed(config.seed)
+
+    accuracies, scores, states = [], [], []
+    for length in tqdm(range(1, config.lengths[-1] + 1), desc=method, mininterval=0.5):
+        drawn = torch.multinomial(probabilities.flatten(0, 1), config.batch_size, replacement=True, generator=generator)
+        index = drawn.view(seeds, 1, trainings, -1).expand(*grid, -1).flatten(0, 2)
+        state = step(state, rates, (images[runs, index], labels[runs, index]), clean)
+        if length in config.lengths:
+            last = tree.map(lambda leaf: leaf.unflatten(0, grid)[:, :, -1], state)
+            logits = vmap(vmap(learner.net))(last["params"], test_images.unflatten(0, grid)[:, :, -1])
+            accuracy = (logits.argmax(-1) == data.test_labels[:, None]).float().mean(-1)
+            accuracies.append(accuracy)
+            scores.append(score(forward(state["params"], clean[0]).unflatten(0, grid), data))
+            states.append(last)
+            logger.log(length, {f"{method}/rate {rate:g}": a for rate, a in zip(config.learning_rates, accuracy.mean(0).tolist())})
+    return Result(torch.stack(accuracies, -1), torch.stack(scores, -1), states)
+
+
+def make_learner(method: str, config: Config) -> tuple[Learner, Tree]:
+    """Return the method's learner, and for every seed a state before the first step; methods start from the same networks."""
+    classes = CLASSES if config.weight_input == "loss and class" else 0
+    starts = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        torch.manual_seed(seed)
+        net = mo.functional(nn.Sequential(nn.Linear(64, config.hidden), nn.ReLU(), nn.Linear(config.hidden, CLASSES)))
+        weight_net = mo.functional(nn.Sequential(nn.Linear(1 + classes, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid()))
+        learner = MetaWeightNet(net, weight_net, Adam(config.weight_lr)) if method == "meta-weight-net" else Learner(net)
+        starts.append(tree.map(torch.Tensor.detach, learner.start(net.params)))
+    return learner, tree.stack(starts)
+
+
+def score(logits: Tensor, data: Data) -> Tensor:
+    """Return how many clean examples are right, plus exp(-their mean loss) to break ties, [seeds, rates].
+
+    Args:
+        logits: [seeds, rates, trainings, clean examples, classes]. With one training all examples count; with FOLDS + 1
+            training k is judged on fold k, which it has not seen, and the last one not at all.
+        data: the splits.
+    """
+    labels = data.clean()[1][:, None, None].expand(logits.shape[:-1])
+    losses = F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
+    right = (logits.argmax(-1) == labels).float()
+    if logits.shape[2] == FOLDS + 1:
+        left_out = torch.arange(labels.shape[-1]) % FOLDS == torch.arange(FOLDS + 1)[:, None]
+    else:
+        left_out = torch.ones(logits.shape[2:4], dtype=torch.bool)
+    right, losses = right[..., left_out], losses[..., left_out]
+    return right.sum(-1) + torch.nan_to_num(torch.exp(-losses.mean(-1)), nan=0.0)

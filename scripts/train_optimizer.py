@@ -1,0 +1,94 @@
+"""Train a learned optimizer and save its weights.
+
+    python scripts/train_optimizer.py --optimizer lstm --task quadratics
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+import metaopt as mo
+from metaopt.meta_training.evaluate import VALIDATION_SEED
+from optimizers import Adam, Cosine, LSTMOptimizer, MLPOptimizer
+
+OPTIMIZERS = {"mlp": MLPOptimizer, "lstm": LSTMOptimizer}
+# Each task with the number of steps of an episode.
+TASKS = {
+    "digits": (mo.tasks.DigitsMLP(hidden=(32,)), 50),
+    "digits-deep": (mo.tasks.DigitsMLP(hidden=(64, 32)), 100),
+    "quadratics": (mo.tasks.Quadratics(dimension=10), 100),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a learned optimizer by backpropagation through its own unrolled training runs."""
+
+    optimizer: Literal["mlp", "lstm"] = "mlp"
+    """Per-parameter MLP, or coordinatewise LSTM."""
+    task: Literal["digits", "digits-deep", "quadratics"] = "digits"
+    """What it is trained on."""
+    horizon: int | None = None
+    """Inner steps per episode; by default the task's own."""
+    window: int | None = None
+    """Truncate backpropagation to windows of so many steps; by default whole episodes."""
+    second_order: bool = False
+    """Differentiate through the inner gradients too."""
+    batch: int = 8
+    """Episodes per outer step."""
+    hidden_size: int | None = None
+    """Width of the learned optimizer; by default its own."""
+    steps: int = 140
+    """Outer steps."""
+    outer_lr: float = 0.01
+    """Learning rate of the outer Adam, with cosine decay to a tenth."""
+    validate_every: int = 20
+    """Outer steps between validations; the weights that validate best are kept."""
+    seed: int = 0
+    """Of the initial weights and of the training tasks."""
+    threads: int = 1
+    """Threads for torch; these networks are too small for more to help."""
+    out: Path = Path("runs/optimizer")
+    """Folder for the weights, the configuration and TensorBoard events."""
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(config.threads)
+    family, horizon = TASKS[config.task]
+    horizon = config.horizon or horizon
+    width = {} if config.hidden_size is None else {"hidden_size": config.hidden_size}
+    optimizer = OPTIMIZERS[config.optimizer](**width, seed=config.seed)
+    rule = mo.Backprop() if config.second_order else mo.FirstOrder()
+    estimator = mo.FullUnroll(config.batch, rule) if config.window is None else mo.TruncatedBackprop(config.window, config.batch, rule)
+    outer = Adam(lr=Cosine(config.outer_lr, config.steps, final=config.outer_lr / 10))
+    training = mo.MetaTraining(optimizer, family, estimator=estimator, outer=outer, horizon=horizon, seed=config.seed)
+
+    def validate() -> float:
+        return mo.evaluate({"": optimizer}, family, horizon=horizon, seeds=32, seed=VALIDATION_SEED).mean("")
+
+    weights = sum(p.numel() for p in optimizer.parameters())
+    print(f"Training a {type(optimizer).__name__} with {weights} weights on {config.task}, episodes of {horizon} steps.")
+    started = time.perf_counter()
+    trainer = mo.Trainer(
+        training,
+        max_steps=config.steps,
+        logger=mo.TensorBoardLogger(config.out),
+        validate=validate,
+        validate_every=config.validate_every,
+    )
+    trainer.fit()
+    optimizer.save(config.out / "weights.safetensors")
+    (config.out / "config.json").write_text(json.dumps(asdict(config), default=str, indent=2))
+    print(f"Trained for {time.perf_counter() - started:.0f} s; mean validation loss {trainer.best:.4f} at step {trainer.best_step}.")
+    print(f"Weights: {config.out / 'weights.safetensors'}   Curves: tensorboard --logdir {config.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

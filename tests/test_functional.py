@@ -1,0 +1,259 @@
+"""`functional`: a module as a function, and the module as it was."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from problems import assert_close
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+import metaopt as mo
+from metaopt import tree
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Tied(nn.Module):
+    """One matrix used twice, one frozen vector, one module that stands in two containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.out = nn.Linear(3, 5, bias=False)
+        self.out.weight = self.embed.weight
+        self.shift = nn.Parameter(torch.randn(3), requires_grad=False)
+        shared = nn.Linear(3, 3)
+        self.layers = nn.ModuleList([shared, nn.Tanh(), shared])
+        self.by_name = nn.ModuleDict({"again": shared})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens) + self.shift
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.out(self.by_name["again"](hidden))
+
+
+def snapshot(model: nn.Module) -> tuple:
+    """Everything a module holds: the identity and the bits of its tensors, and its modes."""
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    return (
+        {name: (id(tensor), tensor.detach().clone().tolist(), tensor.requires_grad, tensor._version) for name, tensor in tensors.items()},
+        {name: module.training for name, module in model.named_modules()},
+    )
+
+
+def test_it_computes_what_the_module_computes() -> None:
+    model, tokens = Tied(), torch.tensor([[0, 3], [4, 1]])
+    net = mo.functional(model)
+    assert_close(net(net.params, tokens), model(tokens), 1e-15)
+    other = Tied()
+    own = {name: other.get_parameter(name) for name in net.params}
+    other.shift.data = model.shift.data  # a constant inside `net`
+    assert_close(net(own, tokens), other(tokens), 1e-15)
+
+
+def test_tied_weights_stand_once_and_frozen_ones_not_at_all() -> None:
+    model = Tied()
+    net = mo.functional(model)
+    assert list(net.params) == ["embed.weight", "layers.0.weight", "layers.0.bias"]
+    assert net.params["embed.weight"] is model.out.weight
+
+
+def test_the_gradient_of_a_tied_weight_is_the_sum_over_its_uses() -> None:
+    model, tokens = Tied(), torch.tensor([[0, 3], [4, 1]])
+    net = mo.functional(model)
+    found = grad(lambda params: net(params, tokens).square().sum())(tree.map(torch.Tensor.detach, net.params))
+    model(tokens).square().sum().backward()
+    assert_close(found, {name: parameter.grad for name, parameter in net.params.items()}, 1e-12)
+
+
+def test_params_are_live_and_backward_fills_grad() -> None:
+    model = nn.Linear(2, 1)
+    net = mo.functional(model)
+    net(net.params, torch.ones(1, 2)).sum().backward()
+    assert_close(model.weight.grad, torch.ones(1, 2), 0)
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert_close(net(net.params, torch.zeros(1, 2))[0], model.bias, 0)
+
+
+def test_a_module_in_several_places_is_restored() -> None:
+    """`functional_call` given both names of one module would swap it twice and put the wrong tensor back."""
+    model = Tied()
+    before, net = snapshot(model), mo.functional(model)
+    net({name: torch.randn_like(p) for name, p in net.params.items()}, torch.tensor([1, 2]))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_module_is_never_changed(training: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.3), nn.Flatten(), nn.BatchNorm1d(8, momentum=None)).train(training)
+    net, x = mo.functional(model), torch.randn(4, 1, 4, 4)
+    before = snapshot(model)
+    params = {name: torch.randn_like(p) for name, p in net.params.items()}
+    net(params, x)
+    _, buffers = net.with_buffers(params, net.buffers, x)
+    vmap(lambda x: net(params, x), randomness="different")(x[:, None].expand(4, 4, 1, 4, 4))
+    assert snapshot(model) == before
+    assert (buffers["1.num_batches_tracked"] == 1) == training
+
+
+def test_an_exception_inside_forward_leaves_the_module_whole() -> None:
+    """Trap 15: a patched forward that fails must not leave the other weights behind."""
+
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.linear(self.norm(x))
+            raise RuntimeError("in the middle")
+
+    model = Failing()
+    net = mo.functional(model)
+    before = snapshot(model)
+    params = {name: torch.zeros_like(p) for name, p in net.params.items()}
+    for call in (lambda: net(params, torch.randn(4, 3)), lambda: net.with_buffers(params, net.buffers, torch.randn(4, 3))):
+        with pytest.raises(RuntimeError, match="in the middle"):
+            call()
+        assert snapshot(model) == before
+
+
+def test_with_buffers_returns_the_running_statistics_of_the_module_itself() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, momentum=0.3))
+    net, reference = mo.functional(model), copy.deepcopy(model)
+    buffers = net.buffers
+    for x in torch.randn(3, 5, 3):
+        y, buffers = net.with_buffers(net.params, buffers, x)
+        assert_close(y, reference(x), 1e-14)
+    assert_close(buffers, dict(reference.named_buffers()), 1e-14)
+    assert_close(model[1].running_mean, torch.zeros(2), 0)
+    reference.eval()
+    model.eval()
+    y, after = net.with_buffers(net.params, buffers, x)
+    assert_close(y, reference(x), 1e-14)
+    assert_close(after, buffers, 0)
+
+
+def test_with_buffers_under_vmap_keeps_statistics_of_each_element() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    net, xs = mo.functional(model), torch.randn(4, 5, 3)
+    batched = tree.map(lambda b: b.expand(4, *b.shape), net.buffers)
+    ys, after = vmap(lambda buffers, x: net.with_buffers(net.params, buffers, x))(batched, xs)
+    for i, x in enumerate(xs):
+        reference = copy.deepcopy(model)
+        assert_close(ys[i], reference(x), 1e-14)
+        assert_close(tree.index(after, i), dict(reference.named_buffers()), 1e-14)
+
+
+def test_a_call_uses_the_statistics_of_its_batch_and_eval_the_running_ones() -> None:
+    model = nn.BatchNorm1d(2)
+    net, x = mo.functional(model), 3 * torch.randn(8, 2) + 1
+    assert_close(net(net.params, x).mean(0), torch.zeros(2), 1e-12)
+    model.eval()
+    assert_close(net(net.params, x), x / (1 + model.eps) ** 0.5, 1e-12)
+
+
+class Counting(nn.Module):
+    """A forward that rebinds one buffer and adds to another in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        self.total += x.sum()
+        return self.scale * x + self.total
+
+
+def test_buffers_that_forward_rebinds_or_adds_to() -> None:
+    model = Counting()
+    net, before = mo.functional(model), snapshot(model)
+    assert_close(net(net.params, torch.ones(2)), torch.full((2,), 4.0), 0)
+    buffers = net.buffers
+    for _ in range(3):
+        y, buffers = net.with_buffers(net.params, buffers, torch.ones(2))
+    assert_close((y, buffers), (torch.full((2,), 8.0), {"calls": torch.tensor(3), "total": torch.tensor(6.0)}), 0)
+    assert snapshot(model) == before
+
+
+def test_parametrized_weights_are_differentiated_through_their_parametrization() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    net, x = mo.functional(model), torch.randn(4, 3)
+    assert set(net.params) == {"bias", "parametrizations.weight.original0", "parametrizations.weight.original1"}
+    found = grad(lambda params: net(params, x).square().sum())(tree.map(torch.Tensor.detach, net.params))
+    model(x).square().sum().backward()
+    assert_close(found, {name: parameter.grad for name, parameter in net.params.items()}, 1e-12)
+
+
+def test_spectral_norm_iterates_on_a_copy() -> None:
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+    before, net = snapshot(model), mo.functional(model)
+    net(net.params, torch.randn(2, 3))
+    assert snapshot(model) == before
+
+
+def test_load_writes_values_and_keeps_the_tensors() -> None:
+    model = Tied()
+    net, weight = mo.functional(model), model.embed.weight
+    values = {name: torch.randn_like(p) for name, p in net.params.items()}
+    net.load(values)
+    assert model.out.weight is model.embed.weight is weight
+    assert weight.requires_grad
+    assert_close(tree.map(torch.Tensor.detach, net.params), values, 0)
+
+
+def test_copies_and_pickles_stand_on_their_own() -> None:
+    model, tokens = Tied(), torch.tensor([1, 2])
+    net = mo.functional(model)
+    expected = net(net.params, tokens).detach()
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(file, weights_only=False)):
+        assert list(twin.params) == list(net.params)
+        assert twin.params["embed.weight"] is not net.params["embed.weight"]
+        twin.load(tree.map(torch.zeros_like, twin.params))
+        assert_close(twin(twin.params, tokens), torch.zeros(2, 5), 0)
+        assert_close(net(net.params, tokens).detach(), expected, 0)
+
+
+def test_keyword_arguments_and_several_outputs() -> None:
+    net = mo.functional(nn.MultiheadAttention(4, 2, batch_first=True))
+    x = torch.randn(1, 3, 4)
+    out, weights = net(net.params, x, x, x, need_weights=False)
+    assert out.shape == x.shape
+    assert weights is None
+
+
+def test_a_module_that_is_called_inside_another_function_transform() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    net, xs = mo.functional(model), torch.randn(4, 6, 3)
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return net(params, x).square().mean()
+
+    params = tree.map(torch.Tensor.detach, net.params)
+    found = vmap(grad(loss), (None, 0))(params, xs)
+    for i, x in enumerate(xs):
+        twin = copy.deepcopy(model)
+        twin(x).square().mean().backward()
+        assert_close(tree.index(found, i), {name: p.grad for name, p in twin.named_parameters()}, 1e-12)
+
+
+def test_nested_functionals_and_lazy_names_of_the_root() -> None:
+    """A model that is a single norm layer has buffers without a prefix."""
+    model = nn.BatchNorm1d(2, affine=False)
+    net, before = mo.functional(model), snapshot(model)
+    assert net.params == {}
+    assert_close(net({}, torch.randn(6, 2)).mean(0), torch.zeros(2), 1e-12)
+    assert snapshot(model) == before
