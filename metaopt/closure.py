@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
 from metaopt.functional import Functional
@@ -14,10 +15,10 @@ from metaopt.transforms import is_tracked
 
 
 def check_closure(loss: Callable[..., Tensor], source: Any, *arguments: Any) -> None:
-    """Raise if `loss(*arguments)` depends on a tensor that requires grad and is none of its arguments.
+    """Raise if `loss(*arguments)` depends on what is none of its arguments: a tensor that requires grad, a random generator.
 
     The loss is evaluated once with every argument detached: a result that still requires grad has another source. The
-    random state is put back. Cost: one forward pass.
+    global random state is put back. Cost: one forward pass.
 
     Args:
         loss: the function to evaluate.
@@ -25,17 +26,29 @@ def check_closure(loss: Callable[..., Tensor], source: Any, *arguments: Any) -> 
         arguments: trees of tensors.
 
     Raises:
-        ValueError: there is such a tensor; the message names it.
+        ValueError: there is such a tensor, which the message names, or generator.
     """
     detached = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, arguments)
     devices = {leaf.device.index for leaf in tree.leaves(arguments) if isinstance(leaf, Tensor) and leaf.is_cuda}
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _NoGenerator():
         value = loss(*detached)
     if is_tracked(value):
         raise ValueError(
             f"`loss_fn` reaches {_names(source, value)} through its closure, and that requires grad. Only explicit arguments are "
             "differentiated. Pass it as `meta`: `minimize(loss_fn, ..., meta=w)` with `loss_fn(params, batch, meta)`; or detach it."
         )
+
+
+class _NoGenerator(TorchFunctionMode):
+    """Refuses to draw from a `torch.Generator` given by hand."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if kwargs and kwargs.get("generator") is not None:
+            raise ValueError(
+                f"`loss_fn` draws from a torch.Generator of its own (`{func.__name__}`). A step that is run again on the way back would "
+                "draw other numbers. Draw from torch's global generator, which is wound back, or pass the numbers in `batches`."
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _names(source: Any, value: Tensor) -> str:
@@ -78,7 +91,9 @@ def _reachable(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Ten
         case types.MethodType():
             members = {"self": value.__self__, "function": value.__func__}
         case functools.partial():
-            members = {f"{prefix}{key}": item for key, item in [("function", value.func), *enumerate(value.args), *value.keywords.items()]}
+            members = {
+                f"{prefix}{key}": item for key, item in [("function", value.func), *enumerate(value.args), *value.keywords.items()]
+            }
         case dict():
             members = {f"{name}[{key!r}]": item for key, item in value.items()}
         case list() | tuple():

@@ -41,7 +41,8 @@ class Deployed(torch.optim.Optimizer):
         unknown = param_group.keys() - {"params", "param_names"} - self.defaults.keys()
         if unknown:
             raise ValueError(
-                f"{type(self._optimizer).__name__} has no option {sorted(unknown)} for a parameter group; it has {sorted(self.defaults)}."
+                f"{type(self._optimizer).__name__} has no option {sorted(unknown)} for a parameter group; "
+                f"it has {sorted(self.defaults)}."
             )
         super().add_param_group(param_group)
 
@@ -91,7 +92,8 @@ class Deployed(torch.optim.Optimizer):
         missing = self.defaults.keys() - saved.keys()
         if missing:
             raise ValueError(
-                f"`state_dict` was saved from another optimizer: {key} lacks {sorted(missing)}, which {type(self._optimizer).__name__} has."
+                f"`state_dict` was saved from another optimizer: {key} lacks {sorted(missing)}, "
+                f"which {type(self._optimizer).__name__} has."
             )
         if key not in states:
             return None

@@ -34,6 +34,6 @@ def set_hyperparameter(
         raise TypeError(f"{kind}: `{name}` must be a number, a tensor, an nn.Parameter or a Schedule, got {type(value).__name__}.")
 
 
-def is_zero(value: Value) -> bool:
+def is_zero(value: Hyperparameter) -> bool:
     """Say whether a hyperparameter is the number 0; a tensor never is, since it may be learned."""
     return isinstance(value, float) and value == 0.0

@@ -10,9 +10,9 @@ from torch.func import grad_and_value, vmap
 
 from metaopt import tree
 from metaopt.functional import Params
-from metaopt.kernels import twice_differentiable
+from metaopt.kernels import any_order
 from metaopt.minimize import check_finite
-from metaopt.transforms import is_inside_derivative, values_are_readable
+from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
 
@@ -33,8 +33,7 @@ def meta_grad(
 
     Returns:
         `meta_gradient(params, tasks) -> (grads, losses [n])`, where every leaf of `tasks` has the leading axis n. Both
-        are detached at the top level; to differentiate them again, call it inside `torch.func.grad` (there the tasks are a
-        plain loop, for the reason above).
+        are detached at the top level; to differentiate them again, call it inside `torch.func.grad`.
 
     Raises:
         ValueError: there are no tasks, or their leading axes differ.
@@ -57,12 +56,12 @@ def meta_grad(
     def meta_gradient(params: Tree, tasks: Tree) -> tuple[Tree, Tensor]:
         count = _count(tasks)
         outermost = values_are_readable()
-        chunk = 1 if is_inside_derivative() else chunk_size or count
+        chunk = chunk_size or count
         if outermost:
             params = tree.map(torch.Tensor.detach, params)
         total, losses = None, []
         # Without gradients at the top level, autograd would record the whole computation once more.
-        with torch.set_grad_enabled(not outermost), twice_differentiable():
+        with torch.set_grad_enabled(not outermost), any_order():
             for start in range(0, count, chunk):
                 if chunk == 1:
                     grads, loss = one(params, tree.index(tasks, start))
@@ -96,9 +95,10 @@ def assign_grads(model: nn.Module, grads: Params) -> None:
 
 
 def _count(tasks: Tree) -> int:
-    lengths = {name: leaf.shape[0] if leaf.ndim else None for name, leaf in tree.named_leaves(tasks)}
-    if len(set(lengths.values())) != 1 or None in lengths.values() or 0 in lengths.values():
+    lengths = tree.leading_axes(tasks)
+    if len(set(lengths.values())) != 1 or min(lengths.values()) < 1:
         raise ValueError(
-            f"Every leaf of `tasks` must have the number of tasks (at least 1) as its leading axis, got {lengths}. Stack the tasks first."
+            f"Every leaf of `tasks` must have the number of tasks (at least 1) as its leading axis, got {lengths} (-1: none). "
+            "Stack the tasks first."
         )
     return next(iter(lengths.values()))

@@ -13,7 +13,7 @@ from metaopt import tree
 from metaopt.closure import check_closure
 from metaopt.differentiate import Backprop, InnerLoop, Rule
 from metaopt.errors import NonFiniteError
-from metaopt.kernels import twice_differentiable
+from metaopt.kernels import any_order
 from metaopt.optimizer import Optimizer, State, apply_updates
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
@@ -76,9 +76,9 @@ def minimize(
     def loss(inputs: Tree, params: Tree, x: Tree) -> Tensor:
         batch = inputs["batch"] if same_batch else x
         arguments = (params, batch) if meta is None else (params, batch, inputs["meta"])
-        owner = isinstance(loss_fn, nn.Module) and inputs is not own
-        value = functional_call(loss_fn, inputs["loss"], arguments) if owner else loss_fn(*arguments)
-        return _check_scalar(value)
+        if isinstance(loss_fn, nn.Module) and inputs is not own:
+            return _check_scalar(functional_call(loss_fn, inputs["loss"], arguments))
+        return _check_scalar(loss_fn(*arguments))
 
     def update(inputs: Tree, grads: Tree, state: State, params: Tree, loss: Tensor) -> tuple[Tree, State]:
         if inputs is own:
@@ -90,7 +90,7 @@ def minimize(
     own = inputs
     state = optimizer.init(params) if opt_state is None else opt_state
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        with twice_differentiable():
+        with any_order():
             check_closure(loss, loss_fn, {**inputs, "optimizer": {}}, params, tree.index(xs, 0))
     result = Minimized(*differentiate(InnerLoop(loss, update, inputs, params, state, xs, steps)))
     if values_are_readable():
@@ -114,16 +114,17 @@ def _tensors(module: Any) -> dict[str, Tensor]:
 
 
 def _batches_and_steps(batches: Tree, steps: int | None) -> tuple[Tree, Tree, int]:
-    """Return (rows to scan over, the batch of every step or None, number of steps)."""
+    """Return (rows to scan over, the batch of every step, number of steps); one of the first two is empty."""
     if steps is not None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
         return (), batches, steps
-    lengths = {name: leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for name, leaf in tree.named_leaves(batches)}
-    if not lengths or None in lengths.values():
+    lengths = tree.leading_axes(batches)
+    if not lengths or -1 in lengths.values():
+        without = [path for path, length in lengths.items() if length < 0]
         raise ValueError(
-            f"`steps` is missing: without it every leaf of `batches` needs the leading axis time, got {lengths}. "
-            "Pass `steps=` to use the same batch at every step."
+            f"`steps` is missing: without it every leaf of `batches` needs the leading axis time, which {without or 'an empty tree'} "
+            "has not. Pass `steps=` to use the same batch at every step."
         )
     if len(set(lengths.values())) > 1:
         raise ValueError(

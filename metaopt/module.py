@@ -21,8 +21,15 @@ class Configurable(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Return {"class": name, "arguments": {...}} in JSON's types; tensors appear as their kind, shape and dtype."""
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        return {"class": type(self).__name__, "arguments": {name: _describe(getattr(self, name)) for name in names}}
+        arguments = {name: getattr(self, name) for name in list(inspect.signature(type(self).__init__).parameters)[1:]}
+        registered = self._parameters | self._buffers
+        for name, value in arguments.items():
+            if isinstance(value, Tensor) and name not in registered:
+                raise TypeError(
+                    f"{type(self).__name__}: the tensor `{name}` is neither parameter nor buffer, so it would not be saved. "
+                    "Set it with `set_hyperparameter`."
+                )
+        return {"class": type(self).__name__, "arguments": {name: _describe(value) for name, value in arguments.items()}}
 
     def save(self, path: str | Path) -> None:
         """Write all tensors as safetensors, the configuration in the file's header; the folder is made if need be."""
@@ -38,8 +45,8 @@ class Configurable(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not safetensors, was not written by `save`, names an unknown class, or its tensors do
-                not fit the class.
+            ValueError: the file is not safetensors, was not written by `save`, names an unknown class, has arguments that
+                the class refuses, or its tensors do not fit the class.
         """
         path = Path(path)
         if not path.is_file():
@@ -52,13 +59,17 @@ class Configurable(nn.Module):
             raise ValueError(f"{path} is not a safetensors file ({error}). Write it again with `save`.") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}. Write it with `save`.")
-        module = _build(json.loads(metadata["config"]), path)
+        try:
+            with torch.device("meta"):  # allocates nothing, whatever sizes the file asks for
+                module = _build(json.loads(metadata.get("config", "")), path)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} has a configuration from which nothing can be built: {error}") from error
         if not isinstance(module, cls):
             raise ValueError(f"{path} holds a {type(module).__name__}, not a {cls.__name__}. Use `{type(module).__name__}.load`.")
         own = module.state_dict()
         for name in sorted(own.keys() | tensors.keys()):
-            expected = tuple(own[name].shape) if name in own else "no such tensor"
-            found = tuple(tensors[name].shape) if name in tensors else "no such tensor"
+            expected = _kind(own[name]) if name in own else "absent"
+            found = _kind(tensors[name]) if name in tensors else "absent"
             if expected != found:
                 raise ValueError(
                     f"{path} does not fit {type(module).__name__}: tensor {name!r} should be {expected}, found {found}. "
@@ -79,6 +90,11 @@ def known_classes() -> dict[str, type[Configurable]]:
     return known
 
 
+def _kind(tensor: Tensor) -> str:
+    """Say what must agree between a file and a class; the precision need not."""
+    return f"{'floating-point' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
+
+
 def _describe(value: Any) -> Any:
     match value:
         case Configurable():
@@ -90,7 +106,9 @@ def _describe(value: Any) -> Any:
             return [_describe(item) for item in value]
         case None | bool() | int() | float() | str():
             return value
-    raise TypeError(f"A constructor argument of type {type(value).__name__} cannot be saved: {value!r}. Use numbers, tensors or modules.")
+    raise TypeError(
+        f"A constructor argument of type {type(value).__name__} cannot be saved: {value!r}. Use numbers, tensors or modules."
+    )
 
 
 def _build(value: Any, path: Path) -> Any:
@@ -100,7 +118,8 @@ def _build(value: Any, path: Path) -> Any:
             known = known_classes()
             if name not in known:
                 raise ValueError(
-                    f"{path} names the class {name!r}, which is not known; known are {sorted(known)}. Import the module that defines it."
+                    f"{path} names the class {name!r}, which is not known; known are {sorted(known)}. "
+                    "Import the module that defines it."
                 )
             return known[name](**{key: _build(item, path) for key, item in arguments.items()})
         case {"parameter": shape, "dtype": dtype}:

@@ -14,6 +14,9 @@ from metaopt.schedule import Schedule
 from metaopt.tree import Tree
 
 State = dict[str, Any]
+Leaves = list[Tensor]  # one tensor per parameter
+Slots = dict[str, Any]  # name -> Leaves, or one Tensor over all parameters
+Hyper = dict[str, Value]
 
 
 class Optimizer(Configurable):
@@ -29,13 +32,11 @@ class Optimizer(Configurable):
 
     hyperparameters: tuple[str, ...] = ()
 
-    def slots(self, params: list[Tensor]) -> dict[str, list[Tensor] | Tensor]:
+    def slots(self, params: Leaves) -> Slots:
         """Return the memory before the first step: name -> one tensor per parameter, or one tensor for all of them."""
         return {}
 
-    def update(
-        self, grads: list[Tensor], params: list[Tensor] | None, slots: dict[str, Any], hyper: dict[str, Value], step: Tensor
-    ) -> tuple[list[Tensor], dict[str, Any]]:
+    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         """Return (updates, next slots). `step` counts from 1; `hyper` holds the hyperparameters' values at this step."""
         raise TypeError(f"{type(self).__name__} must define `update(grads, params, slots, hyper, step)`.")
 
@@ -74,7 +75,7 @@ class Optimizer(Configurable):
         """
         gradients, structure = tree.flatten(grads)
         weights = None if params is None else tree.flatten_like(structure, params, "params")
-        hyper: dict[str, Value] = {name: getattr(self, name) for name in self.hyperparameters}
+        hyper: Hyper = {name: getattr(self, name) for name in self.hyperparameters}
         schedules = {}
         for name, schedule in self._schedules():
             hyper[name], schedules[name] = schedule(state["schedules"][name], step=state["step"], loss=loss, grads=gradients)
@@ -99,7 +100,7 @@ class Optimizer(Configurable):
     def _schedules(self) -> list[tuple[str, Schedule]]:
         return [(name, value) for name in self.hyperparameters if isinstance(value := getattr(self, name), Schedule)]
 
-    def _require_params(self, params: list[Tensor] | None, reason: str) -> list[Tensor]:
+    def _require_params(self, params: Leaves | None, reason: str) -> Leaves:
         if params is None:
             raise ValueError(f"`{type(self).__name__}` needs `params` because {reason}. Call `optimizer(grads, state, params)`.")
         return params

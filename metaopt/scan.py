@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from metaopt import tree
 from metaopt.replay import Ambient
@@ -96,8 +95,10 @@ class _Loop:
 
 
 class _ScanFunction(torch.autograd.Function):
-    """Run the loop without a graph and return every carry, then every out; the kept carries being outputs makes the
-    backward differentiable again, with exact second derivatives."""
+    """Run the loop without a graph and return every carry, then every out.
+
+    The kept carries being outputs makes the backward differentiable again, with exact second derivatives.
+    """
 
     generate_vmap_rule = True
 
@@ -126,8 +127,8 @@ class _ScanFunction(torch.autograd.Function):
         return _pull_back(ctx, cotangents)
 
 
-def _pull_back(ctx: FunctionCtx | Any, cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Walk from the last step to the first:
+def _pull_back(ctx: Any, cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Walk from the last step to the first.
 
     (a_shared, a_carry, a_x)_t = vjp of step t at the kept carry, with cotangents (a_carry_{t+1}, a_out_t);
     a_carry_t += the cotangent of the kept carry itself;  a_shared = sum over t.
@@ -161,7 +162,7 @@ def _pull_back(ctx: FunctionCtx | Any, cotangents: tuple[Tensor | None, ...]) ->
 
         variables = ([shared[i] for i in in_shared], [carry[i] for i in in_carry], [x[i] for i in in_xs])
         with loop.ambients[t].restored():
-            (after, out), pullback = torch.func.vjp(run, variables)
+            (after, out), pullback, *_ = torch.func.vjp(run, variables)
         seeds = [_or_zeros(bar_carry[i], tensor) for i, tensor in zip(in_carry, after, strict=True)]
         ((to_shared, to_carry, to_x),) = pullback((seeds, _or_zeros(of_out[t], out)))
         for i, bar in zip(in_shared, to_shared, strict=True):
@@ -184,7 +185,7 @@ def _distinct(tensors: list[Tensor], seen: set[int]) -> list[Tensor]:
 
 
 def _xs(loop: _Loop) -> int:
-    """The number of leaves in `xs`."""
+    """Return the number of leaves in `xs`."""
     return loop.structure.num_leaves - loop.shared - loop.carried
 
 

@@ -17,11 +17,3 @@ def is_tracked(tensor: Tensor) -> bool:
 def values_are_readable() -> bool:
     """Say whether a tensor's value may decide what Python does next: not under vmap, grad, jvp or compile."""
     return not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is None
-
-
-def is_inside_derivative() -> bool:
-    """Say whether what is computed now may be differentiated by `torch.func.grad`, `vjp` or `jvp`; while compiling always."""
-    if torch.compiler.is_compiling():
-        return True
-    kinds = {interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()}
-    return bool(kinds & {functorch.TransformType.Grad, functorch.TransformType.Jvp})

@@ -28,13 +28,23 @@ def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
     """
     found, own = pytree.tree_flatten(tree)
     if own != structure:
-        raise ValueError(f"`{what}` has the structure {own}, but the parameters have {structure}. Build it from the same tree.")
+        expected = [name for name, _ in named_leaves(unflatten(structure, range(structure.num_leaves)))]
+        given = [name for name, _ in named_leaves(tree)]
+        raise ValueError(
+            f"`{what}` does not have the expected structure: missing {sorted({*expected} - {*given})}, unknown {sorted({*given} - {*expected})}. "
+            "Build it from the same tree, in the same order."
+        )
     return found
 
 
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """Return (path, leaf) pairs; the path reads like Python indexing, for example `['net.0.weight']`."""
     return [(pytree.keystr(path) or "the tensor itself", leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def leading_axes(tree: Tree) -> dict[str, int]:
+    """Return path -> length of the leading axis for every leaf; -1 for a leaf that has none or is no tensor."""
+    return {path: len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else -1 for path, leaf in named_leaves(tree)}
 
 
 def stack(trees: Sequence[Tree]) -> Tree:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.hyperparameter import Hyperparameter, Value, is_zero, set_hyperparameter
-from metaopt.optimizer import Optimizer
+from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 
 
 class Adam(Optimizer):
@@ -32,6 +32,8 @@ class Adam(Optimizer):
     """
 
     hyperparameters = ("lr", "beta1", "beta2", "eps", "eps_root", "weight_decay")
+    beta1: Hyperparameter
+    beta2: Hyperparameter
 
     def __init__(
         self,
@@ -57,17 +59,17 @@ class Adam(Optimizer):
         """The decays of the two moments."""
         return self.beta1, self.beta2
 
-    def slots(self, params):
+    def slots(self, params: Leaves) -> Slots:
         return {"mean": [torch.zeros_like(p) for p in params], "square": [torch.zeros_like(p) for p in params]}
 
-    def update(self, grads, params, slots, hyper, step):
+    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         if not is_zero(hyper["weight_decay"]):
             params = self._require_params(params, f"weight_decay={hyper['weight_decay']}")
             grads = [g + hyper["weight_decay"] * p for g, p in zip(grads, params, strict=True)]
         return self._adam(grads, slots, hyper, step)
 
     @staticmethod
-    def _adam(grads, slots, hyper, step):
+    def _adam(grads: Leaves, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         beta1, beta2 = hyper["beta1"], hyper["beta2"]
         mean = [beta1 * m + (1 - beta1) * g for m, g in zip(slots["mean"], grads, strict=True)]
         square = [beta2 * v + (1 - beta2) * g * g for v, g in zip(slots["square"], grads, strict=True)]
@@ -99,7 +101,7 @@ class AdamW(Adam):
     ):
         super().__init__(lr, betas, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
 
-    def update(self, grads, params, slots, hyper, step):
+    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         updates, after = self._adam(grads, slots, hyper, step)
         if not is_zero(hyper["weight_decay"]):
             params = self._require_params(params, f"weight_decay={hyper['weight_decay']}")

@@ -1,10 +1,11 @@
 """RMSprop."""
 
 import torch
+from torch import Tensor
 
 from metaopt import tree
 from metaopt.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
-from metaopt.optimizer import Optimizer
+from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 
 
 class RMSprop(Optimizer):
@@ -32,6 +33,7 @@ class RMSprop(Optimizer):
     """
 
     hyperparameters = ("lr", "alpha", "eps", "weight_decay", "momentum")
+    momentum: Hyperparameter
 
     def __init__(
         self,
@@ -51,11 +53,11 @@ class RMSprop(Optimizer):
         set_hyperparameter(self, "momentum", momentum)
         self.centered = centered
 
-    def slots(self, params):
+    def slots(self, params: Leaves) -> Slots:
         names = ["square", *["mean"] * self.centered, *["velocity"] * (not is_zero(self.momentum))]
         return {name: [torch.zeros_like(p) for p in params] for name in names}
 
-    def update(self, grads, params, slots, hyper, step):
+    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         lr, alpha, eps, decay, momentum = (hyper[name] for name in self.hyperparameters)
         if not is_zero(decay):
             params = self._require_params(params, f"weight_decay={decay}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from metaopt.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
-from metaopt.optimizer import Optimizer
+from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 
 
 class SGD(Optimizer):
@@ -30,6 +30,10 @@ class SGD(Optimizer):
     """
 
     hyperparameters = ("lr", "momentum", "dampening", "weight_decay")
+    lr: Hyperparameter
+    momentum: Hyperparameter
+    dampening: Hyperparameter
+    weight_decay: Hyperparameter
 
     def __init__(
         self,
@@ -49,10 +53,10 @@ class SGD(Optimizer):
         if nesterov and (is_zero(self.momentum) or not is_zero(self.dampening)):
             raise ValueError(f"SGD: `nesterov` needs momentum > 0 and dampening = 0, got {momentum} and {dampening}.")
 
-    def slots(self, params):
+    def slots(self, params: Leaves) -> Slots:
         return {} if is_zero(self.momentum) else {"velocity": [torch.zeros_like(p) for p in params]}
 
-    def update(self, grads, params, slots, hyper, step):
+    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         lr, momentum, dampening, decay = (hyper[name] for name in self.hyperparameters)
         if not is_zero(decay):
             params = self._require_params(params, f"weight_decay={decay}")
@@ -65,5 +69,5 @@ class SGD(Optimizer):
 
     @staticmethod
     def _damp(grad: Tensor, dampening: float | Tensor, step: Tensor) -> Tensor:
-        """The velocity starts as the whole first gradient."""
+        """Scale the gradient; the velocity starts as the whole first one."""
         return grad if is_zero(dampening) else torch.where(step == 1, grad, (1 - dampening) * grad)

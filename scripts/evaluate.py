@@ -1,6 +1,6 @@
 """Compare learned optimizers with tuned hand-designed ones on tasks that training never saw.
 
-    python scripts/evaluate.py --weights runs/optimizer/weights.safetensors --task digits
+python scripts/evaluate.py --weights runs/optimizer/weights.safetensors --task digits
 """
 
 from __future__ import annotations

@@ -14,14 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import tyro
+from maml_plots import mean_and_margin, plot_omniglot, plot_sinusoid
 from safetensors.torch import save_file
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -38,7 +34,7 @@ from optimizers import SGD
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Params, Batch], Tensor]
-BLUE, RED, GREY = "#1f5fa8", "#c8442c", "#7a7a7a"
+FINE_TUNING_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002  # the same tasks whatever the training seed
 
 
@@ -182,9 +178,9 @@ def fine_tune(
     *,
     larger_is_better: bool,
 ) -> tuple[Tensor, list[float]]:
-    """Return (scores [test tasks, steps] with the best learning rate of each number of steps on the validation tasks, these rates)."""
-    means = torch.stack([curves(rate, validation).mean(0) for rate in rates])
-    best = [rates[row] for row in (means if larger_is_better else -means).argmax(0).tolist()]
+    """Return (scores [test tasks, steps], learning rates): for each number of steps the rate that does best on validation tasks."""
+    means = torch.stack([curves(rate, validation).mean(0) for rate in rates]) * (1 if larger_is_better else -1)
+    best = [rates[row] for row in means.nan_to_num(nan=-math.inf).argmax(0).tolist()]
     scores = {rate: curves(rate, test) for rate in set(best)}
     return torch.stack([scores[rate][:, column] for column, rate in enumerate(best)], dim=1), best
 
@@ -203,7 +199,8 @@ def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
         def one(task: Episode) -> Tensor:
             return torch.stack([loss(adapted, task.query) for adapted in adapt(loss, lr, config.test_steps, params, task)])
 
-        return torch.func.vmap(one)(tasks)
+        with torch.no_grad():
+            return torch.func.vmap(one)(tasks)
 
     sample = partial(waves.sample, tasks=config.meta_batch, shots=config.shots, queries=config.queries)
     MetaLearning(model, maml_loss(loss, config), sample, config, compile=config.compile).fit("maml", config.max_steps, config)
@@ -215,11 +212,19 @@ def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
     draw = partial(waves.sample, tasks=config.test_tasks, shots=config.shots, queries=config.test_queries)
     validation, test = (draw(torch.Generator().manual_seed(seed)) for seed in (VALIDATION_SEED, TEST_SEED))
     start = mo.functional(pretrained).params
-    rates = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
-    fine_tuned, best = fine_tune(partial(curves, start), rates, validation, test, larger_is_better=False)
-    scores = {"MAML": curves(net.params, config.inner_lr, test), "pretrained, fine-tuned": fine_tuned}
+    scores, best = {"MAML": curves(net.params, config.inner_lr, test)}, {}
+    for name, params in {"pretrained, rate tuned": start, "MAML, rate tuned": net.params}.items():
+        scores[name], best[name] = fine_tune(partial(curves, params), FINE_TUNING_RATES, validation, test, larger_is_better=False)
     report("mean squared error", scores, config, best)
-    plot_sinusoid(scores, net, loss, {"MAML": (net.params, config.inner_lr), "pretrained": (start, best[-1])}, test, config)
+    starts = {"MAML": (net.params, config.inner_lr), "pretrained": (start, best["pretrained, rate tuned"][-1])}
+    steps = (0, 1, config.test_steps[-1])
+    adapted: dict[str, list] = {}
+    for name, (params, lr) in starts.items():
+        waves = adapted[f"{name}, learning rate {lr:g}"] = []
+        for task in (tree.index(test, index) for index in range(2)):
+            path = adapt(loss, lr, steps, params, task)
+            waves.append((task, {f"after {n} steps": net(at, task.query[0]).detach() for n, at in zip(steps, path, strict=True)}))
+    plot_sinusoid(config.out / "maml.png", scores, config.test_steps, adapted)
     return scores
 
 
@@ -253,11 +258,15 @@ def run_omniglot(config: OmniglotConfig) -> dict[str, Tensor]:
     sample = partial(train.sample, tasks=config.meta_batch, ways=config.ways, shots=config.shots, queries=config.queries)
     training = MetaLearning(model, maml_loss(loss, config), sample, config, chunk_size=1)
     training.fit("maml", config.max_steps, config)
-    fine_tuned, best = fine_tune(partial(curves, untrained), (0.03, 0.1, 0.3, 1.0, 3.0), validation, test, larger_is_better=True)
-    scores = {"MAML": curves(net.params, config.inner_lr, test), "random initialisation, fine-tuned": fine_tuned}
+    fine_tuned, best = fine_tune(partial(curves, untrained), FINE_TUNING_RATES, validation, test, larger_is_better=True)
+    scores = {"MAML": curves(net.params, config.inner_lr, test), "random initialisation, rate tuned": fine_tuned}
     scores["pretrained features, nearest centroid"] = nearest_centroid(train, test, config)
-    report("accuracy", scores, config, best)
-    plot_omniglot(scores, net, loss, training.losses, test, list(unseen), config)
+    report("accuracy", scores, config, {"random initialisation, rate tuned": best})
+    task = tree.index(test, 0)
+    (adapted,) = adapt(loss, config.inner_lr, config.test_steps[-1:], net.params, task)
+    right = net(adapted, task.query[0]).argmax(-1) == task.query[1]
+    title = f"Omniglot, {config.ways}-way {config.shots}-shot, on alphabets never seen in training: {', '.join(unseen)}"
+    plot_omniglot(config.out / "maml.png", scores, config.test_steps, task, right, training.losses, title)
     return scores
 
 
@@ -297,12 +306,7 @@ def each(tasks: Episode, label: str) -> Iterator[Episode]:
         yield tree.index(tasks, index)
 
 
-def mean_and_margin(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean over tasks, the first axis, and half the width of its 95 % interval."""
-    return scores.mean(0), 1.96 * scores.std(0) / math.sqrt(len(scores))
-
-
-def report(what: str, scores: dict[str, Tensor], config: Config, rates: list[float]) -> None:
+def report(what: str, scores: dict[str, Tensor], config: Config, rates: dict[str, list[float]]) -> None:
     """Print the table, and write it into `config.out`."""
     rows = [
         [name, *(f"{mean:.3f} ± {margin:.3f}" for mean, margin in zip(*mean_and_margin(s), strict=True))]
@@ -311,105 +315,10 @@ def report(what: str, scores: dict[str, Tensor], config: Config, rates: list[flo
     table = tabulate(rows, headers=[f"gradient steps (inner lr {config.inner_lr})", *config.test_steps], tablefmt="github")
     text = (
         f"{what} on {config.test_tasks} new tasks, mean ± 95 % interval\n\n{table}\n\n"
-        f"Fine-tuning has the learning rate that was best on other tasks for each number of steps: {rates}."
+        f"The tuned rates did best on other tasks for each number of steps: {rates}."
     )
     print(f"\n{text}")
     (config.out / "report.md").write_text(text + "\n")
-
-
-def plot_curves(axes: plt.Axes, scores: dict[str, Tensor], config: Config) -> None:
-    """Draw the scores over the number of gradient steps, with 95 % intervals."""
-    for (name, score), color in zip(scores.items(), (BLUE, RED, GREY), strict=False):
-        mean, margin = mean_and_margin(score)
-        if len(mean) == 1:  # no gradient steps
-            axes.axhspan((mean - margin).item(), (mean + margin).item(), color=color, alpha=0.25, lw=0)
-            axes.axhline(mean.item(), color=color, ls="--", lw=1.2, label=name)
-        else:
-            axes.fill_between(config.test_steps, mean - margin, mean + margin, color=color, alpha=0.25, lw=0)
-            axes.plot(config.test_steps, mean, "o-", color=color, ms=4, label=name)
-    axes.set_xlabel("gradient steps on the support set")
-    axes.grid(alpha=0.25)
-
-
-def plot_sinusoid(
-    scores: dict[str, Tensor],
-    net: mo.Functional,
-    loss: Loss,
-    starts: dict[str, tuple[Params, float]],
-    test: Episode,
-    config: Config,
-) -> None:
-    """Draw how both networks adapt to two of the test waves, and the error over the number of steps."""
-    layout = [["MAML 0", "pretrained 0", "error"], ["MAML 1", "pretrained 1", "error"]]
-    figure, axes = plt.subplot_mosaic(layout, figsize=(13, 6.4), width_ratios=[1, 1, 1.15], layout="constrained")
-    last = config.test_steps[-1]
-    for index in range(2):
-        task = tree.index(test, index)
-        order = task.query[0].flatten().argsort()
-        x = task.query[0][order]
-        for name, (params, lr) in starts.items():
-            panel = axes[f"{name} {index}"]
-            panel.plot(x, task.query[1][order], color="black", lw=1, label="the wave")
-            panel.plot(*task.support, "^", color="black", ms=6, label=f"{config.shots} points to adapt on")
-            styles = [(":", 1.4, "before"), ("--", 1.4, "1 step"), ("-", 2.0, f"{last} steps")]
-            for (style, width, label), adapted in zip(styles, adapt(loss, lr, (0, 1, last), params, task), strict=True):
-                panel.plot(x, net(adapted, x).detach(), style, lw=width, color=BLUE if name == "MAML" else RED, label=label)
-            panel.set(xlim=(-5, 5), ylim=(-5.6, 5.6), xlabel="x", ylabel="y", title=f"{name}, step size {lr:g}")
-            panel.grid(alpha=0.25)
-    axes["MAML 0"].legend(fontsize=8, loc="lower left", ncols=2)
-    plot_curves(axes["error"], scores, config)
-    axes["error"].set(yscale="log", ylabel="mean squared error", title=f"Error on {config.test_tasks} new waves (95 % intervals)")
-    axes["error"].legend()
-    figure.suptitle(f"Meta-learned and pretrained initialisations adapting to new sine waves from {config.shots} points")
-    figure.savefig(config.out / "maml.png", dpi=130)
-    plt.close(figure)
-
-
-def plot_omniglot(
-    scores: dict[str, Tensor],
-    net: mo.Functional,
-    loss: Loss,
-    losses: list[float],
-    test: Episode,
-    unseen: list[str],
-    config: OmniglotConfig,
-) -> None:
-    """Draw a test task with the answers, the accuracy over the number of steps, and the training curve."""
-    figure, axes = plt.subplot_mosaic([["task", "accuracy", "training"]], figsize=(15, 4.8), layout="constrained")
-    task = tree.index(test, 0)
-    (images, labels), (queries, answers) = task
-    (params,) = adapt(loss, config.inner_lr, config.test_steps[-1:], net.params, task)
-    right = net(params, queries).argmax(-1) == answers
-    rows = min(config.ways, 10)
-    for row in range(rows):
-        line = [(images[labels == row][0], "black"), *zip(queries[answers == row][:6], right[answers == row][:6], strict=True)]
-        for column, (image, mark) in enumerate(line):
-            ink = image[0, :, :, None] * (
-                1 - torch.tensor(matplotlib.colors.to_rgb("black" if column == 0 else BLUE if mark else RED))
-            )
-            left = column + (0.35 if column else 0)
-            axes["task"].imshow(1 - ink, extent=(left, left + 0.94, row + 0.94, row), interpolation="nearest")
-    axes["task"].axvline(1.14, color=GREY, lw=1)
-    axes["task"].set(
-        xlim=(0, 7.35), ylim=(rows, 0), xticks=[0.47, 4.3], xticklabels=["given", "to classify: blue right, red wrong"], yticks=[]
-    )
-    axes["task"].set_title(f"A new task: {right.sum()} of {len(right)} right")
-    plot_curves(axes["accuracy"], scores, config)
-    axes["accuracy"].axhline(1 / config.ways, color="black", ls=":", lw=1, label="chance")
-    axes["accuracy"].set(ylabel="accuracy", ylim=(0, 1), title=f"Accuracy on {config.test_tasks} new tasks (95 % intervals)")
-    axes["accuracy"].legend(loc="lower right", fontsize=9)
-    width = min(100, len(losses))
-    smooth = torch.tensor(losses).unfold(0, width, 1).mean(-1)
-    axes["training"].plot(range(1, len(losses) + 1), losses, color=BLUE, alpha=0.2, lw=0.6, label="meta-batch")
-    axes["training"].plot(range(width, len(losses) + 1), smooth, color=BLUE, label=f"mean of {width}")
-    axes["training"].set(
-        xlabel="meta-gradient", ylabel="query loss after adaptation [nats]", title="Training tasks", ylim=(0, None)
-    )
-    axes["training"].legend()
-    axes["training"].grid(alpha=0.25)
-    figure.suptitle(f"Omniglot, {config.ways}-way {config.shots}-shot, on alphabets never seen in training: {', '.join(unseen)}")
-    figure.savefig(config.out / "maml.png", dpi=130)
-    plt.close(figure)
 
 
 def main() -> None:

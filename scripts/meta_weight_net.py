@@ -18,13 +18,16 @@ folds train side by side under `vmap`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import tabulate
 import torch
 import torch.nn.functional as F
@@ -54,13 +57,13 @@ class Config:
     """Size of the largest class over that of the smallest, 1 to 100; sizes fall exponentially."""
     hidden: int = 100
     """Width of the learner, a 64-hidden-10 perceptron."""
-    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     """Grid of learning rates, for every method."""
-    lengths: tuple[int, ...] = (25, 50, 100, 200, 400, 800, 1600)
+    lengths: tuple[int, ...] = (50, 100, 200, 400, 800, 1600)
     """Grid of numbers of steps, rising; the last is the long training."""
-    batch_size: int = 50
+    batch_size: int = 100
     """Examples in a minibatch."""
-    weight_lr: float = 1e-2
+    weight_lr: float = 3e-4
     """Adam's learning rate for the weight net."""
     weight_input: Literal["loss", "loss and class"] = "loss"
     """What the weight net sees of an example: its loss, as in the paper, or also its label."""
@@ -78,14 +81,15 @@ class Config:
                 raise ValueError(f"`{name}` must be positive and rising, got {values}.")
         if self.seeds < 2:
             raise ValueError(f"`seeds` must be at least 2, got {self.seeds}. One seed has no standard error.")
+        damaged_digits(self, self.seed)  # says here and now if noise or imbalance is impossible
 
 
+Batch = tuple[Tensor, Tensor]  # images [n, 64], labels [n]
 METHODS = ("plain", "clean only", "meta-weight-net", "oracle")
 
 
 class Data(NamedTuple):
-    """One seed's split, or a stack of them. The pool is the damaged training set, then the clean examples, of which
-    there are CLEAN x CLASSES."""
+    """One seed's split, or a stack of them; the pool is the damaged training set, then the clean examples."""
 
     images: Tensor  # [pool, 64]
     labels: Tensor  # [pool], as given
@@ -94,7 +98,7 @@ class Data(NamedTuple):
     test_images: Tensor  # [test, 64]
     test_labels: Tensor  # [test]
 
-    def clean(self) -> tuple[Tensor, Tensor]:
+    def clean(self) -> Batch:
         """Return the clean examples."""
         return self.images[..., -CLEAN * CLASSES :, :], self.labels[..., -CLEAN * CLASSES :]
 
@@ -140,21 +144,23 @@ class Learner:
         """Return the state before the first step."""
         return {"params": params, "opt_state": SGD(1.0, MOMENTUM).init(params)}
 
-    def loss(self, params: Tree, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, params: Tree, batch: Batch) -> Tensor:
         """Return the mean cross-entropy."""
         return F.cross_entropy(self.net(params, batch[0]), batch[1])
 
-    def step(self, state: Tree, lr: Tensor, batch: tuple[Tensor, Tensor], clean: tuple[Tensor, Tensor]) -> Tree:
+    def step(self, state: Tree, lr: Tensor, batch: Batch, clean: Batch) -> Tree:
         """Return the next state; this learner does not look at the clean examples."""
         out = mo.minimize(self.loss, SGD(lr, MOMENTUM), state["params"], batch, steps=1, opt_state=state["opt_state"])
         return {"params": out.params, "opt_state": out.opt_state}
 
 
 class MetaWeightNet(Learner):
-    """A learner whose minibatch loss is mean_i V(l_i; theta) l_i, with theta learned on the way.
+    """A learner whose minibatch loss is sum_i v_i l_i / sum_i v_i, v_i = V(l_i; theta), with theta learned on the way.
 
-    Where the paper looks ahead with a plain gradient step, we look ahead with the learner's own optimizer and its state: the
-    step that the learner is going to make.
+    Two differences from the paper. It looks ahead with a plain gradient step, we with the learner's own optimizer and state:
+    the step that the learner is going to make. And it takes mean_i v_i l_i; there, early in training every example lowers
+    the clean loss, so all weights rise together until the sigmoid saturates at 1 and the net stops learning: measured here, the
+    result is plain training. Dividing by the sum leaves only what the weights are for, the choice between examples.
 
     Args:
         net: the learner.
@@ -181,21 +187,22 @@ class MetaWeightNet(Learner):
             seen = torch.cat([seen, torch.eye(CLASSES, dtype=seen.dtype)[labels]], dim=1)
         return self.weight_net(weights, seen).squeeze(1)
 
-    def weighted_loss(self, params: Tree, batch: tuple[Tensor, Tensor], weights: Tree) -> Tensor:
-        """Return mean_i V(l_i; theta) l_i."""
+    def weighted_loss(self, params: Tree, batch: Batch, weights: Tree) -> Tensor:
+        """Return sum_i v_i l_i / sum_i v_i."""
         losses = F.cross_entropy(self.net(params, batch[0]), batch[1], reduction="none")
-        return (self.weigh(weights, losses, batch[1]) * losses).mean()
+        weight = self.weigh(weights, losses, batch[1])
+        return (weight * losses).sum() / weight.sum()
 
-    def ahead(self, weights: Tree, state: Tree, lr: Tensor, batch: tuple[Tensor, Tensor]) -> mo.Minimized:
+    def ahead(self, weights: Tree, state: Tree, lr: Tensor, batch: Batch) -> mo.Minimized:
         """Make the step that the learner would make with these weights."""
-        opt_state = state["opt_state"]
-        return mo.minimize(self.weighted_loss, SGD(lr, MOMENTUM), state["params"], batch, steps=1, meta=weights, opt_state=opt_state)
+        params, opt_state = state["params"], state["opt_state"]
+        return mo.minimize(self.weighted_loss, SGD(lr, MOMENTUM), params, batch, steps=1, meta=weights, opt_state=opt_state)
 
-    def meta_loss(self, weights: Tree, state: Tree, lr: Tensor, batch: tuple[Tensor, Tensor], clean: tuple[Tensor, Tensor]) -> Tensor:
+    def meta_loss(self, weights: Tree, state: Tree, lr: Tensor, batch: Batch, clean: Batch) -> Tensor:
         """Return the loss on the clean examples after that step."""
         return self.loss(self.ahead(weights, state, lr, batch).params, clean)
 
-    def step(self, state: Tree, lr: Tensor, batch: tuple[Tensor, Tensor], clean: tuple[Tensor, Tensor]) -> Tree:
+    def step(self, state: Tree, lr: Tensor, batch: Batch, clean: Batch) -> Tree:
         """Improve the weight net, then make the learner's step with the new weights."""
         hypergradient = grad(self.meta_loss)(state["weights"], state, lr, batch, clean)
         updates, weights_opt_state = self.optimizer(hypergradient, state["weights_opt_state"], state["weights"])
@@ -231,15 +238,13 @@ def train(method: str, config: Config, data: Data, logger: TensorBoardLogger) ->
     """
     learner, starts = make_learner(method, config)
     probabilities = sampling(method, data)
-    seeds, trainings, pool = probabilities.shape
+    seeds, trainings = probabilities.shape[:2]
     grid = (seeds, len(config.learning_rates), trainings)
 
     def per_run(leaf: Tensor) -> Tensor:  # [seeds, ...] -> [runs, ...]
         return leaf[:, None, None].expand(*grid, *leaf.shape[1:]).flatten(0, 2)
 
-    images, labels, *_, test_images, test_labels = tree.map(per_run, tuple(data))
-    clean = tree.map(per_run, data.clean())
-    state = tree.map(per_run, starts)
+    images, labels, clean, state = tree.map(per_run, (data.images, data.labels, data.clean(), starts))
     rates = torch.tensor(config.learning_rates)[:, None].expand(grid).flatten()
     runs = torch.arange(len(rates))[:, None]
     step, forward = vmap(learner.step), vmap(learner.net)
@@ -252,7 +257,7 @@ def train(method: str, config: Config, data: Data, logger: TensorBoardLogger) ->
         state = step(state, rates, (images[runs, index], labels[runs, index]), clean)
         if length in config.lengths:
             last = tree.map(lambda leaf: leaf.unflatten(0, grid)[:, :, -1], state)
-            logits = vmap(vmap(learner.net))(last["params"], test_images.unflatten(0, grid)[:, :, -1])
+            logits = vmap(vmap(learner.net, (0, None)))(last["params"], data.test_images)
             accuracy = (logits.argmax(-1) == data.test_labels[:, None]).float().mean(-1)
             accuracies.append(accuracy)
             scores.append(score(forward(state["params"], clean[0]).unflatten(0, grid), data))
@@ -291,3 +296,110 @@ def score(logits: Tensor, data: Data) -> Tensor:
         left_out = torch.ones(logits.shape[2:4], dtype=torch.bool)
     right, losses = right[..., left_out], losses[..., left_out]
     return right.sum(-1) + torch.nan_to_num(torch.exp(-losses.mean(-1)), nan=0.0)
+
+
+def report(config: Config, results: Mapping[str, Result]) -> str:
+    """Return the tables: the tuned and the long training with the paired differences, and the long training at every rate."""
+    ours, steps = results["meta-weight-net"], f"{config.lengths[-1]} steps"
+    rows, fixed = [], []
+    for method, result in results.items():
+        row = [method]
+        for longest in (False, True):
+            accuracy = result.chosen(longest=longest)
+            row += [percent(accuracy), "" if result is ours else percent(ours.chosen(longest=longest) - accuracy, signed=True)]
+        rows.append(row)
+        fixed.append([method, *map(percent, result.test_accuracy[:, :, -1].T)])
+    tuned = ["method", "tuned rate and length", "meta-weight-net - it", f"tuned rate, {steps}", "meta-weight-net - it"]
+    rates = [f"rate {rate:g}, {steps}" for rate in config.learning_rates]
+    return (
+        f"{title(config)}; test accuracy in %, mean ± standard error over {config.seeds} seeds\n"
+        f"{tabulate.tabulate(rows, headers=tuned, disable_numparse=True)}\n"
+        "Differences are paired by seed; * means more than two standard errors.\n\n"
+        f"{tabulate.tabulate(fixed, headers=['method', *rates], disable_numparse=True)}"
+    )
+
+
+def percent(values: Tensor, *, signed: bool = False) -> str:
+    """Return 'mean ± standard error' in per cent; a signed mean more than two standard errors from 0 gets a star."""
+    mean, error = 100 * values.mean().item(), 100 * values.std().item() / len(values) ** 0.5
+    return f"{mean:+.1f} ± {error:.1f}{' *' if abs(mean) > 2 * error else ''}" if signed else f"{mean:.1f} ± {error:.1f}"
+
+
+def title(config: Config) -> str:
+    """Describe the damage in words."""
+    noise = f"{100 * config.noise:g} % wrong labels" if config.noise else ""
+    tail = f"long-tailed classes 1:{config.imbalance:g}" if config.imbalance > 1 else ""
+    return "Digits, " + (" and ".join(filter(None, (noise, tail))) or "undamaged")
+
+
+def learned_weights(config: Config, data: Data, result: Result) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return for every seed, after the long training at its tuned rate, (losses, weights, group) of the training set.
+
+    The weights are divided by their mean, as in the learner's loss. Group 1 is what should be treated apart: wrong labels or,
+    if there is no noise, the five rarest classes.
+    """
+    learner, _ = make_learner("meta-weight-net", config)
+    assert isinstance(learner, MetaWeightNet)
+    found = []
+    for seed, (rate, length) in enumerate(result.choose(longest=True).tolist()):
+        state = tree.index(result.states[length], (seed, rate))
+        images, labels, wrong, *_ = [leaf[: -CLEAN * CLASSES] for leaf in tree.index(tuple(data), seed)]
+        losses = F.cross_entropy(learner.net(state["params"], images), labels, reduction="none")
+        weights = learner.weigh(state["weights"], losses, labels)
+        rare = torch.bincount(labels, minlength=CLASSES).argsort()[: CLASSES // 2]
+        found.append((losses, weights / weights.mean(), wrong if config.noise else torch.isin(labels, rare)))
+    return found
+
+
+def plot(config: Config, data: Data, results: Mapping[str, Result], path: Path) -> None:
+    """Draw test accuracy over training at every learning rate, and the learned weight over the loss."""
+    figure = plt.figure(figsize=(12, 8), layout="constrained")
+    figure.suptitle(f"{title(config)}: test accuracy over training, and what the weight net learned")
+    above, below = figure.subfigures(2, 1)
+    axes = above.subplots(1, len(config.learning_rates), sharey=True, squeeze=False)[0]
+    for i, (axis, rate) in enumerate(zip(axes, config.learning_rates)):
+        for colour, (method, result) in enumerate(results.items()):
+            accuracy = 100 * result.test_accuracy[:, i]
+            mean, error = accuracy.mean(0), accuracy.std(0) / config.seeds**0.5
+            axis.plot(config.lengths, mean, marker="o", markersize=3, color=f"C{colour}", label=method)
+            axis.fill_between(config.lengths, mean - error, mean + error, color=f"C{colour}", alpha=0.2, linewidth=0)
+        axis.set(xlabel="steps", title=f"learning rate {rate:g}", ylim=(40, 100))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(config.lengths, labels=[str(length) for length in config.lengths])
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("test accuracy (%), mean ± standard error")
+    axes[0].legend(loc="lower right")
+
+    found = learned_weights(config, data, results["meta-weight-net"])
+    losses, weights, group = (torch.cat(parts) for parts in zip(*found))
+    names = ("right labels", "wrong labels") if config.noise else ("five largest classes", "five rarest classes")
+    scatter, histogram = below.subplots(1, 2)
+    bins = torch.linspace(0, weights.max(), 41).tolist()
+    for name, colour, chosen in zip(names, ("C0", "C3"), (~group, group)):
+        scatter.scatter(losses[chosen], weights[chosen], s=6, color=colour, alpha=0.5, linewidths=0, label=name)
+        histogram.hist(weights[chosen], bins=bins, density=True, color=colour, alpha=0.5, label=name)
+    relative = "learned weight / mean weight"
+    scatter.set(xlabel="loss of the training example (nats)", ylabel=relative, title="Learned weight over the loss")
+    histogram.set(xlabel=relative, ylabel="density", title="Distribution of the learned weight")
+    for axis in (scatter, histogram):
+        axis.legend(title=f"{config.seeds} seeds, tuned rate, {config.lengths[-1]} steps", markerscale=3)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(config: Config) -> Mapping[str, Result]:
+    """Train every method, print the tables, and write plot and events."""
+    torch.set_num_threads(1)
+    data = tree.stack([damaged_digits(config, seed) for seed in range(config.seed, config.seed + config.seeds)])
+    logger = TensorBoardLogger(config.out)
+    with torch.no_grad():
+        results = {method: train(method, config, data, logger) for method in METHODS}
+        plot(config, data, results, config.out / "meta_weight_net.png")
+    logger.close()
+    print(f"\n{report(config, results)}\nPlot: {config.out / 'meta_weight_net.png'}")
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

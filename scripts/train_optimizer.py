@@ -1,6 +1,6 @@
 """Train a learned optimizer and save its weights.
 
-    python scripts/train_optimizer.py --optimizer lstm --task quadratics
+python scripts/train_optimizer.py --optimizer lstm --task quadratics
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def main(config: Config) -> None:
     width = {} if config.hidden_size is None else {"hidden_size": config.hidden_size}
     optimizer = OPTIMIZERS[config.optimizer](**width, seed=config.seed)
     rule = mo.Backprop() if config.second_order else mo.FirstOrder()
-    estimator = mo.FullUnroll(config.batch, rule) if config.window is None else mo.TruncatedBackprop(config.window, config.batch, rule)
+    estimator = (
+        mo.FullUnroll(config.batch, rule) if config.window is None else mo.TruncatedBackprop(config.window, config.batch, rule)
+    )
     outer = Adam(lr=Cosine(config.outer_lr, config.steps, final=config.outer_lr / 10))
     training = mo.MetaTraining(optimizer, family, estimator=estimator, outer=outer, horizon=horizon, seed=config.seed)
 
@@ -86,7 +88,9 @@ def main(config: Config) -> None:
     trainer.fit()
     optimizer.save(config.out / "weights.safetensors")
     (config.out / "config.json").write_text(json.dumps(asdict(config), default=str, indent=2))
-    print(f"Trained for {time.perf_counter() - started:.0f} s; mean validation loss {trainer.best:.4f} at step {trainer.best_step}.")
+    print(
+        f"Trained for {time.perf_counter() - started:.0f} s; mean validation loss {trainer.best:.4f} at step {trainer.best_step}."
+    )
     print(f"Weights: {config.out / 'weights.safetensors'}   Curves: tensorboard --logdir {config.out}")
 
 

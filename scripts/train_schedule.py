@@ -1,6 +1,6 @@
 """Train an LSTM learning-rate schedule through the inner loop, and compare it with tuned constant and cosine rates.
 
-    python scripts/train_schedule.py
+python scripts/train_schedule.py
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Config:
     """Inner steps per episode."""
     momentum: float = 0.0
     """Momentum of SGD, for all three schedules."""
-    initial: float = 0.3
+    initial: float = 0.5
     """Rate at which the schedule starts before it is trained."""
-    steps: int = 100
+    steps: int = 120
     """Outer steps."""
-    outer_lr: float = 0.02
-    """Learning rate of the outer Adam."""
-    batch: int = 8
+    outer_lr: float = 0.01
+    """Learning rate of the outer Adam, with cosine decay to a tenth."""
+    batch: int = 4
     """Episodes per outer step."""
     validate_every: int = 10
     """Outer steps between validations; the schedule that validates best is kept."""
@@ -58,7 +58,7 @@ def main(config: Config) -> None:
         learned,
         family,
         estimator=mo.FullUnroll(config.batch, mo.Backprop()),
-        outer=Adam(config.outer_lr),
+        outer=Adam(Cosine(config.outer_lr, config.steps, final=config.outer_lr / 10)),
         horizon=config.horizon,
         seed=config.seed,
     )

@@ -95,7 +95,12 @@ VARIANTS = [
     Variant("rmsprop-centered", RMSprop, rmsprop, _RMS | {"weight_decay": 0.05}, ("square", "mean"), {"centered": True}),
     Variant("rmsprop-momentum", RMSprop, rmsprop, _RMS | {"momentum": 0.7}, ("square", "velocity")),
     Variant(
-        "rmsprop-all", RMSprop, rmsprop, _RMS | {"momentum": 0.7, "weight_decay": 0.05}, ("square", "mean", "velocity"), {"centered": True}
+        "rmsprop-all",
+        RMSprop,
+        rmsprop,
+        _RMS | {"momentum": 0.7, "weight_decay": 0.05},
+        ("square", "mean", "velocity"),
+        {"centered": True},
     ),
 ]
 
@@ -115,7 +120,10 @@ def start() -> tuple[dict[str, Tensor], tuple[Tensor, Tensor], Tensor]:
 
 def memory(params: dict[str, Tensor], slots: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Return an optimizer's memory in the middle of a run: squares well above the squared means."""
-    return {name: {k: torch.rand_like(p) + 1 if name == "square" else 0.1 * torch.randn_like(p) for k, p in params.items()} for name in slots}
+    return {
+        name: {k: torch.rand_like(p) + 1 if name == "square" else 0.1 * torch.randn_like(p) for k, p in params.items()}
+        for name in slots
+    }
 
 
 def by_hand(
@@ -135,7 +143,10 @@ def by_hand(
     for t, batch in enumerate(batches, start=done + 1):
         losses.append(loss(params, batch, meta))
         grads = dict(zip(params, torch.autograd.grad(losses[-1], list(params.values()), create_graph=True), strict=True))
-        moved = {k: formula(t, w, grads[k].detach() if first_order else grads[k], h, {s: slots[s][k] for s in slots}) for k, w in params.items()}
+        moved = {
+            k: formula(t, w, grads[k].detach() if first_order else grads[k], h, {s: slots[s][k] for s in slots})
+            for k, w in params.items()
+        }
         params = {k: w for k, (w, _) in moved.items()}
         names = next(iter(moved.values()))[1]
         slots = {s: {k: m[s] for k, (_, m) in moved.items()} for s in names}
@@ -145,7 +156,10 @@ def by_hand(
 def outer(params: Any, slots: Any, losses: Tensor) -> Tensor:
     """Return a scalar in which every result of a loop has a weight and curvature of its own."""
     leaves = [*mo.tree.leaves(params), *mo.tree.leaves(slots), losses]
-    return sum(((i + 1) * (leaf + 0.3 * leaf**2) * torch.linspace(0.5, 1.5, leaf.numel()).reshape(leaf.shape)).sum() for i, leaf in enumerate(leaves))
+    return sum(
+        ((i + 1) * (leaf + 0.3 * leaf**2) * torch.linspace(0.5, 1.5, leaf.numel()).reshape(leaf.shape)).sum()
+        for i, leaf in enumerate(leaves)
+    )
 
 
 def two_derivatives(value: Tensor, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

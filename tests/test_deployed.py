@@ -27,10 +27,16 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 def model_and_data() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), torch.randn(8, 3).double(), torch.randn(8, 1).double()
+    return (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(),
+        torch.randn(8, 3).double(),
+        torch.randn(8, 1).double(),
+    )
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int, scheduler: Any = None) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int, scheduler: Any = None
+) -> list[float]:
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -270,9 +276,15 @@ def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing() -> None:
     state = optimizer.state_dict()
     narrow = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     for other, message in [
-        (SGD(0.07).as_torch(model.parameters()), r"saved from another optimizer: group 0 lacks \['dampening', 'momentum'\], which SGD has"),
-        (Adam(0.07).as_torch([model[0].weight]), r"`state_dict\['state'\]\['group 0'\]` has the structure"),
-        (Adam(0.07).as_torch(narrow.parameters()), r"another model: the memory of group 0 has a tensor of shape \(4, 3\), expected \(4, 2\)"),
+        (
+            SGD(0.07).as_torch(model.parameters()),
+            r"saved from another optimizer: group 0 lacks \['dampening', 'momentum'\], which SGD has",
+        ),
+        (Adam(0.07).as_torch([model[0].weight]), r"`state_dict\['state'\]\['group 0'\]` does not have the expected structure"),
+        (
+            Adam(0.07).as_torch(narrow.parameters()),
+            r"another model: the memory of group 0 has a tensor of shape \(4, 3\), expected \(4, 2\)",
+        ),
         (Adam(0.07).as_torch([{"params": [p]} for p in model.parameters()]), "different number of parameter groups|structure"),
     ]:
         with pytest.raises(ValueError, match=message):

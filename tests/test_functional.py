@@ -42,7 +42,10 @@ def snapshot(model: nn.Module) -> tuple:
     """Everything a module holds: the identity and the bits of its tensors, and its modes."""
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     return (
-        {name: (id(tensor), tensor.detach().clone().tolist(), tensor.requires_grad, tensor._version) for name, tensor in tensors.items()},
+        {
+            name: (id(tensor), tensor.detach().clone().tolist(), tensor.requires_grad, tensor._version)
+            for name, tensor in tensors.items()
+        },
         {name: module.training for name, module in model.named_modules()},
     )
 
@@ -91,7 +94,9 @@ def test_a_module_in_several_places_is_restored() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_module_is_never_changed(training: bool) -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.3), nn.Flatten(), nn.BatchNorm1d(8, momentum=None)).train(training)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.3), nn.Flatten(), nn.BatchNorm1d(8, momentum=None)
+    ).train(training)
     net, x = mo.functional(model), torch.randn(4, 1, 4, 4)
     before = snapshot(model)
     params = {name: torch.randn_like(p) for name, p in net.params.items()}

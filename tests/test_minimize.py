@@ -7,7 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from problems import VARIANTS, Variant, as_parameters, assert_close, by_hand, leaf, memory, outer, regression, start, two_derivatives
+from problems import (
+    VARIANTS,
+    Variant,
+    as_parameters,
+    assert_close,
+    by_hand,
+    leaf,
+    memory,
+    outer,
+    regression,
+    start,
+    two_derivatives,
+)
 from torch import Tensor, nn
 from torch.func import grad, jacfwd, jacrev, vmap
 
@@ -378,7 +390,12 @@ def test_a_bare_tensor_of_any_shape(shape: tuple[int, ...], mode: str) -> None:
 def test_lists_tuples_and_nested_trees(mode: str) -> None:
     params = [torch.randn(2), (torch.randn(()), {"a": [torch.randn(1, 2)]})]
     out = mo.minimize(
-        lambda p, _: tree.sum_leaves(lambda t: t.square().sum(), p), Adam(lr=0.1), params, None, steps=3, differentiate=mo.Backprop(memory=mode)
+        lambda p, _: tree.sum_leaves(lambda t: t.square().sum(), p),
+        Adam(lr=0.1),
+        params,
+        None,
+        steps=3,
+        differentiate=mo.Backprop(memory=mode),
     )
     assert tree.flatten(out.params)[1] == tree.flatten(params)[1] == tree.flatten(out.opt_state["slots"]["mean"])[1]
     assert isinstance(out.params, list)

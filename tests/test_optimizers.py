@@ -29,7 +29,11 @@ OURS_AND_TORCHS: list[tuple[str, Callable[[], mo.Optimizer], Callable[..., torch
         lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.02, nesterov=True),
     ),
     ("adam", lambda: Adam(0.05), lambda p: torch.optim.Adam(p, 0.05)),
-    ("adam-decay", lambda: Adam(0.05, (0.8, 0.95), weight_decay=0.02), lambda p: torch.optim.Adam(p, 0.05, (0.8, 0.95), weight_decay=0.02)),
+    (
+        "adam-decay",
+        lambda: Adam(0.05, (0.8, 0.95), weight_decay=0.02),
+        lambda p: torch.optim.Adam(p, 0.05, (0.8, 0.95), weight_decay=0.02),
+    ),
     ("adamw", lambda: AdamW(0.05, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1)),
     ("adamw-defaults", lambda: AdamW(), lambda p: torch.optim.AdamW(p)),
     ("rmsprop", lambda: RMSprop(), lambda p: torch.optim.RMSprop(p)),
@@ -40,7 +44,9 @@ OURS_AND_TORCHS: list[tuple[str, Callable[[], mo.Optimizer], Callable[..., torch
     ),
     ("rmsprop-momentum", lambda: RMSprop(0.02, momentum=0.7), lambda p: torch.optim.RMSprop(p, 0.02, momentum=0.7)),
 ]
-each_pair = pytest.mark.parametrize(("ours", "theirs"), [pair[1:] for pair in OURS_AND_TORCHS], ids=[pair[0] for pair in OURS_AND_TORCHS])
+each_pair = pytest.mark.parametrize(
+    ("ours", "theirs"), [pair[1:] for pair in OURS_AND_TORCHS], ids=[pair[0] for pair in OURS_AND_TORCHS]
+)
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 
 
@@ -59,7 +65,11 @@ def curve(params: dict[str, Tensor], shift: Tensor) -> Tensor:
 @pytest.mark.parametrize("deployed", [False, True], ids=["pure", "as_torch"])
 @each_pair
 def test_fifty_steps_equal_torch_optim(
-    ours: Callable[[], mo.Optimizer], theirs: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, tolerance: float, deployed: bool
+    ours: Callable[[], mo.Optimizer],
+    theirs: Callable[..., torch.optim.Optimizer],
+    dtype: torch.dtype,
+    tolerance: float,
+    deployed: bool,
 ) -> None:
     start, shifts = tensors(dtype), torch.randn(50, dtype=torch.float64)
 
@@ -202,10 +212,17 @@ def test_a_wider_hyperparameter_does_not_widen_the_parameters(dtype: torch.dtype
 @each_pair
 @pytest.mark.parametrize(
     "params",
-    [torch.ones(()), torch.ones(0), [torch.ones(2), (torch.ones(1, 1), {"x": torch.ones(())})], {"a": torch.ones(2, 0), "b": torch.ones(3)}],
+    [
+        torch.ones(()),
+        torch.ones(0),
+        [torch.ones(2), (torch.ones(1, 1), {"x": torch.ones(())})],
+        {"a": torch.ones(2, 0), "b": torch.ones(3)},
+    ],
     ids=["scalar", "empty", "nested", "partly-empty"],
 )
-def test_any_tree_of_any_shapes(ours: Callable[[], mo.Optimizer], theirs: Callable[..., torch.optim.Optimizer], params: Any) -> None:
+def test_any_tree_of_any_shapes(
+    ours: Callable[[], mo.Optimizer], theirs: Callable[..., torch.optim.Optimizer], params: Any
+) -> None:
     del theirs
     optimizer = ours()
     updates, state = optimizer(params, optimizer.init(params), params)

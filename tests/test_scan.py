@@ -104,7 +104,9 @@ def nested(top: Tensor, modes: tuple[str, str, str], rule: type = mo.Backprop) -
         return (low.params - 0.3).square().sum() + low.losses.sum() + penalty**2
 
     def top_loss(start: Tensor, _: None, top: Tensor) -> Tensor:
-        mid = mo.minimize(middle_loss, SGD(lr=0.1, momentum=0.5), start, None, steps=2, meta=top, differentiate=rule(memory=modes[1]))
+        mid = mo.minimize(
+            middle_loss, SGD(lr=0.1, momentum=0.5), start, None, steps=2, meta=top, differentiate=rule(memory=modes[1])
+        )
         return mid.params.square() + mid.losses.sum()
 
     out = mo.minimize(top_loss, SGD(lr=0.1), torch.tensor(-1.0), None, steps=2, meta=top, differentiate=rule(memory=modes[2]))
@@ -166,9 +168,15 @@ def test_second_derivative_of_two_levels(modes: tuple[str, str, str]) -> None:
     def value(top: Tensor) -> Tensor:
         def upper(penalty: Tensor, _: None, top: Tensor) -> Tensor:
             rule = mo.Backprop(memory=low)  # type: ignore[arg-type]
-            return mo.minimize(quartic, SGD(lr=0.05), top * target, target, steps=2, meta=penalty, differentiate=rule).params.square().sum()
+            return (
+                mo.minimize(quartic, SGD(lr=0.05), top * target, target, steps=2, meta=penalty, differentiate=rule)
+                .params.square()
+                .sum()
+            )
 
-        return mo.minimize(upper, SGD(lr=0.1), torch.tensor(-1.0), None, steps=2, meta=top, differentiate=mo.Backprop(memory=high)).params  # type: ignore[arg-type]
+        return mo.minimize(
+            upper, SGD(lr=0.1), torch.tensor(-1.0), None, steps=2, meta=top, differentiate=mo.Backprop(memory=high)
+        ).params  # type: ignore[arg-type]
 
     def by_hand(top: Tensor) -> Tensor:
         penalty = torch.tensor(-1.0, requires_grad=True)
@@ -192,7 +200,9 @@ def test_first_order_nested_in_first_order(modes: tuple[str, str]) -> None:
 
     def upper(penalty: Tensor, _: None) -> Tensor:
         rule = mo.FirstOrder(memory=modes[0])  # type: ignore[arg-type]
-        return mo.minimize(quartic, SGD(lr=0.05), torch.ones(2), torch.zeros(2), steps=2, meta=penalty, differentiate=rule).losses.sum()
+        return mo.minimize(
+            quartic, SGD(lr=0.05), torch.ones(2), torch.zeros(2), steps=2, meta=penalty, differentiate=rule
+        ).losses.sum()
 
     start = torch.tensor(-1.0, requires_grad=True)
     out = mo.minimize(upper, SGD(lr=0.1), start, None, steps=1, differentiate=mo.FirstOrder(memory=modes[1]))  # type: ignore[arg-type]
@@ -212,7 +222,9 @@ def test_a_compiled_loop_equals_the_eager_one(mode: str) -> None:
     """An outer `fullgraph` compile sees through both memory modes; this backend needs no C++ compiler."""
 
     def value(w: Tensor) -> Tensor:
-        return mo.minimize(quartic, Adam(lr=0.1), w, torch.ones(3), steps=3, meta=torch.tensor(-1.0), differentiate=mo.Backprop(memory=mode)).losses.sum()  # type: ignore[arg-type]
+        return mo.minimize(
+            quartic, Adam(lr=0.1), w, torch.ones(3), steps=3, meta=torch.tensor(-1.0), differentiate=mo.Backprop(memory=mode)
+        ).losses.sum()  # type: ignore[arg-type]
 
     w = torch.randn(3)
     compiled = torch.compile(grad(value), fullgraph=True, backend="aot_eager")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt.differentiate.base import InnerLoop, unroll
-from metaopt.kernels import twice_differentiable
+from metaopt.kernels import any_order
 from metaopt.scan import Memory, check_memory
 from metaopt.tree import Tree
 
@@ -39,7 +39,7 @@ class Backprop:
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
         def gradient(inputs: Tree, params: Tree, batch: Tree) -> tuple[Tree, Tensor]:
-            with twice_differentiable():
+            with any_order():
                 return torch.func.grad_and_value(lambda at: loop.loss(inputs, at, batch))(params)
 
         return unroll(loop, gradient, self.memory)

@@ -39,7 +39,7 @@ class FirstOrder:
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
         def gradient(inputs: Tree, params: Tree, batch: Tree) -> tuple[Tree, Tensor]:
-            loss, pullback = torch.func.vjp(lambda at: loop.loss(inputs, at, batch), params)
+            loss, pullback, *_ = torch.func.vjp(lambda at: loop.loss(inputs, at, batch), params)
             with torch.no_grad():  # no graph of the backward pass for the levels around this one
                 (grads,) = pullback(torch.ones_like(loss))
             return tree.map(torch.Tensor.detach, grads), loss

@@ -68,7 +68,9 @@ class FullUnroll:
         self, optimizer: Optimizer, theta: Params, family: TaskFamily, horizon: int, state: None, generator: torch.Generator
     ) -> Estimate:
         tasks = sample_tasks(family, generator, self.tasks, horizon)
-        per_task = vmap(grad_and_value(_episode, argnums=1, has_aux=True), in_dims=(None, None, None, 0, 0, None), randomness="different")
+        per_task = vmap(
+            grad_and_value(_episode, argnums=1, has_aux=True), in_dims=(None, None, None, 0, 0, None), randomness="different"
+        )
         opt_state = vmap(optimizer.init)(tasks.params)
         grads, (losses, _) = per_task(optimizer, theta, family, tasks, opt_state, self.differentiate)
         return Estimate(grads, losses, None)
@@ -79,7 +81,8 @@ class TruncatedBackprop:
     """g = d/dtheta 1/window sum of L_t over a window, the inner state at its start held constant.
 
     Episodes go on from window to window and start afresh at the horizon; the last window of an episode is shorter if the
-    horizon is no multiple. Biased towards short-sighted updates (Wu, Ren, Liao, Grosse 2018, arXiv:1803.02021): select by validation.
+    horizon is no multiple. Biased towards short-sighted updates, so select by validation (Wu, Ren, Liao, Grosse 2018,
+    arXiv:1803.02021).
 
     Args:
         window: steps per estimate.
@@ -111,7 +114,9 @@ class TruncatedBackprop:
         tasks, opt_state, start = state
         stop = min(start + self.window, horizon)
         window = Task(tasks.params, tree.map(lambda leaf: leaf[:, start:stop], tasks.batches))
-        per_task = vmap(grad_and_value(_episode, argnums=1, has_aux=True), in_dims=(None, None, None, 0, 0, None), randomness="different")
+        per_task = vmap(
+            grad_and_value(_episode, argnums=1, has_aux=True), in_dims=(None, None, None, 0, 0, None), randomness="different"
+        )
         grads, (losses, (params, opt_state)) = per_task(optimizer, theta, family, window, opt_state, self.differentiate)
         after = (Task(params, tasks.batches), opt_state, stop) if stop < horizon else None
         return Estimate(grads, losses, after)

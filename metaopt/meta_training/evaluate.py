@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from tabulate import tabulate
@@ -31,10 +32,10 @@ class Report:
 
     def mean(self, name: str) -> float:
         """Return the mean loss over seeds and steps: the area under the curve, divided by the horizon."""
-        return self.curves[name].mean().tolist()
+        return cast(float, self.curves[name].mean().tolist())
 
     def table(self) -> str:
-        """Return one row per optimizer: mean loss over the episode with its standard error over seeds, loss in the last tenth, diverged runs."""
+        """Return a row per optimizer: mean loss, its standard error over seeds, loss in the last tenth, diverged runs."""
         rows = []
         for name, losses in self.curves.items():
             per_seed = losses.mean(1)
@@ -57,6 +58,8 @@ class Report:
             axes.fill_between(steps, mean - 2 * error, mean + 2 * error, color=line.get_color(), alpha=0.2, linewidth=0)
         seeds = len(next(iter(self.curves.values())))
         axes.set(xlabel="inner step", ylabel=f"training loss, mean of {seeds} runs", yscale="log", title=title)
+        for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis_formatter("{x:g}")
         axes.grid(alpha=0.3)
         axes.legend()
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.functional import Params
 from metaopt.meta_training.estimators import Estimator
 from metaopt.meta_training.task import TaskFamily
 from metaopt.optimizer import Optimizer, apply_updates
@@ -16,8 +17,8 @@ from metaopt.optimizer import Optimizer, apply_updates
 class MetaTraining:
     """theta_{k+1} = theta_k + outer update of the estimated meta-gradient; theta are the optimizer's `nn.Parameter`s.
 
-    A task whose gradient is not finite is left out of the mean, and counted. Each remaining task's gradient is clipped to the norm `clip` before
-    the mean, so that one wild episode does not decide a step.
+    A task whose loss or gradient is not finite is left out of the mean, and counted. The gradient of each other task is clipped
+    to the norm `clip` before the mean, so that one wild episode does not decide a step.
 
     Args:
         optimizer: what is trained, in place: a learned optimizer, or a hand-designed one with parameters or learned schedules.
@@ -59,10 +60,10 @@ class MetaTraining:
         self.estimator_state = estimator.init()
 
     def step(self) -> dict[str, float | Tensor]:
-        """Make one outer step; return the mean loss of its tasks, the norm of the meta-gradient and how many tasks were left out."""
+        """Make one outer step; return the mean loss of its tasks, the meta-gradient's norm and how many tasks were left out."""
         theta = self._theta()
         estimate = self.estimator(self.optimizer, theta, self.tasks, self.horizon, self.estimator_state, self.generator)
-        norms = torch.stack([grad.flatten(1).square().sum(1) for grad in estimate.grads.values()]).sum(0).sqrt()
+        norms = torch.stack([grad.reshape(len(grad), -1).square().sum(1) for grad in estimate.grads.values()]).sum(0).sqrt()
         good = norms.isfinite() & estimate.losses.isfinite()
         weights = good / good.sum().clamp(min=1)
         if self.clip is not None:
@@ -71,16 +72,22 @@ class MetaTraining:
             name: torch.einsum("t,t...->...", weights.masked_fill(~good, 0), torch.where(_like(good, grad), grad, 0))
             for name, grad in estimate.grads.items()
         }
-        with torch.no_grad():
-            updates, self.outer_state = self.outer(grads, self.outer_state, theta, loss=estimate.losses[good].mean())
-            for name, value in apply_updates(theta, updates).items():
-                self.optimizer.get_parameter(name).copy_(value)
+        loss = estimate.losses[good].mean()
+        if good.any():
+            self._apply(grads, theta, loss)
         self.estimator_state = estimate.state
         return {
-            "loss": estimate.losses[good].mean(),
+            "loss": loss,
             "gradient norm": tree.norm(grads),
             "tasks left out": (~good).sum(),
         }
+
+    def _apply(self, grads: Params, theta: Params, loss: Tensor) -> None:
+        """Let the outer optimizer write new values into the optimizer's parameters."""
+        with torch.no_grad():
+            updates, self.outer_state = self.outer(grads, self.outer_state, theta, loss=loss)
+            for name, value in apply_updates(theta, updates).items():
+                self.optimizer.get_parameter(name).copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on."""
@@ -97,7 +104,7 @@ class MetaTraining:
         self.outer_state, self.estimator_state = state["outer"], state["estimator"]
         self.generator.set_state(state["generator"])
 
-    def _theta(self) -> dict[str, Tensor]:
+    def _theta(self) -> Params:
         return {name: value.detach() for name, value in self.optimizer.named_parameters() if value.requires_grad}
 
 

@@ -56,15 +56,15 @@ def read_omniglot(path: str | Path) -> Alphabets:
             raise ValueError(f"{file} is damaged or no zip file ({error}). Download it again.") from error
     if not drawings:
         raise ValueError(
-            f"No drawings in {', '.join(map(str, files))}: expected members like `images_background/Greek/character01/0394_01.png`. "
-            "Give an official `images_*.zip`."
+            f"No alphabets in {', '.join(map(str, files))}: drawings must be members like "
+            "`images_background/Greek/character01/0394_01.png`. Give an official `images_*.zip`."
         )
     counts = {f"{a}/{c}": len(found) for a, characters in drawings.items() for c, found in characters.items()}
     fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     if counts[fewest] != counts[most]:
         raise ValueError(
-            f"Every character must have the same number of drawings, got {counts[fewest]} for {fewest} and {counts[most]} for {most}. "
-            "The archive is incomplete. Download it again."
+            f"Every character must have the same number of drawings, got {counts[fewest]} for {fewest} and {counts[most]} for "
+            f"{most}. The archive is incomplete. Download it again."
         )
     return {
         alphabet: torch.stack([torch.stack([found[name] for name in sorted(found)]) for _, found in sorted(characters.items())])
@@ -138,7 +138,8 @@ class CharacterTasks:
             raise ValueError(f"`ways` must be at most the number of characters, {self.characters}, got {ways}. Add alphabets.")
         if shots + queries > self.drawings:
             raise ValueError(
-                f"`shots + queries` must be at most the number of drawings of a character, {self.drawings}, got {shots} + {queries}."
+                f"`shots + queries` must be at most {self.drawings}, the drawings of a character, got {shots} + {queries}. "
+                "Ask for fewer queries."
             )
         # the order of uniform numbers is a random permutation, for all tasks at once
         characters = torch.rand(tasks, self.characters, generator=generator).argsort(-1)[:, :ways, None]
@@ -177,7 +178,8 @@ def conv4(ways: int, filters: int = 64) -> nn.Module:
             (f"relu{index}", nn.ReLU()),
         ]
     model = nn.Sequential(OrderedDict([*layers, ("flatten", nn.Flatten()), ("head", nn.Linear(filters, ways))]))
-    return model.to(memory_format=torch.channels_last)  # a third faster on CPU, through both derivatives
+    # a third faster on CPU, through both derivatives; torch's stubs lack this form of `to`
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _zip_files(path: Path) -> list[Path]:

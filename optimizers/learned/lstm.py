@@ -8,7 +8,7 @@ import torch
 from einops import pack, unpack
 from torch import Tensor, nn
 
-from metaopt.optimizer import Optimizer
+from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from optimizers.cell import LSTMCell, uniform
 
 LAYERS = 2
@@ -41,11 +41,11 @@ class LSTMOptimizer(Optimizer):
         self.cells = nn.ModuleList([LSTMCell(inputs, hidden_size, generator) for inputs in (2, *[hidden_size] * (LAYERS - 1))])
         self.readout = uniform((1, hidden_size), hidden_size, generator)
 
-    def slots(self, params):
+    def slots(self, params: Leaves) -> Slots:
         zeros = self.readout.new_zeros(self.hidden_size, sum(p.numel() for p in params), device=params[0].device)
         return {name: zeros for layer in range(LAYERS) for name in (f"h{layer}", f"c{layer}")}
 
-    def update(self, grads, params, slots, hyper, step):
+    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         flat, shapes = pack([g.to(self.readout.dtype) for g in grads], "*")
         signal, after = log_and_sign(flat), {}
         for layer, cell in enumerate(self.cells):

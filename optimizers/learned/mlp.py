@@ -6,7 +6,7 @@ import torch
 from einops import pack, rearrange, unpack
 from torch import Tensor, nn
 
-from metaopt.optimizer import Optimizer
+from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from optimizers.adam import bias_correction
 from optimizers.cell import uniform
 
@@ -51,11 +51,11 @@ class MLPOptimizer(Optimizer):
         self.output_weight = uniform((2, hidden_size), hidden_size, generator)
         self.output_bias = nn.Parameter(torch.zeros(2, 1))
 
-    def slots(self, params):
+    def slots(self, params: Leaves) -> Slots:
         momenta = [p.new_zeros(len(DECAYS), *p.shape) for p in params]
         return {"momenta": momenta, "square": [torch.zeros_like(p) for p in params]}
 
-    def update(self, grads, params, slots, hyper, step):
+    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         params = self._require_params(params, "the parameter is one of its features")
         decays = [torch.tensor(DECAYS, dtype=g.dtype, device=g.device).view(-1, *[1] * g.ndim) for g in grads]
         momenta = [d * m + (1 - d) * g for d, m, g in zip(decays, slots["momenta"], grads, strict=True)]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from metaopt.hyperparameter import Value, set_hyperparameter
 from metaopt.schedule import Schedule
 
@@ -13,9 +17,11 @@ class Constant(Schedule):
         value: a number, tensor or parameter.
     """
 
+    value: Value
+
     def __init__(self, value: Value):
         super().__init__()
         set_hyperparameter(self, "value", value)
 
-    def forward(self, state, *, step, loss, grads):
+    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
         return self.value, state

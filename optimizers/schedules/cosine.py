@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from metaopt.hyperparameter import Value, set_hyperparameter
 from metaopt.schedule import Schedule
@@ -25,6 +27,9 @@ class Cosine(Schedule):
         Loshchilov and Hutter, ICLR 2017, arXiv:1608.03983, equation 5 with one period.
     """
 
+    initial: Value
+    final: Value
+
     def __init__(self, initial: Value, steps: int, *, final: Value = 0.0):
         super().__init__()
         if steps < 1:
@@ -33,6 +38,6 @@ class Cosine(Schedule):
         set_hyperparameter(self, "final", final)
         self.steps = steps
 
-    def forward(self, state, *, step, loss, grads):
+    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
         fraction = (step.to(grads[0].dtype) / self.steps).clamp(max=1)
         return self.final + (self.initial - self.final) * (1 + torch.cos(math.pi * fraction)) / 2, state

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metaopt import tree
+from metaopt.hyperparameter import Value
 from metaopt.schedule import Schedule
 from optimizers.cell import LSTMCell
 
@@ -15,8 +17,8 @@ from optimizers.cell import LSTMCell
 class LSTMSchedule(Schedule):
     """log value_t = log value_{t-1} + max_change * tanh(readout . h_t), h_t = LSTM(loss_t, |grad_t|, t / steps).
 
-    The loss enters as sign(L) log(1 + |L|), the norm of the gradient as log(|g| + 1e-6) / 5. The readout starts at zero: untrained, it
-    is the constant `initial`, which is learned too. It observes, so the optimizer must be given `loss=`.
+    The loss enters as sign(L) log(1 + |L|), the norm of the gradient as log(|g| + 1e-6) / 5. The readout starts at zero:
+    untrained, it is the constant `initial`, which is learned too. It observes, so the optimizer must be given `loss=`.
 
     Args:
         initial: the value at the start.
@@ -33,9 +35,7 @@ class LSTMSchedule(Schedule):
         reinforcement learning.
     """
 
-    def __init__(
-        self, initial: float = 0.1, steps: int = 100, *, hidden_size: int = 20, max_change: float = 0.2, seed: int = 0
-    ):
+    def __init__(self, initial: float = 0.1, steps: int = 100, *, hidden_size: int = 20, max_change: float = 0.05, seed: int = 0):
         super().__init__()
         for name, value in {"initial": initial, "steps": steps, "hidden_size": hidden_size, "max_change": max_change}.items():
             if value <= 0:
@@ -49,9 +49,11 @@ class LSTMSchedule(Schedule):
         zeros = self.readout.new_zeros(self.hidden_size, 1, device=like.device)
         return {"h": zeros, "c": zeros, "change": self.readout.new_zeros((), device=like.device)}
 
-    def forward(self, state, *, step, loss, grads):
+    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
         if loss is None:
-            raise ValueError("LSTMSchedule observes the loss, got None. Call `optimizer(grads, state, params, loss=loss)` or `step(closure)`.")
+            raise ValueError(
+                "LSTMSchedule observes the loss, got None. Call `optimizer(grads, state, params, loss=loss)` or `step(closure)`."
+            )
         observed = torch.stack(
             [
                 loss.sign() * loss.abs().log1p(),

@@ -1,0 +1,94 @@
+"""The command lines: each runs end to end in a small form, and says what is wrong when it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import metaopt as mo
+from optimizers import SGD, MLPOptimizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _scripts_on_path(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+
+def test_train_then_evaluate(tmp_path, capsys) -> None:
+    import evaluate
+    import train_optimizer
+
+    config = train_optimizer.Config(task="digits", horizon=6, steps=4, batch=2, hidden_size=4, validate_every=2, out=tmp_path / "run")
+    train_optimizer.main(config)
+    weights = tmp_path / "run/weights.safetensors"
+    optimizer = MLPOptimizer.load(weights)
+    assert optimizer.hidden_size == 4
+    assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 4
+    assert list((tmp_path / "run").glob("events.*"))
+
+    evaluate.main(
+        evaluate.Config(weights=(weights,), horizon=6, seeds=3, tuning_seeds=2, grid=(0.01, 0.1), out=tmp_path / "evaluation")
+    )
+    printed = capsys.readouterr().out
+    names = ["learned: MLPOptimizer", "Adam, lr 0.", "SGD, momentum 0.9, lr 0.", "SGD, Nesterov 0.9, lr 0.", "RMSprop, lr 0."]
+    assert all(name in printed for name in names)
+    expected = mo.evaluate({"learned": optimizer}, mo.tasks.DigitsMLP(), horizon=6, seeds=3).mean("learned")
+    assert f"{expected:.4f}" in printed
+    assert (tmp_path / "evaluation/digits.png").exists()
+
+
+def test_a_truncated_lstm_on_quadratics(tmp_path) -> None:
+    import train_optimizer
+
+    train_optimizer.main(
+        train_optimizer.Config(optimizer="lstm", task="quadratics", horizon=6, window=4, steps=3, batch=3, hidden_size=5, out=tmp_path)
+    )
+    assert mo.Optimizer.load(tmp_path / "weights.safetensors").hidden_size == 5
+
+
+def test_train_schedule(tmp_path, capsys) -> None:
+    import train_schedule
+
+    config = train_schedule.Config(horizon=6, steps=3, batch=2, validate_every=1, seeds=3, grid=(0.1, 0.5), out=tmp_path)
+    train_schedule.main(config)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("learned schedule", "constant, best of 2", "cosine, best of 2"))
+    learned = SGD.load(tmp_path / "weights.safetensors")
+    assert learned.lr.readout.abs().max() > 0
+    assert (tmp_path / "schedule.png").exists()
+    rates = train_schedule.observed_rates(SGD(0.3), mo.tasks.DigitsMLP(), horizon=4, seeds=2)
+    torch.testing.assert_close(rates, torch.full((2, 4), 0.3))
+
+
+@pytest.mark.parametrize("script", ["train_optimizer.py", "evaluate.py", "train_schedule.py", "maml.py", "meta_weight_net.py"])
+def test_help_lists_the_options(script: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / "scripts" / script, "--help"], capture_output=True, text=True, check=True)
+    assert "--out" in done.stdout or "{" in done.stdout
+
+
+def test_a_missing_weights_file_is_named(tmp_path) -> None:
+    import evaluate
+
+    with pytest.raises(FileNotFoundError, match=r"No weights file at .*nowhere\.safetensors"):
+        evaluate.main(evaluate.Config(weights=(tmp_path / "nowhere.safetensors",), out=tmp_path))
+
+
+def test_install_says_in_one_line_what_is_wrong(tmp_path) -> None:
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/install", tmp_path / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    done = subprocess.run(
+        [tmp_path / "scripts/install"], capture_output=True, text=True, env=os.environ | {"PYTHON": "no-such-python"}, check=False
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "Python 3.11 or newer is needed" in done.stderr

@@ -1,0 +1,56 @@
+"""Arithmetic on trees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import assert_close
+from torch.func import grad, vmap
+
+from metaopt import tree
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def test_the_norm_is_that_of_all_entries() -> None:
+    parts = {"a": torch.randn(2, 3), "b": [torch.randn(()), torch.randn(0)]}
+    everything = torch.cat([leaf.flatten() for leaf in tree.leaves(parts)])
+    assert_close(tree.norm(parts), everything.norm(), 1e-14)
+
+
+def test_derivatives_at_zero_are_zero_and_elsewhere_true() -> None:
+    """Trap 12: sqrt has an infinite slope at 0, and infinity times 0 is nan."""
+    zero, four = torch.tensor(0.0), torch.tensor(4.0)
+    assert_close([tree.safe_sqrt(x) for x in (zero, four)], [torch.tensor(0.0), torch.tensor(2.0)], 0)
+    derivative = tree.safe_sqrt
+    for expected in (1 / 4, -1 / 32, 3 / 256):  # of sqrt at 4
+        derivative = grad(derivative)
+        assert derivative(zero) == 0
+        assert_close(derivative(four), torch.tensor(expected), 1e-15)
+    assert_close(vmap(grad(tree.norm))(torch.tensor([[0.0, 0.0], [3.0, 4.0]])), torch.tensor([[0.0, 0.0], [0.6, 0.8]]), 1e-15)
+
+
+def test_stack_and_index_are_inverse() -> None:
+    trees = [{"a": torch.randn(2), "b": (torch.randn(()),)} for _ in range(3)]
+    stacked = tree.stack(trees)
+    assert stacked["a"].shape == (3, 2)
+    for i, one in enumerate(trees):
+        assert_close(tree.index(stacked, i), one, 0)
+    assert_close(tree.index(stacked, slice(1, 3))["b"][0], stacked["b"][0][1:], 0)
+
+
+def test_names_read_like_python() -> None:
+    names = [name for name, _ in tree.named_leaves({"net.0.weight": [1, (2,)], "x": 3})]
+    assert names == ["['net.0.weight'][0]", "['net.0.weight'][1][0]", "['x']"]
+    assert tree.named_leaves(5) == [("the tensor itself", 5)]
+
+
+def test_a_sum_over_leaves() -> None:
+    assert tree.sum_leaves(lambda leaf: 2 * leaf, [torch.tensor(1.0), (torch.tensor(2.0),)]) == 6
+
+
+def test_flatten_like_takes_only_the_same_structure() -> None:
+    structure = tree.flatten({"a": 1, "b": 2})[1]
+    assert tree.flatten_like(structure, {"a": 3, "b": 4}, "x") == [3, 4]
+    with pytest.raises(ValueError, match=r"`x` does not have the expected structure: missing \[\"\['b'\]\"\], unknown \[\"\['c'\]\"\]"):
+        tree.flatten_like(structure, {"a": 3, "c": 4}, "x")

@@ -1,0 +1,240 @@
+"""Saving and loading of weights: round trips, and files that are wrong or hostile."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import assert_close
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import metaopt as mo
+from metaopt import tree
+from metaopt.hyperparameter import set_hyperparameter
+from metaopt.module import FORMAT, Configurable, known_classes
+from optimizers import SGD, Adam, AdamW, RMSprop
+
+
+class Decay(mo.Schedule):
+    """rate / (1 + slope t), with a learned rate and a slope that may be a schedule itself."""
+
+    def __init__(self, rate: Any, slope: Any = 0.0, *, name: str = "decay", enabled: bool = True, note: str | None = None):
+        super().__init__()
+        set_hyperparameter(self, "rate", rate)
+        set_hyperparameter(self, "slope", slope)
+        self.name, self.enabled, self.note = name, enabled, note
+
+    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Any, Any]:
+        slope = self.slope(state, step=step, loss=loss, grads=grads)[0] if isinstance(self.slope, mo.Schedule) else self.slope
+        return self.rate / (1 + slope * step), state
+
+
+OPTIMIZERS = {
+    "numbers": lambda: SGD(0.1, 0.9, weight_decay=0.01, nesterov=True),
+    "parameter": lambda: SGD(lr=nn.Parameter(torch.tensor(0.125))),
+    "tensor": lambda: SGD(lr=torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)),
+    "betas": lambda: Adam(1e-3, (nn.Parameter(torch.tensor(0.85)), 0.99), eps=1e-6),
+    "adamw": lambda: AdamW(weight_decay=nn.Parameter(torch.tensor(0.3))),
+    "rmsprop": lambda: RMSprop(0.02, momentum=torch.tensor(0.5), centered=True),
+    "schedule": lambda: SGD(lr=Decay(nn.Parameter(torch.tensor(0.5)), 0.1, name="käse", note=None)),
+    "nested": lambda: Adam(lr=Decay(nn.Parameter(torch.tensor(0.5)), Decay(torch.tensor(0.2), enabled=False))),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_what_is_loaded_is_what_was_saved(kind: str, tmp_path: Path) -> None:
+    optimizer = OPTIMIZERS[kind]()
+    path = tmp_path / "new folder" / "weights.safetensors"
+    optimizer.save(path)
+    torch.manual_seed(7)
+    random = torch.get_rng_state()
+    loaded = mo.Optimizer.load(path)
+    assert torch.equal(random, torch.get_rng_state()), "loading must not draw random numbers"
+    assert type(loaded) is type(optimizer)
+    assert loaded.config() == optimizer.config()
+    for (name, own), (other_name, other) in zip(loaded.state_dict().items(), optimizer.state_dict().items(), strict=True):
+        assert (name, own.dtype, own.requires_grad) == (other_name, other.dtype, other.requires_grad)
+        assert torch.equal(own, other)
+    assert [(n, p.requires_grad) for n, p in loaded.named_parameters()] == [
+        (n, p.requires_grad) for n, p in optimizer.named_parameters()
+    ]
+    start, target = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    runs = [mo.minimize(lambda w, _: (w - target).square().sum(), o, start, None, steps=3).params for o in (optimizer, loaded)]
+    assert_close(*runs, 0)
+
+
+def test_precision_and_non_contiguous_tensors_survive(tmp_path: Path) -> None:
+    lr = torch.arange(6.0).reshape(2, 3).t()
+    optimizer = SGD(lr=nn.Parameter(lr)).double()
+    assert not optimizer.lr.is_contiguous()
+    optimizer.save(tmp_path / "w")
+    loaded = SGD.load(tmp_path / "w")
+    assert loaded.lr.dtype == torch.float64
+    assert torch.equal(loaded.lr, lr.double())
+    loaded.save(tmp_path / "w")  # over itself
+    assert torch.equal(SGD.load(str(tmp_path / "w")).lr, lr.double())
+
+
+def test_the_header_is_plain_json(tmp_path: Path) -> None:
+    SGD(lr=Decay(nn.Parameter(torch.tensor(0.5)))).save(tmp_path / "w")
+    with safe_open(tmp_path / "w", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == FORMAT
+    assert json.loads(metadata["config"])["arguments"]["lr"]["class"] == "Decay"
+
+
+def write(path: Path, config: Any, tensors: dict[str, Tensor] | None = None, **metadata: str) -> Path:
+    """Write a weights file by hand, as a stranger could."""
+    text = config if isinstance(config, str) else json.dumps(config)
+    save_file(tensors or {}, path, metadata={"format": FORMAT, "config": text} | metadata)
+    return path
+
+
+SGD_CONFIG = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"class": "Popen", "arguments": {"args": ["true"]}}, {}, r"names the class 'Popen', which is not known; known are \["),
+        ({"class": "nn.Linear", "arguments": {}}, {}, r"names the class 'nn.Linear', which is not known"),
+        ({"class": ["SGD"], "arguments": {}}, {}, r"nothing can be built: "),
+        (
+            {"class": "SGD", "arguments": SGD_CONFIG | {"lr": {"class": "os.system", "arguments": {}}}},
+            {},
+            r"names the class 'os.system'",
+        ),
+        ({"class": "SGD", "arguments": {"no_such": 1.0}}, {}, r"nothing can be built: .*unexpected keyword argument 'no_such'"),
+        ({"class": "SGD", "arguments": {}}, {}, r"nothing can be built: .*missing 1 required positional argument: 'lr'"),
+        ({"class": "SGD", "arguments": SGD_CONFIG | {"lr": "0.1"}}, {}, r"nothing can be built: SGD: `lr` must be a number"),
+        (
+            {"class": "SGD", "arguments": SGD_CONFIG | {"lr": -1.0}},
+            {},
+            r"nothing can be built: SGD: `lr` must lie in \[0.0, inf\], got -1.0",
+        ),
+        ({"class": "SGD", "arguments": [1, 2]}, {}, r"nothing can be built: "),
+        ({"class": "SGD", "arguments": SGD_CONFIG | {"lr": {"parameter": [2], "dtype": "nn"}}}, {}, r"nothing can be built: "),
+        (
+            {"class": "SGD", "arguments": SGD_CONFIG | {"lr": {"parameter": [2], "dtype": "no_such"}}},
+            {},
+            r"nothing can be built: .*no_such",
+        ),
+        (
+            {"class": "SGD", "arguments": SGD_CONFIG | {"lr": {"parameter": "many", "dtype": "float32"}}},
+            {},
+            r"nothing can be built: ",
+        ),
+        (
+            {"class": "SGD", "arguments": SGD_CONFIG | {"lr": {"parameter": [-2], "dtype": "float32"}}},
+            {},
+            r"nothing can be built: ",
+        ),
+        ({"class": "SGD", "arguments": SGD_CONFIG | {"lr": {"parameter": [], "dtype": "int64"}}}, {}, r"nothing can be built: "),
+        ({"class": "Adam", "arguments": {"betas": [0.9]}}, {}, r"nothing can be built: Adam: `betas` must be a pair"),
+        ("{", {}, r"nothing can be built: "),
+        ("[" * 100_000, {}, r"nothing can be built: "),
+        ("", {}, r"nothing can be built: "),
+        ("3", {}, r"holds a int, not a Optimizer"),
+        ({"class": "Decay", "arguments": {"rate": 0.1}}, {}, r"holds a Decay, not a Optimizer. Use `Decay.load`"),
+        (
+            {"class": "SGD", "arguments": SGD_CONFIG | {"lr": {"parameter": [2], "dtype": "float32"}}},
+            {},
+            r"does not fit SGD: tensor 'lr' should be floating-point \(2,\), found absent",
+        ),
+        (
+            {"class": "SGD", "arguments": SGD_CONFIG | {"lr": {"parameter": [2], "dtype": "float32"}}},
+            {"lr": torch.ones(3)},
+            r"does not fit SGD: tensor 'lr' should be floating-point \(2,\), found floating-point \(3,\)",
+        ),
+        (
+            {"class": "SGD", "arguments": SGD_CONFIG | {"lr": {"parameter": [2], "dtype": "float32"}}},
+            {"lr": torch.ones(2, dtype=torch.int64)},
+            r"does not fit SGD: tensor 'lr' should be floating-point \(2,\), found torch.int64 \(2,\)",
+        ),
+        # Asks for 4 exabytes: an error about the tensor, at once, and no allocation.
+        (
+            {"class": "SGD", "arguments": SGD_CONFIG | {"lr": {"parameter": [10**9, 10**9], "dtype": "float32"}}},
+            {"lr": torch.ones(2)},
+            r"does not fit SGD: tensor 'lr' should be floating-point \(1000000000, 1000000000\), found",
+        ),
+        (
+            {"class": "SGD", "arguments": SGD_CONFIG},
+            {"extra": torch.ones(2)},
+            r"tensor 'extra' should be absent, found floating-point \(2,\)",
+        ),
+    ],
+)
+def test_a_wrong_or_hostile_file_is_a_clear_error(config: Any, tensors: dict[str, Tensor], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        mo.Optimizer.load(write(tmp_path / "w.safetensors", config, tensors))
+
+
+def test_files_that_are_not_ours(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"No weights file at .*missing.safetensors. Give the path that `save` wrote"):
+        SGD.load(tmp_path / "missing.safetensors")
+    with pytest.raises(FileNotFoundError, match="No weights file at"):
+        SGD.load(tmp_path)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"a": torch.ones(2)}, foreign)
+    with pytest.raises(ValueError, match=r"has format None, expected 'metaopt-1'. Write it with `save`"):
+        SGD.load(foreign)
+    with pytest.raises(ValueError, match=r"has format 'pt', expected 'metaopt-1'"):
+        SGD.load(write(foreign, {}, format="pt"))
+    pickled = tmp_path / "weights.pt"
+    torch.save({"lr": torch.ones(2)}, pickled)
+    with pytest.raises(ValueError, match=r"weights.pt is not a safetensors file"):
+        SGD.load(pickled)
+    (tmp_path / "empty").touch()
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        SGD.load(tmp_path / "empty")
+
+
+def test_every_truncation_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    Adam(lr=nn.Parameter(torch.rand(8))).save(path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="is not a safetensors file"):
+            Adam.load(path)
+
+
+def test_loading_the_wrong_class_names_the_right_one(tmp_path: Path) -> None:
+    SGD(0.1).save(tmp_path / "w")
+    with pytest.raises(ValueError, match=r"holds a SGD, not a Adam. Use `SGD.load`"):
+        Adam.load(tmp_path / "w")
+    assert isinstance(Configurable.load(tmp_path / "w"), SGD)
+    AdamW(0.1).save(tmp_path / "w")
+    assert type(Adam.load(tmp_path / "w")) is AdamW  # a subclass is one
+
+
+def test_an_argument_that_json_cannot_hold_is_refused_when_saving(tmp_path: Path) -> None:
+    decay = Decay(0.1)
+    decay.note = {1.0}  # type: ignore[assignment]
+    with pytest.raises(
+        TypeError, match=r"A constructor argument of type set cannot be saved: \{1.0\}. Use numbers, tensors or modules"
+    ):
+        SGD(lr=decay).save(tmp_path / "w")
+    decay.note = torch.ones(2)  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"Decay: the tensor `note` is neither parameter nor buffer, so it would not be saved"):
+        SGD(lr=decay).save(tmp_path / "w")
+
+
+def test_only_our_classes_are_known() -> None:
+    known = known_classes()
+    assert {"SGD", "Adam", "AdamW", "RMSprop", "Decay"} <= known.keys()
+    assert all(issubclass(kind, Configurable) for kind in known.values())
+
+
+def test_a_deployed_optimizer_comes_from_a_file(tmp_path: Path) -> None:
+    SGD(lr=nn.Parameter(torch.tensor(0.5))).save(tmp_path / "w")
+    w = nn.Parameter(torch.ones(2))
+    deployed = SGD.load(tmp_path / "w").as_torch([w])
+    w.grad = torch.ones(2)
+    deployed.step()
+    assert tree.map(torch.Tensor.tolist, w.detach()) == [0.5, 0.5]
