@@ -45,8 +45,8 @@ class _NoGenerator(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if kwargs and kwargs.get("generator") is not None:
             raise ValueError(
-                f"`loss_fn` draws from a torch.Generator of its own (`{func.__name__}`). A step that is run again on the way back would "
-                "draw other numbers. Draw from torch's global generator, which is wound back, or pass the numbers in `batches`."
+                f"`loss_fn` draws from a torch.Generator of its own (`{func.__name__}`). A step that is run again on the way back "
+                "would draw other numbers. Draw from the global generator, which is wound back, or pass the numbers in `batches`."
             )
         return func(*args, **(kwargs or {}))
 

@@ -24,6 +24,8 @@ class Deployed(torch.optim.Optimizer):
     at once; the parameter itself is not moved, nor is the memory kept for it.
     """
 
+    state: dict[Any, Any]  # type: ignore[assignment]  # "group 0" -> its memory; torch's own have a parameter as key
+
     def __init__(self, params: Iterable[Any], optimizer: "Optimizer"):
         self._optimizer = copy.deepcopy(optimizer).requires_grad_(False)
         numbers = {name: getattr(self._optimizer, name) for name in optimizer.hyperparameters}

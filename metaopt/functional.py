@@ -23,6 +23,26 @@ def functional(model: nn.Module) -> "Functional":
     return Functional(model)
 
 
+def aliases(module: nn.Module) -> dict[str, list[str]]:
+    """Return, for each distinct parameter and buffer, its first name -> all its names.
+
+    Unlike in `named_parameters(remove_duplicate=False)`, a module that stands in several places counts once: given two names
+    of one attribute, `functional_call` patches it twice and afterwards puts the wrong tensor back.
+    """
+    names: dict[Tensor, list[str]] = {}
+    for path, layer in module.named_modules():
+        for members in (layer.named_parameters, layer.named_buffers):
+            for name, tensor in members(path, recurse=False, remove_duplicate=False):
+                names.setdefault(tensor, []).append(name)
+    return {same[0]: same for same in names.values()}
+
+
+def call_with(module: nn.Module, tensors: Params, args: tuple, kwargs: dict[str, Any] | None = None) -> Any:
+    """Return `module(*args, **kwargs)` with other tensors, given by their first names, in place of its own."""
+    everywhere = {alias: tensors[name] for name, same in aliases(module).items() if name in tensors for alias in same}
+    return torch.func.functional_call(module, everywhere, args, kwargs, tie_weights=False)
+
+
 class Functional:
     """A module seen as a function; made by `functional`."""
 
@@ -30,18 +50,14 @@ class Functional:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}. Pass the module, not its output.")
         self.model = model
-        # Not `named_parameters(remove_duplicate=False)`: a module that stands in several places must be patched once.
-        names: dict[Tensor, list[str]] = {}
-        for path, layer in model.named_modules():
-            for name, parameter in layer.named_parameters(path, recurse=False, remove_duplicate=False):
-                names.setdefault(parameter, []).append(name)
-        self._aliases = {same[0]: same for parameter, same in names.items() if parameter.requires_grad}
+        self._aliases = aliases(model)
+        self._trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)]
 
     @property
     def params(self) -> Params:
         """The trainable parameters, live: name of the first use -> tensor. Tied weights stand once."""
-        return {name: self.model.get_parameter(name) for name in self._aliases}
+        return {name: self.model.get_parameter(name) for name in self._trainable}
 
     @property
     def buffers(self) -> Params:
@@ -92,8 +108,8 @@ class Functional:
     def _call(self, params: Params, buffers: dict[str, Tensor | None], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the model with these tensors; `buffers` then holds what the forward left in them."""
         self._check("params", params, self.params)
-        tensors: dict[str, Any] = {alias: params[name] for name, same in self._aliases.items() for alias in same}
-        tensors |= buffers
+        given: dict[str, Any] = {**params, **buffers}
+        tensors = {alias: tensor for name, tensor in given.items() for alias in self._aliases.get(name, [name])}
         output = torch.func.functional_call(self.model, tensors, args, kwargs, tie_weights=False)
         buffers.update((name, tensors[name]) for name in buffers)
         return output

@@ -21,8 +21,8 @@ def meta_grad(
 ) -> Callable[[Tree, Tree], tuple[Tree, Tensor]]:
     """Return a function that computes g = 1/n sum_i grad_w L(w; task_i).
 
-    Each task is differentiated by itself and the gradients are averaged: the derivative of an average over `vmap` is
-    silently wrong in torch when a norm layer follows a linear or convolution layer.
+    Each task is differentiated by itself and the gradients are averaged: torch's derivative of an average over `vmap` is
+    silently wrong for fused norm layers (see `any_order`, which also holds here).
 
     Args:
         task_loss: `task_loss(params, task)` returns a scalar; usually it calls `minimize`.

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metaopt import tree
 from metaopt.closure import check_closure
 from metaopt.differentiate import Backprop, InnerLoop, Rule
 from metaopt.errors import NonFiniteError
+from metaopt.functional import call_with
 from metaopt.kernels import any_order
 from metaopt.optimizer import Optimizer, State, apply_updates
 from metaopt.transforms import values_are_readable
@@ -77,14 +77,14 @@ def minimize(
         batch = inputs["batch"] if same_batch else x
         arguments = (params, batch) if meta is None else (params, batch, inputs["meta"])
         if isinstance(loss_fn, nn.Module) and inputs is not own:
-            return _check_scalar(functional_call(loss_fn, inputs["loss"], arguments))
+            return _check_scalar(call_with(loss_fn, inputs["loss"], arguments))
         return _check_scalar(loss_fn(*arguments))
 
     def update(inputs: Tree, grads: Tree, state: State, params: Tree, loss: Tensor) -> tuple[Tree, State]:
         if inputs is own:
             updates, state = optimizer(grads, state, params, loss=loss)
         else:
-            updates, state = functional_call(optimizer, inputs["optimizer"], (grads, state, params), {"loss": loss})
+            updates, state = call_with(optimizer, inputs["optimizer"], (grads, state, params), {"loss": loss})
         return apply_updates(params, updates), state
 
     own = inputs
@@ -123,8 +123,8 @@ def _batches_and_steps(batches: Tree, steps: int | None) -> tuple[Tree, Tree, in
     if not lengths or -1 in lengths.values():
         without = [path for path, length in lengths.items() if length < 0]
         raise ValueError(
-            f"`steps` is missing: without it every leaf of `batches` needs the leading axis time, which {without or 'an empty tree'} "
-            "has not. Pass `steps=` to use the same batch at every step."
+            "`steps` is missing: without it every leaf of `batches` needs the leading axis time, which "
+            f"{without or 'an empty tree'} has not. Pass `steps=` to use the same batch at every step."
         )
     if len(set(lengths.values())) > 1:
         raise ValueError(

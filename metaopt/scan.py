@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -79,7 +79,7 @@ class _Loop:
     length: int
     ambients: list[Ambient] = field(default_factory=list)  # one a step, noted as the loop runs forward
 
-    def split(self, leaves: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def split(self, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return the leaves of (inputs, carry, xs)."""
         middle = self.shared + self.carried
         return list(leaves[: self.shared]), list(leaves[self.shared : middle]), list(leaves[middle:])
@@ -120,7 +120,9 @@ class _ScanFunction(torch.autograd.Function):
         ctx.loop = loop
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[tensor for tensor in output if not tensor.is_floating_point()])
-        ctx.save_for_backward(*leaves, *output[: loop.carried * (loop.length - 1)])
+        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        kept = output[: loop.carried * (loop.length - 1)]
+        ctx.save_for_backward(*[leaf if isinstance(leaf, Tensor) else None for leaf in leaves], *kept)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -135,7 +137,8 @@ def _pull_back(ctx: Any, cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor 
     """
     loop: _Loop = ctx.loop
     count = loop.shared + loop.carried
-    leaves, kept = ctx.saved_tensors[: count + _xs(loop)], ctx.saved_tensors[count + _xs(loop) :]
+    saved, kept = ctx.saved_tensors[: count + _xs(loop)], ctx.saved_tensors[count + _xs(loop) :]
+    leaves = [constant if tensor is None else tensor for tensor, constant in zip(saved, ctx.constants, strict=True)]
     shared, first, xs = loop.split(leaves)
     of_carry = [list(cotangents[loop.carried * t : loop.carried * (t + 1)]) for t in range(loop.length)]
     of_out = cotangents[loop.carried * loop.length :]

@@ -28,10 +28,11 @@ def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
     """
     found, own = pytree.tree_flatten(tree)
     if own != structure:
-        expected = [name for name, _ in named_leaves(unflatten(structure, range(structure.num_leaves)))]
-        given = [name for name, _ in named_leaves(tree)]
+        expected = {name for name, _ in named_leaves(unflatten(structure, range(structure.num_leaves)))}
+        given = {name for name, _ in named_leaves(tree)}
+        missing, unknown = sorted(expected - given), sorted(given - expected)
         raise ValueError(
-            f"`{what}` does not have the expected structure: missing {sorted({*expected} - {*given})}, unknown {sorted({*given} - {*expected})}. "
+            f"`{what}` does not have the expected structure: missing {missing}, unknown {unknown}. "
             "Build it from the same tree, in the same order."
         )
     return found

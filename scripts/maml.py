@@ -1,7 +1,7 @@
 """Model-agnostic meta-learning: an initialisation from which a few gradient steps learn a new task.
 
-scripts/maml.py sinusoid --compile
-scripts/maml.py omniglot --data ../shared/data/omniglot --ways 5 --shots 1
+python scripts/maml.py sinusoid --compile
+python scripts/maml.py omniglot --data ../shared/data/omniglot --ways 5 --shots 1
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from optimizers import SGD
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Params, Batch], Tensor]
-FINE_TUNING_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+FINE_TUNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002  # the same tasks whatever the training seed
 
 
@@ -223,7 +223,9 @@ def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
         waves = adapted[f"{name}, learning rate {lr:g}"] = []
         for task in (tree.index(test, index) for index in range(2)):
             path = adapt(loss, lr, steps, params, task)
-            waves.append((task, {f"after {n} steps": net(at, task.query[0]).detach() for n, at in zip(steps, path, strict=True)}))
+            waves.append(
+                (task, {f"gradient steps: {n}": net(at, task.query[0]).detach() for n, at in zip(steps, path, strict=True)})
+            )
     plot_sinusoid(config.out / "maml.png", scores, config.test_steps, adapted)
     return scores
 
@@ -237,7 +239,8 @@ def run_omniglot(config: OmniglotConfig) -> dict[str, Tensor]:
     counts = {"ways": config.ways, "shots": config.shots, "queries": config.test_queries}
     validation = validate_on.sample(torch.Generator().manual_seed(VALIDATION_SEED), 40, **counts)
     test = test_on.sample(torch.Generator().manual_seed(TEST_SEED), config.test_tasks, **counts)
-    model = conv4(config.ways, config.filters)
+    # channels last is a third faster on CPU through both derivatives; `vmap` cannot take it, hence chunk_size=1 below
+    model = conv4(config.ways, config.filters).to(memory_format=torch.channels_last)
     net = mo.functional(model)
     untrained = tree.map(lambda tensor: tensor.detach().clone(), net.params)
 
@@ -313,10 +316,13 @@ def report(what: str, scores: dict[str, Tensor], config: Config, rates: dict[str
         for name, s in scores.items()
     ]
     table = tabulate(rows, headers=[f"gradient steps (inner lr {config.inner_lr})", *config.test_steps], tablefmt="github")
-    text = (
-        f"{what} on {config.test_tasks} new tasks, mean ± 95 % interval\n\n{table}\n\n"
-        f"The tuned rates did best on other tasks for each number of steps: {rates}."
-    )
+    tuned = [
+        f"{name}: best on other tasks were "
+        + ", ".join(f"{rate:g} for {n}" for n, rate in zip(config.test_steps, best, strict=True) if n)
+        + " steps."
+        for name, best in rates.items()
+    ]
+    text = "\n\n".join([f"{what} on {config.test_tasks} new tasks, mean ± 95 % interval", table, *tuned])
     print(f"\n{text}")
     (config.out / "report.md").write_text(text + "\n")
 
@@ -328,6 +334,7 @@ def main() -> None:
     )
     config.out.mkdir(parents=True, exist_ok=True)
     if isinstance(config, SinusoidConfig):
+        torch.set_num_threads(1)  # tensors this small only make threads wait for each other
         run_sinusoid(config)
     else:
         run_omniglot(config)

@@ -158,9 +158,10 @@ class MetaWeightNet(Learner):
     """A learner whose minibatch loss is sum_i v_i l_i / sum_i v_i, v_i = V(l_i; theta), with theta learned on the way.
 
     Two differences from the paper. It looks ahead with a plain gradient step, we with the learner's own optimizer and state:
-    the step that the learner is going to make. And it takes mean_i v_i l_i; there, early in training every example lowers
-    the clean loss, so all weights rise together until the sigmoid saturates at 1 and the net stops learning: measured here, the
-    result is plain training. Dividing by the sum leaves only what the weights are for, the choice between examples.
+    the step that the learner is going to make. And it takes mean_i v_i l_i. There the common scale of the weights acts as a
+    learning rate: early in training, when every example lowers the clean loss, all weights rise together, and with a fast
+    weight net (Adam at 1e-3) they saturate at 1, which is plain training. Dividing by the sum leaves only the choice between
+    examples. It too can saturate if the weight net learns fast; hence the default rate, 3e-4.
 
     Args:
         net: the learner.
@@ -309,6 +310,9 @@ def report(config: Config, results: Mapping[str, Result]) -> str:
             row += [percent(accuracy), "" if result is ours else percent(ours.chosen(longest=longest) - accuracy, signed=True)]
         rows.append(row)
         fixed.append([method, *map(percent, result.test_accuracy[:, :, -1].T)])
+    for method in ("plain", "clean only"):
+        difference = (ours.test_accuracy - results[method].test_accuracy)[:, :, -1].T
+        fixed.append([f"meta-weight-net - {method}", *(percent(values, signed=True) for values in difference)])
     tuned = ["method", "tuned rate and length", "meta-weight-net - it", f"tuned rate, {steps}", "meta-weight-net - it"]
     rates = [f"rate {rate:g}, {steps}" for rate in config.learning_rates]
     return (
@@ -380,6 +384,7 @@ def plot(config: Config, data: Data, results: Mapping[str, Result], path: Path) 
         histogram.hist(weights[chosen], bins=bins, density=True, color=colour, alpha=0.5, label=name)
     relative = "learned weight / mean weight"
     scatter.set(xlabel="loss of the training example (nats)", ylabel=relative, title="Learned weight over the loss")
+    scatter.set(xscale="log", xlim=(1e-4, None))
     histogram.set(xlabel=relative, ylabel="density", title="Distribution of the learned weight")
     for axis in (scatter, histogram):
         axis.legend(title=f"{config.seeds} seeds, tuned rate, {config.lengths[-1]} steps", markerscale=3)

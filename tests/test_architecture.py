@@ -107,7 +107,9 @@ def test_the_core_is_pure(name: str) -> None:
 
 
 def test_one_file_each_knows_distribution_and_logging_backends() -> None:
-    users = {name for name in SOURCES for i in imports(SOURCES[name]) if i.startswith(("torch.distributed", "torch.utils.tensorboard"))}
+    users = {
+        name for name in SOURCES for i in imports(SOURCES[name]) if i.startswith(("torch.distributed", "torch.utils.tensorboard"))
+    }
     assert users <= {"metaopt.train.distributed", "metaopt.train.loggers"}
 
 

@@ -234,7 +234,9 @@ def test_gradients_params_and_state_must_have_one_structure() -> None:
     optimizer = Adam(0.1, weight_decay=0.1)
     params = {"a": torch.ones(1), "b": torch.ones(2)}
     state, differs = optimizer.init(params), "does not have the expected structure"
-    with pytest.raises(ValueError, match=rf"`params` {differs}: missing \[\"\['b'\]\"\], unknown \[\]. Build it from the same tree"):
+    with pytest.raises(
+        ValueError, match=rf"`params` {differs}: missing \[\"\['b'\]\"\], unknown \[\]. Build it from the same tree"
+    ):
         optimizer(params, state, {"a": torch.ones(1)})
     with pytest.raises(ValueError, match=rf"`params` {differs}: missing \[\], unknown \[\]. .* in the same order"):
         optimizer(params, state, {"b": torch.ones(2), "a": torch.ones(1)})
@@ -290,12 +292,12 @@ def test_hyperparameters_are_checked_when_given(build: Callable[[], Any], error:
 
 
 def test_what_a_subclass_must_define() -> None:
+    bare, w = mo.Optimizer(), torch.ones(1)
     with pytest.raises(TypeError, match=r"Optimizer must define `update\(grads, params, slots, hyper, step\)`"):
-        optimizer = mo.Optimizer()
-        optimizer(torch.ones(1), optimizer.init(torch.ones(1)))
+        bare(w, bare.init(w))
+    scheduled = SGD(mo.Schedule())
     with pytest.raises(TypeError, match=r"Schedule must define `forward\(state, \*, step, loss, grads\)`"):
-        optimizer = SGD(mo.Schedule())
-        optimizer(torch.ones(1), optimizer.init(torch.ones(1)))
+        scheduled(w, scheduled.init(w))
 
 
 def test_params_that_are_not_the_models() -> None:
@@ -327,7 +329,10 @@ TASKS = {
         (torch.ones(3), torch.ones(2)),
         r"Every leaf of `tasks` must have the number of tasks .* got \{'\[0\]': 3, '\[1\]': 2\}",
     ),
-    "scalar": (torch.tensor(1.0), r"Every leaf of `tasks` must have .* got \{'the tensor itself': -1\} \(-1: none\). Stack the tasks first"),
+    "scalar": (
+        torch.tensor(1.0),
+        r"Every leaf of `tasks` must have .* got \{'the tensor itself': -1\} \(-1: none\). Stack the tasks first",
+    ),
     "none": (torch.ones(0, 2), r"Every leaf of `tasks` must have the number of tasks \(at least 1\)"),
     "empty": ({}, r"Every leaf of `tasks` must have .* got \{\}"),
     "number": ((torch.ones(3), 5), r"Every leaf of `tasks` must have .* got \{'\[0\]': 3, '\[1\]': -1\}"),

@@ -92,6 +92,19 @@ def test_a_module_in_several_places_is_restored() -> None:
     assert snapshot(model) == before
 
 
+def test_a_buffer_in_several_places_is_replaced_everywhere() -> None:
+    model = nn.ModuleDict({"a": Counting(), "b": Counting()})
+    model["b"].total = model["a"].total
+    model.forward = lambda x: model["b"](model["a"](x))  # type: ignore[method-assign]
+    net, before = mo.functional(model), snapshot(model)
+    assert set(net.buffers) == {"a.calls", "a.total", "b.calls"}
+    ones = torch.ones(1)
+    # a: total 10 + 1 = 11, out 2 + 11 = 13; b: total 11 + 13 = 24, out 26 + 24 = 50.
+    y, after = net.with_buffers(net.params, net.buffers | {"a.total": torch.tensor(10.0)}, ones)
+    assert_close((y, after["a.total"]), (50 * ones, torch.tensor(24.0)), 0)
+    assert snapshot(model) == before
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_module_is_never_changed(training: bool) -> None:
     model = nn.Sequential(

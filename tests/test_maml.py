@@ -18,7 +18,6 @@ from metaopt import tree
 from metaopt.tasks.episode import Episode
 from metaopt.tasks.omniglot import conv4
 from metaopt.tasks.sinusoid import Sinusoids, sinusoid_mlp
-from optimizers import SGD
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -76,8 +75,9 @@ def handwritten(params, images):
 
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, None])
-def test_the_meta_gradient_of_conv4_equals_a_loop_of_autograd(float64, chunk_size, first_order):
-    model = conv4(ways=3, filters=4)
+def test_the_meta_gradient_of_conv4_equals_a_loop_of_autograd(float64, script, chunk_size, first_order):
+    layout = torch.channels_last if chunk_size == 1 else torch.contiguous_format  # as in the script
+    model = conv4(ways=3, filters=4).to(memory_format=layout)
     net = mo.functional(model)
     tasks, shots, queries, lr, steps = 3, 2, 3, 0.4, 2
 
@@ -89,11 +89,8 @@ def test_the_meta_gradient_of_conv4_equals_a_loop_of_autograd(float64, chunk_siz
     def loss(params, batch):
         return F.cross_entropy(net(params, batch[0]), batch[1])
 
-    def task_loss(params, task):
-        rule = mo.FirstOrder() if first_order else mo.Backprop()
-        return loss(mo.minimize(loss, SGD(lr=lr), params, task.support, steps=steps, differentiate=rule).params, task.query)
-
-    grads, losses = mo.meta_grad(task_loss, chunk_size=chunk_size)(net.params, episode)
+    config = script.OmniglotConfig(data=Path(), inner_lr=lr, inner_steps=steps, first_order=first_order)
+    grads, losses = mo.meta_grad(script.maml_loss(loss, config), chunk_size=chunk_size)(net.params, episode)
 
     expected_losses = []
     for index in range(tasks):

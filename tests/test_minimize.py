@@ -202,13 +202,21 @@ def test_jacobian_and_vmap_over_the_step_size(mode: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
-def test_forward_mode_passes_through_the_plain_loop() -> None:
+@each_memory
+def test_forward_mode_passes_through_the_loop(mode: str) -> None:
     params, batches, meta = start()
 
     def final(lr: Tensor) -> Tensor:
-        return mo.minimize(regression, SGD(lr=lr, momentum=0.9), params, batches, meta=meta).params["w"]
+        rule = mo.Backprop(memory=mode)  # type: ignore[arg-type]
+        return mo.minimize(regression, SGD(lr=lr, momentum=0.9), params, batches, meta=meta, differentiate=rule).params["w"]
 
     assert_close(jacfwd(final)(torch.tensor(0.1)), jacrev(final)(torch.tensor(0.1)), EXACT)
+    forward_over_reverse = jacfwd(jacrev(final))
+    if mode == "steps":  # a Function with `jvp` cannot be compiled; reverse over reverse is exact
+        with pytest.raises(NotImplementedError, match="must implement the jvp function"):
+            forward_over_reverse(torch.tensor(0.1))
+    else:
+        assert_close(forward_over_reverse(torch.tensor(0.1)), jacrev(jacrev(final))(torch.tensor(0.1)), EXACT)
 
 
 class Penalised(nn.Module):
@@ -251,6 +259,33 @@ def test_a_loss_module_inside_func_grad(mode: str) -> None:
     found = grad(value)(loss.strength.detach())
     (wanted,) = torch.autograd.grad(Runner(loss, "full")(w, targets), loss.strength)
     assert_close(found, wanted, EXACT)
+
+
+@each_memory
+def test_a_loss_module_with_a_layer_in_several_places_and_tied_weights(mode: str) -> None:
+    """`functional_call` on its own would lose the gradient and leave other tensors in the module."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
+            other.weight = layer.weight
+            self.layers, self.again, self.other = nn.ModuleList([layer, nn.Tanh(), layer]), layer, other
+
+        def forward(self, w: Tensor, _: None) -> Tensor:
+            for layer in (*self.layers, self.again, self.other):
+                w = layer(w)
+            return w.square().sum()
+
+    loss = Shared()
+    before = [(name, id(p)) for name, p in loss.named_parameters(remove_duplicate=False)]
+    for rule in (mo.Backprop(memory=mode), mo.Backprop()):  # type: ignore[arg-type]
+        out = mo.minimize(loss, SGD(lr=0.1), torch.ones(3, 2), None, steps=3, differentiate=rule)
+        gradients = torch.autograd.grad(out.losses.sum(), list(loss.parameters()))
+        if rule == mo.Backprop(memory=mode):  # type: ignore[arg-type]
+            found = gradients
+    assert_close(found, gradients, 1e-12)
+    assert [(name, id(p)) for name, p in loss.named_parameters(remove_duplicate=False)] == before
 
 
 class Runner(nn.Module):
@@ -461,6 +496,68 @@ def test_one_optimizer_object_serves_several_loops() -> None:
     first, second = [mo.minimize(regression, optimizer, params, batches, meta=meta + shift).losses.sum() for shift in (0, 1)]
     apart = [torch.autograd.grad(value, optimizer.lr, retain_graph=True)[0] for value in (first, second)]
     assert_close(torch.autograd.grad(first + second, optimizer.lr)[0], apart[0] + apart[1], EXACT)
+
+
+@each_memory
+@pytest.mark.parametrize("rule", [mo.Backprop, mo.FirstOrder])
+def test_a_batch_or_meta_may_hold_more_than_tensors(mode: str, rule: type) -> None:
+    w = torch.ones(3, requires_grad=True)
+
+    def loss(w: Tensor, batch: tuple[str, Tensor, None], meta: dict[str, object]) -> Tensor:
+        name, x, nothing = batch
+        assert name == "digits"
+        assert nothing is None
+        return meta["gain"] * (w * x).square().sum()  # type: ignore[operator]
+
+    batch = ("digits", torch.ones(3), None)
+    out = mo.minimize(loss, SGD(0.1), w, batch, steps=2, meta={"gain": 0.5, "power": 2}, differentiate=rule(memory=mode))
+    assert_close(out.params, 0.81 * w, 1e-14)
+    (g,) = torch.autograd.grad(out.params.sum(), w)
+    assert_close(g, torch.full((3,), 0.81 if rule is mo.Backprop else 1.0), 1e-14)
+    rows = vmap(
+        grad(
+            lambda w: mo.minimize(
+                loss, SGD(0.1), w, batch, steps=2, meta={"gain": 0.5}, differentiate=rule(memory=mode)
+            ).params.sum()
+        )
+    )
+    assert_close(rows(w.detach().expand(2, 3)), g.expand(2, 3), 1e-14)
+
+
+class LossRate(mo.Schedule):
+    """A rate that follows the loss and remembers the last one: gain * loss + last / 10."""
+
+    def __init__(self, gain: nn.Parameter):
+        super().__init__()
+        self.gain = gain
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        return {"last": torch.zeros_like(like.sum())}
+
+    def forward(
+        self, state: dict[str, Tensor], *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        assert loss is not None
+        return self.gain * loss + state["last"] / 10, {"last": loss}
+
+
+@each_memory
+@pytest.mark.parametrize("rule", [mo.Backprop, mo.FirstOrder])
+def test_a_schedule_that_observes_the_loss(mode: str, rule: type) -> None:
+    """Exact through what the schedule sees and remembers; to first order that is a constant, as the gradient is."""
+    start, gain = torch.tensor([1.0, -0.5], requires_grad=True), nn.Parameter(torch.tensor(0.02))
+    out = mo.minimize(
+        lambda w, _: (w**4).sum() + w.sum(), SGD(lr=LossRate(gain)), start, None, steps=4, differentiate=rule(memory=mode)
+    )
+    found = two_derivatives(outer(out.params, (), out.losses), [start, gain])
+
+    w, last, losses = start, torch.zeros(()), []
+    for _ in range(4):
+        losses.append((w**4).sum() + w.sum())
+        (g,) = torch.autograd.grad(losses[-1], w, create_graph=True)
+        seen, g = (losses[-1].detach(), g.detach()) if rule is mo.FirstOrder else (losses[-1], g)
+        w, last = w - (gain * seen + last / 10) * g, seen
+    assert_close(found, two_derivatives(outer(w, (), torch.stack(losses)), [start, gain]), EXACT)
 
 
 def test_the_learned_tensors_of_a_partial_loss_are_its_arguments() -> None:

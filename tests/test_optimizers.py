@@ -108,7 +108,7 @@ def test_one_update_is_pure(ours: Callable[[], mo.Optimizer], theirs: Callable[.
     del theirs
     optimizer, params, grads = ours(), tensors(), tensors()
     state = optimizer.init(params)
-    updates, state = optimizer(grads, state, params)
+    _, state = optimizer(grads, state, params)
     everything = (params, grads, state, dict(optimizer.state_dict()))
     before, versions = tree.map(torch.clone, everything), [leaf._version for leaf in tree.leaves(everything)]
     random = torch.get_rng_state()

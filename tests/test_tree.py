@@ -52,5 +52,7 @@ def test_a_sum_over_leaves() -> None:
 def test_flatten_like_takes_only_the_same_structure() -> None:
     structure = tree.flatten({"a": 1, "b": 2})[1]
     assert tree.flatten_like(structure, {"a": 3, "b": 4}, "x") == [3, 4]
-    with pytest.raises(ValueError, match=r"`x` does not have the expected structure: missing \[\"\['b'\]\"\], unknown \[\"\['c'\]\"\]"):
+    with pytest.raises(
+        ValueError, match=r"`x` does not have the expected structure: missing \[\"\['b'\]\"\], unknown \[\"\['c'\]\"\]"
+    ):
         tree.flatten_like(structure, {"a": 3, "c": 4}, "x")

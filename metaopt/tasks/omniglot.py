@@ -177,9 +177,7 @@ def conv4(ways: int, filters: int = 64) -> nn.Module:
             (f"pool{index}", nn.MaxPool2d(2)),
             (f"relu{index}", nn.ReLU()),
         ]
-    model = nn.Sequential(OrderedDict([*layers, ("flatten", nn.Flatten()), ("head", nn.Linear(filters, ways))]))
-    # a third faster on CPU, through both derivatives; torch's stubs lack this form of `to`
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return nn.Sequential(OrderedDict([*layers, ("flatten", nn.Flatten()), ("head", nn.Linear(filters, ways))]))
 
 
 def _zip_files(path: Path) -> list[Path]:
