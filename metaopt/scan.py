@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.replay import Ambient
-from metaopt.transforms import is_tracked
+from metaopt.transforms import is_tracked, tracking_levels, values_are_readable
 from metaopt.tree import Structure, Tree
 
 Memory = Literal["full", "steps"]
@@ -126,7 +127,19 @@ class _ScanFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _pull_back(ctx, cotangents)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_differentiated_again(ctx.saved_tensors, cotangents)):
+            return _pull_back(ctx, cotangents)
+
+
+def _is_differentiated_again(*tensors: Iterable[Tensor | None]) -> bool:
+    """Say whether the backward pass itself must be recorded.
+
+    `torch.func.grad` always asks for that, which would keep every rebuilt step. The graph is of use only to a level below the
+    one whose backward pass this is. In plain autograd the caller says so by `create_graph`.
+    """
+    if values_are_readable():
+        return True
+    return len({level for tensor in chain(*tensors) if tensor is not None for level in tracking_levels(tensor)}) > 1
 
 
 def _pull_back(ctx: Any, cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -14,6 +14,18 @@ def is_tracked(tensor: Tensor) -> bool:
     return True
 
 
+def tracking_levels(tensor: Tensor) -> set[int]:
+    """Return the levels of `torch.func.grad` that differentiate through `tensor`; plain autograd is level 0."""
+    levels = set()
+    while True:
+        wrapped = functorch.is_functorch_wrapped_tensor(tensor)
+        if tensor.requires_grad:
+            levels.add(functorch.maybe_get_level(tensor) if wrapped else 0)
+        if not wrapped:
+            return levels
+        tensor = functorch.get_unwrapped(tensor)
+
+
 def values_are_readable() -> bool:
     """Say whether a tensor's value may decide what Python does next: not under vmap, grad, jvp or compile."""
     return not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is None

@@ -1,18 +1,24 @@
 """Adam and AdamW."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.hyperparameter import Hyperparameter, Value, is_zero, set_hyperparameter
-from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
+from metaopt.hyperparameter import Hyperparameter, Value, set_hyperparameter
+from metaopt.optimizer import Hyper, Leaves, Slots
+from optimizers.betas import Pair, WithBetas
+from optimizers.precision import scalar_dtype
+from optimizers.weight_decay import decayed, penalized
 
 
-class Adam(Optimizer):
+class Adam(WithBetas):
     """m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  u = -lr m^ / (sqrt(v^ + eps_root) + eps).
 
-    m^ = m / (1 - beta1^t) and v^ = v / (1 - beta2^t). Equal to `torch.optim.Adam`; unlike it, the derivative with respect
-    to the gradient is finite where v = 0 (there sqrt has derivative 0, and what remains is the exact 1 / eps at the first step).
+    m^ = m / (1 - beta1^t) and v^ = v / (1 - beta2^t); with `amsgrad`, v^ = max(v_1, ..., v_t) / (1 - beta2^t). Equal to
+    `torch.optim.Adam`; unlike it, the derivative with respect to the gradient is finite where v = 0 (there sqrt has
+    derivative 0, and what remains is the exact 1 / eps at the first step).
 
     Args:
         lr: step size.
@@ -20,65 +26,58 @@ class Adam(Optimizer):
         eps: added to the denominator.
         eps_root: added under the root; a positive value smooths the meta-gradient.
         weight_decay: coefficient of 1/2 |w|^2, added to the gradient.
+        amsgrad: divide by the largest second moment so far.
 
     Raises:
         ValueError: a number out of range.
 
     Cost:
-        Two copies of the parameters.
+        Two copies of the parameters, three with `amsgrad`.
 
     Reference:
-        Kingma and Ba, ICLR 2015, arXiv:1412.6980, algorithm 1.
+        Kingma and Ba, ICLR 2015, arXiv:1412.6980, algorithm 1; `amsgrad`: Reddi, Kale, Kumar, ICLR 2018, arXiv:1904.09237.
     """
 
-    hyperparameters = ("lr", "beta1", "beta2", "eps", "eps_root", "weight_decay")
-    beta1: Hyperparameter
-    beta2: Hyperparameter
+    hyperparameters: tuple[str, ...] = ("lr", "beta1", "beta2", "eps", "eps_root", "weight_decay")
 
     def __init__(
         self,
         lr: Hyperparameter = 1e-3,
-        betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+        betas: Pair = (0.9, 0.999),
         *,
         eps: Hyperparameter = 1e-8,
         eps_root: Hyperparameter = 0.0,
         weight_decay: Hyperparameter = 0.0,
+        amsgrad: bool = False,
     ):
         super().__init__()
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise ValueError(f"{type(self).__name__}: `betas` must be a pair, got {betas!r}. Write betas=(0.9, 0.999).")
         set_hyperparameter(self, "lr", lr)
-        set_hyperparameter(self, "beta1", betas[0], below=1.0)
-        set_hyperparameter(self, "beta2", betas[1], below=1.0)
+        self._set_betas(betas)
         set_hyperparameter(self, "eps", eps)
         set_hyperparameter(self, "eps_root", eps_root)
         set_hyperparameter(self, "weight_decay", weight_decay)
-
-    @property
-    def betas(self) -> tuple[Hyperparameter, Hyperparameter]:
-        """The decays of the two moments."""
-        return self.beta1, self.beta2
+        self.amsgrad = amsgrad
 
     def slots(self, params: Leaves) -> Slots:
-        return {"mean": [torch.zeros_like(p) for p in params], "square": [torch.zeros_like(p) for p in params]}
+        names = ["mean", "square", *["largest"] * self.amsgrad]
+        return {name: [torch.zeros_like(p) for p in params] for name in names}
 
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
-        if not is_zero(hyper["weight_decay"]):
-            params = self._require_params(params, f"weight_decay={hyper['weight_decay']}")
-            grads = [g + hyper["weight_decay"] * p for g, p in zip(grads, params, strict=True)]
-        return self._adam(grads, slots, hyper, step)
+        return self._adam(penalized(self, grads, params, hyper["weight_decay"]), slots, hyper, step)
 
     @staticmethod
     def _adam(grads: Leaves, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
-        beta1, beta2 = hyper["beta1"], hyper["beta2"]
-        mean = [beta1 * m + (1 - beta1) * g for m, g in zip(slots["mean"], grads, strict=True)]
-        square = [beta2 * v + (1 - beta2) * g * g for v, g in zip(slots["square"], grads, strict=True)]
-        rate = hyper["lr"] / bias_correction(beta1, step, grads[0])
-        unbias = 1 / bias_correction(beta2, step, grads[0])
+        after = moments(grads, slots, hyper)
+        spread = after["square"]
+        if "largest" in slots:
+            spread = after["largest"] = [torch.maximum(old, v) for old, v in zip(slots["largest"], spread, strict=True)]
+        rate = hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])
+        unbias = 1 / bias_correction(hyper["beta2"], step, grads[0])
         updates = [
-            -rate * m / (tree.safe_sqrt(v * unbias + hyper["eps_root"]) + hyper["eps"]) for m, v in zip(mean, square, strict=True)
+            -rate * m / (tree.safe_sqrt(v * unbias + hyper["eps_root"]) + hyper["eps"])
+            for m, v in zip(after["mean"], spread, strict=True)
         ]
-        return updates, {"mean": mean, "square": square}
+        return updates, after
 
 
 class AdamW(Adam):
@@ -93,24 +92,31 @@ class AdamW(Adam):
     def __init__(
         self,
         lr: Hyperparameter = 1e-3,
-        betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
+        betas: Pair = (0.9, 0.999),
         *,
         eps: Hyperparameter = 1e-8,
         eps_root: Hyperparameter = 0.0,
         weight_decay: Hyperparameter = 1e-2,
+        amsgrad: bool = False,
     ):
-        super().__init__(lr, betas, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
+        super().__init__(lr, betas, eps=eps, eps_root=eps_root, weight_decay=weight_decay, amsgrad=amsgrad)
 
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         updates, after = self._adam(grads, slots, hyper, step)
-        if not is_zero(hyper["weight_decay"]):
-            params = self._require_params(params, f"weight_decay={hyper['weight_decay']}")
-            updates = [u - hyper["lr"] * hyper["weight_decay"] * p for u, p in zip(updates, params, strict=True)]
-        return updates, after
+        return decayed(self, updates, params, hyper["lr"], hyper["weight_decay"]), after
+
+
+def moments(grads: Leaves, slots: Slots, hyper: Hyper) -> Slots:
+    """Return the moving averages {"mean": beta1 m + (1 - beta1) g, "square": beta2 v + (1 - beta2) g^2}."""
+    beta1, beta2 = hyper["beta1"], hyper["beta2"]
+    return {
+        "mean": [beta1 * m + (1 - beta1) * g for m, g in zip(slots["mean"], grads, strict=True)],
+        "square": [beta2 * v + (1 - beta2) * g * g for v, g in zip(slots["square"], grads, strict=True)],
+    }
 
 
 def bias_correction(beta: Value, step: Tensor, like: Tensor) -> Tensor:
     """Return 1 - beta^step in float64 if `like` is, else in float32; differentiable in beta."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = scalar_dtype(like)
     base = torch.as_tensor(beta, dtype=dtype, device=step.device)
     return 1 - base ** step.to(dtype)

@@ -212,11 +212,10 @@ def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
     draw = partial(waves.sample, tasks=config.test_tasks, shots=config.shots, queries=config.test_queries)
     validation, test = (draw(torch.Generator().manual_seed(seed)) for seed in (VALIDATION_SEED, TEST_SEED))
     start = mo.functional(pretrained).params
-    scores, best = {"MAML": curves(net.params, config.inner_lr, test)}, {}
-    for name, params in {"pretrained, rate tuned": start, "MAML, rate tuned": net.params}.items():
-        scores[name], best[name] = fine_tune(partial(curves, params), FINE_TUNING_RATES, validation, test, larger_is_better=False)
-    report("mean squared error", scores, config, best)
-    starts = {"MAML": (net.params, config.inner_lr), "pretrained": (start, best["pretrained, rate tuned"][-1])}
+    fine_tuned, best = fine_tune(partial(curves, start), FINE_TUNING_RATES, validation, test, larger_is_better=False)
+    scores = {"MAML": curves(net.params, config.inner_lr, test), "pretrained, rate tuned": fine_tuned}
+    report("mean squared error", scores, config, {"pretrained, rate tuned": best})
+    starts = {"MAML": (net.params, config.inner_lr), "pretrained": (start, best[-1])}
     steps = (0, 1, config.test_steps[-1])
     adapted: dict[str, list] = {}
     for name, (params, lr) in starts.items():

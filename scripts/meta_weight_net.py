@@ -1,7 +1,8 @@
 """Learning from damaged data: plain training, clean data only, meta-weight-net and an oracle on the handwritten digits.
 
     python scripts/meta_weight_net.py --noise 0.4                      # 40 % of the labels are wrong
-    python scripts/meta_weight_net.py --noise 0 --imbalance 50         # ten classes, the rarest 50 times rarer than the largest
+    python scripts/meta_weight_net.py --noise 0 --imbalance 50         # long-tailed classes, from 100 examples down to 2
+    python scripts/meta_weight_net.py --noise 0 --imbalance 50 --weight-input "loss and class"
 
 Every method makes SGD steps with momentum on minibatches; they differ in where these come from and how they are weighted:
 
@@ -9,7 +10,7 @@ Every method makes SGD steps with momentum on minibatches; they differ in where 
 - clean only: the 100 clean, balanced examples (10 of each class);
 - meta-weight-net: the damaged set, example i weighted by V(loss_i; theta); theta is learned so that one step of the learner
   lowers the loss on the 100 clean examples (Shu et al. 2019, arXiv:1902.07379, equations 3 to 5);
-- oracle: the damaged set with the best weights there are: wrong labels never drawn, the classes drawn equally often.
+- oracle: the damaged set by one who knows the damage: wrong labels are never drawn, the classes equally often.
 
 The learning rate and the number of steps are chosen for each method and seed from one grid, by the accuracy on the clean examples
 (ties by the loss); clean only is chosen by 5-fold cross-validation within them, then trained on all 100. All seeds, rates and
@@ -359,7 +360,7 @@ def plot(config: Config, data: Data, results: Mapping[str, Result], path: Path) 
     """Draw test accuracy over training at every learning rate, and the learned weight over the loss."""
     figure = plt.figure(figsize=(12, 8), layout="constrained")
     figure.suptitle(f"{title(config)}: test accuracy over training, and what the weight net learned")
-    above, below = figure.subfigures(2, 1)
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     axes = above.subplots(1, len(config.learning_rates), sharey=True, squeeze=False)[0]
     for i, (axis, rate) in enumerate(zip(axes, config.learning_rates)):
         for colour, (method, result) in enumerate(results.items()):
@@ -379,9 +380,9 @@ def plot(config: Config, data: Data, results: Mapping[str, Result], path: Path) 
     names = ("right labels", "wrong labels") if config.noise else ("five largest classes", "five rarest classes")
     scatter, histogram = below.subplots(1, 2)
     bins = torch.linspace(0, weights.max(), 41).tolist()
-    for name, colour, chosen in zip(names, ("C0", "C3"), (~group, group)):
-        scatter.scatter(losses[chosen], weights[chosen], s=6, color=colour, alpha=0.5, linewidths=0, label=name)
-        histogram.hist(weights[chosen], bins=bins, density=True, color=colour, alpha=0.5, label=name)
+    for name, shade, chosen in zip(names, ("C0", "C3"), (~group, group)):
+        scatter.scatter(losses[chosen], weights[chosen], s=6, color=shade, alpha=0.5, linewidths=0, label=name)
+        histogram.hist(weights[chosen], bins=bins, density=True, color=shade, alpha=0.5, label=name)
     relative = "learned weight / mean weight"
     scatter.set(xlabel="loss of the training example (nats)", ylabel=relative, title="Learned weight over the loss")
     scatter.set(xscale="log", xlim=(1e-4, None))

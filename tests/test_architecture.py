@@ -33,6 +33,7 @@ PACKAGES = ["metaopt", "optimizers", "scripts", "examples"]  # each may import t
 LAZY = {  # may import what is slow to load when it is asked for
     "metaopt/train/loggers.py",  # a logging backend
     "metaopt/meta_training/evaluate.py",  # matplotlib, for a report's plot
+    "metaopt/tasks/digits.py",  # scikit-learn, for its data
 }
 FORBIDDEN_NAMES = {"utils", "misc", "common", "helpers"}
 FORBIDDEN_ATTRIBUTES = {"item", "data"}

@@ -27,7 +27,9 @@ def test_train_then_evaluate(tmp_path, capsys) -> None:
     import evaluate
     import train_optimizer
 
-    config = train_optimizer.Config(task="digits", horizon=6, steps=4, batch=2, hidden_size=4, validate_every=2, out=tmp_path / "run")
+    config = train_optimizer.Config(
+        task="digits", horizon=6, steps=4, batch=2, hidden_size=4, validate_every=2, out=tmp_path / "run"
+    )
     train_optimizer.main(config)
     weights = tmp_path / "run/weights.safetensors"
     optimizer = MLPOptimizer.load(weights)
@@ -50,7 +52,9 @@ def test_a_truncated_lstm_on_quadratics(tmp_path) -> None:
     import train_optimizer
 
     train_optimizer.main(
-        train_optimizer.Config(optimizer="lstm", task="quadratics", horizon=6, window=4, steps=3, batch=3, hidden_size=5, out=tmp_path)
+        train_optimizer.Config(
+            optimizer="lstm", task="quadratics", horizon=6, window=4, steps=3, batch=3, hidden_size=5, out=tmp_path
+        )
     )
     assert mo.Optimizer.load(tmp_path / "weights.safetensors").hidden_size == 5
 

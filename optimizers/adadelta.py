@@ -1,0 +1,59 @@
+"""Adadelta."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metaopt.hyperparameter import Hyperparameter, set_hyperparameter
+from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
+from optimizers.weight_decay import penalized
+
+
+class Adadelta(Optimizer):
+    """v = rho v + (1 - rho) g^2;  d = sqrt(a + eps) / sqrt(v + eps) g;  a = rho a + (1 - rho) d^2;  u = -lr d.
+
+    Equal to `torch.optim.Adadelta`.
+
+    Args:
+        lr: factor on the update.
+        rho: decay of both averages, in [0, 1].
+        eps: added under the roots; the first updates are of the size sqrt(eps).
+        weight_decay: coefficient of 1/2 |w|^2, added to the gradient.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Cost:
+        Two copies of the parameters.
+
+    Reference:
+        Zeiler 2012, arXiv:1212.5701, algorithm 1.
+    """
+
+    hyperparameters = ("lr", "rho", "eps", "weight_decay")
+
+    def __init__(
+        self,
+        lr: Hyperparameter = 1.0,
+        rho: Hyperparameter = 0.9,
+        *,
+        eps: Hyperparameter = 1e-6,
+        weight_decay: Hyperparameter = 0.0,
+    ):
+        super().__init__()
+        set_hyperparameter(self, "lr", lr)
+        set_hyperparameter(self, "rho", rho, high=1.0)
+        set_hyperparameter(self, "eps", eps)
+        set_hyperparameter(self, "weight_decay", weight_decay)
+
+    def slots(self, params: Leaves) -> Slots:
+        return {name: [torch.zeros_like(p) for p in params] for name in ("square", "moved")}
+
+    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+        lr, rho, eps, decay = (hyper[name] for name in self.hyperparameters)
+        grads = penalized(self, grads, params, decay)
+        square = [rho * v + (1 - rho) * g * g for v, g in zip(slots["square"], grads, strict=True)]
+        delta = [(a + eps).sqrt() / (v + eps).sqrt() * g for a, v, g in zip(slots["moved"], square, grads, strict=True)]
+        moved = [rho * a + (1 - rho) * d * d for a, d in zip(slots["moved"], delta, strict=True)]
+        return [-lr * d for d in delta], {"square": square, "moved": moved}

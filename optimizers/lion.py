@@ -1,0 +1,50 @@
+"""Lion."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metaopt.hyperparameter import Hyperparameter, set_hyperparameter
+from metaopt.optimizer import Hyper, Leaves, Slots
+from optimizers.betas import Pair, WithBetas
+from optimizers.weight_decay import decayed
+
+
+class Lion(WithBetas):
+    """u = -lr (sign(beta1 m + (1 - beta1) g) + weight_decay w);  m = beta2 m + (1 - beta2) g.
+
+    The sign is piecewise constant: its derivative is 0, also at its jump. So the derivatives with respect to the gradient, the
+    memory and the betas are 0; those with respect to lr, weight_decay and the parameters are exact.
+
+    Args:
+        lr: step size; a third to a tenth of Adam's.
+        betas: weight of the memory in the update, and its decay, each in [0, 1).
+        weight_decay: decoupled, as in `AdamW`.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Cost:
+        One copy of the parameters.
+
+    Reference:
+        Chen et al., NeurIPS 2023, arXiv:2302.06675, program 1 and algorithm 2.
+    """
+
+    hyperparameters = ("lr", "beta1", "beta2", "weight_decay")
+
+    def __init__(self, lr: Hyperparameter = 1e-4, betas: Pair = (0.9, 0.99), *, weight_decay: Hyperparameter = 0.0):
+        super().__init__()
+        set_hyperparameter(self, "lr", lr)
+        self._set_betas(betas)
+        set_hyperparameter(self, "weight_decay", weight_decay)
+
+    def slots(self, params: Leaves) -> Slots:
+        return {"mean": [torch.zeros_like(p) for p in params]}
+
+    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+        lr, beta1, beta2, decay = (hyper[name] for name in self.hyperparameters)
+        pairs = list(zip(slots["mean"], grads, strict=True))
+        updates = [-lr * (beta1 * m + (1 - beta1) * g).sign() for m, g in pairs]
+        return decayed(self, updates, params, lr, decay), {"mean": [beta2 * m + (1 - beta2) * g for m, g in pairs]}

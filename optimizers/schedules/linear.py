@@ -1,0 +1,38 @@
+"""Linear change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from metaopt.hyperparameter import Value, set_hyperparameter
+from metaopt.schedule import Schedule
+from optimizers.schedules.progress import check_steps, fraction
+
+
+class Linear(Schedule):
+    """value_t = initial + (final - initial) t / steps, and `final` from t = steps on.
+
+    Equal to `torch.optim.lr_scheduler.LinearLR` with the factors initial / lr and final / lr.
+
+    Args:
+        initial: the value at step 0.
+        steps: length of the change, in steps.
+        final: the value at its end.
+
+    Raises:
+        ValueError: `steps` is not a positive integer.
+    """
+
+    initial: Value
+    final: Value
+
+    def __init__(self, initial: Value, steps: int, *, final: Value = 0.0):
+        super().__init__()
+        set_hyperparameter(self, "initial", initial)
+        set_hyperparameter(self, "final", final)
+        self.steps = check_steps(self, steps)
+
+    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+        return self.initial + (self.final - self.initial) * fraction(step, self.steps, grads[0]), state

@@ -1,0 +1,83 @@
+"""One cycle: up to the peak, and down to almost nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metaopt.hyperparameter import Value, set_hyperparameter
+from metaopt.schedule import Schedule
+from optimizers.precision import scalar_dtype
+from optimizers.schedules.progress import check_steps
+
+
+class OneCycle(Schedule):
+    """value_t goes from peak / div_factor to the peak, then to peak / div_factor / final_div_factor at t = steps - 1.
+
+    Between the ends x and y of a phase, at its fraction p: y + (x - y) (1 + cos(pi p)) / 2, or x + (y - x) p if "linear". With
+    `three_phase` it comes down to where it started first, as fast as it went up. Equal to `torch.optim.lr_scheduler.OneCycleLR`;
+    its cycle of the momentum m is `OneCycle(m_low, steps, div_factor=m_low / m_high, final_div_factor=1.0)`.
+
+    Args:
+        peak: the largest value.
+        steps: length of the cycle, in steps; the value then stays.
+        pct_start: the fraction of the cycle that goes up.
+        div_factor: peak / initial value.
+        final_div_factor: initial / final value.
+        anneal: "cos" or "linear".
+        three_phase: come down in two phases.
+
+    Raises:
+        ValueError: `steps` is not a positive integer, a phase has no length, or `anneal` is something else.
+
+    Reference:
+        Smith and Topin 2017, arXiv:1708.07120, section 3.
+    """
+
+    peak: Value
+    div_factor: Value
+    final_div_factor: Value
+
+    def __init__(
+        self,
+        peak: Value,
+        steps: int,
+        *,
+        pct_start: float = 0.3,
+        div_factor: Value = 25.0,
+        final_div_factor: Value = 1e4,
+        anneal: Literal["cos", "linear"] = "cos",
+        three_phase: bool = False,
+    ):
+        super().__init__()
+        if anneal not in ("cos", "linear"):
+            raise ValueError(f"OneCycle: `anneal` must be 'cos' or 'linear', got {anneal!r}.")
+        set_hyperparameter(self, "peak", peak)
+        set_hyperparameter(self, "div_factor", div_factor)
+        set_hyperparameter(self, "final_div_factor", final_div_factor)
+        self.steps, self.pct_start, self.anneal, self.three_phase = check_steps(self, steps), pct_start, anneal, three_phase
+        up = pct_start * steps - 1
+        self._ends = (0.0, up, 2 * up, steps - 1.0) if three_phase else (0.0, up, steps - 1.0)
+        if any(start >= end for start, end in zip(self._ends, self._ends[1:], strict=False)):
+            raise ValueError(
+                f"OneCycle: every phase needs a length, got phases that end at steps {self._ends[1:]}. Give more `steps`, or "
+                f"another `pct_start` than {pct_start}."
+            )
+
+    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+        t = step.to(scalar_dtype(grads[0]))
+        initial = self.peak / self.div_factor
+        levels = [initial, self.peak, *[initial] * self.three_phase, initial / self.final_div_factor]
+        phases = list(zip(self._ends, self._ends[1:], levels, levels[1:], strict=False))
+        value = self._between(t, *phases[0])
+        for phase in phases[1:]:
+            value = torch.where(t <= phase[0], value, self._between(t, *phase))
+        return value, state
+
+    def _between(self, t: Tensor, start: float, end: float, x: Value, y: Value) -> Tensor:
+        """Return the value at step t of the phase from (start, x) to (end, y)."""
+        p = ((t - start) / (end - start)).clamp(max=1)
+        return y + (x - y) * (1 + torch.cos(math.pi * p)) / 2 if self.anneal == "cos" else x + (y - x) * p

@@ -1,0 +1,45 @@
+"""A schedule of constant pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.hyperparameter import Value, set_hyperparameter
+from metaopt.schedule import Schedule
+from optimizers.precision import scalar_dtype
+from optimizers.schedules.progress import check_boundaries
+
+
+class Piecewise(Schedule):
+    """value_t = values[i] for boundaries[i - 1] <= t < boundaries[i].
+
+    Equal to `torch.optim.lr_scheduler.MultiStepLR` with values lr, lr gamma, lr gamma^2, ...; here each can be learned.
+
+    Args:
+        values: one more than boundaries.
+        boundaries: the first step of the second piece, of the third, ...
+
+    Raises:
+        ValueError: the boundaries are not increasing positive integers, or the numbers do not fit.
+    """
+
+    def __init__(self, values: tuple[Value, ...], boundaries: tuple[int, ...]):
+        super().__init__()
+        self.boundaries = check_boundaries(self, "values", values, boundaries)
+        for i, value in enumerate(values):
+            set_hyperparameter(self, f"value{i}", value)
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """The value of each piece."""
+        return tuple(getattr(self, f"value{i}") for i in range(len(self.boundaries) + 1))
+
+    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+        dtype = scalar_dtype(grads[0])
+        value, *others = [torch.as_tensor(value, dtype=dtype, device=step.device) for value in self.values]
+        for boundary, other in zip(self.boundaries, others, strict=True):
+            value = torch.where(step < boundary, value, other)
+        return value, state

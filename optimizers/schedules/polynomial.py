@@ -1,0 +1,42 @@
+"""Polynomial decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from metaopt.hyperparameter import Value, set_hyperparameter
+from metaopt.schedule import Schedule
+from optimizers.schedules.progress import check_steps, fraction
+
+
+class Polynomial(Schedule):
+    """value_t = final + (initial - final) (1 - t / steps)^power, and `final` from t = steps on.
+
+    Equal to `torch.optim.lr_scheduler.PolynomialLR`, which has final = 0.
+
+    Args:
+        initial: the value at step 0.
+        steps: length of the decay, in steps.
+        power: of the remaining fraction; 1 is linear.
+        final: the value at its end.
+
+    Raises:
+        ValueError: `steps` is not a positive integer, or a number is below 0.
+    """
+
+    initial: Value
+    power: Value
+    final: Value
+
+    def __init__(self, initial: Value, steps: int, *, power: Value = 1.0, final: Value = 0.0):
+        super().__init__()
+        set_hyperparameter(self, "initial", initial)
+        set_hyperparameter(self, "power", power)
+        set_hyperparameter(self, "final", final)
+        self.steps = check_steps(self, steps)
+
+    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+        remaining = 1 - fraction(step, self.steps, grads[0])
+        return self.final + (self.initial - self.final) * remaining**self.power, state

@@ -1,0 +1,49 @@
+"""Warm-up in front of another schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from metaopt.hyperparameter import Hyperparameter, Value, set_hyperparameter
+from metaopt.schedule import Schedule
+from optimizers.schedules.progress import check_steps, fraction
+
+
+class Warmup(Schedule):
+    """value_t = (start + (1 - start) min(t / steps, 1)) after_t: a linear ramp on top of what comes after.
+
+    Both see the same t. Equal to `torch.optim.lr_scheduler.LinearLR(start_factor=start, total_iters=steps)` chained with the
+    scheduler of `after`.
+
+    Args:
+        after: a value, or a schedule.
+        steps: length of the ramp, in steps.
+        start: the factor at step 0.
+
+    Raises:
+        ValueError: `steps` is not a positive integer, or a number is below 0.
+
+    Reference:
+        Goyal et al. 2017, arXiv:1706.02677, section 2.2.
+    """
+
+    after: Hyperparameter
+    start: Value
+
+    def __init__(self, after: Hyperparameter, steps: int, *, start: Value = 0.0):
+        super().__init__()
+        set_hyperparameter(self, "after", after)
+        set_hyperparameter(self, "start", start)
+        self.steps = check_steps(self, steps)
+
+    def init(self, like: Tensor) -> Any:
+        return self.after.init(like) if isinstance(self.after, Schedule) else {}
+
+    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+        ramp = self.start + (1 - self.start) * fraction(step, self.steps, grads[0])
+        if not isinstance(self.after, Schedule):
+            return ramp * self.after, state
+        value, state = self.after(state, step=step, loss=loss, grads=grads)
+        return ramp * value, state

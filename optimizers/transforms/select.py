@@ -1,0 +1,67 @@
+"""Choosing parameters by their names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from metaopt.optimizer import Optimizer
+from metaopt.tree import Tree
+
+
+def paths(params: Tree) -> dict[str, Any]:
+    """Return name -> leaf: dict keys, list indices and fields, joined by dots; a tensor by itself is named ''."""
+    named, _ = pytree.tree_flatten_with_path(params)
+    return {".".join(str(_key(entry)) for entry in path): leaf for path, leaf in named}
+
+
+def choose(owner: Optimizer, what: str, patterns: tuple[str, ...], names: Iterable[str], *, rest: bool) -> list[list[str]]:
+    """Return for each pattern the names that match it and none before it.
+
+    Args:
+        owner: whose `what` has the patterns, for messages.
+        what: the argument's name.
+        patterns: as in `fnmatch`.
+        names: to choose from.
+        rest: whether there may be names that match no pattern.
+
+    Raises:
+        ValueError: there is such a name, or a pattern that gets none.
+    """
+    chosen: list[list[str]] = [[] for _ in patterns]
+    for name in names:
+        first = _first(patterns, name)
+        if first is not None:
+            chosen[first].append(name)
+        elif not rest:
+            raise ValueError(
+                f"{type(owner).__name__}: no pattern of `{what}` matches the parameter {name!r}, got {list(patterns)}. "
+                'Add a last group "*".'
+            )
+    for pattern, own in zip(patterns, chosen, strict=True):
+        if not own:
+            raise ValueError(
+                f"{type(owner).__name__}: the pattern {pattern!r} of `{what}` gets no parameter of {list(names)}. Leave it out, "
+                "or put it before the more general ones."
+            )
+    return chosen
+
+
+@functools.lru_cache(maxsize=4096)
+def _first(patterns: tuple[str, ...], name: str) -> int | None:
+    """Return the index of the first pattern that matches; remembered, since every step asks again."""
+    return next((i for i, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), None)
+
+
+def _key(entry: Any) -> Any:
+    """Return the dict key, the index or the field of a step of a path."""
+    match entry:
+        case pytree.SequenceKey():
+            return entry.idx
+        case pytree.GetAttrKey():
+            return entry.name
+    return entry.key

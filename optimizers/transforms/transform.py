@@ -1,0 +1,70 @@
+"""What a gradient transform is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.hyperparameter import Hyperparameter, set_hyperparameter
+from metaopt.optimizer import Hyper, Leaves, Optimizer, State
+from metaopt.tree import Tree
+
+
+class Transform(Optimizer):
+    """An optimizer in front of another: it changes the gradients on the way in, or the updates on the way out.
+
+    A subclass names its own `hyperparameters` and defines `before` or `after`. The state is that of the inner optimizer,
+    with the states of its schedules under "optimizer" and of this one's beside it. Deployed with `as_torch`, the hyperparameters of
+    the outermost are options of a group, and so is a factor `lr` on the updates, 1 at the start.
+    """
+
+    def __init__(self, optimizer: Optimizer, **hyperparameters: Hyperparameter):
+        super().__init__()
+        self.optimizer = checked(self, optimizer)
+        for name, value in hyperparameters.items():
+            set_hyperparameter(self, name, value)
+
+    def before(self, grads: Leaves, params: Leaves | None, hyper: Hyper) -> Leaves:
+        """Return the gradients that the inner optimizer sees."""
+        return grads
+
+    def after(self, updates: Leaves, params: Leaves | None, hyper: Hyper) -> Leaves:
+        """Return the updates, given those of the inner optimizer."""
+        return updates
+
+    def init(self, params: Tree) -> State:
+        """Return the state before the first step."""
+        state = self.optimizer.init(params)
+        like = tree.leaves(params)[0]
+        own = {name: schedule.init(like) for name, schedule in self._schedules()}
+        return {**state, "schedules": {"optimizer": state["schedules"], **own}}
+
+    def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
+        """Return (updates, next state), as `Optimizer.forward` does."""
+        gradients, structure = tree.flatten(grads)
+        weights = None if params is None else tree.flatten_like(structure, params, "params")
+        hyper: Hyper = {name: getattr(self, name) for name in self.hyperparameters}
+        own: dict[str, Any] = {}
+        for name, schedule in self._schedules():
+            hyper[name], own[name] = schedule(state["schedules"][name], step=state["step"], loss=loss, grads=gradients)
+        gradients = self.before(gradients, weights, hyper)
+        inner = {**state, "schedules": state["schedules"]["optimizer"]}
+        updates, after = self.optimizer(tree.unflatten(structure, gradients), inner, params, loss=loss)
+        updates = tree.unflatten(structure, self.after(tree.leaves(updates), weights, hyper))
+        return updates, {**after, "schedules": {"optimizer": after["schedules"], **own}}
+
+
+def checked(owner: Optimizer, optimizer: Any) -> Optimizer:
+    """Return `optimizer`.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{type(owner).__name__}: `optimizer` must be a metaopt Optimizer, got {type(optimizer).__name__}. "
+            "Use one from `optimizers`, for example `optimizers.SGD(lr=0.1)`."
+        )
+    return optimizer
