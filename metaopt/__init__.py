@@ -8,6 +8,7 @@ from metaopt.meta_grad import assign_grads, meta_grad
 from metaopt.meta_training import FullUnroll, MetaTraining, Report, Task, TaskFamily, TruncatedBackprop, evaluate, tune
 from metaopt.minimize import Minimized, minimize
 from metaopt.optimizer import Optimizer, apply_updates
+from metaopt.revolve import Revolve
 from metaopt.schedule import Schedule
 from metaopt.train import TensorBoardLogger, Trainer
 
@@ -21,6 +22,7 @@ __all__ = [
     "NonFiniteError",
     "Optimizer",
     "Report",
+    "Revolve",
     "Schedule",
     "Task",
     "TaskFamily",

@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
 from metaopt.replay import Ambient
+from metaopt.revolve import Revolve, kept, split
 from metaopt.transforms import is_tracked, tracking_levels, values_are_readable
 from metaopt.tree import Structure, Tree
 
-Memory = Literal["full", "steps"]
+Memory = Literal["full", "steps"] | Revolve
 Step = Callable[[Tree, Tree, Tree], tuple[Tree, Tensor]]
 
 # While one scan runs forward or backward as a Function, scans inside its step run as plain loops: a Function inside
@@ -34,23 +35,23 @@ def scan(step: Step, inputs: Tree, carry: Tree, xs: Tree, length: int, memory: M
         xs: a tree whose leaves have the leading axis `length`; step t gets row t.
         length: number of steps.
         memory: "full" keeps the graph of every step; "steps" keeps every carry and rebuilds one step at a time on the way
-            back, which costs one more forward run and is exact for first and second derivatives. A rebuilt step draws the
-            same global random numbers and runs under the same autocast. Under `torch.compile` the loop is always unrolled, and
-            the compiler decides what to keep.
+            back, which costs one more forward run; `Revolve(snapshots)` keeps few carries and recomputes the others. All are
+            exact for first and second derivatives. A step that runs again draws the same global random numbers under the
+            same autocast. Under `torch.compile` the loop is always unrolled, and the compiler decides what to keep.
     """
     leaves, structure = tree.flatten((inputs, carry, xs))
     if memory == "full" or torch.compiler.is_compiling() or _inside_step.get() or not _needs_gradient(leaves):
         return _plain_loop(step, inputs, carry, xs, length)
-    loop = _Loop(step, structure, len(tree.leaves(inputs)), len(tree.leaves(carry)), length)
-    outputs = _ScanFunction.apply(loop, *leaves)
-    last = outputs[loop.carried * (length - 1) : loop.carried * length]
-    return tree.unflatten(tree.flatten(carry)[1], last), torch.stack(outputs[loop.carried * length :])
+    plan = memory if isinstance(memory, Revolve) else Revolve(snapshots=length)
+    loop = _Loop(step, structure, len(tree.leaves(inputs)), len(tree.leaves(carry)), length, plan)
+    last, outs, _ = loop.parts(_ScanFunction.apply(loop, *leaves))
+    return tree.unflatten(tree.flatten(carry)[1], last), torch.stack(outs)
 
 
 def check_memory(memory: Memory) -> None:
     """Raise ValueError for a memory mode that does not exist."""
-    if memory not in get_args(Memory):
-        raise ValueError(f"`memory` must be one of {get_args(Memory)}, got {memory!r}.")
+    if not isinstance(memory, Revolve) and memory not in ("full", "steps"):
+        raise ValueError(f'`memory` must be "full", "steps" or Revolve(snapshots), got {memory!r}.')
 
 
 def _needs_gradient(leaves: list[Any]) -> bool:
@@ -78,14 +79,26 @@ class _Loop:
     shared: int  # leaves in `inputs`
     carried: int  # leaves in the carry
     length: int
+    plan: Revolve
     ambients: list[Ambient] = field(default_factory=list)  # one a step, noted as the loop runs forward
 
-    def split(self, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The times whose carries are kept on the way forward, apart from 0."""
+        return kept(self.length, self.plan.snapshots)
+
+    def split(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """Return the leaves of (inputs, carry, xs)."""
         middle = self.shared + self.carried
         return list(leaves[: self.shared]), list(leaves[self.shared : middle]), list(leaves[middle:])
 
-    def run(self, shared: list[Tensor], carry: list[Tensor], x: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def parts(self, outputs: Sequence[Any]) -> tuple[list[Any], list[Any], dict[int, list[Any]]]:
+        """Return (last carry, outs, time -> kept carry) of what the Function returns, or of its cotangents."""
+        outs = self.carried + self.length
+        carries = {t: list(outputs[outs + i * self.carried :][: self.carried]) for i, t in enumerate(self.kept)}
+        return list(outputs[: self.carried]), list(outputs[self.carried : outs]), carries
+
+    def run(self, shared: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], Tensor]:
         """Make one step on flat leaves; inner scans are plain loops meanwhile."""
         token = _inside_step.set(True)
         try:
@@ -96,7 +109,7 @@ class _Loop:
 
 
 class _ScanFunction(torch.autograd.Function):
-    """Run the loop without a graph and return every carry, then every out.
+    """Run the loop without a graph and return the last carry, the outs and the kept carries.
 
     The kept carries being outputs makes the backward differentiable again, with exact second derivatives.
     """
@@ -104,16 +117,16 @@ class _ScanFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(loop: _Loop, *leaves: Tensor) -> tuple[Tensor, ...]:
+    def forward(loop: _Loop, *leaves: Any) -> tuple[Tensor, ...]:
         shared, carry, xs = loop.split(leaves)
-        carries, outs, seen = [], [], {id(leaf) for leaf in leaves}
+        times, outs, snapshots = set(loop.kept), [], []
         for t in range(loop.length):
-            loop.ambients.append(Ambient.now(leaves))
+            if t in times:
+                snapshots += _moved(carry, ["cpu"] * len(carry)) if loop.plan.store == "cpu" else carry
+            loop.ambients.append(Ambient.now(leaves, loop.ambients[-1] if t else None))
             carry, out = loop.run(shared, carry, [x[t] for x in xs])
-            *carry, out = _distinct([*carry, out], seen)
-            carries += carry
             outs.append(out)
-        return (*carries, *outs)
+        return _distinct([*carry, *outs, *snapshots], {id(leaf) for leaf in leaves})
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -122,13 +135,13 @@ class _ScanFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[tensor for tensor in output if not tensor.is_floating_point()])
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        kept = output[: loop.carried * (loop.length - 1)]
-        ctx.save_for_backward(*[leaf if isinstance(leaf, Tensor) else None for leaf in leaves], *kept)
+        snapshots = output[loop.carried + loop.length :]
+        ctx.save_for_backward(*[leaf if isinstance(leaf, Tensor) else None for leaf in leaves], *snapshots)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_differentiated_again(ctx.saved_tensors, cotangents)):
-            return _pull_back(ctx, cotangents)
+            return _Reversal(ctx).run(cotangents)
 
 
 def _is_differentiated_again(*tensors: Iterable[Tensor | None]) -> bool:
@@ -142,72 +155,103 @@ def _is_differentiated_again(*tensors: Iterable[Tensor | None]) -> bool:
     return len({level for tensor in chain(*tensors) if tensor is not None for level in tracking_levels(tensor)}) > 1
 
 
-def _pull_back(ctx: Any, cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Walk from the last step to the first.
+class _Reversal:
+    """One walk from the last step of a loop to the first.
 
-    (a_shared, a_carry, a_x)_t = vjp of step t at the kept carry, with cotangents (a_carry_{t+1}, a_out_t);
+    (a_shared, a_carry, a_x)_t = vjp of step t at the carry of time t, with cotangents (a_carry_{t+1}, a_out_t);
     a_carry_t += the cotangent of the kept carry itself;  a_shared = sum over t.
     """
-    loop: _Loop = ctx.loop
-    count = loop.shared + loop.carried
-    saved, kept = ctx.saved_tensors[: count + _xs(loop)], ctx.saved_tensors[count + _xs(loop) :]
-    leaves = [constant if tensor is None else tensor for tensor, constant in zip(saved, ctx.constants, strict=True)]
-    shared, first, xs = loop.split(leaves)
-    of_carry = [list(cotangents[loop.carried * t : loop.carried * (t + 1)]) for t in range(loop.length)]
-    of_out = cotangents[loop.carried * loop.length :]
 
-    needed = ctx.needs_input_grad[1:]
-    in_shared = [i for i, leaf in enumerate(shared) if needed[i] and _is_float(leaf)]
-    in_carry = [i for i, leaf in enumerate(first) if _is_float(leaf)]
-    in_xs = [i for i, leaf in enumerate(xs) if needed[count + i] and _is_float(leaf)]
+    def __init__(self, ctx: Any):
+        loop: _Loop = ctx.loop
+        count = loop.structure.num_leaves
+        saved = zip(ctx.saved_tensors[:count], ctx.constants, strict=True)
+        leaves = [constant if tensor is None else tensor for tensor, constant in saved]
+        self.loop, (self.shared, self.first, self.xs) = loop, loop.split(leaves)
+        _, _, self.snapshots = loop.parts([None] * (loop.carried + loop.length) + list(ctx.saved_tensors[count:]))
+        needed = loop.split(ctx.needs_input_grad[1:])
+        self.in_shared = [i for i, leaf in enumerate(self.shared) if needed[0][i] and _is_float(leaf)]
+        self.in_carry = [i for i, leaf in enumerate(self.first) if _is_float(leaf)]
+        self.in_xs = [i for i, leaf in enumerate(self.xs) if needed[2][i] and _is_float(leaf)]
+        self.bar_shared: list[Tensor | None] = [None] * loop.shared
+        self.bar_xs: list[list[Tensor]] = [[] for _ in self.xs]
 
-    bar_shared: list[Tensor | None] = [None] * loop.shared
-    bar_xs: list[list[Tensor]] = [[] for _ in xs]
-    bar_carry = of_carry[-1]
-    for t in reversed(range(loop.length)):
-        carry = first if t == 0 else list(kept[loop.carried * (t - 1) : loop.carried * t])
-        x = [leaf[t] for leaf in xs]
+    def run(self, cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Return the cotangents of the Function's inputs.
 
-        def run(variables, carry=carry, x=x):
-            full = [list(shared), list(carry), list(x)]
-            for part, places, values in zip(full, (in_shared, in_carry, in_xs), variables, strict=True):
+        The stack holds the times whose carries are at hand; steps from the topmost one to `high` remain to be pulled back
+        before it is dropped.
+        """
+        bar, of_outs, of_kept = self.loop.parts(cotangents)
+        stack, high = [(0, self.first)], self.loop.length
+        while stack:
+            low, carry = stack[-1]
+            if high - low > 1:
+                middle = low + split(high - low, self.loop.plan.snapshots - len(stack) + 1)
+                stack.append((middle, self._carry_at(middle, low, carry)))
+                continue
+            bar = self._pull_back(low, carry, bar, of_outs[low])
+            bar = [_sum(pulled, own) for pulled, own in zip(bar, of_kept.get(low, [None] * len(bar)), strict=True)]
+            high, _ = stack.pop()
+        return (None, *self.bar_shared, *bar, *[torch.stack(bars[::-1]) if bars else None for bars in self.bar_xs])
+
+    def _carry_at(self, time: int, low: int, carry: list[Any]) -> list[Any]:
+        """Return the kept carry, or advance from an earlier one."""
+        if time in self.snapshots:
+            return _moved(self.snapshots.pop(time), [leaf.device for leaf in self.first])
+        for t in range(low, time):
+            with self.loop.ambients[t].restored():
+                carry, _ = self.loop.run(self.shared, carry, [x[t] for x in self.xs])
+        return carry
+
+    def _pull_back(self, t: int, carry: list[Any], bar: list[Tensor | None], of_out: Tensor | None) -> list[Tensor | None]:
+        """Add step t's part to the cotangents of inputs and xs, and return that of its carry."""
+
+        def run(variables: tuple[list[Tensor], ...]) -> tuple[list[Tensor], Tensor]:
+            full = [list(self.shared), list(carry), [x[t] for x in self.xs]]
+            for part, places, values in zip(full, (self.in_shared, self.in_carry, self.in_xs), variables, strict=True):
                 for place, value in zip(places, values, strict=True):
                     part[place] = value
-            after, out = loop.run(*full)
-            return [after[i] for i in in_carry], out
+            after, out = self.loop.run(*full)
+            return [after[i] for i in self.in_carry], out
 
-        variables = ([shared[i] for i in in_shared], [carry[i] for i in in_carry], [x[i] for i in in_xs])
-        with loop.ambients[t].restored():
+        variables = (
+            [self.shared[i] for i in self.in_shared],
+            [carry[i] for i in self.in_carry],
+            [self.xs[i][t] for i in self.in_xs],
+        )
+        with self.loop.ambients[t].restored():
             (after, out), pullback, *_ = torch.func.vjp(run, variables)
-        seeds = [_or_zeros(bar_carry[i], tensor) for i, tensor in zip(in_carry, after, strict=True)]
-        ((to_shared, to_carry, to_x),) = pullback((seeds, _or_zeros(of_out[t], out)))
-        for i, bar in zip(in_shared, to_shared, strict=True):
-            bar_shared[i] = _add(bar_shared[i], bar)
-        for i, bar in zip(in_xs, to_x, strict=True):
-            bar_xs[i].append(bar)
-        bar_carry = [None] * loop.carried if t == 0 else of_carry[t - 1]
-        for i, bar in zip(in_carry, to_carry, strict=True):
-            bar_carry[i] = _add(bar_carry[i], bar)
-    return (None, *bar_shared, *bar_carry, *[torch.stack(bars[::-1]) if bars else None for bars in bar_xs])
+        seeds = [_or_zeros(bar[i], tensor) for i, tensor in zip(self.in_carry, after, strict=True)]
+        ((to_shared, to_carry, to_x),) = pullback((seeds, _or_zeros(of_out, out)))
+        for i, part in zip(self.in_shared, to_shared, strict=True):
+            self.bar_shared[i] = _sum(self.bar_shared[i], part)
+        for i, part in zip(self.in_xs, to_x, strict=True):
+            self.bar_xs[i].append(part)
+        before: list[Tensor | None] = [None] * len(carry)
+        for i, part in zip(self.in_carry, to_carry, strict=True):
+            before[i] = part
+        return before
 
 
-def _distinct(tensors: list[Tensor], seen: set[int]) -> list[Tensor]:
+def _moved(leaves: list[Any], devices: Sequence[Any]) -> list[Any]:
+    return [leaf.to(device) for leaf, device in zip(leaves, devices, strict=True)]
+
+
+def _distinct(tensors: list[Tensor], seen: set[int]) -> tuple[Tensor, ...]:
     """Clone the tensors met before: a Function may not return one tensor twice, nor an input as it is."""
     fresh = []
     for tensor in tensors:
         fresh.append(tensor.clone() if id(tensor) in seen else tensor)
         seen.add(id(fresh[-1]))
-    return fresh
-
-
-def _xs(loop: _Loop) -> int:
-    """Return the number of leaves in `xs`."""
-    return loop.structure.num_leaves - loop.shared - loop.carried
+    return tuple(fresh)
 
 
 def _or_zeros(cotangent: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if cotangent is None else cotangent
 
 
-def _add(total: Tensor | None, term: Tensor) -> Tensor:
-    return term if total is None else total + term
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other

@@ -80,9 +80,10 @@ class SinusoidConfig(Config):
     queries: int = 10
     test_queries: int = 100
     inner_lr: float = 0.01
+    inner_steps: int = 5
     test_steps: tuple[int, ...] = (0, 1, 2, 3, 5, 10)
     meta_batch: int = 25
-    max_steps: int = 40000
+    max_steps: int = 30000
     pretrain_steps: int = 10000
     out: Path = Path("runs/maml-sinusoid")
     compile: bool = False
@@ -103,7 +104,7 @@ class OmniglotConfig(Config):
     inner_lr: float = 0.4
     test_steps: tuple[int, ...] = (0, 1, 3, 10)
     meta_batch: int = 8
-    max_steps: int = 3000
+    max_steps: int = 2500
     pretrain_steps: int = 1500
     out: Path = Path("runs/maml-omniglot")
     filters: int = 32

@@ -48,7 +48,7 @@ def plot_sinusoid(
             panel.grid(alpha=0.25)
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     _plot_curves(axes["error"], scores, steps)
-    # MAML's own rate diverges on some waves after many more steps than it was trained for
+    # with far more steps than in training, a wave may diverge and hide all else
     highest = 1.2 * min(score.mean(0).max().item() for score in scores.values())
     count = len(next(iter(scores.values())))
     axes["error"].set(ylim=(0, highest), ylabel="mean squared error", title=f"Error on {count} new waves (95 % intervals)")

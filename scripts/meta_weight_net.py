@@ -58,9 +58,9 @@ class Config:
     """Size of the largest class over that of the smallest, 1 to 100; sizes fall exponentially."""
     hidden: int = 100
     """Width of the learner, a 64-hidden-10 perceptron."""
-    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1)
     """Grid of learning rates, for every method."""
-    lengths: tuple[int, ...] = (50, 100, 200, 400, 800, 1600)
+    lengths: tuple[int, ...] = (50, 100, 200, 400, 800, 1600, 3200)
     """Grid of numbers of steps, rising; the last is the long training."""
     batch_size: int = 100
     """Examples in a minibatch."""
@@ -358,7 +358,7 @@ def learned_weights(config: Config, data: Data, result: Result) -> list[tuple[Te
 
 def plot(config: Config, data: Data, results: Mapping[str, Result], path: Path) -> None:
     """Draw test accuracy over training at every learning rate, and the learned weight over the loss."""
-    figure = plt.figure(figsize=(12, 8), layout="constrained")
+    figure = plt.figure(figsize=(14, 8), layout="constrained")
     figure.suptitle(f"{title(config)}: test accuracy over training, and what the weight net learned")
     above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     axes = above.subplots(1, len(config.learning_rates), sharey=True, squeeze=False)[0]

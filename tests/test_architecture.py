@@ -17,7 +17,7 @@ import optimizers
 ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its neighbours.
 LAYERS = [
-    ["tree", "errors", "transforms", "kernels", "replay"],
+    ["tree", "errors", "transforms", "kernels", "replay", "revolve"],
     ["module", "functional", "scan", "deployed"],
     ["schedule", "closure", "differentiate"],
     ["hyperparameter"],

@@ -148,7 +148,9 @@ def test_the_interval_of_known_scores(script):
 
 
 def test_the_sinusoid_run_learns_and_writes_what_it_says(script, tmp_path):
-    config = script.SinusoidConfig(max_steps=400, pretrain_steps=100, test_tasks=100, test_steps=(0, 1, 5), out=tmp_path)
+    config = script.SinusoidConfig(
+        inner_steps=1, max_steps=400, pretrain_steps=100, test_tasks=100, test_steps=(0, 1, 5), out=tmp_path
+    )
     scores = script.run_sinusoid(config)
     assert {name: tuple(score.shape) for name, score in scores.items()} == {
         "MAML": (100, 3),

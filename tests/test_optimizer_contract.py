@@ -101,8 +101,8 @@ CASES = [
         "sgd-nesterov",
         SGD,
         torch.optim.SGD,
-        {"lr": 0.1, "momentum": 0.9, "nesterov": True},
-        {"lr": 0.1, "momentum": 0.9, **_DECAY},
+        {"lr": 0.02, "momentum": 0.9, "nesterov": True},
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, **_DECAY},
     ),
     Case("adam", Adam, torch.optim.Adam, {}, _ADAM | _DECAY | _ROOT),
     Case(

@@ -24,6 +24,7 @@ class Backprop:
     Args:
         memory: "full" keeps the graph of every step: fastest for a handful of steps, and an outer compile sees through it.
             "steps" keeps the parameters and the optimizer state of each step and rebuilds one step at a time on the way back.
+            `Revolve(snapshots)` keeps few of these states and recomputes the others with the fewest possible steps.
 
     Cost:
         2 to 4 gradients a step in time, one more for "steps". Memory: "full" T graphs, "steps" T states and one graph.

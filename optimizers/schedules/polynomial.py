@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaopt.hyperparameter import Value, set_hyperparameter
@@ -39,4 +40,7 @@ class Polynomial(Schedule):
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
         remaining = 1 - fraction(step, self.steps, grads[0])
-        return self.final + (self.initial - self.final) * remaining**self.power, state
+        going = remaining > 0
+        # 1 in place of 0 keeps the logarithm of 0 out of the second derivative with respect to the power.
+        decay = torch.where(going, torch.where(going, remaining, 1) ** self.power, 0)
+        return self.final + (self.initial - self.final) * decay, state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from metaopt import tree
-from metaopt.hyperparameter import Hyperparameter
+from metaopt.hyperparameter import Hyperparameter, is_zero
 from metaopt.optimizer import Hyper, Leaves, Optimizer
 from optimizers.precision import scalar_dtype
 from optimizers.transforms.transform import Transform
@@ -50,10 +50,11 @@ class ClipNorm(Transform):
     """
 
     hyperparameters = ("max_norm",)
+    max_norm: Hyperparameter
 
     def __init__(self, max_norm: Hyperparameter, optimizer: Optimizer):
         super().__init__(optimizer, max_norm=max_norm)
-        if self.max_norm == 0.0 and isinstance(self.max_norm, float):
+        if is_zero(self.max_norm):
             raise ValueError("ClipNorm: `max_norm` must be positive, got 0.0. To freeze parameters, use `Masked`.")
 
     def before(self, grads: Leaves, params: Leaves | None, hyper: Hyper) -> Leaves:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from metaopt.optimizer import Optimizer
@@ -51,9 +51,9 @@ def choose(owner: Optimizer, what: str, patterns: tuple[str, ...], names: Iterab
     return chosen
 
 
-@functools.lru_cache(maxsize=4096)
+@torch.compiler.assume_constant_result  # a compiler sees the index, not how patterns work
 def _first(patterns: tuple[str, ...], name: str) -> int | None:
-    """Return the index of the first pattern that matches; remembered, since every step asks again."""
+    """Return the index of the first pattern that matches."""
     return next((i for i, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), None)
 
 
