@@ -1,0 +1,74 @@
+"""Truncated backpropagation through the last steps of a loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+import metaopt as mo
+from optimizers import SGD, Adam
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def loss(params: Tensor, batch: Tensor, meta: Tensor) -> Tensor:
+    return ((params - batch) ** 4).sum() / 4 + meta * (params**2).sum()
+
+
+@pytest.mark.parametrize("memory", ["full", "steps", mo.Revolve(2)], ids=str)
+@pytest.mark.parametrize("window", [1, 3, 6, 7, 100])
+def test_equals_a_loop_that_detaches(window: int, memory: Any) -> None:
+    batches, start = torch.randn(7, 3), torch.randn(3, requires_grad=True)
+    meta, lr = torch.tensor(0.3, requires_grad=True), nn.Parameter(torch.tensor(0.05))
+    optimizer = Adam(lr, eps=1e-2)
+    rule = mo.Backprop(memory=memory, window=window)
+    out = mo.minimize(loss, optimizer, start, batches, meta=meta, differentiate=rule)
+
+    params, state, losses = start, optimizer.init(start), []
+    for t in range(7):
+        if t == 7 - window > 0:
+            params, state = mo.tree.map(torch.Tensor.detach, (params, state))
+            losses = [value.detach() for value in losses]
+        at = params if params.requires_grad else params.detach().requires_grad_()
+        value = loss(at, batches[t], meta)
+        (g,) = torch.autograd.grad(value, at, create_graph=True)
+        updates, state = optimizer(g, state, at, loss=value)
+        params, losses = at + updates, [*losses, value]
+
+    inputs = [meta, lr, start] if window >= 7 else [meta, lr]
+    for ours, theirs in ((out.params.sum(), params.sum()), (out.losses.sum(), sum(losses))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+        for one, other in zip(
+            *(torch.autograd.grad(v, inputs, retain_graph=True, materialize_grads=True) for v in (ours, theirs)), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+    if window < 7:
+        assert torch.autograd.grad(out.params.sum(), start, allow_unused=True) == (None,)
+
+
+def test_under_transforms_and_with_the_bias_that_it_states() -> None:
+    """On L = (w - meta)^2 / 2 with SGD the window k leaves out (1 - lr)^k of the derivative 1 - (1 - lr)^T."""
+
+    def last(meta: Tensor, window: int | None) -> Tensor:
+        def parabola(params: Tensor, _: None, meta: Tensor) -> Tensor:
+            return (params - meta).square() / 2
+
+        rule = mo.Backprop(window=window)
+        return mo.minimize(parabola, SGD(0.1), torch.zeros(()), None, steps=50, meta=meta, differentiate=rule).params
+
+    at = torch.tensor(2.0)
+    for window in (1, 5, 20):
+        expected = torch.tensor(1 - 0.9**window)
+        torch.testing.assert_close(grad(last)(at, window), expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(vmap(grad(lambda m, k=window: last(m, k)))(at.expand(3)), expected.expand(3), rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad(last)(at, None), torch.tensor(1 - 0.9**50), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("window", [0, -3, 2.0, True])
+def test_bad_windows(window: Any) -> None:
+    with pytest.raises(ValueError, match="`window` must be a positive integer or None, got"):
+        mo.Backprop(window=window)
