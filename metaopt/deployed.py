@@ -100,7 +100,7 @@ class Deployed(torch.optim.Optimizer):
         if key not in states:
             return None
         with self._options(saved):
-            expected, structure = tree.flatten(self._optimizer.init(_named(group["params"])))
+            expected, structure = tree.flatten(self._optimizer.init(_named(group)))
         found = tree.flatten_like(structure, states[key], f"state_dict['state'][{key!r}]")
         for own, other in zip(expected, found, strict=True):
             if own.shape != other.shape:
@@ -111,7 +111,7 @@ class Deployed(torch.optim.Optimizer):
         return tree.unflatten(structure, [other.to(own.device) for own, other in zip(expected, found, strict=True)])
 
     def _step_group(self, key: str, group: dict[str, Any], loss: Tensor | None) -> None:
-        params = _named(group["params"])
+        params = _named(group)
         moved = {name for name, param in params.items() if param.grad is not None}
         grads = {name: param.grad if name in moved else torch.zeros_like(param) for name, param in params.items()}
         with self._options(group):
@@ -144,8 +144,10 @@ class _Options:
             delattr(self.optimizer, name)
 
 
-def _named(params: list[Tensor]) -> dict[str, Tensor]:
-    return {str(index): param for index, param in enumerate(params)}
+def _named(group: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the parameters of a group by the names they were given with, else by their position."""
+    params = group["params"]
+    return dict(zip(group.get("param_names") or map(str, range(len(params))), params, strict=True))
 
 
 def _as_float(value: float | Tensor) -> Any:

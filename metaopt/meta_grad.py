@@ -47,6 +47,8 @@ def meta_grad(
     one = grad_and_value(task_loss)
 
     def many(params: Tree, tasks: Tree) -> tuple[Tree, Tensor]:
+        # vmap has no channels-last layout; `contiguous()` would leave a weight with one channel as it is
+        params = tree.map(lambda param: param.clone(memory_format=torch.contiguous_format), params)
         grads, losses = vmap(one, in_dims=(None, 0), randomness="different")(params, tasks)
         return tree.map(lambda g: g.sum(0), grads), losses
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
+from optimizers.weight_decay import penalized
 
 
 class RMSprop(Optimizer):
@@ -59,9 +60,7 @@ class RMSprop(Optimizer):
 
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         lr, alpha, eps, decay, momentum = (hyper[name] for name in self.hyperparameters)
-        if not is_zero(decay):
-            params = self._require_params(params, f"weight_decay={decay}")
-            grads = [g + decay * p for g, p in zip(grads, params, strict=True)]
+        grads = penalized(self, grads, params, decay)
         after = {"square": [alpha * v + (1 - alpha) * g * g for v, g in zip(slots["square"], grads, strict=True)]}
         spread = after["square"]
         if self.centered:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from metaopt.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
+from optimizers.weight_decay import penalized
 
 
 class SGD(Optimizer):
@@ -58,9 +59,7 @@ class SGD(Optimizer):
 
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         lr, momentum, dampening, decay = (hyper[name] for name in self.hyperparameters)
-        if not is_zero(decay):
-            params = self._require_params(params, f"weight_decay={decay}")
-            grads = [g + decay * p for g, p in zip(grads, params, strict=True)]
+        grads = penalized(self, grads, params, decay)
         if "velocity" not in slots:
             return [-lr * g for g in grads], {}
         velocity = [momentum * b + self._damp(g, dampening, step) for b, g in zip(slots["velocity"], grads, strict=True)]

@@ -76,7 +76,8 @@ def main(config: Config) -> None:
         return mo.evaluate({"": optimizer}, family, horizon=horizon, seeds=32, seed=VALIDATION_SEED).mean("")
 
     weights = sum(p.numel() for p in optimizer.parameters())
-    print(f"Training a {type(optimizer).__name__} with {weights} weights on {config.task}, episodes of {horizon} steps.")
+    name = type(optimizer).__name__
+    print(f"Training {name} ({weights} weights) on {config.task}, {config.batch} episodes of {horizon} steps at a time.")
     started = time.perf_counter()
     trainer = mo.Trainer(
         training,

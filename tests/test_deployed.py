@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import metaopt as mo
-from optimizers import SGD, Adam, AdamW, RMSprop
+from optimizers import SGD, Adam, AdamW, Grouped, RMSprop
 
 KINDS = {
     "sgd": (lambda: SGD(0.05, 0.9), lambda p: torch.optim.SGD(p, 0.05, 0.9)),
@@ -304,3 +304,15 @@ def test_pickling_keeps_what_is_needed_to_go_on() -> None:
     optimizer.step()
     twin.step()
     assert torch.equal(v, w)
+
+
+def test_named_parameters_keep_their_names_for_groups() -> None:
+    """`Grouped` sees what the user calls the parameters, and the state is kept under these names."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = Grouped({"*.bias": SGD(0.0), "*": SGD(0.5, 0.9)}).as_torch(model.named_parameters())
+    model(torch.ones(3, 2)).sum().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        moved = torch.zeros_like(parameter) if name.endswith("bias") else -0.5 * parameter.grad
+        torch.testing.assert_close(parameter, before[name] + moved, rtol=1e-6, atol=0)

@@ -79,6 +79,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 1)),
         (3, 1, 6, 6),
     ),
+    "conv-channels-last": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.MaxPool2d(2), nn.Conv2d(2, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 1)
+        ).to(memory_format=torch.channels_last),
+        (3, 1, 6, 6),
+    ),
     "conv-avg-pool": (
         lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.AvgPool1d(2), nn.Flatten(), nn.Linear(6, 1)),
         (3, 2, 5),

@@ -278,6 +278,20 @@ def test_muon_is_torchs_up_to_its_rounding_to_bfloat16() -> None:
         assert (w - first[name]).abs().max() > 0.02
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("t0", [0.0, 3.0, 1e6])
+def test_the_average_of_asgd_is_torchs(t0: float) -> None:
+    w, targets = torch.randn(3).requires_grad_(), torch.randn(9, 3)
+    first, theirs = w.detach().clone(), torch.optim.ASGD([w], 0.1, t0=t0)
+    for target in targets:
+        theirs.zero_grad()
+        (w - target).square().sum().backward()
+        theirs.step()
+    out = mo.minimize(lambda w, target: (w - target).square().sum(), ASGD(0.1, t0=t0), first, targets)
+    assert_close(out.opt_state["slots"]["average"], theirs.state[w]["ax"], 1e-12)
+    assert (t0 == 1e6) == torch.allclose(out.opt_state["slots"]["average"], out.params)
+
+
 def test_muon_makes_singular_values_near_one() -> None:
     gradient = torch.randn(6, 4, dtype=torch.float64)
     optimizer = Muon(lr=1.0, weight_decay=0.0, adjust_lr_fn="original")

@@ -173,7 +173,9 @@ def test_it_is_saved_and_loaded(ours: Any, theirs: Any, tmp_path: Path) -> None:
     assert torch.equal(values(loaded), values(schedule))
 
 
-@pytest.mark.parametrize("schedule", [Linear(1.0, 1000), Polynomial(1.0, 1000), Warmup(1.0, 1000), Exponential(1.0, 0.999)])
+@pytest.mark.parametrize(
+    "schedule", [Cosine(1.0, 1000), Linear(1.0, 1000), Polynomial(1.0, 1000), Warmup(1.0, 1000), Exponential(1.0, 0.999)]
+)
 def test_steps_are_counted_also_in_half_precision(schedule: mo.Schedule) -> None:
     """bfloat16 has no 257: steps 256 and 257 would be the same."""
     found = [schedule({}, step=torch.tensor(t), loss=None, grads=[torch.ones(1, dtype=torch.bfloat16)])[0] for t in (256, 257)]

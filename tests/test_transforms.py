@@ -238,6 +238,20 @@ def test_only_what_is_selected_has_memory() -> None:
     }
 
 
+def test_a_meta_gradient_through_groups_is_one_graph() -> None:
+    """Names are chosen by patterns, which a compiler cannot trace: it must not have to."""
+    optimizer = ClipNorm(0.5, Grouped({"*.weight": Masked(Muon(Cosine(0.1, 5)), "*"), "*": Adam(0.1)}))
+    first = start()
+
+    def outer(factor: Tensor) -> Tensor:
+        params = {name: factor * p for name, p in first.items()}
+        return curve(mo.minimize(curve, optimizer, params, torch.linspace(-1, 1, 3)).params, torch.tensor(0.3))
+
+    factor = torch.tensor(0.9)
+    compiled = torch.compile(grad(outer), fullgraph=True, backend="eager")
+    assert_close(compiled(factor), grad(outer)(factor), 1e-12)
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class Backprop:
     """
 
     memory: Memory = "full"
-    window: int | None = None
+    window: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_memory(self.memory)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaopt.hyperparameter import Value, set_hyperparameter
 from metaopt.schedule import Schedule
+from optimizers.schedules.progress import check_steps, fraction
 
 
 class Cosine(Schedule):
@@ -32,12 +33,10 @@ class Cosine(Schedule):
 
     def __init__(self, initial: Value, steps: int, *, final: Value = 0.0):
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"Cosine: `steps` must be a positive integer, got {steps}.")
         set_hyperparameter(self, "initial", initial)
         set_hyperparameter(self, "final", final)
-        self.steps = steps
+        self.steps = check_steps(self, steps)
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
-        fraction = (step.to(grads[0].dtype) / self.steps).clamp(max=1)
-        return self.final + (self.initial - self.final) * (1 + torch.cos(math.pi * fraction)) / 2, state
+        over = fraction(step, self.steps, grads[0])
+        return self.final + (self.initial - self.final) * (1 + torch.cos(math.pi * over)) / 2, state

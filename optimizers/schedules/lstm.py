@@ -12,6 +12,7 @@ from metaopt import tree
 from metaopt.hyperparameter import Value
 from metaopt.schedule import Schedule
 from optimizers.cell import LSTMCell
+from optimizers.precision import scalar_dtype
 
 
 class LSTMSchedule(Schedule):
@@ -54,13 +55,12 @@ class LSTMSchedule(Schedule):
             raise ValueError(
                 "LSTMSchedule observes the loss, got None. Call `optimizer(grads, state, params, loss=loss)` or `step(closure)`."
             )
-        observed = torch.stack(
-            [
-                loss.sign() * loss.abs().log1p(),
-                (tree.norm(grads) + 1e-6).log() / 5,
-                step.to(loss.dtype) / self.steps,
-            ]
-        ).to(self.readout.dtype)
+        features = (
+            loss.sign() * loss.abs().log1p(),
+            (tree.norm(grads) + 1e-6).log() / 5,
+            step.to(scalar_dtype(self.readout)) / self.steps,
+        )
+        observed = torch.stack([feature.to(self.readout.dtype) for feature in features])
         h, c = self.cell(observed[:, None], state["h"], state["c"])
         change = state["change"] + self.max_change * torch.tanh(self.readout @ h)[0, 0]
         return (self.log_initial + change).exp(), {"h": h, "c": c, "change": change}
