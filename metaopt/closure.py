@@ -53,7 +53,7 @@ class _NoGenerator(TorchFunctionMode):
 
 def _names(source: Any, value: Tensor) -> str:
     """Name the tracked tensors in the closure of `source` that `value` was computed from."""
-    tracked = [(name, tensor) for name, tensor in _reachable("", source, set()) if is_tracked(tensor)]
+    tracked = [(name, tensor) for name, tensor in reachable(source) if is_tracked(tensor)]
     nodes = _graph(value)
     used = [(name, tensor) for name, tensor in tracked if nodes & {id(tensor), id(tensor.grad_fn)}]
     names = {f"`{name}` (shape {tuple(tensor.shape)})" for name, tensor in used or tracked}
@@ -72,8 +72,9 @@ def _graph(value: Tensor) -> set[int]:
     return found - {id(None)}
 
 
-def _reachable(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) for what a function reaches besides its arguments."""
+def reachable(value: Any, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for what a function or an object reaches besides arguments: closures, globals, attributes, items."""
+    seen = set() if seen is None else seen
     if id(value) in seen or isinstance(value, Functional | type | types.ModuleType):
         return
     seen.add(id(value))
@@ -101,4 +102,4 @@ def _reachable(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Ten
         case _ if hasattr(value, "__dict__"):
             members = {prefix + key: item for key, item in vars(value).items()}
     for key, member in members.items():
-        yield from _reachable(key, member, seen)
+        yield from reachable(member, key, seen)

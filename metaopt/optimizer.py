@@ -75,10 +75,7 @@ class Optimizer(Configurable):
         """
         gradients, structure = tree.flatten(grads)
         weights = None if params is None else tree.flatten_like(structure, params, "params")
-        hyper: Hyper = {name: getattr(self, name) for name in self.hyperparameters}
-        schedules = {}
-        for name, schedule in self._schedules():
-            hyper[name], schedules[name] = schedule(state["schedules"][name], step=state["step"], loss=loss, grads=gradients)
+        hyper, schedules = self._hyper_at(state, gradients, loss)
         slots = {name: tree.flatten_like(structure, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
         step = state["step"] + 1
         updates, after = self.update(gradients, weights, slots | state["shared"], hyper, step)
@@ -96,6 +93,14 @@ class Optimizer(Configurable):
     def as_torch(self, params: Iterable[Any]) -> Deployed:
         """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""
         return Deployed(params, self)
+
+    def _hyper_at(self, state: State, grads: Leaves, loss: Tensor | None) -> tuple[Hyper, dict[str, Any]]:
+        """Return the hyperparameters' values at this step, and the next states of the schedules among them."""
+        hyper: Hyper = {name: getattr(self, name) for name in self.hyperparameters}
+        schedules = {}
+        for name, schedule in self._schedules():
+            hyper[name], schedules[name] = schedule(state["schedules"][name], step=state["step"], loss=loss, grads=grads)
+        return hyper, schedules
 
     def _schedules(self) -> list[tuple[str, Schedule]]:
         return [(name, value) for name in self.hyperparameters if isinstance(value := getattr(self, name), Schedule)]

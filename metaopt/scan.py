@@ -42,6 +42,12 @@ def scan(step: Step, inputs: Tree, carry: Tree, xs: Tree, length: int, memory: M
     leaves, structure = tree.flatten((inputs, carry, xs))
     if memory == "full" or torch.compiler.is_compiling() or _inside_step.get() or not _needs_gradient(leaves):
         return _plain_loop(step, inputs, carry, xs, length)
+    for path, leaf in tree.named_leaves(carry):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"Parameters and optimizer state must be tensors to be kept from step to step, got {type(leaf).__name__} "
+                f'at {path}. Make it a tensor, or use memory="full".'
+            )
     plan = memory if isinstance(memory, Revolve) else Revolve(snapshots=length)
     loop = _Loop(step, structure, len(tree.leaves(inputs)), len(tree.leaves(carry)), length, plan)
     last, outs, _ = loop.parts(_ScanFunction.apply(loop, *leaves))

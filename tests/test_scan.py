@@ -258,3 +258,17 @@ def test_steps_bounds_the_memory_of_a_meta_gradient() -> None:
     grown = {memory: printed(MEMORY_PROGRAM, memory, 300) for memory in ("full", "steps")}
     assert grown["full"] > 100_000  # KiB; measured 307,000
     assert grown["steps"] < grown["full"] / 4  # measured 9,300: 300 states of 17 KiB and one step's graph
+
+
+def test_a_state_that_is_no_tensor_is_refused() -> None:
+    """A plain loop may carry a Python number; a rebuilt one would see the number of another step."""
+
+    def step(inputs: Tensor, carry: tuple[Tensor, int], _: tuple[()]) -> tuple[tuple[Tensor, int], Tensor]:
+        value, count = carry
+        return (value * inputs, count + 1), value.sum()
+
+    start = torch.ones(2, requires_grad=True)
+    (_, count), _ = scan(step, torch.tensor(0.5), (start, 0), (), 3, "full")
+    assert count == 3
+    with pytest.raises(TypeError, match=r"must be tensors to be kept from step to step, got int at \[1\]"):
+        scan(step, torch.tensor(0.5), (start, 0), (), 3, "steps")

@@ -45,10 +45,7 @@ class Transform(Optimizer):
         """Return (updates, next state), as `Optimizer.forward` does."""
         gradients, structure = tree.flatten(grads)
         weights = None if params is None else tree.flatten_like(structure, params, "params")
-        hyper: Hyper = {name: getattr(self, name) for name in self.hyperparameters}
-        own: dict[str, Any] = {}
-        for name, schedule in self._schedules():
-            hyper[name], own[name] = schedule(state["schedules"][name], step=state["step"], loss=loss, grads=gradients)
+        hyper, own = self._hyper_at(state, gradients, loss)
         gradients = self.before(gradients, weights, hyper)
         inner = {**state, "schedules": state["schedules"]["optimizer"]}
         updates, after = self.optimizer(tree.unflatten(structure, gradients), inner, params, loss=loss)
