@@ -1,5 +1,7 @@
 """Finding tensors that a loss reaches behind its arguments' back."""
 
+from __future__ import annotations
+
 import functools
 import types
 from collections.abc import Callable, Iterator

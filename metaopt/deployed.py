@@ -1,5 +1,7 @@
 """A pure optimizer deployed as a `torch.optim.Optimizer`."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -16,20 +18,23 @@ if TYPE_CHECKING:
 class Deployed(torch.optim.Optimizer):
     """Steps a model's parameters in place with a frozen copy of an `Optimizer`; made by `Optimizer.as_torch`.
 
-    Every numeric hyperparameter of the optimizer is a key of each parameter group, so groups may differ and
-    `torch.optim.lr_scheduler` works. Where the optimizer has no numeric `lr` (learned ones, and those whose `lr` is a
+    Every scalar hyperparameter of the optimizer is a key of each parameter group, so groups may differ and
+    `torch.optim.lr_scheduler` works. Where the optimizer has no scalar `lr` (learned ones, and those whose `lr` is a
     schedule), the group's `lr` is 1.0 and multiplies the updates.
 
-    The gradient of a parameter whose `.grad` is None counts as zero where the optimizer looks at several parameters
-    at once; the parameter itself is not moved, nor is the memory kept for it.
+    A parameter whose `.grad` is None is not moved, nor is the memory kept for it ("slots" in the state). What a group has in
+    common goes on: the step count (torch counts for each parameter), schedules, and the memory of the `LSTMOptimizer`, which
+    sees a zero gradient.
     """
 
     state: dict[Any, Any]  # type: ignore[assignment]  # "group 0" -> its memory; torch's own have a parameter as key
 
-    def __init__(self, params: Iterable[Any], optimizer: "Optimizer"):
-        self._optimizer = copy.deepcopy(optimizer).requires_grad_(False)
+    def __init__(self, params: Iterable[Any], optimizer: Optimizer):
+        constants = {id(buffer): buffer.detach().clone() for buffer in optimizer.buffers()}  # deepcopy refuses computed tensors
+        self._optimizer = copy.deepcopy(optimizer, constants).requires_grad_(False)
         numbers = {name: getattr(self._optimizer, name) for name in optimizer.hyperparameters}
-        self._numeric = {name: _as_float(value) for name, value in numbers.items() if isinstance(value, float | Tensor)}
+        # A tensor with several rates stays as it is: schedulers of torch know scalars only.
+        self._numeric = {name: float(value) for name, value in numbers.items() if _is_scalar(value)}
         for name in self._numeric:
             delattr(self._optimizer, name)
         super().__init__(params, {"lr": 1.0} | self._numeric)
@@ -125,14 +130,14 @@ class Deployed(torch.optim.Optimizer):
         for name in moved:
             params[name].add_(updates[name].to(params[name].dtype), alpha=scale)
 
-    def _options(self, group: dict[str, Any]) -> "_Options":
+    def _options(self, group: dict[str, Any]) -> _Options:
         return _Options(self._optimizer, {name: group[name] for name in self._numeric})
 
 
 class _Options:
     """While entered, the optimizer has a group's hyperparameters."""
 
-    def __init__(self, optimizer: "Optimizer", values: dict[str, Any]):
+    def __init__(self, optimizer: Optimizer, values: dict[str, Any]):
         self.optimizer, self.values = optimizer, values
 
     def __enter__(self) -> None:
@@ -150,8 +155,5 @@ def _named(group: dict[str, Any]) -> dict[str, Tensor]:
     return dict(zip(group.get("param_names") or map(str, range(len(params))), params, strict=True))
 
 
-def _as_float(value: float | Tensor) -> Any:
-    """Return a plain number for a scalar, else a tensor of its own."""
-    if isinstance(value, Tensor):
-        return value.tolist() if value.ndim == 0 else value.detach().clone()
-    return value
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, Tensor) and value.ndim == 0)

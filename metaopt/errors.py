@@ -1,5 +1,7 @@
 """The one exception of our own. Everything else that is wrong is a `ValueError` or a `TypeError`."""
 
+from __future__ import annotations
+
 
 class NonFiniteError(FloatingPointError):
     """A loss became infinite or not a number.
@@ -15,6 +17,6 @@ class NonFiniteError(FloatingPointError):
     def __init__(self, where: str, step: int, value: float, last_finite: float | None = None, *, unit: str = "step"):
         self.where, self.step, self.value, self.last_finite, self.unit = where, step, value, last_finite, unit
         before = f" The last finite loss was {last_finite:.6g} at {unit} {step - 1}." if last_finite is not None else ""
-        super().__init__(
-            f"{where}, {unit} {step}: the loss is {value}.{before} Lower the learning rate, clip the gradients, or check the batch."
-        )
+        first = unit == "step" and step == 0
+        mend = "Check the batch (is it empty?) and the parameters." if first else "Lower the learning rate or clip the gradients."
+        super().__init__(f"{where}, {unit} {step}: the loss is {value}.{before} {mend}")

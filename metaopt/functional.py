@@ -1,15 +1,19 @@
 """An `nn.Module` as a pure function of its parameters and buffers."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from metaopt.transforms import is_tracked
+
 Params = dict[str, Tensor]
 
 
-def functional(model: nn.Module) -> "Functional":
+def functional(model: nn.Module) -> Functional:
     """Return `model` as a pure function: `net(params, x)` computes f(x; params) and changes nothing.
 
     Args:
@@ -51,13 +55,14 @@ class Functional:
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}. Pass the module, not its output.")
         self.model = model
         self._aliases = aliases(model)
-        self._trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._trainable = [name for name, parameter in model.named_parameters() if is_tracked(parameter)]
         self._norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)]
 
     @property
     def params(self) -> Params:
         """The trainable parameters, live: name of the first use -> tensor. Tied weights stand once."""
-        return {name: self.model.get_parameter(name) for name in self._trainable}
+        own = dict(self.model.named_parameters())  # while `functional_call` lends tensors, these
+        return {name: own[name] for name in self._trainable}
 
     @property
     def buffers(self) -> Params:

@@ -1,5 +1,7 @@
 """What may stand for a hyperparameter: a number, a tensor, a parameter or a schedule."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -20,17 +20,18 @@ def any_order() -> Iterator[None]:
     Attention runs on its plain kernel: the fused ones have no second derivative. Layer, batch and instance norms are
     computed from elementary operations: torch's formula for their second derivative takes the saved mean and variance
     for constants, so a third derivative, and the second through `grad(vmap(grad))`, are silently wrong by per cents
-    (pytorch issues 175754 and 186256).
+    (pytorch issues 175754 and 186256). So is weight norm: there already the second derivative is wrong.
 
     Cost:
-        0 to 4 % of a meta-gradient's time (MLP, transformer layer, four-layer convolution network; CPU).
+        0 to 4 % of a meta-gradient's time where layers are wide (transformer layer, four-layer convolution network), 10 to 20 %
+        for a 40-40 MLP; CPU.
     """
     with sdpa_kernel(SDPBackend.MATH), _ElementaryNorms():
         yield
 
 
 class _ElementaryNorms(TorchFunctionMode):
-    """Computes norm layers with `_layer_norm`, `_batch_norm` and `_instance_norm`."""
+    """Computes norms with the functions below."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         return _ELEMENTARY.get(func, func)(*args, **(kwargs or {}))
@@ -76,10 +77,21 @@ def _instance_norm(
     return _normalize(input, tuple(range(2, input.ndim)), weight, bias, _per_channel(input), eps)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return v g / |v|, with one norm per index of `dim`, or of the whole tensor for dim = -1."""
+    dims = tuple(i for i in range(v.ndim) if dim == -1 or i != dim % v.ndim)
+    return v * (g * (v * v).sum(dims, keepdim=True).rsqrt())
+
+
+# `torch.layer_norm` and the others are what `F.layer_norm` calls; the order of their arguments is their own.
 _ELEMENTARY: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
+    torch.layer_norm: lambda input, shape, weight=None, bias=None, eps=1e-5, _=True: _layer_norm(input, shape, weight, bias, eps),
+    torch.batch_norm: lambda x, weight, bias, mean, var, *rest: _batch_norm(x, mean, var, weight, bias, *rest[:3]),
+    torch.instance_norm: lambda x, weight, bias, mean, var, *rest: _instance_norm(x, mean, var, weight, bias, *rest[:3]),
+    torch._weight_norm: _weight_norm,
 }
 
 

@@ -25,7 +25,8 @@ def meta_grad(
     silently wrong for fused norm layers (see `any_order`, which also holds here).
 
     Args:
-        task_loss: `task_loss(params, task)` returns a scalar; usually it calls `minimize`.
+        task_loss: `task_loss(params, task)` returns a scalar; usually it calls `minimize`. Only `params` is differentiated, as
+            by `torch.func.grad`: what else is to be learned, an inner learning rate for example, belongs into it.
         compile: compile the whole meta-gradient with `torch.compile`; needs a C++ compiler on CPU. Best for short loops with
             `Backprop("full")`, since every inner step is unrolled at compile time.
         chunk_size: how many tasks are batched by `vmap` at a time; by default all. 1 means a plain loop over

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from metaopt import tree
 from metaopt.closure import check_closure
 from metaopt.differentiate import Backprop, InnerLoop, Rule
 from metaopt.errors import NonFiniteError
-from metaopt.functional import call_with
+from metaopt.functional import call_with, functional
 from metaopt.kernels import any_order
 from metaopt.optimizer import Optimizer, State, apply_updates
 from metaopt.transforms import values_are_readable
@@ -45,7 +46,7 @@ def minimize(
 
     Args:
         loss_fn: `loss_fn(params, batch)`, or `loss_fn(params, batch, meta)` if `meta` is given, returns a scalar. If it is an
-            `nn.Module`, its parameters are differentiated too.
+            `nn.Module`, its trainable parameters are differentiated too; its buffers stay as they are.
         optimizer: any `Optimizer`.
         params: initial parameters, a tree of floating-point tensors.
         batches: with `steps`, the one batch that every step sees (or None); without, a tree whose leaves all have time as
@@ -71,14 +72,14 @@ def minimize(
         )
     same_batch = steps is not None
     xs, constant, steps = _batches_and_steps(batches, steps)
-    inputs = {"optimizer": _tensors(optimizer), "loss": _tensors(loss_fn), "meta": meta, "batch": constant}
+    module = functional(loss_fn) if isinstance(loss_fn, nn.Module) else None
+    own_params = {} if module is None else module.params
+    inputs = {"optimizer": _tensors(optimizer), "loss": own_params, "meta": meta, "batch": constant}
 
     def loss(inputs: Tree, params: Tree, x: Tree) -> Tensor:
         batch = inputs["batch"] if same_batch else x
         arguments = (params, batch) if meta is None else (params, batch, inputs["meta"])
-        if isinstance(loss_fn, nn.Module) and inputs is not own:
-            return _check_scalar(call_with(loss_fn, inputs["loss"], arguments))
-        return _check_scalar(loss_fn(*arguments))
+        return _check_scalar(loss_fn(*arguments) if module is None else module(inputs["loss"], *arguments))
 
     def update(inputs: Tree, grads: Tree, state: State, params: Tree, loss: Tensor) -> tuple[Tree, State]:
         if inputs is own:
@@ -107,18 +108,16 @@ def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:
         raise NonFiniteError(where, first, values[first], values[first - 1] if first and unit == "step" else None, unit=unit)
 
 
-def _tensors(module: Any) -> dict[str, Tensor]:
-    if not isinstance(module, nn.Module):
-        return {}
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def _batches_and_steps(batches: Tree, steps: int | None) -> tuple[Tree, Tree, int]:
     """Return (rows to scan over, the batch of every step, number of steps); one of the first two is empty."""
     if steps is not None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
             raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
-        return (), batches, steps
+        return (), batches, int(steps)
     lengths = tree.leading_axes(batches)
     if not lengths or -1 in lengths.values():
         without = [path for path, length in lengths.items() if length < 0]

@@ -1,13 +1,15 @@
 """Modules that can be written to a file and read back: weights as safetensors, constructor arguments as JSON."""
 
+from __future__ import annotations
+
 import inspect
 import json
 from pathlib import Path
 from typing import Any, Self
 
 import safetensors
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FORMAT = "metaopt-1"
@@ -21,7 +23,7 @@ class Configurable(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Return {"class": name, "arguments": {...}} in JSON's types; tensors appear as their kind, shape and dtype."""
-        arguments = {name: getattr(self, name) for name in list(inspect.signature(type(self).__init__).parameters)[1:]}
+        arguments = self._arguments()
         registered = self._parameters | self._buffers
         for name, value in arguments.items():
             if isinstance(value, Tensor) and name not in registered:
@@ -31,13 +33,27 @@ class Configurable(nn.Module):
                 )
         return {"class": type(self).__name__, "arguments": {name: _describe(value) for name, value in arguments.items()}}
 
+    def extra_repr(self) -> str:
+        """Return the arguments that are plain numbers or words."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._arguments().items() if isinstance(value, int | float | str))
+
+    def _arguments(self) -> dict[str, Any]:
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        missing = [name for name in names if not hasattr(self, name)]
+        if missing:
+            raise TypeError(
+                f"{type(self).__name__}: every argument of the constructor must be an attribute of the same name, to be saved; "
+                f"missing {missing}. Write self.{missing[0]} = {missing[0]}."
+            )
+        return {name: getattr(self, name) for name in names}
+
     def save(self, path: str | Path) -> None:
         """Write all tensors as safetensors, the configuration in the file's header; the folder is made if need be."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # safetensors refuses tensors that share memory or are not contiguous.
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in self.state_dict().items()}
-        save_file(tensors, path, metadata={"format": FORMAT, "config": json.dumps(self.config())})
+        path.write_bytes(safetensors.torch.save(tensors, metadata={"format": FORMAT, "config": json.dumps(self.config())}))
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> Self:
@@ -75,18 +91,20 @@ class Configurable(nn.Module):
                     f"{path} does not fit {type(module).__name__}: tensor {name!r} should be {expected}, found {found}. "
                     "The file was written by another version or configuration."
                 )
+        # The sizes are those of the file's tensors: now it is safe to allocate, and constants that are not saved become real.
+        module = _build(json.loads(metadata["config"]), path)
         module.load_state_dict(tensors, assign=True)
-        return module
+        return module.to(device)
 
 
-def known_classes() -> dict[str, type[Configurable]]:
-    """Return every imported class that a weights file may name."""
-    known: dict[str, type[Configurable]] = {}
+def known_classes() -> dict[str, list[type[Configurable]]]:
+    """Return every imported class that a weights file may name, by name."""
+    known: dict[str, list[type[Configurable]]] = {}
     pending = [Configurable]
     while pending:
-        children = pending.pop().__subclasses__()
-        known |= {child.__name__: child for child in children}
-        pending += children
+        for child in pending.pop().__subclasses__():
+            known.setdefault(child.__name__, []).append(child)
+            pending.append(child)
     return known
 
 
@@ -121,7 +139,10 @@ def _build(value: Any, path: Path) -> Any:
                     f"{path} names the class {name!r}, which is not known; known are {sorted(known)}. "
                     "Import the module that defines it."
                 )
-            return known[name](**{key: _build(item, path) for key, item in arguments.items()})
+            if len(known[name]) > 1:
+                modules = sorted(cls.__module__ for cls in known[name])
+                raise ValueError(f"{path} names the class {name!r}, which {modules} define. Rename all but one.")
+            return known[name][0](**{key: _build(item, path) for key, item in arguments.items()})
         case {"parameter": shape, "dtype": dtype}:
             return nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype)))
         case {"tensor": shape, "dtype": dtype}:

@@ -1,5 +1,7 @@
 """Optimizers: modules whose forward is the update, pure and out of place."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any
 
@@ -79,14 +81,16 @@ class Optimizer(Configurable):
         slots = {name: tree.flatten_like(structure, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
         step = state["step"] + 1
         updates, after = self.update(gradients, weights, slots | state["shared"], hyper, step)
-        # A 0-dim hyperparameter of a wider dtype would widen the memory of a 0-dim parameter, hence the conversions.
+        declared = slots.keys() | state["shared"].keys()
+        if after.keys() != declared:
+            raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(declared)}, got {sorted(after)}.")
         return tree.unflatten(structure, updates), {
             "step": step,
             "slots": {
-                name: tree.unflatten(structure, [new.to(old.dtype) for new, old in zip(after[name], slot, strict=True)])
+                name: tree.unflatten(structure, [_same_kind(self, name, *pair) for pair in zip(after[name], slot, strict=True)])
                 for name, slot in slots.items()
             },
-            "shared": {name: after[name].to(memory.dtype) for name, memory in state["shared"].items()},
+            "shared": {name: _same_kind(self, name, after[name], memory) for name, memory in state["shared"].items()},
             "schedules": schedules,
         }
 
@@ -112,5 +116,28 @@ class Optimizer(Configurable):
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """Return w + u leaf by leaf, in the dtype of w."""
-    return tree.map(lambda param, update: (param + update).to(param.dtype), params, updates)
+    """Return w + u leaf by leaf, in the dtype of w.
+
+    Raises:
+        ValueError: an update has another shape than its parameter.
+    """
+    return tree.map(_add, params, updates)
+
+
+def _add(param: Tensor, update: Tensor) -> Tensor:
+    if param.shape != update.shape:
+        raise ValueError(
+            f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(update.shape)}. A tensor "
+            "hyperparameter must be a scalar or broadcast to every parameter; for different parameters use `Grouped`."
+        )
+    return (param + update).to(param.dtype)
+
+
+def _same_kind(owner: object, name: str, new: Tensor, old: Tensor) -> Tensor:
+    """Return the memory in its old dtype: a 0-dim hyperparameter of a wider dtype would widen that of a 0-dim parameter."""
+    if new.shape != old.shape:
+        raise ValueError(
+            f"{type(owner).__name__}: the memory {name!r} of shape {tuple(old.shape)} became {tuple(new.shape)}. The state is "
+            "that of other parameters, or a hyperparameter has a shape that does not broadcast to them."
+        )
+    return new.to(old.dtype)

@@ -1,5 +1,7 @@
 """What a hyperparameter that changes over time is."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from torch import Tensor

@@ -1,5 +1,7 @@
 """What can be asked about a tensor inside `torch.func` transforms."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch

@@ -1,5 +1,7 @@
 """Arithmetic on trees of tensors: nested dicts, lists, tuples and named tuples with tensors at the leaves."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """RMSprop."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,8 @@ class RMSprop(Optimizer):
             after["mean"] = [alpha * a + (1 - alpha) * g for a, g in zip(slots["mean"], grads, strict=True)]
             spread = [v - a * a for v, a in zip(spread, after["mean"], strict=True)]
         direction = [g / (tree.safe_sqrt(v) + eps) for g, v in zip(grads, spread, strict=True)]
+        if "velocity" not in slots and not is_zero(momentum):
+            raise ValueError(f"RMSprop: momentum={momentum}, but `state` was made without. Call `init` again.")
         if "velocity" in slots:
             direction = [momentum * b + d for b, d in zip(slots["velocity"], direction, strict=True)]
             after["velocity"] = direction

@@ -1,5 +1,7 @@
 """Stochastic gradient descent with momentum."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,8 @@ class SGD(Optimizer):
         lr, momentum, dampening, decay = (hyper[name] for name in self.hyperparameters)
         grads = penalized(self, grads, params, decay)
         if "velocity" not in slots:
+            if not is_zero(momentum):
+                raise ValueError(f"SGD: momentum={momentum}, but `state` was made without. Call `init` again.")
             return [-lr * g for g in grads], {}
         velocity = [momentum * b + self._damp(g, dampening, step) for b, g in zip(slots["velocity"], grads, strict=True)]
         ahead = [g + momentum * b for g, b in zip(grads, velocity, strict=True)] if self.nesterov else velocity

@@ -47,11 +47,19 @@ class Config:
     out: Path = Path("runs/evaluation")
     """Folder for the plot, the table and TensorBoard events."""
 
+    def __post_init__(self) -> None:
+        for name in ("horizon", "seeds", "tuning_seeds", "threads"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+        if not self.grid or min(self.grid) <= 0:
+            raise ValueError(f"`grid` must hold positive learning rates, got {self.grid}.")
+
 
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     family, horizon = TASKS[config.task]
-    horizon = config.horizon or horizon
+    horizon = horizon if config.horizon is None else config.horizon
     optimizers: dict[str, mo.Optimizer] = {}
     for path in config.weights:
         learned = mo.Optimizer.load(path)

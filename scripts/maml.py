@@ -1,7 +1,7 @@
 """Model-agnostic meta-learning: an initialisation from which a few gradient steps learn a new task.
 
 python scripts/maml.py sinusoid --compile
-python scripts/maml.py omniglot --data ../shared/data/omniglot --ways 5 --shots 1
+python scripts/maml.py omniglot --data FOLDER_OR_ZIP --ways 5 --shots 1
 """
 
 from __future__ import annotations

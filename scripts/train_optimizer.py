@@ -58,11 +58,17 @@ class Config:
     out: Path = Path("runs/optimizer")
     """Folder for the weights, the configuration and TensorBoard events."""
 
+    def __post_init__(self) -> None:
+        for name in ("horizon", "window", "batch", "hidden_size", "steps", "outer_lr", "validate_every", "threads"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+
 
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     family, horizon = TASKS[config.task]
-    horizon = config.horizon or horizon
+    horizon = horizon if config.horizon is None else config.horizon
     width = {} if config.hidden_size is None else {"hidden_size": config.hidden_size}
     optimizer = OPTIMIZERS[config.optimizer](**width, seed=config.seed)
     rule = mo.Backprop() if config.second_order else mo.FirstOrder()
@@ -86,8 +92,10 @@ def main(config: Config) -> None:
         validate=validate,
         validate_every=config.validate_every,
     )
-    trainer.fit()
-    optimizer.save(config.out / "weights.safetensors")
+    try:
+        trainer.fit()
+    finally:  # also if interrupted: the best so far
+        optimizer.save(config.out / "weights.safetensors")
     (config.out / "config.json").write_text(json.dumps(asdict(config), default=str, indent=2))
     print(
         f"Trained for {time.perf_counter() - started:.0f} s; mean validation loss {trainer.best:.4f} at step {trainer.best_step}."

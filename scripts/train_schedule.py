@@ -49,6 +49,13 @@ class Config:
     out: Path = Path("runs/schedule")
     """Folder for the weights, the plot and TensorBoard events."""
 
+    def __post_init__(self) -> None:
+        for name in ("horizon", "initial", "steps", "outer_lr", "batch", "validate_every", "seeds", "threads"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        if not self.grid or min(self.grid) <= 0:
+            raise ValueError(f"`grid` must hold positive learning rates, got {self.grid}.")
+
 
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
@@ -68,8 +75,10 @@ def main(config: Config) -> None:
 
     logger = mo.TensorBoardLogger(config.out)
     trainer = mo.Trainer(training, max_steps=config.steps, logger=logger, validate=validate, validate_every=config.validate_every)
-    trainer.fit()
-    learned.save(config.out / "weights.safetensors")
+    try:
+        trainer.fit()
+    finally:  # also if interrupted: the best so far
+        learned.save(config.out / "weights.safetensors")
 
     def constant(lr: float) -> SGD:
         return SGD(lr, config.momentum)

@@ -316,3 +316,26 @@ def test_named_parameters_keep_their_names_for_groups() -> None:
     for name, parameter in model.named_parameters():
         moved = torch.zeros_like(parameter) if name.endswith("bias") else -0.5 * parameter.grad
         torch.testing.assert_close(parameter, before[name] + moved, rtol=1e-6, atol=0)
+
+
+def test_momentum_that_starts_later_needs_memory() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    for kind in (SGD, RMSprop):
+        optimizer = kind(0.1).as_torch([weight])
+        weight.grad = torch.ones(2)
+        optimizer.step()
+        optimizer.param_groups[0]["momentum"] = 0.9
+        with pytest.raises(ValueError, match=f"{kind.__name__}: momentum=0.9, but `state` was made without"):
+            optimizer.step()
+
+
+def test_computed_and_shaped_rates_deploy() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    SGD((nn.Parameter(torch.tensor(0.0)) - 1).exp()).as_torch([weight]).step()
+    torch.testing.assert_close(weight.detach(), torch.full((2,), -(torch.tensor(-1.0).exp())))
+    shaped = SGD(torch.tensor([1.0, 2.0])).as_torch([weight])
+    assert shaped.param_groups[0]["lr"] == 1.0
+    lr_scheduler.StepLR(shaped, 1, gamma=0.5)
+    shaped.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([-1.0, -2.0]) - torch.tensor(-1.0).exp())

@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_names_step_and_last_value(rule: Any) -> None:
             lambda w, x: w.sum() * 0 + x, SGD(0.1), torch.ones(2), torch.tensor([1.0, 2.0, 4.0, torch.nan, 5.0]), differentiate=rule
         )
     assert (info.value.step, info.value.last_finite) == (3, 4.0)
-    with pytest.raises(mo.NonFiniteError, match=r"minimize, step 0: the loss is inf. Lower the learning rate"):
+    with pytest.raises(mo.NonFiniteError, match=r"minimize, step 0: the loss is inf. Check the batch"):
         mo.minimize(lambda w, x: w.sum() * 0 + x, SGD(0.1), torch.ones(2), torch.tensor([torch.inf, 1.0]), differentiate=rule)
     with pytest.raises(
         mo.NonFiniteError, match=r"step \d+: the loss is (inf|nan). The last finite loss was [0-9.]+e\+\d+ at step \d+"
@@ -369,3 +369,21 @@ def test_options_are_keywords() -> None:
         mo.minimize(square, SGD(0.1), torch.ones(2), None, 5)  # type: ignore[misc]
     with pytest.raises(TypeError, match="positional argument"):
         mo.meta_grad(square, True)  # type: ignore[misc]
+
+
+def test_shapes_do_not_grow_silently() -> None:
+    w = torch.ones(3)
+    with pytest.raises(ValueError, match=r"shape of its parameter, \(3,\), got \(2, 3\). .* use `Grouped`"):
+        mo.minimize(lambda p, _: p.square().sum(), SGD(torch.full((2, 3), 0.1)), w, None, steps=1)
+    with pytest.raises(ValueError, match=r"Adam: the memory 'mean' of shape \(1,\) became \(3,\). The state is that of other"):
+        Adam()(w, Adam().init(torch.ones(1)), w)
+
+
+def test_a_slot_that_was_not_declared_is_an_error() -> None:
+    class Undeclared(mo.Optimizer):
+        def update(self, grads, params, slots, hyper, step):
+            return grads, {"memory": grads}
+
+    optimizer = Undeclared()
+    with pytest.raises(ValueError, match=r"Undeclared: `update` must return the slots \[\], got \['memory'\]"):
+        optimizer(torch.ones(1), optimizer.init(torch.ones(1)))

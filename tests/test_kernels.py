@@ -24,6 +24,12 @@ LAYERS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "instance": (lambda x: F.instance_norm(x, weight=WEIGHT, bias=BIAS), (2, 4, 3)),
     "instance-eval": (lambda x: F.instance_norm(x, BIAS, WEIGHT, use_input_stats=False), (2, 4, 3)),
     "group": (lambda x: F.group_norm(x, 2, WEIGHT, BIAS), (3, 4)),
+    "torch.layer": (lambda x: torch.layer_norm(x, [4], WEIGHT, BIAS), (3, 4)),
+    "torch.batch": (lambda x: torch.batch_norm(x, WEIGHT, BIAS, None, None, True, 0.1, 1e-5, False), (5, 4)),
+    "torch.instance": (lambda x: torch.instance_norm(x, WEIGHT, BIAS, None, None, True, 0.1, 1e-5, False), (2, 4, 3)),
+    "weight": (lambda x: torch._weight_norm(x, 1.5 + x[:, :1].sin(), 0), (3, 4)),
+    "weight-last": (lambda x: torch._weight_norm(x, 1.5 + x[:1].sin(), 1), (3, 4)),
+    "weight-whole": (lambda x: torch._weight_norm(x, x[0, 0].exp(), -1), (3, 4)),
     "rms": (lambda x: F.rms_norm(x, (4,), WEIGHT), (3, 4)),
     "attention": (lambda x: F.scaled_dot_product_attention(x, 2 * x, x.sin()), (1, 3, 4)),
 }
@@ -66,6 +72,13 @@ def test_the_third_derivative_of_fused_norms_is_still_wrong_in_torch(name: str) 
     """The cause of trap 1 and the reason for `any_order`. If this fails, torch has mended it: simplify `metaopt/kernels.py`."""
     assert_close(*directional(name, 2, inside=False), 1e-6)
     wrong, difference = directional(name, 3, inside=False)
+    assert (wrong - difference).abs() > 1e-3 * (1 + difference.abs())
+
+
+def test_the_second_derivative_of_weight_norm_is_still_wrong_in_torch() -> None:
+    """If this fails, torch has mended it: take `_weight_norm` out of `metaopt/kernels.py`."""
+    assert_close(*directional("weight", 1, inside=False), 1e-6)
+    wrong, difference = directional("weight", 2, inside=False)
     assert (wrong - difference).abs() > 1e-3 * (1 + difference.abs())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 from collections.abc import Callable
@@ -180,7 +181,9 @@ def test_it_equals_a_loop_over_tasks(name: str, mode: str) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     meta_gradient = mo.meta_grad(maml(model, mo.Backprop(memory=mode)), chunk_size=1 if name in UNBATCHED else None)  # type: ignore[arg-type]
     grads, losses = meta_gradient(mo.functional(model).params, tasks)
-    expected, expected_losses = loop_over_tasks(model, tasks)
+    # torch's second derivative of weight norm is wrong (see test_kernels), so that its witness needs the elementary formula
+    with any_order() if name == "weight-norm" else contextlib.nullcontext():
+        expected, expected_losses = loop_over_tasks(model, tasks)
     assert_close(losses, expected_losses, 1e-12)
     scale = max(g.abs().max() for g in expected.values())
     assert_close({k: g / scale for k, g in grads.items()}, {k: g / scale for k, g in expected.items()}, 1e-10)

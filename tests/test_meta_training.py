@@ -261,3 +261,100 @@ def test_functional_call_reaches_the_optimizer_inside_an_unroll() -> None:
         functional_call(optimizer, {}, ({"w": torch.ones(1)}, optimizer.init({"w": torch.ones(1)})))[0]["w"].item()
         == -optimizer.lr.item()
     )
+
+
+def test_tune_takes_arrays() -> None:
+    grid = torch.logspace(-3, -1, 3)
+    value, _ = mo.tune(SGD, grid.numpy(), mo.tasks.Quadratics(3), horizon=5, seeds=2)
+    assert value in grid.tolist()
+    assert mo.tune(SGD, grid, mo.tasks.Quadratics(3), horizon=5, seeds=2)[0] == value
+
+
+def test_dropout_in_a_loss_is_part_of_the_seed() -> None:
+    @dataclass(frozen=True)
+    class Noisy:
+        def loss(self, params, batch):
+            return torch.nn.functional.dropout(params * batch, 0.5).square().sum()
+
+        def sample(self, generator, steps):
+            return mo.Task(torch.ones(20), torch.ones(steps, 20))
+
+    def losses() -> list[float]:
+        optimizer = SGD(nn.Parameter(torch.tensor(0.1)))
+        training = mo.MetaTraining(optimizer, Noisy(), estimator=mo.FullUnroll(2), outer=Adam(), horizon=3, seed=4)
+        return [float(training.step()["loss"]) for _ in range(3)]
+
+    first = losses()
+    torch.rand(7)
+    assert losses() == first
+    assert len(set(first)) == 3
+
+
+def test_the_state_is_a_snapshot_that_torch_loads_safely(tmp_path) -> None:
+    training = quick_training()
+    training.step()
+    state = training.state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    training.step()
+    for name, value in loaded["theta"].items():
+        assert torch.equal(value, state["theta"][name])
+    training.load_state_dict(loaded)
+    again = training.step()["loss"]
+    training.load_state_dict(state)
+    assert training.step()["loss"] == again
+
+
+def test_an_interrupted_training_keeps_its_best() -> None:
+    class Interrupted:
+        value = 0
+
+        def step(self):
+            self.value += 1
+            if self.value == 4:
+                raise KeyboardInterrupt
+            return {}
+
+        def state_dict(self):
+            return {"value": self.value}
+
+        def load_state_dict(self, state):
+            self.value = state["value"]
+
+    class Log:
+        closed = False
+
+        def log(self, step, metrics): ...
+
+        def close(self):
+            self.closed = True
+
+    training, log = Interrupted(), Log()
+    trainer = mo.Trainer(training, max_steps=9, validate=lambda: abs(training.value - 2), validate_every=1, logger=log)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert (training.value, trainer.best_step, log.closed) == (2, 2, True)
+
+
+def test_batches_must_have_a_row_for_each_step() -> None:
+    @dataclass(frozen=True)
+    class Short:
+        def loss(self, params, batch):
+            return params.square().sum()
+
+        def sample(self, generator, steps):
+            return mo.Task(torch.ones(2), torch.zeros(7))
+
+    with pytest.raises(ValueError, match=r"Short: every leaf of a task's batches must have 3 rows, .* got .*: 7"):
+        mo.evaluate({"a": SGD(0.1)}, Short(), horizon=3, seeds=2)
+
+
+def test_a_report_of_one_run_plots(tmp_path) -> None:
+    mo.evaluate({"a": SGD(0.01)}, mo.tasks.Quadratics(3), horizon=4, seeds=1).plot(tmp_path / "one.png")
+    assert (tmp_path / "one.png").exists()
+
+
+def test_the_outer_optimizer_is_ours() -> None:
+    theirs = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
+    with pytest.raises(TypeError, match="`outer` must be a metaopt Optimizer, got SGD"):
+        mo.MetaTraining(MLPOptimizer(), mo.tasks.Quadratics(), estimator=mo.FullUnroll(), outer=theirs, horizon=5)

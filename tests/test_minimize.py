@@ -566,3 +566,21 @@ def test_the_learned_tensors_of_a_partial_loss_are_its_arguments() -> None:
     loss = functools.partial(lambda target, w, batch: (w - target).square().sum(), target)
     out = mo.minimize(loss, SGD(lr=0.25), torch.zeros(3), None, steps=2)
     assert_close(out.params, 0.75 * target, 1e-12)
+
+
+@pytest.mark.parametrize("memory", ["full", "steps"])
+def test_a_loss_module_with_batch_norm_keeps_its_statistics(memory: str) -> None:
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, params: Tensor, batch: Tensor) -> Tensor:
+            return self.norm(batch * params).square().sum() + params.square().sum()
+
+    loss = Penalised()
+    rule = mo.Backprop(memory=memory)  # type: ignore[arg-type]
+    out = mo.minimize(loss, SGD(0.1), torch.ones(3), torch.randn(2, 5, 3), differentiate=rule)
+    out.params.sum().backward()
+    assert loss.norm.weight.grad.abs().sum() > 0
+    assert torch.equal(loss.norm.running_mean, torch.zeros(3))

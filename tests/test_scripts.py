@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -96,3 +97,19 @@ def test_install_says_in_one_line_what_is_wrong(tmp_path) -> None:
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "Python 3.11 or newer is needed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("train_optimizer", {"horizon": 0}, "`horizon` must be positive, got 0"),
+        ("train_optimizer", {"steps": 0}, "`steps` must be positive, got 0"),
+        ("evaluate", {"grid": ()}, r"`grid` must hold positive learning rates, got \(\)"),
+        ("evaluate", {"seeds": 0}, "`seeds` must be positive, got 0"),
+        ("train_schedule", {"threads": 0}, "`threads` must be positive, got 0"),
+        ("train_schedule", {"grid": (0.1, -1.0)}, "`grid` must hold positive learning rates"),
+    ],
+)
+def test_silly_options_are_refused_before_anything_runs(script: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        importlib.import_module(script).Config(**options)

@@ -26,7 +26,6 @@ class Backprop:
         memory: "full" keeps the graph of every step: fastest for a handful of steps, and an outer compile sees through it.
             "steps" keeps the parameters and the optimizer state of each step and rebuilds one step at a time on the way back.
             `Revolve(snapshots)` keeps few of these states and recomputes the others with the fewest possible steps.
-
         window: differentiate only through the last so many steps; by default through all. The steps before are constants:
             nothing reaches the initial parameters and state, and their losses. The error decays like (1 - lr mu)^window
             where the loss has curvature mu or more.

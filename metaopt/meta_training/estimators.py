@@ -102,7 +102,7 @@ class TruncatedBackprop:
         _check_positive("tasks", self.tasks)
 
     def init(self) -> None:
-        """Return the state before the first episode; later it is (tasks, optimizer states, step)."""
+        """Return the state before the first episode; later it is a dict of tasks, optimizer states and the step."""
         return None
 
     def __call__(
@@ -110,15 +110,15 @@ class TruncatedBackprop:
     ) -> Estimate:
         if state is None:
             tasks = sample_tasks(family, generator, self.tasks, horizon)
-            state = (tasks, vmap(optimizer.init)(tasks.params), 0)
-        tasks, opt_state, start = state
+            state = {"task": tuple(tasks), "optimizer": vmap(optimizer.init)(tasks.params), "step": 0}
+        tasks, opt_state, start = Task(*state["task"]), state["optimizer"], state["step"]
         stop = min(start + self.window, horizon)
         window = Task(tasks.params, tree.map(lambda leaf: leaf[:, start:stop], tasks.batches))
         per_task = vmap(
             grad_and_value(_episode, argnums=1, has_aux=True), in_dims=(None, None, None, 0, 0, None), randomness="different"
         )
         grads, (losses, (params, opt_state)) = per_task(optimizer, theta, family, window, opt_state, self.differentiate)
-        after = (Task(params, tasks.batches), opt_state, stop) if stop < horizon else None
+        after = {"task": (params, tasks.batches), "optimizer": opt_state, "step": stop} if stop < horizon else None
         return Estimate(grads, losses, after)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class Report:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for name, losses in self.curves.items():
-            mean, error = losses.mean(0), losses.std(0) / len(losses) ** 0.5
+            mean, error = losses.mean(0), losses.std(0, correction=len(losses) > 1) / len(losses) ** 0.5
             steps = torch.arange(len(mean))
             (line,) = axes.plot(steps, mean, label=f"{name} (mean {self.mean(name):.3f})")
             axes.fill_between(steps, mean - 2 * error, mean + 2 * error, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -101,12 +102,16 @@ def tune(
     """Return (the value in `grid` with the lowest mean loss on validation tasks, that loss).
 
     Raises:
-        ValueError: every value diverged.
+        ValueError: the grid is empty, or every value diverged.
     """
-    candidates = {repr(value): make(value) for value in grid}
+    values = [float(value) for value in grid]
+    if not values:
+        raise ValueError("`grid` must hold at least one value, got none.")
+    candidates = {repr(value): make(value) for value in values}
     report = evaluate(candidates, tasks, horizon=horizon, seeds=seeds, seed=VALIDATION_SEED)
-    finite = {name: mean for name in candidates if torch.isfinite(torch.tensor(mean := report.mean(name)))}
+    means = {value: report.mean(repr(value)) for value in values}
+    finite = [value for value in values if math.isfinite(means[value])]
     if not finite:
-        raise ValueError(f"Every value of the grid diverged: {list(candidates)}. Try smaller ones.")
-    best = min(finite, key=finite.__getitem__)
-    return float(best), finite[best]
+        raise ValueError(f"Every value of the grid diverged: {values}. Try smaller ones.")
+    best = min(finite, key=means.__getitem__)
+    return best, means[best]

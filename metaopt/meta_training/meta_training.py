@@ -27,7 +27,7 @@ class MetaTraining:
         outer: the optimizer of theta.
         horizon: steps per episode.
         clip: largest norm of one task's meta-gradient; None for no limit.
-        seed: of all randomness in training.
+        seed: of all randomness in training (on a GPU, apart from what a loss draws from torch's generator there).
 
     Raises:
         ValueError: the optimizer has nothing to train, or a number is out of range.
@@ -46,6 +46,8 @@ class MetaTraining:
     ):
         if horizon < 1:
             raise ValueError(f"`horizon` must be a positive integer, got {horizon}.")
+        if not isinstance(outer, Optimizer):
+            raise TypeError(f"`outer` must be a metaopt Optimizer, got {type(outer).__name__}. For example `outer=Adam(3e-3)`.")
         if clip is not None and clip <= 0:
             raise ValueError(f"`clip` must be positive or None, got {clip}.")
         self.optimizer, self.tasks, self.estimator, self.outer = optimizer, tasks, estimator, outer
@@ -62,7 +64,10 @@ class MetaTraining:
     def step(self) -> dict[str, float | Tensor]:
         """Make one outer step; return the mean loss of its tasks, the meta-gradient's norm and how many tasks were left out."""
         theta = self._theta()
-        estimate = self.estimator(self.optimizer, theta, self.tasks, self.horizon, self.estimator_state, self.generator)
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        with torch.random.fork_rng(devices=[]):  # what a loss draws from torch's own generator, dropout for example
+            torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+            estimate = self.estimator(self.optimizer, theta, self.tasks, self.horizon, self.estimator_state, self.generator)
         norms = torch.stack([grad.reshape(len(grad), -1).square().sum(1) for grad in estimate.grads.values()]).sum(0).sqrt()
         good = norms.isfinite() & estimate.losses.isfinite()
         weights = good / good.sum().clamp(min=1)
@@ -92,7 +97,7 @@ class MetaTraining:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on."""
         return {
-            "theta": self.optimizer.state_dict(),
+            "theta": {name: value.clone() for name, value in self.optimizer.state_dict().items()},
             "outer": self.outer_state,
             "estimator": self.estimator_state,
             "generator": self.generator.get_state(),

@@ -31,5 +31,16 @@ class TaskFamily(Protocol):
 
 
 def sample_tasks(family: TaskFamily, generator: torch.Generator, count: int, steps: int) -> Task:
-    """Draw `count` tasks and stack them along a new leading axis."""
-    return Task(*tree.stack([tuple(family.sample(generator, steps)) for _ in range(count)]))
+    """Draw `count` tasks and stack them along a new leading axis.
+
+    Raises:
+        ValueError: a leaf of the batches does not have `steps` rows.
+    """
+    drawn = [family.sample(generator, steps) for _ in range(count)]
+    lengths = tree.leading_axes(drawn[0].batches)
+    if set(lengths.values()) != {steps}:
+        raise ValueError(
+            f"{type(family).__name__}: every leaf of a task's batches must have {steps} rows, one for each step, got {lengths} "
+            "(-1: no rows). For the same batch at every step, `expand` it."
+        )
+    return Task(*tree.stack([tuple(task) for task in drawn]))

@@ -61,20 +61,25 @@ class Trainer:
         self._best_state: dict[str, Any] | None = None
 
     def fit(self) -> None:
-        """Train; on return the best validated state is in place, and `best` and `best_step` say which it was."""
-        with tqdm(total=self.max_steps, desc=self.label, mininterval=0.5) as bar:
-            self._validate(0, bar)
-            for step in range(1, self.max_steps + 1):
-                metrics = {name: float(value) for name, value in self.training.step().items()}
-                if self.logger:
-                    self.logger.log(step, metrics)
-                bar.update()
-                if step % self.validate_every == 0 or step == self.max_steps:
-                    self._validate(step, bar)
-        if self._best_state is not None:
-            self.training.load_state_dict(self._best_state)
-        if self.logger:
-            self.logger.close()
+        """Train; on return the best validated state is in place, and `best` and `best_step` say which it was.
+
+        So it is if a step raises or the user interrupts: what was best by then is kept.
+        """
+        try:
+            with tqdm(total=self.max_steps, desc=self.label, mininterval=0.5) as bar:
+                self._validate(0, bar)
+                for step in range(1, self.max_steps + 1):
+                    metrics = {name: float(value) for name, value in self.training.step().items()}
+                    if self.logger:
+                        self.logger.log(step, metrics)
+                    bar.update()
+                    if step % self.validate_every == 0 or step == self.max_steps:
+                        self._validate(step, bar)
+        finally:
+            if self._best_state is not None:
+                self.training.load_state_dict(self._best_state)
+            if self.logger:
+                self.logger.close()
 
     def _validate(self, step: int, bar: tqdm) -> None:
         if self.validate is None:

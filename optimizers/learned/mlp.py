@@ -30,7 +30,7 @@ class MLPOptimizer(Optimizer):
         seed: of the initial weights.
 
     Cost:
-        4 copies of the parameters as state, about 30 * hidden_size multiplications per coordinate.
+        4 copies of the parameters as state, hidden_size * (hidden_size + 12) multiplications per coordinate.
 
     Reference:
         Metz et al. 2019, arXiv:1810.10180, appendix D; Metz et al. 2020, arXiv:2009.11243, section 3. Theirs are trained for longer
@@ -52,19 +52,24 @@ class MLPOptimizer(Optimizer):
         self.output_bias = nn.Parameter(torch.zeros(2, 1))
 
     def slots(self, params: Leaves) -> Slots:
-        momenta = [p.new_zeros(len(DECAYS), *p.shape) for p in params]
-        return {"momenta": momenta, "square": [torch.zeros_like(p) for p in params]}
+        like = [p.to(self.input_weight.dtype) for p in params]
+        return {
+            "momenta": [p.new_zeros(len(DECAYS), *p.shape) for p in like],
+            "square": [torch.zeros_like(p) for p in like],
+        }
 
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         params = self._require_params(params, "the parameter is one of its features")
-        decays = [torch.tensor(DECAYS, dtype=g.dtype, device=g.device).view(-1, *[1] * g.ndim) for g in grads]
-        momenta = [d * m + (1 - d) * g for d, m, g in zip(decays, slots["momenta"], grads, strict=True)]
+        # All is computed in the network's precision: half precision could not hold the square of a small gradient.
+        grads, params = ([x.to(self.input_weight.dtype) for x in leaves] for leaves in (grads, params))
+        decays = torch.tensor(DECAYS, dtype=self.input_weight.dtype, device=grads[0].device)
+        each = [decays.view(-1, *[1] * g.ndim) for g in grads]
+        momenta = [d * m + (1 - d) * g for d, m, g in zip(each, slots["momenta"], grads, strict=True)]
         square = [SQUARE_DECAY * v + (1 - SQUARE_DECAY) * g * g for v, g in zip(slots["square"], grads, strict=True)]
-        corrections = [bias_correction(d, step, d) for d in decays]
-        unbiased = [m / correction for m, correction in zip(momenta, corrections, strict=True)]
-        scale = 1 / bias_correction(SQUARE_DECAY, step, grads[0])
+        unbias, scale = 1 / bias_correction(decays, step, grads[0]), 1 / bias_correction(SQUARE_DECAY, step, grads[0])
+        unbiased = [m * unbias.view(d.shape) for m, d in zip(momenta, each, strict=True)]
         columns = [_features(g, p, m, v * scale) for g, p, m, v in zip(grads, params, unbiased, square, strict=True)]
-        features, shapes = pack([c.to(self.input_weight.dtype) for c in columns], "f *")
+        features, shapes = pack(columns, "f *")
 
         time = torch.tanh(step / torch.tensor(HORIZONS, dtype=features.dtype, device=features.device))[:, None]
         x = self.input_weight[:, :PER_COORDINATE] @ features + (self.input_weight[:, PER_COORDINATE:] @ time + self.input_bias)
