@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from metaopt import tree
+from metaopt.batching import prefers_loop
+from metaopt.compiled import compiled
 from metaopt.functional import Params
 from metaopt.kernels import any_order
 from metaopt.minimize import check_finite
@@ -27,10 +29,10 @@ def meta_grad(
     Args:
         task_loss: `task_loss(params, task)` returns a scalar; usually it calls `minimize`. Only `params` is differentiated, as
             by `torch.func.grad`: what else is to be learned, an inner learning rate for example, belongs into it.
-        compile: compile the whole meta-gradient with `torch.compile`; needs a C++ compiler on CPU. Best for short loops with
-            `Backprop("full")`, since every inner step is unrolled at compile time.
-        chunk_size: how many tasks are batched by `vmap` at a time; by default all. 1 means a plain loop over
-            tasks, which is faster for convolutions on CPU, and the way for layers that `vmap` cannot batch (`nn.LSTM`).
+        compile: compile the whole meta-gradient; see `compiled`. For short loops, since every inner step is unrolled at compile
+            time; for long ones use `minimize(..., compile=True)`.
+        chunk_size: how many tasks are batched by `vmap` at a time; 1 means a plain loop over tasks. By default all of them,
+            or one on a CPU if the first call meets a convolution or more than 2^18 parameters: see `prefers_loop`.
 
     Returns:
         `meta_gradient(params, tasks) -> (grads, losses [n])`, where every leaf of `tasks` has the leading axis n. Both
@@ -53,24 +55,27 @@ def meta_grad(
         grads, losses = vmap(one, in_dims=(None, 0), randomness="different")(params, tasks)
         return tree.map(lambda g: g.sum(0), grads), losses
 
-    if compile:
-        one, many = torch.compile(one, fullgraph=True), torch.compile(many, fullgraph=True)
+    run_one, run_many = (compiled(one), compiled(many)) if compile else (one, many)
+    loops: bool | None = None  # what the first call found to be faster
 
     def meta_gradient(params: Tree, tasks: Tree) -> tuple[Tree, Tensor]:
+        nonlocal loops
         count = _count(tasks)
         outermost = values_are_readable()
-        chunk = chunk_size or count
         if outermost:
             params = tree.map(torch.Tensor.detach, params)
         total, losses = None, []
         # Without gradients at the top level, autograd would record the whole computation once more.
         with torch.set_grad_enabled(not outermost), any_order():
+            if loops is None and chunk_size is None and count > 1 and not torch.compiler.is_compiling():
+                loops = prefers_loop(many, params, tree.index(tasks, slice(2)))
+            chunk = chunk_size or (1 if loops else count)
             for start in range(0, count, chunk):
                 if chunk == 1:
-                    grads, loss = one(params, tree.index(tasks, start))
+                    grads, loss = run_one(params, tree.index(tasks, start))
                     loss = loss[None]
                 else:
-                    grads, loss = many(params, tree.index(tasks, slice(start, start + chunk)))
+                    grads, loss = run_many(params, tree.index(tasks, slice(start, start + chunk)))
                 total = grads if total is None else tree.map(torch.add, total, grads)
                 losses.append(loss)
         all_losses = torch.cat(losses)

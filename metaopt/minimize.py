@@ -38,6 +38,7 @@ def minimize(
     meta: Tree = None,
     opt_state: State | None = None,
     differentiate: Rule = Backprop(),  # noqa: B008
+    compile: bool = False,
 ) -> Minimized:
     """Run w_{t+1} = w_t + u(grad L(w_t, batch_t), s_t, w_t) and return (w_T, s_T, [L(w_0), ..., L(w_{T-1})]).
 
@@ -55,10 +56,13 @@ def minimize(
         meta: what the outer level owns, a tree of tensors.
         opt_state: state to go on from; by default `optimizer.init(params)`.
         differentiate: how gradients pass through the loop: `Backprop()`, `FirstOrder()`, ...
+        compile: compile the loop; see `compiled`. With memory "full" all steps become one function and its derivative, so the time
+            to compile grows with their number. With "steps" and `Revolve` it is one step and its derivative, for any length.
+            Inside another compiled function this changes nothing.
 
     Raises:
         ValueError: the batches' leading axes differ, `steps` is missing, the loss is no scalar, or `loss_fn` reaches a
-            tensor that requires grad through its closure.
+            tensor that requires grad through its closure; or `compile` inside a transform of `torch.func`.
         NonFiniteError: a loss is not finite. (Inside `vmap`, `grad` or a compiled function values cannot be read; there
             the value is passed on as it is.)
 
@@ -69,6 +73,11 @@ def minimize(
         raise TypeError(
             f"`optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}.{type(optimizer).__name__}. "
             "Use one from `optimizers`, for example `optimizers.SGD(lr=0.1)`."
+        )
+    if compile and not torch.compiler.is_compiling() and not values_are_readable():
+        raise ValueError(
+            "`compile=True` was given to a `minimize` inside a torch.func transform, which torch cannot compile from within. "
+            "Compile the outermost function instead: `meta_grad(task_loss, compile=True)`, or torch.compile(grad(...), fullgraph=True)."
         )
     same_batch = steps is not None
     xs, constant, steps = _batches_and_steps(batches, steps)
@@ -93,7 +102,7 @@ def minimize(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         with any_order():
             check_closure(loss, loss_fn, {**inputs, "optimizer": {}}, params, tree.index(xs, 0))
-    result = Minimized(*differentiate(InnerLoop(loss, update, inputs, params, state, xs, steps)))
+    result = Minimized(*differentiate(InnerLoop(loss, update, inputs, params, state, xs, steps, compile)))
     if values_are_readable():
         check_finite(result.losses, "minimize")
     return result

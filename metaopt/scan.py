@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.compiled import compiled
 from metaopt.pullback import plus, pull_back
 from metaopt.replay import Ambient
 from metaopt.revolve import Revolve, kept, split
@@ -42,7 +43,15 @@ def _plain_loops_inside() -> Iterator[None]:
 
 
 def scan(
-    step: Step, inputs: Tree, carry: Tree, xs: Tree, length: int, memory: Memory, pullback: Pullback | None = None
+    step: Step,
+    inputs: Tree,
+    carry: Tree,
+    xs: Tree,
+    length: int,
+    memory: Memory,
+    *,
+    pullback: Pullback | None = None,
+    compile: bool = False,
 ) -> tuple[Tree, Tensor]:
     """Run `step` `length` times and return (last carry, outs stacked over time), differentiable in every tensor.
 
@@ -58,10 +67,16 @@ def scan(
             same autocast. Under `torch.compile` the loop is always unrolled, and the compiler decides what to keep.
         pullback: the derivative of `step`, a differentiable function of its tensors; by default torch's own. It is used where a
             step is rebuilt, so never by "full".
+        compile: compile what runs: by "full" the whole loop, otherwise, and where no gradient is needed, one step and its pullback.
+            Inside another compiled function or scan this changes nothing.
     """
     leaves, structure = tree.flatten((inputs, carry, xs))
-    if memory == "full" or torch.compiler.is_compiling() or _inside_step.get() or not _needs_gradient(leaves):
-        return _plain_loop(step, inputs, carry, xs, length)
+    compile = compile and not torch.compiler.is_compiling() and not _inside_step.get()
+    if not _needs_gradient(leaves):
+        return _plain_loop(compiled(step) if compile else step, inputs, carry, xs, length)
+    if memory == "full" or torch.compiler.is_compiling() or _inside_step.get():
+        whole = functools.partial(_plain_loop, length=length)
+        return (compiled(whole) if compile else whole)(step, inputs, carry, xs)
     for path, leaf in tree.named_leaves(carry):
         if not isinstance(leaf, Tensor):
             raise TypeError(
@@ -71,6 +86,8 @@ def scan(
     plan = memory if isinstance(memory, Revolve) else Revolve(snapshots=length)
     if pullback is None:
         pullback = functools.partial(_pull_back_step, step)
+    if compile:
+        step, pullback = compiled(step), compiled(_dense(pullback))
     loop = _Loop(step, pullback, structure, len(tree.leaves(inputs)), len(tree.leaves(carry)), length, plan)
     last, outs, _ = loop.parts(_ScanFunction.apply(loop, *leaves))
     return tree.unflatten(tree.flatten(carry)[1], last), torch.stack(outs)
@@ -86,6 +103,17 @@ def _pull_back_step(
     step: Step, inputs: Tree, carry: Tree, x: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree
 ) -> tuple[Tree, Tree, Tree]:
     return pull_back(step, (inputs, carry, x), cotangents, wanted)
+
+
+def _dense(pullback: Pullback) -> Pullback:
+    """Give the carry's zero cotangents as tensors: None would make of the last step, which has many, a function of its own."""
+
+    def call(inputs: Tree, carry: Tree, x: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree) -> tuple[Tree, Tree, Tree]:
+        of_carry, of_out = cotangents
+        of_carry = tree.map(_or_zeros, of_carry, carry)
+        return pullback(inputs, carry, x, (of_carry, of_out), wanted)
+
+    return call
 
 
 def _needs_gradient(leaves: list[Any]) -> bool:
@@ -263,3 +291,7 @@ def _distinct(tensors: list[Tensor], seen: set[int]) -> tuple[Tensor, ...]:
         fresh.append(tensor.clone() if id(tensor) in seen else tensor)
         seen.add(id(fresh[-1]))
     return tuple(fresh)
+
+
+def _or_zeros(cotangent: Tensor | None, like: Any) -> Tensor | None:
+    return torch.zeros_like(like) if cotangent is None and _is_float(like) else cotangent

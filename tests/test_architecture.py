@@ -17,9 +17,9 @@ import optimizers
 ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its neighbours.
 LAYERS = [
-    ["tree", "errors", "transforms", "kernels", "replay", "revolve"],
-    ["pullback"],
-    ["module", "functional", "scan", "deployed"],
+    ["tree", "errors", "transforms", "kernels", "replay", "revolve", "compiled"],
+    ["module", "functional", "pullback", "deployed", "batching"],
+    ["scan"],
     ["schedule", "closure", "differentiate"],
     ["hyperparameter"],
     ["optimizer"],

@@ -29,6 +29,7 @@ class InnerLoop:
         state: initial optimizer state.
         batches: leaves with the leading axis `steps`.
         steps: number of steps.
+        compile: whether what runs is to be compiled.
     """
 
     loss: Callable[[Tree, Tree, Tree], Tensor]
@@ -38,6 +39,7 @@ class InnerLoop:
     state: Any
     batches: Tree
     steps: int
+    compile: bool = False
 
 
 class Rule(Protocol):
@@ -56,5 +58,6 @@ def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory) -> tuple[Tree, A
         grads, loss = gradient(inputs, params, batch)
         return loop.update(inputs, grads, state, params, loss), loss
 
-    (params, state), losses = scan(step, loop.inputs, (loop.params, loop.state), loop.batches, loop.steps, memory)
+    carry = (loop.params, loop.state)
+    (params, state), losses = scan(step, loop.inputs, carry, loop.batches, loop.steps, memory, compile=loop.compile)
     return params, state, losses

@@ -1,0 +1,171 @@
+"""`compile=True` against the eager loop: equal values, one compilation for every length, and a warning without a compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaopt as mo
+from optimizers import SGD, Adam, LSTMOptimizer
+from optimizers.schedules import Cosine, LSTMSchedule
+
+Made = tuple[Callable[..., Tensor], dict[str, Tensor]]
+
+needs_compiler = [
+    pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),  # of torch's compiler
+]
+
+
+@pytest.fixture
+def no_recompilation() -> Iterator[Callable[[], None]]:
+    """Call it, and from there on a recompilation is an error."""
+    before = torch._dynamo.config.error_on_recompile
+
+    def forbid() -> None:
+        torch._dynamo.config.error_on_recompile = True
+
+    yield forbid
+    torch._dynamo.config.error_on_recompile = before
+
+
+def made(dropout: float = 0.0) -> Made:
+    """Return a new loss function and new parameters of the same network."""
+    torch.manual_seed(0)
+    net = mo.functional(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 2)))
+
+    def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(net(params, batch[0]), batch[1])
+
+    return loss_fn, net.params
+
+
+def batches(steps: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(steps, 8, 3, generator=generator, dtype=torch.get_default_dtype())
+    return x, torch.randint(2, (steps, 8), generator=generator)
+
+
+def gradients(optimizer: mo.Optimizer, rule: mo.differentiate.Rule, steps: int, *, compile: bool, dropout: float = 0.0) -> list:
+    """Return the losses and the derivative of their sum with respect to all parameters, of optimizer and network."""
+    loss_fn, params = made(dropout)
+    torch.manual_seed(2)
+    out = mo.minimize(loss_fn, optimizer, params, batches(steps), differentiate=rule, compile=compile)
+    value = out.losses.sum() + sum(p.square().sum() for p in out.params.values())
+    return [out.losses.detach(), *torch.autograd.grad(value, [*optimizer.parameters(), *params.values()])]
+
+
+def assert_equal(found: list, expected: list, tolerance: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= tolerance * (1 + other.abs().max())
+
+
+class TestEquality:
+    """Compiled code orders sums differently: 1e-12 in float64, 1e-5 in float32 (figure of the README)."""
+
+    pytestmark = [pytest.mark.slow, *needs_compiler]
+
+    @pytest.mark.parametrize("memory", ["steps", mo.Revolve(2)], ids=["steps", "revolve"])
+    @pytest.mark.parametrize("rule", [mo.Backprop, mo.FirstOrder])
+    def test_a_step_and_its_pullback_are_compiled_once_for_every_length(
+        self, rule: type, memory: object, no_recompilation: Callable[[], None], float64: None
+    ) -> None:
+        optimizer = LSTMOptimizer(hidden_size=3).double()
+        assert_equal(
+            gradients(optimizer, rule(memory), 3, compile=True), gradients(optimizer, rule(memory), 3, compile=False), 1e-12
+        )
+        no_recompilation()
+        assert_equal(
+            gradients(optimizer, rule(memory), 7, compile=True), gradients(optimizer, rule(memory), 7, compile=False), 1e-12
+        )
+
+    def test_the_lstm_step_and_its_pullback_in_float32(self) -> None:
+        optimizer = LSTMOptimizer(hidden_size=20)
+        rule = mo.FirstOrder("steps")
+        assert_equal(gradients(optimizer, rule, 5, compile=True), gradients(optimizer, rule, 5, compile=False), 1e-5)
+
+    @pytest.mark.parametrize("schedule", [lambda: Cosine(nn.Parameter(torch.tensor(0.1)), steps=4), LSTMSchedule])
+    def test_the_whole_loop_with_adam_and_a_learnable_schedule(self, schedule: Callable[[], mo.Schedule]) -> None:
+        optimizer = Adam(lr=schedule())
+        rule = mo.Backprop()
+        assert_equal(gradients(optimizer, rule, 4, compile=True), gradients(optimizer, rule, 4, compile=False), 1e-5)
+
+    def test_dropout_draws_what_it_draws_uncompiled(self) -> None:
+        optimizer = SGD(lr=nn.Parameter(torch.tensor(0.1)))
+        rule = mo.Backprop("steps")
+        found = gradients(optimizer, rule, 4, compile=True, dropout=0.5)
+        assert_equal(found, gradients(optimizer, rule, 4, compile=False, dropout=0.5), 1e-5)
+
+    def test_without_gradients_one_step_is_compiled(self, no_recompilation: Callable[[], None]) -> None:
+        for steps in (2, 5):
+            loss_fn, params = made()
+            with torch.no_grad():
+                found, expected = [mo.minimize(loss_fn, Adam(), params, batches(steps), compile=c).losses for c in (True, False)]
+            assert_equal([found], [expected], 1e-5)
+            no_recompilation()
+
+    def test_second_derivatives_through_a_compiled_step(self, float64: None) -> None:
+        """Exact or an error of torch's, never another number."""
+        loss_fn, params = made()
+        lr = torch.tensor(0.1, requires_grad=True)
+
+        def second(compile: bool) -> Tensor:
+            rule = mo.Backprop("steps")
+            out = mo.minimize(loss_fn, SGD(lr=lr), params, batches(3), differentiate=rule, compile=compile)
+            (first,) = torch.autograd.grad(out.losses.sum(), lr, create_graph=True)
+            return torch.autograd.grad(first, lr)[0]
+
+        try:
+            found = second(compile=True)
+        except RuntimeError as error:
+            assert "double backward" in str(error)
+        else:
+            assert_equal([found], [second(compile=False)], 1e-10)
+
+    def test_a_graph_break_is_an_error(self) -> None:
+        _, params = made()
+
+        def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+            torch._dynamo.graph_break()
+            return params["0.weight"].sum()
+
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+            mo.minimize(loss_fn, SGD(lr=0.1), params, batches(3), differentiate=mo.Backprop("steps"), compile=True)
+
+
+def test_inside_a_transform_the_outermost_function_is_to_be_compiled() -> None:
+    loss_fn, params = made()
+
+    def outer(lr: Tensor) -> Tensor:
+        return mo.minimize(loss_fn, SGD(lr=lr), params, batches(3), compile=True).losses.sum()
+
+    with pytest.raises(ValueError, match="Compile the outermost function instead"):
+        torch.func.grad(outer)(torch.tensor(0.1))
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_warns_once_and_runs() -> None:
+    program = """
+import warnings, torch, metaopt as mo
+from optimizers import SGD
+warnings.simplefilter("ignore", DeprecationWarning)
+net = mo.functional(torch.nn.Linear(2, 1))
+loss_fn = lambda params, batch: net(params, batch).square().mean()
+run = lambda c: mo.minimize(loss_fn, SGD(lr=.1), net.params, torch.ones(3, 4, 2), differentiate=mo.Backprop("steps"), compile=c)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", RuntimeWarning)
+    found = [run(True).losses, run(True).losses]
+    found[0].sum().backward()
+messages = [str(w.message) for w in caught if w.category is RuntimeWarning]
+assert len(messages) == 1 and "found no compiler" in messages[0] and "g++" in messages[0], messages
+assert torch.equal(found[0], run(False).losses) and torch.equal(found[1], found[0])
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "CXX": "/nonexistent"})
