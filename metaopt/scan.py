@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.pullback import plus, pull_back
 from metaopt.replay import Ambient
 from metaopt.revolve import Revolve, kept, split
 from metaopt.transforms import is_tracked, tracking_levels, values_are_readable
@@ -19,13 +23,27 @@ from metaopt.tree import Structure, Tree
 
 Memory = Literal["full", "steps"] | Revolve
 Step = Callable[[Tree, Tree, Tree], tuple[Tree, Tensor]]
+# (inputs, carry, x, (cotangents of the next carry, of out), wanted) -> cotangents of (inputs, carry, x); None is zero. `wanted`
+# is a tree of bools like (inputs, carry, x), and so is what comes back, with None for leaves that are not wanted.
+Pullback = Callable[[Tree, Tree, Tree, tuple[Tree, Tensor | None], Tree], tuple[Tree, Tree, Tree]]
 
 # While one scan runs forward or backward as a Function, scans inside its step run as plain loops: a Function inside
 # another one's forward or backward is beyond torch.func. Memory stays bounded, since one outer step's graph exists at a time.
 _inside_step: ContextVar[bool] = ContextVar("inside_step", default=False)
 
 
-def scan(step: Step, inputs: Tree, carry: Tree, xs: Tree, length: int, memory: Memory) -> tuple[Tree, Tensor]:
+@contextmanager
+def _plain_loops_inside() -> Iterator[None]:
+    token = _inside_step.set(True)
+    try:
+        yield
+    finally:
+        _inside_step.reset(token)
+
+
+def scan(
+    step: Step, inputs: Tree, carry: Tree, xs: Tree, length: int, memory: Memory, pullback: Pullback | None = None
+) -> tuple[Tree, Tensor]:
     """Run `step` `length` times and return (last carry, outs stacked over time), differentiable in every tensor.
 
     Args:
@@ -38,6 +56,8 @@ def scan(step: Step, inputs: Tree, carry: Tree, xs: Tree, length: int, memory: M
             back, which costs one more forward run; `Revolve(snapshots)` keeps few carries and recomputes the others. All are
             exact for first and second derivatives. A step that runs again draws the same global random numbers under the
             same autocast. Under `torch.compile` the loop is always unrolled, and the compiler decides what to keep.
+        pullback: the derivative of `step`, a differentiable function of its tensors; by default torch's own. It is used where a
+            step is rebuilt, so never by "full".
     """
     leaves, structure = tree.flatten((inputs, carry, xs))
     if memory == "full" or torch.compiler.is_compiling() or _inside_step.get() or not _needs_gradient(leaves):
@@ -49,7 +69,9 @@ def scan(step: Step, inputs: Tree, carry: Tree, xs: Tree, length: int, memory: M
                 f'at {path}. Make it a tensor, or use memory="full".'
             )
     plan = memory if isinstance(memory, Revolve) else Revolve(snapshots=length)
-    loop = _Loop(step, structure, len(tree.leaves(inputs)), len(tree.leaves(carry)), length, plan)
+    if pullback is None:
+        pullback = functools.partial(_pull_back_step, step)
+    loop = _Loop(step, pullback, structure, len(tree.leaves(inputs)), len(tree.leaves(carry)), length, plan)
     last, outs, _ = loop.parts(_ScanFunction.apply(loop, *leaves))
     return tree.unflatten(tree.flatten(carry)[1], last), torch.stack(outs)
 
@@ -58,6 +80,12 @@ def check_memory(memory: Memory) -> None:
     """Raise ValueError for a memory mode that does not exist."""
     if not isinstance(memory, Revolve) and memory not in ("full", "steps"):
         raise ValueError(f'`memory` must be "full", "steps" or Revolve(snapshots), got {memory!r}.')
+
+
+def _pull_back_step(
+    step: Step, inputs: Tree, carry: Tree, x: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree
+) -> tuple[Tree, Tree, Tree]:
+    return pull_back(step, (inputs, carry, x), cotangents, wanted)
 
 
 def _needs_gradient(leaves: list[Any]) -> bool:
@@ -81,6 +109,7 @@ class _Loop:
     """What a scan is, apart from its tensors; leaves are flat: inputs, carry, xs."""
 
     step: Step
+    pullback: Pullback
     structure: Structure
     shared: int  # leaves in `inputs`
     carried: int  # leaves in the carry
@@ -106,12 +135,13 @@ class _Loop:
 
     def run(self, shared: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], Tensor]:
         """Make one step on flat leaves; inner scans are plain loops meanwhile."""
-        token = _inside_step.set(True)
-        try:
-            after, out = self.step(*tree.unflatten(self.structure, [*shared, *carry, *x]))
-        finally:
-            _inside_step.reset(token)
+        with _plain_loops_inside():
+            after, out = self.step(*self.trees(shared, carry, x))
         return tree.leaves(after), out
+
+    def trees(self, shared: Sequence[Any], carry: Sequence[Any], x: Sequence[Any]) -> tuple[Tree, Tree, Tree]:
+        """Return the trees (inputs, carry, x) with these leaves."""
+        return tree.unflatten(self.structure, [*shared, *carry, *x])
 
 
 class _ScanFunction(torch.autograd.Function):
@@ -175,10 +205,8 @@ class _Reversal:
         leaves = [constant if tensor is None else tensor for tensor, constant in saved]
         self.loop, (self.shared, self.first, self.xs) = loop, loop.split(leaves)
         _, _, self.snapshots = loop.parts([None] * (loop.carried + loop.length) + list(ctx.saved_tensors[count:]))
-        needed = loop.split(ctx.needs_input_grad[1:])
-        self.in_shared = [i for i, leaf in enumerate(self.shared) if needed[0][i] and _is_float(leaf)]
-        self.in_carry = [i for i, leaf in enumerate(self.first) if _is_float(leaf)]
-        self.in_xs = [i for i, leaf in enumerate(self.xs) if needed[2][i] and _is_float(leaf)]
+        of_shared, _, self.of_xs = loop.split([*map(operator.and_, ctx.needs_input_grad[1:], map(_is_float, leaves))])
+        self.wanted = loop.trees(of_shared, [*map(_is_float, self.first)], self.of_xs)
         self.bar_shared: list[Tensor | None] = [None] * loop.shared
         self.bar_xs: list[list[Tensor]] = [[] for _ in self.xs]
 
@@ -197,7 +225,7 @@ class _Reversal:
                 stack.append((middle, self._carry_at(middle, low, carry)))
                 continue
             bar = self._pull_back(low, carry, bar, of_outs[low])
-            bar = [_sum(pulled, own) for pulled, own in zip(bar, of_kept.get(low, [None] * len(bar)), strict=True)]
+            bar = [plus(pulled, own) for pulled, own in zip(bar, of_kept.get(low, [None] * len(bar)), strict=True)]
             high, _ = stack.pop()
         return (None, *self.bar_shared, *bar, *[torch.stack(bars[::-1]) if bars else None for bars in self.bar_xs])
 
@@ -212,32 +240,16 @@ class _Reversal:
 
     def _pull_back(self, t: int, carry: list[Any], bar: list[Tensor | None], of_out: Tensor | None) -> list[Tensor | None]:
         """Add step t's part to the cotangents of inputs and xs, and return that of its carry."""
-
-        def run(variables: tuple[list[Tensor], ...]) -> tuple[list[Tensor], Tensor]:
-            full = [list(self.shared), list(carry), [x[t] for x in self.xs]]
-            for part, places, values in zip(full, (self.in_shared, self.in_carry, self.in_xs), variables, strict=True):
-                for place, value in zip(places, values, strict=True):
-                    part[place] = value
-            after, out = self.loop.run(*full)
-            return [after[i] for i in self.in_carry], out
-
-        variables = (
-            [self.shared[i] for i in self.in_shared],
-            [carry[i] for i in self.in_carry],
-            [self.xs[i][t] for i in self.in_xs],
-        )
-        with self.loop.ambients[t].restored():
-            (after, out), pullback, *_ = torch.func.vjp(run, variables)
-        seeds = [_or_zeros(bar[i], tensor) for i, tensor in zip(self.in_carry, after, strict=True)]
-        ((to_shared, to_carry, to_x),) = pullback((seeds, _or_zeros(of_out, out)))
-        for i, part in zip(self.in_shared, to_shared, strict=True):
-            self.bar_shared[i] = _sum(self.bar_shared[i], part)
-        for i, part in zip(self.in_xs, to_x, strict=True):
-            self.bar_xs[i].append(part)
-        before: list[Tensor | None] = [None] * len(carry)
-        for i, part in zip(self.in_carry, to_carry, strict=True):
-            before[i] = part
-        return before
+        x = [leaf[t] for leaf in self.xs]
+        _, bar_after, _ = self.loop.trees([None] * len(self.shared), bar, [None] * len(x))
+        with self.loop.ambients[t].restored(), _plain_loops_inside():
+            bars = self.loop.pullback(*self.loop.trees(self.shared, carry, x), (bar_after, of_out), self.wanted)
+        to_shared, to_carry, to_x = self.loop.split(tree.leaves(bars))
+        self.bar_shared = [*map(plus, self.bar_shared, to_shared)]
+        for bars_so_far, row, part, is_wanted in zip(self.bar_xs, x, to_x, self.of_xs, strict=True):
+            if is_wanted:
+                bars_so_far.append(torch.zeros_like(row) if part is None else part)
+        return to_carry
 
 
 def _moved(leaves: list[Any], devices: Sequence[Any]) -> list[Any]:
@@ -251,13 +263,3 @@ def _distinct(tensors: list[Tensor], seen: set[int]) -> tuple[Tensor, ...]:
         fresh.append(tensor.clone() if id(tensor) in seen else tensor)
         seen.add(id(fresh[-1]))
     return tuple(fresh)
-
-
-def _or_zeros(cotangent: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if cotangent is None else cotangent
-
-
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return other if one is None else one
-    return one + other

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its neighbours.
 LAYERS = [
     ["tree", "errors", "transforms", "kernels", "replay", "revolve"],
+    ["pullback"],
     ["module", "functional", "scan", "deployed"],
     ["schedule", "closure", "differentiate"],
     ["hyperparameter"],
