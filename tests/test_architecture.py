@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["tree", "errors", "transforms", "kernels", "replay", "revolve"],
     ["pullback"],
-    ["module", "functional", "scan", "deployed"],
+    ["module", "functional", "scan", "deployed", "mean_gradient"],
     ["schedule", "closure", "differentiate"],
     ["hyperparameter"],
     ["optimizer"],

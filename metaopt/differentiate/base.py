@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from metaopt.scan import Memory, scan
+from metaopt.scan import Memory, Pullback, scan
 from metaopt.tree import Tree
 
 # (inputs, params, batch) -> (gradients, loss)
@@ -27,7 +27,7 @@ class InnerLoop:
         inputs: what every step reads: the tensors of the optimizer and of the loss, and `meta`.
         params: initial parameters.
         state: initial optimizer state.
-        batches: leaves with the leading axis `steps`.
+        batches: leaves with the leading axis `steps`; without leaves, every step sees `inputs["batch"]`.
         steps: number of steps.
     """
 
@@ -48,13 +48,14 @@ class Rule(Protocol):
         ...
 
 
-def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory) -> tuple[Tree, Any, Tensor]:
-    """Run the loop with this gradient oracle and keep what `memory` says for the way back."""
+def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullback | None = None) -> tuple[Tree, Any, Tensor]:
+    """Run the loop with this gradient oracle, keep what `memory` says, and rebuild steps for the way back with `pullback`."""
 
     def step(inputs: Tree, carry: Tree, batch: Tree) -> tuple[Tree, Tensor]:
         params, state = carry
         grads, loss = gradient(inputs, params, batch)
         return loop.update(inputs, grads, state, params, loss), loss
 
-    (params, state), losses = scan(step, loop.inputs, (loop.params, loop.state), loop.batches, loop.steps, memory)
+    carry = (loop.params, loop.state)
+    (params, state), losses = scan(step, loop.inputs, carry, loop.batches, loop.steps, memory, pullback)
     return params, state, losses
