@@ -83,6 +83,20 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g * (v * v).sum(dims, keepdim=True).rsqrt())
 
 
+def _mse_loss(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """Take the mean apart from the squares: the gradient of both in one has no forward derivative."""
+    if options["reduction"] == "mean" and all(options[name] is None for name in options.keys() - {"reduction"}):
+        return F.mse_loss(input, target, reduction="none").mean()
+    return F.mse_loss(input, target, **options)
+
+
+def _huber_loss(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """Scale the smooth L1 loss, which is the same, and whose gradient has a forward derivative."""
+    if options.get("weight") is None and options["delta"] > 0:
+        return options["delta"] * F.smooth_l1_loss(input, target, reduction=options["reduction"], beta=options["delta"])
+    return F.huber_loss(input, target, **options)
+
+
 # `torch.layer_norm` and the others are what `F.layer_norm` calls; the order of their arguments is their own.
 _ELEMENTARY: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
@@ -92,6 +106,8 @@ _ELEMENTARY: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.batch_norm: lambda x, weight, bias, mean, var, *rest: _batch_norm(x, mean, var, weight, bias, *rest[:3]),
     torch.instance_norm: lambda x, weight, bias, mean, var, *rest: _instance_norm(x, mean, var, weight, bias, *rest[:3]),
     torch._weight_norm: _weight_norm,
+    F.mse_loss: _mse_loss,
+    F.huber_loss: _huber_loss,
 }
 
 

@@ -77,7 +77,7 @@ def minimize(
     if compile and not torch.compiler.is_compiling() and not values_are_readable():
         raise ValueError(
             "`compile=True` was given to a `minimize` inside a torch.func transform, which torch cannot compile from within. "
-            "Compile the outermost function instead: `meta_grad(task_loss, compile=True)`, or torch.compile(grad(...), fullgraph=True)."
+            "Compile the outermost function instead: `meta_grad(task_loss, compile=True)`, or your own with `torch.compile`."
         )
     same_batch = steps is not None
     xs, constant, steps = _batches_and_steps(batches, steps)

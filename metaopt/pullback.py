@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,24 +29,29 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
     Cost:
         One evaluation and one backward pass.
     """
-    leaves, structure = tree.flatten(arguments)
-    places = [place for place, is_wanted in enumerate(tree.leaves(wanted)) if is_wanted]
     seeds = tree.leaves(cotangents)
+    variables = chosen(arguments, wanted)
+    if not variables or all(seed is None for seed in seeds):
+        return tree.map(lambda _: None, wanted)
 
     def run(variables: list[Tensor]) -> list[Tensor]:
-        full = list(leaves)
-        for place, variable in zip(places, variables, strict=True):
-            full[place] = variable
-        results = tree.leaves(function(*tree.unflatten(structure, full)))
+        results = tree.leaves(function(*put(variables, arguments, wanted)))
         return [result for result, seed in zip(results, seeds, strict=True) if seed is not None]
 
-    bars: list[Any] = [None] * len(leaves)
-    if places and any(seed is not None for seed in seeds):
-        _, pull, *_ = torch.func.vjp(run, [leaves[place] for place in places])
-        (pulled,) = pull([seed for seed in seeds if seed is not None])
-        for place, bar in zip(places, pulled, strict=True):
-            bars[place] = bar
-    return tree.unflatten(structure, bars)
+    _, pull, *_ = torch.func.vjp(run, variables)
+    (bars,) = pull([seed for seed in seeds if seed is not None])
+    return put(bars, tree.map(lambda _: None, wanted), wanted)
+
+
+def chosen(values: Tree, wanted: Tree) -> list[Any]:
+    """Return the leaves that are wanted."""
+    return [leaf for leaf, is_wanted in zip(tree.leaves(values), tree.leaves(wanted), strict=True) if is_wanted]
+
+
+def put(leaves: Sequence[Any], values: Tree, wanted: Tree) -> Tree:
+    """Return `values` with these in the place of the leaves that are wanted."""
+    fresh = iter(leaves)
+    return tree.map(lambda leaf, is_wanted: next(fresh) if is_wanted else leaf, values, wanted)
 
 
 def plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its neighbours.
 LAYERS = [
     ["tree", "errors", "transforms", "kernels", "replay", "revolve", "compiled"],
-    ["module", "functional", "pullback", "deployed", "batching"],
-    ["scan"],
+    ["pullback"],
+    ["module", "functional", "scan", "deployed", "batching", "mean_gradient"],
     ["schedule", "closure", "differentiate"],
     ["hyperparameter"],
     ["optimizer"],

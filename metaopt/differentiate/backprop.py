@@ -10,7 +10,9 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.differentiate.base import InnerLoop, unroll
-from metaopt.kernels import any_order
+from metaopt.mean_gradient import Hvp, MeanGradient
+from metaopt.pullback import plus, pull_back
+from metaopt.replay import Ambient
 from metaopt.scan import Memory, check_memory
 from metaopt.tree import Tree
 
@@ -29,38 +31,111 @@ class Backprop:
         window: differentiate only through the last so many steps; by default through all. The steps before are constants:
             nothing reaches the initial parameters and state, and their losses. The error decays like (1 - lr mu)^window
             where the loss has curvature mu or more.
+        microbatches: for batches too large for one graph, cut each step's batch into so many equal parts, whose gradients are
+            averaged, forward and on the way back. The loss must then be a mean over the leading axis of every leaf of the
+            batch; what it computes across examples, such as batch statistics, is that of one part.
+        hvp: how the gradient in a step is differentiated: "reverse" over reverse, or "forward" over reverse, one derivative of
+            (dL/dw, dL/d inputs, dL/d batch) along the cotangent of the gradient. Both are exact.
+
+    Microbatches and forward products take effect where a step is rebuilt: with "steps" or `Revolve`, and neither inside the step
+    of another such loop nor under `torch.compile`. There the result is the same, and the memory that of "full".
 
     Raises:
-        ValueError: an unknown memory, or a window that is not positive.
+        ValueError: an unknown memory or hvp, a window or microbatches that are not positive, either with "full" memory, or a
+            batch that cannot be cut. On the way back: an operator without a forward derivative, for "forward".
 
     Cost:
-        2 to 4 gradients a step in time, one more for "steps". Memory: "full" T graphs, "steps" T states and one graph.
+        2 to 4 gradients a step in time, one more for "steps", and one more again where gradient and update are pulled back
+        apart: with microbatches or "forward". Memory: "full" T graphs, "steps" T states and one graph, of one micro-batch.
 
     Reference:
         Maclaurin, Duvenaud, Adams 2015, arXiv:1502.03492; Franceschi et al. 2017, arXiv:1703.01785, section 3.1;
-        window: Shaban, Cheng, Hatch, Boots 2019, arXiv:1810.10667, proposition 3.1.
+        window: Shaban, Cheng, Hatch, Boots 2019, arXiv:1810.10667, proposition 3.1; microbatches: Engstrom et al. 2025,
+        arXiv:2503.13751; forward: Kemaev et al. 2025, arXiv:2505.00793.
     """
 
     memory: Memory = "full"
     window: int | None = field(default=None, kw_only=True)
+    microbatches: int = field(default=1, kw_only=True)
+    hvp: Hvp = field(default="reverse", kw_only=True)
 
     def __post_init__(self) -> None:
         check_memory(self.memory)
-        if self.window is not None and (isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1):
+        if self.window is not None and not _is_positive(self.window):
             raise ValueError(f"Backprop: `window` must be a positive integer or None, got {self.window!r}.")
+        if not _is_positive(self.microbatches):
+            raise ValueError(f"Backprop: `microbatches` must be a positive integer, got {self.microbatches!r}.")
+        if self.hvp not in ("reverse", "forward"):
+            raise ValueError(f'Backprop: `hvp` must be "reverse" or "forward", got {self.hvp!r}.')
+        if self.memory == "full" and self._splits_steps:
+            given = f"microbatches={self.microbatches}" if self.microbatches > 1 else f"hvp={self.hvp!r}"
+            raise ValueError(
+                f'Backprop: `{given}` needs memory="steps" or Revolve(snapshots), got memory="full". It acts where a step is '
+                f'rebuilt on the way back. Write Backprop(memory="steps", {given}).'
+            )
+
+    @property
+    def _splits_steps(self) -> bool:
+        return self.microbatches > 1 or self.hvp == "forward"
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
-        def gradient(inputs: Tree, params: Tree, batch: Tree) -> tuple[Tree, Tensor]:
-            with any_order():
-                return torch.func.grad_and_value(lambda at: loop.loss(inputs, at, batch))(params)
+        gradient = MeanGradient(loop.loss, _examples(loop, self.microbatches), self.microbatches, self.hvp)
 
+        def pullback(inputs: Tree, carry: Tree, batch: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree) -> Tree:
+            """Pull back the update, then the gradient: theirs are the only graphs, one after the other."""
+            (params, state), (of_after, of_loss) = carry, cotangents
+            in_inputs, (in_params, in_state), in_batch = wanted
+            ambient = Ambient.now(tree.leaves((inputs, carry, batch)))
+            grads, loss = gradient(inputs, params, batch)
+            arguments, in_arguments = (inputs, grads, state, params, loss), (in_inputs, _all(grads), in_state, in_params, True)
+            to_inputs, to_grads, to_state, to_params, to_loss = pull_back(loop.update, arguments, of_after, in_arguments)
+            with ambient.restored():  # the gradient sees the random numbers that it saw above
+                more = gradient.pull_back(
+                    (inputs, params, batch), (to_grads, plus(to_loss, of_loss)), (in_inputs, in_params, in_batch)
+                )
+            return tree.map(plus, to_inputs, more[0]), (tree.map(plus, to_params, more[1]), to_state), more[2]
+
+        own = pullback if self._splits_steps else None
         constant = 0 if self.window is None else max(loop.steps - self.window, 0)
         if constant == 0:
-            return unroll(loop, gradient, self.memory)
+            return unroll(loop, gradient, self.memory, own)
         early, late = (tree.index(loop.batches, part) for part in (slice(constant), slice(constant, None)))
         with torch.no_grad():
             start = unroll(replace(loop, batches=early, steps=constant), gradient, "full")
         params, state, before = tree.map(torch.Tensor.detach, start)
         rest = replace(loop, params=params, state=state, batches=late, steps=loop.steps - constant)
-        params, state, losses = unroll(rest, gradient, self.memory)
+        params, state, losses = unroll(rest, gradient, self.memory, own)
         return params, state, torch.cat([before, losses])
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _all(values: Tree) -> Tree:
+    return tree.map(lambda _: True, values)
+
+
+def _none(values: Tree) -> Tree:
+    return tree.map(lambda _: False, values)
+
+
+def _examples(loop: InnerLoop, microbatches: int) -> Tree:
+    """Return which leaves of (inputs, params, batch) hold examples, having seen that they can be cut into equal parts."""
+    in_inputs, in_batch = _none(loop.inputs), _all(loop.batches)
+    batch = tree.index(loop.batches, 0)
+    if not tree.leaves(loop.batches):
+        batch = loop.inputs["batch"]
+        in_inputs = {**in_inputs, "batch": _all(batch)}
+    for path, length in tree.leading_axes(batch).items():
+        if microbatches > 1 and length < 0:
+            raise ValueError(
+                f"`microbatches={microbatches}` needs a batch whose every leaf has a leading axis of examples, which {path} has "
+                "not. Pass what is no example as `meta`, or leave `microbatches` out."
+            )
+        if length % microbatches:
+            raise ValueError(
+                f"`microbatches` must divide the number of examples, got {microbatches} for the {length} at {path}. Choose a "
+                "divisor, or another batch size."
+            )
+    return in_inputs, _none(loop.params), in_batch

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from metaopt.scan import Memory, scan
+from metaopt.scan import Memory, Pullback, scan
 from metaopt.tree import Tree
 
 # (inputs, params, batch) -> (gradients, loss)
@@ -27,7 +27,7 @@ class InnerLoop:
         inputs: what every step reads: the tensors of the optimizer and of the loss, and `meta`.
         params: initial parameters.
         state: initial optimizer state.
-        batches: leaves with the leading axis `steps`.
+        batches: leaves with the leading axis `steps`; without leaves, every step sees `inputs["batch"]`.
         steps: number of steps.
         compile: whether what runs is to be compiled.
     """
@@ -50,8 +50,8 @@ class Rule(Protocol):
         ...
 
 
-def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory) -> tuple[Tree, Any, Tensor]:
-    """Run the loop with this gradient oracle and keep what `memory` says for the way back."""
+def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullback | None = None) -> tuple[Tree, Any, Tensor]:
+    """Run the loop with this gradient oracle, keep what `memory` says, and rebuild steps for the way back with `pullback`."""
 
     def step(inputs: Tree, carry: Tree, batch: Tree) -> tuple[Tree, Tensor]:
         params, state = carry
@@ -59,5 +59,7 @@ def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory) -> tuple[Tree, A
         return loop.update(inputs, grads, state, params, loss), loss
 
     carry = (loop.params, loop.state)
-    (params, state), losses = scan(step, loop.inputs, carry, loop.batches, loop.steps, memory, compile=loop.compile)
+    (params, state), losses = scan(
+        step, loop.inputs, carry, loop.batches, loop.steps, memory, pullback=pullback, compile=loop.compile
+    )
     return params, state, losses
