@@ -19,12 +19,12 @@ def prefers_loop(batched: Callable[[Tree, Tree], Any], params: Tree, tasks: Tree
     """Say whether `batched(params, tasks)`, which maps over tasks by `vmap`, is slower than one task after another.
 
     So it is on a CPU for convolutions, whose batched form is a grouped convolution, and for large models. Measured with torch
-    2.13 on one thread, time of `vmap` over time of the loop, 8 tasks of 16 examples, 3 inner steps of an MLP with three
-    square layers: width 16 .19, 64 .27, 128 .46, 256 (197,000 parameters) .79, 512 (786,000) 1.33; with 128 examples,
+    2.13 on one thread, time of `vmap` over time of the loop, 8 tasks of 16 examples, 3 inner steps of an MLP with three square
+    layers: width 16 .19, 64 .27, 128 .46, 256 (197,000 parameters) .79, 512 (786,000) 1.33; with 128 examples,
     width 64 .32, 256 .85. Accelerators always take the batch.
 
     Cost:
-        One evaluation of `batched` (two tasks are enough), up to the first convolution. Random numbers drawn meanwhile are put back.
+        One evaluation of `batched` (two tasks are enough), up to the first convolution. What it draws at random is put back.
     """
     sizes = [leaf.numel() for leaf in tree.leaves(params) if isinstance(leaf, Tensor) and leaf.device.type == "cpu"]
     if not sizes:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from metaopt import tree
+
 ENTRIES = 64  # compiled versions of one function: torch's limit of 8 is soon met by the step that all losses share
 _MISSING = {"InvalidCxxCompiler", "TritonMissing"}  # what torch raises without a compiler for the CPU or the GPU
 
@@ -31,6 +33,8 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or _MISSING_FOUND:
             return fn(*args)
+        if not torch.is_grad_enabled():  # parameters and what is computed from them then share one compiled version
+            args = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, args)
         try:
             with torch._dynamo.config.patch(recompile_limit=ENTRIES):
                 return fast(*args)
