@@ -30,8 +30,8 @@ def from_torchopt(transform: GradientTransformation | Callable[..., GradientTran
 
     The arithmetic is TorchOpt's, and so are its limits; the optimizers of `optimizers` have none of these:
 
-    - The derivatives of adam, adamw, radam and rmsprop are not a number where a gradient has been zero from the start; those of
-      `use_accelerated_op=True` are wrong, about twice the true ones.
+    - The derivatives of adam, adamw, radam, rmsprop and adagrad are not a number where a gradient has been zero from the start;
+      those of `use_accelerated_op=True` are wrong, about twice the true ones.
     - `clip_grad_norm` takes the norm for a constant, and does not work under `vmap`.
     - Adam's bias correction is computed in float32 unless the default dtype is float64.
     - Betas, weight decay and dampening must be numbers: it is an error to give them as parameters.
@@ -202,20 +202,21 @@ def _explained() -> Iterator[None]:
     except RuntimeError as error:
         if "setup_context" in str(error) or "register a hook" in str(error):
             raise ValueError(
-                "`from_torchopt`: TorchOpt's accelerated operators and its hooks work in plain autograd only, with every step's "
-                'graph kept: not under `torch.func` transforms, nor with memory="steps". Leave out use_accelerated_op or register_hook.'
+                "`from_torchopt`: TorchOpt's accelerated operators and its hooks work in plain autograd only, with "
+                'every step\'s graph kept: not under `torch.func` transforms, nor with memory="steps". Leave out '
+                "use_accelerated_op or register_hook."
             ) from error
         if not str(error).startswith("vmap:"):
             raise
         raise ValueError(
             "`from_torchopt`: the transformation reads the value of a tensor that differs over a `vmap`, which cannot be done. In "
-            "place of clip_grad_norm use `ClipNorm(max_norm, from_torchopt(...))`; for an lr with a batch, give TorchOpt a function: "
-            "from_torchopt(lambda lr: torchopt.sgd(lambda count: lr), lr=lr)."
+            "place of clip_grad_norm use `ClipNorm(max_norm, from_torchopt(...))`; for an lr with a batch, give TorchOpt a "
+            "function: from_torchopt(lambda lr: torchopt.sgd(lambda count: lr), lr=lr)."
         ) from error
     except TypeError as error:
         if "must be Number" not in str(error):
             raise
         raise TypeError(
-            f"`from_torchopt`: TorchOpt needs a number where a tensor that requires grad was given ({error}). Of its hyperparameters "
-            "lr, eps, eps_root and momentum (without nesterov) can be learned. Those in `optimizers` can all be."
+            f"`from_torchopt`: TorchOpt needs a number where a tensor that requires grad was given ({error}). Of its "
+            "hyperparameters lr, eps, eps_root and momentum (without nesterov) can be learned. Those in `optimizers` can all be."
         ) from error
