@@ -324,6 +324,22 @@ def test_bad_arguments(make: Any, error: type[Exception], message: str) -> None:
         make()
 
 
+def test_a_compiler_sees_through_it() -> None:
+    model, task = network(), (torch.randn(6, 3), torch.randn(6, 2))
+    net, live = mo.functional(model), torch.optim.Adam(model.parameters(), lr=0.1)
+    train(model, live, batches(2))
+    optimizer = mo.from_torch(live, net.params)
+    start = {name: p.detach() for name, p in net.params.items()}
+    slope = grad(lambda params: outer(mo.minimize(objective(net), optimizer, params, task, steps=2).params))
+    assert_close(torch.compile(slope, fullgraph=True, backend="eager")(start), slope(start), 1e-12)
+
+
+def test_saving_is_refused(tmp_path: Any) -> None:
+    optimizer = mo.from_torch(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1))
+    with pytest.raises(TypeError, match=r"`from_torch` returns cannot be saved: .*Save that one's `state_dict"):
+        optimizer.save(tmp_path / "w.safetensors")
+
+
 def test_a_known_tree_must_come_again() -> None:
     model = network()
     params = mo.functional(model).params

@@ -102,21 +102,24 @@ class FromTorch(Optimizer):
         """Return nothing: the optimizers say it all."""
         return ""
 
+    def config(self) -> dict[str, Any]:
+        """Refuse to be saved.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "What `from_torch` returns cannot be saved: it is tied to a live optimizer. Save that one's `state_dict()`, or one of "
+            "`optimizers` for its hyperparameters alone."
+        )
+
     def init(self, params: Tree) -> State:
         """Return the state in which the torch optimizer was, on the devices and in the dtypes of `params`."""
         state = super().init(params)
         leaves = self._leaves(params, "params")
-        place_of = {id(live): place for place, weight in enumerate(self._weights) if (live := weight()) is not None}
-        for place, (path, leaf) in enumerate(tree.named_leaves(params)):
-            if place_of.get(id(leaf), place) != place:
-                raise ValueError(
-                    f"`params` must hold the parameters of the torch optimizer in its order, got another one at {path}. "
-                    "Call from_torch(optimizer, params=functional(model).params)."
-                )
-        parts = [
-            _resumed(optimizer.init(own := [leaves[place] for place in part.places]), part, own)
-            for optimizer, part in self._pairs()
-        ]
+        if not torch.compiler.is_compiling():  # a compiler does not see which tensor is which
+            self._check_order(params)
+        parts = [_resumed(optimizer, part, [leaves[place] for place in part.places]) for optimizer, part in self._pairs()]
         step = torch.full_like(state["step"], max(part.step for part in self.parts))
         return {**state, "step": step, "shared": {"parts": parts}}
 
@@ -137,6 +140,16 @@ class FromTorch(Optimizer):
     def _pairs(self) -> list[tuple[Optimizer, Part]]:
         return list(zip(cast(Sequence[Optimizer], self.optimizers), self.parts, strict=True))
 
+    def _check_order(self, params: Tree) -> None:
+        """Raise if the parameters are the live ones, in another order: equal shapes would not tell."""
+        place_of = {id(live): place for place, weight in enumerate(self._weights) if (live := weight()) is not None}
+        for place, (path, leaf) in enumerate(tree.named_leaves(params)):
+            if place_of.get(id(leaf), place) != place:
+                raise ValueError(
+                    f"`params` must hold the parameters of the torch optimizer in its order, got another one at {path}. "
+                    "Call from_torch(optimizer, params=functional(model).params)."
+                )
+
     def _leaves(self, given: Tree, what: str) -> Leaves:
         """Return the leaves, which must be those of the torch optimizer as far as that can be seen."""
         leaves = tree.leaves(given) if self.structure is None else tree.flatten_like(self.structure, given, what)
@@ -150,8 +163,9 @@ class FromTorch(Optimizer):
         return leaves
 
 
-def _resumed(state: State, part: Part, like: Leaves) -> State:
+def _resumed(optimizer: Optimizer, part: Part, like: Leaves) -> State:
     """Return the state of a part, with the memory that is known in place of zeros."""
+    state = optimizer.init(like)
     memory = {
         name: [old.to(leaf.device, leaf.dtype) for old, leaf in zip(part.memory[name], like, strict=True)]
         for name in state["slots"].keys() & part.memory.keys()

@@ -34,6 +34,7 @@ def from_torchopt(transform: GradientTransformation | Callable[..., GradientTran
       those of `use_accelerated_op=True` are wrong, about twice the true ones.
     - `clip_grad_norm` takes the norm for a constant, and does not work under `vmap`.
     - Adam's bias correction is computed in float32 unless the default dtype is float64.
+    - `torch.compile` does not see through it.
     - Betas, weight decay and dampening must be numbers: it is an error to give them as parameters.
 
     Args:
