@@ -4,6 +4,7 @@ from metaopt import tasks, tree
 from metaopt.differentiate import Backprop, FirstOrder
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Functional, functional
+from metaopt.interop import from_torch, from_torchopt
 from metaopt.meta_grad import assign_grads, meta_grad
 from metaopt.meta_training import FullUnroll, MetaTraining, Report, Task, TaskFamily, TruncatedBackprop, evaluate, tune
 from metaopt.minimize import Minimized, minimize
@@ -32,6 +33,8 @@ __all__ = [
     "apply_updates",
     "assign_grads",
     "evaluate",
+    "from_torch",
+    "from_torchopt",
     "functional",
     "meta_grad",
     "minimize",

@@ -72,7 +72,7 @@ def scan(
     """
     leaves, structure = tree.flatten((inputs, carry, xs))
     compile = compile and not torch.compiler.is_compiling() and not _inside_step.get()
-    if not _needs_gradient(leaves):
+    if not torch.compiler.is_compiling() and not _needs_gradient(leaves):  # a compiler cannot ask who tracks a tensor
         return _plain_loop(compiled(step) if compile else step, inputs, carry, xs, length)
     if memory == "full" or torch.compiler.is_compiling() or _inside_step.get():
         whole = functools.partial(_plain_loop, length=length)

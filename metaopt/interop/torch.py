@@ -1,0 +1,248 @@
+"""A live `torch.optim` optimizer as one of ours."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from metaopt import tree
+from metaopt.optimizer import Leaves, Optimizer, State
+from metaopt.transforms import is_tracked
+from metaopt.tree import Structure, Tree
+
+
+def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None) -> FromTorch:
+    """Return a pure, differentiable `Optimizer` that goes on from where a `torch.optim` one stands.
+
+    Hyperparameters, groups and `maximize` are read now, and so is the memory: `init` returns a copy of it in place of zeros. A
+    scheduler of torch and hooks are not carried over: the rate stays what it is now. Nothing in `optimizer` is changed.
+
+    A tensor given to `optimizer` as its lr, or as another hyperparameter, remains a tensor; one that requires grad is learned.
+    What is a number becomes a parameter by `pure.optimizers[0].lr = nn.Parameter(...)`, with one optimizer for each group.
+    A schedule put there goes on from the live step count; torch's SGD and Muon keep none, and theirs is at most 1.
+
+    Args:
+        optimizer: a `torch.optim` SGD, Adam, AdamW, Adamax, RAdam, NAdam, Adagrad, Adadelta, RMSprop, ASGD, Rprop or Muon.
+        params: the live parameters as the tree that will be updated, `functional(model).params`; needed where there are several
+            groups. By default the leaves of that tree are those of the one group that require grad, in their order.
+
+    Raises:
+        TypeError: another class.
+        ValueError: every parameter is frozen, there are several groups and no `params`, or `params` holds what is no parameter
+            of the optimizer; in `init`, the tensors are not those of the optimizer, by number, shape or order.
+    """
+    kinds = _kinds()
+    if type(optimizer) not in kinds:
+        raise TypeError(
+            f"`optimizer` must be one of torch.optim's {sorted(kind.__name__ for kind in kinds)}, got "
+            f"{type(optimizer).__module__}.{type(optimizer).__name__}. Others, and subclasses, have no known equal here: write "
+            "it as an `Optimizer`."
+        )
+    kind, names = kinds[type(optimizer)]
+    states = {id(weight): state for weight, state in optimizer.state.items()}
+    weights = _weights(optimizer, params)
+    if not weights:
+        raise ValueError("`optimizer` must have a parameter that requires grad, got none. Is every parameter frozen?")
+    group_of = {id(weight): index for index, group in enumerate(optimizer.param_groups) for weight in group["params"]}
+    members: dict[tuple[float, ...], list[int]] = {}
+    for place, weight in enumerate(weights):
+        members.setdefault((group_of[id(weight)], *_counts(states.get(id(weight), {}))), []).append(place)
+    optimizers, parts = [], []
+    for (index, *_), places in members.items():
+        group = optimizer.param_groups[int(index)]
+        optimizers.append(_built(kind, group))
+        own = [states.get(id(weights[place]), {}) for place in places]
+        memory = {
+            name: [state[theirs].detach().clone() for state in own]
+            for name, theirs in names.items()
+            if isinstance(own[0].get(theirs), Tensor)
+        }
+        parts.append(Part(tuple(places), group.get("maximize", False), int(_counts(own[0])[0]), memory))
+    return FromTorch(optimizers, parts, weights, None if params is None else tree.flatten(params)[1])
+
+
+class Part(NamedTuple):
+    """Parameters of one group that have made the same number of steps.
+
+    Args:
+        places: their indices among all.
+        maximize: whether their gradients are climbed.
+        step: the number of steps.
+        memory: name of a slot -> one tensor per parameter.
+    """
+
+    places: tuple[int, ...]
+    maximize: bool
+    step: int
+    memory: dict[str, Leaves]
+
+
+class FromTorch(Optimizer):
+    """What `from_torch` returns. The states of the parts are `state["shared"]["parts"]`.
+
+    Args:
+        optimizers: one for each part.
+        parts: which parameters each updates, and where they stand.
+        weights: the live parameters.
+        structure: the tree they stand in, if it is known.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], parts: Sequence[Part], weights: Leaves, structure: Structure | None):
+        super().__init__()
+        self.optimizers, self.parts, self.structure = nn.ModuleList(optimizers), tuple(parts), structure
+        self._shapes = [tuple(weight.shape) for weight in weights]
+        self._weights = [weakref.ref(weight) for weight in weights]
+
+    def extra_repr(self) -> str:
+        """Return nothing: the optimizers say it all."""
+        return ""
+
+    def config(self) -> dict[str, Any]:
+        """Refuse to be saved.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "What `from_torch` returns cannot be saved: it is tied to a live optimizer. Save that one's `state_dict()`, or one of "
+            "`optimizers` for its hyperparameters alone."
+        )
+
+    def init(self, params: Tree) -> State:
+        """Return the state in which the torch optimizer was, on the devices and in the dtypes of `params`."""
+        state = super().init(params)
+        leaves = self._leaves(params, "params")
+        if not torch.compiler.is_compiling():  # a compiler does not see which tensor is which
+            self._check_order(params)
+        parts = [_resumed(optimizer, part, [leaves[place] for place in part.places]) for optimizer, part in self._pairs()]
+        step = torch.full_like(state["step"], max(part.step for part in self.parts))
+        return {**state, "step": step, "shared": {"parts": parts}}
+
+    def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
+        """Return (updates, next state), as `Optimizer.forward` does."""
+        gradients, structure = self._leaves(grads, "grads"), tree.flatten(grads)[1]
+        weights = None if params is None else tree.flatten_like(structure, params, "params")
+        updates, states = list(gradients), []
+        for (optimizer, part), before in zip(self._pairs(), state["shared"]["parts"], strict=True):
+            uphill = [gradients[place] for place in part.places]
+            own = None if weights is None else [weights[place] for place in part.places]
+            moved, after = optimizer([-g for g in uphill] if part.maximize else uphill, before, own, loss=loss)
+            states.append(after)
+            for place, update in zip(part.places, moved, strict=True):
+                updates[place] = update
+        return tree.unflatten(structure, updates), {**state, "step": state["step"] + 1, "shared": {"parts": states}}
+
+    def _pairs(self) -> list[tuple[Optimizer, Part]]:
+        return list(zip(cast(Sequence[Optimizer], self.optimizers), self.parts, strict=True))
+
+    def _check_order(self, params: Tree) -> None:
+        """Raise if the parameters are the live ones, in another order: equal shapes would not tell."""
+        place_of = {id(live): place for place, weight in enumerate(self._weights) if (live := weight()) is not None}
+        for place, (path, leaf) in enumerate(tree.named_leaves(params)):
+            if place_of.get(id(leaf), place) != place:
+                raise ValueError(
+                    f"`params` must hold the parameters of the torch optimizer in its order, got another one at {path}. "
+                    "Call from_torch(optimizer, params=functional(model).params)."
+                )
+
+    def _leaves(self, given: Tree, what: str) -> Leaves:
+        """Return the leaves, which must be those of the torch optimizer as far as that can be seen."""
+        leaves = tree.leaves(given) if self.structure is None else tree.flatten_like(self.structure, given, what)
+        found = [tuple(leaf.shape) for leaf in leaves]
+        if found != self._shapes:
+            raise ValueError(
+                f"`{what}` must hold the trainable parameters of the torch optimizer in its order, shapes {self._shapes}, got "
+                f"{found}. If some are left out or stand in another order, call "
+                "from_torch(optimizer, params=functional(model).params)."
+            )
+        return leaves
+
+
+def _resumed(optimizer: Optimizer, part: Part, like: Leaves) -> State:
+    """Return the state of a part, with the memory that is known in place of zeros."""
+    state = optimizer.init(like)
+    memory = {
+        name: [old.to(leaf.device, leaf.dtype) for old, leaf in zip(part.memory[name], like, strict=True)]
+        for name in state["slots"].keys() & part.memory.keys()
+    }
+    shared = {name: part.memory[name][0].to(state["shared"][name]) for name in state["shared"].keys() & part.memory.keys()}
+    return {
+        **state,
+        "step": torch.full_like(state["step"], part.step),
+        "slots": state["slots"] | memory,
+        "shared": state["shared"] | shared,
+    }
+
+
+def _kinds() -> dict[type[torch.optim.Optimizer], tuple[type[Optimizer], dict[str, str]]]:
+    """Return class of torch -> (our equal, our name of a slot -> its name there)."""
+    import optimizers as ours
+
+    adam = {"mean": "exp_avg", "square": "exp_avg_sq", "largest": "max_exp_avg_sq"}
+    kinds: dict[type[torch.optim.Optimizer], tuple[type[Optimizer], dict[str, str]]] = {
+        torch.optim.SGD: (ours.SGD, {"velocity": "momentum_buffer"}),
+        torch.optim.Adam: (ours.Adam, adam),
+        torch.optim.AdamW: (ours.AdamW, adam),
+        torch.optim.Adamax: (ours.Adamax, {"mean": "exp_avg", "largest": "exp_inf"}),
+        torch.optim.RAdam: (ours.RAdam, adam),
+        torch.optim.NAdam: (ours.NAdam, adam | {"product": "mu_product"}),
+        torch.optim.Adagrad: (ours.Adagrad, {"square": "sum"}),
+        torch.optim.Adadelta: (ours.Adadelta, {"square": "square_avg", "moved": "acc_delta"}),
+        torch.optim.RMSprop: (ours.RMSprop, {"square": "square_avg", "mean": "grad_avg", "velocity": "momentum_buffer"}),
+        torch.optim.ASGD: (ours.ASGD, {"average": "ax"}),
+        torch.optim.Rprop: (ours.Rprop, {"previous": "prev", "size": "step_size"}),
+    }
+    if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+        kinds[torch.optim.Muon] = (ours.Muon, {"mean": "momentum_buffer"})
+    return kinds
+
+
+def _weights(optimizer: torch.optim.Optimizer, params: Tree | None) -> Leaves:
+    """Return the live parameters in the order of the tree that will be updated."""
+    every = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if params is None:
+        if len(optimizer.param_groups) > 1:
+            raise ValueError(
+                f"`params` is needed where there are several groups, got {len(optimizer.param_groups)} groups. They do not "
+                "say which parameter has which name. Call from_torch(optimizer, params=functional(model).params)."
+            )
+        return [weight for weight in every if weight.requires_grad]
+    known = {id(weight) for weight in every}
+    for path, leaf in tree.named_leaves(params):
+        if id(leaf) not in known:
+            raise ValueError(
+                f"`params` must hold live parameters of the optimizer, got another tensor at {path}. Give "
+                "functional(model).params as it is, with no copies, and leave out what the optimizer does not update."
+            )
+    return tree.leaves(params)
+
+
+def _counts(state: dict[str, Any]) -> tuple[float, ...]:
+    """Return the step count of a parameter, and whatever else of its state is one number.
+
+    SGD and Muon do not count: there it is 1 if there is memory, which is all that matters.
+    """
+    count = state.get("step", any(isinstance(value, Tensor) for value in state.values()))
+    return tuple(float(value) for value in (count, state.get("mu_product", 0)))
+
+
+def _built(kind: type[Optimizer], group: dict[str, Any]) -> Optimizer:
+    """Return our optimizer with the options of a group, whose names are the same."""
+    import optimizers as ours
+
+    if kind in (ours.Adam, ours.AdamW):
+        kind = ours.AdamW if group.get("decoupled_weight_decay", kind is ours.AdamW) else ours.Adam
+    names = inspect.signature(kind).parameters.keys() - {"initial_accumulator_value"}  # that of Adagrad is in its memory already
+    return kind(**{name: _own(group[name]) for name in names if group.get(name) is not None})
+
+
+def _own(value: Any) -> Any:
+    """Copy what a scheduler of torch may change in place."""
+    if isinstance(value, tuple | list):
+        return tuple(_own(item) for item in value)
+    return value.clone() if isinstance(value, Tensor) and not is_tracked(value) else value

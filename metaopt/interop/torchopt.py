@@ -1,0 +1,223 @@
+"""TorchOpt's gradient transformations as optimizers."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.closure import reachable
+from metaopt.hyperparameter import set_hyperparameter
+from metaopt.optimizer import Hyper, Optimizer, State
+from metaopt.schedule import Schedule
+from metaopt.transforms import is_tracked, values_are_readable
+from metaopt.tree import Tree
+
+if TYPE_CHECKING:
+    from torchopt.base import GradientTransformation
+
+
+def from_torchopt(transform: GradientTransformation | Callable[..., GradientTransformation], **arguments: Any) -> FromTorchOpt:
+    """Return a TorchOpt transformation as an `Optimizer`: pure, under `vmap` too, and differentiable.
+
+    `from_torchopt(torchopt.adam(1e-3))`, or, to learn or schedule hyperparameters, the function and its arguments:
+    `from_torchopt(torchopt.adam, lr=nn.Parameter(torch.tensor(1e-3)), betas=(0.9, 0.99))`.
+
+    The arithmetic is TorchOpt's, and so are its limits; the optimizers of `optimizers` have none of these:
+
+    - The derivatives of adam, adamw, radam, rmsprop and adagrad are not a number where a gradient has been zero from the start;
+      those of `use_accelerated_op=True` are wrong, about twice the true ones.
+    - `clip_grad_norm` takes the norm for a constant, and does not work under `vmap`.
+    - Adam's bias correction is computed in float32 unless the default dtype is float64.
+    - `torch.compile` does not see through it.
+    - Betas, weight decay and dampening must be numbers: it is an error to give them as parameters.
+
+    Args:
+        transform: what a TorchOpt function such as `torchopt.adam(1e-3)` or `torchopt.chain(...)` returns; with arguments,
+            the function, or one of your own that returns a transformation.
+        arguments: by name. Floats, tensors, parameters and schedules are hyperparameters of the optimizer; whatever else
+            (a pair of betas, a flag, a schedule of TorchOpt) is handed on as it is.
+
+    Raises:
+        TypeError: `transform` is no gradient transformation, or, with arguments, no function.
+        ValueError: a tensor that requires grad is hidden in the transformation or in an argument: give it by name.
+    """
+    from torchopt.base import GradientTransformation
+
+    if arguments and (isinstance(transform, GradientTransformation) or not callable(transform)):
+        raise TypeError(
+            f"With arguments, `transform` must be the function that makes a transformation, got {type(transform).__name__}. "
+            "Write from_torchopt(torchopt.adam, lr=...)."
+        )
+    if not arguments and not isinstance(transform, GradientTransformation):
+        raise TypeError(
+            f"`transform` must be a TorchOpt gradient transformation, got {type(transform).__name__}. "
+            "Call the function: from_torchopt(torchopt.adam(1e-3))."
+        )
+    return FromTorchOpt(transform, arguments)
+
+
+class FromTorchOpt(Optimizer):
+    """A TorchOpt transformation; made by `from_torchopt`. Its own state is `state["shared"]["transform"]`.
+
+    Args:
+        transform: the transformation, or the function that makes it.
+        arguments: those of the function.
+    """
+
+    def __init__(self, transform: Any, arguments: Mapping[str, Any]):
+        super().__init__()
+        learnable = {name: value for name, value in arguments.items() if isinstance(value, float | Tensor | Schedule)}
+        self.transform, self.arguments = transform, {k: v for k, v in arguments.items() if k not in learnable}
+        hidden = [name for name, tensor in reachable(transform, "transform") if is_tracked(tensor)]
+        hidden += [name for key, value in self.arguments.items() for name, tensor in reachable(value, key) if is_tracked(tensor)]
+        if hidden:
+            raise ValueError(
+                f"`from_torchopt` finds tensors that require grad in {', '.join(sorted(hidden))}. They would get no gradient. "
+                "Give each by a name of its own: from_torchopt(torchopt.adam, lr=...)."
+            )
+        self.hyperparameters = tuple(learnable)
+        for name, value in learnable.items():
+            set_hyperparameter(self, name, value, low=-torch.inf)  # TorchOpt checks its own
+
+    def extra_repr(self) -> str:
+        """Return the function's name and what is no tensor or module among its arguments."""
+        numbers = {name: value for name in self.hyperparameters if isinstance(value := getattr(self, name), float)}
+        shown = [getattr(self.transform, "__name__", type(self.transform).__name__)]
+        return ", ".join(shown + [f"{name}={value!r}" for name, value in (self.arguments | numbers).items()])
+
+    def init(self, params: Tree) -> State:
+        """Return the state before the first step."""
+        state = super().init(params)
+        leaves = tree.leaves(params)
+        # Schedules may observe what there is not yet; a TorchOpt state starts from zeros or from constants.
+        hyper, _ = self._hyper_at(state, [torch.zeros_like(leaf) for leaf in leaves], leaves[0].new_zeros(()))
+        with _explained():
+            memory = self._made(hyper).init(tree.map(torch.Tensor.detach, params))
+        memory = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, memory)
+        return {**state, "shared": {"transform": _counted(memory, leaves[0].device)}}
+
+    def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
+        """Return (updates, next state), as `Optimizer.forward` does."""
+        hyper, schedules = self._hyper_at(state, tree.leaves(grads), loss)
+        memory = state["shared"]["transform"]
+        if not values_are_readable():
+            memory = _batched(memory, (grads, params, hyper))
+        with _explained():
+            transform, memory = self._made(hyper), _uncounted(memory)
+            flags = list(_first_calls(transform))
+
+            def run(first: bool) -> tuple[Tree, Tree]:
+                for flag in flags:
+                    flag.cell.cell_contents = first
+                return transform.update(grads, memory, params=params, inplace=False)
+
+            updates, after = run(first=False)
+            if any(flag.matters for flag in flags):
+                start = state["step"] == 0
+                updates, after = tree.map(
+                    lambda one, other: torch.where(start, one, other) if isinstance(one, Tensor) else one,
+                    run(first=True),
+                    (updates, after),
+                )
+        shared = {"transform": _counted(after, state["step"].device)}
+        return updates, {**state, "step": state["step"] + 1, "shared": shared, "schedules": schedules}
+
+    def _made(self, hyper: Hyper) -> GradientTransformation:
+        """Return the transformation with these hyperparameters."""
+        for name in ("momentum", "weight_decay"):
+            if isinstance(value := hyper.get(name), Tensor) and value == 0:
+                raise ValueError(
+                    f"`{name}` must not be 0 where it is a tensor, got {value}. TorchOpt leaves it out then, and it would get no "
+                    "gradient. Start from a positive value, or use the optimizer of that name in `optimizers`."
+                )
+        return self.transform(**self.arguments, **hyper) if self.arguments or hyper else self.transform
+
+
+class _Count(NamedTuple):
+    """A Python integer in a TorchOpt state, as a tensor: what goes from step to step is tensors."""
+
+    value: Tensor
+
+
+def _counted(memory: Tree, device: torch.device) -> Tree:
+    return tree.map(lambda leaf: _Count(torch.tensor(leaf, device=device)) if type(leaf) is int else leaf, memory)
+
+
+def _uncounted(memory: Tree) -> Tree:
+    """Invert `_counted`; reads the values."""
+    return tree.map(
+        lambda leaf: int(leaf.value) if isinstance(leaf, _Count) else leaf, memory, is_leaf=lambda node: isinstance(node, _Count)
+    )
+
+
+def _batched(memory: Tree, like: Tree) -> Tree:
+    """Give the memory every batch axis of `vmap` that is in `like`: TorchOpt adds gradients to it in place."""
+    zero = tree.sum_leaves(lambda leaf: leaf.new_zeros(()), [leaf for leaf in tree.leaves(like) if isinstance(leaf, Tensor)])
+
+    def widen(leaf: Any) -> Any:
+        return leaf + zero.to(leaf.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree.map(widen, memory)
+
+
+class _FirstCall(NamedTuple):
+    """The hidden flag of `torchopt.transform.trace`: at its first call it forgets its memory and does not dampen.
+
+    The flag belongs to the transformation, not to the state: rebuilt at every step it would never have any memory, and used for
+    a second run it would dampen the first gradient. We set it by the step count of the state. It `matters` where there is
+    dampening; without, a memory of zeros does the same.
+    """
+
+    cell: types.CellType
+    matters: bool
+
+
+def _first_calls(value: Any, seen: set[int] | None = None) -> Iterator[_FirstCall]:
+    """Yield the flags in a transformation."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    inside: Iterable[Any] = value if isinstance(value, tuple | list) else ()
+    if isinstance(value, types.FunctionType):
+        cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+        inside = [cell.cell_contents for cell in cells.values() if cell != types.CellType()]
+        if value.__module__ == "torchopt.transform.trace" and "first_call" in cells:
+            dampening = cells["dampening"].cell_contents
+            yield _FirstCall(cells["first_call"], matters=isinstance(dampening, Tensor) or dampening != 0)
+    for item in inside:
+        yield from _first_calls(item, seen)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say in our words why TorchOpt cannot do what was asked."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "setup_context" in str(error) or "register a hook" in str(error):
+            raise ValueError(
+                "`from_torchopt`: TorchOpt's accelerated operators and its hooks work in plain autograd only, with "
+                'every step\'s graph kept: not under `torch.func` transforms, nor with memory="steps". Leave out '
+                "use_accelerated_op or register_hook."
+            ) from error
+        if not str(error).startswith("vmap:"):
+            raise
+        raise ValueError(
+            "`from_torchopt`: the transformation reads the value of a tensor that differs over a `vmap`, which cannot be done. In "
+            "place of clip_grad_norm use `ClipNorm(max_norm, from_torchopt(...))`; for an lr with a batch, give TorchOpt a "
+            "function: from_torchopt(lambda lr: torchopt.sgd(lambda count: lr), lr=lr)."
+        ) from error
+    except TypeError as error:
+        if "must be Number" not in str(error):
+            raise
+        raise TypeError(
+            f"`from_torchopt`: TorchOpt needs a number where a tensor that requires grad was given ({error}). Of its "
+            "hyperparameters lr, eps, eps_root and momentum (without nesterov) can be learned. Those in `optimizers` can all be."
+        ) from error
