@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its neighbours.
 LAYERS = [
     ["tree", "errors", "transforms", "kernels", "replay", "revolve", "compiled"],
-    ["pullback"],
+    ["pullback", "linear_solve"],
     ["module", "functional", "scan", "deployed", "batching", "mean_gradient"],
     ["schedule", "closure", "differentiate"],
     ["hyperparameter"],
