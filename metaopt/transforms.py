@@ -39,3 +39,12 @@ def values_are_readable() -> bool:
 def outside_transforms() -> AbstractContextManager[object]:
     """While entered, operations on tensors made inside run as if no `vmap` or `grad` were active."""
     return temporarily_clear_interpreter_stack()
+
+
+def alive(tensor: Tensor) -> Tensor:
+    """Return the tensor without the wrappers of `torch.func` levels that have ended.
+
+    When `torch.func.vjp` has returned, its level is over, but what an `autograd.Function` saved there is still wrapped in it
+    while the pullback runs. Operations see through that; a transform started inside `backward` fails ("escaped?").
+    """
+    return functorch.unwrap_if_dead(tensor)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["tree", "errors", "transforms", "kernels", "replay", "revolve", "compiled"],
     ["pullback", "linear_solve"],
-    ["module", "functional", "scan", "deployed", "batching", "mean_gradient"],
+    ["module", "functional", "scan", "deployed", "batching", "mean_gradient", "implicit"],
     ["schedule", "closure", "differentiate"],
     ["hyperparameter"],
     ["optimizer"],
