@@ -1,7 +1,7 @@
 """Optimisation that learns: differentiable inner loops, meta-gradients and learned optimizers on top of `torch.func`."""
 
 from metaopt import tasks, tree
-from metaopt.differentiate import Backprop, FirstOrder
+from metaopt.differentiate import Backprop, FirstOrder, Implicit
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Functional, functional
 from metaopt.linear_solve import GMRES, BiCGStab, ConjugateGradient, Direct, Neumann, NormalCG, Nystrom, NystromCG, Solution
@@ -22,6 +22,7 @@ __all__ = [
     "FirstOrder",
     "FullUnroll",
     "Functional",
+    "Implicit",
     "MetaTraining",
     "Minimized",
     "Neumann",

@@ -32,12 +32,22 @@ def implicit(residual: Residual, solver: LinearSolver, w: Tree, inputs: Tree) ->
         w: the solution, a tree of floating-point tensors; a constant.
         inputs: a tree; its floating-point tensors are differentiated.
 
+    Raises:
+        ValueError: under `torch.compile` while gradients are enabled.
+
     Cost:
         In the backward pass one vjp of F a product of the solver, and one vjp for the inputs.
 
     Reference:
         Krantz, Parks 2013, The Implicit Function Theorem; Blondel et al. 2022, arXiv:2105.15183, equation 2.
     """
+    if not torch.is_grad_enabled():
+        return tree.map(torch.Tensor.detach, w)
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "The implicit function theorem cannot be differentiated by `torch.func.grad` inside `torch.compile`: the compiler "
+            "drops derivatives that are not torch's own, and the result would be zero. Compile the loss alone."
+        )
     leaves, structure = tree.flatten((w, inputs))
     solved = len(tree.leaves(w))
     theorem = _Theorem(residual, solver, structure, solved)
@@ -61,6 +71,9 @@ def pull_back_implicit(
 
     Returns:
         The cotangents of the inputs, with None for what is not wanted, and what the solver says.
+
+    Raises:
+        ValueError: under `torch.compile` while gradients are enabled. Without them it can be compiled.
     """
 
     def transposed(x: Tree, point: tuple[Tree, Tree, Tree]) -> Tree:
@@ -73,9 +86,7 @@ def pull_back_implicit(
     with torch.no_grad():  # the solution's derivative is not that of the solver's steps
         _, pull, *_ = torch.func.vjp(lambda w: residual(w, fixed), at)
         solution = solver(lambda x: pull(x)[0], v, start=start)
-    x = solution.value
-    if torch.is_grad_enabled():
-        x = implicit(transposed, solver, x, (w, inputs, cotangent))
+    x = implicit(transposed, solver, solution.value, (w, inputs, cotangent))
     _, bars = pull_back(residual, (w, inputs), tree.map(torch.neg, x), (tree.map(lambda _: False, w), wanted))
     return bars, solution._replace(value=x)
 
