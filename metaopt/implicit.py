@@ -120,7 +120,7 @@ class _ImplicitFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         theorem: _Theorem = ctx.theorem
-        saved = [None if tensor is None else alive(tensor) for tensor in ctx.saved_tensors]
+        saved = [*map(alive, ctx.saved_tensors)]
         solved, given = saved[: theorem.solved], saved[theorem.solved :]
         leaves = [constant if tensor is None else tensor for tensor, constant in zip(given, ctx.constants, strict=True)]
         w, inputs = tree.unflatten(theorem.structure, [*solved, *leaves])

@@ -41,10 +41,10 @@ def outside_transforms() -> AbstractContextManager[object]:
     return temporarily_clear_interpreter_stack()
 
 
-def alive(tensor: Tensor) -> Tensor:
-    """Return the tensor without the wrappers of `torch.func` levels that have ended.
+def alive(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor, or None, without the wrappers of `torch.func` levels that have ended.
 
     When `torch.func.vjp` has returned, its level is over, but what an `autograd.Function` saved there is still wrapped in it
     while the pullback runs. Operations see through that; a transform started inside `backward` fails ("escaped?").
     """
-    return functorch.unwrap_if_dead(tensor)
+    return None if tensor is None else functorch.unwrap_if_dead(tensor)
