@@ -1,10 +1,11 @@
 """Optimisation that learns: differentiable inner loops, meta-gradients and learned optimizers on top of `torch.func`."""
 
 from metaopt import tasks, tree
-from metaopt.differentiate import Backprop, FirstOrder
+from metaopt.differentiate import Backprop, FirstOrder, Implicit
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Functional, functional
 from metaopt.interop import from_torch, from_torchopt
+from metaopt.linear_solve import GMRES, BiCGStab, ConjugateGradient, Direct, Neumann, NormalCG, Nystrom, NystromCG, Solution
 from metaopt.meta_grad import assign_grads, meta_grad
 from metaopt.meta_training import FullUnroll, MetaTraining, Report, Task, TaskFamily, TruncatedBackprop, evaluate, tune
 from metaopt.minimize import Minimized, minimize
@@ -14,17 +15,27 @@ from metaopt.schedule import Schedule
 from metaopt.train import TensorBoardLogger, Trainer
 
 __all__ = [
+    "GMRES",
     "Backprop",
+    "BiCGStab",
+    "ConjugateGradient",
+    "Direct",
     "FirstOrder",
     "FullUnroll",
     "Functional",
+    "Implicit",
     "MetaTraining",
     "Minimized",
+    "Neumann",
     "NonFiniteError",
+    "NormalCG",
+    "Nystrom",
+    "NystromCG",
     "Optimizer",
     "Report",
     "Revolve",
     "Schedule",
+    "Solution",
     "Task",
     "TaskFamily",
     "TensorBoardLogger",

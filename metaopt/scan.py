@@ -19,7 +19,7 @@ from metaopt.compiled import compiled
 from metaopt.pullback import plus, pull_back
 from metaopt.replay import Ambient
 from metaopt.revolve import Revolve, kept, split
-from metaopt.transforms import is_tracked, tracking_levels, values_are_readable
+from metaopt.transforms import alive, is_tracked, tracking_levels, values_are_readable
 from metaopt.tree import Structure, Tree
 
 Memory = Literal["full", "steps"] | Revolve
@@ -204,8 +204,9 @@ class _ScanFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_differentiated_again(ctx.saved_tensors, cotangents)):
-            return _Reversal(ctx).run(cotangents)
+        saved, cotangents = tuple(map(alive, ctx.saved_tensors)), tuple(map(alive, cotangents))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_differentiated_again(saved, cotangents)):
+            return _Reversal(ctx, saved).run(cotangents)
 
 
 def _is_differentiated_again(*tensors: Iterable[Tensor | None]) -> bool:
@@ -226,13 +227,13 @@ class _Reversal:
     a_carry_t += the cotangent of the kept carry itself;  a_shared = sum over t.
     """
 
-    def __init__(self, ctx: Any):
+    def __init__(self, ctx: Any, tensors: Sequence[Tensor | None]):
         loop: _Loop = ctx.loop
         count = loop.structure.num_leaves
-        saved = zip(ctx.saved_tensors[:count], ctx.constants, strict=True)
+        saved = zip(tensors[:count], ctx.constants, strict=True)
         leaves = [constant if tensor is None else tensor for tensor, constant in saved]
         self.loop, (self.shared, self.first, self.xs) = loop, loop.split(leaves)
-        _, _, self.snapshots = loop.parts([None] * (loop.carried + loop.length) + list(ctx.saved_tensors[count:]))
+        _, _, self.snapshots = loop.parts([None] * (loop.carried + loop.length) + list(tensors[count:]))
         of_shared, _, self.of_xs = loop.split([*map(operator.and_, ctx.needs_input_grad[1:], map(_is_float, leaves))])
         self.wanted = loop.trees(of_shared, [*map(_is_float, self.first)], self.of_xs)
         self.bar_shared: list[Tensor | None] = [None] * loop.shared

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 
 def is_tracked(tensor: Tensor) -> bool:
@@ -31,3 +34,17 @@ def tracking_levels(tensor: Tensor) -> set[int]:
 def values_are_readable() -> bool:
     """Say whether a tensor's value may decide what Python does next: not under vmap, grad, jvp or compile."""
     return not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is None
+
+
+def outside_transforms() -> AbstractContextManager[object]:
+    """While entered, operations on tensors made inside run as if no `vmap` or `grad` were active."""
+    return temporarily_clear_interpreter_stack()
+
+
+def alive(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor, or None, without the wrappers of `torch.func` levels that have ended.
+
+    When `torch.func.vjp` has returned, its level is over, but what an `autograd.Function` saved there is still wrapped in it
+    while the pullback runs. Operations see through that; a transform started inside `backward` fails ("escaped?").
+    """
+    return None if tensor is None else functorch.unwrap_if_dead(tensor)

@@ -60,6 +60,18 @@ def index(tree: Tree, i: Any) -> Tree:
     return map(lambda leaf: leaf[i], tree)
 
 
+def ravel(tree: Tree) -> Tensor:
+    """Return all entries in a row, [n], in the promoted dtype of the leaves."""
+    return torch.cat([leaf.reshape(-1) for leaf in leaves(tree)])
+
+
+def unravel(vector: Tensor, like: Tree) -> Tree:
+    """Return the tree with these entries, and the structure, shapes and dtypes of `like`."""
+    template, structure = flatten(like)
+    parts = vector.split([leaf.numel() for leaf in template])
+    return unflatten(structure, [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, template, strict=True)])
+
+
 def norm(tree: Tree) -> Tensor:
     """Return the Euclidean norm of all entries together, with derivative 0 where the norm is 0."""
     square = sum_leaves(lambda leaf: leaf.square().sum(), tree)

@@ -24,7 +24,8 @@ class InnerLoop:
     Attributes:
         loss: (inputs, params, batch) -> scalar loss.
         update: (inputs, grads, state, params, loss) -> (params, state): one application of the optimizer.
-        inputs: what every step reads: the tensors of the optimizer and of the loss, and `meta`.
+        inputs: what every step reads: the tensors of the "optimizer", which the loss does not read, those of the "loss", "meta"
+            and a "batch" that is the same at every step.
         params: initial parameters.
         state: initial optimizer state.
         batches: leaves with the leading axis `steps`; without leaves, every step sees `inputs["batch"]`.
@@ -34,7 +35,7 @@ class InnerLoop:
 
     loss: Callable[[Tree, Tree, Tree], Tensor]
     update: Update
-    inputs: Tree
+    inputs: dict[str, Tree]
     params: Tree
     state: Any
     batches: Tree

@@ -1,0 +1,136 @@
+"""The implicit function theorem: the derivative of w where F(w, inputs) = 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.linear_solve import LinearSolver, Solution
+from metaopt.pullback import pull_back
+from metaopt.transforms import alive
+from metaopt.tree import Structure, Tree
+
+Residual = Callable[[Tree, Tree], Tree]  # F: (w, inputs) -> a tree like w
+
+
+def implicit(residual: Residual, solver: LinearSolver, w: Tree, inputs: Tree) -> Tree:
+    """Return w with the derivative -(d_w F)^-1 d_inputs F that F(w, inputs) = 0 gives it.
+
+    The value of F is never looked at: away from a root this is the derivative of one Newton step. Reverse mode only, of
+    any order: with x = (d_w F)'^-1 v, the backward pass is a function of w and x, and both are such solutions again, x of
+    the linear F(x) = (d_w F)' x - v. So a second derivative costs more linear systems, but nothing is unrolled. A solver's damping
+    belongs to the map that is differentiated.
+
+    Args:
+        residual: F, a function of its arguments alone; what it reaches otherwise is constant.
+        solver: of the linear systems with (d_w F)'.
+        w: the solution, a tree of floating-point tensors; a constant.
+        inputs: a tree; its floating-point tensors are differentiated.
+
+    Raises:
+        ValueError: under `torch.compile` while gradients are enabled.
+
+    Cost:
+        In the backward pass one vjp of F a product of the solver, and one vjp for the inputs.
+
+    Reference:
+        Krantz, Parks 2013, The Implicit Function Theorem; Blondel et al. 2022, arXiv:2105.15183, equation 2.
+    """
+    if not torch.is_grad_enabled():
+        return tree.map(torch.Tensor.detach, w)
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "The implicit function theorem cannot be differentiated by `torch.func.grad` inside `torch.compile`: the compiler "
+            "drops derivatives that are not torch's own, and the result would be zero. Compile the loss alone."
+        )
+    leaves, structure = tree.flatten((w, inputs))
+    solved = len(tree.leaves(w))
+    theorem = _Theorem(residual, solver, structure, solved)
+    values = [leaf.detach() for leaf in leaves[:solved]]
+    return tree.unflatten(tree.flatten(w)[1], _ImplicitFunction.apply(theorem, *values, *leaves[solved:]))
+
+
+def pull_back_implicit(
+    residual: Residual, solver: LinearSolver, w: Tree, inputs: Tree, cotangent: Tree, wanted: Tree, *, start: Tree | None = None
+) -> tuple[Tree, Solution]:
+    """Return (-(d_inputs F)' x, x) for the solution x of (d_w F)' x = v; all of it differentiable again.
+
+    Args:
+        residual: F.
+        solver: of the linear system.
+        w: the solution of F(w, inputs) = 0.
+        inputs: a tree.
+        cotangent: v, a tree like w.
+        wanted: a tree of bools like inputs: whether a leaf's cotangent is asked for. That leaf is a floating-point tensor.
+        start: where the solver begins, a tree like w.
+
+    Returns:
+        The cotangents of the inputs, with None for what is not wanted, and what the solver says.
+
+    Raises:
+        ValueError: under `torch.compile` while gradients are enabled. Without them it can be compiled.
+    """
+
+    def transposed(x: Tree, point: tuple[Tree, Tree, Tree]) -> Tree:
+        """Return (d_w F)' x - v; only its derivatives are of use, in which v counts as -I."""
+        w, inputs, v = point
+        _, pull, *_ = torch.func.vjp(lambda w: residual(w, inputs), w)
+        return tree.map(torch.sub, pull(x)[0], v)
+
+    at, fixed, v = tree.map(_detached, (w, inputs, cotangent))
+    with torch.no_grad():  # the solution's derivative is not that of the solver's steps
+        _, pull, *_ = torch.func.vjp(lambda w: residual(w, fixed), at)
+        solution = solver(lambda x: pull(x)[0], v, start=start)
+    x = implicit(transposed, solver, solution.value, (w, inputs, cotangent))
+    _, bars = pull_back(residual, (w, inputs), tree.map(torch.neg, x), (tree.map(lambda _: False, w), wanted))
+    return bars, solution._replace(value=x)
+
+
+@dataclass(frozen=True)
+class _Theorem:
+    """What the Function is, apart from its tensors; leaves are flat: w, inputs."""
+
+    residual: Residual
+    solver: LinearSolver
+    structure: Structure
+    solved: int  # leaves in w
+
+
+class _ImplicitFunction(torch.autograd.Function):
+    """Return w. That it is an output makes the backward pass a differentiable function of it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(theorem: _Theorem, *leaves: Any) -> tuple[Tensor, ...]:
+        return tuple(leaf.clone() for leaf in leaves[: theorem.solved])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.theorem, *leaves = inputs
+        given = leaves[ctx.theorem.solved :]
+        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in given]
+        ctx.save_for_backward(*output, *[leaf if isinstance(leaf, Tensor) else None for leaf in given])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        theorem: _Theorem = ctx.theorem
+        saved = [*map(alive, ctx.saved_tensors)]
+        solved, given = saved[: theorem.solved], saved[theorem.solved :]
+        leaves = [constant if tensor is None else tensor for tensor, constant in zip(given, ctx.constants, strict=True)]
+        w, inputs = tree.unflatten(theorem.structure, [*solved, *leaves])
+        needed = [
+            need and leaf.is_floating_point() for need, leaf in zip(ctx.needs_input_grad[1 + theorem.solved :], leaves, strict=True)
+        ]
+        v, wanted = tree.unflatten(theorem.structure, [*map(alive, cotangents), *needed])
+        bars, _ = pull_back_implicit(theorem.residual, theorem.solver, w, inputs, v, wanted)
+        return (None, *[None] * theorem.solved, *tree.leaves(bars))
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,24 @@
+"""Solvers of (A + damping I) x = b for an operator known by its products with vectors, one per file."""
+
+from metaopt.linear_solve.base import LinearSolver, Solution
+from metaopt.linear_solve.bicgstab import BiCGStab
+from metaopt.linear_solve.conjugate_gradient import ConjugateGradient
+from metaopt.linear_solve.direct import Direct
+from metaopt.linear_solve.gmres import GMRES
+from metaopt.linear_solve.neumann import Neumann
+from metaopt.linear_solve.normal_cg import NormalCG
+from metaopt.linear_solve.nystrom import Nystrom
+from metaopt.linear_solve.nystrom_cg import NystromCG
+
+__all__ = [
+    "GMRES",
+    "BiCGStab",
+    "ConjugateGradient",
+    "Direct",
+    "LinearSolver",
+    "Neumann",
+    "NormalCG",
+    "Nystrom",
+    "NystromCG",
+    "Solution",
+]
