@@ -352,7 +352,7 @@ def test_what_a_solution_does_not_depend_on_is_never_zero_in_silence() -> None:
 
 def test_a_compiler_would_answer_zero() -> None:
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="cannot be differentiated by `torch.func.grad` inside `torch.compile`"):
+    with pytest.raises(Exception, match=r"cannot be differentiated by `torch\.func\.grad` inside"):
         torch.compile(grad(lambda meta: last(torch.zeros(2), meta)), fullgraph=True, backend="aot_eager")(torch.ones(2))
 
 
