@@ -74,7 +74,12 @@ class MeanGradient:
     def _part(self, examples: Tensor, i: int) -> Tensor:
         if self.microbatches == 1:
             return examples
-        size = len(examples) // self.microbatches
+        size, rest = divmod(len(examples), self.microbatches)
+        if rest:
+            raise ValueError(
+                f"`microbatches` must divide the number of examples of every batch, got {self.microbatches} for {len(examples)}. "
+                "Leave out the incomplete batch, for example with `DataLoader(..., drop_last=True)`."
+            )
         return examples.narrow(0, i * size, size)
 
     def _share(self, total: Tensor | None) -> Tensor | None:

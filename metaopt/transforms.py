@@ -41,6 +41,22 @@ def outside_transforms() -> AbstractContextManager[object]:
     return temporarily_clear_interpreter_stack()
 
 
+def without_levels(tensor: Tensor) -> Tensor:
+    """Return the plain tensor inside those of the levels of `torch.func.grad`.
+
+    Raises:
+        ValueError: there is a level of `vmap` among them.
+    """
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            raise ValueError(
+                'A loop with Revolve(store="disk") cannot run under `vmap` (nor `jacrev`), which hides the values that are to be '
+                'written. Go through the batch in a loop (`meta_grad(..., chunk_size=1)`), or use store="cpu".'
+            )
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def alive(tensor: Tensor | None) -> Tensor | None:
     """Return the tensor, or None, without the wrappers of `torch.func` levels that have ended.
 

@@ -14,6 +14,7 @@ from metaopt.mean_gradient import Hvp, MeanGradient
 from metaopt.pullback import plus, pull_back
 from metaopt.replay import Ambient
 from metaopt.scan import Memory, check_memory
+from metaopt.stream import Stream, first_row
 from metaopt.tree import Tree
 
 
@@ -96,16 +97,28 @@ class Backprop:
             return tree.map(plus, to_inputs, more[0]), (tree.map(plus, to_params, more[1]), to_state), more[2]
 
         own = pullback if self._splits_steps else None
-        constant = 0 if self.window is None else max(loop.steps - self.window, 0)
-        if constant == 0:
+        if self.window is None:
             return unroll(loop, gradient, self.memory, own)
-        early, late = (tree.index(loop.batches, part) for part in (slice(constant), slice(constant, None)))
+        early, late = _parted(loop, self.window)
+        if early is None:
+            return unroll(late, gradient, self.memory, own)
         with torch.no_grad():
-            start = unroll(replace(loop, batches=early, steps=constant), gradient, "full")
+            start = unroll(early, gradient, "full")
         params, state, before = tree.map(torch.Tensor.detach, start)
-        rest = replace(loop, params=params, state=state, batches=late, steps=loop.steps - constant)
-        params, state, losses = unroll(rest, gradient, self.memory, own)
+        params, state, losses = unroll(replace(late, params=params, state=state), gradient, self.memory, own)
         return params, state, torch.cat([before, losses])
+
+
+def _parted(loop: InnerLoop, window: int) -> tuple[InnerLoop | None, InnerLoop]:
+    """Return the loop's (steps before the last `window`, if any; last `window` steps)."""
+    if isinstance(loop.batches, Stream):
+        rows = list(loop.batches.kept())
+        first, last = (Stream(part) if part else None for part in (rows[:-window], rows[-window:]))
+        return replace(loop, batches=first) if first else None, replace(loop, batches=last)
+    steps = loop.steps or 0
+    constant = max(steps - window, 0)
+    early, late = (tree.index(loop.batches, part) for part in (slice(constant), slice(constant, None)))
+    return replace(loop, batches=early, steps=constant) if constant else None, replace(loop, batches=late, steps=steps - constant)
 
 
 def _is_positive(value: Any) -> bool:
@@ -122,9 +135,9 @@ def _none(values: Tree) -> Tree:
 
 def _examples(loop: InnerLoop, microbatches: int) -> Tree:
     """Return which leaves of (inputs, params, batch) hold examples, having seen that they can be cut into equal parts."""
-    in_inputs, in_batch = _none(loop.inputs), _all(loop.batches)
-    batch = tree.index(loop.batches, 0)
-    if not tree.leaves(loop.batches):
+    batch = first_row(loop.batches)
+    in_inputs, in_batch = _none(loop.inputs), _all(batch)
+    if not tree.leaves(batch):
         batch = loop.inputs["batch"]
         in_inputs = {**in_inputs, "batch": _all(batch)}
     for path, length in tree.leading_axes(batch).items():

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from metaopt.scan import Memory, Pullback, scan
+from metaopt.stream import Stream
 from metaopt.tree import Tree
 
 # (inputs, params, batch) -> (gradients, loss)
@@ -28,8 +29,8 @@ class InnerLoop:
             and a "batch" that is the same at every step.
         params: initial parameters.
         state: initial optimizer state.
-        batches: leaves with the leading axis `steps`; without leaves, every step sees `inputs["batch"]`.
-        steps: number of steps.
+        batches: leaves with the leading axis `steps`; without leaves, every step sees `inputs["batch"]`. Or a `Stream`.
+        steps: number of steps; None for a `Stream`, which ends when it ends.
         compile: whether what runs is to be compiled.
     """
 
@@ -38,8 +39,8 @@ class InnerLoop:
     inputs: dict[str, Tree]
     params: Tree
     state: Any
-    batches: Tree
-    steps: int
+    batches: Tree | Stream
+    steps: int | None
     compile: bool = False
 
 

@@ -13,6 +13,7 @@ from metaopt.differentiate.base import InnerLoop, unroll
 from metaopt.implicit import implicit
 from metaopt.kernels import any_order
 from metaopt.linear_solve import ConjugateGradient, LinearSolver
+from metaopt.stream import last_row
 from metaopt.transforms import tracking_levels
 from metaopt.tree import Tree
 
@@ -75,7 +76,7 @@ class Implicit:
             read, batch = given
             return gradient({**read, "optimizer": optimizer}, w, batch)[0]
 
-        return implicit(residual, self.solver, params, (read, tree.index(loop.batches, -1))), state, losses
+        return implicit(residual, self.solver, params, (read, last_row(loop.batches))), state, losses
 
 
 def _refuse_zeros(what: str, tensors: Tree, read: Tree) -> None:
