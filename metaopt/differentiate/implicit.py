@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Implicit:
         theorem 1.
     """
 
-    solver: LinearSolver = ConjugateGradient()  # noqa: RUF009
+    solver: LinearSolver = field(default_factory=ConjugateGradient)
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, LinearSolver):
