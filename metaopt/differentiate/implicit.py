@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Implicit:
     and the optimizer's parameters, receive nothing (autograd then says "not used in the graph"). For iMAML give the initial
     parameters as `meta` too, and let the loss keep the solution near them. The returned optimizer state and losses are constants.
 
+    The loss must not be random: the Hessian and the mixed product are evaluated separately, with other dropout masks.
+
     The result can be differentiated any number of times, and be a middle level: see `metaopt.implicit`. With the solver exact,
     the hypergradient's error is of the order of |w - w*|, the distance to the solution.
 
@@ -48,7 +50,7 @@ class Implicit:
         theorem 1.
     """
 
-    solver: LinearSolver = ConjugateGradient()  # noqa: RUF009
+    solver: LinearSolver = field(default_factory=ConjugateGradient)
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, LinearSolver):
