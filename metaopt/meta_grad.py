@@ -30,7 +30,7 @@ def meta_grad(
         compile: compile the whole meta-gradient with `torch.compile`; needs a C++ compiler on CPU. Best for short loops with
             `Backprop("full")`, since every inner step is unrolled at compile time.
         chunk_size: how many tasks are batched by `vmap` at a time; by default all. 1 means a plain loop over
-            tasks, which is faster for convolutions on CPU, and the way for layers that `vmap` cannot batch (`nn.LSTM`).
+            tasks, which is faster for convolutions on CPU, and the way for what `vmap` cannot batch.
 
     Returns:
         `meta_gradient(params, tasks) -> (grads, losses [n])`, where every leaf of `tasks` has the leading axis n. Both

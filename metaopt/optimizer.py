@@ -121,7 +121,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     Raises:
         ValueError: an update has another shape than its parameter.
     """
-    return tree.map(_add, params, updates)
+    with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
+        return tree.map(_add, params, updates)
 
 
 def _add(param: Tensor, update: Tensor) -> Tensor:
@@ -130,7 +131,8 @@ def _add(param: Tensor, update: Tensor) -> Tensor:
             f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(update.shape)}. A tensor "
             "hyperparameter must be a scalar or broadcast to every parameter; for different parameters use `Grouped`."
         )
-    return (param + update).to(param.dtype)
+    after = param + update
+    return after if after.dtype == param.dtype else after.to(param.dtype)
 
 
 def _same_kind(owner: object, name: str, new: Tensor, old: Tensor) -> Tensor:

@@ -54,13 +54,18 @@ class Backprop:
             with any_order():
                 return torch.func.grad_and_value(lambda at: loop.loss(inputs, at, batch))(params)
 
+        def update(inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor) -> tuple[Tree, Any]:
+            with any_order():  # a learned optimizer may hold norms and recurrent layers too
+                return loop.update(inputs, grads, state, params, loss)
+
+        exact = replace(loop, update=update)
         constant = 0 if self.window is None else max(loop.steps - self.window, 0)
         if constant == 0:
-            return unroll(loop, gradient, self.memory)
+            return unroll(exact, gradient, self.memory)
         early, late = (tree.index(loop.batches, part) for part in (slice(constant), slice(constant, None)))
         with torch.no_grad():
-            start = unroll(replace(loop, batches=early, steps=constant), gradient, "full")
+            start = unroll(replace(exact, batches=early, steps=constant), gradient, "full")
         params, state, before = tree.map(torch.Tensor.detach, start)
-        rest = replace(loop, params=params, state=state, batches=late, steps=loop.steps - constant)
+        rest = replace(exact, params=params, state=state, batches=late, steps=loop.steps - constant)
         params, state, losses = unroll(rest, gradient, self.memory)
         return params, state, torch.cat([before, losses])

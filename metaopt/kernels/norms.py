@@ -1,40 +1,18 @@
-"""Kernels whose derivatives are right at every order."""
+"""Norms from elementary operations, equal to torch's.
+
+Torch's formula for the second derivative of layer, batch and instance norms takes the saved mean and variance for constants, so
+that a third derivative, and the second through `grad(vmap(grad))`, are silently wrong by per cents (pytorch issues 175754 and
+186256). Of weight norm already the second derivative is wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-
-
-@contextmanager
-def any_order() -> Iterator[None]:
-    """While entered, what torch computes can be differentiated again and again, in any nesting of `grad` and `vmap`.
-
-    Attention runs on its plain kernel: the fused ones have no second derivative. Layer, batch and instance norms are
-    computed from elementary operations: torch's formula for their second derivative takes the saved mean and variance
-    for constants, so a third derivative, and the second through `grad(vmap(grad))`, are silently wrong by per cents
-    (pytorch issues 175754 and 186256). So is weight norm: there already the second derivative is wrong.
-
-    Cost:
-        0 to 4 % of a meta-gradient's time where layers are wide (transformer layer, four-layer convolution network), 10 to 20 %
-        for a 40-40 MLP; CPU.
-    """
-    with sdpa_kernel(SDPBackend.MATH), _ElementaryNorms():
-        yield
-
-
-class _ElementaryNorms(TorchFunctionMode):
-    """Computes norms with the functions below."""
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return _ELEMENTARY.get(func, func)(*args, **(kwargs or {}))
 
 
 def _layer_norm(
@@ -83,18 +61,6 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g * (v * v).sum(dims, keepdim=True).rsqrt())
 
 
-# `torch.layer_norm` and the others are what `F.layer_norm` calls; the order of their arguments is their own.
-_ELEMENTARY: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.layer_norm: _layer_norm,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-    torch.layer_norm: lambda input, shape, weight=None, bias=None, eps=1e-5, _=True: _layer_norm(input, shape, weight, bias, eps),
-    torch.batch_norm: lambda x, weight, bias, mean, var, *rest: _batch_norm(x, mean, var, weight, bias, *rest[:3]),
-    torch.instance_norm: lambda x, weight, bias, mean, var, *rest: _instance_norm(x, mean, var, weight, bias, *rest[:3]),
-    torch._weight_norm: _weight_norm,
-}
-
-
 def _per_channel(input: Tensor) -> tuple[int, ...]:
     """Return the shape in which one value per channel broadcasts against [n, channels, ...]."""
     return (1, -1, *[1] * (input.ndim - 2))
@@ -112,3 +78,15 @@ def _normalize(
     if bias is not None:
         x = x + bias.reshape(shape)
     return x.to(input.dtype)
+
+
+# `torch.layer_norm` and the others are what `F.layer_norm` calls; the order of their arguments is their own.
+NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    torch.layer_norm: lambda input, shape, weight=None, bias=None, eps=1e-5, _=True: _layer_norm(input, shape, weight, bias, eps),
+    torch.batch_norm: lambda x, weight, bias, mean, var, *rest: _batch_norm(x, mean, var, weight, bias, *rest[:3]),
+    torch.instance_norm: lambda x, weight, bias, mean, var, *rest: _instance_norm(x, mean, var, weight, bias, *rest[:3]),
+    torch._weight_norm: _weight_norm,
+}
