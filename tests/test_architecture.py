@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["tree", "errors", "transforms", "kernels", "replay", "revolve"],
     ["module", "functional", "scan", "deployed"],
-    ["schedule", "closure", "differentiate"],
+    ["schedule", "closure", "differentiate", "second_order"],
     ["hyperparameter"],
     ["optimizer"],
     ["minimize"],
