@@ -64,8 +64,8 @@ def _needs_gradient(leaves: list[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and is_tracked(leaf) for leaf in leaves)
 
 
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+def _is_differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def _plain_loop(step: Step, inputs: Tree, carry: Tree, xs: Tree, length: int) -> tuple[Tree, Tensor]:
@@ -139,7 +139,7 @@ class _ScanFunction(torch.autograd.Function):
         loop, *leaves = inputs
         ctx.loop = loop
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[tensor for tensor in output if not tensor.is_floating_point()])
+        ctx.mark_non_differentiable(*[tensor for tensor in output if not _is_differentiable(tensor)])
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         snapshots = output[loop.carried + loop.length :]
         ctx.save_for_backward(*[leaf if isinstance(leaf, Tensor) else None for leaf in leaves], *snapshots)
@@ -176,9 +176,9 @@ class _Reversal:
         self.loop, (self.shared, self.first, self.xs) = loop, loop.split(leaves)
         _, _, self.snapshots = loop.parts([None] * (loop.carried + loop.length) + list(ctx.saved_tensors[count:]))
         needed = loop.split(ctx.needs_input_grad[1:])
-        self.in_shared = [i for i, leaf in enumerate(self.shared) if needed[0][i] and _is_float(leaf)]
-        self.in_carry = [i for i, leaf in enumerate(self.first) if _is_float(leaf)]
-        self.in_xs = [i for i, leaf in enumerate(self.xs) if needed[2][i] and _is_float(leaf)]
+        self.in_shared = [i for i, leaf in enumerate(self.shared) if needed[0][i] and _is_differentiable(leaf)]
+        self.in_carry = [i for i, leaf in enumerate(self.first) if _is_differentiable(leaf)]
+        self.in_xs = [i for i, leaf in enumerate(self.xs) if needed[2][i] and _is_differentiable(leaf)]
         self.bar_shared: list[Tensor | None] = [None] * loop.shared
         self.bar_xs: list[list[Tensor]] = [[] for _ in self.xs]
 
