@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from problems import assert_close, two_derivatives
 from torch import Tensor, nn
 from torch.func import grad
@@ -227,3 +228,56 @@ def test_every_leaf_keeps_its_own_dtype(make: Callable[[Any], mo.Optimizer], rul
     for key in () if rule == "window" else params:
         assert params[key].grad.dtype == MIXED[key]
         assert_close(params[key].grad.double(), wide[key].grad, 0.1)
+
+
+class First(nn.Module):
+    """The first of a layer's results, from one argument or several times the same."""
+
+    def __init__(self, layer: nn.Module, times: int = 1):
+        super().__init__()
+        self.layer, self.times = layer, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = {"need_weights": False} if self.times > 1 else {}
+        return self.layer(*[x] * self.times, **options)[0]
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "layer-norm": lambda: nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4)),
+    "batch-norm": lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 4)),
+    "convolution": lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4)),
+    "lstm": lambda: nn.Sequential(nn.Linear(4, 4), First(nn.LSTM(4, 4, batch_first=True))),
+    "attention": lambda: First(nn.MultiheadAttention(4, 2, batch_first=True), times=3),
+    "transformer": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+    "transformer-eval": lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval(),
+}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("rule", ["full", "steps", "revolve"])
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_inside_the_loss_with_float32_state(name: str, rule: str, chunk_size: int | None) -> None:
+    net, tasks = mo.functional(MODELS[name]()), torch.randn(3, 2, 5, 3, 4)
+
+    def gradient(autocast: bool) -> tuple[dict[str, Tensor], list[torch.dtype]]:
+        dtypes = []
+
+        def loss_fn(params: dict[str, Tensor], x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = net(params, x)
+                dtypes.append(F.linear(y, y.new_zeros(1, y.shape[-1])).dtype)
+            return (y.float() - 1).square().mean()
+
+        def task_loss(params: dict[str, Tensor], task: Tensor) -> Tensor:
+            out = mo.minimize(loss_fn, SGD(0.1), params, task[0], steps=3, differentiate=RULES[rule])
+            return loss_fn(out.params, task[1])
+
+        return mo.meta_grad(task_loss, chunk_size=chunk_size)(net.params, tasks)[0], dtypes
+
+    exact, plain = gradient(autocast=False)
+    found, narrow = gradient(autocast=True)
+    assert set(plain) == {torch.float32}
+    assert set(narrow) == {torch.bfloat16}  # in the steps that run again too
+    assert {g.dtype for g in found.values()} == {torch.float32}
+    error = tree.norm(tree.map(torch.sub, found, exact)) / tree.norm(exact)
+    assert 0 < error < 2**-6  # bfloat16 has 2^-8, and rounding errors average out over a sum

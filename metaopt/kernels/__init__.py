@@ -18,9 +18,9 @@ __all__ = ["any_order"]
 def any_order() -> AbstractContextManager[Any]:
     """While entered, what torch computes can be differentiated again and again, in any nesting of `grad` and `vmap`.
 
-    Attention runs on its plain kernel: the fused ones have no second derivative. Layer, batch and instance norms and
-    weight norm are computed from elementary operations, since torch's formulas for their higher derivatives are wrong; so
-    are recurrent layers, since their kernels have no second derivative on some devices and no batching rule on any.
+    All is computed from elementary operations then. Of attention the fused kernels have no second derivative; of layer, batch,
+    instance and weight norms torch's formulas for higher derivatives are wrong; recurrent layers have no batching rule, and
+    on some devices no second derivative.
 
     Cost:
         About a microsecond for each call of a torch function, which Python then sees: 5 to 8 % of a meta-gradient's time for a
