@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from problems import assert_close
 from torch import Tensor, nn
+from torch.func import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaopt.kernels import any_order
@@ -97,3 +98,14 @@ def test_causal_with_a_mask_is_torchs_error() -> None:
     x = torch.ones(1, 2, 2)
     with any_order(), pytest.raises(RuntimeError, match="attn_mask should not be set when is_causal"):
         F.scaled_dot_product_attention(x, x, x, torch.ones(2, 2), is_causal=True)
+
+
+def test_a_compiler_sees_through_it() -> None:
+    """This backend needs no C++ compiler."""
+    layer, x = nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+
+    def gradient(x: Tensor) -> Tensor:
+        with any_order():
+            return grad(lambda x: layer(x, x, x, need_weights=False)[0].sin().sum())(x)
+
+    assert_close(torch.compile(gradient, fullgraph=True, backend="eager")(x), gradient(x), 1e-13)

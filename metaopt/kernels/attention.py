@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def _attention(
@@ -48,8 +49,15 @@ def _attention(
     return found if dtype == wide else found.to(dtype)
 
 
-# Modes are off inside a function of `F` that they have handed on to: it must find our attention by itself.
-_multi_head = types.FunctionType(
+def _multi_head(*args: Any, **kwargs: Any) -> Any:
+    """Call torch's function with our attention inside it, where modes are off; a compiler cannot trace it with other globals."""
+    if torch.compiler.is_compiling():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.multi_head_attention_forward(*args, **kwargs)
+    return _with_our_attention(*args, **kwargs)
+
+
+_with_our_attention = types.FunctionType(
     F.multi_head_attention_forward.__code__,
     {**vars(F), "scaled_dot_product_attention": _attention},
     argdefs=F.multi_head_attention_forward.__defaults__,
