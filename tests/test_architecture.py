@@ -21,7 +21,7 @@ LAYERS = [
     ["pullback", "compiled", "linear_solve", "stream", "tensor_file"],
     ["disk"],
     ["module", "functional", "scan", "deployed", "batching", "mean_gradient", "implicit"],
-    ["schedule", "closure", "differentiate"],
+    ["schedule", "closure", "differentiate", "second_order"],
     ["hyperparameter"],
     ["optimizer"],
     ["minimize"],

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.differentiate.base import InnerLoop, unroll
+from metaopt.differentiate.base import InnerLoop, Update, unroll
+from metaopt.kernels import any_order
 from metaopt.mean_gradient import Hvp, MeanGradient
 from metaopt.pullback import plus, pull_back
 from metaopt.replay import Ambient
@@ -80,6 +81,7 @@ class Backprop:
         return self.microbatches > 1 or self.hvp == "forward"
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
+        loop = replace(loop, update=_exact(loop.update))
         gradient = MeanGradient(loop.loss, _examples(loop, self.microbatches), self.microbatches, self.hvp)
 
         def pullback(inputs: Tree, carry: Tree, batch: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree) -> Tree:
@@ -119,6 +121,16 @@ def _parted(loop: InnerLoop, window: int) -> tuple[InnerLoop | None, InnerLoop]:
     constant = max(steps - window, 0)
     early, late = (tree.index(loop.batches, part) for part in (slice(constant), slice(constant, None)))
     return replace(loop, batches=early, steps=constant) if constant else None, replace(loop, batches=late, steps=steps - constant)
+
+
+def _exact(update: Update) -> Update:
+    """Let the derivatives of norms and recurrent layers in a learned optimizer be exact too."""
+
+    def call(*args: Any) -> Any:
+        with any_order():
+            return update(*args)
+
+    return call
 
 
 def _is_positive(value: Any) -> bool:
