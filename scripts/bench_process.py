@@ -90,7 +90,7 @@ def _serve(pipe: Connection, side: Side, comparison: str, problem: Any, threads:
         calls = 1
         while True:
             if pipe.recv() == "result":
-                pipe.send({name: _array(value) for name, value in run().items()})
+                pipe.send({name: array(value) for name, value in run().items()})
                 continue
             start = time.perf_counter()
             for _ in range(calls):
@@ -104,8 +104,9 @@ def _serve(pipe: Connection, side: Side, comparison: str, problem: Any, threads:
         pipe.send(traceback.format_exc())
 
 
-def _array(value: Any) -> np.ndarray:
-    return np.array(value.detach() if hasattr(value, "detach") else value)
+def array(value: Any) -> np.ndarray:
+    """Return a tensor of any library as an array of its own."""
+    return np.asarray(value.detach() if hasattr(value, "detach") else value).copy()
 
 
 def resident(what: str) -> int:
