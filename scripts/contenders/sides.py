@@ -71,7 +71,9 @@ COMPARISONS = {
         [
             Side("PyTorch by hand", "by_hand", lengths=(20, 100)),
             Side("metaopt", "with_metaopt", lengths=(20, 100)),
+            Side("metaopt, compiled", "with_metaopt", {"compile": True}),
             Side('metaopt, memory="steps"', "with_metaopt", STEPS, lengths=(20, 100)),
+            Side('metaopt, memory="steps", compiled', "with_metaopt", {**STEPS, "compile": True}, lengths=(20, 100)),
             Side("JAX jit, scan, checkpoint", "with_jax", lengths=(20, 100)),
             Side("JAX jit, scan", "with_jax", {"remat": False}, lengths=(20, 100)),
         ],
