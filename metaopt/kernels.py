@@ -83,18 +83,26 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g * (v * v).sum(dims, keepdim=True).rsqrt())
 
 
-def _mse_loss(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+# A compiler passes on the arguments as the user wrote them, without defaults: these signatures are torch's.
+def _mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
     """Take the mean apart from the squares: the gradient of both in one has no forward derivative."""
-    if options["reduction"] == "mean" and all(options[name] is None for name in options.keys() - {"reduction"}):
+    if reduction == "mean" and size_average is None and reduce is None and weight is None:
         return F.mse_loss(input, target, reduction="none").mean()
-    return F.mse_loss(input, target, **options)
+    return F.mse_loss(input, target, size_average, reduce, reduction, weight)
 
 
-def _huber_loss(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+def _huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None) -> Tensor:
     """Scale the smooth L1 loss, which is the same, and whose gradient has a forward derivative."""
-    if options.get("weight") is None and options["delta"] > 0:
-        return options["delta"] * F.smooth_l1_loss(input, target, reduction=options["reduction"], beta=options["delta"])
-    return F.huber_loss(input, target, **options)
+    if weight is None and delta > 0:
+        return delta * F.smooth_l1_loss(input, target, reduction=reduction, beta=delta)
+    return F.huber_loss(input, target, reduction, delta, weight)
 
 
 # `torch.layer_norm` and the others are what `F.layer_norm` calls; the order of their arguments is their own.
