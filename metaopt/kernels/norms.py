@@ -61,45 +61,6 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g * (v * v).sum(dims, keepdim=True).rsqrt())
 
 
-<<<<<<< HEAD:metaopt/kernels/norms.py
-=======
-# A compiler passes on the arguments as the user wrote them, without defaults: these signatures are torch's.
-def _mse_loss(
-    input: Tensor,
-    target: Tensor,
-    size_average: Any = None,
-    reduce: Any = None,
-    reduction: str = "mean",
-    weight: Tensor | None = None,
-) -> Tensor:
-    """Take the mean apart from the squares: the gradient of both in one has no forward derivative."""
-    if reduction == "mean" and size_average is None and reduce is None and weight is None:
-        return F.mse_loss(input, target, reduction="none").mean()
-    return F.mse_loss(input, target, size_average, reduce, reduction, weight)
-
-
-def _huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None) -> Tensor:
-    """Scale the smooth L1 loss, which is the same, and whose gradient has a forward derivative."""
-    if weight is None and delta > 0:
-        return delta * F.smooth_l1_loss(input, target, reduction=reduction, beta=delta)
-    return F.huber_loss(input, target, reduction, delta, weight)
-
-
-# `torch.layer_norm` and the others are what `F.layer_norm` calls; the order of their arguments is their own.
-_ELEMENTARY: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    F.layer_norm: _layer_norm,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-    torch.layer_norm: lambda input, shape, weight=None, bias=None, eps=1e-5, _=True: _layer_norm(input, shape, weight, bias, eps),
-    torch.batch_norm: lambda x, weight, bias, mean, var, *rest: _batch_norm(x, mean, var, weight, bias, *rest[:3]),
-    torch.instance_norm: lambda x, weight, bias, mean, var, *rest: _instance_norm(x, mean, var, weight, bias, *rest[:3]),
-    torch._weight_norm: _weight_norm,
-    F.mse_loss: _mse_loss,
-    F.huber_loss: _huber_loss,
-}
-
-
->>>>>>> w-bench:metaopt/kernels.py
 def _per_channel(input: Tensor) -> tuple[int, ...]:
     """Return the shape in which one value per channel broadcasts against [n, channels, ...]."""
     return (1, -1, *[1] * (input.ndim - 2))
