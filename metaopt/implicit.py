@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.derivative import with_derivative
 from metaopt.linear_solve import LinearSolver, Solution
 from metaopt.pullback import pull_back
-from metaopt.transforms import alive
-from metaopt.tree import Structure, Tree
+from metaopt.tree import Tree
 
 Residual = Callable[[Tree, Tree], Tree]  # F: (w, inputs) -> a tree like w
 
@@ -41,18 +40,12 @@ def implicit(residual: Residual, solver: LinearSolver, w: Tree, inputs: Tree) ->
     Reference:
         Krantz, Parks 2013, The Implicit Function Theorem; Blondel et al. 2022, arXiv:2105.15183, equation 2.
     """
-    if not torch.is_grad_enabled():
-        return tree.map(torch.Tensor.detach, w)
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            "The implicit function theorem cannot be differentiated by `torch.func.grad` inside `torch.compile`: the compiler "
-            "drops derivatives that are not torch's own, and the result would be zero. Compile the loss alone."
-        )
-    leaves, structure = tree.flatten((w, inputs))
-    solved = len(tree.leaves(w))
-    theorem = _Theorem(residual, solver, structure, solved)
-    values = [leaf.detach() for leaf in leaves[:solved]]
-    return tree.unflatten(tree.flatten(w)[1], _ImplicitFunction.apply(theorem, *values, *leaves[solved:]))
+
+    def transposed(w: Tree, inputs: Tree, cotangent: Tree, wanted: Tree) -> Tree:
+        bars, _ = pull_back_implicit(residual, solver, w, inputs, cotangent, wanted)
+        return bars
+
+    return with_derivative(transposed, w, inputs)
 
 
 def pull_back_implicit(
@@ -89,47 +82,6 @@ def pull_back_implicit(
     x = implicit(transposed, solver, solution.value, (w, inputs, cotangent))
     _, bars = pull_back(residual, (w, inputs), tree.map(torch.neg, x), (tree.map(lambda _: False, w), wanted))
     return bars, solution._replace(value=x)
-
-
-@dataclass(frozen=True)
-class _Theorem:
-    """What the Function is, apart from its tensors; leaves are flat: w, inputs."""
-
-    residual: Residual
-    solver: LinearSolver
-    structure: Structure
-    solved: int  # leaves in w
-
-
-class _ImplicitFunction(torch.autograd.Function):
-    """Return w. That it is an output makes the backward pass a differentiable function of it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(theorem: _Theorem, *leaves: Any) -> tuple[Tensor, ...]:
-        return tuple(leaf.clone() for leaf in leaves[: theorem.solved])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.theorem, *leaves = inputs
-        given = leaves[ctx.theorem.solved :]
-        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in given]
-        ctx.save_for_backward(*output, *[leaf if isinstance(leaf, Tensor) else None for leaf in given])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        theorem: _Theorem = ctx.theorem
-        saved = [*map(alive, ctx.saved_tensors)]
-        solved, given = saved[: theorem.solved], saved[theorem.solved :]
-        leaves = [constant if tensor is None else tensor for tensor, constant in zip(given, ctx.constants, strict=True)]
-        w, inputs = tree.unflatten(theorem.structure, [*solved, *leaves])
-        needed = [
-            need and leaf.is_floating_point() for need, leaf in zip(ctx.needs_input_grad[1 + theorem.solved :], leaves, strict=True)
-        ]
-        v, wanted = tree.unflatten(theorem.structure, [*map(alive, cotangents), *needed])
-        bars, _ = pull_back_implicit(theorem.residual, theorem.solver, w, inputs, v, wanted)
-        return (None, *[None] * theorem.solved, *tree.leaves(bars))
 
 
 def _detached(leaf: Any) -> Any:

@@ -21,34 +21,35 @@ Hvp = Literal["reverse", "forward"]
 
 @dataclass(frozen=True)
 class MeanGradient:
-    """(g, L) with g = grad_w L(inputs, w, batch), from micro-batches: L = (L_1 + ... + L_m) / m.
+    """(g, L, aux) with g = grad_w L(inputs, w, state, batch), from micro-batches: L = (L_1 + ... + L_m) / m.
 
     Attributes:
-        loss: (inputs, params, batch) -> L; a mean over the examples if m > 1.
-        examples: a tree of bools like (inputs, params, batch): which leaves have the examples as their leading axis.
+        loss: (inputs, params, state, batch) -> (L, aux); L is a mean over the examples, and aux empty, if m > 1.
+        examples: a tree of bools like (inputs, params, state, batch): which leaves have the examples as their leading axis. Needed
+            if m > 1.
         microbatches: m, the number of equal parts these are cut into, one after the other.
         hvp: how the gradient is differentiated: "reverse" over reverse, or "forward" over reverse.
     """
 
-    loss: Callable[[Tree, Tree, Tree], Tensor]
-    examples: Tree
+    loss: Callable[[Tree, Tree, Tree, Tree], tuple[Tensor, Tree]]
+    examples: Tree = None
     microbatches: int = 1
     hvp: Hvp = "reverse"
 
-    def __call__(self, inputs: Tree, params: Tree, batch: Tree) -> tuple[Tree, Tensor]:
-        """Return (g, L)."""
-        parts = self._parts((inputs, params, batch))
+    def __call__(self, inputs: Tree, params: Tree, state: Tree, batch: Tree) -> tuple[Tree, Tensor, Tree]:
+        """Return (g, L, aux)."""
+        parts = self._parts((inputs, params, state, batch))
         total = self._of_one(*next(parts))
         for part in parts:
             total = tree.map(torch.add, total, self._of_one(*part))
         return total if self.microbatches == 1 else tree.map(self._share, total)
 
-    def pull_back(self, arguments: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree) -> Tree:
-        """Return the cotangents of (inputs, params, batch), given c on g and a on L: d<c, g> + a dL.
+    def pull_back(self, arguments: Tree, cotangents: tuple[Tree, Tensor | None, Tree], wanted: Tree) -> Tree:
+        """Return the cotangents of (inputs, params, state, batch), given c on g, a on L and b on aux: d<c, g> + a dL + d<b, aux>.
 
         Args:
-            arguments: (inputs, params, batch).
-            cotangents: (c, a); None stands for zero.
+            arguments: (inputs, params, state, batch).
+            cotangents: (c, a, b); None stands for zero.
             wanted: in the structure of the arguments: whether a leaf's cotangent is asked for.
 
         Returns:
@@ -58,8 +59,10 @@ class MeanGradient:
             Two to three gradients in time; in memory what one micro-batch needs.
         """
         cotangents = tree.map(self._share, cotangents)
-        is_constant = all(bar is None for bar in tree.leaves(cotangents[0]))
-        of_one = self._pull_back_reverse if self.hvp == "reverse" or is_constant else self._pull_back_forward
+        of_grads, _, of_aux = cotangents
+        nothing_along = all(bar is None for bar in tree.leaves(of_grads))
+        is_reverse = self.hvp == "reverse" or nothing_along or any(bar is not None for bar in tree.leaves(of_aux))
+        of_one = self._pull_back_reverse if is_reverse else self._pull_back_forward
         first, *rest = self._parts(arguments)
         total = of_one(first, cotangents, wanted)
         for part in rest:
@@ -68,6 +71,9 @@ class MeanGradient:
 
     def _parts(self, arguments: Tree) -> Iterator[Tree]:
         """Yield the arguments of each micro-batch."""
+        if self.microbatches == 1:
+            yield arguments
+            return
         for i in range(self.microbatches):
             yield tree.map(lambda leaf, is_one, i=i: self._part(leaf, i) if is_one else leaf, arguments, self.examples)
 
@@ -85,21 +91,27 @@ class MeanGradient:
     def _share(self, total: Tensor | None) -> Tensor | None:
         return None if total is None else total / self.microbatches
 
-    def _of_one(self, inputs: Tree, params: Tree, batch: Tree) -> tuple[Tree, Tensor]:
+    def _of_one(self, inputs: Tree, params: Tree, state: Tree, batch: Tree) -> tuple[Tree, Tensor, Tree]:
         with any_order():
-            return torch.func.grad_and_value(lambda at: self.loss(inputs, at, batch))(params)
+            grads, (loss, aux) = torch.func.grad_and_value(lambda at: self.loss(inputs, at, state, batch), has_aux=True)(params)
+        if self.microbatches > 1 and tree.leaves(aux):
+            raise ValueError(
+                f"`microbatches={self.microbatches}` needs a loss that is a mean over examples and nothing else, but this one "
+                "also runs the levels below, whose states cannot be averaged. Leave `microbatches` out."
+            )
+        return grads, loss, aux
 
-    def _pull_back_reverse(self, arguments: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree) -> Tree:
+    def _pull_back_reverse(self, arguments: Tree, cotangents: tuple[Tree, Tensor | None, Tree], wanted: Tree) -> Tree:
         return pull_back(self._of_one, arguments, cotangents, wanted)
 
-    def _pull_back_forward(self, arguments: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree) -> Tree:
+    def _pull_back_forward(self, arguments: Tree, cotangents: tuple[Tree, Tensor | None, Tree], wanted: Tree) -> Tree:
         """One derivative along c: with F = dL/dv at w, the result is d/de F(w + e c) + a F, for the wanted v."""
-        inputs, params, batch = arguments
-        along, of_loss = cotangents
+        inputs, params, state, batch = arguments
+        along, of_loss, _ = cotangents
 
         def gradient(at: Tree) -> list[Tensor]:
-            here = (inputs, at, batch)
-            return torch.func.grad(lambda variables: self.loss(*put(variables, here, wanted)))(chosen(here, wanted))
+            here = (inputs, at, state, batch)
+            return torch.func.grad(lambda variables: self.loss(*put(variables, here, wanted))[0])(chosen(here, wanted))
 
         with any_order(), _named_operator():
             slopes, bars, *_ = torch.func.jvp(gradient, (params,), (along,))

@@ -93,7 +93,10 @@ def minimize(
         arguments = (params, batch) if meta is None else (params, batch, inputs["meta"])
         return _check_scalar(loss_fn(*arguments) if module is None else module(inputs["loss"], *arguments))
 
-    def update(inputs: Tree, grads: Tree, state: State, params: Tree, loss: Tensor) -> tuple[Tree, State]:
+    def loop_loss(inputs: Tree, params: Tree, state: State, x: Tree) -> tuple[Tensor, tuple[()]]:
+        return loss(inputs, params, x), ()
+
+    def update(inputs: Tree, grads: Tree, state: State, params: Tree, loss: Tensor, aux: tuple[()]) -> tuple[Tree, State]:
         if inputs is own:
             updates, state = optimizer(grads, state, params, loss=loss)
         else:
@@ -105,7 +108,7 @@ def minimize(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         with any_order():
             check_closure(loss, loss_fn, {**inputs, "optimizer": {}}, params, first_row(xs))
-    result = Minimized(*differentiate(InnerLoop(loss, update, inputs, params, state, xs, steps, compile)))
+    result = Minimized(*differentiate(InnerLoop(loop_loss, update, inputs, params, state, xs, steps, compile)))
     if values_are_readable():
         check_finite(result.losses, "minimize")
     return result

@@ -89,14 +89,15 @@ class Backprop:
             (params, state), (of_after, of_loss) = carry, cotangents
             in_inputs, (in_params, in_state), in_batch = wanted
             ambient = Ambient.now(tree.leaves((inputs, carry, batch)))
-            grads, loss = gradient(inputs, params, batch)
-            arguments, in_arguments = (inputs, grads, state, params, loss), (in_inputs, _all(grads), in_state, in_params, True)
-            to_inputs, to_grads, to_state, to_params, to_loss = pull_back(loop.update, arguments, of_after, in_arguments)
+            grads, loss, aux = gradient(inputs, params, state, batch)
+            arguments = (inputs, grads, state, params, loss, aux)
+            in_arguments = (in_inputs, _all(grads), in_state, in_params, True, tree.map(torch.is_floating_point, aux))
+            to_inputs, to_grads, to_state, to_params, to_loss, to_aux = pull_back(loop.update, arguments, of_after, in_arguments)
             with ambient.restored():  # the gradient sees the random numbers that it saw above
-                more = gradient.pull_back(
-                    (inputs, params, batch), (to_grads, plus(to_loss, of_loss)), (in_inputs, in_params, in_batch)
-                )
-            return tree.map(plus, to_inputs, more[0]), (tree.map(plus, to_params, more[1]), to_state), more[2]
+                read, in_read = (inputs, params, state, batch), (in_inputs, in_params, in_state, in_batch)
+                bars = gradient.pull_back(read, (to_grads, plus(to_loss, of_loss), to_aux), in_read)
+            to_inputs, to_params, to_state = tree.map(plus, (to_inputs, to_params, to_state), bars[:3])
+            return to_inputs, (to_params, to_state), bars[3]
 
         own = pullback if self._splits_steps else None
         if self.window is None:
@@ -146,7 +147,7 @@ def _none(values: Tree) -> Tree:
 
 
 def _examples(loop: InnerLoop, microbatches: int) -> Tree:
-    """Return which leaves of (inputs, params, batch) hold examples, having seen that they can be cut into equal parts."""
+    """Return which leaves of (inputs, params, state, batch) hold examples, having seen that they can be cut into equal parts."""
     batch = first_row(loop.batches)
     in_inputs, in_batch = _none(loop.inputs), _all(batch)
     if not tree.leaves(batch):
@@ -163,4 +164,4 @@ def _examples(loop: InnerLoop, microbatches: int) -> Tree:
                 f"`microbatches` must divide the number of examples, got {microbatches} for the {length} at {path}. Choose a "
                 "divisor, or another batch size."
             )
-    return in_inputs, _none(loop.params), in_batch
+    return in_inputs, _none(loop.params), _none(loop.state), in_batch

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from metaopt import tree
+from metaopt.compiled import compiled
+from metaopt.derivative import with_derivative
+from metaopt.mean_gradient import MeanGradient
 from metaopt.scan import Memory, Pullback, scan
-from metaopt.stream import Stream
+from metaopt.stream import Stream, last_row
+from metaopt.transforms import is_tracked, tracking_levels
 from metaopt.tree import Tree
 
-# (inputs, params, batch) -> (gradients, loss)
-Gradient = Callable[[Tree, Tree, Tree], tuple[Tree, Tensor]]
-# (inputs, gradients, optimizer state, params, loss) -> (params, optimizer state)
-Update = Callable[[Tree, Tree, Any, Tree, Tensor], tuple[Tree, Any]]
+# (inputs, params, state, batch) -> (loss, aux)
+Loss = Callable[[Tree, Tree, Any, Tree], tuple[Tensor, Tree]]
+# (inputs, params, state, batch) -> (gradients, loss, aux)
+Gradient = Callable[[Tree, Tree, Any, Tree], tuple[Tree, Tensor, Tree]]
+# (inputs, gradients, state, params, loss, aux) -> (params, state)
+Update = Callable[[Tree, Tree, Any, Tree, Tensor, Tree], tuple[Tree, Any]]
 
 
 @dataclass(frozen=True)
@@ -23,18 +31,18 @@ class InnerLoop:
     """An inner problem as pure functions of explicit tensors.
 
     Attributes:
-        loss: (inputs, params, batch) -> scalar loss.
-        update: (inputs, grads, state, params, loss) -> (params, state): one application of the optimizer.
+        loss: (inputs, params, state, batch) -> (scalar loss, aux), with a tree of tensors that is handed to `update`.
+        update: (inputs, grads, state, params, loss, aux) -> (params, state): one application of the optimizer.
         inputs: what every step reads: the tensors of the "optimizer", which the loss does not read, those of the "loss", "meta"
             and a "batch" that is the same at every step.
         params: initial parameters.
-        state: initial optimizer state.
+        state: initial state: the optimizer's, and whatever else goes on from step to step.
         batches: leaves with the leading axis `steps`; without leaves, every step sees `inputs["batch"]`. Or a `Stream`.
         steps: number of steps; None for a `Stream`, which ends when it ends.
         compile: whether what runs is to be compiled.
     """
 
-    loss: Callable[[Tree, Tree, Tree], Tensor]
+    loss: Loss
     update: Update
     inputs: dict[str, Tree]
     params: Tree
@@ -48,8 +56,74 @@ class Rule(Protocol):
     """How gradients pass through an inner loop: run it, and attach a derivative to what comes out."""
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
-        """Return (params, optimizer state, losses [steps])."""
+        """Return (params, state, losses [steps])."""
         ...
+
+
+class End(NamedTuple):
+    """Where a loop ended: the last parameters and state, and the batch of the last step."""
+
+    params: Tree
+    state: Any
+    batch: Tree
+
+
+class PointRule:
+    """A rule that looks only at where the loop ended, not at the steps that led there.
+
+    What the end depends on is then what the loss there reads: `inputs` without the optimizer, and the batch of the last step.
+    The initial parameters and state, and the optimizer's tensors, receive nothing; the returned state and losses are constants.
+    """
+
+    def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
+        """Return the cotangents of what the loss reads, and what there is to say about them.
+
+        A function of the tensors in its arguments, built from torch's own operations: it can be differentiated and compiled.
+
+        Args:
+            loop: its `inputs` are differentiated; its initial parameters, state and batches are not looked at.
+            end: where it ended.
+            cotangent: v, a tree like `end.params`.
+            wanted: (tree of bools like `loop.inputs` without "optimizer", tree of bools like `end.batch`).
+
+        Returns:
+            A tree like `wanted` with cotangents, None where not wanted; and name -> statistic.
+        """
+        raise TypeError(f"{type(self).__name__} must define `pull_back(loop, end, cotangent, wanted)`.")
+
+    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
+        refuse_zeros(self, "initial parameters", loop.params, without_optimizer(loop.inputs))
+        refuse_zeros(self, "optimizer's tensors", loop.inputs["optimizer"], without_optimizer(loop.inputs))
+        params, state, losses = run(loop)
+        return attach(self, loop, End(params, state, last_row(loop.batches))), state, losses
+
+
+def attach(rule: PointRule, loop: InnerLoop, end: End) -> Tree:
+    """Return the last parameters with the derivative that `rule` gives them.
+
+    Nothing is computed before it is asked for. With `loop.compile` the pullback is compiled, unless it is itself differentiated.
+    """
+    if (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not _any_tracked((without_optimizer(loop.inputs), end.batch))
+    ):
+        return tree.map(torch.Tensor.detach, end.params)
+
+    def pull_back(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree, wanted: tuple[Tree, Any, Tree]) -> Tree:
+        in_inputs, in_state, in_batch = wanted
+        in_read = (without_optimizer(in_inputs), in_batch)
+
+        def bars(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree) -> Tree:
+            inputs, state, batch = given
+            return rule.pull_back(replace(loop, inputs=inputs), End(params, state, batch), cotangent, in_read)[0]
+
+        is_first = not torch.is_grad_enabled()
+        to_read, to_batch = (compiled(bars) if loop.compile and is_first else bars)(params, given, cotangent)
+        to_inputs = {name: to_read[name] if name in to_read else _nothing(part) for name, part in in_inputs.items()}
+        return to_inputs, _nothing(in_state), to_batch
+
+    return with_derivative(pull_back, end.params, (loop.inputs, end.state, end.batch))
 
 
 def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullback | None = None) -> tuple[Tree, Any, Tensor]:
@@ -57,11 +131,51 @@ def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullba
 
     def step(inputs: Tree, carry: Tree, batch: Tree) -> tuple[Tree, Tensor]:
         params, state = carry
-        grads, loss = gradient(inputs, params, batch)
-        return loop.update(inputs, grads, state, params, loss), loss
+        grads, loss, aux = gradient(inputs, params, state, batch)
+        return loop.update(inputs, grads, state, params, loss, aux), loss
 
     carry = (loop.params, loop.state)
     (params, state), losses = scan(
         step, loop.inputs, carry, loop.batches, loop.steps, memory, pullback=pullback, compile=loop.compile
     )
     return params, state, losses
+
+
+def run(loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
+    """Run the loop without a graph; what comes out is constant."""
+    inputs, params, state, batches = tree.map(_detached, (loop.inputs, loop.params, loop.state, loop.batches))
+    constant = replace(loop, inputs=inputs, params=params, state=state, batches=batches)
+    with torch.no_grad():
+        found = unroll(constant, MeanGradient(loop.loss), "full")
+    return tree.map(torch.Tensor.detach, found)
+
+
+def without_optimizer(inputs: dict[str, Tree]) -> dict[str, Tree]:
+    """Return what the loss reads."""
+    return {name: part for name, part in inputs.items() if name != "optimizer"}
+
+
+def refuse_zeros(rule: object, what: str, tensors: Tree, read: Tree) -> None:
+    """Raise if `torch.func.grad` asks for the derivative in tensors that are not among those the loss reads."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    known = {id(leaf) for leaf in tree.leaves(read)}
+    for name, leaf in tree.named_leaves(tensors):
+        if id(leaf) not in known and isinstance(leaf, Tensor) and tracking_levels(leaf) - {0}:
+            raise ValueError(
+                f"{type(rule).__name__}: the {what} must not be differentiated by `torch.func.grad`, but {name} (shape "
+                f"{tuple(leaf.shape)}) is. For this rule the end of the loop does not depend on them: the answer would be zeros. "
+                "Detach them, or, as in iMAML, pass the same tensors as `meta` and let the loss depend on them."
+            )
+
+
+def _any_tracked(values: Tree) -> bool:
+    return any(isinstance(leaf, Tensor) and is_tracked(leaf) for leaf in tree.leaves(values))
+
+
+def _nothing(values: Tree) -> Tree:
+    return tree.map(lambda _: None, values)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf

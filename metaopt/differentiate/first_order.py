@@ -38,13 +38,13 @@ class FirstOrder:
         check_memory(self.memory)
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
-        def gradient(inputs: Tree, params: Tree, batch: Tree) -> tuple[Tree, Tensor]:
-            loss, pullback, *_ = torch.func.vjp(lambda at: loop.loss(inputs, at, batch), params)
+        def gradient(inputs: Tree, params: Tree, state: Any, batch: Tree) -> tuple[Tree, Tensor, Tree]:
+            loss, pullback, *rest = torch.func.vjp(lambda at: loop.loss(inputs, at, state, batch), params, has_aux=True)
             with torch.no_grad():  # no graph of the backward pass for the levels around this one
                 (grads,) = pullback(torch.ones_like(loss))
-            return tree.map(torch.Tensor.detach, grads), loss
+            return tree.map(torch.Tensor.detach, grads), loss, rest[0]
 
-        def update(inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor) -> tuple[Tree, Any]:
-            return loop.update(inputs, grads, state, params, loss.detach())
+        def update(inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree) -> tuple[Tree, Any]:
+            return loop.update(inputs, grads, state, params, loss.detach(), aux)
 
         return unroll(replace(loop, update=update), gradient, self.memory)

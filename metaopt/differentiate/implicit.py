@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.differentiate.base import InnerLoop, unroll
-from metaopt.implicit import implicit
-from metaopt.kernels import any_order
+from metaopt.differentiate.base import End, InnerLoop, PointRule, without_optimizer
+from metaopt.implicit import pull_back_implicit
 from metaopt.linear_solve import ConjugateGradient, LinearSolver
-from metaopt.stream import last_row
-from metaopt.transforms import tracking_levels
+from metaopt.mean_gradient import MeanGradient
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
-class Implicit:
+class Implicit(PointRule):
     """The derivative of a solution w* of grad_w L(w, inputs) = 0, whatever the steps that led there.
 
     For a cotangent v on the last parameters: x = H^-1 v with the Hessian H = grad^2_ww L there, and -[d grad_w L]' x goes to what
@@ -59,41 +55,16 @@ class Implicit:
                 "`Implicit(ConjugateGradient(max_steps=20))`."
             )
 
-    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
-        read = {name: part for name, part in loop.inputs.items() if name != "optimizer"}
-        _refuse_zeros("initial parameters", loop.params, read)
-        _refuse_zeros("optimizer's tensors", loop.inputs["optimizer"], read)
+    def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
+        gradient = MeanGradient(loop.loss)
+        fixed = (loop.inputs["optimizer"], end.state)
 
-        def gradient(inputs: Tree, params: Tree, batch: Tree) -> tuple[Tree, Tensor]:
-            with any_order():
-                return torch.func.grad_and_value(lambda at: loop.loss(inputs, at, batch))(params)
+        def residual(w: Tree, given: tuple[Tree, Tree, Tree]) -> Tree:
+            read, batch, (optimizer, state) = given
+            grads, _, _ = gradient({**read, "optimizer": optimizer}, w, state, batch)
+            return grads
 
-        inputs, params, state, batches = tree.map(_detached, (loop.inputs, loop.params, loop.state, loop.batches))
-        with torch.no_grad():
-            found = unroll(replace(loop, inputs=inputs, params=params, state=state, batches=batches), gradient, "full")
-        params, state, losses = tree.map(torch.Tensor.detach, found)
-        optimizer = inputs["optimizer"]
-
-        def residual(w: Tree, given: tuple[Tree, Tree]) -> Tree:
-            read, batch = given
-            return gradient({**read, "optimizer": optimizer}, w, batch)[0]
-
-        return implicit(residual, self.solver, params, (read, last_row(loop.batches))), state, losses
-
-
-def _refuse_zeros(what: str, tensors: Tree, read: Tree) -> None:
-    """Raise if `torch.func.grad` asks for the derivative in tensors that are not among those the loss reads."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return
-    known = {id(leaf) for leaf in tree.leaves(read)}
-    for name, leaf in tree.named_leaves(tensors):
-        if id(leaf) not in known and isinstance(leaf, Tensor) and tracking_levels(leaf) - {0}:
-            raise ValueError(
-                f"Implicit: the {what} must not be differentiated by `torch.func.grad`, but {name} (shape {tuple(leaf.shape)}) is. "
-                "A solution does not depend on them, so the answer would be zeros. Detach them, or, as in iMAML, pass the same "
-                "tensors as `meta` and let the loss depend on them."
-            )
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+        given = (without_optimizer(loop.inputs), end.batch, fixed)
+        in_given = (*wanted, tree.map(lambda _: False, fixed))
+        bars, solution = pull_back_implicit(residual, self.solver, end.params, given, cotangent, in_given)
+        return bars[:2], {"residual": solution.residual, "steps": solution.steps}
