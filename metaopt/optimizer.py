@@ -132,10 +132,11 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         ValueError: an update has another shape than its parameter.
     """
     with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
-        return tree.map(_add, params, updates)
+        return tree.map(apply_update, params, updates)
 
 
-def _add(param: Tensor, update: Tensor) -> Tensor:
+def apply_update(param: Tensor, update: Tensor) -> Tensor:
+    """Return w + u for one tensor; see `apply_updates`."""
     if param.shape != update.shape:
         raise ValueError(
             f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(update.shape)}. A tensor "

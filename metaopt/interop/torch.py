@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Sequence
@@ -36,14 +37,14 @@ def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None) -> 
         ValueError: every parameter is frozen, there are several groups and no `params`, or `params` holds what is no parameter
             of the optimizer; in `init`, the tensors are not those of the optimizer, by number, shape or order.
     """
-    kinds = _kinds()
-    if type(optimizer) not in kinds:
+    known = kinds()
+    if type(optimizer) not in known:
         raise TypeError(
-            f"`optimizer` must be one of torch.optim's {sorted(kind.__name__ for kind in kinds)}, got "
+            f"`optimizer` must be one of torch.optim's {sorted(kind.__name__ for kind in known)}, got "
             f"{type(optimizer).__module__}.{type(optimizer).__name__}. Others, and subclasses, have no known equal here: write "
             "it as an `Optimizer`."
         )
-    kind, names = kinds[type(optimizer)]
+    kind, names = known[type(optimizer)]
     states = {id(weight): state for weight, state in optimizer.state.items()}
     weights = _weights(optimizer, params)
     if not weights:
@@ -51,18 +52,18 @@ def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None) -> 
     group_of = {id(weight): index for index, group in enumerate(optimizer.param_groups) for weight in group["params"]}
     members: dict[tuple[float, ...], list[int]] = {}
     for place, weight in enumerate(weights):
-        members.setdefault((group_of[id(weight)], *_counts(states.get(id(weight), {}))), []).append(place)
+        members.setdefault((group_of[id(weight)], *counts(states.get(id(weight), {}))), []).append(place)
     optimizers, parts = [], []
     for (index, *_), places in members.items():
         group = optimizer.param_groups[int(index)]
-        optimizers.append(_built(kind, group))
+        optimizers.append(built(kind, group))
         own = [states.get(id(weights[place]), {}) for place in places]
         memory = {
             name: [state[theirs].detach().clone() for state in own]
             for name, theirs in names.items()
             if isinstance(own[0].get(theirs), Tensor)
         }
-        parts.append(Part(tuple(places), group.get("maximize", False), int(_counts(own[0])[0]), memory))
+        parts.append(Part(tuple(places), group.get("maximize", False), int(counts(own[0])[0]), memory))
     return FromTorch(optimizers, parts, weights, None if params is None else tree.flatten(params)[1])
 
 
@@ -179,7 +180,8 @@ def _resumed(optimizer: Optimizer, part: Part, like: Leaves) -> State:
     }
 
 
-def _kinds() -> dict[type[torch.optim.Optimizer], tuple[type[Optimizer], dict[str, str]]]:
+@functools.cache
+def kinds() -> dict[type[torch.optim.Optimizer], tuple[type[Optimizer], dict[str, str]]]:
     """Return class of torch -> (our equal, our name of a slot -> its name there)."""
     import optimizers as ours
 
@@ -222,7 +224,7 @@ def _weights(optimizer: torch.optim.Optimizer, params: Tree | None) -> Leaves:
     return tree.leaves(params)
 
 
-def _counts(state: dict[str, Any]) -> tuple[float, ...]:
+def counts(state: dict[str, Any]) -> tuple[float, ...]:
     """Return the step count of a parameter, and whatever else of its state is one number.
 
     SGD and Muon do not count: there it is 1 if there is memory, which is all that matters.
@@ -231,7 +233,7 @@ def _counts(state: dict[str, Any]) -> tuple[float, ...]:
     return tuple(float(value) for value in (count, state.get("mu_product", 0)))
 
 
-def _built(kind: type[Optimizer], group: dict[str, Any]) -> Optimizer:
+def built(kind: type[Optimizer], group: dict[str, Any]) -> Optimizer:
     """Return our optimizer with the options of a group, whose names are the same."""
     import optimizers as ours
 

@@ -1,0 +1,48 @@
+"""What programs take from `higher.utils`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def flatten(tree: Any) -> list[Any]:
+    """Return the leaves of nested dicts, lists, tuples and sets."""
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple | set):
+        return [tree]
+    return [leaf for branch in tree for leaf in flatten(branch)]
+
+
+def get_func_params(module: nn.Module, device: Any = None, safe_copy: bool = True) -> list[Tensor]:
+    """Return the module's parameters as leaves of a new graph, each requiring grad if the original does.
+
+    Args:
+        module: whose parameters.
+        device: where they are to be, by default where they are.
+        safe_copy: False: share memory with the originals.
+    """
+    return [leaf(param, device, copy=safe_copy) for param in module.parameters()]
+
+
+def leaf(tensor: Tensor, device: Any = None, *, copy: bool = True) -> Tensor:
+    """Return the tensor's value as a leaf of a new graph, which requires grad if the tensor does."""
+    return tensor.detach().to(device, copy=copy).requires_grad_(tensor.requires_grad)
+
+
+def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """Return the tree of dicts, lists and tuples with `fn` applied to what is neither."""
+    if isinstance(tree, dict):
+        return {key: map_leaves(fn, branch) for key, branch in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map_leaves(fn, branch) for branch in tree)
+    return fn(tree)
+
+
+def copied(value: Any, device: torch.device | str | None = None) -> Any:
+    """Return a tree in which every tensor is a copy without a history."""
+    return map_leaves(lambda x: leaf(x, device) if isinstance(x, Tensor) else x, value)
