@@ -125,12 +125,12 @@ def main(config: Config) -> None:
                 if not side.installed:
                     print(f"{side.name} is left out: not installed. `pip install .[bench]` brings it.")
             write(config.out, name, config.threads, problem, compare(name, sides, problem, config.threads, config.repeats))
-            rows = []
+            rows: list[Memory] = []
             for side in tqdm([side for side in sides if side.lengths], desc=f"{name}: memory", leave=False):
                 lengths = [steps for steps in side.lengths if steps <= config.longest]
                 rows += measure(name, side, problem, lengths, config.threads, config.max_gib * 2**30)
-            if rows:
-                write(config.out, name, config.threads, problem, rows)
+                if rows:  # what is there is kept if a later side takes too long
+                    write(config.out, name, config.threads, problem, rows)
     text = tables(config.out)
     print(text)
     if config.write_readme:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +112,19 @@ def test_tables_go_between_the_markers_of_the_readme(tmp_path) -> None:
     assert ["slow", "10 MiB, 1 s", "30 MiB, 2 s", "(would be 2 GiB)", "2 MiB"] in rows
     readme = "before <!-- bench --> old <!-- /bench --> after"
     assert readme_with(readme, "new") == "before <!-- bench -->\nnew\n<!-- /bench --> after"
-    with pytest.raises(ValueError, match=r"no place for the tables. Put `<!-- bench -->`"):
+    with pytest.raises(ValueError, match=r"no place for the tables\. Put `<!-- bench -->`"):
         readme_with("nothing", text)
+
+
+def test_the_readme_has_the_place() -> None:
+    from bench_report import readme_with
+
+    assert "the tables" in readme_with((SCRIPTS.parent / "README.md").read_text(), "the tables")
+
+
+def test_help_lists_the_options() -> None:
+    done = subprocess.run([sys.executable, SCRIPTS / "bench.py", "--help"], capture_output=True, text=True, check=True)
+    assert "--write-readme" in done.stdout
 
 
 @pytest.mark.parametrize(
