@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,22 +28,26 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     Warns:
         RuntimeWarning: once, if no compiler is installed; then `fn` runs as it is.
     """
-    fast = torch.compile(fn, fullgraph=True, dynamic=False, options={"fallback_random": True})
+    options = {"fallback_random": True, "guard_filter_fn": lambda guards: [*map(_may_change, guards)]}
+    fast = torch.compile(fn, fullgraph=True, dynamic=False, options=options)
 
     @functools.wraps(fn)
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or _MISSING_FOUND:
             return fn(*args)
         if not torch.is_grad_enabled():  # parameters and what is computed from them then share one compiled version
-            args = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, args)
+            args = tree.map(_constant, args)
+        limit = torch._dynamo.config.recompile_limit
         try:
-            with torch._dynamo.config.patch(recompile_limit=ENTRIES):
-                return fast(*args)
+            torch._dynamo.config.recompile_limit = ENTRIES
+            return fast(*args)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = getattr(error, "inner_exception", None)
             if type(reason).__name__ not in _MISSING:
                 raise
             _MISSING_FOUND.append(str(reason).split("\n")[0])
+        finally:
+            torch._dynamo.config.recompile_limit = limit
         warnings.warn(
             f"`compile=True` has no effect, because torch found no compiler: {_MISSING_FOUND[0]}. Install one (Debian: apt install "
             "g++), or leave `compile` out.",
@@ -52,6 +57,19 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn(*args)
 
     return call
+
+
+def _constant(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) and leaf.requires_grad else leaf
+
+
+# Globals of torch and of this library, and those of the compiled function itself, which is this library's.
+_LIBRARY = re.compile(r"G\['(?!__import_|___unnamed)|G\['__import_(torch|metaopt|optimizers|contextlib|dataclasses)(_dot_|')")
+
+
+def _may_change(guard: Any) -> bool:
+    """Say whether to look at this before each call: the code of libraries stays as it is, and is half of what could be checked."""
+    return not (guard.is_global and _LIBRARY.match(guard.name))
 
 
 _MISSING_FOUND: list[str] = []  # the reason, once it has been met: every attempt costs seconds

@@ -47,12 +47,17 @@ def meta_grad(
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"`chunk_size` must be a positive integer or None, got {chunk_size}.")
-    one = grad_and_value(task_loss)
+
+    # The context inside, for a compiled function then has it only while it is traced.
+    def one(params: Tree, task: Tree) -> tuple[Tree, Tensor]:
+        with any_order():
+            return grad_and_value(task_loss)(params, task)
 
     def many(params: Tree, tasks: Tree) -> tuple[Tree, Tensor]:
         # vmap has no channels-last layout; `contiguous()` would leave a weight with one channel as it is
         params = tree.map(lambda param: param.clone(memory_format=torch.contiguous_format), params)
-        grads, losses = vmap(one, in_dims=(None, 0), randomness="different")(params, tasks)
+        with any_order():
+            grads, losses = vmap(grad_and_value(task_loss), in_dims=(None, 0), randomness="different")(params, tasks)
         return tree.map(lambda g: g.sum(0), grads), losses
 
     run_one, run_many = (compiled(one), compiled(many)) if compile else (one, many)
@@ -66,7 +71,7 @@ def meta_grad(
             params = tree.map(torch.Tensor.detach, params)
         total, losses = None, []
         # Without gradients at the top level, autograd would record the whole computation once more.
-        with torch.set_grad_enabled(not outermost), any_order():
+        with torch.set_grad_enabled(not outermost):
             if loops is None and chunk_size is None and count > 1 and not torch.compiler.is_compiling():
                 loops = prefers_loop(many, params, tree.index(tasks, slice(2)))
             chunk = chunk_size or (1 if loops else count)

@@ -72,11 +72,10 @@ def _normalize(
     """Return (x - mean) / sqrt(variance + eps) * weight + bias, over `dims`; in float32 at least, as the kernels do."""
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     centred = x - x.mean(dims, keepdim=True)
-    x = centred * torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
+    scale = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
     if weight is not None:
-        x = x * weight.reshape(shape)
-    if bias is not None:
-        x = x + bias.reshape(shape)
+        scale = scale * weight.reshape(shape)
+    x = centred * scale if bias is None else torch.addcmul(bias.reshape(shape).to(x.dtype), centred, scale.to(x.dtype))
     return x.to(input.dtype)
 
 
