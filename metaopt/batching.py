@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
+from metaopt.kernels import any_order
 from metaopt.tree import Tree
 
 MOST_ENTRIES = 2**18  # parameters of a task, from which on a CPU's caches no longer hold a batch of them
@@ -33,7 +34,7 @@ def prefers_loop(batched: Callable[[Tree, Tree], Any], params: Tree, tasks: Tree
         return True
     with torch.random.fork_rng(devices=[]):
         try:
-            with _StopAtConvolution():
+            with any_order(), _StopAtConvolution():  # in this order: `any_order` has to see the calls last
                 batched(params, tasks)
         except _ConvolutionFound:
             return True

@@ -28,7 +28,7 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     Warns:
         RuntimeWarning: once, if no compiler is installed; then `fn` runs as it is.
     """
-    options = {"fallback_random": True, "guard_filter_fn": lambda guards: [*map(_may_change, guards)]}
+    options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": lambda guards: [*map(_may_change, guards)]}
     fast = torch.compile(fn, fullgraph=True, dynamic=False, options=options)
 
     @functools.wraps(fn)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.gradient import gradient
 from metaopt.kernels import any_order
 from metaopt.pullback import chosen, plus, pull_back, put
 from metaopt.tree import Tree
@@ -93,7 +94,7 @@ class MeanGradient:
 
     def _of_one(self, inputs: Tree, params: Tree, state: Tree, batch: Tree) -> tuple[Tree, Tensor, Tree]:
         with any_order():
-            grads, (loss, aux) = torch.func.grad_and_value(lambda at: self.loss(inputs, at, state, batch), has_aux=True)(params)
+            grads, loss, aux = gradient(lambda at: self.loss(inputs, at, state, batch), params)
         if self.microbatches > 1 and tree.leaves(aux):
             raise ValueError(
                 f"`microbatches={self.microbatches}` needs a loss that is a mean over examples and nothing else, but this one "
@@ -109,12 +110,12 @@ class MeanGradient:
         inputs, params, state, batch = arguments
         along, of_loss, _ = cotangents
 
-        def gradient(at: Tree) -> list[Tensor]:
+        def slopes_at(at: Tree) -> list[Tensor]:
             here = (inputs, at, state, batch)
             return torch.func.grad(lambda variables: self.loss(*put(variables, here, wanted))[0])(chosen(here, wanted))
 
         with any_order(), _named_operator():
-            slopes, bars, *_ = torch.func.jvp(gradient, (params,), (along,))
+            slopes, bars, *_ = torch.func.jvp(slopes_at, (params,), (along,))
         if of_loss is not None:
             bars = [bar + of_loss * slope for bar, slope in zip(bars, slopes, strict=True)]
         return put(bars, tree.map(lambda _: None, wanted), wanted)

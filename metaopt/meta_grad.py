@@ -12,6 +12,7 @@ from metaopt import tree
 from metaopt.batching import prefers_loop
 from metaopt.compiled import compiled
 from metaopt.functional import Params
+from metaopt.gradient import gradient
 from metaopt.kernels import any_order
 from metaopt.minimize import check_finite
 from metaopt.transforms import values_are_readable
@@ -51,7 +52,8 @@ def meta_grad(
     # The context inside, for a compiled function then has it only while it is traced.
     def one(params: Tree, task: Tree) -> tuple[Tree, Tensor]:
         with any_order():
-            return grad_and_value(task_loss)(params, task)
+            grads, loss, _ = gradient(lambda at: (task_loss(at, task), ()), params)
+        return grads, loss
 
     def many(params: Tree, tasks: Tree) -> tuple[Tree, Tensor]:
         # vmap has no channels-last layout; `contiguous()` would leave a weight with one channel as it is

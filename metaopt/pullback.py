@@ -39,11 +39,17 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
         results = tree.leaves(function(*put(variables, arguments, wanted)))
         return [result for result, seed in zip(results, seeds, strict=True) if seed is not None]
 
-    _, pull, *_ = torch.func.vjp(run, variables)
-    # The graph is freed on the way where that is safe: under a transform torch still asks for the levels of what was freed.
-    retain = torch.is_grad_enabled() or not values_are_readable()
-    (bars,) = pull([seed for seed in seeds if seed is not None], retain_graph=retain)
-    return put(bars, tree.map(lambda _: None, wanted), wanted)
+    given = [seed for seed in seeds if seed is not None]
+    if torch.is_grad_enabled() or not values_are_readable() or any(leaf.is_inference() for leaf in variables):
+        _, pull, *_ = torch.func.vjp(run, variables)
+        (bars,) = pull(given)
+    else:  # nobody differentiates this again, so it need not be recorded
+        with torch.enable_grad():
+            fresh = [leaf.detach().requires_grad_() for leaf in variables]
+            reached = [(result, seed) for result, seed in zip(run(fresh), given, strict=True) if result.requires_grad]
+            results, cotangents = zip(*reached, strict=True) if reached else ((), ())
+        bars = torch.autograd.grad(results, fresh, cotangents, materialize_grads=True) if reached else map(torch.zeros_like, fresh)
+    return put(list(bars), tree.map(lambda _: None, wanted), wanted)
 
 
 def chosen(values: Tree, wanted: Tree) -> list[Any]:
