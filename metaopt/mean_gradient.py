@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.compiled import compiled
 from metaopt.kernels import any_order
 from metaopt.pullback import chosen, plus, pull_back, put
 from metaopt.tree import Tree
@@ -28,19 +29,22 @@ class MeanGradient:
         examples: a tree of bools like (inputs, params, batch): which leaves have the examples as their leading axis.
         microbatches: m, the number of equal parts these are cut into, one after the other.
         hvp: how the gradient is differentiated: "reverse" over reverse, or "forward" over reverse.
+        compile: whether what one micro-batch needs is compiled.
     """
 
     loss: Callable[[Tree, Tree, Tree], Tensor]
     examples: Tree
     microbatches: int = 1
     hvp: Hvp = "reverse"
+    compile: bool = False
 
     def __call__(self, inputs: Tree, params: Tree, batch: Tree) -> tuple[Tree, Tensor]:
         """Return (g, L)."""
-        parts = self._parts((inputs, params, batch))
-        total = self._of_one(*next(parts))
-        for part in parts:
-            total = tree.map(torch.add, total, self._of_one(*part))
+        of_one = compiled(self._of_one) if self.compile else self._of_one
+        first, *rest = self._parts((inputs, params, batch))
+        total = of_one(*first)
+        for part in rest:
+            total = tree.map(torch.add, total, of_one(*part))
         return total if self.microbatches == 1 else tree.map(self._share, total)
 
     def pull_back(self, arguments: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree) -> Tree:
@@ -60,10 +64,12 @@ class MeanGradient:
         cotangents = tree.map(self._share, cotangents)
         is_constant = all(bar is None for bar in tree.leaves(cotangents[0]))
         of_one = self._pull_back_reverse if self.hvp == "reverse" or is_constant else self._pull_back_forward
+        of_one = compiled(of_one) if self.compile else of_one
         first, *rest = self._parts(arguments)
-        total = of_one(first, cotangents, wanted)
-        for part in rest:
-            total = tree.map(_merge, total, of_one(part, cotangents, wanted), self.examples)
+        with _named_operator():
+            total = of_one(first, cotangents, wanted)
+            for part in rest:
+                total = tree.map(_merge, total, of_one(part, cotangents, wanted), self.examples)
         return total
 
     def _parts(self, arguments: Tree) -> Iterator[Tree]:
@@ -101,7 +107,7 @@ class MeanGradient:
             here = (inputs, at, batch)
             return torch.func.grad(lambda variables: self.loss(*put(variables, here, wanted)))(chosen(here, wanted))
 
-        with any_order(), _named_operator():
+        with any_order():
             slopes, bars, *_ = torch.func.jvp(gradient, (params,), (along,))
         if of_loss is not None:
             bars = [bar + of_loss * slope for bar, slope in zip(bars, slopes, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.compiled import compiled
 from metaopt.differentiate.base import InnerLoop, Update, unroll
 from metaopt.kernels import any_order
 from metaopt.mean_gradient import Hvp, MeanGradient
@@ -83,17 +85,20 @@ class Backprop:
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
         loop = replace(loop, update=_exact(loop.update))
         gradient = MeanGradient(loop.loss, _examples(loop, self.microbatches), self.microbatches, self.hvp)
+        recomputed = replace(gradient, compile=loop.compile)
+        of_update = functools.partial(pull_back, loop.update)
+        pull_back_update = compiled(of_update) if loop.compile else of_update
 
         def pullback(inputs: Tree, carry: Tree, batch: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree) -> Tree:
             """Pull back the update, then the gradient: theirs are the only graphs, one after the other."""
             (params, state), (of_after, of_loss) = carry, cotangents
             in_inputs, (in_params, in_state), in_batch = wanted
             ambient = Ambient.now(tree.leaves((inputs, carry, batch)))
-            grads, loss = gradient(inputs, params, batch)
+            grads, loss = recomputed(inputs, params, batch)
             arguments, in_arguments = (inputs, grads, state, params, loss), (in_inputs, _all(grads), in_state, in_params, True)
-            to_inputs, to_grads, to_state, to_params, to_loss = pull_back(loop.update, arguments, of_after, in_arguments)
+            to_inputs, to_grads, to_state, to_params, to_loss = pull_back_update(arguments, of_after, in_arguments)
             with ambient.restored():  # the gradient sees the random numbers that it saw above
-                more = gradient.pull_back(
+                more = recomputed.pull_back(
                     (inputs, params, batch), (to_grads, plus(to_loss, of_loss)), (in_inputs, in_params, in_batch)
                 )
             return tree.map(plus, to_inputs, more[0]), (tree.map(plus, to_params, more[1]), to_state), more[2]
