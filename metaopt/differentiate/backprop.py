@@ -42,7 +42,8 @@ class Backprop:
             (dL/dw, dL/d inputs, dL/d batch) along the cotangent of the gradient. Both are exact.
 
     Microbatches and forward products take effect where a step is rebuilt: with "steps" or `Revolve`, and neither inside the step
-    of another such loop nor under `torch.compile`. There the result is the same, and the memory that of "full".
+    of another such loop nor inside a function that is compiled as a whole. There the result is the same, and the memory that of
+    "full". `minimize(..., compile=True)` compiles the pieces.
 
     Raises:
         ValueError: an unknown memory or hvp, a window or microbatches that are not positive, either with "full" memory, or a
@@ -51,6 +52,9 @@ class Backprop:
     Cost:
         2 to 4 gradients a step in time, one more for "steps", and one more again where gradient and update are pulled back
         apart: with microbatches or "forward". Memory: "full" T graphs, "steps" T states and one graph, of one micro-batch.
+        Measured eagerly on a CPU, four steps of Adam, growth of the process: MLP 64-256-256-1 with 4096 examples 61 MiB, 26 with 8
+        microbatches in 1.6 times the time; transformer of two layers, width 128, 16 sequences of 64: 126 and 75 MiB in 3.5 times
+        the time. "forward" needs more memory eagerly, 95 and 181 MiB, in 1.3 and 2 times the time.
 
     Reference:
         Maclaurin, Duvenaud, Adams 2015, arXiv:1502.03492; Franceschi et al. 2017, arXiv:1703.01785, section 3.1;
