@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.compiled import compiled
 from metaopt.gradient import gradient
 from metaopt.kernels import any_order
 from metaopt.pullback import chosen, plus, pull_back, put
@@ -30,19 +31,22 @@ class MeanGradient:
             if m > 1.
         microbatches: m, the number of equal parts these are cut into, one after the other.
         hvp: how the gradient is differentiated: "reverse" over reverse, or "forward" over reverse.
+        compile: whether what one micro-batch needs is compiled.
     """
 
     loss: Callable[[Tree, Tree, Tree, Tree], tuple[Tensor, Tree]]
     examples: Tree = None
     microbatches: int = 1
     hvp: Hvp = "reverse"
+    compile: bool = False
 
     def __call__(self, inputs: Tree, params: Tree, state: Tree, batch: Tree) -> tuple[Tree, Tensor, Tree]:
         """Return (g, L, aux)."""
-        parts = self._parts((inputs, params, state, batch))
-        total = self._of_one(*next(parts))
-        for part in parts:
-            total = tree.map(torch.add, total, self._of_one(*part))
+        of_one = compiled(self._of_one) if self.compile else self._of_one
+        first, *rest = self._parts((inputs, params, state, batch))
+        total = of_one(*first)
+        for part in rest:
+            total = tree.map(torch.add, total, of_one(*part))
         return total if self.microbatches == 1 else tree.map(self._share, total)
 
     def pull_back(self, arguments: Tree, cotangents: tuple[Tree, Tensor | None, Tree], wanted: Tree) -> Tree:
@@ -64,10 +68,12 @@ class MeanGradient:
         nothing_along = all(bar is None for bar in tree.leaves(of_grads))
         is_reverse = self.hvp == "reverse" or nothing_along or any(bar is not None for bar in tree.leaves(of_aux))
         of_one = self._pull_back_reverse if is_reverse else self._pull_back_forward
+        of_one = compiled(of_one) if self.compile else of_one
         first, *rest = self._parts(arguments)
-        total = of_one(first, cotangents, wanted)
-        for part in rest:
-            total = tree.map(_merge, total, of_one(part, cotangents, wanted), self.examples)
+        with _named_operator():
+            total = of_one(first, cotangents, wanted)
+            for part in rest:
+                total = tree.map(_merge, total, of_one(part, cotangents, wanted), self.examples)
         return total
 
     def _parts(self, arguments: Tree) -> Iterator[Tree]:
@@ -114,7 +120,7 @@ class MeanGradient:
             here = (inputs, at, state, batch)
             return torch.func.grad(lambda variables: self.loss(*put(variables, here, wanted))[0])(chosen(here, wanted))
 
-        with any_order(), _named_operator():
+        with any_order():
             slopes, bars, *_ = torch.func.jvp(slopes_at, (params,), (along,))
         if of_loss is not None:
             bars = [bar + of_loss * slope for bar, slope in zip(bars, slopes, strict=True)]

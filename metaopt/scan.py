@@ -72,7 +72,7 @@ def scan(
             exact for first and second derivatives. A step that runs again draws the same global random numbers under the
             same autocast. Under `torch.compile` the loop is always unrolled, and the compiler decides what to keep.
         pullback: the derivative of `step`, a differentiable function of its tensors; by default torch's own. It is used where a
-            step is rebuilt, so never by "full".
+            step is rebuilt, so never by "full". Whoever gives it compiles it.
         compile: compile what runs: by "full" the whole loop, otherwise, and where no gradient is needed, one step and its pullback.
             Inside another compiled function or scan this changes nothing.
     """
@@ -98,8 +98,8 @@ def scan(
     disk = None if plan.directory is None else Disk(Path(plan.directory))
     if pullback is None:
         pullback = functools.partial(_pull_back_step, step)
-    if compile:
-        step, pullback = compiled(step), compiled(_dense(pullback))
+        pullback = compiled(_dense(pullback)) if compile else pullback
+    step = compiled(step) if compile else step
     loop = _Loop(step, pullback, structure, len(tree.leaves(inputs)), len(tree.leaves(carry)), length or 0, plan, disk)
     outputs: Sequence[Any] = ()
     if isinstance(xs, Stream) and disk is not None:  # a directory belongs to one loop with all its batches

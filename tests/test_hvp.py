@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -127,3 +128,24 @@ def test_bad_arguments() -> None:
         mo.Backprop("steps", hvp="mixed")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"`hvp='forward'` needs memory=\"steps\" or Revolve\(snapshots\), got memory=\"full\""):
         mo.Backprop(hvp="forward")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("options", [{"microbatches": 2}, {"hvp": "forward"}], ids=str)
+def test_compiled_pieces_equal_the_eager_ones(options: dict[str, Any]) -> None:
+    """With dropout: the gradient is evaluated twice on the way back, and must draw the same numbers both times."""
+    net = mo.functional(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 1)).double())
+    x, y = torch.randn(3, 4, 3, requires_grad=True), torch.randn(3, 4, 1)
+
+    def loss(params: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(net(params, batch[0]), batch[1])
+
+    def gradient(compile: bool) -> Tensor:
+        torch.manual_seed(1)
+        rule = mo.Backprop("steps", **options)
+        out = mo.minimize(loss, Adam(0.1, eps=1e-2), net.params, (x, y), differentiate=rule, compile=compile)
+        return torch.autograd.grad(out.losses.square().sum(), x)[0]
+
+    assert_close(gradient(True), gradient(False), 1e-12)

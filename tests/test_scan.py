@@ -279,7 +279,7 @@ print(peak() - before)
 def test_steps_bounds_the_memory_of_a_meta_gradient() -> None:
     """`torch.func.grad` records the backward pass; unless that is undone, "steps" keeps as much as "full"."""
     grown = {memory: printed(MEMORY_PROGRAM, memory, 300) for memory in ("full", "steps")}
-    assert grown["full"] > 100_000  # KiB; measured 307,000
+    assert grown["full"] > 50_000  # KiB; measured 92,000
     assert grown["steps"] < grown["full"] / 4  # measured 9,300: 300 states of 17 KiB and one step's graph
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.compiled import compiled
 from metaopt.differentiate.base import InnerLoop, Update, unroll
 from metaopt.kernels import any_order
 from metaopt.mean_gradient import Hvp, MeanGradient
@@ -40,7 +42,8 @@ class Backprop:
             (dL/dw, dL/d inputs, dL/d batch) along the cotangent of the gradient. Both are exact.
 
     Microbatches and forward products take effect where a step is rebuilt: with "steps" or `Revolve`, and neither inside the step
-    of another such loop nor under `torch.compile`. There the result is the same, and the memory that of "full".
+    of another such loop nor inside a function that is compiled as a whole. There the result is the same, and the memory that of
+    "full". `minimize(..., compile=True)` compiles the pieces.
 
     Raises:
         ValueError: an unknown memory or hvp, a window or microbatches that are not positive, either with "full" memory, or a
@@ -49,6 +52,9 @@ class Backprop:
     Cost:
         2 to 4 gradients a step in time, one more for "steps", and one more again where gradient and update are pulled back
         apart: with microbatches or "forward". Memory: "full" T graphs, "steps" T states and one graph, of one micro-batch.
+        Measured eagerly on a CPU, four steps of Adam, growth of the process: MLP 64-256-256-1 with 4096 examples 61 MiB, 26 with 8
+        microbatches in 1.6 times the time; transformer of two layers, width 128, 16 sequences of 64: 126 and 75 MiB in 3.5 times
+        the time. "forward" needs more memory eagerly, 95 and 181 MiB, in 1.3 and 2 times the time.
 
     Reference:
         Maclaurin, Duvenaud, Adams 2015, arXiv:1502.03492; Franceschi et al. 2017, arXiv:1703.01785, section 3.1;
@@ -83,19 +89,22 @@ class Backprop:
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
         loop = replace(loop, update=_exact(loop.update))
         gradient = MeanGradient(loop.loss, _examples(loop, self.microbatches), self.microbatches, self.hvp)
+        recomputed = replace(gradient, compile=loop.compile)
+        of_update = functools.partial(pull_back, loop.update)
+        pull_back_update = compiled(of_update) if loop.compile else of_update
 
         def pullback(inputs: Tree, carry: Tree, batch: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree) -> Tree:
             """Pull back the update, then the gradient: theirs are the only graphs, one after the other."""
             (params, state), (of_after, of_loss) = carry, cotangents
             in_inputs, (in_params, in_state), in_batch = wanted
             ambient = Ambient.now(tree.leaves((inputs, carry, batch)))
-            grads, loss, aux = gradient(inputs, params, state, batch)
+            grads, loss, aux = recomputed(inputs, params, state, batch)
             arguments = (inputs, grads, state, params, loss, aux)
             in_arguments = (in_inputs, _all(grads), in_state, in_params, True, tree.map(torch.is_floating_point, aux))
-            to_inputs, to_grads, to_state, to_params, to_loss, to_aux = pull_back(loop.update, arguments, of_after, in_arguments)
+            to_inputs, to_grads, to_state, to_params, to_loss, to_aux = pull_back_update(arguments, of_after, in_arguments)
             with ambient.restored():  # the gradient sees the random numbers that it saw above
                 read, in_read = (inputs, params, state, batch), (in_inputs, in_params, in_state, in_batch)
-                bars = gradient.pull_back(read, (to_grads, plus(to_loss, of_loss), to_aux), in_read)
+                bars = recomputed.pull_back(read, (to_grads, plus(to_loss, of_loss), to_aux), in_read)
             to_inputs, to_params, to_state = tree.map(plus, (to_inputs, to_params, to_state), bars[:3])
             return to_inputs, (to_params, to_state), bars[3]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,10 +14,19 @@ from torch import Tensor
 def _mse_loss(
     input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None, reduction: str = "mean", weight: Any = None
 ) -> Tensor:
-    """Take the mean apart from the squares: the gradient of both in one has no forward derivative."""
-    if reduction == "mean" and size_average is None and reduce is None and weight is None:
-        return F.mse_loss(input, target, reduction="none").mean()
-    return F.mse_loss(input, target, size_average, reduce, reduction, **_given(weight))
+    """Return the mean, the sum or all of (input - target)^2; in float32 at least, as the kernel does."""
+    is_plain = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum", "none")
+    if not is_plain or input.shape != target.shape:
+        return F.mse_loss(input, target, size_average, reduce, reduction, **_given(weight))
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    squares = (input.to(wide) - target.to(wide)).square()
+    match reduction:
+        case "mean":
+            squares = squares.mean()
+        case "sum":
+            squares = squares.sum()
+    return squares if torch.is_autocast_enabled(input.device.type) else squares.to(dtype)
 
 
 def _huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Any = None) -> Tensor:
