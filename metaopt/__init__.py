@@ -5,6 +5,7 @@ from metaopt.differentiate import Backprop, FirstOrder, Implicit
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Functional, functional
 from metaopt.interop import from_torch, from_torchopt
+from metaopt.levels import Edge, Level, LevelGraph
 from metaopt.linear_solve import GMRES, BiCGStab, ConjugateGradient, Direct, Neumann, NormalCG, Nystrom, NystromCG, Solution
 from metaopt.meta_grad import assign_grads, meta_grad
 from metaopt.meta_training import FullUnroll, MetaTraining, Report, Task, TaskFamily, TruncatedBackprop, evaluate, tune
@@ -20,11 +21,14 @@ __all__ = [
     "BiCGStab",
     "ConjugateGradient",
     "Direct",
+    "Edge",
     "FirstOrder",
     "FullUnroll",
     "Functional",
     "Implicit",
     "MetaTraining",
+    "Level",
+    "LevelGraph",
     "Minimized",
     "Neumann",
     "NonFiniteError",

@@ -24,7 +24,7 @@ LAYERS = [
     ["hyperparameter"],
     ["optimizer"],
     ["minimize"],
-    ["meta_grad", "meta_training"],
+    ["meta_grad", "meta_training", "levels"],
     ["tasks"],
     ["train", "interop"],
     ["__init__"],
@@ -34,6 +34,7 @@ PACKAGES = ["metaopt", "optimizers", "scripts", "examples"]  # each may import t
 LAZY = {  # may import what is slow to load when it is asked for
     "metaopt/train/loggers.py",  # a logging backend
     "metaopt/meta_training/evaluate.py",  # matplotlib, for a report's plot
+    "metaopt/levels/draw.py",  # matplotlib
     "metaopt/tasks/digits.py",  # scikit-learn, for its data
     "metaopt/interop/torchopt.py",  # torchopt, 0.13 s
     "metaopt/interop/torch.py",  # see BRIDGES

@@ -1,0 +1,109 @@
+"""Where a level's batches come from."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.tree import Tree
+
+
+class Stream:
+    """The batches of an iterable, in order, from the beginning again when it ends.
+
+    Attributes:
+        position: how many batches have been taken.
+
+    Args:
+        level: whose data it is, for messages.
+        data: the iterable, or None.
+        device: where the batches are moved.
+
+    Raises:
+        TypeError: `data` is a batch itself, or no iterable.
+    """
+
+    def __init__(self, level: str, data: Iterable[Any] | None, device: torch.device):
+        if isinstance(data, Tensor | dict) or (isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)):
+            raise TypeError(
+                f"level {level!r}: `data` must be an iterable of batches, got a {type(data).__name__}, which looks like one batch. "
+                "For a batch that is the same at every step write `data=[batch]`."
+            )
+        if data is not None and not isinstance(data, Iterable):
+            raise TypeError(f"level {level!r}: `data` must be an iterable of batches or None, got {type(data).__name__}.")
+        self.level, self.data, self.device = level, data, device
+        self.position = 0
+        self._read = 0  # batches out of the iterable since it began
+        self._batches: Iterator[Any] = iter(()) if data is None else iter(data)
+        self._ahead: deque[Tree] = deque()
+
+    def peek(self, count: int) -> list[Tree]:
+        """Return the next batches without taking them."""
+        while len(self._ahead) < count:
+            self._ahead.append(self._next())
+        return list(self._ahead)[:count]
+
+    def take(self, count: int) -> None:
+        """Go on by so many batches that have been peeked at."""
+        for _ in range(count):
+            self._ahead.popleft()
+        self.position += count
+
+    def seek(self, position: int) -> None:
+        """Go to a position, as far as the iterable can begin again; a generator goes on from where it is."""
+        if self.data is None or self.data is self._batches or position == self.position:
+            return
+        self._ahead.clear()
+        self._batches, self._read, self.position = iter(self.data), 0, position
+        for _ in range(position):
+            self._next()
+
+    def _next(self) -> Tree:
+        assert self.data is not None
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            if self._batches is self.data:
+                raise ValueError(
+                    f"level {self.level!r}: `data` ended after {self._read} batches and cannot begin again, because it is an iterator. "
+                    "Pass a list or a DataLoader, or a generator that does not end."
+                ) from None
+            if self._read == 0:
+                raise ValueError(f"level {self.level!r}: `data` is empty.") from None
+            self._batches, self._read = iter(self.data), 0
+            return self._next()
+        self._read += 1
+        return self._moved(batch)
+
+    def _moved(self, batch: Tree) -> Tree:
+        leaves = tree.leaves(batch)
+        if all(isinstance(leaf, Tensor) and leaf.device == self.device for leaf in leaves):
+            return batch  # the same object, so that a batch that comes again can be known
+        try:
+            return tree.map(lambda leaf: torch.as_tensor(leaf).to(self.device), batch)
+        except (TypeError, RuntimeError) as error:
+            kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
+            raise TypeError(f"level {self.level!r}: a batch must be a tree of tensors, got leaves of type {kinds}.") from error
+
+
+def arranged(level: str, batches: list[Tree], shape: tuple[int, ...]) -> Tree:
+    """Return batches, in the order of time, as one tree whose leaves have these leading axes.
+
+    Raises:
+        ValueError: the batches differ in shape.
+    """
+    first = batches[0]
+    if all(batch is first for batch in batches):
+        return tree.map(lambda leaf: leaf.expand(*shape, *leaf.shape), first)
+    try:
+        return tree.map(lambda *leaves: torch.stack(leaves).reshape(*shape, *leaves[0].shape), *batches)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"level {level!r}: the {len(batches)} batches of one step of the level above must have the same structure and shapes: "
+            f"{error}. With a DataLoader, `drop_last=True`."
+        ) from error

@@ -1,0 +1,311 @@
+"""Running a graph: every function here is a pure function of tensors.
+
+The total loss of a level, T(w) = L(w, levels above, responses of the levels below to w), is what its optimizer minimises and what
+the rules differentiate. A response is an inner loop on the total loss of the lower level: so levels nest.
+
+State of a level: {"params", "optimizer", "buffers", "metrics", "progress", "below": {level that it owns: state}}.
+Rows: {level: batches} for a level and what runs inside its steps, with the axes `Program.leading_axes` in front.
+Scene: {level: {"params", "buffers"}}, what losses read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.differentiate import End, InnerLoop, PointRule, Rule, attach
+from metaopt.differentiate.base import run
+from metaopt.functional import Params, call_with
+from metaopt.kernels import any_order
+from metaopt.levels.order import Event, Owner
+from metaopt.levels.program import Program, all_shown, detached, rest, shown
+from metaopt.levels.view import evaluate
+from metaopt.optimizer import apply_updates
+from metaopt.transforms import values_are_readable
+from metaopt.tree import Tree
+
+
+class Happened(NamedTuple):
+    """An event, and the tensors that running it again takes: what was seen, the rows, the state afterwards; whether it restarted."""
+
+    event: Event
+    scene: Tree
+    rows: Tree
+    after: Tree
+    begins: bool
+
+
+@dataclass(frozen=True)
+class Window:
+    """What happened to the levels that a level shares with others since its last step, beginning at `start`: level -> state."""
+
+    start: Tree
+    happened: tuple[Happened, ...] = ()
+
+
+_NO_WINDOW = Window({})
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The program, as functions of (scene, state, rows)."""
+
+    program: Program
+
+    # One turn: what happens between two steps of an owner
+
+    def turn(self, owner: Owner, scene: Tree, states: Tree, rows: Tree, *, at_point: bool = False) -> tuple[Tree, Tree]:
+        """Let the levels that `owner` owns make their steps, and return (scene, states), differentiable as the edges say.
+
+        Args:
+            owner: a level, or None for the graph: then nothing is differentiated from outside, and top levels step.
+            scene: what the levels read that are not among these.
+            states: of the owner's levels.
+            rows: batches of all that runs.
+            at_point: levels whose rule looks at one point only stay where they are.
+        """
+        order = self.program.order
+        scene, states, taken = dict(scene), dict(states), dict.fromkeys(states, 0)
+        scene |= all_shown(states) if owner is None else {name: shown(state) for name, state in states.items()}
+        windows = {
+            name: Window({other: states[other] for other in order.shared[name]}) for name in states if order.shared[name]
+        }
+        for event in order.events.get(owner, ()):
+            name, first = event.level, taken[event.level]
+            taken[name] += event.steps
+            part = {other: rows[other] for other in order.inside(name) | {name} if other in rows}
+            if event.steps < order.steps[name]:
+                part = tree.index(part, slice(first, taken[name]))
+            begins = first % self._window_length(name) == 0
+            rule, before = self.program.rule(owner, name), scene
+            states[name] = self.advance(event, rule, scene, states[name], part, windows.get(name, _NO_WINDOW), begins, at_point)
+            scene = scene | self._exposed(name, rule, scene, states[name], part)
+            for waiting in windows:
+                if name in order.shared[waiting]:
+                    happened = Happened(event, before, part, states[name], begins)
+                    windows[waiting] = replace(windows[waiting], happened=(*windows[waiting].happened, happened))
+            if name in windows:
+                windows[name] = Window({other: states[other] for other in order.shared[name]})
+        return scene, states
+
+    def advance(
+        self, event: Event, rule: Rule | None, scene: Tree, state: Tree, rows: Tree, window: Window, begins: bool, at_point: bool
+    ) -> Tree:
+        """Return the state of a level after its steps, its parameters differentiable by `rule`."""
+        name = event.level
+        is_point = isinstance(rule, PointRule)
+        if begins and not (at_point and is_point):
+            state = self._started(name, scene, state)
+        if rule is None and self.program.is_top(name):
+            for i in range(event.steps):
+                state = self.step(name, scene, state, tree.index(rows, i), window)
+            return state
+        loop = self.problem(name, event.steps, scene, state, rows, window)
+        if rule is None:
+            params, after, _ = run(loop)
+        elif isinstance(rule, PointRule):
+            params, after = (loop.params, loop.state) if at_point else run(loop)[:2]
+            loss = partial(self._loss, name, window, True)
+            params = attach(rule, replace(loop, loss=loss), End(params, detached(after), tree.index(rows, -1)))
+        else:
+            params, after, _ = rule(loop)
+        return {"params": params, **after}
+
+    def problem(self, name: str, steps: int, scene: Tree, state: Tree, rows: Tree, window: Window) -> InnerLoop:
+        """Return the steps of a level as an inner loop, whose `meta` is all that they read."""
+        inputs = {
+            "optimizer": self._optimizer_tensors(name, scene),
+            "loss": {},
+            "meta": (self._readable(name, scene), _tensors(window)),
+            "batch": None,
+        }
+        loss, update = partial(self._loss, name, window, False), partial(self.update, name)
+        compiles = self.program.compiles(name) and values_are_readable()
+        return InnerLoop(loss, update, inputs, state["params"], rest(state), rows, steps, compiles)
+
+    def _loss(
+        self, name: str, window: Window, at_point: bool, inputs: Tree, params: Params, others: Tree, rows: Tree
+    ) -> tuple[Tensor, Tree]:
+        scene, tensors = inputs["meta"]
+        return self.total(name, params, scene, others, rows, _with_tensors(window, tensors), at_point=at_point)
+
+    # The total loss
+
+    def total(
+        self, name: str, params: Params, scene: Tree, others: Tree, rows: Tree, window: Window, *, at_point: bool
+    ) -> tuple[Tensor, Tree]:
+        """Return (T(w), {"buffers", "metrics", "below"} after the levels below have moved)."""
+        scene = {**scene, name: {"params": params, "buffers": others["buffers"]}}
+        scene = self._replayed(name, scene, window)
+        one = partial(self._one, name, at_point)
+        copies = self._copies_below(name)
+        if copies is None:
+            return one(scene, others["below"], rows)
+        in_dims = {other: len(self.program.leading_axes(other, name)) for other in rows}
+        if name in self.program.loops:
+            results = [
+                one(scene, tree.index(others["below"], i), {key: _select(row, in_dims[key], i) for key, row in rows.items()})
+                for i in range(copies)
+            ]
+            loss, after = tree.stack(results)
+        else:
+            loss, after = torch.func.vmap(one, in_dims=(None, 0, in_dims), randomness="different")(scene, others["below"], rows)
+        metrics = tree.map(lambda metric: metric.mean(), after["metrics"])
+        return loss.mean(), {"buffers": others["buffers"], "metrics": metrics, "below": after["below"]}
+
+    def _one(self, name: str, at_point: bool, scene: Tree, below: Tree, rows: Tree) -> tuple[Tensor, Tree]:
+        """Return the total loss where there are no copies below, or of one of them."""
+        level, reading = self.program.levels[name], self.program.readings[name]
+        if below:
+            scene, below = self.turn(name, scene, below, rows, at_point=at_point)
+        scene = {other: scene[other] for other in reading.levels | {name}}
+        keeps_statistics = self._copies_below(name) is None
+        found, buffers = [], scene[name]["buffers"]
+        for i in range(level.accumulate):
+            scene[name] = {**scene[name], "buffers": buffers}
+            batch = tree.index(rows[name], i) if level.accumulate > 1 and name in rows else rows.get(name)
+            evaluation, _ = evaluate(level, self.program.nets, scene, batch, keeps_statistics=keeps_statistics)
+            found.append((evaluation.loss, evaluation.metrics))
+            buffers = evaluation.buffers
+        loss, metrics = found[0] if len(found) == 1 else tree.map(lambda value: value.mean(0), tree.stack(found))
+        return loss, {"buffers": buffers, "metrics": metrics, "below": below}
+
+    def _replayed(self, name: str, scene: Tree, window: Window) -> Tree:
+        """Return the scene with the responses of the levels that `name` shares with others, as functions of its parameters."""
+        states = dict(window.start)
+        for event, then, rows, after, begins in window.happened:
+            seen = {**then, **{other: shown(state) for other, state in states.items()}, name: scene[name]}
+            rule = self.program.rule(name, event.level)
+            is_point = isinstance(rule, PointRule)
+            state = after if is_point else states[event.level]
+            states[event.level] = self.advance(event, rule, seen, state, rows, _NO_WINDOW, begins, is_point)
+            scene = scene | self._exposed(event.level, rule, seen, states[event.level], rows)
+        return scene
+
+    def _exposed(self, name: str, rule: Rule | None, scene: Tree, state: Tree, rows: Tree) -> Tree:
+        """Return what others now read of a level, and of those inside its steps if they do."""
+        scene = {**scene, name: shown(state)}
+        if not self.program.is_read_from_outside(name):
+            return {name: scene[name]}
+        if isinstance(rule, PointRule):  # they respond to its parameters, whose derivative is not that of the steps
+            scene, _ = self.turn(name, scene, state["below"], tree.index(rows, -1), at_point=True)
+            return {other: scene[other] for other in self.program.order.inside(name) | {name}}
+        return all_shown({name: state})
+
+    # Steps
+
+    def step(self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window) -> Tree:
+        """Return the state of a top level after one step, and of all that runs inside it."""
+        level, others = self.program.levels[name], rest(state)
+        if level.warmup and int(state["progress"]["steps"]) < level.warmup:
+            with torch.no_grad(), any_order():
+                loss, aux = self.total(name, state["params"], scene, others, rows, window, at_point=False)
+            grads = tree.map(torch.zeros_like, state["params"])
+        else:
+            grads, loss, aux = self.gradient(name, scene, state, rows, window)
+        aux["metrics"] = {**aux["metrics"], "gradient norm": tree.norm(grads)}
+        with torch.no_grad():
+            inputs = {"optimizer": self._optimizer_tensors(name, scene)}
+            params, after = self.update(name, inputs, grads, others, state["params"], loss, aux)
+            if any(edge.look_ahead for edge in self.program.lowers(name)):
+                moved = {**scene, name: {"params": params, "buffers": others["buffers"]}}
+                _, after["below"] = self.turn(name, moved, others["below"], rows)
+        return {"params": params, **after}
+
+    def gradient(
+        self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window, *, at_point: bool = False
+    ) -> tuple[Params, Tensor, Tree]:
+        """Return (dT/dw, T, what `total` says), all constant."""
+        leaves = {key: param.detach().requires_grad_() for key, param in state["params"].items()}
+        with torch.enable_grad(), any_order():
+            loss, aux = self.total(name, leaves, scene, rest(state), rows, window, at_point=at_point)
+            if not loss.requires_grad:
+                raise _missing(name, next(iter(leaves)))
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        found = {}
+        for (key, leaf), grad in zip(leaves.items(), grads, strict=True):
+            if grad is None and not self.program.levels[name].allow_unused:
+                raise _missing(name, key)
+            found[key] = torch.zeros_like(leaf) if grad is None else grad
+        return found, loss.detach(), detached(aux)
+
+    def update(self, name: str, inputs: Tree, grads: Tree, others: Tree, params: Params, loss: Tensor, aux: Tree) -> tuple[Tree, Tree]:
+        """Apply the level's optimizer, and return (params, rest of the state)."""
+        level, memory = self.program.levels[name], others["optimizer"]
+        if inputs["optimizer"]:
+            updates, memory = call_with(level.optimizer, inputs["optimizer"], (grads, memory, params), {"loss": loss})
+        else:
+            updates, memory = level.optimizer(grads, memory, params, loss=loss)
+        after, progress = apply_updates(params, updates), others["progress"]
+        if level.warmup:
+            moves = progress["steps"] >= level.warmup
+            keep = partial(torch.where, moves)
+            after, memory = tree.map(keep, (after, memory), (params, others["optimizer"]))
+        return after, {**aux, "optimizer": memory, "progress": _progress(progress, loss)}
+
+    # What a level starts from
+
+    def _started(self, name: str, scene: Tree, state: Tree) -> Tree:
+        """Return the state in which a level begins its steps, as its edge says."""
+        start = next((edge for edge in self.program.above(name) if edge.start != "continue"), None)
+        if start is None:
+            return state
+        initial = self.program.initial[name]
+        params = initial["params"] if start.start == "restart" else scene[start.upper.name]["params"]
+        memory = self.program.levels[name].optimizer.init(params)
+        return {**state, "params": params, "optimizer": memory, "buffers": initial["buffers"]}
+
+    def _window_length(self, name: str) -> int:
+        return next((edge.steps for edge in self.program.above(name)), 1)
+
+    def _readable(self, name: str, scene: Tree) -> Tree:
+        return {other: scene[other] for other in sorted(self.program.reads_outside(name))}
+
+    def _optimizer_tensors(self, name: str, scene: Tree) -> dict[str, Tensor]:
+        """Return the tensors of a level's optimizer, those that a level above owns as they are in the scene; {} if all are constant."""
+        optimizer, links = self.program.levels[name].optimizer, self.program.links[name]
+        own = dict(optimizer.named_parameters()) | dict(optimizer.named_buffers())
+        if not links and not any(tensor.requires_grad for tensor in own.values()):
+            return {}
+        linked = {tensor: scene[level]["params"][param] for tensor, (level, param) in links.items()}
+        return {key: tensor.detach() for key, tensor in own.items()} | linked
+
+    def _copies_below(self, name: str) -> int | None:
+        """Return how many copies the levels have that run inside the steps of `name`, if it is itself outside of them."""
+        levels, members = self.program.levels, self.program.order.members.get(name, ())
+        return None if levels[name].copies or not members else levels[members[0]].copies
+
+
+def _missing(level: str, param: str) -> ValueError:
+    return ValueError(
+        f"level {level!r}: no derivative arrives at its parameter {param!r}. Its loss, and the responses below, do not depend on it. "
+        "If that is meant, pass `allow_unused=True`."
+    )
+
+
+def _progress(progress: Tree, loss: Tensor) -> Tree:
+    """Count steps, and those before the first loss that is not finite; keep that loss."""
+    is_good = progress["finite"] == progress["steps"]
+    return {
+        "steps": progress["steps"] + 1,
+        "finite": progress["finite"] + (is_good & torch.isfinite(loss)),
+        "loss": torch.where(is_good, loss.detach().to(progress["loss"].dtype), progress["loss"]),
+    }
+
+
+def _select(leaves: Tree, axis: int, i: int) -> Tree:
+    return tree.map(lambda leaf: leaf.select(axis, i), leaves)
+
+
+def _tensors(window: Window) -> Tree:
+    return window.start, [tuple(happened[1:4]) for happened in window.happened]
+
+
+def _with_tensors(window: Window, tensors: Tree) -> Window:
+    start, happened = tensors
+    return Window(start, tuple(Happened(old.event, *new, old.begins) for old, new in zip(window.happened, happened, strict=True)))
