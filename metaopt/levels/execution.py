@@ -246,7 +246,8 @@ class Execution:
             moves = progress["steps"] >= level.warmup
             keep = partial(torch.where, moves)
             after, memory = tree.map(keep, (after, memory), (params, others["optimizer"]))
-        return after, {**aux, "optimizer": memory, "progress": _progress(progress, loss)}
+        new = {**aux, "optimizer": memory, "progress": _progress(progress, loss)}
+        return after, {key: new[key] for key in others}  # in the same order: trees are flattened by it
 
     # What a level starts from
 

@@ -92,7 +92,7 @@ def evaluate(
     device = level.device.type
     with nullcontext() if level.precision is None else torch.autocast(device, dtype=level.precision):
         result = level.loss(levels, batch)
-    values = dict(result) if isinstance(result, Mapping) else {"loss": result}
+    values = dict(sorted(result.items())) if isinstance(result, Mapping) else {"loss": result}
     if "loss" not in values:
         raise ValueError(f'level {level.name!r}: a loss that returns a dict must have the key "loss", got {sorted(values)}.')
     for name, value in values.items():
