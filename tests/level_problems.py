@@ -74,7 +74,5 @@ def tower(
         return of
 
     made = [level(f"v{i}", start[i], loss(i), 0.05, data=data[i]) for i in range(depth)]
-    edges = [
-        mo.Edge(made[i], made[i + 1], steps=steps[i], differentiate=rules[i], **options) for i in range(depth - 1)
-    ]
+    edges = [mo.Edge(made[i], made[i + 1], steps=steps[i], differentiate=rules[i], **options) for i in range(depth - 1)]
     return mo.LevelGraph(edges)

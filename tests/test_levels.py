@@ -117,8 +117,12 @@ MEMORIES = [mo.Backprop(), mo.Backprop(memory="steps"), mo.Backprop(memory=mo.Re
 
 
 @pytest.mark.parametrize("rule", MEMORIES, ids=str)
-@pytest.mark.parametrize(("depth", "steps", "top_reads"), [(2, [4], [1]), (3, [3, 2], [1, 2]), (4, [2, 1, 3], [1, 3]), (3, [2, 2], [2])])
-def test_levels_of_backprop_equal_autograd_through_everything(depth: int, steps: list[int], top_reads: list[int], rule: Any) -> None:
+@pytest.mark.parametrize(
+    ("depth", "steps", "top_reads"), [(2, [4], [1]), (3, [3, 2], [1, 2]), (4, [2, 1, 3], [1, 3]), (3, [2, 2], [2])]
+)
+def test_levels_of_backprop_equal_autograd_through_everything(
+    depth: int, steps: list[int], top_reads: list[int], rule: Any
+) -> None:
     """1e-10: float64 rounding of some hundred operations."""
     data = [batches(3 + i, i) for i in range(depth)]
     graph = tower(depth, steps, [rule] * (depth - 1), data, top_reads)

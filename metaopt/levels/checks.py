@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from metaopt.differentiate import PointRule
@@ -77,7 +78,7 @@ def _check_start(program: Program, edge: Edge) -> None:
     others = [str(other) for other in program.above(edge.lower.name) if other is not edge]
     if others:
         raise ValueError(
-            f'{edge}: start={edge.start!r} needs a lower level with one upper level, but there is {", ".join(others)} too. Use '
+            f"{edge}: start={edge.start!r} needs a lower level with one upper level, but there is {', '.join(others)} too. Use "
             'start="continue".'
         )
     shapes = [{key: tuple(param.shape) for key, param in level.net.params.items()} for level in (edge.upper, edge.lower)]
@@ -143,15 +144,31 @@ def _check_shared(program: Program, name: str) -> None:
             )
     for other in order.members.get(name, ()):
         program.rule(name, other)
+    for other in sorted(program.readings[name].levels & order.below[name]):
+        _check_deep(program, name, other)
+
+
+def _check_deep(program: Program, reader: str, name: str) -> None:
+    """See that the derivative of a level deep below can be had: what is inside a point rule's level responds to where that is."""
+    owners: list[str] = []
+    here = program.order.owner[name]
+    while here is not None and here not in (reader, program.order.owner[reader]):
+        owners.append(here)
+        here = program.order.owner[here]
+    for lower, upper in itertools.pairwise(owners):
+        rule, around = program.rule(upper, lower), program.rule(program.order.owner[upper] or reader, upper)
+        if isinstance(rule, PointRule) and not isinstance(around, PointRule):
+            raise ValueError(
+                f"level {reader!r}: its loss reads {name!r}, which runs inside the steps of {lower!r}. {type(rule).__name__} there and "
+                f"{type(around).__name__} for {upper!r} around it would leave out the response of {name!r}. Read {lower!r} instead, or "
+                "differentiate both in the same way."
+            )
 
 
 def _check_response(program: Program, edge: Edge) -> None:
     upper, lower = edge.upper.name, edge.lower.name
-    if edge.start == "upper" and not isinstance(edge.differentiate, PointRule):
+    if any(level == upper for name in program.order.below[lower] | {lower} for level, _ in program.dependencies(name)):
         return
-    for name in program.order.below[lower] | {lower}:
-        if program.readings[name].depends_on(upper) or any(owner == upper for owner, _ in program.links[name].values()):
-            return
     raise ValueError(
         f"{edge}: the loss of {lower!r} does not depend on {upper!r}, so there is no response. Read `levels.{upper}` in it, or take "
         "the edge out."
@@ -160,18 +177,14 @@ def _check_response(program: Program, edge: Edge) -> None:
 
 def _check_used(program: Program, name: str) -> None:
     """See that every parameter matters to the level's own loss, directly or through responses that this loss depends on."""
-    below, readings = program.order.below[name], program.readings
+    below = program.order.below[name]
     matters, pending = {name}, [name]
     while pending:
         one = pending.pop()
-        found = {other for other in below if readings[one].depends_on(other)} - matters
+        found = {level for level, _ in program.dependencies(one)} & below - matters
         matters |= found
         pending += found
-    used = {key for other in matters for owner, key in readings[other].params if owner == name}
-    used |= {key for other in matters for owner, key in program.links[other].values() if owner == name}
-    for edge in program.lowers(name):
-        if edge.start == "upper" and edge.lower.name in matters and not isinstance(edge.differentiate, PointRule):
-            used |= program.levels[name].net.params.keys()
+    used = {key for one in matters for level, key in program.dependencies(one) if level == name}
     for key in program.levels[name].net.params:
         if key not in used:
             edge = program.lowers(name)[0]

@@ -10,13 +10,10 @@ from metaopt.levels.program import Program
 def draw(program: Program, path: str | Path) -> None:
     """Write a picture: levels as boxes, upper ones higher, edges with their rules, and in grey what losses read."""
     import matplotlib
-
     from matplotlib.figure import Figure
 
     rows = _rows(program)
-    place = {
-        name: ((i + 0.5) / len(names), -depth) for depth, names in enumerate(rows) for i, name in enumerate(names)
-    }
+    place = {name: ((i + 0.5) / len(names), -depth) for depth, names in enumerate(rows) for i, name in enumerate(names)}
     width = max(len(names) for names in rows)
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(2.2 + 2.6 * width, 0.8 + 1.5 * len(rows)))

@@ -35,7 +35,7 @@ class Edge:
     lower: Level
     steps: int = field(default=1, kw_only=True)
     start: Start = field(default="continue", kw_only=True)
-    differentiate: Rule = field(default=Backprop(), kw_only=True)  # noqa: RUF009
+    differentiate: Rule = field(default=Backprop(), kw_only=True)
     look_ahead: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -72,9 +72,7 @@ class Execution:
         order = self.program.order
         scene, states, taken = dict(scene), dict(states), dict.fromkeys(states, 0)
         scene |= all_shown(states) if owner is None else {name: shown(state) for name, state in states.items()}
-        windows = {
-            name: Window({other: states[other] for other in order.shared[name]}) for name in states if order.shared[name]
-        }
+        windows = {name: Window({other: states[other] for other in order.shared[name]}) for name in states if order.shared[name]}
         for event in order.events.get(owner, ()):
             name, first = event.level, taken[event.level]
             taken[name] += event.steps
@@ -234,7 +232,9 @@ class Execution:
             found[key] = torch.zeros_like(leaf) if grad is None else grad
         return found, loss.detach(), detached(aux)
 
-    def update(self, name: str, inputs: Tree, grads: Tree, others: Tree, params: Params, loss: Tensor, aux: Tree) -> tuple[Tree, Tree]:
+    def update(
+        self, name: str, inputs: Tree, grads: Tree, others: Tree, params: Params, loss: Tensor, aux: Tree
+    ) -> tuple[Tree, Tree]:
         """Apply the level's optimizer, and return (params, rest of the state)."""
         level, memory = self.program.levels[name], others["optimizer"]
         if inputs["optimizer"]:
@@ -309,4 +309,5 @@ def _tensors(window: Window) -> Tree:
 
 def _with_tensors(window: Window, tensors: Tree) -> Window:
     start, happened = tensors
-    return Window(start, tuple(Happened(old.event, *new, old.begins) for old, new in zip(window.happened, happened, strict=True)))
+    pairs = zip(window.happened, happened, strict=True)
+    return Window(start, tuple(old._replace(scene=scene, rows=rows, after=after) for old, (scene, rows, after) in pairs))

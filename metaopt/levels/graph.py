@@ -101,7 +101,11 @@ class LevelGraph:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on, apart from the order of the data and the global random state."""
-        return {"levels": self._states, "initial": dict(self.program.initial), "data": {name: one.position for name, one in self._streams.items()}}
+        return {
+            "levels": self._states,
+            "initial": dict(self.program.initial),
+            "data": {name: one.position for name, one in self._streams.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a state, also in the levels' models. Data is wound to where it was, generators go on from where they are."""

@@ -91,9 +91,7 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
         steps |= rates
         events[who] = _events(names, rates, [(edge, waits(edge)) for edge in inner if edge.upper.name in names])
     shared = {
-        name: frozenset(
-            other for other in members[owner[name]] if other in below[name] and reads[name] & (below[other] | {other})
-        )
+        name: frozenset(other for other in members[owner[name]] if other in below[name] and reads[name] & (below[other] | {other}))
         for name in levels
     }
     return Order(levels, below, owner, members, steps, events, shared)

@@ -35,7 +35,7 @@ class Program:
     order: Order
     readings: Mapping[str, Reading]
     links: Mapping[str, Mapping[str, tuple[str, str]]]
-    initial: Mapping[str, Tree]
+    initial: dict[str, Tree]
     loops: frozenset[str] = frozenset()
     compile: bool = False
 
@@ -73,6 +73,14 @@ class Program:
                     f"are on the way from {viewpoint!r} down to {name!r}, whose response has one derivative."
                 )
         return edges[0].differentiate
+
+    def dependencies(self, name: str) -> frozenset[tuple[str, str]]:
+        """Return the (level, parameter) pairs that the loss of `name`, its optimizer or its starting point depends on."""
+        found = self.readings[name].params | frozenset(self.links[name].values())
+        for edge in self.above(name):
+            if edge.start == "upper" and not isinstance(edge.differentiate, PointRule):
+                found |= {(edge.upper.name, key) for key in edge.upper.net.params}
+        return found
 
     def reads_outside(self, name: str) -> frozenset[str]:
         """Return the levels that a step of `name` reads, apart from those that move during it."""

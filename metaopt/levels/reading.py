@@ -30,10 +30,6 @@ class Reading:
     params: frozenset[tuple[str, str]]
     metrics: Mapping[str, torch.dtype]
 
-    def depends_on(self, level: str) -> bool:
-        """Say whether the loss depends on a parameter of the level."""
-        return any(name == level for name, _ in self.params)
-
 
 def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
     """Evaluate the level's loss once, at the present values of all models, and note what it depends on.
@@ -43,6 +39,7 @@ def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
     Raises:
         ValueError: the loss fails without data, reads an unknown level, or reaches a tensor that requires grad by itself.
     """
+
     def scene(variable: bool) -> Scene:
         return {
             name: {

@@ -15,7 +15,9 @@ def describe(program: Program) -> str:
     for name in program.order.levels:
         level = program.levels[name]
         size = sum(param.numel() for param in level.net.params.values())
-        options = [f"{key}={value}" for key in ("copies", "accumulate", "warmup") if (value := getattr(level, key)) not in (None, 0, 1)]
+        options = [
+            f"{key}={value}" for key in ("copies", "accumulate", "warmup") if (value := getattr(level, key)) not in (None, 0, 1)
+        ]
         lines.append(f"  {name:{width}}  {_count(size, 'parameter')}, {', '.join([_one_line(level.optimizer), *options])}")
     lines.append("edges")
     for edge in program.edges:
