@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import metaopt as mo
-from optimizers import SGD, Adam
+from optimizers import SGD, Adam, ClipNorm, Cosine
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -200,7 +200,7 @@ def test_shared_levels_are_attached_once_and_each_upper_gets_its_own_part() -> N
 
         hessian, mixed = torch.func.jacrev(gradient, (0, 1))(low, own)
         response = -torch.linalg.solve(hessian, mixed)
-        direct, through = torch.func.grad(lambda w, at: coupled(at, [], [w], scale * row), (1, 0))(low, own)
+        direct, through = torch.func.grad(lambda at, w, x: coupled(at, [], [w], x), (0, 1))(own, low, scale * row)
         assert_close(graph.hypergradient(name)["value"], direct + response.T @ through, 1e-9)
 
 
@@ -212,10 +212,7 @@ def test_a_layered_graph_costs_as_much_as_it_has_edges_not_paths(monkeypatch: An
 
     def graph(wide: int, deep: int) -> mo.LevelGraph:
         layers = [
-            [
-                level(f"v{i}_{j}", 0.1 * (i + j), layer_loss(i, j, wide, deep), optimizer=SGD(0.01))
-                for j in range(wide)
-            ]
+            [level(f"v{i}_{j}", 0.1 * (i + j), layer_loss(i, j, wide, deep), optimizer=SGD(0.01)) for j in range(wide)]
             for i in range(deep)
         ]
         pairs = [pair for upper, lower in itertools.pairwise(layers) for pair in itertools.product(upper, lower)]
@@ -283,7 +280,9 @@ def copies(count: int, *, loop: bool = False, norm: bool = False) -> tuple[mo.Le
     rows = [[examples(count, 10 * seed + s) for s in range(3)] for seed in range(2)]
     stacked = [[mo.tree.stack(row) for row in part] for part in rows]
     options = {"start": "upper", "steps": 2}
-    task = mo.Level("task", copy.deepcopy(model), lambda s, b: F.cross_entropy(s.task(b[0]), b[1]), SGD(0.4), stacked[0], copies=count)
+    task = mo.Level(
+        "task", copy.deepcopy(model), lambda s, b: F.cross_entropy(s.task(b[0]), b[1]), SGD(0.4), stacked[0], copies=count
+    )
     meta = mo.Level("meta", model, lambda s, b: F.cross_entropy(s.task(b[0]), b[1]), SGD(0.1), stacked[1])
     return mo.LevelGraph([mo.Edge(meta, task, **options)]), *rows
 
@@ -305,7 +304,9 @@ def test_copies_are_maml(norm: bool) -> None:
     expected = mo.tree.map(lambda *g: torch.stack(g).mean(0), *each)
     assert_close(graph.hypergradient("meta"), expected, 1e-10)
     metrics = graph.step()
-    assert_close(metrics["meta/loss"], torch.stack([task_loss(net_params(graph, expected), task) for task in tasks]).mean().detach(), 1e-10)
+    assert_close(
+        metrics["meta/loss"], torch.stack([task_loss(net_params(graph, expected), task) for task in tasks]).mean().detach(), 1e-10
+    )
 
 
 def net_params(graph: mo.LevelGraph, grads: Any) -> Any:
@@ -334,3 +335,216 @@ def test_copies_with_convolutions_run_one_after_the_other() -> None:
     object.__setattr__(batched.program, "loops", frozenset())
     for _ in range(2):
         assert_close(graph.step(), batched.step(), 1e-8)
+
+
+# Options of a level
+
+
+def test_accumulation_is_the_mean_over_batches() -> None:
+    """On both levels: the lower one sees 2 batches a step, the upper one 3."""
+    a, w = batches(2, 5)
+    upper = level("upper", a, lambda s, x: coupled(s.upper(), [], [s.low()], x), 0.05, data=batches(6, 1), accumulate=3)
+    low = level(
+        "low", w, lambda s, x: {"loss": coupled(s.low(), [s.upper()], [], x), "x": x.sum()}, 0.05, data=batches(4, 2), accumulate=2
+    )
+    graph = mo.LevelGraph([mo.Edge(upper, low, steps=2)])
+    at, rows = a.clone().requires_grad_(), batches(4, 2)
+    for k in range(2):
+        w = w.clone().requires_grad_() if k == 0 else w.clone()
+        loss = (coupled(w, [at], [], rows[2 * k]) + coupled(w, [at], [], rows[2 * k + 1])) / 2
+        w = w - 0.05 * torch.autograd.grad(loss, w, create_graph=True)[0]
+    total = sum(coupled(at, [], [w], x) for x in batches(6, 1)[:3]) / 3
+    assert_close(graph.hypergradient("upper")["value"], torch.autograd.grad(total, at)[0], 1e-10)
+    metrics = graph.step()
+    assert_close([metrics["upper/loss"], metrics["low/x"]], [total.detach(), (rows[2].sum() + rows[3].sum()) / 2], 1e-12)
+
+
+def test_a_level_warms_up() -> None:
+    """The top level stays for two of its steps, the middle one for three of its: its state of momentum too."""
+    start = batches(3, 5)
+    top = level("top", start[0], lambda s, x: coupled(s.top(), [], [s.mid()], x), 0.05, data=batches(3, 1), warmup=2)
+    mid = level(
+        "mid", start[1], lambda s, x: coupled(s.mid(), [s.top()], [s.low()], x), 0.05, data=batches(3, 2), momentum=0.9, warmup=3
+    )
+    low = level("low", start[2], lambda s, x: coupled(s.low(), [s.mid()], [], x), 0.05, data=batches(3, 3))
+    graph = mo.LevelGraph([mo.Edge(top, mid, steps=2), mo.Edge(mid, low)])
+    moved = []
+    for _ in range(3):
+        before = {name: value(graph, name) for name in ("top", "mid", "low")}
+        graph.step()
+        moved.append([name for name in before if not torch.equal(before[name], value(graph, name))])
+    assert moved == [["low"], ["mid", "low"], ["top", "mid", "low"]]
+
+
+def test_running_statistics_are_carried_and_no_other_level_touches_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    twin = copy.deepcopy(model)
+    data = examples(4, 3)
+
+    def loss(levels: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(levels.learner(batch[0]) * levels.scale(), batch[1])
+
+    def outer(levels: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(levels.learner(10 + batch[0]), batch[1])
+
+    learner = mo.Level("learner", model, loss, SGD(0.1), data)
+    graph = mo.LevelGraph([mo.Edge(level("scale", 1.0, outer, data=data), learner, steps=2)])
+    assert model[1].num_batches_tracked == 0
+    graph.hypergradient("scale")
+    assert model[1].num_batches_tracked == 0
+    graph.step()
+    optimizer = torch.optim.SGD(twin.parameters(), 0.1)
+    for x, y in data[:2]:
+        optimizer.zero_grad()
+        F.cross_entropy(twin(x), y).backward()
+        optimizer.step()
+    assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), 1e-12)
+    assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), 1e-12)
+
+
+def test_frozen_and_tied_parameters_clipping_and_schedules() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
+    model[2].weight = model[0].weight
+    model[3].requires_grad_(False)
+    twin, data = copy.deepcopy(model), examples(4, 3)
+    loss = lambda s, b: F.cross_entropy(s.learner(b[0]) * s.scale(), b[1])
+    learner = mo.Level("learner", model, loss, ClipNorm(0.1, SGD(lr=Cosine(0.5, steps=4))), data)
+    graph = mo.LevelGraph(
+        [mo.Edge(level("scale", 1.0, lambda s, b: F.cross_entropy(s.learner(b[0]), b[1]), 0.0, data=data), learner, steps=3)]
+    )
+    graph.step()
+    params = [p for p in twin.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(params, 0.5)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    for x, y in data[:3]:
+        optimizer.zero_grad()
+        F.cross_entropy(twin(x), y).backward()
+        norm = torch.cat([p.grad.flatten() for p in params]).norm()
+        for p in params:
+            p.grad *= 0.1 / norm.clamp(min=0.1)
+        optimizer.step()
+        schedule.step()
+    assert model[2].weight is model[0].weight
+    assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), 1e-10)
+
+
+def test_precision_is_an_autocast_of_the_loss() -> None:
+    seen = []
+    x = torch.randn(5, 4, dtype=torch.float32)
+
+    def loss(levels: Any, _: Any) -> Tensor:
+        seen.append(levels.learner(x).dtype)
+        return levels.learner(x).float().square().mean() * levels.scale()
+
+    model = nn.Linear(4, 2, dtype=torch.float32)
+    learner = mo.Level("learner", model, loss, SGD(0.1), precision=torch.bfloat16)
+    scale = level("scale", torch.tensor(1.0, dtype=torch.float32), lambda s, _: s.learner(x).square().mean())
+    graph = mo.LevelGraph([mo.Edge(scale, learner, steps=2)])
+    graph.step()
+    assert set(seen) == {torch.bfloat16}
+    assert model.weight.dtype == torch.float32
+
+
+# Running
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def log(self, step: int, metrics: Any) -> None:
+        self.rows.append({"step": step, **metrics})
+
+    def close(self) -> None:
+        self.rows.append({})
+
+
+def test_a_trainer_runs_a_graph_and_the_models_hold_the_best_values() -> None:
+    graph, notes = meta_weight_net(), Notes()
+    model = graph.program.levels["learner"].model
+    values, seen = iter([3.0, 1.0, 2.0]), []
+
+    def validate() -> float:
+        seen.append(model[0].weight.detach().clone())
+        return next(values)
+
+    mo.Trainer(graph, max_steps=4, logger=notes, validate=validate, validate_every=2).fit()
+    steps = [row for row in notes.rows if "weights/loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(model[0].weight, seen[1])
+
+
+def test_a_state_is_all_that_the_next_steps_depend_on() -> None:
+    one, other = meta_weight_net(steps=2), meta_weight_net(steps=2)
+    for _ in range(3):
+        one.step()
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for _ in range(3):
+        first, second = one.step(), other.step()
+        assert mo.tree.map(float, first) == mo.tree.map(float, second)
+    for name in ("learner", "weights"):
+        torch.testing.assert_close(
+            dict(one.program.levels[name].model.named_parameters()),
+            dict(other.program.levels[name].model.named_parameters()),
+            rtol=0,
+            atol=0,
+        )
+
+
+def test_a_step_that_fails_changes_nothing() -> None:
+    data = [torch.ones(3), torch.full((3,), torch.nan)]
+    top = level("top", torch.ones(3), lambda s, x: coupled(s.top(), [], [s.mid()], x), data=batches(2, 1))
+    mid = level("mid", torch.ones(3), lambda s, x: coupled(s.mid(), [s.top()], [s.low()], x), data=data)
+    low = level("low", torch.ones(3), lambda s, x: coupled(s.low(), [s.mid()], [], x), data=batches(2, 2))
+    graph = mo.LevelGraph([mo.Edge(top, mid), mo.Edge(mid, low)])
+    graph.step()
+    before = {name: value(graph, name) for name in ("top", "mid", "low")}
+    for _ in range(2):
+        with pytest.raises(mo.NonFiniteError, match=r"level 'mid', step 1: the loss is nan"):
+            graph.step()
+    assert_close({name: value(graph, name) for name in before}, before, 0.0)
+
+
+def test_a_step_and_a_hypergradient_leave_the_random_state_where_a_loop_would() -> None:
+    """Dropout: the same numbers under "full" and "steps" memory, and other ones in the next step."""
+
+    def run(memory: Any) -> list[Tensor]:
+        torch.manual_seed(3)
+        drop = lambda s, x: coupled(F.dropout(s.low(), 0.5), [s.top()], [], x)
+        low = level("low", torch.ones(3), drop, data=batches(2, 1))
+        top = level("top", torch.ones(3), lambda s, x: coupled(s.top(), [], [s.low()], x), data=batches(2, 2))
+        graph = mo.LevelGraph([mo.Edge(top, low, steps=2, differentiate=mo.Backprop(memory=memory))])
+        return [graph.step()["low/loss"] for _ in range(3)] + [value(graph, "top")]
+
+    assert_close(run("full"), run("steps"), 1e-12)
+
+
+def test_a_graph_as_text() -> None:
+    graph = shared((3, 2), (mo.Backprop(), mo.FirstOrder()))
+    lines = str(graph).splitlines()
+    assert lines[0] == "LevelGraph with 3 levels and 2 edges"
+    assert "  b -> low: 2 steps, start=continue, FirstOrder(memory='full')" in lines
+    order = lines[lines.index("one step") + 1 :]
+    assert order == [
+        "  low makes 2 steps",
+        "  b makes 1 step",
+        "  low makes 1 step",
+        "  a makes 1 step",
+        "  low makes 1 step",
+        "  b makes 1 step",
+        "  low makes 2 steps",
+        "  b makes 1 step",
+        "  a makes 1 step",
+    ]
+
+
+def test_a_graph_as_a_picture(tmp_path: Any) -> None:
+    graph = shared((3, 2), (mo.Backprop(), CG))
+    graph.draw(tmp_path / "graph.png")
+    graph.draw(tmp_path / "graph.svg")
+    assert (tmp_path / "graph.png").stat().st_size > 5000
+    text = (tmp_path / "graph.svg").read_text()
+    assert all(word in text for word in ("low", "Implicit, 2 steps", "Backprop, 3 steps"))

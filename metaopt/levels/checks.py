@@ -95,13 +95,13 @@ def _check_copies(program: Program, edge: Edge) -> None:
         beside = {program.levels[name].copies for name in program.order.members[upper.name]}
         if len(beside) > 1 or (upper.copies is not None and lower.copies != upper.copies):
             raise ValueError(
-                f"{edge}: all levels inside a step of {upper.name!r} need the same `copies`, got {sorted(beside | {upper.copies}, key=str)}. "
+                f"{edge}: all levels inside a step of {upper.name!r} need the same `copies`, got {sorted(beside, key=str)}. "
                 "A copy of a level has copies of the levels below it."
             )
     elif lower.copies is not None or upper.copies is not None:
         raise ValueError(
-            f"{edge}: a level with `copies` needs one upper level whose loss reads it, and reads every level below that. Take `copies` "
-            "off, or connect the level with one upper level alone."
+            f"{edge}: a level with `copies` needs one upper level whose loss reads it, and reads every level below that. Take "
+            "`copies` off, or connect the level with one upper level alone."
         )
 
 
@@ -112,8 +112,8 @@ def _check_look_ahead(program: Program, edge: Edge) -> None:
     same = all(other.look_ahead for other in program.lowers(upper))
     if not (program.is_top(upper) and program.order.owner[edge.lower.name] == upper and same) or edge.lower.copies:
         raise ValueError(
-            f"{edge}: look_ahead=True needs an upper level that is at the top, looks ahead on each of its edges and shares none of its "
-            "lower levels, and a lower level without `copies`. Leave `look_ahead` out."
+            f"{edge}: look_ahead=True needs an upper level that is at the top, looks ahead on each of its edges and shares none of "
+            "its lower levels, and a lower level without `copies`. Leave `look_ahead` out."
         )
 
 
@@ -128,8 +128,8 @@ def _check_link(program: Program, edge: Edge) -> None:
     links = program.links[edge.lower.name].values()
     if isinstance(edge.differentiate, PointRule) and any(owner == edge.upper.name for owner, _ in links):
         raise ValueError(
-            f"{edge}: {edge.upper.name!r} is the optimizer of {edge.lower.name!r}, which {type(edge.differentiate).__name__} does not "
-            "differentiate: where steps end does not tell how they were made. Use `mo.Backprop()`."
+            f"{edge}: {edge.upper.name!r} is the optimizer of {edge.lower.name!r}, which {type(edge.differentiate).__name__} does "
+            "not differentiate: where steps end does not tell how they were made. Use `mo.Backprop()`."
         )
 
 
@@ -139,8 +139,8 @@ def _check_shared(program: Program, name: str) -> None:
         program.rule(name, other)
         if order.shared[other]:
             raise ValueError(
-                f"level {name!r} waits for {other!r}, which itself shares {sorted(order.shared[other])} with others. Of the levels that "
-                f"{other!r} waits for, none may have another upper level."
+                f"level {name!r} waits for {other!r}, which itself shares {sorted(order.shared[other])} with others. Of the levels "
+                f"that {other!r} waits for, none may have another upper level."
             )
     for other in order.members.get(name, ()):
         program.rule(name, other)
@@ -151,17 +151,19 @@ def _check_shared(program: Program, name: str) -> None:
 def _check_deep(program: Program, reader: str, name: str) -> None:
     """See that the derivative of a level deep below can be had: what is inside a point rule's level responds to where that is."""
     owners: list[str] = []
-    here = program.order.owner[name]
-    while here is not None and here not in (reader, program.order.owner[reader]):
+    here, outside = program.order.owner[name], (reader, program.order.owner[reader])
+    while here not in outside:
+        assert here is not None
         owners.append(here)
         here = program.order.owner[here]
     for lower, upper in itertools.pairwise(owners):
-        rule, around = program.rule(upper, lower), program.rule(program.order.owner[upper] or reader, upper)
+        home = program.order.owner[upper]
+        rule, around = program.rule(upper, lower), program.rule(reader if home in outside else home, upper)
         if isinstance(rule, PointRule) and not isinstance(around, PointRule):
             raise ValueError(
-                f"level {reader!r}: its loss reads {name!r}, which runs inside the steps of {lower!r}. {type(rule).__name__} there and "
-                f"{type(around).__name__} for {upper!r} around it would leave out the response of {name!r}. Read {lower!r} instead, or "
-                "differentiate both in the same way."
+                f"level {reader!r}: its loss reads {name!r}, which runs inside the steps of {lower!r}. {type(rule).__name__} there "
+                f"and {type(around).__name__} for {upper!r} around it would leave out the response of {name!r}. Read {lower!r} "
+                "instead, or differentiate both in the same way."
             )
 
 
@@ -170,8 +172,8 @@ def _check_response(program: Program, edge: Edge) -> None:
     if any(level == upper for name in program.order.below[lower] | {lower} for level, _ in program.dependencies(name)):
         return
     raise ValueError(
-        f"{edge}: the loss of {lower!r} does not depend on {upper!r}, so there is no response. Read `levels.{upper}` in it, or take "
-        "the edge out."
+        f"{edge}: the loss of {lower!r} does not depend on {upper!r}, so there is no response. Read `levels.{upper}` in it, or "
+        "take the edge out."
     )
 
 
@@ -189,6 +191,6 @@ def _check_used(program: Program, name: str) -> None:
         if key not in used:
             edge = program.lowers(name)[0]
             raise ValueError(
-                f"{edge}: the loss of {name!r} does not depend on its parameter {key!r}, neither directly nor through what is below it. "
+                f"{edge}: the loss of {name!r} does not depend on its parameter {key!r}, neither directly nor through responses. "
                 "If that is meant, pass `allow_unused=True` to the level."
             )

@@ -36,7 +36,7 @@ class Stream:
             )
         if data is not None and not isinstance(data, Iterable):
             raise TypeError(f"level {level!r}: `data` must be an iterable of batches or None, got {type(data).__name__}.")
-        self.level, self.data, self.device = level, data, device
+        self.level, self.source, self.device = level, data, device
         self.position = 0
         self._read = 0  # batches out of the iterable since it began
         self._batches: Iterator[Any] = iter(()) if data is None else iter(data)
@@ -56,26 +56,26 @@ class Stream:
 
     def seek(self, position: int) -> None:
         """Go to a position, as far as the iterable can begin again; a generator goes on from where it is."""
-        if self.data is None or self.data is self._batches or position == self.position:
+        if self.source is None or self.source is self._batches or position == self.position:
             return
         self._ahead.clear()
-        self._batches, self._read, self.position = iter(self.data), 0, position
+        self._batches, self._read, self.position = iter(self.source), 0, position
         for _ in range(position):
             self._next()
 
     def _next(self) -> Tree:
-        assert self.data is not None
+        assert self.source is not None
         try:
             batch = next(self._batches)
         except StopIteration:
-            if self._batches is self.data:
+            if self._batches is self.source:
                 raise ValueError(
-                    f"level {self.level!r}: `data` ended after {self._read} batches and cannot begin again, because it is an iterator. "
+                    f"level {self.level!r}: `data` ended after {self._read} batches and cannot begin again: it is an iterator. "
                     "Pass a list or a DataLoader, or a generator that does not end."
                 ) from None
             if self._read == 0:
                 raise ValueError(f"level {self.level!r}: `data` is empty.") from None
-            self._batches, self._read = iter(self.data), 0
+            self._batches, self._read = iter(self.source), 0
             return self._next()
         self._read += 1
         return self._moved(batch)

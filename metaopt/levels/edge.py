@@ -19,10 +19,10 @@ class Edge:
         upper: the level whose parameters the lower one reads, in its loss or through its optimizer.
         lower: the level that responds.
         steps: steps of the lower level for one of the upper level.
-        start: "continue" goes on from where the lower level stood, "restart" begins at its initial parameters with a fresh optimizer
-            state, "upper" so at the upper level's present parameters (MAML), which then have the same names and shapes.
-        differentiate: how the derivative of the response is taken. Rules that differentiate the steps (`Backprop`, `FirstOrder`, ...)
-            see the steps since the upper level's last one; those that look at where the steps ended (`Implicit`, ...) do so there.
+        start: "continue" goes on from where the lower level stood, "restart" begins at its initial parameters with a fresh
+            optimizer state, "upper" so at the upper level's present parameters (MAML), which then have the same names and shapes.
+        differentiate: how the derivative of the response is taken. Rules that differentiate the steps (`Backprop`, ...) see those
+            since the upper level's last step; rules that look at where the steps ended (`Implicit`, ...) do so there.
         look_ahead: make the lower level's steps for the hypergradient only, and, when the upper level has moved, once more with its
             new parameters, on the same batches (the virtual step of meta-weight-net and DARTS).
 

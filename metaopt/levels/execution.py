@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,35 +19,15 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.differentiate import End, InnerLoop, PointRule, Rule, attach
 from metaopt.differentiate.base import run
-from metaopt.functional import Params, call_with
+from metaopt.functional import Params
 from metaopt.kernels import any_order
 from metaopt.levels.order import Event, Owner
 from metaopt.levels.program import Program, all_shown, detached, rest, shown
+from metaopt.levels.update import begun, optimizer_tensors, update
 from metaopt.levels.view import evaluate
-from metaopt.optimizer import apply_updates
+from metaopt.levels.window import NO_WINDOW, Happened, Window
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
-
-
-class Happened(NamedTuple):
-    """An event, and the tensors that running it again takes: what was seen, the rows, the state afterwards; whether it restarted."""
-
-    event: Event
-    scene: Tree
-    rows: Tree
-    after: Tree
-    begins: bool
-
-
-@dataclass(frozen=True)
-class Window:
-    """What happened to the levels that a level shares with others since its last step, beginning at `start`: level -> state."""
-
-    start: Tree
-    happened: tuple[Happened, ...] = ()
-
-
-_NO_WINDOW = Window({})
 
 
 @dataclass(frozen=True)
@@ -79,14 +58,13 @@ class Execution:
             part = {other: rows[other] for other in order.inside(name) | {name} if other in rows}
             if event.steps < order.steps[name]:
                 part = tree.index(part, slice(first, taken[name]))
-            begins = first % self._window_length(name) == 0
+            begins = first % next((edge.steps for edge in self.program.above(name)), 1) == 0
             rule, before = self.program.rule(owner, name), scene
-            states[name] = self.advance(event, rule, scene, states[name], part, windows.get(name, _NO_WINDOW), begins, at_point)
+            states[name] = self.advance(event, rule, scene, states[name], part, windows.get(name, NO_WINDOW), begins, at_point)
             scene = scene | self._exposed(name, rule, scene, states[name], part)
             for waiting in windows:
                 if name in order.shared[waiting]:
-                    happened = Happened(event, before, part, states[name], begins)
-                    windows[waiting] = replace(windows[waiting], happened=(*windows[waiting].happened, happened))
+                    windows[waiting] = windows[waiting].then(Happened(event, before, part, states[name], begins))
             if name in windows:
                 windows[name] = Window({other: states[other] for other in order.shared[name]})
         return scene, states
@@ -98,7 +76,7 @@ class Execution:
         name = event.level
         is_point = isinstance(rule, PointRule)
         if begins and not (at_point and is_point):
-            state = self._started(name, scene, state)
+            state = begun(self.program, name, scene, state)
         if rule is None and self.program.is_top(name):
             for i in range(event.steps):
                 state = self.step(name, scene, state, tree.index(rows, i), window)
@@ -117,20 +95,20 @@ class Execution:
     def problem(self, name: str, steps: int, scene: Tree, state: Tree, rows: Tree, window: Window) -> InnerLoop:
         """Return the steps of a level as an inner loop, whose `meta` is all that they read."""
         inputs = {
-            "optimizer": self._optimizer_tensors(name, scene),
+            "optimizer": optimizer_tensors(self.program, name, scene),
             "loss": {},
-            "meta": (self._readable(name, scene), _tensors(window)),
+            "meta": ({other: scene[other] for other in self.program.reads_outside(name)}, window.tensors),
             "batch": None,
         }
-        loss, update = partial(self._loss, name, window, False), partial(self.update, name)
+        loss, step = partial(self._loss, name, window, False), partial(update, self.program.levels[name])
         compiles = self.program.compiles(name) and values_are_readable()
-        return InnerLoop(loss, update, inputs, state["params"], rest(state), rows, steps, compiles)
+        return InnerLoop(loss, step, inputs, state["params"], rest(state), rows, steps, compiles)
 
     def _loss(
         self, name: str, window: Window, at_point: bool, inputs: Tree, params: Params, others: Tree, rows: Tree
     ) -> tuple[Tensor, Tree]:
         scene, tensors = inputs["meta"]
-        return self.total(name, params, scene, others, rows, _with_tensors(window, tensors), at_point=at_point)
+        return self.total(name, params, scene, others, rows, window.with_tensors(tensors), at_point=at_point)
 
     # The total loss
 
@@ -181,7 +159,7 @@ class Execution:
             rule = self.program.rule(name, event.level)
             is_point = isinstance(rule, PointRule)
             state = after if is_point else states[event.level]
-            states[event.level] = self.advance(event, rule, seen, state, rows, _NO_WINDOW, begins, is_point)
+            states[event.level] = self.advance(event, rule, seen, state, rows, NO_WINDOW, begins, is_point)
             scene = scene | self._exposed(event.level, rule, seen, states[event.level], rows)
         return scene
 
@@ -208,8 +186,8 @@ class Execution:
             grads, loss, aux = self.gradient(name, scene, state, rows, window)
         aux["metrics"] = {**aux["metrics"], "gradient norm": tree.norm(grads)}
         with torch.no_grad():
-            inputs = {"optimizer": self._optimizer_tensors(name, scene)}
-            params, after = self.update(name, inputs, grads, others, state["params"], loss, aux)
+            inputs = {"optimizer": optimizer_tensors(self.program, name, scene)}
+            params, after = update(level, inputs, grads, others, state["params"], loss, aux)
             if any(edge.look_ahead for edge in self.program.lowers(name)):
                 moved = {**scene, name: {"params": params, "buffers": others["buffers"]}}
                 _, after["below"] = self.turn(name, moved, others["below"], rows)
@@ -232,50 +210,6 @@ class Execution:
             found[key] = torch.zeros_like(leaf) if grad is None else grad
         return found, loss.detach(), detached(aux)
 
-    def update(
-        self, name: str, inputs: Tree, grads: Tree, others: Tree, params: Params, loss: Tensor, aux: Tree
-    ) -> tuple[Tree, Tree]:
-        """Apply the level's optimizer, and return (params, rest of the state)."""
-        level, memory = self.program.levels[name], others["optimizer"]
-        if inputs["optimizer"]:
-            updates, memory = call_with(level.optimizer, inputs["optimizer"], (grads, memory, params), {"loss": loss})
-        else:
-            updates, memory = level.optimizer(grads, memory, params, loss=loss)
-        after, progress = apply_updates(params, updates), others["progress"]
-        if level.warmup:
-            moves = progress["steps"] >= level.warmup
-            keep = partial(torch.where, moves)
-            after, memory = tree.map(keep, (after, memory), (params, others["optimizer"]))
-        new = {**aux, "optimizer": memory, "progress": _progress(progress, loss)}
-        return after, {key: new[key] for key in others}  # in the same order: trees are flattened by it
-
-    # What a level starts from
-
-    def _started(self, name: str, scene: Tree, state: Tree) -> Tree:
-        """Return the state in which a level begins its steps, as its edge says."""
-        start = next((edge for edge in self.program.above(name) if edge.start != "continue"), None)
-        if start is None:
-            return state
-        initial = self.program.initial[name]
-        params = initial["params"] if start.start == "restart" else scene[start.upper.name]["params"]
-        memory = self.program.levels[name].optimizer.init(params)
-        return {**state, "params": params, "optimizer": memory, "buffers": initial["buffers"]}
-
-    def _window_length(self, name: str) -> int:
-        return next((edge.steps for edge in self.program.above(name)), 1)
-
-    def _readable(self, name: str, scene: Tree) -> Tree:
-        return {other: scene[other] for other in sorted(self.program.reads_outside(name))}
-
-    def _optimizer_tensors(self, name: str, scene: Tree) -> dict[str, Tensor]:
-        """Return the tensors of a level's optimizer, those that a level above owns as they are in the scene; {} if all are constant."""
-        optimizer, links = self.program.levels[name].optimizer, self.program.links[name]
-        own = dict(optimizer.named_parameters()) | dict(optimizer.named_buffers())
-        if not links and not any(tensor.requires_grad for tensor in own.values()):
-            return {}
-        linked = {tensor: scene[level]["params"][param] for tensor, (level, param) in links.items()}
-        return {key: tensor.detach() for key, tensor in own.items()} | linked
-
     def _copies_below(self, name: str) -> int | None:
         """Return how many copies the levels have that run inside the steps of `name`, if it is itself outside of them."""
         levels, members = self.program.levels, self.program.order.members.get(name, ())
@@ -284,30 +218,10 @@ class Execution:
 
 def _missing(level: str, param: str) -> ValueError:
     return ValueError(
-        f"level {level!r}: no derivative arrives at its parameter {param!r}. Its loss, and the responses below, do not depend on it. "
+        f"level {level!r}: no derivative arrives at its parameter {param!r}: neither its loss nor a response below depends on it. "
         "If that is meant, pass `allow_unused=True`."
     )
 
 
-def _progress(progress: Tree, loss: Tensor) -> Tree:
-    """Count steps, and those before the first loss that is not finite; keep that loss."""
-    is_good = progress["finite"] == progress["steps"]
-    return {
-        "steps": progress["steps"] + 1,
-        "finite": progress["finite"] + (is_good & torch.isfinite(loss)),
-        "loss": torch.where(is_good, loss.detach().to(progress["loss"].dtype), progress["loss"]),
-    }
-
-
 def _select(leaves: Tree, axis: int, i: int) -> Tree:
     return tree.map(lambda leaf: leaf.select(axis, i), leaves)
-
-
-def _tensors(window: Window) -> Tree:
-    return window.start, [tuple(happened[1:4]) for happened in window.happened]
-
-
-def _with_tensors(window: Window, tensors: Tree) -> Window:
-    start, happened = tensors
-    pairs = zip(window.happened, happened, strict=True)
-    return Window(start, tuple(old._replace(scene=scene, rows=rows, after=after) for old, (scene, rows, after) in pairs))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from metaopt import tree
@@ -20,21 +19,23 @@ from metaopt.levels.checks import check_program, find_links, named_levels
 from metaopt.levels.data import Stream, arranged
 from metaopt.levels.draw import draw
 from metaopt.levels.edge import Edge
-from metaopt.levels.execution import Execution, Happened, Window
+from metaopt.levels.execution import Execution
 from metaopt.levels.level import Level
 from metaopt.levels.order import Owner, arrange
 from metaopt.levels.program import Program, all_shown
 from metaopt.levels.reading import Reading, read
 from metaopt.levels.text import describe
+from metaopt.levels.update import initial_state
+from metaopt.levels.window import NO_WINDOW, Happened, Window
 from metaopt.tree import Tree
 
 
 class LevelGraph:
     """Optimisation problems that depend on each other: every level minimises its loss given the levels above it.
 
-    For a level u with parameters w and the levels below it responding to w:  T_u(w) = L_u(w, levels above, responses(w)).  A step of
-    u uses dT_u/dw through every path of edges below it, each edge contributing its own rule. The loss of a lower level that is
-    minimised on the way is its own T: three levels of `Backprop` are one composed unroll.
+    For a level u with parameters w, and the levels below it responding to w:  T_u(w) = L_u(w, levels above, responses(w)).  A step
+    of u uses dT_u/dw through every path of edges below it, each edge contributing its own rule. What a lower level minimises on the
+    way is its own T: three levels of `Backprop` are one composed unroll.
 
     Constructing a graph evaluates every loss once, on the first batch (which the first step sees again), to learn what it reads: a
     level steps when the levels below that its loss reads have made their steps; those it does not read follow it.
@@ -53,10 +54,10 @@ class LevelGraph:
 
     def __init__(self, edges: Sequence[Edge], *, compile: bool = False):
         levels = named_levels(edges)
-        self._streams = {name: Stream(name, level.data, level.device) for name, level in levels.items()}
+        self._streams = {name: Stream(name, level.batches, level.device) for name, level in levels.items()}
         readings = {name: self._read(name, levels, edges) for name in levels}
         order = arrange(edges, {name: reading.levels for name, reading in readings.items()})
-        initial = {name: _initial(level, readings[name]) for name, level in levels.items()}
+        initial = {name: initial_state(level, readings[name]) for name, level in levels.items()}
         loops = _loops(edges, lambda name: self._read(name, levels, edges))
         self.program = Program(levels, tuple(edges), order, readings, find_links(levels), initial, loops, compile)
         check_program(self.program)
@@ -66,8 +67,8 @@ class LevelGraph:
     def step(self) -> dict[str, float | Tensor]:
         """Make one step of the top levels, and what the levels below make for it; return losses and metrics by "level/name".
 
-        All that changes is the graph's state, and, when the step has succeeded, the values in the levels' models (not of levels with
-        `copies`).
+        All that changes is the graph's state, and, when the step has succeeded, the values in the levels' models (but not of
+        levels with `copies`).
 
         Raises:
             NonFiniteError: a loss is not finite; the state is then that before the step.
@@ -126,10 +127,10 @@ class LevelGraph:
 
     def _read(self, name: str, levels: dict[str, Level], edges: Sequence[Edge]) -> Reading:
         level, batch = levels[name], None
-        if level.data is not None:
+        if level.batches is not None:
             (batch,) = self._streams[name].peek(1)
         if level.copies or any(edge.lower.copies for edge in edges if edge.upper is level):
-            batch = None if level.data is None else tree.index(batch, 0)
+            batch = None if level.batches is None else tree.index(batch, 0)
         return read(level, {other: one.net for other, one in levels.items()}, batch)
 
     def _begin(self, name: str) -> Tree:
@@ -150,7 +151,7 @@ class LevelGraph:
         program, rows, counts = self.program, {}, {}
         for name in program.levels:
             inside = owner in (None, name) or name in program.order.inside(owner)
-            if inside and program.levels[name].data is not None:
+            if inside and program.levels[name].batches is not None:
                 axes = program.leading_axes(name, owner)
                 counts[name] = math.prod(axes)
                 rows[name] = arranged(name, self._streams[name].peek(counts[name]), axes)
@@ -161,7 +162,7 @@ class LevelGraph:
         order = self.program.order
         owner, shared = order.owner[name], order.shared[name]
         if not shared:
-            return Window({})
+            return NO_WINDOW
         (rows, _), scene, taken, happened = self._rows(owner), all_shown(self._states), dict.fromkeys(shared, 0), []
         for event in itertools.takewhile(lambda event: event.level != name, order.events[owner]):
             if (lower := event.level) in shared:
@@ -179,21 +180,6 @@ class LevelGraph:
                 level.net.load(shown["params"])
                 for key, buffer in level.net.buffers.items():
                     buffer.copy_(shown["buffers"][key])
-
-
-def _initial(level: Level, reading: Reading) -> Tree:
-    """Return the state of a level by itself before its first step."""
-    params = {key: param.detach().clone() for key, param in level.net.params.items()}
-    like = next(iter(params.values()))
-    zero = torch.zeros((), device=like.device, dtype=torch.int64)
-    return {
-        "params": params,
-        "optimizer": tree.map(lambda leaf: leaf.detach().clone(), level.optimizer.init(params)),
-        "buffers": {key: buffer.clone() for key, buffer in level.net.buffers.items()},
-        "metrics": {name: torch.zeros((), device=like.device, dtype=dtype) for name, dtype in reading.metrics.items()},
-        "progress": {"steps": zero, "finite": zero.clone(), "loss": torch.zeros_like(like[(0,) * like.ndim])},
-        "below": {},
-    }
 
 
 def _loops(edges: Sequence[Edge], read: Callable[[str], Reading]) -> frozenset[str]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from metaopt.functional import Functional, functional
+from metaopt.functional import functional
 from metaopt.optimizer import Optimizer
 
 if TYPE_CHECKING:
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
 LevelLoss = Callable[["Levels", Any], Tensor | dict[str, Tensor]]
 
 
-@dataclass(frozen=True, eq=False)
 class Level:
     """A problem min_w L(w, other levels), to be connected to others by edges.
 
@@ -45,37 +42,38 @@ class Level:
         TypeError: `model` is no module, or `optimizer` no metaopt optimizer.
     """
 
-    name: str
-    model: nn.Module
-    loss: LevelLoss
-    optimizer: Optimizer
-    data: Iterable[Any] | None = None
-    copies: int | None = field(default=None, kw_only=True)
-    accumulate: int = field(default=1, kw_only=True)
-    warmup: int = field(default=0, kw_only=True)
-    allow_unused: bool = field(default=False, kw_only=True)
-    precision: torch.dtype | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.isidentifier():
-            raise ValueError(f"Level: `name` must be an identifier, got {self.name!r}. Losses refer to the level as `levels.NAME`.")
-        if not isinstance(self.model, nn.Module):
-            raise TypeError(f"level {self.name!r}: `model` must be an nn.Module, got {type(self.model).__name__}.")
-        if not isinstance(self.optimizer, Optimizer):
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        loss: LevelLoss,
+        optimizer: Optimizer,
+        data: Iterable[Any] | None = None,
+        *,
+        copies: int | None = None,
+        accumulate: int = 1,
+        warmup: int = 0,
+        allow_unused: bool = False,
+        precision: torch.dtype | None = None,
+    ):
+        if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+            raise ValueError(f"Level: `name` must be an identifier, got {name!r}. Losses refer to the level as `levels.NAME`.")
+        if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                f"level {self.name!r}: `optimizer` must be a metaopt Optimizer, got {type(self.optimizer).__module__}."
-                f"{type(self.optimizer).__name__}. Use one from `optimizers`, or `mo.from_torch(...)`."
+                f"level {name!r}: `optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}."
+                f"{type(optimizer).__name__}. Use one from `optimizers`, or `mo.from_torch(...)`."
             )
-        for what, value, least in (("accumulate", self.accumulate, 1), ("warmup", self.warmup, 0), ("copies", self.copies, 1)):
+        for what, value, least in (("accumulate", accumulate, 1), ("warmup", warmup, 0), ("copies", copies, 1)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"level {self.name!r}: `{what}` must be an integer of at least {least}, got {value!r}.")
+                raise ValueError(f"level {name!r}: `{what}` must be an integer of at least {least}, got {value!r}.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"level {name!r}: `model` must be an nn.Module, got {type(model).__name__}.")
+        self.net = functional(model)
         if not self.net.params:
-            raise ValueError(f"level {self.name!r}: the model has no trainable parameters. Is every parameter frozen?")
-
-    @cached_property
-    def net(self) -> Functional:
-        """The model as a pure function."""
-        return functional(self.model)
+            raise ValueError(f"level {name!r}: the model has no trainable parameters. Is every parameter frozen?")
+        self.name, self.model, self.loss, self.optimizer, self.batches = name, model, loss, optimizer, data
+        self.copies, self.accumulate, self.warmup = copies, accumulate, warmup
+        self.allow_unused, self.precision = allow_unused, precision
 
     @property
     def device(self) -> torch.device:

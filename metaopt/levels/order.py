@@ -164,9 +164,9 @@ def _rates(who: Owner, names: tuple[str, ...], edges: Sequence[Edge]) -> dict[st
                     pending.append(other)
                 elif group[other] != rate:
                     raise ValueError(
-                        f"{edge}: steps={edge.steps} contradicts the other edges, by which {edge.lower.name!r} makes "
-                        f"{group[edge.lower.name] / group[edge.upper.name]} steps for one of {edge.upper.name!r}. Every way down to a "
-                        "level must give it the same number of steps."
+                        f"{edge}: steps={edge.steps} contradicts the other edges, by which {edge.lower.name!r} "
+                        f"makes {group[edge.lower.name] / group[edge.upper.name]} steps for one of {edge.upper.name!r}. Every way "
+                        "down to a level must give it the same number of steps."
                     )
         scale = math.lcm(*(rate.denominator for rate in group.values())) if who is None else 1
         rates |= {name: rate * scale for name, rate in group.items()}

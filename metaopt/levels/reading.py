@@ -56,7 +56,7 @@ def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
             found, names = evaluate(level, nets, at, batch)
             alone, _ = evaluate(level, nets, scene(False), batch)
         except (TypeError, AttributeError) as error:
-            if level.data is not None:
+            if level.batches is not None:
                 raise
             raise ValueError(
                 f"level {level.name!r} has no data, and its loss fails on the batch None: {error}. Pass `data=` to the level."

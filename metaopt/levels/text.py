@@ -22,9 +22,8 @@ def describe(program: Program) -> str:
     lines.append("edges")
     for edge in program.edges:
         extra = ", look_ahead" if edge.look_ahead else ""
-        lines.append(
-            f"  {edge.upper.name} -> {edge.lower.name}: {_count(edge.steps, 'step')}, start={edge.start}, {edge.differentiate}{extra}"
-        )
+        ends = f"{edge.upper.name} -> {edge.lower.name}"
+        lines.append(f"  {ends}: {_count(edge.steps, 'step')}, start={edge.start}, {edge.differentiate}{extra}")
     return "\n".join([*lines, "one step", *_turn(program, None, 1)])
 
 

@@ -65,8 +65,8 @@ class Levels:
             )
         if name not in self._views:
             raise ValueError(
-                f"level {self._reader!r}: its loss reads `levels.{name}` now, but did not when the graph was built. A loss must read "
-                "the same levels every time."
+                f"level {self._reader!r}: its loss reads `levels.{name}` now, but did not when the graph was built. A loss must "
+                "read the same levels every time."
             )
         self.read.add(name)
         return self._views[name]
