@@ -49,7 +49,7 @@ class Bilevel:
 
 
 def quadratic() -> Bilevel:
-    """1/2 w'Hw - w'B l and 1/2 |w - c|^2: hypergradient B'H^-1 (w* - c). Largest eigenvalue 4, smallest 1/2: 0.8^110 = 2e-11 is left."""
+    """1/2 w'Hw - w'B l and 1/2 |w - c|^2: hypergradient B'H^-1 (w* - c). 0.8^110 = 2e-11 is left."""
     torch.manual_seed(0)
     A, B, c, l = torch.randn(5, 5), torch.randn(5, 5), torch.randn(5), torch.randn(5)
     H = A @ A.T / 5 + torch.eye(5) / 2
@@ -62,7 +62,7 @@ def quadratic() -> Bilevel:
 
 
 def ridge() -> Bilevel:
-    """Least squares in two leaves, a penalty on each: w* = (X'X/n + k P)^-1 X'Y/n by the normal equations; 0.7^80 = 4e-13 is left."""
+    """Least squares in two leaves, a penalty on each: w* = (X'X/n + k P)^-1 X'Y/n, normal equations; 0.7^80 = 4e-13 is left."""
     torch.manual_seed(1)
     x, y = torch.randn(12, 3), torch.randn(12, 2)
     meta = {"w": torch.rand(3, 1), "b": torch.rand(1)}
@@ -102,7 +102,7 @@ def dynamics() -> Bilevel:
 
 
 def logistic() -> Bilevel:
-    """Weighted logistic regression: third derivatives, so that differences and tilts have a bias. The exact one is of the solution."""
+    """Weighted logistic regression, whose third derivatives give differences and tilts a bias. Exact: of the solution."""
     torch.manual_seed(3)
     x, y, meta = torch.randn(10, 3), (torch.rand(10) < 0.5).double(), torch.randn(10)
 

@@ -1,4 +1,4 @@
-"""Every rule on every problem: exact ones to 1e-8, biased ones against the bias they state, random ones within 4 standard errors."""
+"""Every rule on every problem: exact ones to 1e-8, biased ones against their stated bias, random ones within 4 standard errors."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_path_rules_are_exact(rule: str, problem: str, way: str) -> None:
 @each_problem
 @pytest.mark.parametrize("rule", POINT)
 def test_point_rules_give_what_they_state(rule: str, problem: str, way: str) -> None:
-    """Implicit: to 1e-8. Differences: radius 1e-4 leaves 1e-8 of bias and 1e-12 of rounding. Penalty: 1e-6 and 1e-10 of rounding."""
+    """Differences: radius 1e-4 leaves 1e-8 of bias and 1e-12 of rounding. Penalty: weight 1e6 leaves 1e-6 and 1e-10."""
     bilevel = PROBLEMS[problem]()
     x = "inverse" if of_solution(rule) else "identity"
     expected = stated(bilevel, x)

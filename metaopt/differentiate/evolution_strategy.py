@@ -33,6 +33,9 @@ class EvolutionStrategy:
     Laplacian of <v, r>. **Variance**, for g = J' v: (|g|^2 + g_i^2) / pairs in entry i: more pairs are needed than l
     has entries. Differentiable again if the loop is: the derivative of this estimate, with the same e.
 
+    Where the loop runs again (a rebuilt step of a loop around it, the two sides of a finite difference) it draws other e: still
+    unbiased, but `FiniteDifference` and `SAMA` above it multiply its noise by 1 / radius.
+
     Args:
         std: size of the perturbations.
         pairs: number of antithetic pairs.
