@@ -1,7 +1,17 @@
 """Optimisation that learns: differentiable inner loops, meta-gradients and learned optimizers on top of `torch.func`."""
 
 from metaopt import tasks, tree
-from metaopt.differentiate import Backprop, FirstOrder, Implicit
+from metaopt.differentiate import (
+    SAMA,
+    T1T2,
+    Backprop,
+    EvolutionStrategy,
+    FiniteDifference,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    Penalty,
+)
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Functional, functional
 from metaopt.interop import from_torch, from_torchopt
@@ -17,12 +27,17 @@ from metaopt.train import TensorBoardLogger, Trainer
 
 __all__ = [
     "GMRES",
+    "SAMA",
+    "T1T2",
     "Backprop",
     "BiCGStab",
     "ConjugateGradient",
     "Direct",
     "Edge",
+    "EvolutionStrategy",
+    "FiniteDifference",
     "FirstOrder",
+    "ForwardMode",
     "FullUnroll",
     "Functional",
     "Implicit",
@@ -36,6 +51,7 @@ __all__ = [
     "Nystrom",
     "NystromCG",
     "Optimizer",
+    "Penalty",
     "Report",
     "Revolve",
     "Schedule",

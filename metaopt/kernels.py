@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,21 @@ def any_order() -> Iterator[None]:
     """
     with sdpa_kernel(SDPBackend.MATH), _ElementaryNorms():
         yield
+
+
+@contextmanager
+def named_operator(asked: str, instead: str) -> Iterator[None]:
+    """Say what to do where torch has no forward derivative of an operator."""
+    try:
+        yield
+    except NotImplementedError as error:
+        name = re.search(r"forward AD with (\S+)", str(error))
+        if name is None:
+            raise
+        raise ValueError(
+            f"{asked} needs the forward derivative of every operator in the loss and its gradient, got `{name[1]}`, which has "
+            f"none in torch. Use {instead}."
+        ) from error
 
 
 class _ElementaryNorms(TorchFunctionMode):

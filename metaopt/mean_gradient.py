@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.kernels import any_order
+from metaopt.kernels import any_order, named_operator
 from metaopt.pullback import chosen, plus, pull_back, put
 from metaopt.tree import Tree
 
@@ -106,26 +104,11 @@ class MeanGradient:
             here = (inputs, at, state, batch)
             return torch.func.grad(lambda variables: self.loss(*put(variables, here, wanted))[0])(chosen(here, wanted))
 
-        with any_order(), _named_operator():
+        with any_order(), named_operator('`hvp="forward"`', '`hvp="reverse"`'):
             slopes, bars, *_ = torch.func.jvp(gradient, (params,), (along,))
         if of_loss is not None:
             bars = [bar + of_loss * slope for bar, slope in zip(bars, slopes, strict=True)]
         return put(bars, tree.map(lambda _: None, wanted), wanted)
-
-
-@contextmanager
-def _named_operator() -> Iterator[None]:
-    """Say what to do where torch has no forward derivative of an operator."""
-    try:
-        yield
-    except NotImplementedError as error:
-        name = re.search(r"forward AD with (\S+)", str(error))
-        if name is None:
-            raise
-        raise ValueError(
-            f'`hvp="forward"` needs the forward derivative of every operator in the loss and its gradient, got `{name[1]}`, '
-            'which has none in torch. Use `hvp="reverse"`.'
-        ) from error
 
 
 def _merge(one: Tensor | None, other: Tensor | None, is_example: bool) -> Tensor | None:

@@ -34,7 +34,8 @@ _inside_step: ContextVar[bool] = ContextVar("inside_step", default=False)
 
 
 @contextmanager
-def _plain_loops_inside() -> Iterator[None]:
+def plain_loops_inside() -> Iterator[None]:
+    """While entered, scans run as plain loops."""
     token = _inside_step.set(True)
     try:
         yield
@@ -163,7 +164,7 @@ class _Loop:
 
     def run(self, shared: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], Tensor]:
         """Make one step on flat leaves; inner scans are plain loops meanwhile."""
-        with _plain_loops_inside():
+        with plain_loops_inside():
             after, out = self.step(*self.trees(shared, carry, x))
         return tree.leaves(after), out
 
@@ -271,7 +272,7 @@ class _Reversal:
         """Add step t's part to the cotangents of inputs and xs, and return that of its carry."""
         x = [leaf[t] for leaf in self.xs]
         _, bar_after, _ = self.loop.trees([None] * len(self.shared), bar, [None] * len(x))
-        with self.loop.ambients[t].restored(), _plain_loops_inside():
+        with self.loop.ambients[t].restored(), plain_loops_inside():
             bars = self.loop.pullback(*self.loop.trees(self.shared, carry, x), (bar_after, of_out), self.wanted)
         to_shared, to_carry, to_x = self.loop.split(tree.leaves(bars))
         self.bar_shared = [*map(plus, self.bar_shared, to_shared)]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["tree", "errors", "transforms", "kernels", "replay", "revolve"],
     ["pullback", "derivative", "compiled", "linear_solve"],
-    ["module", "functional", "scan", "deployed", "batching", "mean_gradient", "implicit"],
+    ["module", "functional", "scan", "deployed", "batching", "mean_gradient", "mixed", "implicit"],
     ["schedule", "closure", "differentiate"],
     ["hyperparameter"],
     ["optimizer"],

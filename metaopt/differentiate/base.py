@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +14,7 @@ from metaopt import tree
 from metaopt.compiled import compiled
 from metaopt.derivative import with_derivative
 from metaopt.mean_gradient import MeanGradient
-from metaopt.scan import Memory, Pullback, scan
+from metaopt.scan import Memory, Pullback, plain_loops_inside, scan
 from metaopt.transforms import is_tracked, tracking_levels
 from metaopt.tree import Tree
 
@@ -147,6 +148,32 @@ def run(loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
     with torch.no_grad():
         found = unroll(constant, MeanGradient(loop.loss), "full")
     return tree.map(torch.Tensor.detach, found)
+
+
+def at_end(loop: InnerLoop, end: End) -> tuple[Callable[[Tree, Tree], Tensor], Tree]:
+    """Return the loss at the end as a function (params, what it reads) -> L, and what it reads: inputs and batch."""
+
+    def loss(params: Tree, read: tuple[dict[str, Tree], Tree]) -> Tensor:
+        inputs, batch = read
+        return loop.loss({**inputs, "optimizer": loop.inputs["optimizer"]}, params, end.state, batch)[0]
+
+    return loss, (without_optimizer(loop.inputs), end.batch)
+
+
+def weighted_end(loop: InnerLoop, given: tuple[dict[str, Tree], Tree, Any, Tree], weights: Tree) -> Tensor:
+    """Run the loop from given (inputs, params, state, batches) and return <weights, (params, state, losses)>."""
+    inputs, params, state, batches = given
+    again = replace(loop, inputs=inputs, params=params, state=state, batches=batches, compile=False)
+    with plain_loops_inside():
+        results = unroll(again, MeanGradient(loop.loss), "full")
+    pairs = zip(tree.leaves(results), tree.leaves(weights), strict=True)
+    return tree.sum_leaves(torch.Tensor.sum, [result * weight for result, weight in pairs if weight is not None])
+
+
+def check_positive(rule: object, name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{type(rule).__name__}: `{name}` must be a positive number, got {value!r}.")
 
 
 def without_optimizer(inputs: dict[str, Tree]) -> dict[str, Tree]:

@@ -55,7 +55,7 @@ class Implicit(PointRule):
 
     def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
         gradient = MeanGradient(loop.loss)
-        fixed = (loop.inputs["optimizer"], end.state)
+        fixed = (loop.inputs["optimizer"], end.state)  # constants of the theorem, not of what is around it: explicit too
 
         def residual(w: Tree, given: tuple[Tree, Tree, Tree]) -> Tree:
             read, batch, (optimizer, state) = given

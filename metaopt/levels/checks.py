@@ -153,7 +153,6 @@ def _check_deep(program: Program, reader: str, name: str) -> None:
     owners: list[str] = []
     here, outside = program.order.owner[name], (reader, program.order.owner[reader])
     while here not in outside:
-        assert here is not None
         owners.append(here)
         here = program.order.owner[here]
     for lower, upper in itertools.pairwise(owners):
