@@ -37,8 +37,8 @@ def check_closure(loss: Callable[..., Tensor], source: Any, *arguments: Any) -> 
     if is_tracked(value):
         raise ValueError(
             f"`loss_fn` reaches {tracked_names(source, value)} through its closure, and that requires grad. Only explicit "
-            "arguments are differentiated. Pass it as `meta`: `minimize(loss_fn, ..., meta=w)` with `loss_fn(params, batch, meta)`; "
-            "or detach it."
+            "arguments are differentiated. Pass it as `meta`: `minimize(loss_fn, ..., meta=w)` with `loss_fn(params, batch, "
+            "meta)`; or detach it."
         )
 
 
