@@ -175,7 +175,7 @@ GRAPHS: dict[str, tuple[Callable[[], mo.LevelGraph], str]] = {
     "closure": (closure, r"level 'low': its loss reaches `model.bias` \(shape \(1,\)\), `model.weight` .* through its closure"),
     "vector": (
         lambda: two(lower={"loss": lambda s, _: s.low() * s.top()}),
-        r"level 'low': the loss must return floating-point scalars, got for 'loss' a torch.float32 tensor of shape \(2,\). Take the mean",
+        r"level 'low': the loss must return .* scalars, got for 'loss' a torch.float32 tensor of shape \(2,\). Take the mean",
     ),
     "metric": (
         lambda: two(lower={"loss": lambda s, _: {"loss": (s.low() * s.top()).sum(), "count": 3}}),

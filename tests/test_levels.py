@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from level_problems import CG, batches, level, tower, tower_losses
+from level_problems import CG, batches, coupled, level, tower, tower_losses
 from problems import assert_close
 from torch import Tensor
 
 import metaopt as mo
+from optimizers import SGD
 
 LR = 0.05
 
@@ -150,3 +151,71 @@ def test_implicit_among_backprop_equals_its_brute_force(
     before = graph.program.levels["v0"].model.value.detach().clone()
     graph.step()
     assert_close((before - graph.program.levels["v0"].model.value.detach()) / LR, expected, 1e-8)
+
+
+@pytest.mark.parametrize(
+    "rules", [(mo.ForwardMode(), mo.Backprop()), (mo.Backprop(), mo.ForwardMode()), (mo.ForwardMode(),) * 2], ids=str
+)
+def test_forward_mode_on_an_edge_is_exact(rules: Any) -> None:
+    data = [batches(3 + i, i) for i in range(3)]
+    expected, _ = brute_force(3, [2, 2], data, [1, 2])
+    assert_close(tower(3, [2, 2], rules, data, [1, 2]).hypergradient("v0")["value"], expected, 1e-10)
+
+
+RULES = [
+    mo.Backprop(window=2),
+    mo.Backprop(memory="steps", hvp="forward"),
+    mo.FirstOrder(),
+    mo.T1T2(),
+    mo.FiniteDifference(),
+    mo.SAMA(),
+    mo.Penalty(weight=1e4, steps=200),
+    CG,
+    mo.Implicit(mo.Nystrom(rank=2, damping=0.1)),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_an_edge_is_an_inner_loop(rule: Any) -> None:
+    """What a rule makes of `minimize` it makes of an edge: with momentum, after three steps of it, in the second round."""
+    a, w = batches(2, 5)
+    rows, outer_rows = batches(6, 2), batches(2, 1)
+    upper = level("upper", a, lambda s, x: coupled(s.upper(), [], [s.low()], x), LR, data=outer_rows)
+    low = level("low", w, lambda s, x: coupled(s.low(), [s.upper()], [], x), 0.05, data=rows, momentum=0.5)
+    graph = mo.LevelGraph([mo.Edge(upper, low, steps=3, differentiate=rule)])
+    params, state = {"value": w}, None
+    for k in range(2):
+        at = a.clone().requires_grad_()
+        loop = mo.minimize(
+            lambda params, x, meta: coupled(params["value"], [meta], [], x),
+            SGD(0.05, momentum=0.5),
+            params,
+            torch.stack(rows[3 * k : 3 * k + 3]),
+            meta=at,
+            opt_state=state,
+            differentiate=rule,
+        )
+        (g,) = torch.autograd.grad(coupled(at, [], [loop.params["value"]], outer_rows[k]), at)
+        params, state = mo.tree.map(torch.Tensor.detach, (loop.params, loop.opt_state))
+        graph.step()
+        moved = (a - upper.model.value.detach()) / LR
+        assert_close(moved, g, 1e-9)
+        a = upper.model.value.detach().clone()
+
+
+def test_an_evolution_strategy_on_an_edge() -> None:
+    """Within four standard errors, |g| sqrt(2 / pairs) each, of the exact hypergradient; the smoothing is of order std^2."""
+    data, pairs = [batches(3 + i, i) for i in range(2)], 2000
+    exact = tower(2, [3], [mo.Backprop()], data, [1]).hypergradient("v0")["value"]
+    found = tower(2, [3], [mo.EvolutionStrategy(std=1e-3, pairs=pairs)], data, [1]).hypergradient("v0")["value"]
+    assert (found - exact).abs().max() < 4 * exact.norm() * (2 / pairs) ** 0.5
+    assert (found - exact).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Backprop(memory="steps"), CG, mo.FiniteDifference()], ids=str)
+def test_a_compiled_graph_steps_as_an_eager_one(rule: Any) -> None:
+    data = [batches(2, 1), batches(4, 2)]
+    eager, fast = tower(2, [2], [rule], data, [1]), tower(2, [2], [rule], data, [1])
+    fast = mo.LevelGraph(fast.program.edges, compile=True)
+    for _ in range(2):
+        assert_close(fast.step(), eager.step(), 1e-10)

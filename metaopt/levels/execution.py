@@ -130,7 +130,8 @@ class Execution:
             ]
             loss, after = tree.stack(results)
         else:
-            loss, after = torch.func.vmap(one, in_dims=(None, 0, in_dims), randomness="different")(scene, others["below"], rows)
+            with any_order():  # the derivative of a mean over vmap is not right for torch's fused norms
+                loss, after = torch.func.vmap(one, in_dims=(None, 0, in_dims), randomness="different")(scene, others["below"], rows)
         metrics = tree.map(lambda metric: metric.mean(), after["metrics"])
         return loss.mean(), {"buffers": others["buffers"], "metrics": metrics, "below": after["below"]}
 
@@ -179,7 +180,7 @@ class Execution:
         """Return the state of a top level after one step, and of all that runs inside it."""
         level, others = self.program.levels[name], rest(state)
         if level.warmup and int(state["progress"]["steps"]) < level.warmup:
-            with torch.no_grad(), any_order():
+            with torch.no_grad():
                 loss, aux = self.total(name, state["params"], scene, others, rows, window, at_point=False)
             grads = tree.map(torch.zeros_like, state["params"])
         else:
@@ -198,7 +199,7 @@ class Execution:
     ) -> tuple[Params, Tensor, Tree]:
         """Return (dT/dw, T, what `total` says), all constant."""
         leaves = {key: param.detach().requires_grad_() for key, param in state["params"].items()}
-        with torch.enable_grad(), any_order():
+        with torch.enable_grad():
             loss, aux = self.total(name, leaves, scene, rest(state), rows, window, at_point=at_point)
             if not loss.requires_grad:
                 raise _missing(name, next(iter(leaves)))

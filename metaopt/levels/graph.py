@@ -14,7 +14,6 @@ from metaopt import tree
 from metaopt.batching import prefers_loop
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Params
-from metaopt.kernels import any_order
 from metaopt.levels.checks import check_program, find_links, named_levels
 from metaopt.levels.data import Stream, arranged
 from metaopt.levels.draw import draw
@@ -75,8 +74,7 @@ class LevelGraph:
             ValueError: no derivative arrives at a parameter, or batches do not fit.
         """
         rows, counts = self._rows(None)
-        with any_order():
-            _, states = self._execution.turn(None, {}, self._states, rows)
+        _, states = self._execution.turn(None, {}, self._states, rows)
         metrics = _checked(states)
         for name, count in counts.items():
             self._streams[name].take(count)
@@ -97,8 +95,7 @@ class LevelGraph:
             raise ValueError(f"LevelGraph: `level` must be one of {list(self.program.order.levels)}, got {level!r}.")
         scene = all_shown(self._states)
         rows, _ = self._rows(level)
-        with any_order():
-            return self._execution.gradient(level, scene, self._state(level), rows, self._ahead(level), at_point=True)[0]
+        return self._execution.gradient(level, scene, self._state(level), rows, self._ahead(level), at_point=True)[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on, apart from the order of the data and the global random state."""
