@@ -338,6 +338,8 @@ def test_allow_unused_gives_zeros() -> None:
 def test_a_hypergradient_of_no_level() -> None:
     with pytest.raises(ValueError, match=r"`level` must be one of \['top', 'low'\], got 'weights'"):
         two().hypergradient("weights")
+    with pytest.raises(ValueError, match=r"level 'low' has `copies`, each with a gradient of its own"):
+        two(lower={"copies": 2}).hypergradient("low")
 
 
 @pytest.mark.parametrize("rule", [BACKPROP, mo.Backprop(memory="steps"), CG], ids=str)

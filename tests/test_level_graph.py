@@ -482,7 +482,7 @@ def test_a_state_is_all_that_the_next_steps_depend_on() -> None:
     for _ in range(3):
         one.step()
     other.load_state_dict(copy.deepcopy(one.state_dict()))
-    for _ in range(3):
+    for _ in range(3):  # over the end of the data
         first, second = one.step(), other.step()
         assert mo.tree.map(float, first) == mo.tree.map(float, second)
     for name in ("learner", "weights"):
@@ -548,3 +548,34 @@ def test_a_graph_as_a_picture(tmp_path: Any) -> None:
     assert (tmp_path / "graph.png").stat().st_size > 5000
     text = (tmp_path / "graph.svg").read_text()
     assert all(word in text for word in ("low", "Implicit, 2 steps", "Backprop, 3 steps"))
+
+
+def test_going_back_winds_the_data_to_where_it_was() -> None:
+    """After the data has begun again; a generator goes on."""
+    graph = meta_weight_net(steps=2)
+    losses = [float(graph.step()["learner/loss"]) for _ in range(4)]
+    state = copy.deepcopy(graph.state_dict())
+    after = [float(graph.step()["learner/loss"]) for _ in range(3)]
+    graph.load_state_dict(state)
+    assert [float(graph.step()["learner/loss"]) for _ in range(3)] == after
+    assert len({*losses, *after}) == 7
+    endless = ((torch.ones(()) * k) for k in itertools.count())
+    low = level("low", 1.0, lambda s, x: {"loss": (s.low() - s.top() * x) ** 2, "x": x.sum()}, data=endless)
+    graph = mo.LevelGraph([mo.Edge(level("top", 1.0, lambda s, _: s.low() ** 2, 0.0), low)])
+    state = graph.state_dict()
+    assert [float(graph.step()["low/x"]) for _ in range(2)] == [0, 1]
+    graph.load_state_dict(state)
+    assert float(graph.step()["low/x"]) == 2
+
+
+def test_a_data_loader_feeds_a_level() -> None:
+    """Its batches are lists, and the last one would be smaller."""
+    x = torch.randn(10, 3)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4, drop_last=True)
+    low = level("low", torch.ones(3), lambda s, b: coupled(s.low(), [s.top()], [], b[0].mean(0)), data=loader)
+    top = level("top", torch.ones(3), lambda s, _: coupled(s.top(), [], [s.low()], torch.ones(3)))
+    graph = mo.LevelGraph([mo.Edge(top, low, steps=3)])
+    other_low = level("low", torch.ones(3), low.loss, data=[[x[:4]], [x[4:8]]])
+    other = mo.LevelGraph([mo.Edge(level("top", torch.ones(3), top.loss), other_low, steps=3)])
+    for _ in range(2):
+        assert_close(graph.step(), other.step(), 0.0)

@@ -16,7 +16,10 @@ from optimizers import SGD
 
 LR = 0.05
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch's own: forward derivatives, the compiler
+]
 
 
 # Paths, with closed forms
@@ -153,9 +156,7 @@ def test_implicit_among_backprop_equals_its_brute_force(
     assert_close((before - graph.program.levels["v0"].model.value.detach()) / LR, expected, 1e-8)
 
 
-@pytest.mark.parametrize(
-    "rules", [(mo.ForwardMode(), mo.Backprop()), (mo.Backprop(), mo.ForwardMode()), (mo.ForwardMode(),) * 2], ids=str
-)
+@pytest.mark.parametrize("rules", [(mo.ForwardMode(), mo.Backprop()), (mo.Backprop(), mo.ForwardMode())], ids=str)
 def test_forward_mode_on_an_edge_is_exact(rules: Any) -> None:
     data = [batches(3 + i, i) for i in range(3)]
     expected, _ = brute_force(3, [2, 2], data, [1, 2])
@@ -212,7 +213,10 @@ def test_an_evolution_strategy_on_an_edge() -> None:
     assert (found - exact).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Backprop(memory="steps"), CG, mo.FiniteDifference()], ids=str)
+SLOW = [pytest.param(rule, marks=pytest.mark.slow) for rule in (mo.Backprop(), CG)]
+
+
+@pytest.mark.parametrize("rule", [*SLOW, mo.Backprop(memory="steps"), mo.FiniteDifference()], ids=str)
 def test_a_compiled_graph_steps_as_an_eager_one(rule: Any) -> None:
     data = [batches(2, 1), batches(4, 2)]
     eager, fast = tower(2, [2], [rule], data, [1]), tower(2, [2], [rule], data, [1])

@@ -150,13 +150,14 @@ def _check_shared(program: Program, name: str) -> None:
 
 def _check_deep(program: Program, reader: str, name: str) -> None:
     """See that the derivative of a level deep below can be had: what is inside a point rule's level responds to where that is."""
+    order, outside = program.order, (None, reader, program.order.owner[reader])
     owners: list[str] = []
-    here, outside = program.order.owner[name], (reader, program.order.owner[reader])
-    while here not in outside:
+    here = order.owner[name]
+    while here is not None and here not in outside:
         owners.append(here)
-        here = program.order.owner[here]
+        here = order.owner[here]
     for lower, upper in itertools.pairwise(owners):
-        home = program.order.owner[upper]
+        home = order.owner[upper]
         rule, around = program.rule(upper, lower), program.rule(reader if home in outside else home, upper)
         if isinstance(rule, PointRule) and not isinstance(around, PointRule):
             raise ValueError(

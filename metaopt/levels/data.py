@@ -39,11 +39,16 @@ class Stream:
         self.level, self.source, self.device = level, data, device
         self.position = 0
         self._read = 0  # batches out of the iterable since it began
+        self._length: int | None = None  # batches from its beginning to its end, once seen
         self._batches: Iterator[Any] = iter(()) if data is None else iter(data)
         self._ahead: deque[Tree] = deque()
+        self._skip = 0
 
     def peek(self, count: int) -> list[Tree]:
         """Return the next batches without taking them."""
+        for _ in range(self._skip):
+            self._next()
+        self._skip = 0
         while len(self._ahead) < count:
             self._ahead.append(self._next())
         return list(self._ahead)[:count]
@@ -55,13 +60,12 @@ class Stream:
         self.position += count
 
     def seek(self, position: int) -> None:
-        """Go to a position, as far as the iterable can begin again; a generator goes on from where it is."""
+        """Go to a position, when the next batch is asked for; a generator goes on from where it is."""
         if self.source is None or self.source is self._batches or position == self.position:
             return
         self._ahead.clear()
         self._batches, self._read, self.position = iter(self.source), 0, position
-        for _ in range(position):
-            self._next()
+        self._skip = position % self._length if self._length else position
 
     def _next(self) -> Tree:
         assert self.source is not None
@@ -75,7 +79,7 @@ class Stream:
                 ) from None
             if self._read == 0:
                 raise ValueError(f"level {self.level!r}: `data` is empty.") from None
-            self._batches, self._read = iter(self.source), 0
+            self._batches, self._read, self._length = iter(self.source), 0, self._read
             return self._next()
         self._read += 1
         return self._moved(batch)

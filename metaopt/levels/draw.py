@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from metaopt.levels.program import Program
+from metaopt.levels.text import counted
 
 
 def draw(program: Program, path: str | Path) -> None:
-    """Write a picture: levels as boxes, upper ones higher, edges with their rules, and in grey what losses read."""
+    """Write a picture: levels as boxes, upper ones higher, and edges with their rules."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -22,14 +23,14 @@ def draw(program: Program, path: str | Path) -> None:
         axes.axis("off")
         for edge in program.edges:
             (x0, y0), (x1, y1) = place[edge.upper.name], place[edge.lower.name]
-            axes.annotate("", (x1, y1 + 0.18), (x0, y0 - 0.18), arrowprops={"arrowstyle": "-|>", "color": "black"})
-            text = f"{type(edge.differentiate).__name__}, {edge.steps} step{'s' * (edge.steps > 1)}"
+            axes.annotate("", (x1, y1 + 0.12), (x0, y0 - 0.12), arrowprops={"arrowstyle": "-|>", "color": "black"})
+            text = f"{type(edge.differentiate).__name__}, {counted(edge.steps, 'step')}"
             text += "" if edge.start == "continue" else f", {edge.start}"
             axes.text((x0 + x1) / 2, (y0 + y1) / 2, text, ha="center", va="center", backgroundcolor="white", fontsize=8)
         for name, (x, y) in place.items():
             level = program.levels[name]
             size = sum(param.numel() for param in level.net.params.values())
-            text = f"{name}\n{size:,} parameters, {type(level.optimizer).__name__}"
+            text = f"{name}\n{counted(size, 'parameter')}, {type(level.optimizer).__name__}"
             axes.text(x, y, text, ha="center", va="center", bbox={"boxstyle": "round,pad=0.5", "facecolor": "#e8eef7"})
         figure.savefig(path, dpi=150)
 

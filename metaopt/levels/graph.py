@@ -93,8 +93,9 @@ class LevelGraph:
         """
         if level not in self.program.levels:
             raise ValueError(f"LevelGraph: `level` must be one of {list(self.program.order.levels)}, got {level!r}.")
-        scene = all_shown(self._states)
-        rows, _ = self._rows(level)
+        if self.program.levels[level].copies:
+            raise ValueError(f"level {level!r} has `copies`, each with a gradient of its own. Ask for that of a level above.")
+        scene, (rows, _) = all_shown(self._states), self._rows(level)
         return self._execution.gradient(level, scene, self._state(level), rows, self._ahead(level), at_point=True)[0]
 
     def state_dict(self) -> dict[str, Any]:

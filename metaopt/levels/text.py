@@ -10,7 +10,7 @@ from metaopt.levels.program import Program
 
 def describe(program: Program) -> str:
     """Return the levels, the edges with their rules, and what happens in one step, as lines of text."""
-    lines = [f"LevelGraph with {_count(len(program.levels), 'level')} and {_count(len(program.edges), 'edge')}", "levels"]
+    lines = [f"LevelGraph with {counted(len(program.levels), 'level')} and {counted(len(program.edges), 'edge')}", "levels"]
     width = max(map(len, program.levels))
     for name in program.order.levels:
         level = program.levels[name]
@@ -18,12 +18,12 @@ def describe(program: Program) -> str:
         options = [
             f"{key}={value}" for key in ("copies", "accumulate", "warmup") if (value := getattr(level, key)) not in (None, 0, 1)
         ]
-        lines.append(f"  {name:{width}}  {_count(size, 'parameter')}, {', '.join([_one_line(level.optimizer), *options])}")
+        lines.append(f"  {name:{width}}  {counted(size, 'parameter')}, {', '.join([_one_line(level.optimizer), *options])}")
     lines.append("edges")
     for edge in program.edges:
         extra = ", look_ahead" if edge.look_ahead else ""
         ends = f"{edge.upper.name} -> {edge.lower.name}"
-        lines.append(f"  {ends}: {_count(edge.steps, 'step')}, start={edge.start}, {edge.differentiate}{extra}")
+        lines.append(f"  {ends}: {counted(edge.steps, 'step')}, start={edge.start}, {edge.differentiate}{extra}")
     return "\n".join([*lines, "one step", *_turn(program, None, 1)])
 
 
@@ -32,12 +32,13 @@ def _turn(program: Program, owner: Owner, depth: int) -> Iterator[str]:
         name = event.level
         inside = name in program.order.members
         steps = "each step" if inside and event.steps > 1 else "which"
-        yield f"{'  ' * depth}{name} makes {_count(event.steps, 'step')}" + (f", {steps} waits for" if inside else "")
+        yield f"{'  ' * depth}{name} makes {counted(event.steps, 'step')}" + (f", {steps} waits for" if inside else "")
         if inside:
             yield from _turn(program, name, depth + 1)
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """Return a number with its noun."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
