@@ -146,6 +146,17 @@ def shared(steps: tuple[int, int], rules: tuple[Any, Any]) -> mo.LevelGraph:
     return mo.LevelGraph([mo.Edge(upper, low, steps=count, differentiate=rule) for upper, count, rule in ends])
 
 
+def three_steps_ahead() -> Tensor:
+    """Return the first hypergradient of "a" in `shared((3, 2), ...)`, with the other upper level as it stands."""
+    a, b, w = batches(3, 5)
+    at, v = a.clone().requires_grad_(), torch.zeros(3)
+    for x in batches(5, 3)[:3]:
+        w = w.clone() if w.requires_grad else w.clone().requires_grad_()
+        v = 0.5 * v + torch.autograd.grad(coupled(w, [at, b], [], x), w, create_graph=True)[0]
+        w = w - 0.05 * v
+    return torch.autograd.grad(coupled(at, [], [w], batches(2, 1)[0]), at)[0]
+
+
 def test_two_uppers_of_one_level_see_the_steps_since_their_own_last_one() -> None:
     """ "a" every 3 steps of the lower level, "b" every 2: in six of these, "a" moves twice and "b" three times."""
     graph = shared((3, 2), (mo.Backprop(), mo.FirstOrder()))
@@ -184,6 +195,7 @@ def test_two_uppers_of_one_level_see_the_steps_since_their_own_last_one() -> Non
             (g,) = torch.autograd.grad(coupled(at, [], [response], 2 * next(rows[1])), at)
             new_b, windows["b"] = b - 0.05 * g, t
         a, b = new_a, new_b
+    assert_close(graph.hypergradient("a")["value"], three_steps_ahead(), 1e-10)
     graph.step()
     assert_close([value(graph, name) for name in ("low", "a", "b")], [low, a, b], 1e-10)
 
@@ -312,6 +324,26 @@ def test_copies_are_maml(norm: bool) -> None:
 def net_params(graph: mo.LevelGraph, grads: Any) -> Any:
     """Return the meta level's parameters before the step that was just made."""
     return {name: p.detach() + 0.1 * grads[name] for name, p in graph.program.levels["meta"].model.named_parameters()}
+
+
+def test_copies_have_running_statistics_of_their_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    rows = [examples(3, seed) for seed in range(2)]
+    data = [mo.tree.stack(row) for row in rows]
+    task = mo.Level("task", copy.deepcopy(model), lambda s, b: F.cross_entropy(s.task(b[0]), b[1]), SGD(0.1), data, copies=3)
+    query = lambda s, b: F.cross_entropy(s.task(b[0]), b[1])
+    graph = mo.LevelGraph([mo.Edge(mo.Level("meta", copy.deepcopy(model), query, SGD(0.1), data), task, steps=2, start="upper")])
+    graph.step()
+    found = graph.state_dict()["levels"]["meta"]["below"]["task"]["buffers"]
+    for i in range(3):
+        one = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(one.parameters(), 0.1)
+        for row in rows:
+            optimizer.zero_grad()
+            F.cross_entropy(one(row[i][0]), row[i][1]).backward()
+            optimizer.step()
+        assert_close(mo.tree.index(found, i), dict(one.named_buffers()), 1e-10)
 
 
 def test_copies_with_convolutions_run_one_after_the_other() -> None:

@@ -37,7 +37,9 @@ def begun(program: Program, name: str, scene: Tree, state: Tree) -> Tree:
     initial = program.initial[name]
     params = initial["params"] if edge.start == "restart" else scene[edge.upper.name]["params"]
     memory = program.levels[name].optimizer.init(params)
-    return {**state, "params": params, "optimizer": memory, "buffers": initial["buffers"]}
+    # under vmap each copy needs buffers of its own, to be updated in place
+    buffers = tree.map(lambda now, first: torch.zeros_like(now) + first, state["buffers"], initial["buffers"])
+    return {**state, "params": params, "optimizer": memory, "buffers": buffers}
 
 
 def optimizer_tensors(program: Program, name: str, scene: Tree) -> dict[str, Tensor]:
