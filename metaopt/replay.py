@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from metaopt import tree
+from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,14 @@ class Ambient:
             for index, state in self.cuda.items():
                 torch.cuda.set_rng_state(state, index)
             yield
+
+
+@contextmanager
+def drawn_again(*values: Tree) -> Iterator[None]:
+    """While entered, the random numbers are those that will be drawn once more afterwards.
+
+    Args:
+        values: trees of tensors, on the devices whose generators are wound back. Under `torch.compile` none is.
+    """
+    with nullcontext() if torch.compiler.is_compiling() else Ambient.now(tree.leaves(values)).restored():
+        yield

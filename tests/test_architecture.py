@@ -17,7 +17,8 @@ import optimizers
 ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its neighbours.
 LAYERS = [
-    ["tree", "errors", "transforms", "kernels", "replay", "revolve"],
+    ["tree"],
+    ["errors", "transforms", "kernels", "replay", "revolve"],
     ["pullback", "derivative", "compiled", "linear_solve"],
     ["module", "functional", "scan", "deployed", "batching", "mean_gradient", "mixed", "implicit"],
     ["schedule", "closure", "differentiate"],

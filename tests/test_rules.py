@@ -229,3 +229,17 @@ def test_forward_mode_makes_one_tangent_a_number() -> None:
         for way in WAYS:
             found(bilevel, mo.ForwardMode(), way)
     assert seen == [3, 3, 3]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of torch's own compiler
+@pytest.mark.parametrize("make", [mo.ForwardMode, lambda: mo.EvolutionStrategy(0.1, 5)])
+def test_a_compiled_run_is_differentiated_as_it_is(make: Callable[[], Any]) -> None:
+    bilevel = PROBLEMS["dynamics"]()
+
+    def slope(compile: bool) -> Tensor:
+        meta = bilevel.meta.clone().requires_grad_()
+        out = mo.minimize(bilevel.loss, SGD(0.1), bilevel.start, None, steps=4, meta=meta, differentiate=make(), compile=compile)
+        return torch.autograd.grad(bilevel.outer(out.params), meta)[0]
+
+    torch._dynamo.reset()
+    assert_close(slope(True), slope(False), 1e-10)

@@ -113,6 +113,8 @@ def attach(rule: PointRule, loop: InnerLoop, end: End) -> Tree:
     def pull_back(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree, wanted: tuple[Tree, Any, Tree]) -> Tree:
         in_inputs, in_state, in_batch = wanted
         in_read = (without_optimizer(in_inputs), in_batch)
+        if not any(tree.leaves(in_read)):
+            return _nothing(wanted)
 
         def bars(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree) -> Tree:
             inputs, state, batch = given

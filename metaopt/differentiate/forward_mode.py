@@ -36,7 +36,7 @@ class ForwardMode:
         One run of the loop, and a second with m forward derivatives of each step. Memory: m copies of parameters and state.
 
     Reference:
-        Franceschi, Donini, Frasconi, Pontil 2017, arXiv:1703.01785, section 3.2, equation 15.
+        Franceschi, Donini, Frasconi, Pontil 2017, arXiv:1703.01785, section 3.2.
     """
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
