@@ -47,6 +47,12 @@ class Ambient:
             },
         )
 
+    def reinstate(self) -> None:
+        """Go back to this random state for good: a loop that others ran has been taken over."""
+        torch.set_rng_state(self.random)
+        for index, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, index)
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """While entered, this state holds; afterwards the one before does."""
@@ -54,9 +60,7 @@ class Ambient:
             stack.enter_context(torch.random.fork_rng(self.cuda))
             for kind, mode in self.autocast.items():
                 stack.enter_context(torch.autocast(kind, **mode))
-            torch.set_rng_state(self.random)
-            for index, state in self.cuda.items():
-                torch.cuda.set_rng_state(state, index)
+            self.reinstate()
             yield
 
 

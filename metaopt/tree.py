@@ -73,8 +73,8 @@ def unravel(vector: Tensor, like: Tree) -> Tree:
 
 
 def norm(tree: Tree) -> Tensor:
-    """Return the Euclidean norm of all entries together, with derivative 0 where the norm is 0."""
-    square = sum_leaves(lambda leaf: leaf.square().sum(), tree)
+    """Return the Euclidean norm of all entries together, real also of complex ones, with derivative 0 where the norm is 0."""
+    square = sum_leaves(lambda leaf: as_real(leaf).square().sum(), tree)
     return safe_sqrt(square)
 
 
@@ -93,3 +93,13 @@ def safe_sqrt(x: Tensor) -> Tensor:
     """
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
+
+
+def as_real(leaf: Tensor) -> Tensor:
+    """Return a complex tensor as a real one with a last axis for (real, imaginary); a real one as it is."""
+    return torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
+
+
+def as_complex(leaf: Tensor) -> Tensor:
+    """Return the complex tensor that `as_real` made this one of."""
+    return torch.complex(*leaf.unbind(-1))

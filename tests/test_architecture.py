@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["tree"],
     ["errors", "transforms", "kernels", "replay", "revolve"],
-    ["pullback", "derivative", "compiled", "linear_solve"],
+    ["pullback", "derivative", "forward", "compiled", "linear_solve", "stream", "tensor_file"],
+    ["disk"],
     ["module", "functional", "scan", "deployed", "batching", "mean_gradient", "mixed", "implicit"],
-    ["schedule", "closure", "differentiate"],
+    ["schedule", "closure", "differentiate", "second_order"],
     ["hyperparameter"],
     ["optimizer"],
     ["minimize"],

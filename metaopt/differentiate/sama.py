@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
+from metaopt.kernels import any_order
 from metaopt.mean_gradient import MeanGradient
 from metaopt.mixed import mixed_difference
 from metaopt.replay import drawn_again
@@ -56,7 +57,8 @@ class SAMA(PointRule):
         grads, loss, aux = MeanGradient(loop.loss)(loop.inputs, params, state, batch)
 
         def after(grads: Tree) -> Tree:
-            return loop.update(loop.inputs, grads, state, params, loss, aux)[0]
+            with any_order():
+                return loop.update(loop.inputs, grads, state, params, loss, aux)[0]
 
         _, pull, *_ = torch.func.vjp(after, grads)
         (x,) = pull(cotangent)
