@@ -183,21 +183,9 @@ def weighted_end(loop: InnerLoop, weights: Tree) -> Tensor:
     """Run the loop and return <weights, (params, state, losses)>."""
     with plain_loops_inside(), any_order():
         results = unroll(replace(loop, compile=False), MeanGradient(loop.loss), "full")
-    pairs = [
-        (result, weight) for result, weight in zip(tree.leaves(results), tree.leaves(weights), strict=True) if weight is not None
-    ]
-    return tree.sum_leaves(torch.Tensor.sum, [tree.as_real(result) * tree.as_real(weight) for result, weight in pairs])
-
-
-def in_a_row(variables: list[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
-    """Return all real numbers in these tensors, [m], and the way back."""
-    parts = [tree.as_real(variable) for variable in variables]
-
-    def back(row: Tensor) -> list[Tensor]:
-        pairs = zip(tree.unravel(row, parts), variables, strict=True)
-        return [tree.as_complex(part) if variable.is_complex() else part for part, variable in pairs]
-
-    return tree.ravel(parts), back
+    pairs = zip(tree.leaves(results), tree.leaves(weights), strict=True)
+    known = [(result, weight) for result, weight in pairs if weight is not None]
+    return tree.sum_leaves(torch.Tensor.sum, [tree.as_real(result) * tree.as_real(weight) for result, weight in known])
 
 
 def check_positive(rule: object, name: str, value: object) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.derivative import with_derivative
-from metaopt.differentiate.base import InnerLoop, check_positive, in_a_row, run, sources, starting_from, weighted_end
+from metaopt.differentiate.base import InnerLoop, check_positive, run, sources, starting_from, weighted_end
 from metaopt.pullback import chosen, put
 from metaopt.replay import Ambient
 from metaopt.transforms import outside_transforms
@@ -64,18 +64,19 @@ class EvolutionStrategy:
         given = sources(loop)
 
         def pull_back(_: Tree, given: Tree, cotangent: Tree, wanted: Tree) -> Tree:
-            row, back = in_a_row(chosen(given, wanted))
+            variables = chosen(given, wanted)
+            row = tree.ravel(variables)
             noise = self._draw(row)
 
             def value(row: Tensor) -> Tensor:
-                return weighted_end(starting_from(loop, put(back(row), given, wanted)), cotangent)
+                return weighted_end(starting_from(loop, put(tree.unravel(row, variables), given, wanted)), cotangent)
 
             rows = torch.cat([row + self.std * noise, row - self.std * noise])
             ahead, behind = torch.func.vmap(value, randomness="same")(rows).split(self.pairs)
             slopes = (ahead - behind) / (2 * self.std)
             finite = slopes.isfinite()
             estimate = (torch.where(finite, slopes, 0) @ noise) / finite.sum()
-            return put(back(estimate), tree.map(lambda _: None, wanted), wanted)
+            return put(tree.unravel(estimate, variables), tree.map(lambda _: None, wanted), wanted)
 
         ambient = Ambient.now(tree.leaves(given))
         return with_derivative(pull_back, run(starting_from(loop, given)), given, ambient)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.derivative import with_derivative
-from metaopt.differentiate.base import InnerLoop, in_a_row, run, sources, starting_from, weighted_end
+from metaopt.differentiate.base import InnerLoop, run, sources, starting_from, weighted_end
 from metaopt.forward import slope_along
 from metaopt.pullback import chosen, put
 from metaopt.replay import Ambient
@@ -45,17 +45,19 @@ class ForwardMode:
         def pull_back(_: Tree, given: Tree, cotangent: Tree, wanted: Tree) -> Tree:
             variables = chosen(given, wanted)
 
-            row, back = in_a_row(variables)
+            row = tree.ravel(variables)
 
             def value(variables: list[Tensor]) -> Tensor:
                 return weighted_end(starting_from(loop, put(variables, given, wanted)), cotangent)
 
             def along(direction: Tensor) -> Tensor:
-                _, slope = slope_along(value, variables, back(direction), asked="`ForwardMode`", instead="`Backprop()`")
+                _, slope = slope_along(
+                    value, variables, tree.unravel(direction, variables), asked="`ForwardMode`", instead="`Backprop()`"
+                )
                 return slope
 
             slopes = torch.func.vmap(along, randomness="same")(torch.eye(len(row), dtype=row.dtype, device=row.device))
-            return put(back(slopes), tree.map(lambda _: None, wanted), wanted)
+            return put(tree.unravel(slopes, variables), tree.map(lambda _: None, wanted), wanted)
 
         ambient = Ambient.now(tree.leaves(given))
         return with_derivative(pull_back, run(starting_from(loop, given)), given, ambient)
