@@ -23,6 +23,7 @@ from metaopt.minimize import Minimized, minimize
 from metaopt.optimizer import Optimizer, apply_updates
 from metaopt.revolve import Revolve
 from metaopt.schedule import Schedule
+from metaopt.second_order import check_second_order
 from metaopt.train import TensorBoardLogger, Trainer
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "TruncatedBackprop",
     "apply_updates",
     "assign_grads",
+    "check_second_order",
     "evaluate",
     "from_torch",
     "from_torchopt",

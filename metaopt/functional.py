@@ -61,8 +61,7 @@ class Functional:
     @property
     def params(self) -> Params:
         """The trainable parameters, live: name of the first use -> tensor. Tied weights stand once."""
-        own = dict(self.model.named_parameters())  # while `functional_call` lends tensors, these
-        return {name: own[name] for name in self._trainable}
+        return {name: _tensor_at(self.model, name) for name in self._trainable}  # while `functional_call` lends tensors, these
 
     @property
     def buffers(self) -> Params:
@@ -130,9 +129,16 @@ class Functional:
                 f"`{what}` must have the names of the model's {what}; missing {sorted(missing)}, unknown {sorted(unknown)}. "
                 f"Start from `net.{what}`."
             )
-        for name, tensor in own.items():
-            if given[name].shape != tensor.shape:
-                raise ValueError(
-                    f"`{what}[{name!r}]` must have shape {tuple(tensor.shape)}, got {tuple(given[name].shape)}. "
-                    "For a batch of models, map over it with `torch.func.vmap`."
-                )
+        with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
+            for name, tensor in own.items():
+                if given[name].shape != tensor.shape:
+                    raise ValueError(
+                        f"`{what}[{name!r}]` must have shape {tuple(tensor.shape)}, got {tuple(given[name].shape)}. "
+                        "For a batch of models, map over it with `torch.func.vmap`."
+                    )
+
+
+def _tensor_at(module: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(path), attribute)
+    return tensor

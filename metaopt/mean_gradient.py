@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.kernels import any_order, named_operator
+from metaopt.forward import slope_along
+from metaopt.kernels import any_order
 from metaopt.pullback import chosen, plus, pull_back, put
 from metaopt.tree import Tree
 
@@ -76,7 +77,12 @@ class MeanGradient:
             yield tree.map(lambda leaf, is_one, i=i: self._part(leaf, i) if is_one else leaf, arguments, self.examples)
 
     def _part(self, examples: Tensor, i: int) -> Tensor:
-        size = len(examples) // self.microbatches
+        size, rest = divmod(len(examples), self.microbatches)
+        if rest:
+            raise ValueError(
+                f"`microbatches` must divide the number of examples of every batch, got {self.microbatches} for {len(examples)}. "
+                "Leave out the incomplete batch, for example with `DataLoader(..., drop_last=True)`."
+            )
         return examples.narrow(0, i * size, size)
 
     def _share(self, total: Tensor | None) -> Tensor | None:
@@ -104,8 +110,7 @@ class MeanGradient:
             here = (inputs, at, state, batch)
             return torch.func.grad(lambda variables: self.loss(*put(variables, here, wanted))[0])(chosen(here, wanted))
 
-        with any_order(), named_operator('`hvp="forward"`', '`hvp="reverse"`'):
-            slopes, bars, *_ = torch.func.jvp(gradient, (params,), (along,))
+        slopes, bars = slope_along(gradient, params, along, asked='`hvp="forward"`', instead='`hvp="reverse"`')
         if of_loss is not None:
             bars = [bar + of_loss * slope for bar, slope in zip(bars, slopes, strict=True)]
         return put(bars, tree.map(lambda _: None, wanted), wanted)

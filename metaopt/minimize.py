@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from metaopt.errors import NonFiniteError
 from metaopt.functional import call_with, functional
 from metaopt.kernels import any_order
 from metaopt.optimizer import Optimizer, State, apply_updates
+from metaopt.stream import Stream, first_row
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
@@ -51,7 +52,9 @@ def minimize(
         optimizer: any `Optimizer`.
         params: initial parameters, a tree of floating-point tensors.
         batches: with `steps`, the one batch that every step sees (or None); without, a tree whose leaves all have time as
-            their leading axis, one row a step.
+            their leading axis, one row a step. Or an iterator (a generator, a DataLoader, `iter(list_of_batches)`) that
+            yields the batch of each step when it comes to it; the loop ends when it does. Except for "full", and where
+            no gradients are enabled, all its batches are kept until the backward pass has run.
         steps: number of steps T.
         meta: what the outer level owns, a tree of tensors.
         opt_state: state to go on from; by default `optimizer.init(params)`.
@@ -104,7 +107,7 @@ def minimize(
     state = optimizer.init(params) if opt_state is None else opt_state
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         with any_order():
-            check_closure(loss, loss_fn, {**inputs, "optimizer": {}}, params, tree.index(xs, 0))
+            check_closure(loss, loss_fn, {**inputs, "optimizer": {}}, params, first_row(xs))
     result = Minimized(*differentiate(InnerLoop(loop_loss, update, inputs, params, state, xs, steps, compile)))
     if values_are_readable():
         check_finite(result.losses, "minimize")
@@ -124,12 +127,21 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def _batches_and_steps(batches: Tree, steps: int | None) -> tuple[Tree, Tree, int]:
-    """Return (rows to scan over, the batch of every step, number of steps); one of the first two is empty."""
+def _batches_and_steps(batches: Tree | Iterable[Tree], steps: int | None) -> tuple[Tree | Stream, Tree, int | None]:
+    """Return (rows to scan over, the batch of every step, number of steps if known); one of the first two is empty."""
+    is_leaf = all(leaf is batches for leaf in tree.leaves(batches))  # no dict, list or tuple: these are trees
+    streams = is_leaf and isinstance(batches, Iterable) and not isinstance(batches, Tensor | str)
     if steps is not None:
         if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
             raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
+        if streams:
+            raise ValueError(
+                f"`steps` must be left out when `batches` is an iterator, got {steps}: the loop ends when the iterator does. "
+                "Pass `itertools.islice(batches, steps)` to end it earlier."
+            )
         return (), batches, int(steps)
+    if streams:
+        return Stream(batches), None, None
     lengths = tree.leading_axes(batches)
     if not lengths or -1 in lengths.values():
         without = [path for path, length in lengths.items() if length < 0]

@@ -10,7 +10,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.kernels import any_order
 from metaopt.pullback import chosen, pull_back, put
-from metaopt.replay import Ambient
+from metaopt.replay import drawn_again
 from metaopt.tree import Tree
 
 Loss = Callable[[Tree, Tree], Tensor]  # (w, given) -> L
@@ -78,10 +78,9 @@ def same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tre
     if torch.compiler.is_compiling():  # a compiler cannot wind a generator back
         values = torch.func.vmap(function, randomness="same")(tree.stack(points))
         return [tree.index(values, i) for i in range(len(points))]
-    ambient = Ambient.now(tree.leaves(points))
     values = []
     for point in points:
-        with ambient.restored():
+        with drawn_again(points):
             values.append(function(point))
     return values
 

@@ -25,7 +25,8 @@ class Optimizer(Configurable):
     """The update rule (g_t, s_t, w_t) -> (u_t, s_{t+1}), with w_{t+1} = w_t + u_t.
 
     A subclass names its `hyperparameters`, sets each with `set_hyperparameter`, and defines `slots` and `update`, which
-    work on lists with one tensor per parameter. The base class takes care of trees, the step count and schedules.
+    work on lists with one tensor per parameter. The base class takes care of trees, the step count and schedules, and shows a
+    complex parameter as a real one with a last axis of 2, as `torch.optim` does; its memory has that shape.
     Hand-designed and learned optimizers are the same type; every `nn.Parameter` inside can be meta-learned.
 
     The state is a dict: "step" (int64 scalar), "slots" (memory per parameter, in the parameters' own structure), "shared"
@@ -46,13 +47,15 @@ class Optimizer(Configurable):
         """Return the state before the first step, on the parameters' device and in their dtypes.
 
         Raises:
-            ValueError: there are no parameters, or one is not a floating-point tensor.
+            ValueError: there are no parameters, or one is neither a floating-point nor a complex tensor.
         """
         for name, leaf in tree.named_leaves(params):
-            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
                 kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise ValueError(f"`params` must be floating-point tensors, got {kind} at {name}. Leave it out, or convert it.")
-        leaves, structure = tree.flatten(tree.map(torch.Tensor.detach, params))
+                raise ValueError(
+                    f"`params` must be floating-point or complex tensors, got {kind} at {name}. Leave it out, or convert it."
+                )
+        leaves, structure = tree.flatten(tree.map(lambda leaf: tree.as_real(leaf.detach()), params))
         if not leaves:
             raise ValueError("`params` must hold at least one tensor, got an empty tree. Is every parameter frozen?")
         slots = self.slots(leaves)
@@ -77,6 +80,11 @@ class Optimizer(Configurable):
         """
         gradients, structure = tree.flatten(grads)
         weights = None if params is None else tree.flatten_like(structure, params, "params")
+        with torch._C.DisableTorchFunction():  # under a mode every look at a dtype is a call of its own
+            are_complex = [gradient.is_complex() for gradient in gradients]
+        if any(are_complex):
+            gradients = [tree.as_real(gradient) for gradient in gradients]
+            weights = None if weights is None else [tree.as_real(weight) for weight in weights]
         hyper, schedules = self._hyper_at(state, gradients, loss)
         slots = {name: tree.flatten_like(structure, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
         step = state["step"] + 1
@@ -84,6 +92,8 @@ class Optimizer(Configurable):
         declared = slots.keys() | state["shared"].keys()
         if after.keys() != declared:
             raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(declared)}, got {sorted(after)}.")
+        if any(are_complex):
+            updates = [tree.as_complex(update) if back else update for update, back in zip(updates, are_complex, strict=True)]
         return tree.unflatten(structure, updates), {
             "step": step,
             "slots": {
@@ -121,7 +131,8 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     Raises:
         ValueError: an update has another shape than its parameter.
     """
-    return tree.map(_add, params, updates)
+    with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
+        return tree.map(_add, params, updates)
 
 
 def _add(param: Tensor, update: Tensor) -> Tensor:
@@ -130,7 +141,8 @@ def _add(param: Tensor, update: Tensor) -> Tensor:
             f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(update.shape)}. A tensor "
             "hyperparameter must be a scalar or broadcast to every parameter; for different parameters use `Grouped`."
         )
-    return (param + update).to(param.dtype)
+    after = param + update
+    return after if after.dtype == param.dtype else after.to(param.dtype)
 
 
 def _same_kind(owner: object, name: str, new: Tensor, old: Tensor) -> Tensor:

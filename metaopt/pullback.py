@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
 
@@ -39,7 +40,9 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
         return [result for result, seed in zip(results, seeds, strict=True) if seed is not None]
 
     _, pull, *_ = torch.func.vjp(run, variables)
-    (bars,) = pull([seed for seed in seeds if seed is not None])
+    # The graph is freed on the way where that is safe: under a transform torch still asks for the levels of what was freed.
+    retain = torch.is_grad_enabled() or not values_are_readable()
+    (bars,) = pull([seed for seed in seeds if seed is not None], retain_graph=retain)
     return put(bars, tree.map(lambda _: None, wanted), wanted)
 
 

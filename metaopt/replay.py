@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from metaopt import tree
+from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class Ambient:
             },
         )
 
+    def reinstate(self) -> None:
+        """Go back to this random state for good: a loop that others ran has been taken over."""
+        torch.set_rng_state(self.random)
+        for index, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, index)
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """While entered, this state holds; afterwards the one before does."""
@@ -51,7 +60,16 @@ class Ambient:
             stack.enter_context(torch.random.fork_rng(self.cuda))
             for kind, mode in self.autocast.items():
                 stack.enter_context(torch.autocast(kind, **mode))
-            torch.set_rng_state(self.random)
-            for index, state in self.cuda.items():
-                torch.cuda.set_rng_state(state, index)
+            self.reinstate()
             yield
+
+
+@contextmanager
+def drawn_again(*values: Tree) -> Iterator[None]:
+    """While entered, the random numbers are those that will be drawn once more afterwards.
+
+    Args:
+        values: trees of tensors, on the devices whose generators are wound back. Under `torch.compile` none is.
+    """
+    with nullcontext() if torch.compiler.is_compiling() else Ambient.now(tree.leaves(values)).restored():
+        yield

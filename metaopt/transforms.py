@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ def is_tracked(tensor: Tensor) -> bool:
             return False
         tensor = functorch.get_unwrapped(tensor)
     return True
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Say whether it is a tensor of a kind that has derivatives."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def tracking_levels(tensor: Tensor) -> set[int]:
@@ -44,6 +50,22 @@ def inside_jvp() -> bool:
 def outside_transforms() -> AbstractContextManager[object]:
     """While entered, operations on tensors made inside run as if no `vmap` or `grad` were active."""
     return temporarily_clear_interpreter_stack()
+
+
+def without_levels(tensor: Tensor) -> Tensor:
+    """Return the plain tensor inside those of the levels of `torch.func.grad`.
+
+    Raises:
+        ValueError: there is a level of `vmap` among them.
+    """
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            raise ValueError(
+                'A loop with Revolve(store="disk") cannot run under `vmap` (nor `jacrev`), which hides the values that are to be '
+                'written. Go through the batch in a loop (`meta_grad(..., chunk_size=1)`), or use store="cpu".'
+            )
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def alive(tensor: Tensor | None) -> Tensor | None:

@@ -17,10 +17,12 @@ import optimizers
 ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its neighbours.
 LAYERS = [
-    ["tree", "errors", "transforms", "kernels", "replay", "revolve"],
-    ["pullback", "derivative", "compiled", "linear_solve"],
+    ["tree"],
+    ["errors", "transforms", "kernels", "replay", "revolve"],
+    ["pullback", "derivative", "forward", "compiled", "linear_solve", "stream", "tensor_file"],
+    ["disk"],
     ["module", "functional", "scan", "deployed", "batching", "mean_gradient", "mixed", "implicit"],
-    ["schedule", "closure", "differentiate"],
+    ["schedule", "closure", "differentiate", "second_order"],
     ["hyperparameter"],
     ["optimizer"],
     ["minimize"],

@@ -215,9 +215,12 @@ def test_only_our_optimizers_minimize(optimizer: Any) -> None:
 
 
 PARAMETERS = {
-    "integer": ({"w": torch.ones(2), "n": torch.tensor(3)}, r"`params` must be floating-point tensors, got torch.int64 at \['n'\]"),
-    "number": ({"w": 1.0}, r"`params` must be floating-point tensors, got float at \['w'\]"),
-    "complex": (torch.ones(1, dtype=torch.complex64), r"got torch.complex64 at the tensor itself"),
+    "integer": (
+        {"w": torch.ones(2), "n": torch.tensor(3)},
+        r"`params` must be floating-point or complex tensors, got torch.int64 at \['n'\]",
+    ),
+    "number": ({"w": 1.0}, r"`params` must be floating-point or complex tensors, got float at \['w'\]"),
+    "boolean": (torch.ones(1, dtype=torch.bool), r"got torch.bool at the tensor itself"),
     "module": (nn.Linear(1, 1), r"got Linear at the tensor itself"),
     "empty": ({}, r"`params` must hold at least one tensor, got an empty tree. Is every parameter frozen\?"),
 }

@@ -14,6 +14,7 @@ from torch.func import grad, vmap
 
 import metaopt as mo
 from metaopt import tree
+from optimizers import SGD
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -275,3 +276,31 @@ def test_nested_functionals_and_lazy_names_of_the_root() -> None:
     assert net.params == {}
     assert_close(net({}, torch.randn(6, 2)).mean(0), torch.zeros(2), 1e-12)
     assert snapshot(model) == before
+
+
+def test_running_statistics_can_be_carried_through_an_inner_loop() -> None:
+    """Step by step: in training mode the loss does not depend on them, and they depend on the parameters before each step."""
+    model, xs = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(5, 6, 3)
+    net, twin = mo.functional(model), copy.deepcopy(model)
+
+    def loss_fn(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return net(params, x).square().mean()
+
+    sgd = SGD(0.1, momentum=0.9)
+    params, buffers, state = net.params, net.buffers, sgd.init(net.params)
+    for x in xs:
+        _, buffers = net.with_buffers(params, buffers, x)
+        params, state, _ = mo.minimize(loss_fn, sgd, params, x, steps=1, opt_state=state)
+    whole = mo.minimize(loss_fn, sgd, net.params, xs)
+    assert_close(params, whole.params, 1e-14)
+    gradients = [torch.autograd.grad(loss_fn(end, xs[0]), list(net.params.values())) for end in (params, whole.params)]
+    assert_close(gradients[0], gradients[1], 1e-12)
+
+    optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
+    for x in xs:
+        optimizer.zero_grad()
+        twin(x).square().mean().backward()
+        optimizer.step()
+    statistics = dict(twin.named_buffers())
+    assert_close(buffers["1.num_batches_tracked"], statistics["1.num_batches_tracked"], 0)
+    assert_close(tree.map(torch.Tensor.detach, buffers), statistics, 1e-12)

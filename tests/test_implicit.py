@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import metaopt as mo
 from metaopt import tree
 from metaopt.implicit import implicit, pull_back_implicit
 from metaopt.linear_solve import LinearSolver
-from optimizers import SGD, Adam
+from optimizers import SGD
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -28,7 +29,7 @@ SOLVERS: list[LinearSolver] = [
     mo.BiCGStab(rtol=1e-14),
     mo.NystromCG(rtol=1e-14, rank=2),
     mo.Direct(),
-    mo.Neumann(0.4, terms=300),
+    mo.Neumann(0.4, terms=120),
 ]
 each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
 
@@ -87,16 +88,16 @@ def test_the_seeded_quadratic(solver: LinearSolver) -> None:
     def loss(w: Tensor, _: None, lam: Tensor) -> Tensor:
         return w @ H @ w / 2 - w @ B @ lam
 
-    def outer(lam: Tensor) -> Tensor:  # largest eigenvalue 4: steps of 0.4 leave 0.8^200 = 4e-20 of the start
+    def outer(lam: Tensor) -> Tensor:  # largest eigenvalue 4: the smallest is 1/2: steps of 0.4 leave 0.8^120 = 2e-12 of the start
         rule = mo.Implicit(solver)
-        out = mo.minimize(loss, SGD(0.4), torch.zeros(5), None, steps=200, meta=lam, differentiate=rule)
+        out = mo.minimize(loss, SGD(0.4), torch.zeros(5), None, steps=120, meta=lam, differentiate=rule)
         return (out.params - c).square().sum() / 2
 
     exact = HB.T @ (HB @ lam - c)
     assert_close(exact, torch.tensor([-11.528753, 10.934745, -1.423259, -24.644045, -3.153058]), 1e-6)
-    assert_close(backward(outer)(lam), exact, 1e-10)
-    assert_close(vmap(grad(outer))(torch.stack([lam, lam])), torch.stack([exact, exact]), 1e-10)
-    assert_close(jacrev(grad(outer))(lam), HB.T @ HB, 1e-10)
+    assert_close(backward(outer)(lam), exact, 1e-9)
+    assert_close(vmap(grad(outer))(torch.stack([lam, lam])), torch.stack([exact, exact]), 1e-9)
+    assert_close(jacrev(grad(outer))(lam), HB.T @ HB, 1e-9)
 
 
 def ridge(params: dict[str, Tensor], batch: tuple[Tensor, Tensor], meta: dict[str, Tensor]) -> Tensor:
@@ -124,7 +125,7 @@ def test_ridge_regression_in_several_leaves() -> None:
     def value(w: dict[str, Tensor]) -> Tensor:
         return (w["w"] ** 3).sum() + (w["b"].sin() * torch.tensor([1.0, 2.0])).sum()
 
-    out = mo.minimize(ridge, SGD(0.1), start, batch, steps=1500, meta=meta, differentiate=mo.Implicit(CG))
+    out = mo.minimize(ridge, SGD(0.2), start, batch, steps=400, meta=meta, differentiate=mo.Implicit(CG))
     exact = ridge_solution(batch, meta)
     assert_close(out.params, exact, 1e-12)
     assert_close(two_derivatives(value(out.params), inputs), two_derivatives(value(exact), inputs), 1e-8)
@@ -188,12 +189,12 @@ def stack(rules: tuple[Any, Any], steps: tuple[int, int], top: Tensor) -> Tensor
     """Fit w to the middle level, the middle level to w*, and look at both; `top` is read everywhere."""
 
     def lower(middle: Tensor, top: Tensor) -> Tensor:
-        return mo.minimize(bowl, SGD(0.4), torch.zeros(2), top, steps=steps[0], meta=middle, differentiate=rules[0]).params
+        return mo.minimize(bowl, SGD(0.8), torch.zeros(2), top, steps=steps[0], meta=middle, differentiate=rules[0]).params
 
     def middle_loss(middle: Tensor, _: None, top: Tensor) -> Tensor:
         return (lower(middle, top) - 1).square().sum() + (middle - top).square().sum()
 
-    middle = mo.minimize(middle_loss, SGD(0.2), torch.zeros(2), None, steps=steps[1], meta=top, differentiate=rules[1]).params
+    middle = mo.minimize(middle_loss, SGD(0.3), torch.zeros(2), None, steps=steps[1], meta=top, differentiate=rules[1]).params
     return (middle * torch.tensor([1.0, 2.0])).sum() + lower(middle, top).square().sum()
 
 
@@ -207,23 +208,23 @@ def stack_by_hand(steps: tuple[int, int], top: Tensor) -> Tensor:
         return w
 
     def lower(middle: Tensor) -> Tensor:
-        return descend(lambda w: bowl(w, top, middle), 0.4, steps[0])
+        return descend(lambda w: bowl(w, top, middle), 0.8, steps[0])
 
-    middle = descend(lambda m: (lower(m) - 1).square().sum() + (m - top).square().sum(), 0.2, steps[1])
+    middle = descend(lambda m: (lower(m) - 1).square().sum() + (m - top).square().sum(), 0.3, steps[1])
     return (middle * torch.tensor([1.0, 2.0])).sum() + lower(middle).square().sum()
 
 
 @pytest.mark.parametrize("names", [pair for pair in itertools.product(RULES, RULES) if "implicit" in pair], ids="-below-".join)
 def test_every_pair_of_rules_nested(names: tuple[str, str]) -> None:
-    """The implicit levels run to convergence, the others make three steps."""
+    """The implicit levels run to convergence, the others make two steps."""
     rules = (RULES[names[0]], RULES[names[1]])
-    steps = tuple(45 if name == "implicit" else 3 for name in names)
+    steps = (20 if names[0] == "implicit" else 2, 36 if names[1] == "implicit" else 2)
     top = torch.tensor([0.4, -0.3])
     leaf = top.clone().requires_grad_()
     (expected,) = torch.autograd.grad(stack_by_hand(steps, leaf), leaf)  # type: ignore[arg-type]
     for way in ("backward", "grad", "vmap(grad)"):
         found = WAYS[way](lambda at: stack(rules, steps, at))(top)  # type: ignore[arg-type]
-        assert_close(found, expected, 1e-8)  # 45 steps leave 0.6^45 = 1e-10 of the start
+        assert_close(found, expected, 1e-8)  # the levels contract by 0.2 and 0.6 a step: 1e-9 of the start is left
 
 
 # --- the rule
@@ -269,7 +270,7 @@ def test_implicit_maml() -> None:
         return (task["a"] * (w - task["t"])).square().sum() / 2 + lam / 2 * (w - start).square().sum()
 
     def task_loss(start: Tensor, task: dict[str, Tensor]) -> Tensor:
-        w = mo.minimize(loss, Adam(0.1), start, task, steps=900, meta=start, differentiate=mo.Implicit(CG)).params
+        w = mo.minimize(loss, SGD(0.5), start, task, steps=60, meta=start, differentiate=mo.Implicit(CG)).params
         return (w - task["goal"]).square().sum() / 2
 
     start, tasks = torch.randn(4), {"a": torch.rand(3, 4) + 0.5, "t": torch.randn(3, 4), "goal": torch.randn(3, 4)}
@@ -277,6 +278,23 @@ def test_implicit_maml() -> None:
     square = tasks["a"] ** 2
     w = (square * tasks["t"] + lam * start) / (square + lam)
     assert_close(found, (lam / (square + lam) * (w - tasks["goal"])).mean(0), 1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of the compiler
+def test_the_search_may_be_compiled() -> None:
+    """`minimize(compile=True)` compiles a step; the theorem needs none of it."""
+    torch._dynamo.reset()
+    lam = torch.tensor([0.5, -1.0], requires_grad=True)
+
+    def loss(w: Tensor, _: None, lam: Tensor) -> Tensor:
+        return (w - lam.sin()).square().sum()
+
+    rule = mo.Implicit(CG)
+    w = mo.minimize(loss, SGD(0.25), torch.zeros(2), None, steps=60, meta=lam, differentiate=rule, compile=True).params
+    assert_close(w, lam.sin(), 1e-12)
+    assert_close(torch.autograd.grad(w.sum(), lam)[0], lam.cos(), 1e-12)
 
 
 def test_damping_is_part_of_the_derivative_at_every_order() -> None:
@@ -320,7 +338,7 @@ def test_what_the_solver_says() -> None:
 
     def compiled(v: Tensor) -> Tensor:
         with torch.no_grad():
-            return pull_back_implicit(residual, CG, w, lam, v, wanted)[0]["lam"]
+            return pull_back_implicit(residual, mo.GMRES(4), w, lam, v, wanted)[0]["lam"]
 
     torch._dynamo.reset()
     assert_close(torch.compile(compiled, fullgraph=True, backend="aot_eager")(v), B.T @ (v / H.diagonal()), 1e-12)
@@ -333,8 +351,11 @@ def loss_of(w: Tensor, _: None, meta: Tensor) -> Tensor:
     return (w - meta).square().sum()
 
 
+DEFAULT = mo.Implicit()
+
+
 def last(start: Tensor, meta: Tensor, rate: Any = 0.1) -> Tensor:
-    return mo.minimize(loss_of, SGD(rate), start, None, steps=2, meta=meta, differentiate=mo.Implicit()).params.sum()
+    return mo.minimize(loss_of, SGD(rate), start, None, steps=2, meta=meta, differentiate=DEFAULT).params.sum()
 
 
 def test_what_a_solution_does_not_depend_on_is_never_zero_in_silence() -> None:
@@ -352,13 +373,8 @@ def test_what_a_solution_does_not_depend_on_is_never_zero_in_silence() -> None:
 
 def test_a_compiler_would_answer_zero() -> None:
     torch._dynamo.reset()
-    rule = mo.Implicit()
-
-    def value(meta: Tensor) -> Tensor:
-        return mo.minimize(loss_of, SGD(0.1), torch.zeros(2), None, steps=2, meta=meta, differentiate=rule).params.sum()
-
     with pytest.raises(Exception, match=r"cannot be part of a `torch.func.grad` inside `torch.compile`"):
-        torch.compile(grad(value), fullgraph=True, backend="aot_eager")(torch.ones(2))
+        torch.compile(grad(lambda meta: last(torch.zeros(2), meta)), fullgraph=True, backend="aot_eager")(torch.ones(2))
 
 
 def test_a_solver_is_a_solver() -> None:

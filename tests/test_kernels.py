@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from problems import assert_close
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from metaopt.kernels import any_order
 
@@ -122,3 +123,28 @@ def test_a_single_value_per_channel_is_torchs_error() -> None:
             nn.BatchNorm1d(2)(torch.ones(1, 2))
         with pytest.raises(ValueError, match="more than 1 spatial element"):
             nn.InstanceNorm1d(2)(torch.ones(3, 2, 1))
+
+
+def test_entering_it_again_adds_nothing_except_where_torch_has_left_it() -> None:
+    """Torch takes a mode off its stack for the time of a backward pass: a step that runs again there needs it again."""
+    depths: list[int] = []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            depths.append(len(_get_current_function_mode_stack()))
+            with any_order():
+                depths.append(len(_get_current_function_mode_stack()))
+            return grad
+
+    with any_order():
+        with any_order():
+            assert len(_get_current_function_mode_stack()) == 1
+        assert len(_get_current_function_mode_stack()) == 1
+        Probe.apply(torch.ones((), requires_grad=True)).backward()
+    assert depths == [0, 1]
+    assert not _get_current_function_mode_stack()

@@ -114,7 +114,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "bilinear-prelu": (lambda: nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2), nn.Softplus()), (6, 3)),
 }
-UNBATCHED = {"gru", "lstm"}  # torch has no batching rule for its recurrent kernels
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -179,7 +178,7 @@ def loop_over_tasks(model: nn.Module, tasks: dict[str, Tensor]) -> tuple[dict[st
 def test_it_equals_a_loop_over_tasks(name: str, mode: str) -> None:
     model, tasks = problem(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    meta_gradient = mo.meta_grad(maml(model, mo.Backprop(memory=mode)), chunk_size=1 if name in UNBATCHED else None)  # type: ignore[arg-type]
+    meta_gradient = mo.meta_grad(maml(model, mo.Backprop(memory=mode)))  # type: ignore[arg-type]
     grads, losses = meta_gradient(mo.functional(model).params, tasks)
     # torch's second derivative of weight norm is wrong (see test_kernels), so that its witness needs the elementary formula
     with any_order() if name == "weight-norm" else contextlib.nullcontext():
@@ -267,12 +266,13 @@ def task_loss_of(params: dict[str, Tensor], target: Tensor) -> Tensor:
     return out.params.square()
 
 
-@pytest.mark.parametrize("name", sorted(UNBATCHED))
-def test_recurrent_layers_need_a_chunk_of_one(name: str) -> None:
-    """If this fails, torch can batch them: drop `UNBATCHED`."""
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_recurrent_kernels_still_cannot_be_batched_by_torch(name: str) -> None:
+    """If this fails, torch can batch them: `metaopt/kernels/recurrent.py` is then for cuDNN and mkldnn only."""
     model, tasks = problem(name)
+    params = tree.map(torch.Tensor.detach, mo.functional(model).params)
     with pytest.raises(RuntimeError, match=r"Batching rule not implemented|broadcast shape"):
-        mo.meta_grad(maml(model, mo.Backprop()))(mo.functional(model).params, tasks)
+        vmap(lambda p, x: functional_call(model, p, (x,)), (None, 0))(params, tasks["x"])
 
 
 def test_the_result_carries_no_graph_and_meta_training_descends() -> None:

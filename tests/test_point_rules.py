@@ -208,6 +208,40 @@ def test_both_sides_see_one_dropout_mask(rule: PointRule) -> None:
         assert F.cosine_similarity(two - one, expected, dim=0) < 0.5
 
 
+@float64
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "exact"), [(mo.FiniteDifference(1e-4), mo.T1T2()), (mo.Penalty(1e6, 200, 0.3), mo.Implicit(mo.Direct()))], ids=kind
+)
+def test_with_dropout_the_difference_is_the_exact_product(rule: PointRule, exact: PointRule, batched: bool) -> None:
+    """Of the very same mask, one per row of a `vmap`; and a second backward pass sees it again. Radius and weight leave 1e-6."""
+
+    def value(meta: Tensor, rule: PointRule) -> Tensor:
+        def loss(w: Tensor, x: Tensor, meta: Tensor) -> Tensor:
+            return F.dropout(torch.tanh(x * w * meta), 0.4).square().mean() + (w - meta).square().sum() / 2
+
+        x = torch.linspace(-2, 2, 60).reshape(20, 3)
+        out = mo.minimize(loss, SGD(0.1), torch.zeros(3), x, steps=3, meta=meta, differentiate=rule)
+        return out.params.sin().sum()
+
+    def slopes(rule: PointRule) -> Tensor:
+        torch.manual_seed(5)
+        meta = torch.tensor([[0.7, -0.5, 1.2], [0.7, -0.5, 1.2]])
+        if batched:
+            return torch.func.vmap(grad(value), (0, None), randomness="different")(meta, rule)
+        meta.requires_grad_()
+        total = value(meta[0], rule)
+        random = torch.get_rng_state()
+        once, twice = (torch.autograd.grad(total, meta, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(once, twice)
+        assert torch.equal(random, torch.get_rng_state())
+        return once
+
+    found, expected = slopes(rule), slopes(exact)
+    assert_close(found, expected, 1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3  # another mask, another derivative
+
+
 def test_in_float32_the_difference_is_near_the_exact_product() -> None:
     """With DARTS' radius: truncation and rounding together are 1 % at most."""
     _, *problem, meta = digits_problem(0.0)
@@ -350,6 +384,21 @@ def test_compiled_is_equal(rule: PointRule) -> None:
     torch._dynamo.reset()
     # float32; a difference of radius 0.01 multiplies rounding by 100
     torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-5)
+
+
+@float64
+@each_rule
+def test_nothing_is_pulled_back_to_what_only_the_optimizer_reads(rule: PointRule) -> None:
+    """A level of `grad` that differentiates the optimizer's tensors alone, around one that differentiates `meta`."""
+    loop, end = recorded(square, SGD(torch.tensor(0.1)), torch.zeros(2), None, steps=3, meta=torch.ones(2))
+
+    def value(meta: Tensor, lr: Tensor) -> Tensor:
+        return attach(rule, replace(loop, inputs={**loop.inputs, "meta": meta, "optimizer": {"lr": lr}}), end).square().sum()
+
+    lr, meta = torch.tensor(0.1), torch.ones(2)
+    of_lr = grad(lambda lr: grad(value)(meta, lr).sum())(lr)
+    of_meta = grad(value)(meta, lr)
+    assert_close(of_lr, (of_meta / lr).sum() if isinstance(rule, mo.SAMA) else torch.tensor(0.0), 1e-6)  # SAMA's D is -lr
 
 
 # --- errors

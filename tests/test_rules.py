@@ -229,3 +229,75 @@ def test_forward_mode_makes_one_tangent_a_number() -> None:
         for way in WAYS:
             found(bilevel, mo.ForwardMode(), way)
     assert seen == [3, 3, 3]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of torch's own compiler
+@pytest.mark.parametrize("make", [mo.ForwardMode, lambda: mo.EvolutionStrategy(0.1, 5)])
+def test_a_compiled_run_is_differentiated_as_it_is(make: Callable[[], Any]) -> None:
+    bilevel = PROBLEMS["dynamics"]()
+
+    def slope(compile: bool) -> Tensor:
+        meta = bilevel.meta.clone().requires_grad_()
+        out = mo.minimize(bilevel.loss, SGD(0.1), bilevel.start, None, steps=4, meta=meta, differentiate=make(), compile=compile)
+        return torch.autograd.grad(bilevel.outer(out.params), meta)[0]
+
+    torch._dynamo.reset()
+    assert_close(slope(True), slope(False), 1e-10)
+
+
+@pytest.mark.parametrize("rule", [*POINT, "forward", "evolution"])
+def test_batches_from_an_iterator(rule: str) -> None:
+    """The same as batches in a row; and a batch that is differentiated."""
+    rules = POINT | {"forward": mo.ForwardMode(), "evolution": mo.EvolutionStrategy(0.1, 5)}
+    x, meta = torch.randn(4, 6, 3), torch.tensor(0.3)
+
+    def loss(w: Tensor, x: Tensor, meta: Tensor) -> Tensor:
+        return (torch.tanh(x @ w) - meta).square().mean() + (w - 1).square().sum() / 2
+
+    def slope(batches: Callable[[Tensor], Any]) -> list[Tensor]:
+        rule_again = mo.EvolutionStrategy(0.1, 5) if rule == "evolution" else rules[rule]
+
+        def value(given: list[Tensor]) -> Tensor:
+            x, meta = given
+            out = mo.minimize(loss, SGD(0.1), torch.zeros(3), batches(x), meta=meta, differentiate=rule_again)
+            return out.params.sin().sum()
+
+        return grad(value)([x, meta])
+
+    in_a_row, streamed = slope(lambda x: x), slope(lambda x: iter(list(x)))
+    assert_close(streamed, in_a_row, 1e-12)
+    assert all((bar != 0).any() for bar in in_a_row)
+
+
+@pytest.mark.parametrize("rule", ["T1T2", "difference", "SAMA", "implicit", "penalty", "forward", "evolution"])
+def test_complex_parameters_are_pairs_of_real_ones(rule: str) -> None:
+    rules = {
+        "T1T2": mo.T1T2(),
+        "difference": mo.FiniteDifference(),
+        "SAMA": mo.SAMA(),
+        "implicit": mo.Implicit(mo.Direct()),
+        "penalty": mo.Penalty(100.0, 30, 0.3),
+        "forward": mo.ForwardMode(),
+        "evolution": None,
+    }
+    start, meta = torch.randn(3, dtype=torch.complex128), torch.randn(3, dtype=torch.complex128)
+
+    def pairs(w: Tensor, _: None, meta: Tensor) -> Tensor:
+        """Of real [3, 2]: |w - m^2|^2 / 2 + |w|^4 / 4."""
+        a, b = meta.unbind(-1)
+        square = torch.stack([a * a - b * b, 2 * a * b], -1)
+        return (w - square).square().sum() / 2 + w.square().sum(-1).square().sum() / 4
+
+    def loss(w: Tensor, _: None, meta: Tensor) -> Tensor:
+        return (w - meta * meta).abs().square().sum() / 2 + (w.real**2 + w.imag**2).square().sum() / 4
+
+    def slope(loss: Any, start: Tensor, meta: Tensor) -> Tensor:
+        meta = meta.clone().requires_grad_()
+        own = rules[rule] or mo.EvolutionStrategy(0.1, 5)
+        out = mo.minimize(loss, SGD(0.05), start, None, steps=3, meta=meta, differentiate=own)
+        torch.view_as_real(out.params).sin().sum().backward() if out.params.is_complex() else out.params.sin().sum().backward()
+        assert meta.grad is not None
+        return meta.grad
+
+    expected = slope(pairs, torch.view_as_real(start), torch.view_as_real(meta))
+    assert_close(torch.view_as_real(slope(loss, start, meta)), expected, 1e-9)

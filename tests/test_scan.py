@@ -85,6 +85,29 @@ def test_one_tensor_in_several_places_of_a_result(mode: str) -> None:
 
 
 @each_memory
+def test_complex_tensors_are_differentiated(mode: str) -> None:
+    """z_{t+1} = i a z_t + x_t: a complex carry, a complex input and complex rows, both derivatives by hand-unrolled autograd."""
+    a, z = torch.randn(2, dtype=torch.complex128).unbind()
+    a, z, xs = (leaf.clone().requires_grad_() for leaf in (a, z, torch.randn(4, dtype=torch.complex128)))
+
+    def step(a: Tensor, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        after = 1j * a * z + x
+        return after, after.abs().square()
+
+    last, outs = scan(step, a, z, xs, 4, mode)  # type: ignore[arg-type]
+    by_hand, total = z, torch.zeros(())
+    for x in xs:
+        by_hand = 1j * a * by_hand + x
+        total = total + by_hand.abs().square()
+
+    def derivatives(value: Tensor) -> list[Tensor]:
+        first = torch.autograd.grad(value, [a, z, xs], create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.abs().square().sum() for g in first), [a, z, xs])]
+
+    assert_close(derivatives(outs.sum() + last.real), derivatives(total + by_hand.real), 1e-12)
+
+
+@each_memory
 def test_what_is_not_used_gets_no_gradient(mode: str) -> None:
     used, unused = torch.tensor(2.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
     last, _ = scan(lambda inputs, c, _: (c * inputs[0], c), (used, unused), torch.tensor(1.0), (), 3, mode)  # type: ignore[arg-type]

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.differentiate.base import InnerLoop, unroll
+from metaopt.differentiate.base import InnerLoop, Update, unroll
+from metaopt.kernels import any_order
 from metaopt.mean_gradient import Hvp, MeanGradient
 from metaopt.pullback import plus, pull_back
 from metaopt.replay import Ambient
 from metaopt.scan import Memory, check_memory
+from metaopt.stream import Stream, first_row
+from metaopt.transforms import is_differentiable
 from metaopt.tree import Tree
 
 
@@ -79,6 +82,7 @@ class Backprop:
         return self.microbatches > 1 or self.hvp == "forward"
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
+        loop = replace(loop, update=_exact(loop.update))
         gradient = MeanGradient(loop.loss, _examples(loop, self.microbatches), self.microbatches, self.hvp)
 
         def pullback(inputs: Tree, carry: Tree, batch: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree) -> Tree:
@@ -88,7 +92,7 @@ class Backprop:
             ambient = Ambient.now(tree.leaves((inputs, carry, batch)))
             grads, loss, aux = gradient(inputs, params, state, batch)
             arguments = (inputs, grads, state, params, loss, aux)
-            in_arguments = (in_inputs, _all(grads), in_state, in_params, True, tree.map(torch.is_floating_point, aux))
+            in_arguments = (in_inputs, _all(grads), in_state, in_params, True, tree.map(is_differentiable, aux))
             to_inputs, to_grads, to_state, to_params, to_loss, to_aux = pull_back(loop.update, arguments, of_after, in_arguments)
             with ambient.restored():  # the gradient sees the random numbers that it saw above
                 read, in_read = (inputs, params, state, batch), (in_inputs, in_params, in_state, in_batch)
@@ -97,16 +101,38 @@ class Backprop:
             return to_inputs, (to_params, to_state), bars[3]
 
         own = pullback if self._splits_steps else None
-        constant = 0 if self.window is None else max(loop.steps - self.window, 0)
-        if constant == 0:
+        if self.window is None:
             return unroll(loop, gradient, self.memory, own)
-        early, late = (tree.index(loop.batches, part) for part in (slice(constant), slice(constant, None)))
+        early, late = _parted(loop, self.window)
+        if early is None:
+            return unroll(late, gradient, self.memory, own)
         with torch.no_grad():
-            start = unroll(replace(loop, batches=early, steps=constant), gradient, "full")
+            start = unroll(early, gradient, "full")
         params, state, before = tree.map(torch.Tensor.detach, start)
-        rest = replace(loop, params=params, state=state, batches=late, steps=loop.steps - constant)
-        params, state, losses = unroll(rest, gradient, self.memory, own)
+        params, state, losses = unroll(replace(late, params=params, state=state), gradient, self.memory, own)
         return params, state, torch.cat([before, losses])
+
+
+def _parted(loop: InnerLoop, window: int) -> tuple[InnerLoop | None, InnerLoop]:
+    """Return the loop's (steps before the last `window`, if any; last `window` steps)."""
+    if isinstance(loop.batches, Stream):
+        rows = list(loop.batches.kept())
+        first, last = (Stream(part) if part else None for part in (rows[:-window], rows[-window:]))
+        return replace(loop, batches=first) if first else None, replace(loop, batches=last)
+    steps = loop.steps or 0
+    constant = max(steps - window, 0)
+    early, late = (tree.index(loop.batches, part) for part in (slice(constant), slice(constant, None)))
+    return replace(loop, batches=early, steps=constant) if constant else None, replace(loop, batches=late, steps=steps - constant)
+
+
+def _exact(update: Update) -> Update:
+    """Let the derivatives of norms and recurrent layers in a learned optimizer be exact too."""
+
+    def call(*args: Any) -> Any:
+        with any_order():
+            return update(*args)
+
+    return call
 
 
 def _is_positive(value: Any) -> bool:
@@ -123,9 +149,9 @@ def _none(values: Tree) -> Tree:
 
 def _examples(loop: InnerLoop, microbatches: int) -> Tree:
     """Return which leaves of (inputs, params, state, batch) hold examples, having seen that they can be cut into equal parts."""
-    in_inputs, in_batch = _none(loop.inputs), _all(loop.batches)
-    batch = tree.index(loop.batches, 0)
-    if not tree.leaves(loop.batches):
+    batch = first_row(loop.batches)
+    in_inputs, in_batch = _none(loop.inputs), _all(batch)
+    if not tree.leaves(batch):
         batch = loop.inputs["batch"]
         in_inputs = {**in_inputs, "batch": _all(batch)}
     for path, length in tree.leading_axes(batch).items():

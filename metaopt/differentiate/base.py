@@ -13,8 +13,10 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.compiled import compiled
 from metaopt.derivative import with_derivative
+from metaopt.kernels import any_order
 from metaopt.mean_gradient import MeanGradient
 from metaopt.scan import Memory, Pullback, plain_loops_inside, scan
+from metaopt.stream import Stream, last_row
 from metaopt.transforms import is_tracked, tracking_levels
 from metaopt.tree import Tree
 
@@ -37,8 +39,8 @@ class InnerLoop:
             and a "batch" that is the same at every step.
         params: initial parameters.
         state: initial state: the optimizer's, and whatever else goes on from step to step.
-        batches: leaves with the leading axis `steps`; without leaves, every step sees `inputs["batch"]`.
-        steps: number of steps.
+        batches: leaves with the leading axis `steps`; without leaves, every step sees `inputs["batch"]`. Or a `Stream`.
+        steps: number of steps; None for a `Stream`, which ends when it ends.
         compile: whether what runs is to be compiled.
     """
 
@@ -47,8 +49,8 @@ class InnerLoop:
     inputs: dict[str, Tree]
     params: Tree
     state: Any
-    batches: Tree
-    steps: int
+    batches: Tree | Stream
+    steps: int | None
     compile: bool = False
 
 
@@ -94,8 +96,9 @@ class PointRule:
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
         refuse_zeros(self, "initial parameters", loop.params, without_optimizer(loop.inputs))
         refuse_zeros(self, "optimizer's tensors", loop.inputs["optimizer"], without_optimizer(loop.inputs))
+        refuse_zeros(self, "initial state", loop.state, without_optimizer(loop.inputs))
         params, state, losses = run(loop)
-        return attach(self, loop, End(params, state, tree.index(loop.batches, -1))), state, losses
+        return attach(self, loop, End(params, state, last_row(loop.batches))), state, losses
 
 
 def attach(rule: PointRule, loop: InnerLoop, end: End) -> Tree:
@@ -113,6 +116,8 @@ def attach(rule: PointRule, loop: InnerLoop, end: End) -> Tree:
     def pull_back(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree, wanted: tuple[Tree, Any, Tree]) -> Tree:
         in_inputs, in_state, in_batch = wanted
         in_read = (without_optimizer(in_inputs), in_batch)
+        if not any(tree.leaves(in_read)):
+            return _nothing(wanted)
 
         def bars(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree) -> Tree:
             inputs, state, batch = given
@@ -160,14 +165,27 @@ def at_end(loop: InnerLoop, end: End) -> tuple[Callable[[Tree, Tree], Tensor], T
     return loss, (without_optimizer(loop.inputs), end.batch)
 
 
-def weighted_end(loop: InnerLoop, given: tuple[dict[str, Tree], Tree, Any, Tree], weights: Tree) -> Tensor:
-    """Run the loop from given (inputs, params, state, batches) and return <weights, (params, state, losses)>."""
+def sources(loop: InnerLoop) -> tuple[dict[str, Tree], Tree, Any, Tree]:
+    """Return everything that is given to the loop: inputs, params, state and batches, those of a stream as a list."""
+    batches = list(loop.batches.kept()) if isinstance(loop.batches, Stream) else loop.batches
+    return loop.inputs, loop.params, loop.state, batches
+
+
+def starting_from(loop: InnerLoop, given: tuple[dict[str, Tree], Tree, Any, Tree]) -> InnerLoop:
+    """Return the loop with other `sources`."""
     inputs, params, state, batches = given
-    again = replace(loop, inputs=inputs, params=params, state=state, batches=batches, compile=False)
-    with plain_loops_inside():
-        results = unroll(again, MeanGradient(loop.loss), "full")
+    if isinstance(loop.batches, Stream):
+        batches = Stream(batches)
+    return replace(loop, inputs=inputs, params=params, state=state, batches=batches)
+
+
+def weighted_end(loop: InnerLoop, weights: Tree) -> Tensor:
+    """Run the loop and return <weights, (params, state, losses)>."""
+    with plain_loops_inside(), any_order():
+        results = unroll(replace(loop, compile=False), MeanGradient(loop.loss), "full")
     pairs = zip(tree.leaves(results), tree.leaves(weights), strict=True)
-    return tree.sum_leaves(torch.Tensor.sum, [result * weight for result, weight in pairs if weight is not None])
+    known = [(result, weight) for result, weight in pairs if weight is not None]
+    return tree.sum_leaves(torch.Tensor.sum, [tree.as_real(result) * tree.as_real(weight) for result, weight in known])
 
 
 def check_positive(rule: object, name: str, value: object) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.derivative import with_derivative
-from metaopt.differentiate.base import InnerLoop, check_positive, run, weighted_end
+from metaopt.differentiate.base import InnerLoop, check_positive, run, sources, starting_from, weighted_end
 from metaopt.pullback import chosen, put
 from metaopt.replay import Ambient
 from metaopt.transforms import outside_transforms
@@ -61,7 +61,7 @@ class EvolutionStrategy:
             raise ValueError(f"EvolutionStrategy: `pairs` must be a positive integer, got {self.pairs!r}.")
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
-        given = (loop.inputs, loop.params, loop.state, loop.batches)
+        given = sources(loop)
 
         def pull_back(_: Tree, given: Tree, cotangent: Tree, wanted: Tree) -> Tree:
             variables = chosen(given, wanted)
@@ -69,7 +69,7 @@ class EvolutionStrategy:
             noise = self._draw(row)
 
             def value(row: Tensor) -> Tensor:
-                return weighted_end(loop, put(tree.unravel(row, variables), given, wanted), cotangent)
+                return weighted_end(starting_from(loop, put(tree.unravel(row, variables), given, wanted)), cotangent)
 
             rows = torch.cat([row + self.std * noise, row - self.std * noise])
             ahead, behind = torch.func.vmap(value, randomness="same")(rows).split(self.pairs)
@@ -79,7 +79,7 @@ class EvolutionStrategy:
             return put(tree.unravel(estimate, variables), tree.map(lambda _: None, wanted), wanted)
 
         ambient = Ambient.now(tree.leaves(given))
-        return with_derivative(pull_back, run(loop), given, ambient)
+        return with_derivative(pull_back, run(starting_from(loop, given)), given, ambient)
 
     def _draw(self, like: Tensor) -> Tensor:
         """Return [pairs, n] standard normal numbers, the same for every element of a `vmap`."""

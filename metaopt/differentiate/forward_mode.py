@@ -10,8 +10,8 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.derivative import with_derivative
-from metaopt.differentiate.base import InnerLoop, run, weighted_end
-from metaopt.kernels import named_operator
+from metaopt.differentiate.base import InnerLoop, run, sources, starting_from, weighted_end
+from metaopt.forward import slope_along
 from metaopt.pullback import chosen, put
 from metaopt.replay import Ambient
 from metaopt.tree import Tree
@@ -36,26 +36,28 @@ class ForwardMode:
         One run of the loop, and a second with m forward derivatives of each step. Memory: m copies of parameters and state.
 
     Reference:
-        Franceschi, Donini, Frasconi, Pontil 2017, arXiv:1703.01785, section 3.2, equation 15.
+        Franceschi, Donini, Frasconi, Pontil 2017, arXiv:1703.01785, section 3.2.
     """
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
-        given = (loop.inputs, loop.params, loop.state, loop.batches)
+        given = sources(loop)
 
         def pull_back(_: Tree, given: Tree, cotangent: Tree, wanted: Tree) -> Tree:
             variables = chosen(given, wanted)
 
+            row = tree.ravel(variables)
+
             def value(variables: list[Tensor]) -> Tensor:
-                return weighted_end(loop, put(variables, given, wanted), cotangent)
+                return weighted_end(starting_from(loop, put(variables, given, wanted)), cotangent)
 
             def along(direction: Tensor) -> Tensor:
-                _, slope, *_ = torch.func.jvp(value, (variables,), (tree.unravel(direction, variables),))
+                _, slope = slope_along(
+                    value, variables, tree.unravel(direction, variables), asked="`ForwardMode`", instead="`Backprop()`"
+                )
                 return slope
 
-            row = tree.ravel(variables)
-            with named_operator("`ForwardMode`", "`Backprop()`"):
-                slopes = torch.func.vmap(along, randomness="same")(torch.eye(len(row), dtype=row.dtype, device=row.device))
+            slopes = torch.func.vmap(along, randomness="same")(torch.eye(len(row), dtype=row.dtype, device=row.device))
             return put(tree.unravel(slopes, variables), tree.map(lambda _: None, wanted), wanted)
 
         ambient = Ambient.now(tree.leaves(given))
-        return with_derivative(pull_back, run(loop), given, ambient)
+        return with_derivative(pull_back, run(starting_from(loop, given)), given, ambient)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ class Implicit(PointRule):
     and the optimizer's parameters, receive nothing (autograd then says "not used in the graph"). For iMAML give the initial
     parameters as `meta` too, and let the loss keep the solution near them. The returned optimizer state and losses are constants.
 
+    A random loss is seen with one set of random numbers (one dropout mask), those that would be drawn after the loop.
+
     The result can be differentiated any number of times, and be a middle level: see `metaopt.implicit`. With the solver exact,
     the hypergradient's error is of the order of |w - w*|, the distance to the solution.
 
@@ -44,7 +46,7 @@ class Implicit(PointRule):
         theorem 1.
     """
 
-    solver: LinearSolver = ConjugateGradient()  # noqa: RUF009
+    solver: LinearSolver = field(default_factory=ConjugateGradient)
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, LinearSolver):

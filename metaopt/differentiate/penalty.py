@@ -40,7 +40,8 @@ class Penalty(PointRule):
         The loop without a graph, and steps + 2 gradients; one more copy of the parameters.
 
     Reference:
-        Kwon, Kwon, Wright, Nowak 2023, arXiv:2301.10945, equation 4 and lemma 3.1; value functions: Outrata 1990.
+        Kwon, Kwon, Wright, Nowak 2023, arXiv:2301.10945, lemma 3.1 for the bias. They keep f as it is, and
+        track the minimum without it by a second copy, for which w and the tilt by grad L(w) stand here.
     """
 
     weight: float = 100.0

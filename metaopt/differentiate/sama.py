@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
+from metaopt.kernels import any_order
 from metaopt.mean_gradient import MeanGradient
 from metaopt.mixed import mixed_difference
+from metaopt.replay import drawn_again
 from metaopt.tree import Tree
 
 
@@ -19,7 +21,7 @@ class SAMA(PointRule):
 
     D is the derivative of the update that the optimizer would make next, w + u(g, s, w), at the gradient g and the state s of the
     end: bias correction, clipping, schedules and whatever a learned optimizer computes are in it. Its transpose is applied, by one
-    vjp, so D need not be diagonal. For SGD D = -lr, and for Adam -lr / (sqrt(v^) + eps) times what g contributes to m^ and v^.
+    vjp, so D need not be diagonal. For SGD D = -lr; for Adam it is the derivative through both moments.
 
     **Bias**: D stands for -H^-1, so the error is [d grad_w L]' (D' + H^-1) v, and that of the difference: see `FiniteDifference`.
     This is the derivative of one step of the optimizer. Differentiable again, with the same bias.
@@ -34,7 +36,7 @@ class SAMA(PointRule):
         The loop without a graph, three gradients and a vjp of the update.
 
     Reference:
-        Choe, Mehta, Ahn, Neiswanger, Xie, Strubell, Xing 2023, arXiv:2310.05674, equations 3 to 5. They give D in closed form for
+        Choe, Mehta, Ahn, Neiswanger, Xie, Strubell, Xing 2023, arXiv:2310.05674, section 3. They give D in closed form for
         diagonal optimizers, and displace by their radius over |D v| as well.
     """
 
@@ -44,7 +46,8 @@ class SAMA(PointRule):
         check_positive(self, "radius", self.radius)
 
     def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
-        x = self.precondition(loop, end, cotangent)
+        with drawn_again(end):
+            x = self.precondition(loop, end, cotangent)
         loss, read = at_end(loop, end)
         return mixed_difference(loss, end.params, read, x, wanted, self.radius), {}
 
@@ -54,7 +57,8 @@ class SAMA(PointRule):
         grads, loss, aux = MeanGradient(loop.loss)(loop.inputs, params, state, batch)
 
         def after(grads: Tree) -> Tree:
-            return loop.update(loop.inputs, grads, state, params, loss, aux)[0]
+            with any_order():
+                return loop.update(loop.inputs, grads, state, params, loss, aux)[0]
 
         _, pull, *_ = torch.func.vjp(after, grads)
         (x,) = pull(cotangent)

@@ -25,7 +25,7 @@ class T1T2(PointRule):
         The loop without a graph, one gradient and its derivative.
 
     Reference:
-        Luketina, Berglund, Greff, Raiko 2016, arXiv:1511.06727, equation 6. They take v and the mixed product on successive steps'
+        Luketina, Berglund, Greff, Raiko 2016, arXiv:1511.06727, section 3. They take v and the mixed product on successive steps'
         batches; here both are those of the end.
     """
 

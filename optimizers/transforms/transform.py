@@ -37,20 +37,29 @@ class Transform(Optimizer):
     def init(self, params: Tree) -> State:
         """Return the state before the first step."""
         state = self.optimizer.init(params)
-        like = tree.leaves(params)[0]
+        like = tree.as_real(tree.leaves(params)[0])
         own = {name: schedule.init(like) for name, schedule in self._schedules()}
         return {**state, "schedules": {"optimizer": state["schedules"], **own}}
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
-        gradients, structure = tree.flatten(grads)
-        weights = None if params is None else tree.flatten_like(structure, params, "params")
+        leaves, structure = tree.flatten(grads)
+        gradients = [tree.as_real(leaf) for leaf in leaves]
+        weights = None if params is None else [tree.as_real(leaf) for leaf in tree.flatten_like(structure, params, "params")]
         hyper, own = self._hyper_at(state, gradients, loss)
-        gradients = self.before(gradients, weights, hyper)
+        gradients = _of_their_kind(self.before(gradients, weights, hyper), leaves)
         inner = {**state, "schedules": state["schedules"]["optimizer"]}
-        updates, after = self.optimizer(tree.unflatten(structure, gradients), inner, params, loss=loss)
-        updates = tree.unflatten(structure, self.after(tree.leaves(updates), weights, hyper))
-        return updates, {**after, "schedules": {"optimizer": after["schedules"], **own}}
+        moved, after = self.optimizer(tree.unflatten(structure, gradients), inner, params, loss=loss)
+        updates = self.after([tree.as_real(leaf) for leaf in tree.leaves(moved)], weights, hyper)
+        return tree.unflatten(structure, _of_their_kind(updates, leaves)), {
+            **after,
+            "schedules": {"optimizer": after["schedules"], **own},
+        }
+
+
+def _of_their_kind(tensors: Leaves, leaves: Leaves) -> Leaves:
+    """Return as complex what stands for a complex leaf."""
+    return [tree.as_complex(tensor) if leaf.is_complex() else tensor for tensor, leaf in zip(tensors, leaves, strict=True)]
 
 
 def checked(owner: Optimizer, optimizer: Any) -> Optimizer:

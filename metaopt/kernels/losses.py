@@ -1,0 +1,34 @@
+"""Losses from operations that have forward derivatives of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# The signatures are torch's: a compiler passes on the arguments as they were written, without the defaults.
+def _mse_loss(
+    input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None, reduction: str = "mean", weight: Any = None
+) -> Tensor:
+    """Take the mean apart from the squares: the gradient of both in one has no forward derivative."""
+    if reduction == "mean" and size_average is None and reduce is None and weight is None:
+        return F.mse_loss(input, target, reduction="none").mean()
+    return F.mse_loss(input, target, size_average, reduce, reduction, **_given(weight))
+
+
+def _huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Any = None) -> Tensor:
+    """Scale the smooth L1 loss, which is the same, and whose gradient has a forward derivative."""
+    if weight is None and delta > 0:
+        return delta * F.smooth_l1_loss(input, target, reduction=reduction, beta=delta)
+    return F.huber_loss(input, target, reduction, delta, **_given(weight))
+
+
+def _given(weight: Any) -> dict[str, Any]:
+    """Name the argument only where there is one: older torch does not know it."""
+    return {} if weight is None else {"weight": weight}
+
+
+LOSSES: dict[Callable[..., Any], Callable[..., Tensor]] = {F.mse_loss: _mse_loss, F.huber_loss: _huber_loss}

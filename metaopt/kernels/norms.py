@@ -1,0 +1,92 @@
+"""Norms from elementary operations, equal to torch's.
+
+Torch's formula for the second derivative of layer, batch and instance norms takes the saved mean and variance for constants, so
+that a third derivative, and the second through `grad(vmap(grad))`, are silently wrong by per cents (pytorch issues 175754 and
+186256). Of weight norm already the second derivative is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    return _normalize(input, tuple(range(-len(normalized_shape), 0)), weight, bias, tuple(normalized_shape), eps)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if running_mean is not None or input.numel() == input.shape[1]:  # update the statistics; complain of a single value
+        F.batch_norm(input.detach(), running_mean, running_var, None, None, training, momentum, eps)
+    return _normalize(input, (0, *range(2, input.ndim)), weight, bias, _per_channel(input), eps)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if running_mean is not None or input.numel() == input.shape[0] * input.shape[1]:
+        F.instance_norm(input.detach(), running_mean, running_var, None, None, use_input_stats, momentum, eps)
+    return _normalize(input, tuple(range(2, input.ndim)), weight, bias, _per_channel(input), eps)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return v g / |v|, with one norm per index of `dim`, or of the whole tensor for dim = -1."""
+    dims = tuple(i for i in range(v.ndim) if dim == -1 or i != dim % v.ndim)
+    return v * (g * (v * v).sum(dims, keepdim=True).rsqrt())
+
+
+def _per_channel(input: Tensor) -> tuple[int, ...]:
+    """Return the shape in which one value per channel broadcasts against [n, channels, ...]."""
+    return (1, -1, *[1] * (input.ndim - 2))
+
+
+def _normalize(
+    input: Tensor, dims: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float
+) -> Tensor:
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias, over `dims`; in float32 at least, as the kernels do."""
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    centred = x - x.mean(dims, keepdim=True)
+    x = centred * torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
+    if weight is not None:
+        x = x * weight.reshape(shape)
+    if bias is not None:
+        x = x + bias.reshape(shape)
+    return x.to(input.dtype)
+
+
+# `torch.layer_norm` and the others are what `F.layer_norm` calls; the order of their arguments is their own.
+NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    torch.layer_norm: lambda input, shape, weight=None, bias=None, eps=1e-5, _=True: _layer_norm(input, shape, weight, bias, eps),
+    torch.batch_norm: lambda x, weight, bias, mean, var, *rest: _batch_norm(x, mean, var, weight, bias, *rest[:3]),
+    torch.instance_norm: lambda x, weight, bias, mean, var, *rest: _instance_norm(x, mean, var, weight, bias, *rest[:3]),
+    torch._weight_norm: _weight_norm,
+}

@@ -1,0 +1,119 @@
+"""Tensors in a file that is there whole or not at all, and that is refused if it was changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from metaopt.transforms import outside_transforms, without_levels
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    """Write tensors and a few facts into a safetensors file, with a checksum; it takes its name when it is on the disk.
+
+    Args:
+        path: the file; one of this name is replaced.
+        tensors: name -> tensor of any dtype, on any device.
+        facts: what else `read` is to return.
+
+    Raises:
+        OSError: what the system says, with its number, the path and what to do; a file of this name is as it was.
+
+    Cost:
+        Two copies of the tensors in main memory, while it writes.
+    """
+    partial = path.with_suffix(".partial")
+    with outside_transforms():
+        own = {name: _on_cpu(tensor) for name, tensor in tensors.items()}
+        pairs = [name for name, tensor in own.items() if tensor.is_complex()]  # not every complex dtype can be written
+        header = {**facts, "complex": json.dumps(pairs), "checksum": digest(own.items())}
+        own = {name: (torch.view_as_real(tensor) if name in pairs else tensor).clone() for name, tensor in own.items()}
+        content = save(own, header)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        missing = not path.parent.is_dir()
+        fix = "The directory is gone: make it again" if missing else "Make room there, or lift the limit"
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: {len(content):,} bytes could not be written. What was written before is intact. {fix}, and run the "
+            "same program again: it goes on from there",
+            str(path),
+        ) from error
+
+
+def read(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return (the tensors on the CPU, the facts) of a file.
+
+    Raises:
+        ValueError: the file is damaged; the message ends with the remedy.
+        OSError: it cannot be read.
+    """
+    facts = read_facts(path, remedy)
+    try:
+        with outside_transforms(), safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise _damaged(path, str(error), remedy) from error
+    with outside_transforms():
+        tensors |= {name: torch.view_as_complex(tensors[name]) for name in json.loads(facts.pop("complex"))}
+    found, expected = digest(tensors.items()), facts.pop("checksum")
+    if found != expected:
+        raise _damaged(path, f"its checksum is {found[:12]}..., not {expected[:12]}... as written in it", remedy)
+    return tensors, facts
+
+
+def read_facts(path: Path, remedy: str) -> dict[str, str]:
+    """Return the facts of a file without its tensors; raises as `read` does."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+    except SafetensorError as error:
+        raise _damaged(path, str(error), remedy) from error
+    if not {"checksum", "complex"} <= facts.keys():
+        raise _damaged(path, "it has no checksum", remedy)
+    return facts
+
+
+def digest(leaves: Iterable[tuple[str, Any]]) -> str:
+    """Return the SHA-256 of named values: of tensors with dtype, shape and bits."""
+    sha = hashlib.sha256()
+    for name, leaf in sorted(leaves):
+        if isinstance(leaf, Tensor):
+            with outside_transforms():
+                tensor = _on_cpu(leaf)
+                sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            value = repr(leaf) if isinstance(leaf, bool | int | float | str | None) else type(leaf).__name__
+            sha.update(f"{name} {value}\n".encode())
+    return sha.hexdigest()
+
+
+def digest_of(leaves: Iterable[Any]) -> str:
+    """Return the SHA-256 of values in their order."""
+    return digest((f"{i:08}", leaf) for i, leaf in enumerate(leaves))
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return without_levels(tensor).detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+def _damaged(path: Path, how: str, remedy: str) -> ValueError:
+    return ValueError(f"{path} must be as it was written, got a damaged file: {how}. {remedy}")

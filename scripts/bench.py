@@ -1,0 +1,141 @@
+"""metaopt beside its peers: the same meta-gradients, timed in turns, one process a side.
+
+python scripts/bench.py sinusoid omniglot --threads 2
+python scripts/bench.py lstm transformer --write-readme
+
+Before anything is timed, every side's gradient is compared with that of the first; a difference ends the run. Results go to
+`--out`, where later runs add theirs; the tables show all that is there.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from bench_process import Contender
+from bench_report import Memory, Times, readme_with, tables, write
+from contenders.sides import COMPARISONS, Side
+from tqdm import tqdm
+
+README = Path(__file__).parents[1] / "README.md"
+TOLERANCE = 1e-4  # of the norm of each tensor: float32, and sums in another order
+
+
+@dataclass
+class Config:
+    """What to compare, and how thoroughly."""
+
+    comparisons: tyro.conf.Positional[tuple[Literal["sinusoid", "omniglot", "lstm", "transformer"], ...]] = ()
+    """which; by default all"""
+    threads: int = 1
+    """cores of each process"""
+    repeats: int = 20
+    """timings of each side; each lasts a tenth of a second or one run"""
+    longest: int = 256
+    """inner steps up to which memory is measured; 0 leaves memory out, 2000 takes half an hour for the transformer"""
+    max_gib: float = 10.0
+    """runs that would need more memory are left out"""
+    out: Path = Path("runs/bench")
+    """folder for the results"""
+    write_readme: bool = False
+    """put the tables of all results in `out` into the README"""
+
+    def __post_init__(self) -> None:
+        if self.threads < 1 or self.repeats < 1:
+            raise ValueError(f"`threads` and `repeats` must be positive, got {self.threads} and {self.repeats}.")
+        if self.threads > len(os.sched_getaffinity(0)):
+            raise ValueError(f"`threads` must be at most {len(os.sched_getaffinity(0))}, the cores at hand, got {self.threads}.")
+
+
+def compare(comparison: str, sides: Sequence[Side], problem: Any, threads: int, repeats: int) -> list[Times]:
+    """Time the sides in turns.
+
+    Raises:
+        ValueError: two gradients differ.
+    """
+    times: dict[str, list[float]] = {side.name: [] for side in sides}
+    with ExitStack() as stack:
+        contenders = []
+        for side in tqdm(sides, desc=f"{comparison}: starting", leave=False):
+            contenders.append(stack.enter_context(Contender(side, comparison, problem, threads)))
+        check_equal({contender.name: contender.result() for contender in contenders})
+        for contender in contenders:
+            contender.seconds()  # finds out how many runs fill a repetition
+        for _ in tqdm(range(repeats), desc=f"{comparison}: timing", leave=False):
+            for contender in contenders:
+                times[contender.name].append(contender.seconds())
+        return [Times(contender.name, contender.first, times[contender.name]) for contender in contenders]
+
+
+def check_equal(results: dict[str, dict[str, np.ndarray]]) -> None:
+    """Raise if a side's gradient is not that of the first side, tensor by tensor.
+
+    Raises:
+        ValueError: names, shapes or numbers differ; the message says whose and by how much.
+    """
+    (first, expected), *others = results.items()
+    whole = np.sqrt(sum(np.square(value, dtype=np.float64).sum() for value in expected.values()))
+    for name, result in others:
+        shapes, own = ({key: value.shape for key, value in arrays.items()} for arrays in (expected, result))
+        if shapes != own:
+            raise ValueError(f"{name} and {first} do not compute the same tensors: {own} and {shapes}.")
+        for key, value in expected.items():
+            # some are zero but for rounding, such as those of biases before batch norm
+            scale = max(np.linalg.norm(value), 1e-2 * whole)
+            error = np.linalg.norm(result[key].astype(np.float64) - value) / scale
+            if not error <= TOLERANCE:
+                raise ValueError(f"{name} and {first} differ in {key!r} by {error:.1e} of its norm, more than {TOLERANCE}.")
+
+
+def measure(comparison: str, side: Side, problem: Any, lengths: Sequence[int], threads: int, limit: float) -> list[Memory]:
+    """Return the memory that loops of these lengths need, each in a fresh process; an estimate where that exceeds the limit."""
+    done: list[Memory] = []
+    for steps in lengths:
+        expected = _extrapolated(done, steps)
+        if expected > limit:
+            return [*done, Memory(side.name, steps, expected, None, None)]
+        with Contender(side, comparison, replace(problem, steps=steps), threads, exact_memory=True) as contender:
+            done.append(Memory(side.name, steps, contender.grown, contender.peak, contender.first))
+    return done
+
+
+def _extrapolated(points: list[Memory], steps: int) -> int:
+    """Return the memory on the line through the last two points; through one and the origin; or 0."""
+    if not points:
+        return 0
+    last = points[-1]
+    before, at = (points[-2].grown, points[-2].steps) if points[1:] else (0, 0)
+    return last.grown + (last.grown - before) * (steps - last.steps) // (last.steps - at)
+
+
+def main(config: Config) -> None:
+    config.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as cold:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold  # what earlier runs compiled would hide the time that it takes
+        for name in config.comparisons or tuple(COMPARISONS):
+            problem, sides = COMPARISONS[name].problem, [side for side in COMPARISONS[name].sides if side.installed]
+            for side in COMPARISONS[name].sides:
+                if not side.installed:
+                    print(f"{side.name} is left out: not installed. `pip install .[bench]` brings it.")
+            write(config.out, name, config.threads, problem, compare(name, sides, problem, config.threads, config.repeats))
+            rows = []
+            for side in tqdm([side for side in sides if side.lengths], desc=f"{name}: memory", leave=False):
+                lengths = [steps for steps in side.lengths if steps <= config.longest]
+                rows += measure(name, side, problem, lengths, config.threads, config.max_gib * 2**30)
+            if rows:
+                write(config.out, name, config.threads, problem, rows)
+    text = tables(config.out)
+    print(text)
+    if config.write_readme:
+        README.write_text(readme_with(README.read_text(), text))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

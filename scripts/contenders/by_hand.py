@@ -1,0 +1,93 @@
+"""The comparisons in plain PyTorch, without a library for meta-learning: what the others cost beyond the work itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from contenders import problems
+from metaopt.tasks.episode import Episode
+from optimizers import LSTMOptimizer
+
+Run = Callable[[], dict[str, Tensor]]
+Params = dict[str, Tensor]
+
+
+def sinusoid(problem: problems.Sinusoid, *, compile: bool = False) -> Run:
+    """`vmap` of `grad`, as in torch's own tutorials."""
+    model, tasks = problem.model(), problem.data()
+    start = {name: param.detach() for name, param in model.named_parameters()}
+
+    def loss(params: Params, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(functional_call(model, params, (x,)), y)
+
+    def task_loss(params: Params, task: Episode) -> Tensor:
+        for _ in range(problem.steps):
+            grads = grad(loss)(params, *task.support)
+            params = {name: param - problem.lr * grads[name] for name, param in params.items()}
+        return loss(params, *task.query)
+
+    def meta_gradient(params: Params, tasks: Episode) -> Params:
+        return {name: g.mean(0) for name, g in vmap(grad(task_loss), (None, 0))(params, tasks).items()}
+
+    if compile:
+        meta_gradient = torch.compile(meta_gradient, fullgraph=True)
+    return torch.no_grad()(partial(meta_gradient, start, tasks))
+
+
+def lstm(problem: problems.LSTM) -> Run:
+    """`torch.nn.LSTMCell` over all coordinates in one batch, and autograd through the loop."""
+    model, (x, y) = problem.model(), problem.data()
+    learned = LSTMOptimizer(problem.hidden)  # only for its initial weights
+    cells = [torch_cell(cell.weight, cell.bias, problem.hidden) for cell in learned.cells]
+    readout = learned.readout.detach().clone().requires_grad_()
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [param.shape for param in model.parameters()]
+    start = torch.cat([param.detach().flatten() for param in model.parameters()])
+    sizes = [shape.numel() for shape in shapes]
+
+    def run() -> dict[str, Tensor]:
+        flat, total = start, torch.zeros(())
+        memory = [(start.new_zeros(len(start), problem.hidden),) * 2 for _ in cells]
+        for t in range(problem.steps):
+            flat = flat if flat.requires_grad else flat.requires_grad_()
+            parts = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+            loss = F.cross_entropy(functional_call(model, dict(zip(names, parts, strict=True)), (x[t],)), y[t])
+            (gradient,) = torch.autograd.grad(loss, flat, retain_graph=True)
+            signal = log_and_sign(gradient)
+            for layer, cell in enumerate(cells):
+                memory[layer] = cell(signal, memory[layer])
+                signal = memory[layer][0]
+            flat = flat + learned.scale * (signal @ readout.T)[:, 0]
+            total = total + loss
+        weights = [weight for cell in cells for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih)]
+        *of_cells, of_readout = torch.autograd.grad(total, [*weights, readout])
+        result = {"readout": of_readout}
+        for layer in range(len(cells)):
+            of_x, of_h, of_bias = of_cells[3 * layer : 3 * layer + 3]
+            result |= {f"cells.{layer}.weight": torch.cat([of_x, of_h], 1), f"cells.{layer}.bias": of_bias}
+        return result
+
+    return run
+
+
+def torch_cell(weight: Tensor, bias: Tensor, hidden: int) -> nn.LSTMCell:
+    """Return torch's cell with these weights: the gates are in the same order."""
+    cell = nn.LSTMCell(weight.shape[1] - hidden, hidden)
+    inputs, recurrent = weight.split([weight.shape[1] - hidden, hidden], dim=1)
+    with torch.no_grad():
+        for parameter, value in zip(cell.parameters(), (inputs, recurrent, bias, torch.zeros_like(bias)), strict=True):
+            parameter.copy_(value)
+    return cell
+
+
+def log_and_sign(x: Tensor) -> Tensor:
+    """Return [n, 2], as in appendix A of arXiv:1606.04474 with p = 10."""
+    tiny = math.exp(-10)
+    return torch.stack([x.abs().clamp(min=tiny).log() / 10, (x / tiny).clamp(-1, 1)], dim=1)

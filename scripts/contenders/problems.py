@@ -1,0 +1,166 @@
+"""The problems that are compared: sizes, data, initial weights. The same float32 numbers for everyone."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaopt.tasks.episode import Episode
+from metaopt.tasks.omniglot import conv4
+from metaopt.tasks.sinusoid import Sinusoids, sinusoid_mlp
+
+VOCABULARY = 256
+
+
+@dataclass(frozen=True)
+class Sinusoid:
+    """MAML on sine waves: the gradient of the query loss after SGD steps, averaged over tasks, in the initial weights."""
+
+    tasks: int = 25
+    shots: int = 10
+    queries: int = 10
+    steps: int = 5
+    lr: float = 0.01
+    hidden: int = 40
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return sinusoid_mlp(self.hidden)
+
+    def data(self) -> Episode:
+        return Sinusoids().sample(torch.Generator().manual_seed(1), self.tasks, shots=self.shots, queries=self.queries)
+
+
+@dataclass(frozen=True)
+class Omniglot:
+    """MAML on images with the four-layer convolution network; what is drawn on them does not matter for the time."""
+
+    tasks: int = 8
+    ways: int = 5
+    shots: int = 1
+    queries: int = 15
+    steps: int = 5
+    lr: float = 0.1
+    filters: int = 64
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return conv4(self.ways, self.filters)
+
+    def data(self) -> Episode:
+        generator = torch.Generator().manual_seed(1)
+
+        def part(count: int) -> tuple[Tensor, Tensor]:
+            images = torch.rand(self.tasks, self.ways * count, 1, 28, 28, generator=generator)
+            return images, torch.arange(self.ways).repeat_interleave(count).expand(self.tasks, -1).contiguous()
+
+        return Episode(support=part(self.shots), query=part(self.queries))
+
+
+@dataclass(frozen=True)
+class LSTM:
+    """A coordinatewise LSTM trains a perceptron: the gradient of the sum of losses in the LSTM's weights, first order."""
+
+    steps: int = 20
+    batch: int = 128
+    sizes: tuple[int, int, int] = (784, 20, 10)
+    hidden: int = 20
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        inputs, hidden, outputs = self.sizes
+        return nn.Sequential(nn.Linear(inputs, hidden), nn.Sigmoid(), nn.Linear(hidden, outputs))
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Return (inputs [steps, batch, ...], labels [steps, batch])."""
+        generator = torch.Generator().manual_seed(1)
+        x = torch.rand(self.steps, self.batch, self.sizes[0], generator=generator)
+        return x, torch.randint(self.sizes[-1], (self.steps, self.batch), generator=generator)
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """SGD on a language model of bytes: the gradient of a validation loss in a rate a tensor and a weight an example."""
+
+    steps: int = 16
+    batch: int = 8
+    length: int = 64
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    lr: float = 0.1
+
+    def model(self) -> LanguageModel:
+        torch.manual_seed(0)
+        return LanguageModel(self.length, self.width, self.layers, self.heads)
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Return (bytes [steps, batch, length + 1] to train on, [batch, length + 1] to validate on)."""
+        rows = (self.steps + 1) * self.batch
+        text = library_source(rows * (self.length + 1)).view(self.steps + 1, self.batch, self.length + 1)
+        return text[:-1], text[-1]
+
+    def rates(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(self.lr) for name, _ in self.model().named_parameters()}
+
+    def weights(self) -> Tensor:
+        """Return one weight for each example, [steps, batch], by which its loss is multiplied."""
+        return torch.linspace(0.5, 1.5, self.steps * self.batch).view(self.steps, self.batch)
+
+
+def library_source(count: int) -> Tensor:
+    """Return the first `count` bytes of the Python library's own sources, as int64."""
+    text = bytearray()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= count:
+            return torch.frombuffer(text, dtype=torch.uint8)[:count].long()
+    raise ValueError(f"The library's sources hold only {len(text)} bytes, {count} are needed. Take fewer steps.")
+
+
+def next_byte_losses(logits: Tensor, text: Tensor) -> Tensor:
+    """Return the mean cross-entropy of each example, [batch], for text [batch, length + 1]."""
+    return F.cross_entropy(logits.transpose(1, 2), text[:, 1:], reduction="none").mean(1)
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only transformer that predicts the next byte."""
+
+    def __init__(self, length: int, width: int, layers: int, heads: int):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.Sequential(*[Block(width, heads, length) for _ in range(layers)])
+        self.head = nn.Sequential(OrderedDict(norm=nn.LayerNorm(width), out=nn.Linear(width, VOCABULARY)))
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Return logits [batch, length, vocabulary] for text [batch, length + 1], whose last byte is not read."""
+        return self.head(self.blocks(self.embed(text[:, :-1]) + self.position))
+
+
+class Block(nn.Module):
+    """Causal attention and a perceptron, each behind a layer norm and beside a shortcut.
+
+    Attention is written out: the fused kernels have no second derivative.
+    """
+
+    def __init__(self, width: int, heads: int, length: int):
+        super().__init__()
+        self.heads = heads
+        self.attend = nn.ModuleDict(
+            {"norm": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width)}
+        )
+        self.think = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.register_buffer("future", torch.full((length, length), -1e9).triu(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.attend["qkv"](self.attend["norm"](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + self.future
+        x = x + self.attend["out"]((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.think(x)

@@ -1,0 +1,60 @@
+"""The comparisons in higher, as its README writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import higher
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from contenders import problems
+from contenders.problems import next_byte_losses
+from metaopt import tree
+from metaopt.tasks.episode import Episode
+
+Run = Callable[[], dict[str, Tensor]]
+
+
+def sinusoid(problem: problems.Sinusoid) -> Run:
+    return maml(problem.model(), problem.data(), F.mse_loss, problem)
+
+
+def omniglot(problem: problems.Omniglot, *, channels_last: bool = False) -> Run:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return maml(problem.model().to(memory_format=layout), problem.data(), F.cross_entropy, problem)
+
+
+def maml(model: nn.Module, tasks: Episode, criterion: Callable[..., Tensor], problem: problems.Sinusoid | problems.Omniglot) -> Run:
+    """Adapt to one task after the other; the query losses add up in the model's `.grad`."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=problem.lr)
+
+    def run() -> dict[str, Tensor]:
+        model.zero_grad()
+        for index in range(problem.tasks):
+            (x, y), (query_x, query_y) = tree.index(tasks, index)
+            with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (net, inner):
+                for _ in range(problem.steps):
+                    inner.step(criterion(net(x), y))
+                (criterion(net(query_x), query_y) / problem.tasks).backward()
+        return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+    return run
+
+
+def transformer(problem: problems.Transformer) -> Run:
+    model, (train, validation) = problem.model(), problem.data()
+    optimizer = torch.optim.SGD([{"params": [param]} for param in model.parameters()], lr=problem.lr)
+    rates = {name: rate.requires_grad_() for name, rate in problem.rates().items()}
+    weights = problem.weights().requires_grad_()
+
+    def run() -> dict[str, Tensor]:
+        with higher.innerloop_ctx(model, optimizer, override={"lr": list(rates.values())}) as (net, inner):
+            for text, weight in zip(train, weights, strict=True):
+                inner.step((weight * next_byte_losses(net(text), text)).mean())
+            value = next_byte_losses(net(validation), validation).mean()
+            *of_rates, of_weights = torch.autograd.grad(value, [*rates.values(), weights])
+        return dict(zip(rates, of_rates, strict=True)) | {"weights": of_weights}
+
+    return run

@@ -1,0 +1,84 @@
+"""The comparisons in metaopt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaopt as mo
+from contenders import problems
+from contenders.problems import next_byte_losses
+from metaopt.differentiate import Rule
+from metaopt.functional import Functional, Params
+from metaopt.tasks.episode import Episode
+from optimizers import SGD, Grouped, LSTMOptimizer
+
+Run = Callable[[], dict[str, Tensor]]
+
+
+def sinusoid(problem: problems.Sinusoid, *, compile: bool = False) -> Run:
+    net, tasks = mo.functional(problem.model()), problem.data()
+    meta_gradient = mo.meta_grad(maml_loss(net, F.mse_loss, problem.lr, problem.steps), compile=compile)
+    return lambda: meta_gradient(net.params, tasks)[0]
+
+
+def omniglot(problem: problems.Omniglot, *, compile: bool = False, chunk_size: int | None = 1, channels_last: bool = True) -> Run:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    net, tasks = mo.functional(problem.model().to(memory_format=layout)), problem.data()
+    task_loss = maml_loss(net, F.cross_entropy, problem.lr, problem.steps)
+    meta_gradient = mo.meta_grad(task_loss, compile=compile, chunk_size=chunk_size)
+    return lambda: meta_gradient(net.params, tasks)[0]
+
+
+def maml_loss(net: Functional, criterion: Callable[..., Tensor], lr: float, steps: int) -> Callable[[Params, Episode], Tensor]:
+    """Return the query loss after gradient steps on the support set."""
+
+    def loss(params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return criterion(net(params, x), y)
+
+    def task_loss(params: Params, task: Episode) -> Tensor:
+        return loss(mo.minimize(loss, SGD(lr), params, task.support, steps=steps).params, task.query)
+
+    return task_loss
+
+
+def lstm(problem: problems.LSTM, *, memory: Any = "full", **options: Any) -> Run:
+    net, data, optimizer = mo.functional(problem.model()), problem.data(), LSTMOptimizer(problem.hidden)
+    start = {name: param.detach() for name, param in net.params.items()}
+    weights = dict(optimizer.named_parameters())
+
+    def loss(params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(net(params, x), y)
+
+    def run() -> dict[str, Tensor]:
+        out = mo.minimize(loss, optimizer, start, data, differentiate=mo.FirstOrder(memory=memory), **options)
+        return dict(zip(weights, torch.autograd.grad(out.losses.sum(), list(weights.values())), strict=True))
+
+    return run
+
+
+def transformer(problem: problems.Transformer, *, memory: Any = "full", **options: Any) -> Run:
+    net, (train, validation) = mo.functional(problem.model()), problem.data()
+    start = {name: param.detach() for name, param in net.params.items()}
+    rates = {name: nn.Parameter(rate) for name, rate in problem.rates().items()}
+    optimizer = Grouped({name: SGD(rate) for name, rate in rates.items()})
+    weights = problem.weights().requires_grad_()
+    rule: Rule = mo.Backprop(memory=memory)
+
+    def loss(params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+        text, weight = batch
+        return (weight * next_byte_losses(net(params, text), text)).mean()
+
+    def run() -> dict[str, Tensor]:
+        params = mo.minimize(loss, optimizer, start, (train, weights), differentiate=rule, **options).params
+        value = next_byte_losses(net(params, validation), validation).mean()
+        *of_rates, of_weights = torch.autograd.grad(value, [*rates.values(), weights])
+        return dict(zip(rates, of_rates, strict=True)) | {"weights": of_weights}
+
+    return run

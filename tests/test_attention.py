@@ -1,0 +1,111 @@
+"""Attention in the inner loss: equal to torch's in all its forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import assert_close
+from torch import Tensor, nn
+from torch.func import grad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metaopt.kernels import any_order
+
+MASK = torch.tensor([[True, False, True, False], [False, False, False, False], [True, True, True, True]])
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scaled": {"scale": 0.3},
+    "mask": {"attn_mask": MASK},  # the second query may attend to nothing
+    "bias": {"attn_mask": torch.where(MASK, 0.5, -torch.inf)},
+    "dropout": {"dropout_p": 0.4},
+    "grouped": {"enable_gqa": True},
+}
+
+
+def tensors(form: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    heads = 2 if form == "grouped" else 4
+    return (
+        torch.randn(2, 4, 3, 6, dtype=dtype),
+        torch.randn(2, heads, 4, 6, dtype=dtype),
+        torch.randn(2, heads, 4, 5, dtype=dtype),
+    )
+
+
+def options(form: str, dtype: torch.dtype) -> dict[str, Any]:
+    return {key: value.to(dtype) if form == "bias" else value for key, value in FORMS[form].items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_values_are_torchs(form: str, dtype: torch.dtype) -> None:
+    arguments, given = tensors(form, dtype), options(form, dtype)
+    torch.manual_seed(1)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(*arguments, **given)
+    torch.manual_seed(1)
+    with any_order():
+        found = F.scaled_dot_product_attention(*arguments, **given)
+    assert found.dtype == expected.dtype
+    assert_close(found, expected, 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_derivatives_are_those_of_torchs_plain_kernel(form: str) -> None:
+    given = options(form, torch.float64)
+
+    def derivatives() -> list[Tensor]:
+        torch.manual_seed(0)
+        leaves = [x.requires_grad_() for x in tensors(form, torch.float64)]
+        value = F.scaled_dot_product_attention(*leaves, **given).sin().sum()
+        first = torch.autograd.grad(value, leaves, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.sin().sum() for g in first), leaves)]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = derivatives()
+    with any_order():
+        found = derivatives()
+    assert all(x.isfinite().all() for x in found)
+    assert_close(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("masked", ["", "causal", "padding", "both"])
+@pytest.mark.parametrize("training", [True, False])
+def test_multi_head_attention(training: bool, masked: str, need_weights: bool) -> None:
+    """In evaluation mode too, where torch has a fused path of its own."""
+    layer = nn.MultiheadAttention(4, 2, dropout=0.3, batch_first=True, dtype=torch.float64).train(training)
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    causal = torch.ones(3, 3, dtype=torch.bool).triu(1)
+    given: dict[str, Any] = {"need_weights": need_weights}
+    if masked in ("causal", "both"):
+        given |= {"attn_mask": causal, "is_causal": masked == "causal"}
+    if masked in ("padding", "both"):
+        given |= {"key_padding_mask": torch.tensor([[False, False, True], [False, True, True]])}
+    torch.manual_seed(1)
+    expected = layer(x, x, x, **given)
+    torch.manual_seed(1)
+    with any_order():
+        found = layer(x, x, x, **given)
+    assert_close(found[0], expected[0], 1e-13)
+    assert (found[1] is None) == (expected[1] is None)
+
+
+def test_causal_with_a_mask_is_torchs_error() -> None:
+    x = torch.ones(1, 2, 2)
+    with any_order(), pytest.raises(RuntimeError, match="attn_mask should not be set when is_causal"):
+        F.scaled_dot_product_attention(x, x, x, torch.ones(2, 2), is_causal=True)
+
+
+def test_a_compiler_sees_through_it() -> None:
+    """This backend needs no C++ compiler."""
+    layer, x = nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+
+    def gradient(x: Tensor) -> Tensor:
+        with any_order():
+            return grad(lambda x: layer(x, x, x, need_weights=False)[0].sin().sum())(x)
+
+    assert_close(torch.compile(gradient, fullgraph=True, backend="eager")(x), gradient(x), 1e-13)
