@@ -53,6 +53,17 @@ def test_every_path_counts(graph: Any, expected: float) -> None:
     assert_close(graph(CG).hypergradient("t")["value"], torch.tensor(expected), 1e-12)
 
 
+def test_each_edge_into_a_shared_level_has_its_own_rule() -> None:
+    """The diamond with H = 4 in its lowest level: T1T2 takes it for 1 on one side, -2.8 x (2 x 5 + 4 x 7 x 11)."""
+    t = level("t", 0.7, lambda s, _: 0.5 * (s.m() - 3) ** 2)
+    left = level("left", 0.5, lambda s, _: 0.5 * (s.left() - 5 * s.t()) ** 2)
+    right = level("right", 0.5, lambda s, _: 0.5 * (s.right() - 11 * s.t()) ** 2)
+    m = level("m", 0.2, lambda s, _: 2 * (s.m() - 2 * s.left() - 7 * s.right()) ** 2)
+    edges = [mo.Edge(t, left, differentiate=CG), mo.Edge(t, right, differentiate=CG), mo.Edge(left, m, differentiate=CG)]
+    graph = mo.LevelGraph([*edges, mo.Edge(right, m, differentiate=mo.T1T2())])
+    assert_close(graph.hypergradient("t")["value"], torch.tensor(-2.8 * (2 * 5 + 4 * 7 * 11)), 1e-12)
+
+
 # Towers of levels against autograd through everything
 
 

@@ -136,14 +136,14 @@ def _check_link(program: Program, edge: Edge) -> None:
 def _check_shared(program: Program, name: str) -> None:
     order = program.order
     for other in sorted(order.shared[name]):
-        program.rule(name, other)
+        program.rules(name, other)
         if order.shared[other]:
             raise ValueError(
                 f"level {name!r} waits for {other!r}, which itself shares {sorted(order.shared[other])} with others. Of the levels "
                 f"that {other!r} waits for, none may have another upper level."
             )
     for other in order.members.get(name, ()):
-        program.rule(name, other)
+        program.rules(name, other)
     for other in sorted(program.readings[name].levels & order.below[name]):
         _check_deep(program, name, other)
 
@@ -158,7 +158,7 @@ def _check_deep(program: Program, reader: str, name: str) -> None:
         here = order.owner[here]
     for lower, upper in itertools.pairwise(owners):
         home = order.owner[upper]
-        rule, around = program.rule(upper, lower), program.rule(reader if home in outside else home, upper)
+        ((rule, _), *_), ((around, _), *_) = program.rules(upper, lower), program.rules(reader if home in outside else home, upper)
         if isinstance(rule, PointRule) and not isinstance(around, PointRule):
             raise ValueError(
                 f"level {reader!r}: its loss reads {name!r}, which runs inside the steps of {lower!r}. {type(rule).__name__} there "

@@ -10,8 +10,10 @@ Scene: {level: {"params", "buffers"}}, what losses read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ from metaopt.levels.view import evaluate
 from metaopt.levels.window import NO_WINDOW, Happened, Window
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
+
+Rules = list[tuple[Rule, frozenset[str]]]
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,9 @@ class Execution:
             if event.steps < order.steps[name]:
                 part = tree.index(part, slice(first, taken[name]))
             begins = first % next((edge.steps for edge in self.program.above(name)), 1) == 0
-            rule, before = self.program.rule(owner, name), scene
-            states[name] = self.advance(event, rule, scene, states[name], part, windows.get(name, NO_WINDOW), begins, at_point)
-            scene = scene | self._exposed(name, rule, scene, states[name], part)
+            rules, before = self.program.rules(owner, name), scene
+            states[name] = self.advance(event, rules, scene, states[name], part, windows.get(name, NO_WINDOW), begins, at_point)
+            scene = scene | self._exposed(name, rules, scene, states[name], part)
             for waiting in windows:
                 if name in order.shared[waiting]:
                     windows[waiting] = windows[waiting].then(Happened(event, before, part, states[name], begins))
@@ -70,26 +74,25 @@ class Execution:
         return scene, states
 
     def advance(
-        self, event: Event, rule: Rule | None, scene: Tree, state: Tree, rows: Tree, window: Window, begins: bool, at_point: bool
+        self, event: Event, rules: Rules, scene: Tree, state: Tree, rows: Tree, window: Window, begins: bool, at_point: bool
     ) -> Tree:
-        """Return the state of a level after its steps, its parameters differentiable by `rule`."""
-        name = event.level
-        is_point = isinstance(rule, PointRule)
+        """Return the state of a level after its steps, its parameters differentiable as `Program.rules` says."""
+        name, is_point = event.level, _is_point(rules)
         if begins and not (at_point and is_point):
             state = begun(self.program, name, scene, state)
-        if rule is None and self.program.is_top(name):
+        if not rules and self.program.is_top(name):
             for i in range(event.steps):
                 state = self.step(name, scene, state, tree.index(rows, i), window)
             return state
         loop = self.problem(name, event.steps, scene, state, rows, window)
-        if rule is None:
+        if not rules:
             params, after, _ = run(loop)
-        elif isinstance(rule, PointRule):
+        elif is_point:
             params, after = (loop.params, loop.state) if at_point else run(loop)[:2]
-            loss = partial(self._loss, name, window, True)
-            params = attach(rule, replace(loop, loss=loss), End(params, detached(after), tree.index(rows, -1)))
+            loop = replace(loop, loss=partial(self._loss, name, window, True))
+            params = _attached(rules, loop, End(params, detached(after), tree.index(rows, -1)))
         else:
-            params, after, _ = rule(loop)
+            params, after, _ = rules[0][0](loop)
         return {"params": params, **after}
 
     def problem(self, name: str, steps: int, scene: Tree, state: Tree, rows: Tree, window: Window) -> InnerLoop:
@@ -157,19 +160,19 @@ class Execution:
         states = dict(window.start)
         for event, then, rows, after, begins in window.happened:
             seen = {**then, **{other: shown(state) for other, state in states.items()}, name: scene[name]}
-            rule = self.program.rule(name, event.level)
-            is_point = isinstance(rule, PointRule)
+            rules = self.program.rules(name, event.level)
+            is_point = _is_point(rules)
             state = after if is_point else states[event.level]
-            states[event.level] = self.advance(event, rule, seen, state, rows, NO_WINDOW, begins, is_point)
-            scene = scene | self._exposed(event.level, rule, seen, states[event.level], rows)
+            states[event.level] = self.advance(event, rules, seen, state, rows, NO_WINDOW, begins, is_point)
+            scene = scene | self._exposed(event.level, rules, seen, states[event.level], rows)
         return scene
 
-    def _exposed(self, name: str, rule: Rule | None, scene: Tree, state: Tree, rows: Tree) -> Tree:
+    def _exposed(self, name: str, rules: Rules, scene: Tree, state: Tree, rows: Tree) -> Tree:
         """Return what others now read of a level, and of those inside its steps if they do."""
         scene = {**scene, name: shown(state)}
         if not self.program.is_read_from_outside(name):
             return {name: scene[name]}
-        if isinstance(rule, PointRule):  # they respond to its parameters, whose derivative is not that of the steps
+        if _is_point(rules):  # they respond to its parameters, whose derivative is not that of the steps
             scene, _ = self.turn(name, scene, state["below"], tree.index(rows, -1), at_point=True)
             return {other: scene[other] for other in self.program.order.inside(name) | {name}}
         return all_shown({name: state})
@@ -215,6 +218,26 @@ class Execution:
         """Return how many copies the levels have that run inside the steps of `name`, if it is itself outside of them."""
         levels, members = self.program.levels, self.program.order.members.get(name, ())
         return None if levels[name].copies or not members else levels[members[0]].copies
+
+
+def _is_point(rules: Rules) -> bool:
+    return bool(rules) and isinstance(rules[0][0], PointRule)
+
+
+def _attached(rules: Rules, loop: InnerLoop, end: End) -> Params:
+    """Return the last parameters with the derivative of each rule in the levels it is for, and of the first in all others."""
+    (first, _), *more = rules
+    scene, tensors = loop.inputs["meta"]
+    elsewhere = frozenset().union(*(uppers for _, uppers in more))
+
+    def part(rule: Any, names: Iterable[str]) -> Params:
+        seen = {name: shown if name in names else detached(shown) for name, shown in scene.items()}
+        return attach(rule, replace(loop, inputs={**loop.inputs, "meta": (seen, tensors)}), end)
+
+    params = part(first, scene.keys() - elsewhere)
+    for rule, uppers in more:  # zeros with a derivative
+        params = tree.map(lambda total, one: total + (one - one.detach()), params, part(rule, uppers))
+    return params
 
 
 def _missing(level: str, param: str) -> ValueError:

@@ -37,6 +37,9 @@ class Level:
         allow_unused: parameters that the loss does not depend on get zero gradients instead of an error.
         precision: the dtype of `torch.autocast` under which the loss is computed, for example `torch.bfloat16`.
 
+    Cost:
+        Of a step: the graphs of all `accumulate` batches are held at once.
+
     Raises:
         ValueError: the name is no identifier, nothing is trainable, or a number is out of range.
         TypeError: `model` is no module, or `optimizer` no metaopt optimizer.

@@ -56,23 +56,33 @@ class Program:
         """Say whether no level is above."""
         return not self.above(name)
 
-    def rule(self, viewpoint: Owner, name: str) -> Rule | None:
-        """Return how `viewpoint` differentiates the response of a level below it; None for the graph, which does not.
+    def rules(self, viewpoint: Owner, name: str) -> list[tuple[Rule, frozenset[str]]]:
+        """Return how `viewpoint` differentiates the response of a level below it: rules, and the upper levels each is for.
+
+        The list is empty for the graph itself, which does not. More than one rule is possible where all look at one point.
 
         Raises:
-            ValueError: the edges between the two say different things.
+            ValueError: the edges between the two contradict each other.
         """
         if viewpoint is None:
-            return None
+            return []
         between = self.order.below[viewpoint] | {viewpoint}
         edges = [edge for edge in self.above(name) if edge.upper.name in between]
-        for edge in edges[1:]:
-            if edge.differentiate != edges[0].differentiate:
-                raise ValueError(
-                    f"{edge}: `differentiate` must be that of {edges[0]}, {edges[0].differentiate}, got {edge.differentiate}. Both "
-                    f"are on the way from {viewpoint!r} down to {name!r}, whose response has one derivative."
-                )
-        return edges[0].differentiate
+        found: list[tuple[Rule, frozenset[str]]] = []
+        for edge in edges:
+            same = [i for i, (rule, _) in enumerate(found) if rule == edge.differentiate]
+            if same:
+                found[same[0]] = (edge.differentiate, found[same[0]][1] | {edge.upper.name})
+            else:
+                found.append((edge.differentiate, frozenset({edge.upper.name})))
+        path = next((edge for edge in edges if not isinstance(edge.differentiate, PointRule)), None)
+        if path is not None and len(found) > 1:
+            other = next(edge for edge in edges if edge.differentiate != path.differentiate)
+            raise ValueError(
+                f"{other}: `differentiate` must be that of {path}, {path.differentiate}, got {other.differentiate}. Both are on the "
+                f"way from {viewpoint!r} down to {name!r}, whose steps are differentiated in one way."
+            )
+        return found
 
     def dependencies(self, name: str) -> frozenset[tuple[str, str]]:
         """Return the (level, parameter) pairs that the loss of `name`, its optimizer or its starting point depends on."""
