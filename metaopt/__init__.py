@@ -1,10 +1,21 @@
 """Optimisation that learns: differentiable inner loops, meta-gradients and learned optimizers on top of `torch.func`."""
 
 from metaopt import tasks, tree
-from metaopt.differentiate import Backprop, FirstOrder, Implicit
+from metaopt.differentiate import (
+    SAMA,
+    T1T2,
+    Backprop,
+    EvolutionStrategy,
+    FiniteDifference,
+    FirstOrder,
+    ForwardMode,
+    Implicit,
+    Penalty,
+)
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Functional, functional
 from metaopt.interop import from_torch, from_torchopt
+from metaopt.levels import Edge, Level, LevelGraph
 from metaopt.linear_solve import GMRES, BiCGStab, ConjugateGradient, Direct, Neumann, NormalCG, Nystrom, NystromCG, Solution
 from metaopt.meta_grad import assign_grads, meta_grad
 from metaopt.meta_training import FullUnroll, MetaTraining, Report, Task, TaskFamily, TruncatedBackprop, evaluate, tune
@@ -17,14 +28,22 @@ from metaopt.train import TensorBoardLogger, Trainer
 
 __all__ = [
     "GMRES",
+    "SAMA",
+    "T1T2",
     "Backprop",
     "BiCGStab",
     "ConjugateGradient",
     "Direct",
+    "Edge",
+    "EvolutionStrategy",
+    "FiniteDifference",
     "FirstOrder",
+    "ForwardMode",
     "FullUnroll",
     "Functional",
     "Implicit",
+    "Level",
+    "LevelGraph",
     "MetaTraining",
     "Minimized",
     "Neumann",
@@ -33,6 +52,7 @@ __all__ = [
     "Nystrom",
     "NystromCG",
     "Optimizer",
+    "Penalty",
     "Report",
     "Revolve",
     "Schedule",

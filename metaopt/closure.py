@@ -36,8 +36,9 @@ def check_closure(loss: Callable[..., Tensor], source: Any, *arguments: Any) -> 
         value = loss(*detached)
     if is_tracked(value):
         raise ValueError(
-            f"`loss_fn` reaches {_names(source, value)} through its closure, and that requires grad. Only explicit arguments are "
-            "differentiated. Pass it as `meta`: `minimize(loss_fn, ..., meta=w)` with `loss_fn(params, batch, meta)`; or detach it."
+            f"`loss_fn` reaches {tracked_names(source, value)} through its closure, and that requires grad. Only explicit "
+            "arguments are differentiated. Pass it as `meta`: `minimize(loss_fn, ..., meta=w)` with `loss_fn(params, batch, "
+            "meta)`; or detach it."
         )
 
 
@@ -53,7 +54,7 @@ class _NoGenerator(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _names(source: Any, value: Tensor) -> str:
+def tracked_names(source: Any, value: Tensor) -> str:
     """Name the tracked tensors in the closure of `source` that `value` was computed from."""
     tracked = [(name, tensor) for name, tensor in reachable(source) if is_tracked(tensor)]
     nodes = _graph(value)

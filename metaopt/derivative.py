@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.replay import Ambient
-from metaopt.transforms import alive
+from metaopt.transforms import alive, inside_jvp, is_differentiable
 from metaopt.tree import Structure, Tree
 
 # (w, inputs, cotangent of w, wanted) -> cotangents of the inputs, None where not wanted; `wanted` is a tree of bools like inputs
@@ -29,11 +29,11 @@ def with_derivative(pull_back: PullBack, w: Tree, inputs: Tree, ambient: Ambient
         pull_back: a function of its arguments alone; what it reaches otherwise is constant. It sees the same random numbers and
             autocast whenever it runs, and leaves no trace in the global generators.
         w: a tree of tensors; a constant. Integers among them stay constants, and have no cotangent (None).
-        inputs: a tree; its floating-point tensors can be differentiated.
+        inputs: a tree; its floating-point and complex tensors can be differentiated.
         ambient: the random numbers that `pull_back` sees; by default those that would be drawn next.
 
     Raises:
-        ValueError: under `torch.compile` while gradients are enabled.
+        ValueError: under `torch.compile` while gradients are enabled, or under `torch.func.jvp`.
     """
     if not torch.is_grad_enabled():
         return tree.map(torch.Tensor.detach, w)
@@ -41,6 +41,11 @@ def with_derivative(pull_back: PullBack, w: Tree, inputs: Tree, ambient: Ambient
         raise ValueError(
             "A derivative that is not torch's own cannot be part of a `torch.func.grad` inside `torch.compile`: the compiler drops "
             "it, and the result would be zero. Compile the loss alone, or pass `compile=True` to `minimize`."
+        )
+    if inside_jvp():
+        raise ValueError(
+            "A loop whose rule knows its derivative in reverse mode alone (Implicit, T1T2, ..., ForwardMode itself) cannot be "
+            'differentiated forward. For the loop around it use `Backprop()` in place of `ForwardMode()` or `hvp="forward"`.'
         )
     leaves, structure = tree.flatten((w, inputs))
     known = _Known(pull_back, structure, len(tree.leaves(w)), ambient or Ambient.now(leaves))
@@ -71,7 +76,7 @@ class _Derivative(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.known, *leaves = inputs
         given = leaves[ctx.known.values :]
-        ctx.mark_non_differentiable(*[tensor for tensor in output if not tensor.is_floating_point()])
+        ctx.mark_non_differentiable(*[tensor for tensor in output if not is_differentiable(tensor)])
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in given]
         ctx.save_for_backward(*output, *[leaf if isinstance(leaf, Tensor) else None for leaf in given])
 
@@ -82,10 +87,9 @@ class _Derivative(torch.autograd.Function):
         values, given = saved[: known.values], saved[known.values :]
         leaves = [constant if tensor is None else tensor for tensor, constant in zip(given, ctx.constants, strict=True)]
         w, inputs = tree.unflatten(known.structure, [*values, *leaves])
-        bars = [alive(bar) if bar.is_floating_point() else None for bar in cotangents]
+        bars = [alive(bar) if is_differentiable(bar) else None for bar in cotangents]
         needed = [
-            need and isinstance(leaf, Tensor) and leaf.is_floating_point()
-            for need, leaf in zip(ctx.needs_input_grad[1 + known.values :], leaves, strict=True)
+            need and is_differentiable(leaf) for need, leaf in zip(ctx.needs_input_grad[1 + known.values :], leaves, strict=True)
         ]
         v, wanted = tree.unflatten(known.structure, [*bars, *needed])
         with known.ambient.restored():

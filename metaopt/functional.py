@@ -77,12 +77,16 @@ class Functional:
         Raises:
             ValueError: `params` has other names or shapes than the model.
         """
-        buffers: dict[str, Tensor | None] = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return self.frozen(params, self.buffers, *args, **kwargs)
+
+    def frozen(self, params: Params, buffers: Params, *args: Any, **kwargs: Any) -> Any:
+        """Return f(args; params, buffers) as `__call__` does, with other buffers than the model's, which keep their values."""
+        given: dict[str, Tensor | None] = {name: buffer.clone() for name, buffer in buffers.items()}
         for name, layer in self._norms:
             if layer.training and layer.track_running_stats:
                 prefix = f"{name}." if name else ""
-                buffers |= {f"{prefix}{statistic}": None for statistic, _ in layer.named_buffers(recurse=False)}
-        return self._call(params, buffers, args, kwargs)
+                given |= {f"{prefix}{statistic}": None for statistic, _ in layer.named_buffers(recurse=False)}
+        return self._call(params, given, args, kwargs)
 
     def with_buffers(self, params: Params, buffers: Params, *args: Any, **kwargs: Any) -> tuple[Any, Params]:
         """Return (f(args; params, buffers), the buffers after the call); the given buffers are not changed.

@@ -12,6 +12,7 @@ from metaopt import tree
 from metaopt.derivative import with_derivative
 from metaopt.linear_solve import LinearSolver, Solution
 from metaopt.pullback import pull_back
+from metaopt.replay import drawn_again
 from metaopt.tree import Tree
 
 Residual = Callable[[Tree, Tree], Tree]  # F: (w, inputs) -> a tree like w
@@ -53,6 +54,8 @@ def pull_back_implicit(
 ) -> tuple[Tree, Solution]:
     """Return (-(d_inputs F)' x, x) for the solution x of (d_w F)' x = v; all of it differentiable again.
 
+    A random F draws the same numbers in the linear system and in the product, but for a compiled one, which cannot.
+
     Args:
         residual: F.
         solver: of the linear system.
@@ -76,7 +79,7 @@ def pull_back_implicit(
         return tree.map(torch.sub, pull(x)[0], v)
 
     at, fixed, v = tree.map(_detached, (w, inputs, cotangent))
-    with torch.no_grad():  # the solution's derivative is not that of the solver's steps
+    with drawn_again(w, inputs), torch.no_grad():  # the solution's derivative is not that of the solver's steps
         _, pull, *_ = torch.func.vjp(lambda w: residual(w, fixed), at)
         solution = solver(lambda x: pull(x)[0], v, start=start)
     x = implicit(transposed, solver, solution.value, (w, inputs, cotangent))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.compiled import compiled
+from metaopt.forward import slope_along
 from metaopt.gradient import gradient
 from metaopt.kernels import any_order
 from metaopt.pullback import chosen, plus, pull_back, put
@@ -70,10 +69,9 @@ class MeanGradient:
         of_one = self._pull_back_reverse if is_reverse else self._pull_back_forward
         of_one = compiled(of_one) if self.compile else of_one
         first, *rest = self._parts(arguments)
-        with _named_operator():
-            total = of_one(first, cotangents, wanted)
-            for part in rest:
-                total = tree.map(_merge, total, of_one(part, cotangents, wanted), self.examples)
+        total = of_one(first, cotangents, wanted)
+        for part in rest:
+            total = tree.map(_merge, total, of_one(part, cotangents, wanted), self.examples)
         return total
 
     def _parts(self, arguments: Tree) -> Iterator[Tree]:
@@ -85,8 +83,6 @@ class MeanGradient:
             yield tree.map(lambda leaf, is_one, i=i: self._part(leaf, i) if is_one else leaf, arguments, self.examples)
 
     def _part(self, examples: Tensor, i: int) -> Tensor:
-        if self.microbatches == 1:
-            return examples
         size, rest = divmod(len(examples), self.microbatches)
         if rest:
             raise ValueError(
@@ -120,26 +116,10 @@ class MeanGradient:
             here = (inputs, at, state, batch)
             return torch.func.grad(lambda variables: self.loss(*put(variables, here, wanted))[0])(chosen(here, wanted))
 
-        with any_order():
-            slopes, bars, *_ = torch.func.jvp(slopes_at, (params,), (along,))
+        slopes, bars = slope_along(slopes_at, params, along, asked='`hvp="forward"`', instead='`hvp="reverse"`')
         if of_loss is not None:
             bars = [bar + of_loss * slope for bar, slope in zip(bars, slopes, strict=True)]
         return put(bars, tree.map(lambda _: None, wanted), wanted)
-
-
-@contextmanager
-def _named_operator() -> Iterator[None]:
-    """Say what to do where torch has no forward derivative of an operator."""
-    try:
-        yield
-    except NotImplementedError as error:
-        name = re.search(r"forward AD with (\S+)", str(error))
-        if name is None:
-            raise
-        raise ValueError(
-            f'`hvp="forward"` needs the forward derivative of every operator in the loss and its gradient, got `{name[1]}`, '
-            'which has none in torch. Use `hvp="reverse"`.'
-        ) from error
 
 
 def _merge(one: Tensor | None, other: Tensor | None, is_example: bool) -> Tensor | None:

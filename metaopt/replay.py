@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from metaopt import tree
+from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,14 @@ class Ambient:
                 stack.enter_context(torch.autocast(kind, **mode))
             self.reinstate()
             yield
+
+
+@contextmanager
+def drawn_again(*values: Tree) -> Iterator[None]:
+    """While entered, the random numbers are those that will be drawn once more afterwards.
+
+    Args:
+        values: trees of tensors, on the devices whose generators are wound back. Under `torch.compile` none is.
+    """
+    with nullcontext() if torch.compiler.is_compiling() else Ambient.now(tree.leaves(values)).restored():
+        yield

@@ -24,7 +24,7 @@ from metaopt.replay import Ambient
 from metaopt.revolve import Online, Revolve, kept, split
 from metaopt.stream import Stream
 from metaopt.tensor_file import digest_of
-from metaopt.transforms import alive, is_tracked, tracking_levels, values_are_readable
+from metaopt.transforms import alive, is_differentiable, is_tracked, tracking_levels, values_are_readable
 from metaopt.tree import Structure, Tree
 
 Memory = Literal["full", "steps"] | Revolve
@@ -39,7 +39,8 @@ _inside_step: ContextVar[bool] = ContextVar("inside_step", default=False)
 
 
 @contextmanager
-def _plain_loops_inside() -> Iterator[None]:
+def plain_loops_inside() -> Iterator[None]:
+    """While entered, scans run as plain loops."""
     token = _inside_step.set(True)
     try:
         yield
@@ -145,10 +146,6 @@ def _any_tracked(leaves: list[Any]) -> bool:
     return any(isinstance(leaf, Tensor) and is_tracked(leaf) for leaf in leaves)
 
 
-def _is_differentiable(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-
-
 def _plain_loop(step: Step, inputs: Tree, carry: Tree, xs: Any, length: int | None) -> tuple[Tree, Tensor]:
     outs = []
     for x in xs if length is None else (tree.index(xs, t) for t in range(length)):
@@ -205,7 +202,7 @@ class _Loop:
 
     def run(self, shared: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], Tensor]:
         """Make one step on flat leaves; inner scans are plain loops meanwhile."""
-        with _plain_loops_inside():
+        with plain_loops_inside():
             after, out = self.step(*self.trees(shared, carry, x))
         return tree.leaves(after), out
 
@@ -282,7 +279,7 @@ class _ScanFunction(torch.autograd.Function):
         leaves = args[: loop.count]
         ctx.loop = loop
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[tensor for tensor in output if not _is_differentiable(tensor)])
+        ctx.mark_non_differentiable(*[tensor for tensor in output if not is_differentiable(tensor)])
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         snapshots = output[loop.carried + loop.length :]
         ctx.save_for_backward(*[leaf if isinstance(leaf, Tensor) else None for leaf in leaves], *snapshots)
@@ -323,9 +320,9 @@ class _Reversal:
         _, _, states = loop.parts([*outputs, *tensors[loop.count :]])
         self.states: dict[int, list[Any]] | Disk = states if loop.disk is None else loop.disk
         needed = ctx.needs_input_grad[1 : 1 + loop.count]
-        of_shared, _, of_xs = loop.split([*map(operator.and_, needed, map(_is_differentiable, leaves))])
+        of_shared, _, of_xs = loop.split([*map(operator.and_, needed, map(is_differentiable, leaves))])
         self.of_xs = [any(column) for column in of_xs] if loop.streamed else of_xs
-        self.wanted = loop.trees(of_shared, [*map(_is_differentiable, self.first)], self.of_xs)
+        self.wanted = loop.trees(of_shared, [*map(is_differentiable, self.first)], self.of_xs)
         self.bar_shared: list[Tensor | None] = [None] * loop.shared
         self.bar_xs: list[list[Tensor]] = [[] for _ in self.xs]
         self.recorded = len(ctx.needs_input_grad) - 1 - loop.count
@@ -411,7 +408,7 @@ class _Reversal:
         """Add step t's part to the cotangents of inputs and xs, and return that of its carry."""
         x = [leaf[t] for leaf in self.xs]
         _, bar_after, _ = self.loop.trees([None] * len(self.shared), bar, [None] * len(x))
-        with self.loop.ambients[t].restored(), _plain_loops_inside():
+        with self.loop.ambients[t].restored(), plain_loops_inside():
             bars = self.loop.pullback(*self.loop.trees(self.shared, carry, x), (bar_after, of_out), self.wanted)
         to_shared, to_carry, to_x = self.loop.cut(tree.leaves(bars))
         self.bar_shared = [*map(plus, self.bar_shared, to_shared)]
@@ -439,4 +436,4 @@ def _distinct(tensors: list[Tensor], seen: set[int]) -> tuple[Tensor, ...]:
 
 
 def _or_zeros(cotangent: Tensor | None, like: Any) -> Tensor | None:
-    return torch.zeros_like(like) if cotangent is None and _is_differentiable(like) else cotangent
+    return torch.zeros_like(like) if cotangent is None and is_differentiable(like) else cotangent

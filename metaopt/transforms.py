@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 
 
 def is_tracked(tensor: Tensor) -> bool:
@@ -17,6 +18,11 @@ def is_tracked(tensor: Tensor) -> bool:
             return False
         tensor = functorch.get_unwrapped(tensor)
     return True
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Say whether it is a tensor of a kind that has derivatives."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def tracking_levels(tensor: Tensor) -> set[int]:
@@ -34,6 +40,11 @@ def tracking_levels(tensor: Tensor) -> set[int]:
 def values_are_readable() -> bool:
     """Say whether a tensor's value may decide what Python does next: not under vmap, grad, jvp or compile."""
     return not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is None
+
+
+def inside_jvp() -> bool:
+    """Say whether `torch.func.jvp` is active."""
+    return any(level.key() == functorch.TransformType.Jvp for level in retrieve_all_functorch_interpreters())
 
 
 def outside_transforms() -> AbstractContextManager[object]:

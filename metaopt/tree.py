@@ -61,15 +61,15 @@ def index(tree: Tree, i: Any) -> Tree:
 
 
 def ravel(tree: Tree) -> Tensor:
-    """Return all entries in a row, [n], in the promoted dtype of the leaves."""
-    return torch.cat([leaf.reshape(-1) for leaf in leaves(tree)])
+    """Return all entries in a row, [n], in the promoted dtype of the leaves; a complex one as two real ones."""
+    return torch.cat([as_real(leaf).reshape(-1) for leaf in leaves(tree)])
 
 
 def unravel(vector: Tensor, like: Tree) -> Tree:
     """Return the tree with these entries, and the structure, shapes and dtypes of `like`."""
     template, structure = flatten(like)
-    parts = vector.split([leaf.numel() for leaf in template])
-    return unflatten(structure, [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, template, strict=True)])
+    parts = vector.split([leaf.numel() * (1 + leaf.is_complex()) for leaf in template])
+    return unflatten(structure, [_shaped(part, leaf) for part, leaf in zip(parts, template, strict=True)])
 
 
 def norm(tree: Tree) -> Tensor:
@@ -98,6 +98,10 @@ def safe_sqrt(x: Tensor) -> Tensor:
 def as_real(leaf: Tensor) -> Tensor:
     """Return a complex tensor as a real one with a last axis for (real, imaginary); a real one as it is."""
     return torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
+
+
+def _shaped(part: Tensor, like: Tensor) -> Tensor:
+    return (as_complex(part.reshape(*like.shape, 2)) if like.is_complex() else part.reshape(like.shape)).to(like.dtype)
 
 
 def as_complex(leaf: Tensor) -> Tensor:

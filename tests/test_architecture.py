@@ -17,15 +17,16 @@ import optimizers
 ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its neighbours.
 LAYERS = [
-    ["tree", "errors", "transforms", "kernels", "replay", "revolve"],
-    ["pullback", "gradient", "derivative", "compiled", "linear_solve", "stream", "tensor_file"],
+    ["tree"],
+    ["errors", "transforms", "kernels", "replay", "revolve"],
+    ["pullback", "gradient", "derivative", "forward", "compiled", "linear_solve", "stream", "tensor_file"],
     ["disk"],
-    ["module", "functional", "scan", "deployed", "batching", "mean_gradient", "implicit"],
+    ["module", "functional", "scan", "deployed", "batching", "mean_gradient", "mixed", "implicit"],
     ["schedule", "closure", "differentiate", "second_order"],
     ["hyperparameter"],
     ["optimizer"],
     ["minimize"],
-    ["meta_grad", "meta_training"],
+    ["meta_grad", "meta_training", "levels"],
     ["tasks"],
     ["train", "interop"],
     ["__init__"],
@@ -35,6 +36,7 @@ PACKAGES = ["metaopt", "optimizers", "scripts", "examples"]  # each may import t
 LAZY = {  # may import what is slow to load when it is asked for
     "metaopt/train/loggers.py",  # a logging backend
     "metaopt/meta_training/evaluate.py",  # matplotlib, for a report's plot
+    "metaopt/levels/draw.py",  # matplotlib
     "metaopt/tasks/digits.py",  # scikit-learn, for its data
     "metaopt/interop/torchopt.py",  # torchopt, 0.13 s
     "metaopt/interop/torch.py",  # see BRIDGES

@@ -56,3 +56,10 @@ def test_flatten_like_takes_only_the_same_structure() -> None:
         ValueError, match=r"`x` does not have the expected structure: missing \[\"\['b'\]\"\], unknown \[\"\['c'\]\"\]"
     ):
         tree.flatten_like(structure, {"a": 3, "c": 4}, "x")
+
+
+def test_a_complex_number_is_two_real_ones_in_a_row() -> None:
+    values = {"a": torch.tensor([1 + 2j, 3 - 4j]), "b": torch.tensor(5.0)}
+    row = tree.ravel(values)
+    assert row.tolist() == [1, 2, 3, -4, 5]
+    torch.testing.assert_close(tree.unravel(row, values), values, rtol=0, atol=0)

@@ -2,7 +2,28 @@
 
 from metaopt.differentiate.backprop import Backprop
 from metaopt.differentiate.base import End, InnerLoop, PointRule, Rule, attach
+from metaopt.differentiate.evolution_strategy import EvolutionStrategy
+from metaopt.differentiate.finite_difference import FiniteDifference
 from metaopt.differentiate.first_order import FirstOrder
+from metaopt.differentiate.forward_mode import ForwardMode
 from metaopt.differentiate.implicit import Implicit
+from metaopt.differentiate.penalty import Penalty
+from metaopt.differentiate.sama import SAMA
+from metaopt.differentiate.t1t2 import T1T2
 
-__all__ = ["Backprop", "End", "FirstOrder", "Implicit", "InnerLoop", "PointRule", "Rule", "attach"]
+__all__ = [
+    "SAMA",
+    "T1T2",
+    "Backprop",
+    "End",
+    "EvolutionStrategy",
+    "FiniteDifference",
+    "FirstOrder",
+    "ForwardMode",
+    "Implicit",
+    "InnerLoop",
+    "Penalty",
+    "PointRule",
+    "Rule",
+    "attach",
+]

@@ -18,6 +18,7 @@ from metaopt.pullback import plus, pull_back
 from metaopt.replay import Ambient
 from metaopt.scan import Memory, check_memory
 from metaopt.stream import Stream, first_row
+from metaopt.transforms import is_differentiable
 from metaopt.tree import Tree
 
 
@@ -100,7 +101,7 @@ class Backprop:
             ambient = Ambient.now(tree.leaves((inputs, carry, batch)))
             grads, loss, aux = recomputed(inputs, params, state, batch)
             arguments = (inputs, grads, state, params, loss, aux)
-            in_arguments = (in_inputs, _all(grads), in_state, in_params, True, tree.map(torch.is_floating_point, aux))
+            in_arguments = (in_inputs, _all(grads), in_state, in_params, True, tree.map(is_differentiable, aux))
             to_inputs, to_grads, to_state, to_params, to_loss, to_aux = pull_back_update(arguments, of_after, in_arguments)
             with ambient.restored():  # the gradient sees the random numbers that it saw above
                 read, in_read = (inputs, params, state, batch), (in_inputs, in_params, in_state, in_batch)

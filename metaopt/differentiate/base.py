@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -12,8 +13,9 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.compiled import compiled
 from metaopt.derivative import with_derivative
+from metaopt.kernels import any_order
 from metaopt.mean_gradient import MeanGradient
-from metaopt.scan import Memory, Pullback, scan
+from metaopt.scan import Memory, Pullback, plain_loops_inside, scan
 from metaopt.stream import Stream, last_row
 from metaopt.transforms import is_tracked, tracking_levels
 from metaopt.tree import Tree
@@ -94,6 +96,7 @@ class PointRule:
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
         refuse_zeros(self, "initial parameters", loop.params, without_optimizer(loop.inputs))
         refuse_zeros(self, "optimizer's tensors", loop.inputs["optimizer"], without_optimizer(loop.inputs))
+        refuse_zeros(self, "initial state", loop.state, without_optimizer(loop.inputs))
         params, state, losses = run(loop)
         return attach(self, loop, End(params, state, last_row(loop.batches))), state, losses
 
@@ -113,6 +116,8 @@ def attach(rule: PointRule, loop: InnerLoop, end: End) -> Tree:
     def pull_back(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree, wanted: tuple[Tree, Any, Tree]) -> Tree:
         in_inputs, in_state, in_batch = wanted
         in_read = (without_optimizer(in_inputs), in_batch)
+        if not any(tree.leaves(in_read)):
+            return _nothing(wanted)
 
         def bars(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree) -> Tree:
             inputs, state, batch = given
@@ -148,6 +153,45 @@ def run(loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
     with torch.no_grad():
         found = unroll(constant, MeanGradient(loop.loss), "full")
     return tree.map(torch.Tensor.detach, found)
+
+
+def at_end(loop: InnerLoop, end: End) -> tuple[Callable[[Tree, Tree], Tensor], Tree]:
+    """Return the loss at the end as a function (params, what it reads) -> L, and what it reads: inputs and batch."""
+
+    def loss(params: Tree, read: tuple[dict[str, Tree], Tree]) -> Tensor:
+        inputs, batch = read
+        return loop.loss({**inputs, "optimizer": loop.inputs["optimizer"]}, params, end.state, batch)[0]
+
+    return loss, (without_optimizer(loop.inputs), end.batch)
+
+
+def sources(loop: InnerLoop) -> tuple[dict[str, Tree], Tree, Any, Tree]:
+    """Return everything that is given to the loop: inputs, params, state and batches, those of a stream as a list."""
+    batches = list(loop.batches.kept()) if isinstance(loop.batches, Stream) else loop.batches
+    return loop.inputs, loop.params, loop.state, batches
+
+
+def starting_from(loop: InnerLoop, given: tuple[dict[str, Tree], Tree, Any, Tree]) -> InnerLoop:
+    """Return the loop with other `sources`."""
+    inputs, params, state, batches = given
+    if isinstance(loop.batches, Stream):
+        batches = Stream(batches)
+    return replace(loop, inputs=inputs, params=params, state=state, batches=batches)
+
+
+def weighted_end(loop: InnerLoop, weights: Tree) -> Tensor:
+    """Run the loop and return <weights, (params, state, losses)>."""
+    with plain_loops_inside(), any_order():
+        results = unroll(replace(loop, compile=False), MeanGradient(loop.loss), "full")
+    pairs = zip(tree.leaves(results), tree.leaves(weights), strict=True)
+    known = [(result, weight) for result, weight in pairs if weight is not None]
+    return tree.sum_leaves(torch.Tensor.sum, [tree.as_real(result) * tree.as_real(weight) for result, weight in known])
+
+
+def check_positive(rule: object, name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{type(rule).__name__}: `{name}` must be a positive number, got {value!r}.")
 
 
 def without_optimizer(inputs: dict[str, Tree]) -> dict[str, Tree]:

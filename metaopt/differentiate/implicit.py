@@ -26,7 +26,7 @@ class Implicit(PointRule):
     and the optimizer's parameters, receive nothing (autograd then says "not used in the graph"). For iMAML give the initial
     parameters as `meta` too, and let the loss keep the solution near them. The returned optimizer state and losses are constants.
 
-    The loss must not be random: the Hessian and the mixed product are evaluated separately, with other dropout masks.
+    A random loss is seen with one set of random numbers (one dropout mask), those that would be drawn after the loop.
 
     The result can be differentiated any number of times, and be a middle level: see `metaopt.implicit`. With the solver exact,
     the hypergradient's error is of the order of |w - w*|, the distance to the solution.
@@ -57,7 +57,7 @@ class Implicit(PointRule):
 
     def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
         gradient = MeanGradient(loop.loss)
-        fixed = (loop.inputs["optimizer"], end.state)
+        fixed = (loop.inputs["optimizer"], end.state)  # constants of the theorem, not of what is around it: explicit too
 
         def residual(w: Tree, given: tuple[Tree, Tree, Tree]) -> Tree:
             read, batch, (optimizer, state) = given

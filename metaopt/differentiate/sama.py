@@ -1,0 +1,65 @@
+"""Scalable meta-learning: the mixed product, preconditioned by the inner optimizer's own update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
+from metaopt.kernels import any_order
+from metaopt.mean_gradient import MeanGradient
+from metaopt.mixed import mixed_difference
+from metaopt.replay import drawn_again
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class SAMA(PointRule):
+    """For a cotangent v on the last parameters: [d grad_w L]' D' v, D = d(update)/d(gradient), the mixed product by differences.
+
+    D is the derivative of the update that the optimizer would make next, w + u(g, s, w), at the gradient g and the state s of the
+    end: bias correction, clipping, schedules and whatever a learned optimizer computes are in it. Its transpose is applied, by one
+    vjp, so D need not be diagonal. For SGD D = -lr; for Adam it is the derivative through both moments.
+
+    **Bias**: D stands for -H^-1, so the error is [d grad_w L]' (D' + H^-1) v, and that of the difference: see `FiniteDifference`.
+    This is the derivative of one step of the optimizer. Differentiable again, with the same bias.
+
+    Args:
+        radius: Euclidean length of the displacement, of all parameters together.
+
+    Raises:
+        ValueError: `radius` is not positive; on the way back: parameters in half precision.
+
+    Cost:
+        The loop without a graph, three gradients and a vjp of the update.
+
+    Reference:
+        Choe, Mehta, Ahn, Neiswanger, Xie, Strubell, Xing 2023, arXiv:2310.05674, section 3. They give D in closed form for
+        diagonal optimizers, and displace by their radius over |D v| as well.
+    """
+
+    radius: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_positive(self, "radius", self.radius)
+
+    def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
+        with drawn_again(end):
+            x = self.precondition(loop, end, cotangent)
+        loss, read = at_end(loop, end)
+        return mixed_difference(loss, end.params, read, x, wanted, self.radius), {}
+
+    def precondition(self, loop: InnerLoop, end: End, cotangent: Tree) -> Tree:
+        """Return D' v."""
+        params, state, batch = end
+        grads, loss, aux = MeanGradient(loop.loss)(loop.inputs, params, state, batch)
+
+        def after(grads: Tree) -> Tree:
+            with any_order():
+                return loop.update(loop.inputs, grads, state, params, loss, aux)[0]
+
+        _, pull, *_ = torch.func.vjp(after, grads)
+        (x,) = pull(cotangent)
+        return x

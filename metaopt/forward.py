@@ -1,0 +1,38 @@
+"""Derivatives in forward mode."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+
+from metaopt.kernels import any_order
+from metaopt.tree import Tree
+
+
+def slope_along(function: Callable[[Tree], Tree], at: Tree, along: Tree, *, asked: str, instead: str) -> tuple[Tree, Tree]:
+    """Return (f(x), d/de f(x + e v)).
+
+    Args:
+        function: f, from a tree of tensors to another.
+        at: x.
+        along: v, a tree like x.
+        asked: who asks, for the error.
+        instead: what to use in its place.
+
+    Raises:
+        ValueError: torch has no forward derivative of an operator in f.
+    """
+    try:
+        with any_order():
+            value, slope, *_ = torch.func.jvp(function, (at,), (along,))
+    except NotImplementedError as error:
+        name = re.search(r"forward AD with (\S+)", str(error))
+        if name is None:
+            raise
+        raise ValueError(
+            f"{asked} needs the forward derivative of every operator in the loss and its gradient, got `{name[1]}`, which has "
+            f"none in torch. Use {instead}."
+        ) from error
+    return value, slope

@@ -1,0 +1,196 @@
+"""What is wrong with a graph, found before it runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from metaopt.differentiate import PointRule
+from metaopt.levels.edge import Edge
+from metaopt.levels.level import Level
+from metaopt.levels.program import Program
+
+
+def named_levels(edges: Sequence[Edge]) -> dict[str, Level]:
+    """Return the levels at the ends of the edges, by name.
+
+    Raises:
+        TypeError: something is no edge.
+        ValueError: there are no edges, an edge stands twice, two levels have one name, or one parameter belongs to two levels.
+    """
+    for edge in edges:
+        if not isinstance(edge, Edge):
+            raise TypeError(f"LevelGraph: `edges` must be a list of Edge, got a {type(edge).__name__} in it.")
+    if not edges:
+        raise ValueError("LevelGraph: `edges` must hold at least one Edge, got none. Every level is at an end of an edge.")
+    levels: dict[str, Level] = {}
+    ends: set[tuple[str, str]] = set()
+    for edge in edges:
+        for level in (edge.upper, edge.lower):
+            if levels.setdefault(level.name, level) is not level:
+                raise ValueError(f"Two levels have the name {level.name!r}. Losses tell levels apart by their names; rename one.")
+        if (pair := (edge.upper.name, edge.lower.name)) in ends:
+            raise ValueError(f"{edge} stands twice. Two levels are connected once.")
+        ends.add(pair)
+    owners: dict[int, str] = {}
+    for level in levels.values():
+        for param in level.net.params.values():
+            if (other := owners.setdefault(id(param), level.name)) != level.name:
+                raise ValueError(
+                    f"The levels {other!r} and {level.name!r} share a parameter of shape {tuple(param.shape)}. A parameter belongs "
+                    "to one level: give each a module of its own, and read the other's as `levels.NAME`."
+                )
+    return levels
+
+
+def find_links(levels: Mapping[str, Level]) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return level -> tensor of its optimizer -> (level, parameter): the optimizers' parameters that a level learns."""
+    owners = {id(param): (level.name, key) for level in levels.values() for key, param in level.net.params.items()}
+    return {
+        name: {key: owners[id(tensor)] for key, tensor in level.optimizer.named_parameters() if id(tensor) in owners}
+        for name, level in levels.items()
+    }
+
+
+def check_program(program: Program) -> None:
+    """Raise if the parts of a program contradict each other.
+
+    Raises:
+        ValueError: and the message names the level or the edge.
+    """
+    for edge in program.edges:
+        _check_start(program, edge)
+        _check_copies(program, edge)
+        _check_look_ahead(program, edge)
+        _check_link(program, edge)
+    for name in program.order.levels:
+        _check_shared(program, name)
+    for edge in program.edges:
+        _check_response(program, edge)
+    for name, level in program.levels.items():
+        if program.lowers(name) and not level.allow_unused:
+            _check_used(program, name)
+
+
+def _check_start(program: Program, edge: Edge) -> None:
+    if edge.start == "continue":
+        return
+    others = [str(other) for other in program.above(edge.lower.name) if other is not edge]
+    if others:
+        raise ValueError(
+            f"{edge}: start={edge.start!r} needs a lower level with one upper level, but there is {', '.join(others)} too. Use "
+            'start="continue".'
+        )
+    shapes = [{key: tuple(param.shape) for key, param in level.net.params.items()} for level in (edge.upper, edge.lower)]
+    if edge.start == "upper" and shapes[0] != shapes[1]:
+        raise ValueError(
+            f'{edge}: start="upper" needs models with the same parameters, got {shapes[0]} above and {shapes[1]} below. For the '
+            "lower level use a copy of the upper level's model."
+        )
+
+
+def _check_copies(program: Program, edge: Edge) -> None:
+    upper, lower = edge.upper, edge.lower
+    if program.order.owner[lower.name] == upper.name:
+        beside = {program.levels[name].copies for name in program.order.members[upper.name]}
+        if len(beside) > 1 or (upper.copies is not None and lower.copies != upper.copies):
+            raise ValueError(
+                f"{edge}: all levels inside a step of {upper.name!r} need the same `copies`, got {sorted(beside, key=str)}. "
+                "A copy of a level has copies of the levels below it."
+            )
+    elif lower.copies is not None or upper.copies is not None:
+        raise ValueError(
+            f"{edge}: a level with `copies` needs one upper level whose loss reads it, and reads every level below that. Take "
+            "`copies` off, or connect the level with one upper level alone."
+        )
+
+
+def _check_look_ahead(program: Program, edge: Edge) -> None:
+    if not edge.look_ahead:
+        return
+    upper = edge.upper.name
+    same = all(other.look_ahead for other in program.lowers(upper))
+    if not (program.is_top(upper) and program.order.owner[edge.lower.name] == upper and same) or edge.lower.copies:
+        raise ValueError(
+            f"{edge}: look_ahead=True needs an upper level that is at the top, looks ahead on each of its edges and shares none of "
+            "its lower levels, and a lower level without `copies`. Leave `look_ahead` out."
+        )
+
+
+def _check_link(program: Program, edge: Edge) -> None:
+    for name in program.order.inside(edge.lower.name) | {edge.lower.name}:
+        for tensor, (owner, _) in program.links[name].items():
+            if name not in program.order.below[owner]:
+                raise ValueError(
+                    f"level {name!r}: its optimizer's parameter {tensor!r} belongs to the level {owner!r}, which is not above it. "
+                    f"Add Edge(upper={owner}, lower={name})."
+                )
+    links = program.links[edge.lower.name].values()
+    if isinstance(edge.differentiate, PointRule) and any(owner == edge.upper.name for owner, _ in links):
+        raise ValueError(
+            f"{edge}: {edge.upper.name!r} is the optimizer of {edge.lower.name!r}, which {type(edge.differentiate).__name__} does "
+            "not differentiate: where steps end does not tell how they were made. Use `mo.Backprop()`."
+        )
+
+
+def _check_shared(program: Program, name: str) -> None:
+    order = program.order
+    for other in sorted(order.shared[name]):
+        program.rules(name, other)
+        if order.shared[other]:
+            raise ValueError(
+                f"level {name!r} waits for {other!r}, which itself shares {sorted(order.shared[other])} with others. Of the levels "
+                f"that {other!r} waits for, none may have another upper level."
+            )
+    for other in order.members.get(name, ()):
+        program.rules(name, other)
+    for other in sorted(program.readings[name].levels & order.below[name]):
+        _check_deep(program, name, other)
+
+
+def _check_deep(program: Program, reader: str, name: str) -> None:
+    """See that the derivative of a level deep below can be had: what is inside a point rule's level responds to where that is."""
+    order, outside = program.order, (None, reader, program.order.owner[reader])
+    owners: list[str] = []
+    here = order.owner[name]
+    while here is not None and here not in outside:
+        owners.append(here)
+        here = order.owner[here]
+    for lower, upper in itertools.pairwise(owners):
+        home = order.owner[upper]
+        ((rule, _), *_), ((around, _), *_) = program.rules(upper, lower), program.rules(reader if home in outside else home, upper)
+        if isinstance(rule, PointRule) and not isinstance(around, PointRule):
+            raise ValueError(
+                f"level {reader!r}: its loss reads {name!r}, which runs inside the steps of {lower!r}. {type(rule).__name__} there "
+                f"and {type(around).__name__} for {upper!r} around it would leave out the response of {name!r}. Read {lower!r} "
+                "instead, or differentiate both in the same way."
+            )
+
+
+def _check_response(program: Program, edge: Edge) -> None:
+    upper, lower = edge.upper.name, edge.lower.name
+    if any(level == upper for name in program.order.below[lower] | {lower} for level, _ in program.dependencies(name)):
+        return
+    raise ValueError(
+        f"{edge}: the loss of {lower!r} does not depend on {upper!r}, so there is no response. Read `levels.{upper}` in it, or "
+        "take the edge out."
+    )
+
+
+def _check_used(program: Program, name: str) -> None:
+    """See that every parameter matters to the level's own loss, directly or through responses that this loss depends on."""
+    below = program.order.below[name]
+    matters, pending = {name}, [name]
+    while pending:
+        one = pending.pop()
+        found = {level for level, _ in program.dependencies(one)} & below - matters
+        matters |= found
+        pending += found
+    used = {key for one in matters for level, key in program.dependencies(one) if level == name}
+    for key in program.levels[name].net.params:
+        if key not in used:
+            edge = program.lowers(name)[0]
+            raise ValueError(
+                f"{edge}: the loss of {name!r} does not depend on its parameter {key!r}, neither directly nor through responses. "
+                "If that is meant, pass `allow_unused=True` to the level."
+            )

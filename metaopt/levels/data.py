@@ -1,0 +1,113 @@
+"""Where a level's batches come from."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.tree import Tree
+
+
+class Stream:
+    """The batches of an iterable, in order, from the beginning again when it ends.
+
+    Attributes:
+        position: how many batches have been taken.
+
+    Args:
+        level: whose data it is, for messages.
+        data: the iterable, or None.
+        device: where the batches are moved.
+
+    Raises:
+        TypeError: `data` is a batch itself, or no iterable.
+    """
+
+    def __init__(self, level: str, data: Iterable[Any] | None, device: torch.device):
+        if isinstance(data, Tensor | dict) or (isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)):
+            raise TypeError(
+                f"level {level!r}: `data` must be an iterable of batches, got a {type(data).__name__}, which looks like one batch. "
+                "For a batch that is the same at every step write `data=[batch]`."
+            )
+        if data is not None and not isinstance(data, Iterable):
+            raise TypeError(f"level {level!r}: `data` must be an iterable of batches or None, got {type(data).__name__}.")
+        self.level, self.source, self.device = level, data, device
+        self.position = 0
+        self._read = 0  # batches out of the iterable since it began
+        self._length: int | None = None  # batches from its beginning to its end, once seen
+        self._batches: Iterator[Any] = iter(()) if data is None else iter(data)
+        self._ahead: deque[Tree] = deque()
+        self._skip = 0
+
+    def peek(self, count: int) -> list[Tree]:
+        """Return the next batches without taking them."""
+        for _ in range(self._skip):
+            self._next()
+        self._skip = 0
+        while len(self._ahead) < count:
+            self._ahead.append(self._next())
+        return list(self._ahead)[:count]
+
+    def take(self, count: int) -> None:
+        """Go on by so many batches that have been peeked at."""
+        for _ in range(count):
+            self._ahead.popleft()
+        self.position += count
+
+    def seek(self, position: int) -> None:
+        """Go to a position, when the next batch is asked for; a generator goes on from where it is."""
+        if self.source is None or self.source is self._batches or position == self.position:
+            return
+        self._ahead.clear()
+        self._batches, self._read, self.position = iter(self.source), 0, position
+        self._skip = position % self._length if self._length else position
+
+    def _next(self) -> Tree:
+        assert self.source is not None
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            if self._batches is self.source:
+                raise ValueError(
+                    f"level {self.level!r}: `data` ended after {self._read} batches and cannot begin again: it is an iterator. "
+                    "Pass a list or a DataLoader, or a generator that does not end."
+                ) from None
+            if self._read == 0:
+                raise ValueError(f"level {self.level!r}: `data` is empty.") from None
+            self._batches, self._read, self._length = iter(self.source), 0, self._read
+            return self._next()
+        self._read += 1
+        return self._moved(batch)
+
+    def _moved(self, batch: Tree) -> Tree:
+        leaves = tree.leaves(batch)
+        if all(isinstance(leaf, Tensor) and leaf.device == self.device for leaf in leaves):
+            return batch  # the same object, so that a batch that comes again can be known
+        try:
+            return tree.map(lambda leaf: torch.as_tensor(leaf).to(self.device), batch)
+        except (TypeError, RuntimeError) as error:
+            kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
+            raise TypeError(f"level {self.level!r}: a batch must be a tree of tensors, got leaves of type {kinds}.") from error
+
+
+def arranged(level: str, batches: list[Tree], shape: tuple[int, ...]) -> Tree:
+    """Return batches, in the order of time, as one tree whose leaves have these leading axes.
+
+    Raises:
+        ValueError: the batches differ in shape.
+    """
+    first = batches[0]
+    if all(batch is first for batch in batches):
+        return tree.map(lambda leaf: leaf.expand(*shape, *leaf.shape), first)
+    try:
+        return tree.map(lambda *leaves: torch.stack(leaves).reshape(*shape, *leaves[0].shape), *batches)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"level {level!r}: the {len(batches)} batches of one step of the level above must have the same structure and shapes: "
+            f"{error}. With a DataLoader, `drop_last=True`."
+        ) from error

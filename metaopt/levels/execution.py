@@ -1,0 +1,251 @@
+"""Running a graph: every function here is a pure function of tensors.
+
+The total loss of a level, T(w) = L(w, levels above, responses of the levels below to w), is what its optimizer minimises and what
+the rules differentiate. A response is an inner loop on the total loss of the lower level: so levels nest.
+
+State of a level: {"params", "optimizer", "buffers", "metrics", "progress", "below": {level that it owns: state}}.
+Rows: {level: batches} for a level and what runs inside its steps, with the axes `Program.leading_axes` in front.
+Scene: {level: {"params", "buffers"}}, what losses read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.differentiate import End, InnerLoop, PointRule, Rule, attach
+from metaopt.differentiate.base import run
+from metaopt.functional import Params
+from metaopt.kernels import any_order
+from metaopt.levels.order import Event, Owner
+from metaopt.levels.program import Program, all_shown, detached, rest, shown
+from metaopt.levels.update import begun, optimizer_tensors, update
+from metaopt.levels.view import evaluate
+from metaopt.levels.window import NO_WINDOW, Happened, Window
+from metaopt.transforms import values_are_readable
+from metaopt.tree import Tree
+
+Rules = list[tuple[Rule, frozenset[str]]]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The program, as functions of (scene, state, rows)."""
+
+    program: Program
+
+    # One turn: what happens between two steps of an owner
+
+    def turn(self, owner: Owner, scene: Tree, states: Tree, rows: Tree, *, at_point: bool = False) -> tuple[Tree, Tree]:
+        """Let the levels that `owner` owns make their steps, and return (scene, states), differentiable as the edges say.
+
+        Args:
+            owner: a level, or None for the graph: then nothing is differentiated from outside, and top levels step.
+            scene: what the levels read that are not among these.
+            states: of the owner's levels.
+            rows: batches of all that runs.
+            at_point: levels whose rule looks at one point only stay where they are.
+        """
+        order = self.program.order
+        scene, states, taken = dict(scene), dict(states), dict.fromkeys(states, 0)
+        scene |= all_shown(states) if owner is None else {name: shown(state) for name, state in states.items()}
+        windows = {name: Window({other: states[other] for other in order.shared[name]}) for name in states if order.shared[name]}
+        for event in order.events.get(owner, ()):
+            name, first = event.level, taken[event.level]
+            taken[name] += event.steps
+            part = {other: rows[other] for other in order.inside(name) | {name} if other in rows}
+            if event.steps < order.steps[name]:
+                part = tree.index(part, slice(first, taken[name]))
+            begins = first % next((edge.steps for edge in self.program.above(name)), 1) == 0
+            rules, before = self.program.rules(owner, name), scene
+            states[name] = self.advance(event, rules, scene, states[name], part, windows.get(name, NO_WINDOW), begins, at_point)
+            scene = scene | self._exposed(name, rules, scene, states[name], part)
+            for waiting in windows:
+                if name in order.shared[waiting]:
+                    windows[waiting] = windows[waiting].then(Happened(event, before, part, states[name], begins))
+            if name in windows:
+                windows[name] = Window({other: states[other] for other in order.shared[name]})
+        return scene, states
+
+    def advance(
+        self, event: Event, rules: Rules, scene: Tree, state: Tree, rows: Tree, window: Window, begins: bool, at_point: bool
+    ) -> Tree:
+        """Return the state of a level after its steps, its parameters differentiable as `Program.rules` says."""
+        name, is_point = event.level, _is_point(rules)
+        if begins and not (at_point and is_point):
+            state = begun(self.program, name, scene, state)
+        if not rules and self.program.is_top(name):
+            for i in range(event.steps):
+                state = self.step(name, scene, state, tree.index(rows, i), window)
+            return state
+        loop = self.problem(name, event.steps, scene, state, rows, window)
+        if not rules:
+            params, after, _ = run(loop)
+        elif is_point:
+            params, after = (loop.params, loop.state) if at_point else run(loop)[:2]
+            loop = replace(loop, loss=partial(self._loss, name, window, True))
+            params = _attached(rules, loop, End(params, detached(after), tree.index(rows, -1)))
+        else:
+            params, after, _ = rules[0][0](loop)
+        return {"params": params, **after}
+
+    def problem(self, name: str, steps: int, scene: Tree, state: Tree, rows: Tree, window: Window) -> InnerLoop:
+        """Return the steps of a level as an inner loop, whose `meta` is all that they read."""
+        inputs = {
+            "optimizer": optimizer_tensors(self.program, name, scene),
+            "loss": {},
+            "meta": ({other: scene[other] for other in self.program.reads_outside(name)}, window.tensors),
+            "batch": None,
+        }
+        loss, step = partial(self._loss, name, window, False), partial(update, self.program.levels[name])
+        compiles = self.program.compiles(name) and values_are_readable()
+        return InnerLoop(loss, step, inputs, state["params"], rest(state), rows, steps, compiles)
+
+    def _loss(
+        self, name: str, window: Window, at_point: bool, inputs: Tree, params: Params, others: Tree, rows: Tree
+    ) -> tuple[Tensor, Tree]:
+        scene, tensors = inputs["meta"]
+        return self.total(name, params, scene, others, rows, window.with_tensors(tensors), at_point=at_point)
+
+    # The total loss
+
+    def total(
+        self, name: str, params: Params, scene: Tree, others: Tree, rows: Tree, window: Window, *, at_point: bool
+    ) -> tuple[Tensor, Tree]:
+        """Return (T(w), {"buffers", "metrics", "below"} after the levels below have moved)."""
+        scene = {**scene, name: {"params": params, "buffers": others["buffers"]}}
+        scene = self._replayed(name, scene, window)
+        one = partial(self._one, name, at_point)
+        copies = self._copies_below(name)
+        if copies is None:
+            return one(scene, others["below"], rows)
+        in_dims = {other: len(self.program.leading_axes(other, name)) for other in rows}
+        if name in self.program.loops:
+            results = [
+                one(scene, tree.index(others["below"], i), {key: _select(row, in_dims[key], i) for key, row in rows.items()})
+                for i in range(copies)
+            ]
+            loss, after = tree.stack(results)
+        else:
+            with any_order():  # the derivative of a mean over vmap is not right for torch's fused norms
+                loss, after = torch.func.vmap(one, in_dims=(None, 0, in_dims), randomness="different")(scene, others["below"], rows)
+        metrics = tree.map(lambda metric: metric.mean(), after["metrics"])
+        return loss.mean(), {"buffers": others["buffers"], "metrics": metrics, "below": after["below"]}
+
+    def _one(self, name: str, at_point: bool, scene: Tree, below: Tree, rows: Tree) -> tuple[Tensor, Tree]:
+        """Return the total loss where there are no copies below, or of one of them."""
+        level, reading = self.program.levels[name], self.program.readings[name]
+        if below:
+            scene, below = self.turn(name, scene, below, rows, at_point=at_point)
+        scene = {other: scene[other] for other in reading.levels | {name}}
+        keeps_statistics = self._copies_below(name) is None
+        found, buffers = [], scene[name]["buffers"]
+        for i in range(level.accumulate):
+            scene[name] = {**scene[name], "buffers": buffers}
+            batch = tree.index(rows[name], i) if level.accumulate > 1 and name in rows else rows.get(name)
+            evaluation, _ = evaluate(level, self.program.nets, scene, batch, keeps_statistics=keeps_statistics)
+            found.append((evaluation.loss, evaluation.metrics))
+            buffers = evaluation.buffers
+        loss, metrics = found[0] if len(found) == 1 else tree.map(lambda value: value.mean(0), tree.stack(found))
+        return loss, {"buffers": buffers, "metrics": metrics, "below": below}
+
+    def _replayed(self, name: str, scene: Tree, window: Window) -> Tree:
+        """Return the scene with the responses of the levels that `name` shares with others, as functions of its parameters."""
+        states = dict(window.start)
+        for event, then, rows, after, begins in window.happened:
+            seen = {**then, **{other: shown(state) for other, state in states.items()}, name: scene[name]}
+            rules = self.program.rules(name, event.level)
+            is_point = _is_point(rules)
+            state = after if is_point else states[event.level]
+            states[event.level] = self.advance(event, rules, seen, state, rows, NO_WINDOW, begins, is_point)
+            scene = scene | self._exposed(event.level, rules, seen, states[event.level], rows)
+        return scene
+
+    def _exposed(self, name: str, rules: Rules, scene: Tree, state: Tree, rows: Tree) -> Tree:
+        """Return what others now read of a level, and of those inside its steps if they do."""
+        scene = {**scene, name: shown(state)}
+        if not self.program.is_read_from_outside(name):
+            return {name: scene[name]}
+        if _is_point(rules):  # they respond to its parameters, whose derivative is not that of the steps
+            scene, _ = self.turn(name, scene, state["below"], tree.index(rows, -1), at_point=True)
+            return {other: scene[other] for other in self.program.order.inside(name) | {name}}
+        return all_shown({name: state})
+
+    # Steps
+
+    def step(self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window) -> Tree:
+        """Return the state of a top level after one step, and of all that runs inside it."""
+        level, others = self.program.levels[name], rest(state)
+        if level.warmup and int(state["progress"]["steps"]) < level.warmup:
+            with torch.no_grad():
+                loss, aux = self.total(name, state["params"], scene, others, rows, window, at_point=False)
+            grads = tree.map(torch.zeros_like, state["params"])
+        else:
+            grads, loss, aux = self.gradient(name, scene, state, rows, window)
+        aux["metrics"] = {**aux["metrics"], "gradient norm": tree.norm(grads)}
+        with torch.no_grad():
+            inputs = {"optimizer": optimizer_tensors(self.program, name, scene)}
+            params, after = update(level, inputs, grads, others, state["params"], loss, aux)
+            if any(edge.look_ahead for edge in self.program.lowers(name)):
+                moved = {**scene, name: {"params": params, "buffers": others["buffers"]}}
+                _, after["below"] = self.turn(name, moved, others["below"], rows)
+        return {"params": params, **after}
+
+    def gradient(
+        self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window, *, at_point: bool = False
+    ) -> tuple[Params, Tensor, Tree]:
+        """Return (dT/dw, T, what `total` says), all constant."""
+        leaves = {key: param.detach().requires_grad_() for key, param in state["params"].items()}
+        with torch.enable_grad():
+            loss, aux = self.total(name, leaves, scene, rest(state), rows, window, at_point=at_point)
+            if not loss.requires_grad:
+                raise _missing(name, next(iter(leaves)))
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        found = {}
+        for (key, leaf), grad in zip(leaves.items(), grads, strict=True):
+            if grad is None and not self.program.levels[name].allow_unused:
+                raise _missing(name, key)
+            found[key] = torch.zeros_like(leaf) if grad is None else grad
+        return found, loss.detach(), detached(aux)
+
+    def _copies_below(self, name: str) -> int | None:
+        """Return how many copies the levels have that run inside the steps of `name`, if it is itself outside of them."""
+        levels, members = self.program.levels, self.program.order.members.get(name, ())
+        return None if levels[name].copies or not members else levels[members[0]].copies
+
+
+def _is_point(rules: Rules) -> bool:
+    return bool(rules) and isinstance(rules[0][0], PointRule)
+
+
+def _attached(rules: Rules, loop: InnerLoop, end: End) -> Params:
+    """Return the last parameters with the derivative of each rule in the levels it is for, and of the first in all others."""
+    (first, _), *more = rules
+    scene, tensors = loop.inputs["meta"]
+    elsewhere = frozenset().union(*(uppers for _, uppers in more))
+
+    def part(rule: Any, names: Iterable[str]) -> Params:
+        seen = {name: shown if name in names else detached(shown) for name, shown in scene.items()}
+        return attach(rule, replace(loop, inputs={**loop.inputs, "meta": (seen, tensors)}), end)
+
+    params = part(first, scene.keys() - elsewhere)
+    for rule, uppers in more:  # zeros with a derivative
+        params = tree.map(lambda total, one: total + (one - one.detach()), params, part(rule, uppers))
+    return params
+
+
+def _missing(level: str, param: str) -> ValueError:
+    return ValueError(
+        f"level {level!r}: no derivative arrives at its parameter {param!r}: neither its loss nor a response below depends on it. "
+        "If that is meant, pass `allow_unused=True`."
+    )
+
+
+def _select(leaves: Tree, axis: int, i: int) -> Tree:
+    return tree.map(lambda leaf: leaf.select(axis, i), leaves)

@@ -1,0 +1,209 @@
+"""The graph of levels."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.batching import prefers_loop
+from metaopt.errors import NonFiniteError
+from metaopt.functional import Params
+from metaopt.levels.checks import check_program, find_links, named_levels
+from metaopt.levels.data import Stream, arranged
+from metaopt.levels.draw import draw
+from metaopt.levels.edge import Edge
+from metaopt.levels.execution import Execution
+from metaopt.levels.level import Level
+from metaopt.levels.order import Owner, arrange
+from metaopt.levels.program import Program, all_shown
+from metaopt.levels.reading import Reading, read
+from metaopt.levels.text import describe
+from metaopt.levels.update import initial_state
+from metaopt.levels.window import NO_WINDOW, Happened, Window
+from metaopt.tree import Tree
+
+
+class LevelGraph:
+    """Optimisation problems that depend on each other: every level minimises its loss given the levels above it.
+
+    For a level u with parameters w, and the levels below it responding to w:  T_u(w) = L_u(w, levels above, responses(w)).  A step
+    of u uses dT_u/dw through every path of edges below it, each edge contributing its own rule. What a lower level minimises on the
+    way is its own T: three levels of `Backprop` are one composed unroll.
+
+    Constructing a graph evaluates every loss once, on the first batch (which the first step sees again), to learn what it reads: a
+    level steps when the levels below that its loss reads have made their steps; those it does not read follow it.
+
+    Args:
+        edges: which connect the levels.
+        compile: compile the inner loops; see `compiled`.
+
+    Raises:
+        ValueError: the levels do not fit together; the message names them.
+        TypeError: something is no edge.
+
+    Cost:
+        Of one step: the steps of the lower levels, and one pullback of every edge's rule, however many paths there are.
+    """
+
+    def __init__(self, edges: Sequence[Edge], *, compile: bool = False):
+        levels = named_levels(edges)
+        self._streams = {name: Stream(name, level.batches, level.device) for name, level in levels.items()}
+        readings = {name: self._read(name, levels, edges) for name in levels}
+        order = arrange(edges, {name: reading.levels for name, reading in readings.items()})
+        initial = {name: initial_state(level, readings[name]) for name, level in levels.items()}
+        loops = _loops(edges, lambda name: self._read(name, levels, edges))
+        self.program = Program(levels, tuple(edges), order, readings, find_links(levels), initial, loops, compile)
+        check_program(self.program)
+        self._execution = Execution(self.program)
+        self._states = {name: self._begin(name) for name in order.members[None]}
+
+    def step(self) -> dict[str, float | Tensor]:
+        """Make one step of the top levels, and what the levels below make for it; return losses and metrics by "level/name".
+
+        All that changes is the graph's state, and, when the step has succeeded, the values in the levels' models (but not of
+        levels with `copies`).
+
+        Raises:
+            NonFiniteError: a loss is not finite; the state is then that before the step.
+            ValueError: no derivative arrives at a parameter, or batches do not fit.
+        """
+        rows, counts = self._rows(None)
+        _, states = self._execution.turn(None, {}, self._states, rows)
+        metrics = _checked(states)
+        for name, count in counts.items():
+            self._streams[name].take(count)
+        self._states = states
+        self._load()
+        return metrics
+
+    def hypergradient(self, level: str) -> Params:
+        """Return dT/dw of a level by parameter name, at the present state; nothing steps, and no batch is used up.
+
+        Rules that look at where steps end do so at the levels' present values. Those that differentiate steps look ahead along the
+        steps that the lower levels would make next.
+
+        Raises:
+            ValueError: there is no such level.
+        """
+        if level not in self.program.levels:
+            raise ValueError(f"LevelGraph: `level` must be one of {list(self.program.order.levels)}, got {level!r}.")
+        if self.program.levels[level].copies:
+            raise ValueError(f"level {level!r} has `copies`, each with a gradient of its own. Ask for that of a level above.")
+        scene, (rows, _) = all_shown(self._states), self._rows(level)
+        return self._execution.gradient(level, scene, self._state(level), rows, self._ahead(level), at_point=True)[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next step depends on, apart from the order of the data and the global random state."""
+        return {
+            "levels": self._states,
+            "initial": dict(self.program.initial),
+            "data": {name: one.position for name, one in self._streams.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a state, also in the levels' models. Data is wound to where it was, generators go on from where they are."""
+        self._states = state["levels"]
+        self.program.initial.update(state["initial"])
+        for name, position in state["data"].items():
+            self._streams[name].seek(position)
+        self._load()
+
+    def draw(self, path: str | Path) -> None:
+        """Write a picture of the levels and edges to a file, in the format of its suffix."""
+        draw(self.program, path)
+
+    def __str__(self) -> str:
+        return describe(self.program)
+
+    # Building
+
+    def _read(self, name: str, levels: dict[str, Level], edges: Sequence[Edge]) -> Reading:
+        level, batch = levels[name], None
+        if level.batches is not None:
+            (batch,) = self._streams[name].peek(1)
+        if level.copies or any(edge.lower.copies for edge in edges if edge.upper is level):
+            batch = None if level.batches is None else tree.index(batch, 0)
+        return read(level, {other: one.net for other, one in levels.items()}, batch)
+
+    def _begin(self, name: str) -> Tree:
+        """Return a level's first state, with those of the levels that run inside its steps."""
+        state, copies = self.program.initial[name], self.program.levels[name].copies
+        if copies:
+            state = tree.map(lambda leaf: leaf.expand(copies, *leaf.shape).clone(), state)
+        return {**state, "below": {other: self._begin(other) for other in self.program.order.members.get(name, ())}}
+
+    # State and data
+
+    def _state(self, name: str) -> Tree:
+        owner = self.program.order.owner[name]
+        return (self._states if owner is None else self._state(owner)["below"])[name]
+
+    def _rows(self, owner: Owner) -> tuple[Tree, dict[str, int]]:
+        """Return the next batches of one turn of `owner`, and how many they are, by level."""
+        program, rows, counts = self.program, {}, {}
+        for name in program.levels:
+            inside = owner in (None, name) or name in program.order.inside(owner)
+            if inside and program.levels[name].batches is not None:
+                axes = program.leading_axes(name, owner)
+                counts[name] = math.prod(axes)
+                rows[name] = arranged(name, self._streams[name].peek(counts[name]), axes)
+        return rows, counts
+
+    def _ahead(self, name: str) -> Window:
+        """Return what will happen to the levels that `name` shares with others until its next step, if all others stay."""
+        order = self.program.order
+        owner, shared = order.owner[name], order.shared[name]
+        if not shared:
+            return NO_WINDOW
+        (rows, _), scene, taken, happened = self._rows(owner), all_shown(self._states), dict.fromkeys(shared, 0), []
+        for event in itertools.takewhile(lambda event: event.level != name, order.events[owner]):
+            if (lower := event.level) in shared:
+                steps = slice(taken[lower], taken[lower] + event.steps)
+                part = {other: tree.index(rows[other], steps) for other in order.inside(lower) | {lower} if other in rows}
+                happened.append(Happened(event, scene, part, self._state(lower), taken[lower] == 0))
+                taken[lower] += event.steps
+        return Window({lower: self._state(lower) for lower in shared}, tuple(happened))
+
+    def _load(self) -> None:
+        """Write the present values into the levels' models."""
+        for name, shown in all_shown(self._states).items():
+            level = self.program.levels[name]
+            if not level.copies:
+                level.net.load(shown["params"])
+                for key, buffer in level.net.buffers.items():
+                    buffer.copy_(shown["buffers"][key])
+
+
+def _loops(edges: Sequence[Edge], read: Callable[[str], Reading]) -> frozenset[str]:
+    """Return the levels above copies that are faster one after the other."""
+    return frozenset(
+        edge.upper.name
+        for edge in edges
+        if edge.lower.copies
+        and prefers_loop(lambda _, edge: (read(edge.lower.name), read(edge.upper.name)), edge.lower.net.params, edge)
+    )
+
+
+def _checked(states: Tree) -> dict[str, float | Tensor]:
+    """Return the losses and metrics in these states.
+
+    Raises:
+        NonFiniteError: a loss is not finite.
+    """
+    metrics: dict[str, float | Tensor] = {}
+    for name, state in states.items():
+        metrics |= _checked(state["below"])
+        steps, finite, loss = (state["progress"][key].reshape(-1) for key in ("steps", "finite", "loss"))
+        is_bad = (finite < steps).tolist()
+        if any(is_bad):
+            first = is_bad.index(True)
+            raise NonFiniteError(f"level {name!r}", finite.tolist()[first], loss.tolist()[first])
+        metrics[f"{name}/loss"] = loss.mean()
+        metrics |= {f"{name}/{key}": metric.mean() for key, metric in state["metrics"].items()}
+    return metrics

@@ -1,0 +1,84 @@
+"""One level: a model, its loss, and the optimizer that minimises it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from metaopt.functional import functional
+from metaopt.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from metaopt.levels.view import Levels
+
+LevelLoss = Callable[["Levels", Any], Tensor | dict[str, Tensor]]
+
+
+class Level:
+    """A problem min_w L(w, other levels), to be connected to others by edges.
+
+    Args:
+        name: how losses refer to it: `levels.NAME`.
+        model: any module; its trainable parameters are w. Frozen parameters are constants, tied weights are one.
+        loss: `loss(levels, batch)` returns a scalar, or a dict with "loss" and further scalars to be logged. `levels.NAME(x)` calls
+            a level's model with that level's present parameters, `levels.NAME.params` is the dict of these. The running statistics
+            of the level's own model are updated by the calls that its own loss makes, and by no other.
+        optimizer: makes the level's updates. Gradient clipping and schedules are part of it: `ClipNorm(1.0, SGD(lr=Cosine(...)))`.
+            It may be the `model` of a level above, or contain it: that level then learns the optimizer.
+        data: an iterable of batches, trees of tensors: a `DataLoader`, a list, a generator. It is begun again when it ends, except
+            for a generator. For one batch that is always the same, a list with that batch. None: the loss gets None.
+        copies: so many independent problems with parameters of their own, batched under `vmap`. The batches of this level, and of
+            the one above it, then have the leading axis `copies`.
+        accumulate: batches a step; the loss is the mean over them.
+        warmup: the level stays as it is for so many of its steps, while the levels below it move.
+        allow_unused: parameters that the loss does not depend on get zero gradients instead of an error.
+        precision: the dtype of `torch.autocast` under which the loss is computed, for example `torch.bfloat16`.
+
+    Cost:
+        Of a step: the graphs of all `accumulate` batches are held at once.
+
+    Raises:
+        ValueError: the name is no identifier, nothing is trainable, or a number is out of range.
+        TypeError: `model` is no module, or `optimizer` no metaopt optimizer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        loss: LevelLoss,
+        optimizer: Optimizer,
+        data: Iterable[Any] | None = None,
+        *,
+        copies: int | None = None,
+        accumulate: int = 1,
+        warmup: int = 0,
+        allow_unused: bool = False,
+        precision: torch.dtype | None = None,
+    ):
+        if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+            raise ValueError(f"Level: `name` must be an identifier, got {name!r}. Losses refer to the level as `levels.NAME`.")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"level {name!r}: `optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}."
+                f"{type(optimizer).__name__}. Use one from `optimizers`, or `mo.from_torch(...)`."
+            )
+        for what, value, least in (("accumulate", accumulate, 1), ("warmup", warmup, 0), ("copies", copies, 1)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"level {name!r}: `{what}` must be an integer of at least {least}, got {value!r}.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"level {name!r}: `model` must be an nn.Module, got {type(model).__name__}.")
+        self.net = functional(model)
+        if not self.net.params:
+            raise ValueError(f"level {name!r}: the model has no trainable parameters. Is every parameter frozen?")
+        self.name, self.model, self.loss, self.optimizer, self.batches = name, model, loss, optimizer, data
+        self.copies, self.accumulate, self.warmup = copies, accumulate, warmup
+        self.allow_unused, self.precision = allow_unused, precision
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters, to which batches are moved."""
+        return next(iter(self.net.params.values())).device

@@ -1,0 +1,201 @@
+"""When which level steps: read off the edges and off what each loss reads."""
+
+from __future__ import annotations
+
+import graphlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+from metaopt.levels.edge import Edge
+
+Owner = str | None  # a level, or None for the graph itself
+
+
+class Event(NamedTuple):
+    """A level makes so many steps."""
+
+    level: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of execution.
+
+    A level that a single level above it waits for runs inside that one's steps: the upper level owns it. A level that several wait
+    for, and one that nobody waits for (its upper level's loss does not read it, so it follows), belongs to whoever owns these. What
+    belongs to nobody, the top levels among it, belongs to the graph.
+
+    Attributes:
+        levels: names, upper levels before lower ones.
+        below: level -> all levels below it.
+        owner: level -> its owner.
+        members: owner -> its levels, upper levels before lower ones.
+        steps: level -> its steps in one turn of its owner: one step of a level, one of the top levels of the graph.
+        events: owner -> what happens in one turn, in order.
+        shared: level -> the levels below it that its loss waits for and that it does not own.
+    """
+
+    levels: tuple[str, ...]
+    below: Mapping[str, frozenset[str]]
+    owner: Mapping[str, Owner]
+    members: Mapping[Owner, tuple[str, ...]]
+    steps: Mapping[str, int]
+    events: Mapping[Owner, tuple[Event, ...]]
+    shared: Mapping[str, frozenset[str]]
+
+    def inside(self, level: str) -> frozenset[str]:
+        """Return the levels that run inside the steps of `level`."""
+        own = self.members.get(level, ())
+        return frozenset(own).union(*(self.inside(name) for name in own))
+
+
+def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order:
+    """Return the order of execution of the levels that the edges connect.
+
+    Args:
+        edges: at least one.
+        reads: level -> the levels that its loss reads.
+
+    Raises:
+        ValueError: the edges make a circle, a loss reads a level neither above nor below its own, or the numbers of steps
+            contradict each other.
+    """
+    levels = _sorted(edges)
+    below = _below(edges, levels)
+    for name in levels:
+        for other in sorted(reads[name]):
+            if other not in below[name] and name not in below[other]:
+                raise ValueError(
+                    f"level {name!r}: its loss reads {other!r}, which is neither above nor below it, so that no derivative would "
+                    f"flow. Add Edge(upper={other}, lower={name}), or the other way round."
+                )
+
+    def waits(edge: Edge) -> bool:
+        lower = edge.lower.name
+        return bool(reads[edge.upper.name] & (below[lower] | {lower}))
+
+    owner = _owners(edges, levels, waits)
+    members: dict[Owner, tuple[str, ...]] = {
+        who: tuple(name for name in levels if owner[name] == who) for who in (None, *levels) if who in owner.values()
+    }
+    steps: dict[str, int] = {}
+    events: dict[Owner, tuple[Event, ...]] = {}
+    for who, names in members.items():
+        inner = [edge for edge in edges if edge.lower.name in names]
+        rates = _rates(who, names, inner)
+        steps |= rates
+        events[who] = _events(names, rates, [(edge, waits(edge)) for edge in inner if edge.upper.name in names])
+    shared = {
+        name: frozenset(other for other in members[owner[name]] if other in below[name] and reads[name] & (below[other] | {other}))
+        for name in levels
+    }
+    return Order(levels, below, owner, members, steps, events, shared)
+
+
+def _sorted(edges: Sequence[Edge]) -> tuple[str, ...]:
+    uppers: dict[str, list[str]] = {}
+    for edge in edges:
+        uppers.setdefault(edge.upper.name, [])
+        uppers.setdefault(edge.lower.name, []).append(edge.upper.name)
+    try:
+        return tuple(graphlib.TopologicalSorter(uppers).static_order())
+    except graphlib.CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        raise ValueError(f"The levels must not form a circle, got {circle}. Take one of these edges out.") from None
+
+
+def _below(edges: Sequence[Edge], levels: tuple[str, ...]) -> dict[str, frozenset[str]]:
+    below: dict[str, frozenset[str]] = {}
+    for name in reversed(levels):
+        lowers = [edge.lower.name for edge in edges if edge.upper.name == name]
+        below[name] = frozenset(lowers).union(*(below[lower] for lower in lowers))
+    return below
+
+
+def _owners(edges: Sequence[Edge], levels: tuple[str, ...], waits: Callable[[Edge], bool]) -> dict[str, Owner]:
+    """Return the owner of each level: the innermost one inside whose steps all levels that matter to it can be found."""
+    owner: dict[str, Owner] = {}
+
+    def path(name: Owner) -> list[Owner]:
+        return [None] if name is None else [*path(owner[name]), name]
+
+    for name in levels:
+        above = [edge for edge in edges if edge.lower.name == name]
+        homes = [path(edge.upper.name if waits(edge) else owner[edge.upper.name]) for edge in above]
+        together = [same[0] for same in zip(*homes, strict=False) if len(set(same)) == 1] if homes else [None]
+        owner[name] = together[-1]
+        for edge in above:
+            upper = edge.upper.name
+            if upper != owner[name] and owner[upper] != owner[name]:
+                others = sorted(other.upper.name for other in above if other is not edge)
+                raise ValueError(
+                    f"{edge}: {upper!r} makes its steps inside those of {owner[upper]!r}, and so cannot share {name!r} with "
+                    f"{others}. Give each a lower level of its own, or connect {name!r} with {owner[upper]!r} alone."
+                )
+    return owner
+
+
+def _rates(who: Owner, names: tuple[str, ...], edges: Sequence[Edge]) -> dict[str, int]:
+    """Return the steps of each level in one turn of their owner, the smallest numbers that agree with every edge."""
+    rates: dict[str, Fraction] = {}
+    neighbours: dict[str, list[tuple[str, Fraction, Edge]]] = defaultdict(list)
+    for edge in edges:
+        upper, lower, factor = edge.upper.name, edge.lower.name, Fraction(edge.steps)
+        if upper == who:
+            neighbours[upper].append((lower, factor, edge))
+        else:
+            neighbours[upper].append((lower, factor, edge))
+            neighbours[lower].append((upper, 1 / factor, edge))
+    for first in names if who is None else (who,):
+        if first in rates:
+            continue
+        group, pending = {first: Fraction(1)}, [first]
+        while pending:
+            name = pending.pop()
+            for other, factor, edge in neighbours[name]:
+                rate = group[name] * factor
+                if other not in group:
+                    group[other] = rate
+                    pending.append(other)
+                elif group[other] != rate:
+                    raise ValueError(
+                        f"{edge}: steps={edge.steps} contradicts the other edges, by which {edge.lower.name!r} "
+                        f"makes {group[edge.lower.name] / group[edge.upper.name]} steps for one of {edge.upper.name!r}. Every way "
+                        "down to a level must give it the same number of steps."
+                    )
+        scale = math.lcm(*(rate.denominator for rate in group.values())) if who is None else 1
+        rates |= {name: rate * scale for name, rate in group.items()}
+    return {name: int(rates[name]) for name in names}
+
+
+def _events(names: tuple[str, ...], rates: Mapping[str, int], edges: Sequence[tuple[Edge, bool]]) -> tuple[Event, ...]:
+    """Return the order of steps: awaited levels before the ones that wait for them, followers after the ones they follow."""
+    made = dict.fromkeys(names, 0)
+
+    def is_ready(name: str) -> bool:
+        if made[name] == rates[name]:
+            return False
+        for edge, waits in edges:
+            upper, lower = edge.upper.name, edge.lower.name
+            if name == upper and made[lower] < edge.steps * (made[name] + (1 if waits else 0)):
+                return False
+            if name == lower and made[name] >= edge.steps * (made[upper] + (1 if waits else 0)):
+                return False
+        return True
+
+    events: list[Event] = []
+    while made != rates:
+        name = next((name for name in reversed(names) if is_ready(name)), None)
+        if name is None:
+            stuck = sorted(name for name in names if made[name] < rates[name])
+            raise ValueError(f"The levels {stuck} wait for each other. Let their losses read each other in one direction only.")
+        before = made[name]
+        while is_ready(name):
+            made[name] += 1
+        events.append(Event(name, made[name] - before))
+    return tuple(events)

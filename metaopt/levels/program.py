@@ -1,0 +1,145 @@
+"""What a graph is, apart from its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from metaopt import tree
+from metaopt.differentiate import PointRule, Rule
+from metaopt.functional import Functional
+from metaopt.levels.edge import Edge
+from metaopt.levels.level import Level
+from metaopt.levels.order import Order, Owner
+from metaopt.levels.reading import Reading
+from metaopt.tree import Tree
+
+
+@dataclass(frozen=True)
+class Program:
+    """Levels, edges, the order of execution and what the levels read.
+
+    Attributes:
+        levels: name -> level.
+        edges: at least one.
+        order: when which level steps.
+        readings: level -> what its loss depends on.
+        links: level -> tensor of its optimizer -> (level above, parameter) that this tensor is.
+        initial: level -> the state before the first step.
+        loops: levels whose lower copies run one after the other, not under `vmap`.
+        compile: whether inner loops are compiled.
+    """
+
+    levels: Mapping[str, Level]
+    edges: tuple[Edge, ...]
+    order: Order
+    readings: Mapping[str, Reading]
+    links: Mapping[str, Mapping[str, tuple[str, str]]]
+    initial: dict[str, Tree]
+    loops: frozenset[str] = frozenset()
+    compile: bool = False
+
+    @property
+    def nets(self) -> dict[str, Functional]:
+        """Level -> its model as a function."""
+        return {name: level.net for name, level in self.levels.items()}
+
+    def above(self, name: str) -> list[Edge]:
+        """Return the edges to the levels directly above."""
+        return [edge for edge in self.edges if edge.lower.name == name]
+
+    def lowers(self, name: str) -> list[Edge]:
+        """Return the edges to the levels directly below."""
+        return [edge for edge in self.edges if edge.upper.name == name]
+
+    def is_top(self, name: str) -> bool:
+        """Say whether no level is above."""
+        return not self.above(name)
+
+    def rules(self, viewpoint: Owner, name: str) -> list[tuple[Rule, frozenset[str]]]:
+        """Return how `viewpoint` differentiates the response of a level below it: rules, and the upper levels each is for.
+
+        The list is empty for the graph itself, which does not. More than one rule is possible where all look at one point.
+
+        Raises:
+            ValueError: the edges between the two contradict each other.
+        """
+        if viewpoint is None:
+            return []
+        between = self.order.below[viewpoint] | {viewpoint}
+        edges = [edge for edge in self.above(name) if edge.upper.name in between]
+        found: list[tuple[Rule, frozenset[str]]] = []
+        for edge in edges:
+            same = [i for i, (rule, _) in enumerate(found) if rule == edge.differentiate]
+            if same:
+                found[same[0]] = (edge.differentiate, found[same[0]][1] | {edge.upper.name})
+            else:
+                found.append((edge.differentiate, frozenset({edge.upper.name})))
+        path = next((edge for edge in edges if not isinstance(edge.differentiate, PointRule)), None)
+        if path is not None and len(found) > 1:
+            other = next(edge for edge in edges if edge.differentiate != path.differentiate)
+            raise ValueError(
+                f"{other}: `differentiate` must be that of {path}, {path.differentiate}, got {other.differentiate}. Both are on the "
+                f"way from {viewpoint!r} down to {name!r}, whose steps are differentiated in one way."
+            )
+        return found
+
+    def dependencies(self, name: str) -> frozenset[tuple[str, str]]:
+        """Return the (level, parameter) pairs that the loss of `name`, its optimizer or its starting point depends on."""
+        found = self.readings[name].params | frozenset(self.links[name].values())
+        for edge in self.above(name):
+            if edge.start == "upper" and not isinstance(edge.differentiate, PointRule):
+                found |= {(edge.upper.name, key) for key in edge.upper.net.params}
+        return found
+
+    def reads_outside(self, name: str) -> frozenset[str]:
+        """Return the levels that a step of `name` reads, apart from those that move during it."""
+        inside = self.order.inside(name) | {name}
+        read: set[str] = set()
+        for other in inside:
+            read |= self.readings[other].levels | {level for level, _ in self.links[other].values()}
+            read |= {edge.upper.name for edge in self.above(other) if edge.start == "upper" and other != name}
+        return frozenset(read - inside - self.order.shared[name])
+
+    def is_read_from_outside(self, name: str) -> bool:
+        """Say whether a level that runs inside the steps of `name` is read by one that does not."""
+        inside = self.order.inside(name)
+        return any(self.readings[other].levels & inside for other in self.levels.keys() - inside - {name})
+
+    def compiles(self, name: str) -> bool:
+        """Say whether the loop of a level is compiled; a rule that is a Function of its own cannot be inside."""
+        inside = self.order.inside(name)
+        rules = [edge.differentiate for other in inside for edge in self.above(other)]
+        return self.compile and not any(isinstance(rule, PointRule) for rule in rules)
+
+    def leading_axes(self, name: str, owner: Owner) -> tuple[int, ...]:
+        """Return the axes in front of a batch of `name` among the rows of one turn of `owner`: steps, and batches a step."""
+        axes = (self.levels[name].accumulate,) if self.levels[name].accumulate > 1 else ()
+        here: Owner = name
+        while here is not None and here != owner:
+            axes = (self.order.steps[here], *axes)
+            here = self.order.owner[here]
+        return axes
+
+
+def shown(state: Tree) -> Tree:
+    """Return the part of a level's state that others can read."""
+    return {"params": state["params"], "buffers": state["buffers"]}
+
+
+def all_shown(states: Mapping[str, Tree]) -> Tree:
+    """Return what others can read of these levels, and of the ones inside their steps."""
+    scene: Tree = {}
+    for name, state in states.items():
+        scene |= {name: shown(state)} | all_shown(state["below"])
+    return scene
+
+
+def rest(state: Tree) -> Tree:
+    """Return a level's state without its parameters."""
+    return {key: value for key, value in state.items() if key != "params"}
+
+
+def detached(values: Tree) -> Tree:
+    """Return constants."""
+    return tree.map(lambda leaf: leaf.detach(), values)

@@ -1,0 +1,89 @@
+"""What a level starts from, and one application of its optimizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.functional import Params, call_with
+from metaopt.levels.level import Level
+from metaopt.levels.program import Program
+from metaopt.levels.reading import Reading
+from metaopt.optimizer import apply_updates
+from metaopt.tree import Tree
+
+
+def initial_state(level: Level, reading: Reading) -> Tree:
+    """Return the state of a level by itself before its first step."""
+    params = {key: param.detach().clone() for key, param in level.net.params.items()}
+    like = next(iter(params.values()))
+    zero = torch.zeros((), device=like.device, dtype=torch.int64)
+    return {
+        "params": params,
+        "optimizer": tree.map(lambda leaf: leaf.detach().clone(), level.optimizer.init(params)),
+        "buffers": {key: buffer.clone() for key, buffer in level.net.buffers.items()},
+        "metrics": {name: torch.zeros((), device=like.device, dtype=dtype) for name, dtype in reading.metrics.items()},
+        "progress": {"steps": zero, "finite": zero.clone(), "loss": torch.zeros((), device=like.device, dtype=like.dtype)},
+        "below": {},
+    }
+
+
+def begun(program: Program, name: str, scene: Tree, state: Tree) -> Tree:
+    """Return the state in which a level begins its steps for the level above, as their edge says."""
+    edge = next((edge for edge in program.above(name) if edge.start != "continue"), None)
+    if edge is None:
+        return state
+    initial = program.initial[name]
+    params = initial["params"] if edge.start == "restart" else scene[edge.upper.name]["params"]
+    memory = program.levels[name].optimizer.init(params)
+    # under vmap each copy needs buffers of its own, to be updated in place
+    buffers = tree.map(lambda now, first: torch.zeros_like(now) + first, state["buffers"], initial["buffers"])
+    return {**state, "params": params, "optimizer": memory, "buffers": buffers}
+
+
+def optimizer_tensors(program: Program, name: str, scene: Tree) -> dict[str, Tensor]:
+    """Return the tensors of a level's optimizer, those that a level above owns as the scene has them; {} if all are constant."""
+    optimizer, links = program.levels[name].optimizer, program.links[name]
+    own = dict(optimizer.named_parameters()) | dict(optimizer.named_buffers())
+    if not links and not any(tensor.requires_grad for tensor in own.values()):
+        return {}
+    linked = {tensor: scene[level]["params"][param] for tensor, (level, param) in links.items()}
+    return {key: tensor.detach() for key, tensor in own.items()} | linked
+
+
+def update(
+    level: Level, inputs: dict[str, Tree], grads: Tree, others: Tree, params: Params, loss: Tensor, aux: Tree
+) -> tuple[Params, Tree]:
+    """Return (parameters, rest of the state) after one application of the level's optimizer, an `InnerLoop`'s update.
+
+    Args:
+        level: whose.
+        inputs: "optimizer" has the optimizer's tensors, {} for its own.
+        grads: like the parameters.
+        others: the rest of the state before.
+        params: at which the gradients were taken.
+        loss: the loss there.
+        aux: those parts of the rest that evaluating the loss has changed.
+    """
+    memory, progress = others["optimizer"], others["progress"]
+    if inputs["optimizer"]:
+        updates, memory = call_with(level.optimizer, inputs["optimizer"], (grads, memory, params), {"loss": loss})
+    else:
+        updates, memory = level.optimizer(grads, memory, params, loss=loss)
+    after = apply_updates(params, updates)
+    if level.warmup:
+        moves = progress["steps"] >= level.warmup
+        after, memory = tree.map(lambda new, old: torch.where(moves, new, old), (after, memory), (params, others["optimizer"]))
+    new = {**aux, "optimizer": memory, "progress": _counted(progress, loss)}
+    return after, {key: new[key] for key in others}  # in the same order, by which trees are flattened
+
+
+def _counted(progress: Tree, loss: Tensor) -> Tree:
+    """Count the steps, and those before the first loss that is not finite; keep that loss."""
+    is_good = progress["finite"] == progress["steps"]
+    return {
+        "steps": progress["steps"] + 1,
+        "finite": progress["finite"] + (is_good & torch.isfinite(loss)),
+        "loss": torch.where(is_good, loss.detach().to(progress["loss"].dtype), progress["loss"]),
+    }

@@ -1,0 +1,106 @@
+"""What a loss sees of the levels, and the loss as a function of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.functional import Functional, Params
+from metaopt.levels.level import Level
+from metaopt.tree import Tree
+
+
+class Shown(TypedDict):
+    """The tensors of a level that others can read."""
+
+    params: Params
+    buffers: Params
+
+
+Scene = dict[str, Shown]  # level name -> its tensors at one moment
+
+
+class Evaluation(NamedTuple):
+    """The value of a loss, the other scalars it returned, and its model's buffers afterwards."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    buffers: Params
+
+
+class LevelView:
+    """A level inside a loss: `view(x)` calls its model with its present parameters, `view.params` are these."""
+
+    def __init__(self, net: Functional, shown: Shown, keeps_statistics: bool):
+        self._net, self._keeps_statistics = net, keeps_statistics
+        self.params, self.buffers = shown["params"], shown["buffers"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's output."""
+        if self._keeps_statistics and self.buffers:
+            output, self.buffers = self._net.with_buffers(self.params, self.buffers, *args, **kwargs)
+            return output
+        return self._net.frozen(self.params, self.buffers, *args, **kwargs)
+
+
+class Levels:
+    """The levels by name, as attributes; notes which are read."""
+
+    def __init__(self, reader: str, views: Mapping[str, LevelView], known: frozenset[str]):
+        self._reader, self._views, self._known = reader, views, known
+        self.read: set[str] = set()
+
+    def __getattr__(self, name: str) -> LevelView:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in self._known:
+            raise ValueError(
+                f"level {self._reader!r}: its loss reads `levels.{name}`, but no edge leads to a level of this name. The graph has "
+                f"{sorted(self._known)}."
+            )
+        if name not in self._views:
+            raise ValueError(
+                f"level {self._reader!r}: its loss reads `levels.{name}` now, but did not when the graph was built. A loss must "
+                "read the same levels every time."
+            )
+        self.read.add(name)
+        return self._views[name]
+
+
+def evaluate(
+    level: Level, nets: Mapping[str, Functional], scene: Scene, batch: Tree, *, keeps_statistics: bool = True
+) -> tuple[Evaluation, set[str]]:
+    """Return the level's loss in a scene, and the names of the levels that it read.
+
+    Args:
+        level: whose loss.
+        nets: every level's model.
+        scene: the tensors of the levels that it may read, its own among them.
+        batch: what the loss gets.
+        keeps_statistics: whether the level's own buffers are updated.
+
+    Raises:
+        ValueError: the loss reads an unknown level, or returns no scalar.
+    """
+    views = {name: LevelView(nets[name], shown, keeps_statistics and name == level.name) for name, shown in scene.items()}
+    levels = Levels(level.name, views, frozenset(nets))
+    device = level.device.type
+    with nullcontext() if level.precision is None else torch.autocast(device, dtype=level.precision):
+        result = level.loss(levels, batch)
+    values = dict(sorted(result.items())) if isinstance(result, Mapping) else {"loss": result}
+    if "loss" not in values:
+        raise ValueError(f'level {level.name!r}: a loss that returns a dict must have the key "loss", got {sorted(values)}.')
+    for name, value in values.items():
+        if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+            kind = f"{value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"level {level.name!r}: the loss must return floating-point scalars, got for {name!r} a {kind}. Take the mean."
+            )
+    loss = values.pop("loss")
+    buffers = tree.map(torch.Tensor.detach, views[level.name].buffers)
+    return Evaluation(loss, tree.map(torch.Tensor.detach, values), buffers), levels.read

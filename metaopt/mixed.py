@@ -1,0 +1,94 @@
+"""The mixed second derivative of a loss: C(x) = [d_given grad_w L(w, given)]' x."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.kernels import any_order
+from metaopt.pullback import chosen, pull_back, put
+from metaopt.replay import drawn_again
+from metaopt.tree import Tree
+
+Loss = Callable[[Tree, Tree], Tensor]  # (w, given) -> L
+COARSE = 1e-4  # a dtype whose rounding unit is above this loses the displacement that a difference needs
+
+
+def mixed_product(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree) -> Tree:
+    """Return C(x), exactly; differentiable again.
+
+    Args:
+        loss: (w, given) -> L.
+        w: where.
+        given: a tree.
+        x: a tree like w.
+        wanted: a tree of bools like `given`. What is not wanted is None in the result.
+
+    Cost:
+        One gradient and its derivative.
+    """
+
+    def slope(w: Tree, given: Tree) -> Tree:
+        with any_order():
+            return torch.func.grad(loss)(w, given)
+
+    _, bars = pull_back(slope, (w, given), x, (tree.map(lambda _: False, w), wanted))
+    return bars
+
+
+def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, radius: float) -> Tree:
+    """Return (G(w + e x) - G(w - e x)) / 2e with G = grad_given L and e = radius / |x|; differentiable again.
+
+    The error is radius^2 |x| / 6 times the third derivative of G along x / |x|, and that of rounding, of the order of
+    eps |x| (|G| + |w| |dG/dw|) / radius. Both sides see the same random numbers. Nothing happens for x = 0.
+
+    Args:
+        loss: (w, given) -> L.
+        w: where.
+        given: a tree.
+        x: a tree like w.
+        wanted: a tree of bools like `given`. What is not wanted is None in the result.
+        radius: Euclidean length of the displacement, of all parameters together.
+
+    Raises:
+        ValueError: parameters in half precision.
+
+    Cost:
+        Two gradients.
+    """
+    _check_precision(w)
+    length = tree.norm(x)
+    scale = radius / torch.where(length > 0, length, 1)
+    displaced = [tree.map(lambda w, x, sign=sign: w + sign * (scale * x).to(w.dtype), w, x) for sign in (1, -1)]
+
+    def slope(w: Tree) -> list[Tensor]:
+        with any_order():
+            return torch.func.grad(lambda variables: loss(w, put(variables, given, wanted)))(chosen(given, wanted))
+
+    ahead, behind = same_noise(slope, displaced)
+    bars = [((a - b) * (length / (2 * radius))).to(a.dtype) for a, b in zip(ahead, behind, strict=True)]
+    return put(bars, tree.map(lambda _: None, wanted), wanted)
+
+
+def same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tree]:
+    """Return the function's values at these points, with the same random numbers in each."""
+    if torch.compiler.is_compiling():  # a compiler cannot wind a generator back
+        values = torch.func.vmap(function, randomness="same")(tree.stack(points))
+        return [tree.index(values, i) for i in range(len(points))]
+    values = []
+    for point in points:
+        with drawn_again(points):
+            values.append(function(point))
+    return values
+
+
+def _check_precision(w: Tree) -> None:
+    for name, leaf in tree.named_leaves(w):
+        if torch.finfo(leaf.dtype).eps > COARSE:
+            raise ValueError(
+                f"Finite differences need parameters in float32 or float64, got {leaf.dtype} at {name}: the displacement would be "
+                "lost in rounding. Keep float32 parameters and use autocast inside the loss."
+            )
