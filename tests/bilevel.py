@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from problems import leaf
 from torch import Tensor
 
 import metaopt as mo
+from metaopt.differentiate import End, InnerLoop
 from optimizers import SGD
 
 
@@ -135,3 +136,23 @@ def flat(tensors: Any) -> Tensor:
 
 
 PROBLEMS = {"quadratic": quadratic, "ridge": ridge, "dynamics": dynamics, "logistic": logistic}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A rule that keeps the loop it is given."""
+
+    loops: list[InnerLoop] = field(default_factory=list)
+
+    def __call__(self, loop: InnerLoop) -> Any:
+        self.loops.append(loop)
+        return mo.Backprop()(loop)
+
+
+def recorded(*args: Any, **kwargs: Any) -> tuple[InnerLoop, End]:
+    """Return the loop that `minimize` builds, and where it ends."""
+    record = Record()
+    with torch.no_grad():
+        out = mo.minimize(*args, **kwargs, differentiate=record)
+    (loop,) = record.loops
+    return loop, End(out.params, out.opt_state, mo.tree.index(loop.batches, -1))

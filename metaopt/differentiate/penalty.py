@@ -37,7 +37,7 @@ class Penalty(PointRule):
         ValueError: a number that is not positive; under `compile=True`, whose gradients could not see the same random numbers.
 
     Cost:
-        The loop without a graph, and steps + 2 gradients; one more copy of the parameters.
+        The loop without a graph, and steps + 1 gradients; one more copy of the parameters.
 
     Reference:
         Kwon, Kwon, Wright, Nowak 2023, arXiv:2301.10945, lemma 3.1 for the bias. They keep f as it is, and
