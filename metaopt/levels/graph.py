@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaopt import tree
 from metaopt.batching import prefers_loop
+from metaopt.compiled import compiled
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Params
 from metaopt.levels.checks import check_program, find_links, named_levels
@@ -41,7 +43,8 @@ class LevelGraph:
 
     Args:
         edges: which connect the levels.
-        compile: compile the inner loops; see `compiled`.
+        compile: compile the whole step where all rules are `Backprop` or `FirstOrder` with memory "full", which unrolls all steps;
+            otherwise the inner loops and the pullbacks of rules. See `compiled`.
 
     Raises:
         ValueError: the levels do not fit together; the message names them.
@@ -61,10 +64,14 @@ class LevelGraph:
         self.program = Program(levels, tuple(edges), order, readings, find_links(levels), initial, loops, compile)
         check_program(self.program)
         self._execution = Execution(self.program)
+        self._turn = compiled(self._execution.turn) if compile and self.program.is_one_function else self._execution.turn
         self._states = {name: self._begin(name) for name in order.members[None]}
 
     def step(self) -> dict[str, float | Tensor]:
         """Make one step of the top levels, and what the levels below make for it; return losses and metrics by "level/name".
+
+        Of several top levels that share a lower one, each makes the smallest number of steps after which all are done at once;
+        `print(graph)` shows it. Losses and metrics are those of each level's last step.
 
         All that changes is the graph's state, and, when the step has succeeded, the values in the levels' models (but not of
         levels with `copies`).
@@ -74,7 +81,8 @@ class LevelGraph:
             ValueError: no derivative arrives at a parameter, or batches do not fit.
         """
         rows, counts = self._rows(None)
-        _, states = self._execution.turn(None, {}, self._states, rows)
+        with torch.no_grad():
+            _, states = self._turn(None, {}, self._states, rows)
         metrics = _checked(states)
         for name, count in counts.items():
             self._streams[name].take(count)
