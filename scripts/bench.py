@@ -25,7 +25,6 @@ from contenders.sides import COMPARISONS, Side
 from tqdm import tqdm
 
 README = Path(__file__).parents[1] / "README.md"
-TOLERANCE = 1e-4  # of the norm of each tensor: float32, and sums in another order
 
 
 @dataclass
@@ -54,7 +53,7 @@ class Config:
             raise ValueError(f"`threads` must be at most {len(os.sched_getaffinity(0))}, the cores at hand, got {self.threads}.")
 
 
-def compare(comparison: str, sides: Sequence[Side], problem: Any, threads: int, repeats: int) -> list[Times]:
+def compare(comparison: str, sides: Sequence[Side], problem: Any, threads: int, repeats: int, tolerance: float) -> list[Times]:
     """Time the sides in turns.
 
     Raises:
@@ -65,7 +64,7 @@ def compare(comparison: str, sides: Sequence[Side], problem: Any, threads: int, 
         contenders = []
         for side in tqdm(sides, desc=f"{comparison}: starting", leave=False):
             contenders.append(stack.enter_context(Contender(side, comparison, problem, threads)))
-        check_equal({contender.name: contender.result() for contender in contenders})
+        check_equal({contender.name: contender.result() for contender in contenders}, tolerance)
         for contender in contenders:
             contender.seconds()  # finds out how many runs fill a repetition
         for _ in tqdm(range(repeats), desc=f"{comparison}: timing", leave=False):
@@ -74,7 +73,7 @@ def compare(comparison: str, sides: Sequence[Side], problem: Any, threads: int, 
         return [Times(contender.name, contender.first, times[contender.name]) for contender in contenders]
 
 
-def check_equal(results: dict[str, dict[str, np.ndarray]]) -> None:
+def check_equal(results: dict[str, dict[str, np.ndarray]], tolerance: float) -> None:
     """Raise if a side's gradient is not that of the first side, tensor by tensor.
 
     Raises:
@@ -90,8 +89,8 @@ def check_equal(results: dict[str, dict[str, np.ndarray]]) -> None:
             # some are zero but for rounding, such as those of biases before batch norm
             scale = max(np.linalg.norm(value), 1e-2 * whole)
             error = np.linalg.norm(result[key].astype(np.float64) - value) / scale
-            if not error <= TOLERANCE:
-                raise ValueError(f"{name} and {first} differ in {key!r} by {error:.1e} of its norm, more than {TOLERANCE}.")
+            if not error <= tolerance:
+                raise ValueError(f"{name} and {first} differ in {key!r} by {error:.1e} of its norm, more than {tolerance}.")
 
 
 def measure(comparison: str, side: Side, problem: Any, lengths: Sequence[int], threads: int, limit: float) -> list[Memory]:
@@ -124,7 +123,8 @@ def main(config: Config) -> None:
             for side in COMPARISONS[name].sides:
                 if not side.installed:
                     print(f"{side.name} is left out: not installed. `pip install .[bench]` brings it.")
-            write(config.out, name, config.threads, problem, compare(name, sides, problem, config.threads, config.repeats))
+            times = compare(name, sides, problem, config.threads, config.repeats, COMPARISONS[name].tolerance)
+            write(config.out, name, config.threads, problem, times)
             rows: list[Memory] = []
             for side in tqdm([side for side in sides if side.lengths], desc=f"{name}: memory", leave=False):
                 lengths = [steps for steps in side.lengths if steps <= config.longest]

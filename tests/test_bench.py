@@ -44,22 +44,22 @@ def test_all_sides_compute_the_same(comparison: str) -> None:
             run = getattr(importlib.import_module(f"contenders.{side.module}"), comparison)(small(comparison), **side.options)
             first, second = ({name: bench_process.array(value) for name, value in run().items()} for _ in range(2))
             assert all(np.abs(value).max() > 0 or "conv" in name for name, value in first.items())
-            bench.check_equal({"a run": first, "another": second})  # running changes nothing
+            bench.check_equal({"a run": first, "another": second}, 1e-4)  # running changes nothing
             results[side.name] = first
     assert len(results) >= 2
-    bench.check_equal(results)
+    bench.check_equal(results, 1e-4)
 
 
 def test_a_difference_ends_the_run() -> None:
     import bench
 
     right = {"a": np.ones(3), "b": np.full(2, 1e-2)}
-    bench.check_equal({"one": right, "other": {"a": np.ones(3) + 1e-6, "b": right["b"]}})
+    bench.check_equal({"one": right, "other": {"a": np.ones(3) + 1e-6, "b": right["b"]}}, 1e-4)
     for wrong in ({"a": np.ones(3), "b": np.full(2, 1.01e-2)}, {"a": np.ones(3) * np.nan, "b": right["b"]}):
         with pytest.raises(ValueError, match=r"other and one differ in '[ab]' by .* of its norm"):
-            bench.check_equal({"one": right, "other": wrong})
+            bench.check_equal({"one": right, "other": wrong}, 1e-4)
     with pytest.raises(ValueError, match="other and one do not compute the same tensors"):
-        bench.check_equal({"one": right, "other": {"a": right["a"]}})
+        bench.check_equal({"one": right, "other": {"a": right["a"]}}, 1e-4)
 
 
 def test_a_process_runs_answers_and_says_what_went_wrong() -> None:

@@ -40,6 +40,8 @@ class Comparison:
 
     problem: Any
     sides: Sequence[Side]
+    tolerance: float = 1e-4
+    """by how much a tensor of the gradient may differ, of its norm: float32, and sums in another order"""
 
 
 STEPS, REVOLVE = {"memory": "steps"}, {"memory": mo.Revolve(16)}
@@ -63,8 +65,10 @@ COMPARISONS = {
             Side("TorchOpt", "with_torchopt"),
             Side("metaopt, loop over tasks", "with_metaopt"),
             Side("metaopt, loop, compiled", "with_metaopt", {"compile": True}),
-            Side("metaopt, vmap", "with_metaopt", {"chunk_size": None}),
+            Side("metaopt, vmap", "with_metaopt", {"chunk_size": 8}),
         ],
+        # Rounding decides here and there which entry a pooling takes; in float64 the gradients agree to 1e-13.
+        tolerance=1e-2,
     ),
     "lstm": Comparison(
         problems.LSTM(),
