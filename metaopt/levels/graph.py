@@ -66,6 +66,9 @@ class LevelGraph:
     def step(self) -> dict[str, float | Tensor]:
         """Make one step of the top levels, and what the levels below make for it; return losses and metrics by "level/name".
 
+        Of several top levels that share a lower one, each makes the smallest number of steps after which all are done at once;
+        `print(graph)` shows it. Losses and metrics are those of each level's last step.
+
         All that changes is the graph's state, and, when the step has succeeded, the values in the levels' models (but not of
         levels with `copies`).
 

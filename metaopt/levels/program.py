@@ -79,8 +79,8 @@ class Program:
         if path is not None and len(found) > 1:
             other = next(edge for edge in edges if edge.differentiate != path.differentiate)
             raise ValueError(
-                f"{other}: `differentiate` must be that of {path}, {path.differentiate}, got {other.differentiate}. Both are on the "
-                f"way from {viewpoint!r} down to {name!r}, whose steps are differentiated in one way."
+                f"{other}: `differentiate` must be that of {path}, {path.differentiate}, got {other.differentiate}. Both are on "
+                f"the way from {viewpoint!r} down to {name!r}, whose steps are differentiated in one way."
             )
         return found
 

@@ -53,7 +53,7 @@ class Levels:
 
     def __init__(self, reader: str, views: Mapping[str, LevelView], known: frozenset[str]):
         self._reader, self._views, self._known = reader, views, known
-        self.read: set[str] = set()
+        self._read: set[str] = set()
 
     def __getattr__(self, name: str) -> LevelView:
         if name.startswith("_"):
@@ -68,7 +68,7 @@ class Levels:
                 f"level {self._reader!r}: its loss reads `levels.{name}` now, but did not when the graph was built. A loss must "
                 "read the same levels every time."
             )
-        self.read.add(name)
+        self._read.add(name)
         return self._views[name]
 
 
@@ -103,4 +103,4 @@ def evaluate(
             )
     loss = values.pop("loss")
     buffers = tree.map(torch.Tensor.detach, views[level.name].buffers)
-    return Evaluation(loss, tree.map(torch.Tensor.detach, values), buffers), levels.read
+    return Evaluation(loss, tree.map(torch.Tensor.detach, values), buffers), levels._read
