@@ -32,7 +32,7 @@ TOLERANCE = 1e-4  # of the norm of each tensor: float32, and sums in another ord
 class Config:
     """What to compare, and how thoroughly."""
 
-    comparisons: tyro.conf.Positional[tuple[Literal["sinusoid", "omniglot", "lstm", "transformer"], ...]] = ()
+    comparisons: tyro.conf.Positional[tuple[Literal["sinusoid", "omniglot", "lstm", "transformer", "meta-weight-net"], ...]] = ()
     """which; by default all"""
     threads: int = 1
     """cores of each process"""
