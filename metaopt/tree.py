@@ -19,14 +19,14 @@ flatten = pytree.tree_flatten
 _LEAVES = {Tensor, Parameter, bool, int, float, str, type(None)}
 
 
-def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+def map(fn: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> Tree:
     """Return the tree of fn(leaf, *leaves at the same place in the `rest`); these begin with the structure of the first.
 
     As torch's `tree_map`, which makes a description of the structure first: on dicts, lists and tuples this takes a quarter of the
     time.
     """
-    if torch.compiler.is_compiling():
-        return pytree.tree_map(fn, tree, *rest)
+    if torch.compiler.is_compiling() or is_leaf is not None:
+        return pytree.tree_map(fn, tree, *rest, is_leaf=is_leaf)
     return _map(fn, tree, *rest)
 
 
@@ -46,9 +46,9 @@ def _map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 def leaves(tree: Tree) -> list[Any]:
     """Return the leaves in order: of a dict in that of its keys' insertion."""
-    found: list[Any] = []
     if torch.compiler.is_compiling():
         return pytree.tree_leaves(tree)
+    found: list[Any] = []
     _collect(tree, found)
     return found
 
