@@ -148,3 +148,33 @@ def test_entering_it_again_adds_nothing_except_where_torch_has_left_it() -> None
         Probe.apply(torch.ones((), requires_grad=True)).backward()
     assert depths == [0, 1]
     assert not _get_current_function_mode_stack()
+
+
+RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda x: F.dropout(x, 0.4),
+    "dropout in place": lambda x: F.dropout(x.transpose(0, 1).clone().transpose(0, 1), 0.4, inplace=True),
+    "torch.dropout": lambda x: torch.dropout(x, 0.4, True),
+    "dropout1d": lambda x: F.dropout1d(x, 0.4),
+    "alpha dropout": lambda x: F.alpha_dropout(x, 0.4, True),
+    "feature alpha dropout": lambda x: F.feature_alpha_dropout(x, 0.4, True),
+    "rrelu": lambda x: F.rrelu(x, training=True),
+    "gumbel softmax": lambda x: F.gumbel_softmax(x, dim=-1),
+    "noise": lambda x: x + torch.randn_like(x),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.4),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_plain_autograd_and_torch_func_draw_the_same_numbers(name: str) -> None:
+    """A step may run first in one and then in the other: torch's own dropout then draws other masks for what is transposed."""
+    x = torch.randn(4, 3, 5).transpose(0, 1)
+
+    def value(x: Tensor) -> Tensor:
+        with any_order():
+            torch.manual_seed(0)
+            return RANDOM[name](x).square().sum()
+
+    w = x.detach().requires_grad_()
+    (plain,) = torch.autograd.grad(value(w), w)
+    assert_close(torch.func.grad(value)(x), plain, 1e-12)
+    assert (plain != 0).any()

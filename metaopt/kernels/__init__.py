@@ -9,6 +9,7 @@ from typing import Any
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from metaopt.kernels.attention import ATTENTION
+from metaopt.kernels.dropout import DROPOUT
 from metaopt.kernels.losses import LOSSES
 from metaopt.kernels.norms import NORMS
 from metaopt.kernels.recurrent import RECURRENT
@@ -39,4 +40,4 @@ class _AnyOrder(TorchFunctionMode):
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
-_INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = NORMS | ATTENTION | RECURRENT | LOSSES
+_INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = NORMS | ATTENTION | RECURRENT | LOSSES | DROPOUT

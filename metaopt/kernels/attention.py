@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metaopt.kernels.dropout import dropout
+
 
 def _attention(
     query: Tensor,
@@ -44,7 +46,7 @@ def _attention(
         alone = (scores == -torch.inf).all(-1, keepdim=True)
         weights = scores.masked_fill(alone, 0).softmax(-1).masked_fill(alone, 0)
     if dropout_p:
-        weights = F.dropout(weights, dropout_p)
+        weights = dropout(weights, dropout_p)
     found = weights @ value
     return found if dtype == wide else found.to(dtype)
 
@@ -59,7 +61,7 @@ def _multi_head(*args: Any, **kwargs: Any) -> Any:
 
 _with_our_attention = types.FunctionType(
     F.multi_head_attention_forward.__code__,
-    {**vars(F), "scaled_dot_product_attention": _attention},
+    {**vars(F), "scaled_dot_product_attention": _attention, "dropout": dropout},
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
 

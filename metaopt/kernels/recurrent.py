@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.kernels.dropout import dropout as dropped
+
 States = tuple[Tensor, ...]  # (hidden, cell) of an LSTM, (hidden,) of the others; [rows, features]
 # (W_i x + b_i, states, the layer's other weights: W_h, b_h or None, projection or None) -> next states, the output first
 Cell = Callable[[Tensor, States, Tensor, Tensor | None, Tensor | None], States]
@@ -85,7 +87,7 @@ def _layer(step: Cell) -> Callable[..., tuple[Tensor, ...]]:
         lasts = []
         for run in range(0, runs, 1 + bidirectional):
             if run and dropout and train:
-                data = F.dropout(data, dropout)
+                data = dropped(data, dropout)
             outputs = []
             for direction in range(1 + bidirectional):
                 initial = tuple(state[run + direction] for state in first)

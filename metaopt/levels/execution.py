@@ -182,7 +182,7 @@ class Execution:
     def step(self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window) -> Tree:
         """Return the state of a top level after one step, and of all that runs inside it."""
         level, others = self.program.levels[name], rest(state)
-        if level.warmup and int(state["progress"]["steps"]) < level.warmup:
+        if level.warmup and not torch.compiler.is_compiling() and int(state["progress"]["steps"]) < level.warmup:
             with torch.no_grad():
                 loss, aux = self.total(name, state["params"], scene, others, rows, window, at_point=False)
             grads = tree.map(torch.zeros_like, state["params"])
@@ -201,9 +201,16 @@ class Execution:
         self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window, *, at_point: bool = False
     ) -> tuple[Params, Tensor, Tree]:
         """Return (dT/dw, T, what `total` says), all constant."""
+
+        def total(params: Params) -> tuple[Tensor, Tree]:
+            return self.total(name, params, scene, rest(state), rows, window, at_point=at_point)
+
+        if torch.compiler.is_compiling():  # dependence has been seen when the graph was built
+            grads, (loss, aux) = torch.func.grad_and_value(total, has_aux=True)(state["params"])
+            return grads, loss, aux
         leaves = {key: param.detach().requires_grad_() for key, param in state["params"].items()}
         with torch.enable_grad():
-            loss, aux = self.total(name, leaves, scene, rest(state), rows, window, at_point=at_point)
+            loss, aux = total(leaves)
             if not loss.requires_grad:
                 raise _missing(name, next(iter(leaves)))
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.batching import prefers_loop
+from metaopt.compiled import compiled
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Params
 from metaopt.levels.checks import check_program, find_links, named_levels
@@ -42,7 +43,8 @@ class LevelGraph:
 
     Args:
         edges: which connect the levels.
-        compile: compile the inner loops; see `compiled`.
+        compile: compile the whole step where all rules are `Backprop` or `FirstOrder` with memory "full", which unrolls all steps;
+            otherwise the inner loops and the pullbacks of rules. See `compiled`.
 
     Raises:
         ValueError: the levels do not fit together; the message names them.
@@ -62,6 +64,7 @@ class LevelGraph:
         self.program = Program(levels, tuple(edges), order, readings, find_links(levels), initial, loops, compile)
         check_program(self.program)
         self._execution = Execution(self.program)
+        self._turn = compiled(self._execution.turn) if compile and self.program.is_one_function else self._execution.turn
         self._states = {name: self._begin(name) for name in order.members[None]}
 
     def step(self) -> dict[str, float | Tensor]:
@@ -78,7 +81,8 @@ class LevelGraph:
             ValueError: no derivative arrives at a parameter, or batches do not fit.
         """
         rows, counts = self._rows(None)
-        _, states = self._execution.turn(None, {}, self._states, rows)
+        with torch.no_grad():
+            _, states = self._turn(None, {}, self._states, rows)
         metrics = _checked(states)
         for name, count in counts.items():
             self._streams[name].take(count)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from metaopt import tree
-from metaopt.differentiate import PointRule, Rule
+from metaopt.differentiate import Backprop, FirstOrder, PointRule, Rule
 from metaopt.functional import Functional
 from metaopt.levels.edge import Edge
 from metaopt.levels.level import Level
@@ -106,8 +106,15 @@ class Program:
         inside = self.order.inside(name)
         return any(self.readings[other].levels & inside for other in self.levels.keys() - inside - {name})
 
+    @property
+    def is_one_function(self) -> bool:
+        """Whether a whole step can be compiled as one function: every rule is the plain graph of the steps taken."""
+        return all(
+            isinstance(edge.differentiate, Backprop | FirstOrder) and edge.differentiate.memory == "full" for edge in self.edges
+        )
+
     def compiles(self, name: str) -> bool:
-        """Say whether the loop of a level is compiled; a rule that is a Function of its own cannot be inside."""
+        """Say whether the loop of a level is compiled by itself; a rule that is a Function of its own cannot be inside."""
         inside = self.order.inside(name)
         rules = [edge.differentiate for other in inside for edge in self.above(other)]
         return self.compile and not any(isinstance(rule, PointRule) for rule in rules)
