@@ -1,6 +1,14 @@
 """Optimisation that learns: differentiable inner loops, meta-gradients and learned optimizers on top of `torch.func`."""
 
 from metaopt import tasks, tree
+from metaopt.diagnostics import (
+    HypergradientCheck,
+    MeasuredRule,
+    RuleComparison,
+    compare_rules,
+    hypergradient_check,
+    metasmoothness,
+)
 from metaopt.differentiate import (
     SAMA,
     T1T2,
@@ -41,9 +49,11 @@ __all__ = [
     "ForwardMode",
     "FullUnroll",
     "Functional",
+    "HypergradientCheck",
     "Implicit",
     "Level",
     "LevelGraph",
+    "MeasuredRule",
     "MetaTraining",
     "Minimized",
     "Neumann",
@@ -55,6 +65,7 @@ __all__ = [
     "Penalty",
     "Report",
     "Revolve",
+    "RuleComparison",
     "Schedule",
     "Solution",
     "Task",
@@ -65,11 +76,14 @@ __all__ = [
     "apply_updates",
     "assign_grads",
     "check_second_order",
+    "compare_rules",
     "evaluate",
     "from_torch",
     "from_torchopt",
     "functional",
+    "hypergradient_check",
     "meta_grad",
+    "metasmoothness",
     "minimize",
     "tasks",
     "tree",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.gradient import gradient
 from metaopt.kernels import any_order
 from metaopt.pullback import chosen, pull_back, put
 from metaopt.replay import drawn_again
@@ -62,11 +63,14 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
     _check_precision(w)
     length = tree.norm(x)
     scale = radius / torch.where(length > 0, length, 1)
-    displaced = [tree.map(lambda w, x, sign=sign: w + sign * (scale * x).to(w.dtype), w, x) for sign in (1, -1)]
+    shift = tree.map(lambda w, x: (scale * x).to(w.dtype), w, x)
+    displaced = [tree.map(torch.add, w, shift), tree.map(torch.sub, w, shift)]
+    variables = chosen(given, wanted)
 
     def slope(w: Tree) -> list[Tensor]:
         with any_order():
-            return torch.func.grad(lambda variables: loss(w, put(variables, given, wanted)))(chosen(given, wanted))
+            slopes: list[Tensor] = gradient(lambda variables: (loss(w, put(variables, given, wanted)), ()), variables)[0]
+            return slopes
 
     ahead, behind = same_noise(slope, displaced)
     bars = [((a - b) * (length / (2 * radius))).to(a.dtype) for a, b in zip(ahead, behind, strict=True)]

@@ -31,7 +31,7 @@ README = Path(__file__).parents[1] / "README.md"
 class Config:
     """What to compare, and how thoroughly."""
 
-    comparisons: tyro.conf.Positional[tuple[Literal["sinusoid", "omniglot", "lstm", "transformer"], ...]] = ()
+    comparisons: tyro.conf.Positional[tuple[Literal["sinusoid", "omniglot", "lstm", "transformer", "meta-weight-net"], ...]] = ()
     """which; by default all"""
     threads: int = 1
     """cores of each process"""

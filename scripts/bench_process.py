@@ -79,7 +79,7 @@ def _serve(pipe: Connection, side: Side, comparison: str, problem: Any, threads:
         os.sched_setaffinity(0, cores[:threads])
         # by now the environment says the same; torch alone would take all cores it can see
         importlib.import_module("torch").set_num_threads(threads)
-        contender = getattr(importlib.import_module(f"contenders.{side.module}"), comparison)
+        contender = getattr(importlib.import_module(f"contenders.{side.module}"), comparison.replace("-", "_"))
         start = time.perf_counter()
         run = contender(problem, **side.options)
         held = resident("VmRSS")

@@ -13,7 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-PACKAGES = ("metaopt", "torch", "higher", "torchopt", "jax")
+PACKAGES = ("metaopt", "torch", "higher", "torchopt", "jax", "betty-ml")
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 

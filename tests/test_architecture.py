@@ -27,7 +27,7 @@ LAYERS = [
     ["optimizer"],
     ["minimize"],
     ["meta_grad", "meta_training", "levels"],
-    ["tasks"],
+    ["tasks", "diagnostics"],
     ["train", "interop"],
     ["__init__"],
 ]

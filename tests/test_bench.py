@@ -28,10 +28,11 @@ def small(comparison: str) -> Any:
         "omniglot": lambda: problems.Omniglot(tasks=2, ways=2, queries=2, steps=2, filters=4),
         "lstm": lambda: problems.LSTM(steps=3, batch=4, sizes=(6, 5, 3), hidden=4),
         "transformer": lambda: problems.Transformer(steps=2, batch=2, length=5, width=8, heads=2),
+        "meta-weight-net": lambda: problems.MetaWeightNet(batch=6, sizes=(5, 4, 3), hidden=4),
     }[comparison]()
 
 
-@pytest.mark.parametrize("comparison", ["sinusoid", "omniglot", "lstm", "transformer"])
+@pytest.mark.parametrize("comparison", ["sinusoid", "omniglot", "lstm", "transformer", "meta-weight-net"])
 def test_all_sides_compute_the_same(comparison: str) -> None:
     """Here, not in processes of their own; compiled sides are left to the benchmark, which compares them too."""
     import bench
@@ -41,7 +42,9 @@ def test_all_sides_compute_the_same(comparison: str) -> None:
     results = {}
     for side in COMPARISONS[comparison].sides:
         if side.installed and not side.options.get("compile"):
-            run = getattr(importlib.import_module(f"contenders.{side.module}"), comparison)(small(comparison), **side.options)
+            run = getattr(importlib.import_module(f"contenders.{side.module}"), comparison.replace("-", "_"))(
+                small(comparison), **side.options
+            )
             first, second = ({name: bench_process.array(value) for name, value in run().items()} for _ in range(2))
             assert all(np.abs(value).max() > 0 or "conv" in name for name, value in first.items())
             bench.check_equal({"a run": first, "another": second}, 1e-4)  # running changes nothing

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from problems import assert_close
 from torch.func import grad, vmap
+from torch.utils import _pytree as pytree
 
 from metaopt import tree
 
@@ -63,3 +67,24 @@ def test_a_complex_number_is_two_real_ones_in_a_row() -> None:
     row = tree.ravel(values)
     assert row.tolist() == [1, 2, 3, -4, 5]
     torch.testing.assert_close(tree.unravel(row, values), values, rtol=0, atol=0)
+
+
+class Pair(NamedTuple):
+    one: Any
+    other: Any
+
+
+def test_trees_are_mapped_and_read_as_torch_does() -> None:
+    """Also nodes that only torch knows, structures that differ, empty ones, and dicts in another order."""
+    nested = {"b": [1, (2.0, None)], "a": Pair(torch.ones(2), {}), "c": OrderedDict(z=3, y=[]), "d": torch.Size([4])}
+    assert str(tree.leaves(nested)) == str(pytree.tree_leaves(nested))
+    assert str(tree.map(lambda leaf: (leaf, "seen"), nested)) == str(pytree.tree_map(lambda leaf: (leaf, "seen"), nested))
+    pairs = [({"a": 1, "b": 2}, {"b": 20, "a": 10}), ([1, (2,)], [{"x": 0}, ([3],)]), (Pair(1, [2]), Pair(3, [4])), (1, [2, 3])]
+    for first, second in pairs:
+        expected = pytree.tree_map(lambda a, b: (a, b), first, second)
+        assert tree.map(lambda a, b: (a, b), first, second) == expected
+        assert type(tree.map(lambda a, b: (a, b), first, second)) is type(expected)
+    for first, second in (({"a": 1}, {"b": 1}), ([1, 2], [1]), ((1,), [1]), ([1], 1)):
+        with pytest.raises(ValueError, match=r"[Nn]ode|arity|key"):
+            tree.map(lambda a, b: (a, b), first, second)
+    assert tree.map(lambda leaf: "leaf", [(1, 2)], is_leaf=lambda node: isinstance(node, tuple)) == ["leaf"]

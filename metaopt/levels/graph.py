@@ -23,7 +23,7 @@ from metaopt.levels.edge import Edge
 from metaopt.levels.execution import Execution
 from metaopt.levels.level import Level
 from metaopt.levels.order import Owner, arrange
-from metaopt.levels.program import Program, all_shown
+from metaopt.levels.program import Program, all_shown, rest
 from metaopt.levels.reading import Reading, read
 from metaopt.levels.text import describe
 from metaopt.levels.update import initial_state
@@ -90,21 +90,40 @@ class LevelGraph:
         self._load()
         return metrics
 
-    def hypergradient(self, level: str) -> Params:
+    def hypergradient(self, level: str, *, after_steps: bool = False) -> Params:
         """Return dT/dw of a level by parameter name, at the present state; nothing steps, and no batch is used up.
 
         Rules that look at where steps end do so at the levels' present values. Those that differentiate steps look ahead along the
         steps that the lower levels would make next.
 
+        Args:
+            level: whose.
+            after_steps: let all rules look ahead, at levels that no other level shares: what the level's next step would use.
+
         Raises:
             ValueError: there is no such level.
         """
-        if level not in self.program.levels:
-            raise ValueError(f"LevelGraph: `level` must be one of {list(self.program.order.levels)}, got {level!r}.")
-        if self.program.levels[level].copies:
-            raise ValueError(f"level {level!r} has `copies`, each with a gradient of its own. Ask for that of a level above.")
-        scene, (rows, _) = all_shown(self._states), self._rows(level)
-        return self._execution.gradient(level, scene, self._state(level), rows, self._ahead(level), at_point=True)[0]
+        state, scene, rows, window = self._view(level)
+        return self._execution.gradient(level, scene, state, rows, window, at_point=not after_steps)[0]
+
+    def params(self, level: str) -> Params:
+        """Return a level's present parameters, by name."""
+        params: Params = self._view(level)[0]["params"]
+        return params
+
+    def objective(self, level: str, params: Params) -> Tensor:
+        """Return T(w), a level's loss after the steps that the levels below would make next, at other parameters w than its own.
+
+        Args:
+            level: whose.
+            params: w, by name.
+
+        Raises:
+            ValueError: there is no such level.
+        """
+        state, scene, rows, window = self._view(level)
+        with torch.no_grad():
+            return self._execution.total(level, params, scene, rest(state), rows, window, at_point=False)[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on, apart from the order of the data and the global random state."""
@@ -162,6 +181,18 @@ class LevelGraph:
                 counts[name] = math.prod(axes)
                 rows[name] = arranged(name, self._streams[name].peek(counts[name]), axes)
         return rows, counts
+
+    def _view(self, level: str) -> tuple[Tree, Tree, Tree, Window]:
+        """Return what a look at a level's step takes: its state, the scene, the next batches, and the window.
+
+        Raises:
+            ValueError: there is no such level, or it has copies.
+        """
+        if level not in self.program.levels:
+            raise ValueError(f"LevelGraph: `level` must be one of {list(self.program.order.levels)}, got {level!r}.")
+        if self.program.levels[level].copies:
+            raise ValueError(f"level {level!r} has `copies`, each with a gradient of its own. Ask for that of a level above.")
+        return self._state(level), all_shown(self._states), self._rows(level)[0], self._ahead(level)
 
     def _ahead(self, name: str) -> Window:
         """Return what will happen to the levels that `name` shares with others until its next step, if all others stay."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -73,6 +73,67 @@ def lstm(problem: problems.LSTM) -> Run:
             of_x, of_h, of_bias = of_cells[3 * layer : 3 * layer + 3]
             result |= {f"cells.{layer}.weight": torch.cat([of_x, of_h], 1), f"cells.{layer}.bias": of_bias}
         return result
+
+    return run
+
+
+def meta_weight_net(problem: problems.MetaWeightNet) -> Run:
+    """Move parameters in place, as in DARTS; before each run everything is put back."""
+    model, weights = problem.model(), problem.weights()
+    (x, y), (clean_x, clean_y) = problem.data()
+    inner = torch.optim.SGD(model.parameters(), problem.lr, momentum=problem.momentum)
+    outer = torch.optim.Adam(weights.parameters(), problem.outer_lr)
+    params, above = list(model.parameters()), list(weights.parameters())
+
+    def loss() -> Tensor:
+        return problems.weighted_loss(F.cross_entropy(model(x), y, reduction="none"), weights)
+
+    def step() -> None:
+        put_grads(params, torch.autograd.grad(loss(), params))
+        inner.step()
+        v = torch.autograd.grad(F.cross_entropy(model(clean_x), clean_y), params)
+        eps = problem.radius / torch.cat([part.flatten() for part in v]).norm().item()
+        before = [param.detach().clone() for param in params]
+        with torch.no_grad():
+            torch._foreach_add_(params, v, alpha=eps)
+        ahead = torch.autograd.grad(loss(), above)
+        with torch.no_grad():
+            torch._foreach_add_(params, v, alpha=-2 * eps)
+        behind = torch.autograd.grad(loss(), above)
+        with torch.no_grad():
+            torch._foreach_copy_(params, before)
+        put_grads(above, [(b - a) / (2 * eps) for a, b in zip(ahead, behind, strict=True)])
+        outer.step()
+
+    return again_and_again(step, dict(weights.named_parameters()), params, inner, outer)
+
+
+def put_grads(params: list[nn.Parameter], grads: Sequence[Tensor]) -> None:
+    for param, grad_ in zip(params, grads, strict=True):
+        param.grad = grad_
+
+
+def again_and_again(
+    step: Callable[[], None],
+    above: dict[str, nn.Parameter],
+    below: list[nn.Parameter],
+    inner: torch.optim.SGD,
+    outer: torch.optim.Adam,
+) -> Run:
+    """Return a run that makes the first step of all, and says with which gradient Adam moved the parameters above."""
+    params = [*above.values(), *below]
+    initial = [param.detach().clone() for param in params]
+    step()
+    memory = [tensor for opt in (inner, outer) for state in opt.state.values() for tensor in state.values()]
+    means = {name: outer.state[param]["exp_avg"] for name, param in above.items()}
+    decay = outer.defaults["betas"][0]
+
+    def run() -> dict[str, Tensor]:
+        with torch.no_grad():
+            torch._foreach_copy_(params, initial)
+            torch._foreach_zero_(memory)
+        step()
+        return {name: mean / (1 - decay) for name, mean in means.items()}
 
     return run
 

@@ -114,6 +114,44 @@ class Transformer:
         return torch.linspace(0.5, 1.5, self.steps * self.batch).view(self.steps, self.batch)
 
 
+@dataclass(frozen=True)
+class MetaWeightNet:
+    """One iteration of meta-weight-net: a step of the learner, the hypergradient by finite differences, a step of the weights."""
+
+    batch: int = 100
+    sizes: tuple[int, int, int] = (784, 200, 10)
+    hidden: int = 100
+    lr: float = 0.1
+    momentum: float = 0.9
+    outer_lr: float = 1e-3
+    radius: float = 0.01
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        inputs, hidden, outputs = self.sizes
+        return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+    def weights(self) -> nn.Module:
+        """Return the network that gives an example a weight, from its loss."""
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(1, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1), nn.Sigmoid())
+
+    def data(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return a batch of (inputs, labels) for the learner and one for the weights."""
+        generator = torch.Generator().manual_seed(2)
+
+        def part() -> tuple[Tensor, Tensor]:
+            x = torch.rand(self.batch, self.sizes[0], generator=generator)
+            return x, torch.randint(self.sizes[-1], (self.batch,), generator=generator)
+
+        return part(), part()
+
+
+def weighted_loss(losses: Tensor, weights: nn.Module) -> Tensor:
+    """Return the mean of losses [batch], each times the weight that it is given."""
+    return (weights(losses.detach()[:, None]).squeeze(-1) * losses).mean()
+
+
 def library_source(count: int) -> Tensor:
     """Return the first `count` bytes of the Python library's own sources, as int64."""
     text = bytearray()

@@ -92,4 +92,13 @@ COMPARISONS = {
             Side("metaopt, Revolve(16)", "with_metaopt", REVOLVE, lengths=MANY),
         ],
     ),
+    "meta-weight-net": Comparison(
+        problems.MetaWeightNet(),
+        [
+            Side("Betty", "with_betty"),
+            Side("PyTorch by hand", "by_hand"),
+            Side("metaopt", "with_metaopt"),
+            Side("metaopt, compiled", "with_metaopt", {"compile": True}),
+        ],
+    ),
 }

@@ -15,7 +15,7 @@ from contenders.problems import next_byte_losses
 from metaopt.differentiate import Rule
 from metaopt.functional import Functional, Params
 from metaopt.tasks.episode import Episode
-from optimizers import SGD, Grouped, LSTMOptimizer
+from optimizers import SGD, Adam, Grouped, LSTMOptimizer
 
 Run = Callable[[], dict[str, Tensor]]
 
@@ -80,5 +80,31 @@ def transformer(problem: problems.Transformer, *, memory: Any = "full", **option
         value = next_byte_losses(net(params, validation), validation).mean()
         *of_rates, of_weights = torch.autograd.grad(value, [*rates.values(), weights])
         return dict(zip(rates, of_rates, strict=True)) | {"weights": of_weights}
+
+    return run
+
+
+def meta_weight_net(problem: problems.MetaWeightNet, *, compile: bool = False) -> Run:
+    noisy, clean = problem.data()
+
+    def learner_loss(levels: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return problems.weighted_loss(F.cross_entropy(levels.learner(x), y, reduction="none"), levels.weights)
+
+    def meta_loss(levels: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(levels.learner(x), y)
+
+    learner = mo.Level("learner", problem.model(), learner_loss, SGD(problem.lr, momentum=problem.momentum), data=[noisy])
+    weights = mo.Level("weights", problem.weights(), meta_loss, Adam(problem.outer_lr), data=[clean])
+    rule = mo.FiniteDifference(problem.radius)
+    graph = mo.LevelGraph([mo.Edge(upper=weights, lower=learner, differentiate=rule)], compile=compile)
+    start, decay = graph.state_dict(), 0.9  # Adam's beta1
+
+    def run() -> dict[str, Tensor]:
+        graph.load_state_dict(start)
+        graph.step()
+        means = graph.state_dict()["levels"]["weights"]["optimizer"]["slots"]["mean"]
+        return {name: mean / (1 - decay) for name, mean in means.items()}
 
     return run

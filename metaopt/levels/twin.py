@@ -1,0 +1,77 @@
+"""A graph beside another, in the same state, with something exchanged: to look at, not to step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.differentiate import Rule
+from metaopt.functional import functional
+from metaopt.levels.checks import check_program
+from metaopt.levels.data import Stream
+from metaopt.levels.edge import Edge
+from metaopt.levels.execution import Execution
+from metaopt.levels.graph import LevelGraph
+from metaopt.levels.level import Level
+from metaopt.levels.program import Program
+from metaopt.tree import Tree
+
+
+def with_rules(graph: LevelGraph, rule: Callable[[Edge], Rule]) -> LevelGraph:
+    """Return the graph with `rule(edge)` for the rule of each edge; it reads the same data.
+
+    Raises:
+        ValueError: the rules contradict each other, or do not suit an edge.
+    """
+    edges = tuple(replace(edge, differentiate=rule(edge)) for edge in graph.program.edges)
+    program = replace(graph.program, edges=edges)
+    check_program(program)
+    return _twin(graph, program)
+
+
+def in_float64(graph: LevelGraph) -> LevelGraph:
+    """Return the graph with float64 parameters, states, models and data, uncompiled and without autocast."""
+    levels = {name: _level_in_float64(level) for name, level in graph.program.levels.items()}
+    initial = _in_float64(graph.program.initial)
+    twin = _twin(graph, replace(graph.program, levels=levels, initial=initial, compile=False))
+    twin._states = _in_float64(graph._states)
+    twin._streams = {name: _StreamInFloat64(stream) for name, stream in graph._streams.items()}
+    return twin
+
+
+def _twin(graph: LevelGraph, program: Program) -> LevelGraph:
+    twin = copy.copy(graph)
+    twin.program, twin._execution = program, Execution(program)
+    return twin
+
+
+def _level_in_float64(level: Level) -> Level:
+    twin = copy.copy(level)
+    twin.net, twin.precision = functional(copy.deepcopy(level.model).double()), None
+    return twin
+
+
+class _StreamInFloat64(Stream):
+    def __init__(self, stream: Stream):
+        super().__init__(stream.level, None, stream.device)
+        self.stream = stream
+
+    def peek(self, count: int) -> list[Tree]:
+        known: dict[int, Tree] = {}  # a batch that comes again stays the same object
+        return [known.setdefault(id(batch), _in_float64(batch)) for batch in self.stream.peek(count)]
+
+
+def _in_float64(values: Tree) -> Tree:
+    return tree.map(_leaf_in_float64, values)
+
+
+def _leaf_in_float64(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+        return leaf
+    return leaf.to(torch.complex128 if leaf.is_complex() else torch.float64)
