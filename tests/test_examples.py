@@ -10,6 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES: list[tuple[str, dict[str, Any]]] = [  # name, and the arguments of its small form; "out" is set to a fresh folder
+    ("reweighting", {"seeds": 1, "steps": 300, "out": "weights.png"}),
     ("weight_decay", {"seeds": 1, "steps": 3}),
 ]
 
