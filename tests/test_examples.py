@@ -10,6 +10,8 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES: list[tuple[str, dict[str, Any]]] = [  # name, and the arguments of its small form; "out" is set to a fresh folder
+    ("architecture_search", {"seeds": 1, "rivals": 3, "steps": 60}),
+    ("learning_by_ignoring", {"seeds": 1, "steps": 15}),
     ("reweighting", {"seeds": 1, "steps": 300, "out": "weights.png"}),
     ("weight_decay", {"seeds": 1, "steps": 3}),
 ]
