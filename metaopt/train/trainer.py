@@ -70,7 +70,7 @@ class Trainer:
                 self._validate(0, bar)
                 for step in range(1, self.max_steps + 1):
                     metrics = {name: float(value) for name, value in self.training.step().items()}
-                    if self.logger:
+                    if self.logger is not None:
                         self.logger.log(step, metrics)
                     bar.update()
                     if step % self.validate_every == 0 or step == self.max_steps:
@@ -78,14 +78,14 @@ class Trainer:
         finally:
             if self._best_state is not None:
                 self.training.load_state_dict(self._best_state)
-            if self.logger:
+            if self.logger is not None:
                 self.logger.close()
 
     def _validate(self, step: int, bar: tqdm) -> None:
         if self.validate is None:
             return
         value = self.validate()
-        if self.logger:
+        if self.logger is not None:
             self.logger.log(step, {"validation": value})
         if value < self.best:  # a nan is never best
             self.best, self.best_step = value, step
