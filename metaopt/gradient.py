@@ -29,7 +29,7 @@ def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree) -> tuple
     """
     leaves, structure = tree.flatten(at)
     again = torch.is_grad_enabled()
-    if not values_are_readable() or any(leaf.is_inference() for leaf in leaves) or (again and not all(map(is_tracked, leaves))):
+    if _needs_transform(leaves, again):
         grads, (value, aux) = torch.func.grad_and_value(function, has_aux=True)(at)
         return grads, value, aux
     with torch.enable_grad():
@@ -43,3 +43,9 @@ def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree) -> tuple
     if not again:
         value, aux = value.detach(), tree.map(torch.Tensor.detach, aux)
     return tree.unflatten(structure, grads), value, aux
+
+
+def _needs_transform(leaves: list[Tensor], again: bool) -> bool:
+    """Say whether plain autograd cannot stand in; in inference mode it would answer zero."""
+    inference = torch.is_inference_mode_enabled() or any(leaf.is_inference() for leaf in leaves)
+    return inference or not values_are_readable() or (again and not all(map(is_tracked, leaves)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [  # name, and the arguments of its
     ("reweighting", {"seeds": 1, "steps": 300, "out": "weights.png"}),
     ("weight_decay", {"seeds": 1, "steps": 3}),
 ]
+
+COMMANDS = {  # arguments of the small form, and a phrase of what it prints
+    "implicit_maml": (["--steps", "10", "--tasks", "8", "--test-tasks", "50"], "implicit MAML: 0."),
+    "data_distillation": (["--steps", "40", "--learners", "4", "--out", "{out}/images.png"], "synthetic images: 0."),
+    "learning_rate_of_learning_rate": (["--steps", "4"], "learned rate of learned rate: test loss"),
+    "implicit_middle": (["--steps", "1", "--copies", "4", "--test-tasks", "10"], "learned start: test loss 0."),
+}
 
 
 def load(name: str) -> Any:
@@ -34,9 +43,18 @@ def test_the_small_form_runs(name: str, small: dict[str, Any], tmp_path: Path, c
         assert small["out"].stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_example_runs(name: str, tmp_path: Path) -> None:
+    arguments, phrase = COMMANDS[name]
+    command = [sys.executable, "-W", "error", f"examples/{name}.py", *(part.format(out=tmp_path) for part in arguments)]
+    done = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert phrase in done.stdout
+
+
 def test_every_example_is_in_the_table_and_opens_with_its_command() -> None:
-    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted(name for name, _ in EXAMPLES)
-    for name, _ in EXAMPLES:
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted([*COMMANDS, *(name for name, _ in EXAMPLES)])
+    for name in [*COMMANDS, *(name for name, _ in EXAMPLES)]:
         lines = (FOLDER / f"{name}.py").read_text().splitlines()
         assert lines[0].startswith('"""')
         assert lines[2].startswith(f"    python examples/{name}.py")
