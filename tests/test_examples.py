@@ -12,7 +12,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES: list[tuple[str, dict[str, Any]]] = [  # name, and the arguments of its small form; "out" is set to a fresh folder
-    ("architecture_search", {"seeds": 1, "rivals": 3, "steps": 60}),
+    ("architecture_search", {"seeds": 1, "rivals": 2, "steps": 40}),
     ("learning_by_ignoring", {"seeds": 1, "steps": 15}),
     ("reweighting", {"seeds": 1, "steps": 300, "out": "weights.png"}),
     ("weight_decay", {"seeds": 1, "steps": 3}),
@@ -69,3 +69,10 @@ def test_weight_decay_ends_at_the_known_losses() -> None:
         "exact": pytest.approx([0.3657, 0.3609, 0.3769], abs=1e-4),
         "CG(3)": pytest.approx([0.3664, 0.3607, 0.3774], abs=1e-4),
     }
+
+
+@pytest.mark.slow
+def test_derived_architectures_are_better_than_median_random_ones() -> None:
+    """In the mean over three seeds."""
+    derived, median, _ = load("architecture_search").main().mean(0)
+    assert derived > median
