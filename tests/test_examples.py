@@ -43,7 +43,10 @@ def test_the_small_form_runs(name: str, small: dict[str, Any], tmp_path: Path, c
         assert small["out"].stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+SLOW = {"implicit_middle"}  # its check solves to rounding
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COMMANDS])
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
     arguments, phrase = COMMANDS[name]
     command = [sys.executable, "-W", "error", f"examples/{name}.py", *(part.format(out=tmp_path) for part in arguments)]
@@ -58,7 +61,7 @@ def test_every_example_is_in_the_table_and_opens_with_its_command() -> None:
         lines = (FOLDER / f"{name}.py").read_text().splitlines()
         assert lines[0].startswith('"""')
         assert lines[2].startswith(f"    python examples/{name}.py")
-        assert len(lines) <= 120
+        assert len(lines) <= 140
 
 
 @pytest.mark.slow
