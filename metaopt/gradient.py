@@ -47,5 +47,7 @@ def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree) -> tuple
 
 def _needs_transform(leaves: list[Tensor], again: bool) -> bool:
     """Say whether plain autograd cannot stand in; in inference mode it would answer zero."""
+    if not values_are_readable():  # first: a compiler cannot be asked the rest
+        return True
     inference = torch.is_inference_mode_enabled() or any(leaf.is_inference() for leaf in leaves)
-    return inference or not values_are_readable() or (again and not all(map(is_tracked, leaves)))
+    return inference or (again and not all(map(is_tracked, leaves)))

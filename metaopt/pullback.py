@@ -40,8 +40,7 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
         return [result for result, seed in zip(results, seeds, strict=True) if seed is not None]
 
     given = [seed for seed in seeds if seed is not None]
-    inference = torch.is_inference_mode_enabled() or any(leaf.is_inference() for leaf in variables)
-    if torch.is_grad_enabled() or not values_are_readable() or inference:
+    if torch.is_grad_enabled() or not values_are_readable() or any(leaf.is_inference() for leaf in variables):
         _, pull, *_ = torch.func.vjp(run, variables)
         (bars,) = pull(given)
     else:  # nobody differentiates this again, so it need not be recorded
