@@ -17,7 +17,8 @@ def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree) -> tuple
 
     `torch.func.grad` records its backward pass, at its own level and at every level around it. Plain autograd records it
     once, or not at all where nobody differentiates it again: a second-order task of a convolution network took .86 of the
-    time, and a meta-gradient of 300 steps a third of the memory. It stands in where no transform of `torch.func` is active and no compiler, and where w is differentiated if
+    time, and a meta-gradient of 300 steps a third of the memory. It stands in
+    where no transform of `torch.func` is active and no compiler, and where w is differentiated if
     anything is: otherwise a graph would begin at w that nobody asked for.
 
     Args:

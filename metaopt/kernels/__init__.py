@@ -26,7 +26,8 @@ def any_order() -> AbstractContextManager[Any]:
 
     Cost:
         About a microsecond for each call of a torch function, which Python then sees: 5 to 8 % of a meta-gradient's time for a
-        40-40 MLP. Norms themselves take longer: about 15 % of a second-order task of a convolution network. Entering it again inside costs nothing.
+        40-40 MLP. Norms themselves take longer: about 15 % of a second-order task of a
+        convolution network. Entering it again inside costs nothing.
     """
     # The stack, not a flag of ours: torch takes a mode off it while it hands a function on, a backward pass for example.
     entered = any(isinstance(mode, _AnyOrder) for mode in _get_current_function_mode_stack())
