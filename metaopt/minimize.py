@@ -129,7 +129,8 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _batches_and_steps(batches: Tree | Iterable[Tree], steps: int | None) -> tuple[Tree | Stream, Tree, int | None]:
     """Return (rows to scan over, the batch of every step, number of steps if known); one of the first two is empty."""
-    is_leaf = [id(leaf) for leaf in tree.leaves(batches)] == [id(batches)]  # no dict, list or tuple: these are trees
+    leaves = tree.leaves(batches)
+    is_leaf = len(leaves) == 1 and leaves[0] is batches  # no dict, list or tuple: these are trees
     streams = is_leaf and isinstance(batches, Iterable) and not isinstance(batches, Tensor | str)
     if steps is not None:
         if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
