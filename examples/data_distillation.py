@@ -3,13 +3,10 @@
     python examples/data_distillation.py                           # 200 meta-steps, as in the README
     python examples/data_distillation.py --steps 40 --learners 4   # a look
 
-The lower level, "learner", makes 10 full-batch SGD steps on the synthetic images, always from fresh random weights; the upper
-level, "images", holds the images and the learning rate, and lowers the learner's loss on real digits (Wang, Zhu, Torralba, Efros
-2018, arXiv:1811.10959, with random initialisation). Its module contains the optimizer of the level below, so that the learning
-rate is learned too. The learner's parameters are offsets from weights that come with the data: its copies begin differently.
-
-What is learned is compared, for new random weights and on held-out digits, with as many real images, in several random choices,
-for which the learning rate is the best of a grid.
+The "learner" makes 10 full-batch SGD steps on the synthetic images, always from fresh random weights; "images" holds them and the
+learner's optimizer, and lowers the learner's loss on real digits (Wang, Zhu, Torralba, Efros 2018, arXiv:1811.10959). The
+learner's parameters are offsets from weights that come with the data: so its copies begin differently. What is learned is compared,
+for new weights and on held-out digits, with choices of as many real images, whose learning rate is the best of a grid.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -29,8 +26,7 @@ import metaopt as mo
 from metaopt.tasks.digits import digits
 from optimizers import SGD, Adam, ClipNorm
 
-CLASSES, TRAIN = 10, 1200  # the first 1200 digits are to learn from, the others held out
-STEPS, COPIES = 10, 8  # of the learner
+CLASSES, TRAIN, STEPS, COPIES = 10, 1200, 10, 8  # digits to learn from, the others are held out; steps and copies of the learner
 
 model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES))
 for zero in model.parameters():
@@ -90,23 +86,13 @@ def accuracies(x: Tensor, y: Tensor, lr: float | Tensor, learners: int) -> Tenso
 
 def picture(x: Tensor, path: Path) -> None:
     """Save the images, one column a class."""
-    figure = Figure(figsize=(8, 0.8 * len(x) // CLASSES + 0.6))
-    for axes, pixels in zip(figure.subplots(len(x) // CLASSES, CLASSES).flat, x, strict=True):
-        axes.imshow(pixels.reshape(8, 8).tolist(), cmap="gray_r")
-        axes.axis("off")
+    rows = F.pad(x.detach().reshape(-1, CLASSES, 8, 8), (1, 1, 1, 1)).transpose(1, 2).flatten(0, 1).flatten(1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    imsave(path, rows.repeat_interleave(10, 0).repeat_interleave(10, 1).numpy(), cmap="gray_r")
 
 
 def main(steps: int = 200, per_class: int = 1, learners: int = 20, out: Path = Path("runs/data_distillation/images.png")) -> None:
-    """Learn synthetic images and compare them with real ones.
-
-    Args:
-        steps: of the upper level.
-        per_class: synthetic images of each class.
-        learners: random weights to compare with; and so many choices of real images.
-        out: where the picture goes.
-    """
+    """Learn synthetic images in so many steps; compare them, for so many learners, with as many choices of real images."""
     torch.manual_seed(0)
     images = Images(per_class)
     repeated = (start for start, _, _ in starts(0) for _ in range(STEPS))
@@ -118,7 +104,6 @@ def main(steps: int = 200, per_class: int = 1, learners: int = 20, out: Path = P
     picture(images.pixels, out)
 
     synthetic = accuracies(*images(), images.optimizer.lr.detach(), learners)
-
     (x, y), generator = digits(), torch.Generator().manual_seed(2)
     choices = [[torch.randperm(TRAIN, generator=generator) for _ in range(CLASSES)] for _ in range(learners)]
     picks = [torch.cat([order[y[order] == c][:per_class] for c, order in enumerate(choice)]) for choice in choices]

@@ -9,8 +9,7 @@ Each task is to tell two handwritten digits apart from 8 noisy images of each, 8
   -[d grad_w L / ds]' H^-1 v, whatever steps led to w (Lorraine, Vicol, Duvenaud 2020, arXiv:1911.02590);
 - "initial_strength" is where s starts in every task, learned so that those 3 steps lower the loss on yet other images: by
   `Backprop` through the steps of "strength", so that the implicit gradients are themselves differentiated.
-The top hypergradient is first checked by finite differences. Then the learned start is compared, on unseen pairs, with the
-best single strength for all pixels.
+The top hypergradient is checked by finite differences, and the learned start compared, on unseen pairs, with the best single one.
 """
 
 from __future__ import annotations
@@ -29,22 +28,19 @@ from metaopt.tasks.digits import digits
 from optimizers import SGD, Adam, ClipNorm
 
 PIXELS, SHOTS, MIDDLE, NOISE = 64, 8, 3, 0.5
-PAIRS = list(itertools.combinations(range(10), 2))
+Pairs = list[tuple[int, int]]
+PAIRS: Pairs = list(itertools.combinations(range(10), 2))
 TRAIN_PAIRS, TEST_PAIRS = [p for p in PAIRS if sum(p) % 3], [p for p in PAIRS if sum(p) % 3 == 0]
 
 
-class Vector(nn.Module):
-    """One number for each pixel, and as a model their weighted sum."""
-
-    def __init__(self, value: float):
-        super().__init__()
-        self.w = nn.Parameter(torch.full((PIXELS,), value))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.w
+def vector(value: float) -> nn.Module:
+    """Return one number for each pixel, and as a model their weighted sum."""
+    model = nn.Linear(PIXELS, 1, bias=False)
+    nn.init.constant_(model.weight, value)
+    return model
 
 
-def tasks(pairs: list[tuple[int, int]], seed: int, copies: int, part: int, repeat: int) -> Iterator[tuple[Tensor, Tensor]]:
+def tasks(pairs: Pairs, seed: int, copies: int, part: int, repeat: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images [copies, 16, 64] and labels [copies, 16] of one of the three disjoint parts of a task, each `repeat` times."""
     images, labels = digits()
     images = (images - images.mean(0)).to(torch.get_default_dtype())
@@ -58,30 +54,26 @@ def tasks(pairs: list[tuple[int, int]], seed: int, copies: int, part: int, repea
                 rows.append(of_digit[torch.randperm(len(of_digit), generator=generator)[: 3 * SHOTS]])
         x = images[torch.stack(rows)].unflatten(0, (copies, 2)).unflatten(2, (3, SHOTS))
         noisy = x + NOISE * torch.randn(x.shape, generator=generator).to(x)
-        x = noisy[:, :, part].flatten(1, 2)
-        for _ in range(repeat):
-            yield x, y.expand(copies, -1)
+        yield from [(noisy[:, :, part].flatten(1, 2), y.expand(copies, -1))] * repeat
 
 
 def fit_loss(levels: Any, batch: Any) -> Tensor:
     """Return the regularised loss of the classifier."""
-    strength = levels.strength.params["w"].exp()
-    return held_out_loss(levels, batch) + 0.5 * (strength * levels.classifier.params["w"].square()).sum()
+    strength = levels.strength.params["weight"].exp()
+    return held_out_loss(levels, batch) + 0.5 * (strength * levels.classifier.params["weight"].square()).sum()
 
 
 def held_out_loss(levels: Any, batch: Any) -> Tensor:
     """Return the loss of the classifier, of both levels above on images of their own."""
     x, y = batch
-    return F.binary_cross_entropy_with_logits(levels.classifier(x), y)
+    return F.binary_cross_entropy_with_logits(levels.classifier(x)[..., 0], y)
 
 
-def level_graph(
-    start: nn.Module, optimizer: mo.Optimizer, pairs: list[tuple[int, int]], *, seed: int, copies: int, solve: int
-) -> mo.LevelGraph:
+def level_graph(start: nn.Module, optimizer: mo.Optimizer, pairs: Pairs, seed: int, copies: int, solve: int) -> mo.LevelGraph:
     """Return the graph in which `start` holds the initial strengths of `copies` tasks at once, new ones at every step."""
     data = [tasks(pairs, seed, copies, part, repeat) for part, repeat in enumerate((MIDDLE * solve, MIDDLE, 1))]
-    classifier = mo.Level("classifier", Vector(0.0), fit_loss, SGD(0.3, momentum=0.9, nesterov=True), data[0], copies=copies)
-    strength = mo.Level("strength", Vector(0.0), held_out_loss, ClipNorm(0.1, SGD(20.0)), data[1], copies=copies)
+    classifier = mo.Level("classifier", vector(0.0), fit_loss, SGD(0.3, momentum=0.9, nesterov=True), data[0], copies=copies)
+    strength = mo.Level("strength", vector(0.0), held_out_loss, ClipNorm(0.1, SGD(20.0)), data[1], copies=copies)
     initial = mo.Level("initial_strength", start, held_out_loss, optimizer, data[2])
     implicit = mo.Implicit(mo.ConjugateGradient(max_steps=30, rtol=1e-4 if copies > 2 else 1e-12))
     top = mo.Edge(initial, strength, steps=MIDDLE, start="upper", differentiate=mo.Backprop())
@@ -92,15 +84,10 @@ def check_hypergradient() -> None:
     """Compare a directional derivative of the top loss with central differences, in float64 and with w solved to rounding."""
     torch.set_default_dtype(torch.float64)
 
-    def graph(shift: Tensor) -> mo.LevelGraph:
-        start = Vector(-2.0)
-        start.w.data += shift
-        return level_graph(start, SGD(0.0), TRAIN_PAIRS, seed=5, copies=2, solve=400)
-
-    direction = torch.randn(PIXELS, generator=torch.Generator().manual_seed(0))
-    exact = graph(torch.zeros(PIXELS)).hypergradient("initial_strength")["w"] @ direction
-    h = 1e-4
-    high, low = (graph(sign * h * direction).step()["initial_strength/loss"] for sign in (1, -1))
+    start, direction, h = vector(-2.0), torch.randn(1, PIXELS, generator=torch.Generator().manual_seed(0)), 1e-4
+    graph = level_graph(start, SGD(0.0), TRAIN_PAIRS, seed=5, copies=2, solve=400)
+    exact = (graph.hypergradient("initial_strength")["weight"] * direction).sum()
+    high, low = (graph.objective("initial_strength", {"weight": -2.0 + sign * h * direction}) for sign in (1, -1))
     differences = (high - low) / (2 * h)
     torch.set_default_dtype(torch.float32)
     print(f"Hypergradient of the initial strengths, along a direction: {exact:.8g}; finite differences {differences:.8g}")
@@ -108,16 +95,9 @@ def check_hypergradient() -> None:
 
 
 def main(steps: int = 30, copies: int = 16, solve: int = 40, test_tasks: int = 200) -> None:
-    """Learn where the regularisation strengths of small classification tasks start.
-
-    Args:
-        steps: of the top level.
-        copies: tasks a step.
-        solve: steps in which the classifier is fitted, for each step of its strengths.
-        test_tasks: tasks to compare on, with pairs of digits that were not trained on.
-    """
+    """Learn where strengths start, from `copies` tasks a step; `solve` steps fit a classifier for each step of its strengths."""
     check_hypergradient()
-    learned = Vector(-3.0)
+    learned = vector(-3.0)
     graph = level_graph(learned, Adam(0.2), TRAIN_PAIRS, seed=0, copies=copies, solve=solve)
     print(graph)
     mo.Trainer(graph, max_steps=steps, label="initial strengths").fit()
@@ -126,11 +106,11 @@ def main(steps: int = 30, copies: int = 16, solve: int = 40, test_tasks: int = 2
         test = level_graph(start, SGD(0.0), TEST_PAIRS, seed=1, copies=test_tasks, solve=solve)
         return float(test.step()["initial_strength/loss"])
 
-    grid = {s: test_loss(Vector(s)) for s in (-5.0, -4.0, -3.0, -2.0)}
+    grid = {s: test_loss(vector(s)) for s in (-5.0, -4.0, -3.0, -2.0)}
     for s, loss in grid.items():
         print(f"start at strength exp({s:g}) for every pixel: test loss {loss:.4f}")
     print(f"learned start: test loss {(found := test_loss(learned)):.4f}")
-    print("log strengths learned, by pixel:\n", learned.w.detach().reshape(8, 8).numpy().round(1))
+    print("log strengths learned, by pixel:\n", learned.weight.detach().reshape(8, 8).numpy().round(1))
     assert steps < 30 or found < min(grid.values()), "a learned start is better than the best single strength"
 
 
