@@ -62,13 +62,18 @@ def batches(steps: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(2, (steps, 8), generator=generator)
 
 
-def gradients(optimizer: mo.Optimizer, rule: Rule, steps: int, *, compile: bool, dropout: float = 0.0) -> list:
+def gradients(
+    optimizer: mo.Optimizer, rule: Rule, steps: int, *, compile: bool, dropout: float = 0.0, create_graph: bool = False
+) -> list:
     """Return the losses and the derivative of their sum with respect to all parameters, of optimizer and network."""
     loss_fn, params = made(dropout)
     torch.manual_seed(2)
     out = mo.minimize(loss_fn, optimizer, params, batches(steps), differentiate=rule, compile=compile)
     value = out.losses.sum() + sum(p.square().sum() for p in out.params.values())
-    return [out.losses.detach(), *torch.autograd.grad(value, [*optimizer.parameters(), *params.values()])]
+    return [
+        out.losses.detach(),
+        *torch.autograd.grad(value, [*optimizer.parameters(), *params.values()], create_graph=create_graph),
+    ]
 
 
 def assert_equal(found: list, expected: list, tolerance: float) -> None:
@@ -104,6 +109,22 @@ class TestEquality:
         optimizer = Adam(lr=schedule())
         rule = mo.Backprop()
         assert_equal(gradients(optimizer, rule, 4, compile=True), gradients(optimizer, rule, 4, compile=False), 1e-5)
+
+    @pytest.mark.parametrize("memory", ["steps", mo.Revolve(2)], ids=["steps", "revolve"])
+    def test_second_derivatives_through_a_compiled_loop(self, memory: object, float64: None) -> None:
+        optimizer = Adam(lr=nn.Parameter(torch.tensor(0.1)))
+
+        def seconds(*, compile: bool) -> list[Tensor]:
+            first = gradients(optimizer, mo.Backprop(memory), 4, compile=compile, create_graph=True)
+            return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first[1:]), [*optimizer.parameters()])]
+
+        assert_equal(seconds(compile=True), seconds(compile=False), 1e-11)
+
+    def test_those_of_a_loop_compiled_as_a_whole_are_refused(self) -> None:
+        optimizer = Adam(lr=nn.Parameter(torch.tensor(0.1)))
+        first = gradients(optimizer, mo.Backprop(), 2, compile=True, create_graph=True)
+        with pytest.raises(RuntimeError, match="does not currently support double backward"):
+            torch.autograd.grad(first[1], [*optimizer.parameters()])
 
     def test_dropout_draws_what_it_draws_uncompiled(self) -> None:
         optimizer = SGD(lr=nn.Parameter(torch.tensor(0.1)))
