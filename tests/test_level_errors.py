@@ -75,12 +75,6 @@ def deep_sharing() -> mo.LevelGraph:
     return mo.LevelGraph([mo.Edge(top, mid), mo.Edge(mid, low), mo.Edge(low, deep), mo.Edge(top, deep)])
 
 
-def shared_twice() -> mo.LevelGraph:
-    reads = {"a": "c", "b": "c", "c": "a b d", "e": "d", "d": "c e"}
-    a, b, c, d, e = named("a", "b", "c", "d", "e", reads=reads)
-    return mo.LevelGraph([mo.Edge(a, c), mo.Edge(b, c), mo.Edge(c, d), mo.Edge(e, d)])
-
-
 def hidden_response() -> mo.LevelGraph:
     reads = {"top": "low", "mid": "top solved", "solved": "mid low", "low": "solved"}
     top, mid, solved, low = named("top", "mid", "solved", "low", reads=reads)
@@ -205,7 +199,6 @@ GRAPHS: dict[str, tuple[Callable[[], mo.LevelGraph], str]] = {
         deep_sharing,
         r"Edge low -> deep: 'low' makes its steps inside those of 'mid', and so cannot share 'deep' with \['top'\]",
     ),
-    "shared twice": (shared_twice, r"level 'a' waits for 'c', which itself shares \['d'\] with others"),
     "hidden": (
         hidden_response,
         r"level 'top': its loss reads 'low', which runs inside the steps of 'solved'. Implicit there and Backprop for 'mid'",

@@ -136,11 +136,13 @@ def _check_link(program: Program, edge: Edge) -> None:
 def _check_shared(program: Program, name: str) -> None:
     order = program.order
     for other in sorted(order.shared[name]):
-        program.rules(name, other)
-        if order.shared[other]:
+        rules = program.rules(name, other)
+        between = sorted(lower for lower in order.shared[name] if other in order.shared[lower])
+        if between and isinstance(rules[0][0], PointRule) and program.readings[name].levels & ({other} | order.inside(other)):
             raise ValueError(
-                f"level {name!r} waits for {other!r}, which itself shares {sorted(order.shared[other])} with others. Of the levels "
-                f"that {other!r} waits for, none may have another upper level."
+                f"level {name!r}: its loss reads {other!r}, which {between[0]!r} waits for and shares with others. How {other!r} "
+                f"responds to where {between[0]!r} came to is not known to {type(rules[0][0]).__name__}. Read {between[0]!r} "
+                "instead, or use `mo.Backprop()`."
             )
     for other in order.members.get(name, ()):
         program.rules(name, other)

@@ -27,7 +27,7 @@ from metaopt.levels.order import Event, Owner
 from metaopt.levels.program import Program, all_shown, detached, rest, shown
 from metaopt.levels.update import begun, optimizer_tensors, update
 from metaopt.levels.view import evaluate
-from metaopt.levels.window import NO_WINDOW, Happened, Window
+from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
@@ -55,7 +55,7 @@ class Execution:
         order = self.program.order
         scene, states, taken = dict(scene), dict(states), dict.fromkeys(states, 0)
         scene |= all_shown(states) if owner is None else {name: shown(state) for name, state in states.items()}
-        windows = {name: Window({other: states[other] for other in order.shared[name]}) for name in states if order.shared[name]}
+        windows = opened([name for name in order.levels if name in states], order.shared, states)
         for event in order.events.get(owner, ()):
             name, first = event.level, taken[event.level]
             taken[name] += event.steps
@@ -66,11 +66,7 @@ class Execution:
             rules, before = self.program.rules(owner, name), scene
             states[name] = self.advance(event, rules, scene, states[name], part, windows.get(name, NO_WINDOW), begins, at_point)
             scene = scene | self._exposed(name, rules, scene, states[name], part)
-            for waiting in windows:
-                if name in order.shared[waiting]:
-                    windows[waiting] = windows[waiting].then(Happened(event, before, part, states[name], begins))
-            if name in windows:
-                windows[name] = Window({other: states[other] for other in order.shared[name]})
+            windows = advanced(Happened(event, before, part, states[name], begins), windows, order.shared, states)
         return scene, states
 
     def advance(
@@ -157,14 +153,17 @@ class Execution:
 
     def _replayed(self, name: str, scene: Tree, window: Window) -> Tree:
         """Return the scene with the responses of the levels that `name` shares with others, as functions of its parameters."""
-        states = dict(window.start)
-        for event, then, rows, after, begins in window.happened:
-            seen = {**then, **{other: shown(state) for other, state in states.items()}, name: scene[name]}
-            rules = self.program.rules(name, event.level)
+        states, windows = dict(window.start), window.inner
+        for happened in window.happened:
+            event, lower, rows = happened.event, happened.event.level, happened.rows
+            seen = {**happened.scene, **{other: shown(state) for other, state in states.items()}, name: scene[name]}
+            rules, its_window = self.program.rules(name, lower), windows.get(lower, NO_WINDOW)
             is_point = _is_point(rules)
-            state = after if is_point else states[event.level]
-            states[event.level] = self.advance(event, rules, seen, state, rows, NO_WINDOW, begins, is_point)
-            scene = scene | self._exposed(event.level, rules, seen, states[event.level], rows)
+            state = happened.after if is_point else states[lower]
+            states[lower] = self.advance(event, rules, seen, state, rows, its_window, happened.begins, is_point)
+            scene = scene | self._exposed(lower, rules, seen, states[lower], rows)
+            again = happened._replace(scene=seen, after=states[lower])
+            windows = advanced(again, windows, self.program.order.shared, states)
         return scene
 
     def _exposed(self, name: str, rules: Rules, scene: Tree, state: Tree, rows: Tree) -> Tree:

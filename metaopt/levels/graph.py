@@ -27,7 +27,7 @@ from metaopt.levels.program import Program, all_shown, rest
 from metaopt.levels.reading import Reading, read
 from metaopt.levels.text import describe
 from metaopt.levels.update import initial_state
-from metaopt.levels.window import NO_WINDOW, Happened, Window
+from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
 from metaopt.tree import Tree
 
 
@@ -51,7 +51,9 @@ class LevelGraph:
         TypeError: something is no edge.
 
     Cost:
-        Of one step: the steps of the lower levels, and one pullback of every edge's rule, however many paths there are.
+        Of one step: the steps of the lower levels, and for each level above others one pullback a response below it, however many
+        paths there are. A level whose own loss reads levels below has their responses in its gradient, and so in the pullback of
+        its rule: where such levels nest, their costs multiply.
     """
 
     def __init__(self, edges: Sequence[Edge], *, compile: bool = False):
@@ -200,14 +202,17 @@ class LevelGraph:
         owner, shared = order.owner[name], order.shared[name]
         if not shared:
             return NO_WINDOW
-        (rows, _), scene, taken, happened = self._rows(owner), all_shown(self._states), dict.fromkeys(shared, 0), []
+        (rows, _), scene, taken = self._rows(owner), all_shown(self._states), dict.fromkeys(shared, 0)
+        states = {lower: self._state(lower) for lower in order.members[owner]}
+        windows = opened([lower for lower in order.levels if lower in states], order.shared, states)
         for event in itertools.takewhile(lambda event: event.level != name, order.events[owner]):
             if (lower := event.level) in shared:
                 steps = slice(taken[lower], taken[lower] + event.steps)
                 part = {other: tree.index(rows[other], steps) for other in order.inside(lower) | {lower} if other in rows}
-                happened.append(Happened(event, scene, part, self._state(lower), taken[lower] == 0))
+                happened = Happened(event, scene, part, states[lower], taken[lower] == 0)
+                windows = advanced(happened, windows, order.shared, states)
                 taken[lower] += event.steps
-        return Window({lower: self._state(lower) for lower in shared}, tuple(happened))
+        return windows[name]
 
     def _load(self) -> None:
         """Write the present values into the levels' models."""

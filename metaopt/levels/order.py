@@ -37,7 +37,7 @@ class Order:
         members: owner -> its levels, upper levels before lower ones.
         steps: level -> its steps in one turn of its owner: one step of a level, one of the top levels of the graph.
         events: owner -> what happens in one turn, in order.
-        shared: level -> the levels below it that its loss waits for and that it does not own.
+        shared: level -> the levels below it that its loss waits for and that it does not own, and those that these wait for.
     """
 
     levels: tuple[str, ...]
@@ -90,10 +90,11 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
         rates = _rates(who, names, inner)
         steps |= rates
         events[who] = _events(names, rates, [(edge, waits(edge)) for edge in inner if edge.upper.name in names])
-    shared = {
-        name: frozenset(other for other in members[owner[name]] if other in below[name] and reads[name] & (below[other] | {other}))
-        for name in levels
-    }
+    shared: dict[str, frozenset[str]] = {}
+    for name in reversed(levels):
+        beside = [other for other in members[owner[name]] if other in below[name]]
+        awaited = frozenset(other for other in beside if reads[name] & (below[other] | {other}))
+        shared[name] = awaited.union(*(shared[other] for other in awaited))
     return Order(levels, below, owner, members, steps, events, shared)
 
 
