@@ -146,8 +146,11 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 
 def as_real(leaf: Tensor) -> Tensor:
-    """Return a complex tensor as a real one with a last axis for (real, imaginary); a real one as it is."""
-    return torch.view_as_real(leaf.resolve_conj()) if leaf.is_complex() else leaf
+    """Return a complex tensor as a real one with a last axis for (real, imaginary); a real one as it is.
+
+    No view of it: torch's derivative of `view_as_real` refuses a cotangent that begins at an odd place, as one out of `cat` may.
+    """
+    return torch.stack([leaf.real, leaf.imag], -1) if leaf.is_complex() else leaf
 
 
 def _shaped(part: Tensor, like: Tensor) -> Tensor:

@@ -34,6 +34,13 @@ def test_derivatives_at_zero_are_zero_and_elsewhere_true() -> None:
     assert_close(vmap(grad(tree.norm))(torch.tensor([[0.0, 0.0], [3.0, 4.0]])), torch.tensor([[0.0, 0.0], [0.6, 0.8]]), 1e-15)
 
 
+def test_derivatives_pass_through_a_row_in_which_complex_entries_begin_at_an_odd_place() -> None:
+    parts = {"a": torch.randn(1), "z": torch.randn(2, dtype=torch.complex128)}
+    weights = torch.arange(5.0)
+    found = grad(lambda parts: (tree.ravel(parts) * weights).sum())(parts)
+    assert_close(found, {"a": torch.tensor([0.0]), "z": torch.tensor([1 + 2j, 3 + 4j])}, 0)
+
+
 def test_stack_and_index_are_inverse() -> None:
     trees = [{"a": torch.randn(2), "b": (torch.randn(()),)} for _ in range(3)]
     stacked = tree.stack(trees)
