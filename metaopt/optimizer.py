@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.deployed import Deployed
+from metaopt.flat import join, part, prefers_joined
 from metaopt.hyperparameter import Value
 from metaopt.module import Configurable
 from metaopt.schedule import Schedule
@@ -29,11 +30,21 @@ class Optimizer(Configurable):
     complex parameter as a real one with a last axis of 2, as `torch.optim` does; its memory has that shape.
     Hand-designed and learned optimizers are the same type; every `nn.Parameter` inside can be meta-learned.
 
+    `joinable` says of the class's own `update` that it treats every entry alike, whatever tensor it is in, and takes about ten
+    operations: then it is called with all tensors joined to one where that is faster; see `metaopt.flat`. (The
+    few operations of SGD and ASGD gain nothing, or are up to 1.4 times slower.)
+
     The state is a dict: "step" (int64 scalar), "slots" (memory per parameter, in the parameters' own structure), "shared"
     (memory over all parameters) and "schedules".
     """
 
     hyperparameters: tuple[str, ...] = ()
+    joinable = False
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "update" in vars(cls) and "joinable" not in vars(cls):
+            cls.joinable = False  # not inherited by another update
 
     def slots(self, params: Leaves) -> Slots:
         """Return the memory before the first step: name -> one tensor per parameter, or one tensor for all of them."""
@@ -88,7 +99,7 @@ class Optimizer(Configurable):
         hyper, schedules = self._hyper_at(state, gradients, loss)
         slots = {name: tree.flatten_like(structure, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
         step = state["step"] + 1
-        updates, after = self.update(gradients, weights, slots | state["shared"], hyper, step)
+        updates, after = self._updated(gradients, weights, slots, state["shared"], hyper, step)
         declared = slots.keys() | state["shared"].keys()
         if after.keys() != declared:
             raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(declared)}, got {sorted(after)}.")
@@ -107,6 +118,23 @@ class Optimizer(Configurable):
     def as_torch(self, params: Iterable[Any]) -> Deployed:
         """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""
         return Deployed(params, self)
+
+    def _updated(
+        self, grads: Leaves, params: Leaves | None, slots: dict[str, Leaves], shared: dict[str, Tensor], hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
+        """Return what `update` does, on joined tensors where that is the same and faster."""
+        with torch._C.DisableTorchFunction():
+            scalars = not any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
+            joins = self.joinable and scalars and prefers_joined([grads, *([] if params is None else [params]), *slots.values()])
+        if not joins:
+            return self.update(grads, params, slots | shared, hyper, step)
+        with torch._C.DisableTorchFunction():
+            lists = join(grads), None if params is None else join(params), {name: join(slot) for name, slot in slots.items()}
+        updates, after = self.update(lists[0], lists[1], lists[2] | shared, hyper, step)
+        with torch._C.DisableTorchFunction():
+            return part(updates, grads), {
+                name: part(slot, grads) if isinstance(slot, list) else slot for name, slot in after.items()
+            }
 
     def _hyper_at(self, state: State, grads: Leaves, loss: Tensor | None) -> tuple[Hyper, dict[str, Any]]:
         """Return the hyperparameters' values at this step, and the next states of the schedules among them."""
@@ -153,4 +181,4 @@ def _same_kind(owner: object, name: str, new: Tensor, old: Tensor) -> Tensor:
             f"{type(owner).__name__}: the memory {name!r} of shape {tuple(old.shape)} became {tuple(new.shape)}. The state is "
             "that of other parameters, or a hyperparameter has a shape that does not broadcast to them."
         )
-    return new.to(old.dtype)
+    return new if new.dtype == old.dtype else new.to(old.dtype)

@@ -20,6 +20,13 @@ def is_tracked(tensor: Tensor) -> bool:
     return True
 
 
+def entries(tensor: Tensor) -> int:
+    """Return how many numbers it holds, in all rows of a `vmap` together."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.numel()
+
+
 def is_differentiable(leaf: Any) -> bool:
     """Say whether it is a tensor of a kind that has derivatives."""
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())

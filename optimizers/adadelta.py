@@ -32,6 +32,7 @@ class Adadelta(Optimizer):
     """
 
     hyperparameters = ("lr", "rho", "eps", "weight_decay")
+    joinable = True
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ class Adagrad(Optimizer):
     """
 
     hyperparameters = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
+    joinable = True
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ class Adam(WithBetas):
     """
 
     hyperparameters: tuple[str, ...] = ("lr", "beta1", "beta2", "eps", "eps_root", "weight_decay")
+    joinable = True
 
     def __init__(
         self,
@@ -88,6 +89,8 @@ class AdamW(Adam):
     Reference:
         Loshchilov and Hutter, ICLR 2019, arXiv:1711.05101, algorithm 2.
     """
+
+    joinable = True
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class Adamax(WithBetas):
     """
 
     hyperparameters = ("lr", "beta1", "beta2", "eps", "weight_decay")
+    joinable = True
 
     def __init__(
         self,

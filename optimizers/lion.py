@@ -33,6 +33,7 @@ class Lion(WithBetas):
     """
 
     hyperparameters = ("lr", "beta1", "beta2", "weight_decay")
+    joinable = True
 
     def __init__(self, lr: Hyperparameter = 1e-4, betas: Pair = (0.9, 0.99), *, weight_decay: Hyperparameter = 0.0):
         super().__init__()

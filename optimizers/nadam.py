@@ -40,6 +40,7 @@ class NAdam(Adam):
     """
 
     hyperparameters = (*Adam.hyperparameters, "momentum_decay")
+    joinable = True
 
     def __init__(
         self,

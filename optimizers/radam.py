@@ -39,6 +39,8 @@ class RAdam(Adam):
         authors' program and in torch).
     """
 
+    joinable = True
+
     def __init__(
         self,
         lr: Hyperparameter = 1e-3,

@@ -36,6 +36,7 @@ class RMSprop(Optimizer):
     """
 
     hyperparameters = ("lr", "alpha", "eps", "weight_decay", "momentum")
+    joinable = True
     momentum: Hyperparameter
 
     def __init__(

@@ -33,6 +33,7 @@ class Rprop(Optimizer):
     """
 
     hyperparameters = ("lr", "eta_minus", "eta_plus", "step_min", "step_max")
+    joinable = True
     eta_minus: Hyperparameter
     eta_plus: Hyperparameter
     step_min: Hyperparameter

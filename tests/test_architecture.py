@@ -21,7 +21,7 @@ LAYERS = [
     ["errors", "transforms", "kernels", "replay", "revolve"],
     ["pullback", "gradient", "derivative", "forward", "compiled", "linear_solve", "stream", "tensor_file"],
     ["disk"],
-    ["module", "functional", "scan", "deployed", "batching", "mean_gradient", "mixed", "implicit"],
+    ["module", "functional", "scan", "deployed", "batching", "flat", "mean_gradient", "mixed", "implicit"],
     ["schedule", "closure", "differentiate", "second_order"],
     ["hyperparameter"],
     ["optimizer"],

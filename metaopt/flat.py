@@ -1,0 +1,62 @@
+"""Many small tensors joined to one, on which an elementwise update is a few operations in place of a few for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from metaopt.transforms import entries
+
+LEAST_TENSORS = 8
+MOST_ENTRIES = 2**13  # of a tensor on average
+MOST_TOGETHER = 2**20  # of all tensors; beyond, a CPU's caches do not hold what the next operation reads
+
+
+def prefers_joined(lists: Sequence[list[Tensor]]) -> bool:
+    """Say whether an elementwise update of about ten operations is the same and faster on lists joined to one tensor each.
+
+    It is the same where all lists have the same shapes, and each has one dtype and one device. It is faster for many small
+    tensors: time joined over time one by one, for two steps of Adam without a graph | with one and its backward pass, torch
+    2.13 on one thread of a CPU:
+
+    ```
+    tensors   10 entries    1,000         3,000         10,000        30,000
+    4         .96 | .75     .82 | .74     .92 | .74     1.0 | .87     1.0 | .97
+    16        .70 | .45     .61 | .44     .67 | .61     .93 | .69     1.0 | .79
+    160       .36 | .28     .43 | .32     .58 | .45     .87 | 1.1     1.7 | 1.0
+    ```
+
+    Under `torch.func.vjp` it is as with a graph; under `vmap`, where the entries of all rows count, as without one. A compiler
+    fuses the loop over tensors itself. Memory is the same. Whole loops with Adam take .60 to .83 of the time for perceptrons of
+    8 to 80 tensors, under `vmap` .70 to .98.
+
+    Args:
+        lists: of equal length: the gradients, and what else is to be joined.
+    """
+    first = lists[0]
+    if torch.compiler.is_compiling() or len(first) < LEAST_TENSORS:
+        return False
+    if sum(map(entries, first)) > min(len(first) * MOST_ENTRIES, MOST_TOGETHER):
+        return False
+    shapes = [leaf.shape for leaf in first]
+    return all(_are_alike(leaves) and [leaf.shape for leaf in leaves] == shapes for leaves in lists)
+
+
+def join(leaves: list[Tensor]) -> list[Tensor]:
+    """Return the entries of all tensors in a row, [n], as a list of one."""
+    return [torch.cat([leaf.ravel() for leaf in leaves])]
+
+
+def part(joined: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """Invert `join`, for tensors with the shapes of `like`."""
+    parts = joined[0].split([leaf.numel() for leaf in like])
+    return [part.view_as(leaf) for part, leaf in zip(parts, like, strict=True)]
+
+
+def _are_alike(leaves: list[Tensor]) -> bool:
+    """Say whether they are of one dtype on one device, dense and of no class of their own, which may be spread over processes."""
+    kinds = {(leaf.dtype, leaf.device) for leaf in leaves}
+    return len(kinds) == 1 and all(type(leaf) in (Tensor, Parameter) and leaf.layout is torch.strided for leaf in leaves)
