@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -60,7 +61,7 @@ def meta_grad(
         params = tree.map(lambda param: param.clone(memory_format=torch.contiguous_format), params)
         with any_order():
             grads, losses = vmap(grad_and_value(task_loss), in_dims=(None, 0), randomness="different")(params, tasks)
-        return tree.map(lambda g: g.sum(0), grads), losses
+        return tree.map(lambda g: g.mean(0), grads), losses
 
     run_one, run_many = (compiled(one), compiled(many)) if compile else (one, many)
     loops: bool | None = None  # what the first call found to be faster
@@ -82,13 +83,14 @@ def meta_grad(
                     grads, loss = run_one(params, tree.index(tasks, start))
                     loss = loss[None]
                 else:
-                    grads, loss = run_many(params, tree.index(tasks, slice(start, start + chunk)))
-                total = grads if total is None else tree.map(torch.add, total, grads)
+                    some = tasks if chunk >= count else tree.index(tasks, slice(start, start + chunk))
+                    grads, loss = run_many(params, some)
+                total = _plus(total, grads, len(loss) / count)
                 losses.append(loss)
-        all_losses = torch.cat(losses)
+        all_losses = losses[0] if len(losses) == 1 else torch.cat(losses)
         if outermost:
             check_finite(all_losses, "meta_grad", unit="task")
-        return tree.map(lambda g: g / count, total), all_losses
+        return total, all_losses
 
     return meta_gradient
 
@@ -109,11 +111,18 @@ def assign_grads(model: nn.Module, grads: Params) -> None:
         parameter.grad = grads[name].detach().clone()
 
 
+def _plus(total: Tree | None, grads: Tree, share: float) -> Tree:
+    """Return total + share grads, where None is zero."""
+    if total is not None:
+        return tree.map(functools.partial(torch.add, alpha=share), total, grads)
+    return grads if share == 1 else tree.map(lambda g: share * g, grads)
+
+
 def _count(tasks: Tree) -> int:
-    lengths = tree.leading_axes(tasks)
-    if len(set(lengths.values())) != 1 or min(lengths.values()) < 1:
+    count = tree.leading_axis(tasks)
+    if not count:
         raise ValueError(
-            f"Every leaf of `tasks` must have the number of tasks (at least 1) as its leading axis, got {lengths} (-1: none). "
-            "Stack the tasks first."
+            "Every leaf of `tasks` must have the number of tasks (at least 1) as its leading axis, got "
+            f"{tree.leading_axes(tasks)} (-1: none). Stack the tasks first."
         )
-    return next(iter(lengths.values()))
+    return count

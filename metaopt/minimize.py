@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -116,10 +117,9 @@ def minimize(
 
 def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:
     """Raise `NonFiniteError` for the first entry of `losses` [n] that is not finite."""
-    finite = torch.isfinite(losses.detach())
-    if not finite.all():
-        values = losses.detach().tolist()
-        first = finite.tolist().index(False)
+    values = losses.detach().tolist()
+    first = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+    if first is not None:
         raise NonFiniteError(where, first, values[first], values[first - 1] if first and unit == "step" else None, unit=unit)
 
 

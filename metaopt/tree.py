@@ -39,8 +39,9 @@ def _map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
             return {key: _map(fn, value) for key, value in tree.items()}
         if all(type(other) is dict and other.keys() == tree.keys() for other in rest):
             return {key: _map(fn, value, *[other[key] for other in rest]) for key, value in tree.items()}
-    elif (kind is list or kind is tuple) and all(type(other) is kind and len(other) == len(tree) for other in rest):
-        return kind([_map(fn, *parts) for parts in zip(tree, *rest, strict=True)])
+    elif _is_row(kind) and all(type(other) is kind and len(other) == len(tree) for other in rest):
+        parts = [_map(fn, *parts) for parts in zip(tree, *rest, strict=True)]
+        return kind(parts) if kind is list or kind is tuple else kind(*parts)
     return pytree.tree_map(fn, tree, *rest)
 
 
@@ -60,11 +61,16 @@ def _collect(tree: Tree, found: list[Any]) -> None:
     elif kind is dict:
         for value in tree.values():
             _collect(value, found)
-    elif kind is list or kind is tuple:
+    elif _is_row(kind):
         for value in tree:
             _collect(value, found)
     else:
         found += pytree.tree_leaves(tree)
+
+
+def _is_row(kind: type) -> bool:
+    """Say whether it is that of lists, tuples or named tuples, unless torch was told another way to take these apart."""
+    return kind is list or kind is tuple or (pytree.is_namedtuple_class(kind) and kind not in pytree.SUPPORTED_NODES)
 
 
 def unflatten(structure: Structure, leaves: Sequence[Any]) -> Tree:
@@ -93,6 +99,13 @@ def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """Return (path, leaf) pairs; the path reads like Python indexing, for example `['net.0.weight']`."""
     return [(pytree.keystr(path) or "the tensor itself", leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def leading_axis(tree: Tree) -> int | None:
+    """Return the length of the leading axis that all leaves have; None if it is not one."""
+    found = leaves(tree)
+    lengths = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in found}
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def leading_axes(tree: Tree) -> dict[str, int]:

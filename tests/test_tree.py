@@ -76,6 +76,14 @@ def test_a_complex_number_is_two_real_ones_in_a_row() -> None:
     torch.testing.assert_close(tree.unravel(row, values), values, rtol=0, atol=0)
 
 
+def test_the_leading_axis_is_the_one_that_all_leaves_have() -> None:
+    one, two = torch.ones(2, 3), torch.ones(2)
+    assert tree.leading_axis({"a": one, "b": [two]}) == 2
+    for without in ({}, {"a": one, "b": torch.ones(3)}, {"a": one, "b": torch.tensor(1.0)}, {"a": one, "b": 2}, torch.tensor(1.0)):
+        assert tree.leading_axis(without) is None
+    assert tree.leading_axis(torch.ones(0)) == 0
+
+
 class Pair(NamedTuple):
     one: Any
     other: Any
@@ -94,4 +102,9 @@ def test_trees_are_mapped_and_read_as_torch_does() -> None:
     for first, second in (({"a": 1}, {"b": 1}), ([1, 2], [1]), ((1,), [1]), ([1], 1)):
         with pytest.raises(ValueError, match=r"[Nn]ode|arity|key"):
             tree.map(lambda a, b: (a, b), first, second)
+
+    def sum_and_difference(a: Any, b: Any) -> Any:
+        return a + b, a - b
+
+    assert tree.map(sum_and_difference, Pair(3, [2]), Pair(1, [1])) == Pair((4, 2), [(3, 1)])
     assert tree.map(lambda leaf: "leaf", [(1, 2)], is_leaf=lambda node: isinstance(node, tuple)) == ["leaf"]
