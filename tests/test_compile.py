@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaopt as mo
+from metaopt.compiled import compiled
 from metaopt.differentiate import Rule
 from optimizers import SGD, Adam, LSTMOptimizer
 from optimizers.schedules import Cosine, LSTMSchedule
@@ -132,6 +134,18 @@ class TestEquality:
         found = gradients(optimizer, rule, 4, compile=True, dropout=0.5)
         assert_equal(found, gradients(optimizer, rule, 4, compile=False, dropout=0.5), 1e-5)
 
+    def test_complex_parameters(self) -> None:
+        params, target, *shifts = torch.randn(4, 3, dtype=torch.complex128)
+
+        def loss_fn(w: Tensor, batch: None) -> Tensor:
+            return (w * w - target).abs().square().sum()
+
+        def task_loss(w: Tensor, shift: Tensor) -> Tensor:
+            return loss_fn(mo.minimize(loss_fn, SGD(lr=0.1), w + shift, None, steps=2).params, None)
+
+        found, expected = (mo.meta_grad(task_loss, compile=c)(params, torch.stack(shifts)) for c in (True, False))
+        assert_equal(list(found), list(expected), 1e-12)
+
     def test_without_gradients_one_step_is_compiled(self, no_recompilation: Callable[[], None]) -> None:
         for steps in (2, 5):
             loss_fn, params = made()
@@ -149,6 +163,26 @@ class TestEquality:
 
         with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
             mo.minimize(loss_fn, SGD(lr=0.1), params, batches(3), differentiate=mo.Backprop("steps"), compile=True)
+
+
+def test_what_calls_the_kernels_is_compiled_for_real_tensors_on_a_cpu() -> None:
+    kinds: dict[bool, list[object]] = {native: [] for native in (True, False)}
+
+    def pretend(fn: Callable[..., Tensor], *, options: dict[str, Any], **_: object) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            kinds[options.get("cpp_wrapper", False)].append(args)
+            return fn(*args)
+
+        return call
+
+    real, odd = torch.ones(2), [torch.ones(2, device="meta"), torch.ones(2, dtype=torch.complex64)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", pretend)
+        fast = compiled(lambda tensors, other: None)
+        fast([real], 3)
+        for tensor in odd:
+            fast([real, {"a": tensor}], 3)
+    assert (len(kinds[True]), len(kinds[False])) == (1, 2)
 
 
 def test_inside_a_transform_the_outermost_function_is_to_be_compiled() -> None:
