@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Optimizer(Configurable):
             loss: the loss there, a scalar; needed by schedules that observe it.
 
         Raises:
-            ValueError: `params` is missing though needed, or a structure does not match.
+            ValueError: `params` is missing though needed, a structure does not match, or the state is another optimizer's.
         """
         gradients, structure = tree.flatten(grads)
         weights = None if params is None else tree.flatten_like(structure, params, "params")
@@ -99,9 +100,14 @@ class Optimizer(Configurable):
         hyper, schedules = self._hyper_at(state, gradients, loss)
         slots = {name: tree.flatten_like(structure, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
         step = state["step"] + 1
-        updates, after = self._updated(gradients, weights, slots, state["shared"], hyper, step)
         declared = slots.keys() | state["shared"].keys()
+        try:
+            updates, after = self._updated(gradients, weights, slots, state["shared"], hyper, step)
+        except KeyError:
+            self._check_memory(declared, gradients)
+            raise
         if after.keys() != declared:
+            self._check_memory(declared, gradients)
             raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(declared)}, got {sorted(after)}.")
         if any(are_complex):
             updates = [tree.as_complex(update) if back else update for update, back in zip(updates, are_complex, strict=True)]
@@ -146,6 +152,15 @@ class Optimizer(Configurable):
 
     def _schedules(self) -> list[tuple[str, Schedule]]:
         return [(name, value) for name in self.hyperparameters if isinstance(value := getattr(self, name), Schedule)]
+
+    def _check_memory(self, names: AbstractSet[str], grads: Leaves) -> None:
+        """Raise ValueError if the state's memory has other names than that of this optimizer."""
+        own = self.slots(grads).keys()
+        if names != own:
+            raise ValueError(
+                f"`state` must be that of this {type(self).__name__}, with the memory {sorted(own)}, got {sorted(names)}. Pass "
+                "what its own `init`, or the step before, returned."
+            )
 
     def _require_params(self, params: Leaves | None, reason: str) -> Leaves:
         if params is None:

@@ -14,7 +14,7 @@ from torch.func import grad, jacrev, vmap
 
 import metaopt as mo
 from metaopt import tree
-from optimizers import SGD, Adam, AdamW, RMSprop
+from optimizers import SGD, Adam, AdamW, NAdam, RMSprop
 
 RULES = [mo.Backprop(), mo.Backprop(memory="steps"), mo.FirstOrder(), mo.FirstOrder(memory="steps")]
 each_rule = pytest.mark.parametrize("rule", RULES, ids=str)
@@ -247,6 +247,30 @@ def test_gradients_params_and_state_must_have_one_structure() -> None:
         optimizer({"a": torch.ones(1)}, state, {"a": torch.ones(1)})
     with pytest.raises(ValueError, match=rf"`state\['slots'\]\['mean'\]` {differs}"):
         mo.minimize(lambda p, _: p["c"].sum(), optimizer, {"c": torch.ones(1)}, None, steps=1, opt_state=state)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "other", "names"),
+    [
+        (Adam(), SGD(0.1, 0.9), r"Adam, with the memory \['mean', 'square'\], got \['velocity'\]"),
+        (SGD(0.1), Adam(), r"SGD, with the memory \[\], got \['mean', 'square'\]"),
+        (NAdam(), Adam(), r"NAdam, with the memory \['mean', 'product', 'square'\], got \['mean', 'square'\]"),
+    ],
+)
+def test_the_state_of_another_optimizer(optimizer: mo.Optimizer, other: mo.Optimizer, names: str) -> None:
+    params = {"w": torch.ones(2)}
+    state = other.init(params)
+    with pytest.raises(ValueError, match=rf"`state` must be that of this {names}. Pass what its own `init`"):
+        mo.minimize(lambda p, _: p["w"].sum(), optimizer, params, None, steps=2, opt_state=state)
+
+
+def test_a_missing_key_in_an_update_is_not_blamed_on_the_state() -> None:
+    class Misspelt(SGD):
+        def update(self, grads: Any, params: Any, slots: Any, hyper: Any, step: Any) -> Any:
+            return hyper["rate"]
+
+    with pytest.raises(KeyError, match="rate"):
+        Misspelt(0.1)(torch.ones(1), Misspelt(0.1).init(torch.ones(1)))
 
 
 @pytest.mark.parametrize(
