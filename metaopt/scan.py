@@ -202,8 +202,11 @@ class _Loop:
 
     def run(self, shared: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], Tensor]:
         """Make one step on flat leaves; inner scans are plain loops meanwhile."""
+        trees = self.trees(shared, carry, x)
         with plain_loops_inside():
-            after, out = self.step(*self.trees(shared, carry, x))
+            after, out = self.step(*trees)
+        if not tree.is_alike(trees[1], after):  # leaves find their places by their order
+            tree.flatten_like(tree.flatten(trees[1])[1], after, "the carry that a step returns")
         return tree.leaves(after), out
 
     def trees(self, shared: Sequence[Any], carry: Sequence[Any], x: Sequence[Any]) -> tuple[Tree, Tree, Tree]:

@@ -96,6 +96,18 @@ def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
     return found
 
 
+def is_alike(one: Tree, other: Tree) -> bool:
+    """Say whether two trees have one structure, keys of dicts in one order."""
+    kind = type(one)
+    if kind in _LEAVES:
+        return type(other) in _LEAVES
+    if kind is dict:
+        return type(other) is dict and list(one) == list(other) and all(is_alike(one[key], other[key]) for key in one)
+    if _is_row(kind):
+        return type(other) is kind and len(one) == len(other) and all(is_alike(*pair) for pair in zip(one, other, strict=True))
+    return bool(flatten(one)[1] == flatten(other)[1])
+
+
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
     """Return (path, leaf) pairs; the path reads like Python indexing, for example `['net.0.weight']`."""
     return [(pytree.keystr(path) or "the tensor itself", leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -295,3 +296,23 @@ def test_a_state_that_is_no_tensor_is_refused() -> None:
     assert count == 3
     with pytest.raises(TypeError, match=r"must be tensors to be kept from step to step, got int at \[1\]"):
         scan(step, torch.tensor(0.5), (start, 0), (), 3, "steps")
+
+
+@pytest.mark.parametrize("mode", ["steps", mo.Revolve(2)], ids=str)
+@pytest.mark.parametrize(
+    ("after", "what"),
+    [
+        (lambda a, b: {"b": b, "a": a}, r"missing \[\], unknown \[\]. .* in the same order"),
+        (lambda a, b: {"a": a}, r"missing \[\"\['b'\]\"\], unknown \[\]"),
+        (lambda a, b: {"a": a, "b": [b]}, r"missing \[\"\['b'\]\"\], unknown \[\"\['b'\]\[0\]\"\]"),
+    ],
+    ids=["order", "names", "nesting"],
+)
+def test_a_step_returns_the_carry_in_the_structure_in_which_it_got_it(mode: str, after: Any, what: str) -> None:
+    def step(inputs: Tensor, carry: dict[str, Tensor], x: None) -> tuple[Any, Tensor]:
+        a, b = carry["a"] * inputs, carry["b"]
+        return after(a, b), a.sum()
+
+    inputs = torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(ValueError, match=f"`the carry that a step returns` does not have the expected structure: {what}"):
+        scan(step, inputs, {"a": torch.ones(1), "b": torch.ones(1)}, (), 3, mode)
