@@ -60,9 +60,8 @@ def minimize(
         meta: what the outer level owns, a tree of tensors.
         opt_state: state to go on from; by default `optimizer.init(params)`.
         differentiate: how gradients pass through the loop: `Backprop()`, `FirstOrder()`, ...
-        compile: compile the loop; see `compiled`. With memory "full" all steps become one function and its derivative, so the time
-            to compile grows with their number. With "steps" and `Revolve` it is one step and its derivative, for any length.
-            Inside another compiled function this changes nothing.
+        compile: compile one step and its derivative, for any number of steps; see `compiled`. Inside another compiled function
+            this changes nothing: there the loop is unrolled.
 
     Raises:
         ValueError: the batches' leading axes differ, `steps` is missing, the loss is no scalar, or `loss_fn` reaches a

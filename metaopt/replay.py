@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,13 @@ class Ambient:
                 if torch.amp.is_autocast_available(kind)
             },
         )
+
+    @classmethod
+    def after(cls, generator: torch.Generator, leaves: Iterable[Any]) -> Ambient:
+        """Return the present autocast mode with the numbers that a CPU `generator` would draw next, on a GPU others of its seed."""
+        present, seed = cls.now(leaves), generator.initial_seed()
+        cuda = {index: torch.Generator(f"cuda:{index}").manual_seed(seed).get_state() for index in present.cuda}
+        return replace(present, random=generator.get_state(), cuda=cuda)
 
     def reinstate(self) -> None:
         """Go back to this random state for good: a loop that others ran has been taken over."""

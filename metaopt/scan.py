@@ -74,27 +74,24 @@ def scan(
             same autocast. Under `torch.compile` the loop is always unrolled, and the compiler decides what to keep.
         pullback: the derivative of `step`, a differentiable function of its tensors; by default torch's own. It is used where a
             step is rebuilt, so never by "full". Whoever gives it compiles it.
-        compile: compile what runs: by "full" the whole loop, otherwise, and where no gradient is needed, one step and its pullback.
-            Inside another compiled function or scan this changes nothing.
+        compile: compile one step and its derivative, for any length. Inside another compiled function or scan this changes nothing.
     """
     leaves, structure = tree.flatten((inputs, carry, xs.first if isinstance(xs, Stream) else xs))
     tracing = torch.compiler.is_compiling()
     compile = compile and not tracing and not _inside_step.get()
     # A compiler cannot ask who tracks a tensor, and nobody can ask a batch that has not come yet.
     needed = torch.is_grad_enabled() and (isinstance(xs, Stream) or tracing or _any_tracked(leaves))
-    if not tracing and not needed:
-        return _plain_loop(compiled(step) if compile else step, inputs, carry, xs, length)
-    if memory == "full" or tracing or _inside_step.get():
-        whole = functools.partial(_plain_loop, length=length)
-        return (compiled(whole) if compile else whole)(
-            step, inputs, carry, list(xs.kept()) if compile and isinstance(xs, Stream) else xs
-        )
+    plain = tracing or not needed or memory == "full" or _inside_step.get()
+    if plain and not compile:
+        return _plain_loop(step, inputs, carry, xs, length)
     for path, leaf in tree.named_leaves(carry):
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"Parameters and optimizer state must be tensors to be kept from step to step, got {type(leaf).__name__} "
-                f'at {path}. Make it a tensor, or use memory="full".'
+                f'at {path}. Make it a tensor, or use memory="full" without `compile`.'
             )
+    if plain:
+        return _plain_loop(compiled(step), inputs, tree.map(_as_later, carry) if needed else carry, xs, length)
     plan = memory if isinstance(memory, Revolve) else Revolve(snapshots=length or sys.maxsize)
     disk = None if plan.directory is None else Disk(Path(plan.directory))
     if pullback is None:
@@ -140,6 +137,13 @@ def _dense(pullback: Pullback) -> Pullback:
         return pullback(inputs, carry, x, (of_carry, of_out), wanted)
 
     return call
+
+
+def _as_later(leaf: Tensor) -> Tensor:
+    """Make of a leaf of the first carry what it is in later ones, no parameter and differentiable: one compiled step is for all."""
+    if leaf.requires_grad or not is_differentiable(leaf):
+        return leaf.view_as(leaf)
+    return leaf.detach().requires_grad_()
 
 
 def _any_tracked(leaves: list[Any]) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from contenders.sides import Side
 
 SHORTEST = 0.1  # seconds that one repetition takes at least
+KEEP = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 class Contender:
@@ -117,11 +118,14 @@ def resident(what: str) -> int:
 
 @contextmanager
 def _environment(threads: int, *, exact_memory: bool) -> Iterator[None]:
-    """While entered, processes that start are limited to `threads`; with `exact_memory` glibc gives large blocks back at once."""
+    """While entered, processes that start are limited to `threads`.
+
+    With `exact_memory` glibc gives large blocks back at once. Otherwise it keeps them all, as allocators for GPUs do: by itself it
+    gives some back depending on the order in which they come and go, and to page them in again is up to a third of a run's time.
+    """
     before = dict(os.environ)
     os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
-    if exact_memory:
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536"} if exact_memory else dict.fromkeys(KEEP, str(2**40))
     try:
         yield
     finally:

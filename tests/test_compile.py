@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import metaopt as mo
 from metaopt.compiled import compiled
 from metaopt.differentiate import Rule
+from metaopt.tasks.episode import Episode
 from optimizers import SGD, Adam, LSTMOptimizer
 from optimizers.schedules import Cosine, LSTMSchedule
 
@@ -37,7 +39,8 @@ def needs_compiler(cls: type) -> type:
 
 @pytest.fixture
 def no_recompilation() -> Iterator[Callable[[], None]]:
-    """Call it, and from there on a recompilation is an error."""
+    """Call it, and from there on a recompilation of what this test has compiled is an error."""
+    torch._dynamo.reset()
     before = torch._dynamo.config.error_on_recompile
 
     def forbid() -> None:
@@ -87,7 +90,7 @@ def assert_equal(found: list, expected: list, tolerance: float) -> None:
 class TestEquality:
     """Compiled code orders sums differently: 1e-12 in float64, 1e-5 in float32."""
 
-    @pytest.mark.parametrize("memory", ["steps", mo.Revolve(2)], ids=["steps", "revolve"])
+    @pytest.mark.parametrize("memory", ["full", "steps", mo.Revolve(2)], ids=["full", "steps", "revolve"])
     @pytest.mark.parametrize("rule", [mo.Backprop, mo.FirstOrder])
     def test_a_step_and_its_pullback_are_compiled_once_for_every_length(
         self, rule: type, memory: object, no_recompilation: Callable[[], None], float64: None
@@ -101,13 +104,58 @@ class TestEquality:
             gradients(optimizer, rule(memory), 7, compile=True), gradients(optimizer, rule(memory), 7, compile=False), 1e-12
         )
 
+    @pytest.mark.parametrize("optimizer", [SGD(0.1, momentum=0.9), Adam(0.1)], ids=["momentum", "adam"])
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
+    def test_one_compiled_step_is_for_all(
+        self, layout: torch.memory_format, optimizer: mo.Optimizer, no_recompilation: Callable[[], None]
+    ) -> None:
+        """The first step meets parameters and a state without a graph, the later ones do not."""
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)).to(memory_format=layout)
+        net = mo.functional(model)
+        x, y = torch.randn(5, 2, 4, 4).to(memory_format=layout), torch.tensor([0, 1, 1, 0, 1])
+
+        def gradient(compile: bool) -> tuple[Tensor, ...]:
+            def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+                return F.cross_entropy(net(params, batch[0]), batch[1])
+
+            out = mo.minimize(loss_fn, optimizer, net.params, (x, y), steps=3, compile=compile)
+            return torch.autograd.grad(loss_fn(out.params, (x, y)), list(net.params.values()))
+
+        no_recompilation()
+        assert_equal(list(gradient(True)), list(gradient(False)), 1e-5)
+        gradient(True)
+
+    @pytest.mark.parametrize("whole", [True, False], ids=["meta-gradient", "inner-step"])
+    def test_a_loop_over_tasks_is_compiled_once(self, whole: bool, no_recompilation: Callable[[], None]) -> None:
+        """For all tasks, for every call with other episodes, and for parameters of a module as for plain tensors."""
+        torch.manual_seed(0)
+        net = mo.functional(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)))
+
+        def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+            return F.cross_entropy(net(params, batch[0]), batch[1])
+
+        def task_loss(params: dict[str, Tensor], task: Episode, compile: bool = False) -> Tensor:
+            return loss_fn(mo.minimize(loss_fn, SGD(lr=0.4), params, task.support, steps=2, compile=compile).params, task.query)
+
+        inner = functools.partial(task_loss, compile=True)
+        meta_gradient = mo.meta_grad(task_loss if whole else inner, compile=whole, chunk_size=1)
+        plain = {name: param.detach().clone() for name, param in net.params.items()}
+        no_recompilation()
+        for params in (net.params, net.params, plain, {name: param.clone() for name, param in net.params.items()}):
+            tasks = Episode(support=batches(3), query=batches(3))
+            tasks = Episode(*((torch.randn_like(x), y) for x, y in tasks))
+            found, losses = meta_gradient(params, tasks)
+            expected, _ = mo.meta_grad(task_loss, chunk_size=1)(params, tasks)
+            assert_equal([*found.values()], [*expected.values()], 1e-5)
+            assert losses.shape == (3,)
+
     def test_the_lstm_step_and_its_pullback_in_float32(self) -> None:
         optimizer = LSTMOptimizer(hidden_size=20)
         rule = mo.FirstOrder("steps")
         assert_equal(gradients(optimizer, rule, 5, compile=True), gradients(optimizer, rule, 5, compile=False), 1e-5)
 
     @pytest.mark.parametrize("schedule", [lambda: Cosine(nn.Parameter(torch.tensor(0.1)), steps=4), LSTMSchedule])
-    def test_the_whole_loop_with_adam_and_a_learnable_schedule(self, schedule: Callable[[], mo.Schedule]) -> None:
+    def test_adam_and_a_learnable_schedule(self, schedule: Callable[[], mo.Schedule]) -> None:
         optimizer = Adam(lr=schedule())
         rule = mo.Backprop()
         assert_equal(gradients(optimizer, rule, 4, compile=True), gradients(optimizer, rule, 4, compile=False), 1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ def test_silly_comparisons(rules: list, options: dict, message: str) -> None:
 # The memory of a function
 
 
-def test_peak_memory_counts_what_is_held_at_once() -> None:
+def test_peak_memory_counts_what_is_held_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     """Three blocks of 8 MB at the same time; x and what is freed later from before do not count."""
     x = torch.randn(1000, 1000)
     before = [torch.randn(1000, 1000)]
@@ -133,6 +134,10 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
         return c + 1
 
     assert 0 <= peak_memory(function, torch.device("cpu")) - 3 * 8_000_000 < 100  # and scalars
+    print("after", file=sys.stderr)
+    error = capfd.readouterr().err
+    assert error.endswith("after\n")
+    assert "profiler_st" not in error  # that it starts and stops
 
 
 def test_memory_of_other_devices_cannot_be_asked() -> None:

@@ -270,15 +270,18 @@ def test_tune_takes_arrays() -> None:
     assert mo.tune(SGD, grid, mo.tasks.Quadratics(3), horizon=5, seeds=2)[0] == value
 
 
+@dataclass(frozen=True)
+class Noisy:
+    """A loss with dropout."""
+
+    def loss(self, params: Tensor, batch: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(params * batch, 0.5).square().sum()
+
+    def sample(self, generator: torch.Generator, steps: int) -> mo.Task:
+        return mo.Task(torch.ones(20), torch.ones(steps, 20))
+
+
 def test_dropout_in_a_loss_is_part_of_the_seed() -> None:
-    @dataclass(frozen=True)
-    class Noisy:
-        def loss(self, params, batch):
-            return torch.nn.functional.dropout(params * batch, 0.5).square().sum()
-
-        def sample(self, generator, steps):
-            return mo.Task(torch.ones(20), torch.ones(steps, 20))
-
     def losses() -> list[float]:
         optimizer = SGD(nn.Parameter(torch.tensor(0.1)))
         training = mo.MetaTraining(optimizer, Noisy(), estimator=mo.FullUnroll(2), outer=Adam(), horizon=3, seed=4)
@@ -288,6 +291,22 @@ def test_dropout_in_a_loss_is_part_of_the_seed() -> None:
     torch.rand(7)
     assert losses() == first
     assert len(set(first)) == 3
+
+
+def test_evaluation_with_dropout_is_decided_by_its_seed() -> None:
+    """Whatever was drawn before; every optimizer meets the same masks, every task and step others; nothing is drawn globally."""
+
+    def curves(seed: int) -> Tensor:
+        report = mo.evaluate({"a": SGD(0.01), "b": SGD(0.01)}, Noisy(), horizon=3, seeds=4, seed=seed)
+        assert torch.equal(report.curves["a"], report.curves["b"])
+        return report.curves["a"]
+
+    first = curves(0)
+    torch.rand(7)
+    before = torch.get_rng_state()
+    assert torch.equal(curves(0), first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(set(first[:, 0].tolist()) | set(curves(1)[:, 0].tolist())) > 4
 
 
 def test_the_state_is_a_snapshot_that_torch_loads_safely(tmp_path) -> None:

@@ -294,8 +294,9 @@ def test_a_state_that_is_no_tensor_is_refused() -> None:
     start = torch.ones(2, requires_grad=True)
     (_, count), _ = scan(step, torch.tensor(0.5), (start, 0), (), 3, "full")
     assert count == 3
-    with pytest.raises(TypeError, match=r"must be tensors to be kept from step to step, got int at \[1\]"):
-        scan(step, torch.tensor(0.5), (start, 0), (), 3, "steps")
+    for memory, compile in (("steps", False), ("full", True)):
+        with pytest.raises(TypeError, match=r"must be tensors to be kept from step to step, got int at \[1\]"):
+            scan(step, torch.tensor(0.5), (start, 0), (), 3, memory, compile=compile)
 
 
 @pytest.mark.parametrize("mode", ["steps", mo.Revolve(2)], ids=str)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,36 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         raise ValueError(f"`peak_memory` measures on the CPU and on CUDA, got a level on {device.type!r}. Move the levels there.")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _quiet():
+        profiler.start()
+    try:
         result = function()
-    del result
+        del result
+    finally:
+        with _quiet():
+            profiler.stop()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         return _peak(json.loads(trace.read_text())["traceEvents"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While entered, what is written to the process's standard error is lost: the profiler's library writes there that it runs.
+
+    Its own switch is an environment variable, read when torch is imported.
+    """
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _peak(events: list[dict[str, Any]]) -> int:

@@ -1,4 +1,4 @@
-"""Norms from elementary operations, equal to torch's.
+"""Norms equal to torch's: by its kernels where `fused_norms` can differentiate these, else from elementary operations.
 
 Torch's formula for the second derivative of layer, batch and instance norms takes the saved mean and variance for constants, so
 that a third derivative, and the second through `grad(vmap(grad))`, are silently wrong by per cents (pytorch issues 175754 and
@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.kernels.fused_norms import Axes, BatchAxes, LayerAxes, fused_norm, is_fusable
+
 
 def _layer_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    return _normalize(input, tuple(range(-len(normalized_shape), 0)), weight, bias, tuple(normalized_shape), eps)
+    axes = LayerAxes(tuple(range(-len(normalized_shape), 0)), tuple(normalized_shape), eps)
+    return _normalize(axes, input, weight, bias)
 
 
 def _batch_norm(
@@ -35,7 +38,7 @@ def _batch_norm(
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if running_mean is not None or input.numel() == input.shape[1]:  # update the statistics; complain of a single value
         F.batch_norm(input.detach(), running_mean, running_var, None, None, training, momentum, eps)
-    return _normalize(input, (0, *range(2, input.ndim)), weight, bias, _per_channel(input), eps)
+    return _normalize(BatchAxes((0, *range(2, input.ndim)), _per_channel(input), eps), input, weight, bias)
 
 
 def _instance_norm(
@@ -52,7 +55,7 @@ def _instance_norm(
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if running_mean is not None or input.numel() == input.shape[0] * input.shape[1]:
         F.instance_norm(input.detach(), running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    return _normalize(input, tuple(range(2, input.ndim)), weight, bias, _per_channel(input), eps)
+    return _elementary(Axes(tuple(range(2, input.ndim)), _per_channel(input), eps), input, weight, bias)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -63,19 +66,23 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 def _per_channel(input: Tensor) -> tuple[int, ...]:
     """Return the shape in which one value per channel broadcasts against [n, channels, ...]."""
-    return (1, -1, *[1] * (input.ndim - 2))
+    return (1, input.shape[1], *[1] * (input.ndim - 2))
 
 
-def _normalize(
-    input: Tensor, dims: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float
-) -> Tensor:
-    """Return (x - mean) / sqrt(variance + eps) * weight + bias, over `dims`; in float32 at least, as the kernels do."""
+def _normalize(axes: Axes, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if is_fusable(axes, input, weight, bias):
+        return fused_norm(axes, input, weight, bias)
+    return _elementary(axes, input, weight, bias)
+
+
+def _elementary(axes: Axes, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias; in float32 at least, as the kernels do."""
     x = input.to(torch.promote_types(input.dtype, torch.float32))
-    centred = x - x.mean(dims, keepdim=True)
-    scale = torch.rsqrt((centred * centred).mean(dims, keepdim=True) + eps)
+    centred = x - axes.mean(x)
+    scale = torch.rsqrt(axes.mean(centred * centred) + axes.eps)
     if weight is not None:
-        scale = scale * weight.reshape(shape)
-    x = centred * scale if bias is None else torch.addcmul(bias.reshape(shape).to(x.dtype), centred, scale.to(x.dtype))
+        scale = scale * weight.reshape(axes.shape)
+    x = centred * scale if bias is None else torch.addcmul(bias.reshape(axes.shape).to(x.dtype), centred, scale.to(x.dtype))
     return x.to(input.dtype)
 
 

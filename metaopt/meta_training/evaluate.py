@@ -13,9 +13,11 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.func import vmap
 
+from metaopt import tree
 from metaopt.meta_training.task import TaskFamily, sample_tasks
 from metaopt.minimize import minimize
 from metaopt.optimizer import Optimizer
+from metaopt.replay import Ambient
 
 VALIDATION_SEED = 1_000_003
 TEST_SEED = 2_000_003
@@ -77,21 +79,24 @@ def evaluate(
         tasks: the family to draw from.
         horizon: number of steps.
         seeds: number of tasks.
-        seed: where their randomness starts; by default test tasks, apart from those that `tune` and training use.
+        seed: where their randomness starts, that of losses with dropout included, which every optimizer meets alike; by default
+            test tasks, apart from those that `tune` and training use. The global generators stay as they are.
 
     Raises:
         ValueError: there is nothing to compare, or a number is not positive.
     """
     if not optimizers or horizon < 1 or seeds < 1:
         raise ValueError(f"`evaluate` needs an optimizer, a horizon and seeds, got {list(optimizers)}, {horizon} and {seeds}.")
-    drawn = sample_tasks(tasks, torch.Generator().manual_seed(seed), seeds, horizon)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = sample_tasks(tasks, generator, seeds, horizon)
+    noise = Ambient.after(generator, tree.leaves(tuple(drawn)))
     curves = {}
     for name, optimizer in optimizers.items():
 
         def losses(params, batches, optimizer=optimizer):
             return minimize(tasks.loss, optimizer, params, batches).losses
 
-        with torch.no_grad():
+        with torch.no_grad(), noise.restored():
             curves[name] = vmap(losses, randomness="different")(*drawn)
     return Report(curves)
 

@@ -62,6 +62,16 @@ class Omniglot:
 
         return Episode(support=part(self.shots), query=part(self.queries))
 
+    def channels_last(self) -> tuple[nn.Module, Episode]:
+        """Return both in that layout, in which `contiguous(memory_format=...)` would not put images of one channel."""
+
+        def laid_out(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            images, labels = part
+            return images.movedim(-3, -1).clone(memory_format=torch.contiguous_format).movedim(-1, -3), labels
+
+        support, query = self.data()
+        return self.model().to(memory_format=torch.channels_last), Episode(support=laid_out(support), query=laid_out(query))
+
 
 @dataclass(frozen=True)
 class LSTM:

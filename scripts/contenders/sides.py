@@ -62,10 +62,11 @@ COMPARISONS = {
         problems.Omniglot(),
         [
             Side("higher", "with_higher"),
+            Side("higher, channels last", "with_higher", {"channels_last": True}),
             Side("TorchOpt", "with_torchopt"),
             Side("metaopt, loop over tasks", "with_metaopt"),
             Side("metaopt, loop, compiled", "with_metaopt", {"compile": True}),
-            Side("metaopt, vmap", "with_metaopt", {"chunk_size": 8}),
+            Side("metaopt, vmap", "with_metaopt", {"chunk_size": 8, "channels_last": False}),
         ],
         # Rounding decides here and there which entry a pooling takes; in float64 the gradients agree to 1e-13.
         tolerance=1e-2,

@@ -22,8 +22,8 @@ def sinusoid(problem: problems.Sinusoid) -> Run:
 
 
 def omniglot(problem: problems.Omniglot, *, channels_last: bool = False) -> Run:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return maml(problem.model().to(memory_format=layout), problem.data(), F.cross_entropy, problem)
+    model, tasks = problem.channels_last() if channels_last else (problem.model(), problem.data())
+    return maml(model, tasks, F.cross_entropy, problem)
 
 
 def maml(model: nn.Module, tasks: Episode, criterion: Callable[..., Tensor], problem: problems.Sinusoid | problems.Omniglot) -> Run:

@@ -1,0 +1,177 @@
+"""Batch and layer norm by torch's fused kernels, with derivatives that are right at every order.
+
+With h = (x - <x>) r, r = 1 / sqrt(variance + eps) and <.> the mean over the axes that are normalized, let
+
+    y = w h + b,    p(u) = r (u - <u> - h <u h>).
+
+p is linear and its own adjoint, dh = p(dx) and dr = -r^2 <h dx>. So the cotangents of (x, w, b), given that of y, g, are
+
+    p(w g),    sum g h,    sum g,
+
+and those of (g, x, w), given the cotangents (s, t, u) of these three, are
+
+    w p(s) + t h + u,    p(t g - r (<w g h> s + <s h> w g)) - r h <w g p(s)>,    sum g p(s).
+
+The kernels compute y, and p with the <x> and r that they have saved. Where a result is to be differentiated again these are no
+constants: there h, r and p are computed from x by elementary operations, which have every further derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from metaopt.transforms import values_are_readable
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What is normalized: `over` are the axes of the means, `shape` is that in which parameters broadcast against x."""
+
+    over: tuple[int, ...]
+    shape: tuple[int, ...]
+    eps: float
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """Return the shape of weight and bias."""
+        return self.shape
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (y, <x>, r) by torch's kernel; <x> and r broadcast against x."""
+        raise NotImplementedError
+
+    def backward(self, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, r: Tensor) -> Any:
+        """Return (p(w g), sum g h, sum g) by torch's kernel, None for a parameter that is None."""
+        raise NotImplementedError
+
+    def mean(self, u: Tensor) -> Tensor:
+        return u.mean(self.over, keepdim=True)
+
+
+class BatchAxes(Axes):
+    """Each channel of [n, channels, ...]; the parameters are constant in what is normalized."""
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        return self.shape[1:2]
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, r = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, self.eps)
+        return y, mean.view(self.shape), r.view(self.shape)
+
+    def backward(self, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, r: Tensor) -> Any:
+        wanted = [True, weight is not None, bias is not None]
+        return aten.native_batch_norm_backward(g, x, weight, None, None, mean.view(-1), r.view(-1), True, self.eps, wanted)
+
+
+class LayerAxes(Axes):
+    """The last axes; the parameters are constant in all others."""
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
+
+    def backward(self, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, r: Tensor) -> Any:
+        wanted = [True, weight is not None, bias is not None]
+        return aten.native_layer_norm_backward(g, x, self.shape, mean, r, weight, bias, wanted)
+
+
+def is_fusable(axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Say whether `fused_norm` is for this.
+
+    Not under a transform of `torch.func`, which may need forward derivatives or rules for batches, nor under a compiler, which
+    fuses by itself; in half precision the sums of a second derivative would lose digits; wrong shapes are left to torch.
+    """
+    return (
+        values_are_readable()
+        and forward_ad._current_level < 0
+        and x.dtype in (torch.float32, torch.float64)
+        and x.numel() > 0
+        and all(p is None or (p.dtype == x.dtype and p.shape == axes.parameters) for p in (weight, bias))
+    )
+
+
+def fused_norm(axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return y, of the shape of x [...]; `weight` and `bias` are those of torch."""
+    y: Tensor = _Norm.apply(axes, x, weight, bias)
+    return y
+
+
+class _Norm(torch.autograd.Function):
+    """(x, w, b) -> y."""
+
+    @staticmethod
+    def forward(ctx: Any, axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y, mean, r = axes.forward(x, weight, bias)
+        ctx.axes = axes
+        ctx.save_for_backward(x, weight, bias, mean, r)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        axes, (x, weight, bias, mean, r) = ctx.axes, ctx.saved_tensors
+        if values_are_readable():
+            bars = _PullBack.apply(axes, g, x, weight, bias, mean, r)
+        else:  # cotangents in a batch, or a transform that began after the forward pass
+            h, _, p = _elementary(axes, x)
+            bars = p(_times(axes, g, weight)), _total(axes, g * h, weight), _total(axes, g, bias)
+        return None, *(bar if needed else None for bar, needed in zip(bars, ctx.needs_input_grad[1:], strict=True))
+
+
+class _PullBack(torch.autograd.Function):
+    """(g, x, w) -> (p(w g), sum g h, sum g); the bias says only that there is one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, axes: Axes, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, r: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        ctx.axes = axes
+        ctx.save_for_backward(g, x, weight, mean, r)
+        return tuple(axes.backward(g, x, weight, bias, mean, r))
+
+    @staticmethod
+    def backward(ctx: Any, s: Tensor, t: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, ...]:
+        axes, (g, x, weight, mean, r) = ctx.axes, ctx.saved_tensors
+        again = torch.is_grad_enabled() or not values_are_readable()
+        h, r, p = _elementary(axes, x) if again else _by_kernel(axes, x, mean, r)
+        wg, ps = _times(axes, g, weight), p(s)
+        to_g, to_h = _times(axes, ps, weight), -r * (axes.mean(wg * h) * s + axes.mean(s * h) * wg)
+        if t is not None:
+            t = t.reshape(axes.shape)
+            to_g, to_h = to_g + t * h, to_h + t * g
+        if u is not None:
+            to_g = to_g + u.reshape(axes.shape)
+        to_x = p(to_h) - r * axes.mean(wg * ps) * h
+        return None, to_g, to_x, _total(axes, g * ps, weight), None, None, None
+
+
+Parts = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
+
+
+def _elementary(axes: Axes, x: Tensor) -> Parts:
+    """Return h, r and p, differentiable in x."""
+    centred = x - axes.mean(x)
+    r = torch.rsqrt(axes.mean(centred * centred) + axes.eps)
+    h = centred * r
+    return h, r, lambda u: r * (u - axes.mean(u) - h * axes.mean(u * h))
+
+
+def _by_kernel(axes: Axes, x: Tensor, mean: Tensor, r: Tensor) -> Parts:
+    """Return h, r and p from what the forward pass has saved."""
+    return torch.addcmul(-mean * r, x, r), r, lambda u: axes.backward(u, x, None, None, mean, r)[0]
+
+
+def _times(axes: Axes, u: Tensor, weight: Tensor | None) -> Tensor:
+    return u if weight is None else u * weight.reshape(axes.shape)
+
+
+def _total(axes: Axes, u: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """Sum to the shape of the parameter."""
+    return None if parameter is None else u.sum_to_size(axes.shape).reshape(parameter.shape)
