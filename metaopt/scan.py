@@ -77,11 +77,11 @@ def scan(
         compile: compile what runs: by "full" the whole loop, otherwise, and where no gradient is needed, one step and its pullback.
             Inside another compiled function or scan this changes nothing.
     """
-    leaves, structure = tree.flatten((inputs, carry, xs.first if isinstance(xs, Stream) else xs))
+    given = (inputs, carry, xs.first if isinstance(xs, Stream) else xs)
     tracing = torch.compiler.is_compiling()
     compile = compile and not tracing and not _inside_step.get()
     # A compiler cannot ask who tracks a tensor, and nobody can ask a batch that has not come yet.
-    needed = torch.is_grad_enabled() and (isinstance(xs, Stream) or tracing or _any_tracked(leaves))
+    needed = torch.is_grad_enabled() and (isinstance(xs, Stream) or tracing or _any_tracked(tree.leaves(given)))
     if not tracing and not needed:
         return _plain_loop(compiled(step) if compile else step, inputs, carry, xs, length)
     if memory == "full" or tracing or _inside_step.get():
@@ -95,6 +95,7 @@ def scan(
                 f"Parameters and optimizer state must be tensors to be kept from step to step, got {type(leaf).__name__} "
                 f'at {path}. Make it a tensor, or use memory="full".'
             )
+    leaves, structure = tree.flatten(given)
     plan = memory if isinstance(memory, Revolve) else Revolve(snapshots=length or sys.maxsize)
     disk = None if plan.directory is None else Disk(Path(plan.directory))
     if pullback is None:

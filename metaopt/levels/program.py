@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from metaopt import tree
-from metaopt.differentiate import Backprop, FirstOrder, PointRule, Rule
+from metaopt.differentiate import Backprop, FirstOrder, Penalty, PointRule, Rule
+from metaopt.differentiate.base import constant
 from metaopt.functional import Functional
 from metaopt.levels.edge import Edge
 from metaopt.levels.level import Level
@@ -106,12 +107,45 @@ class Program:
         inside = self.order.inside(name)
         return any(self.readings[other].levels & inside for other in self.levels.keys() - inside - {name})
 
+    def responds_at_points(self, name: str) -> bool:
+        """Say whether every level that responds to `name` has rules that look at one point, and no responses of its own.
+
+        The derivative of the total loss is then that of the level's own loss and one pullback a response.
+        """
+        order = self.order
+        return all(
+            self.levels[other].copies is None
+            and not order.members.get(other)
+            and not order.shared[other]
+            and all(isinstance(rule, PointRule) for rule, _ in self.rules(name, other))
+            for other in self._responding(name)
+        )
+
     @property
     def is_one_function(self) -> bool:
-        """Whether a whole step can be compiled as one function: every rule is the plain graph of the steps taken."""
-        return all(
-            isinstance(edge.differentiate, Backprop | FirstOrder) and edge.differentiate.memory == "full" for edge in self.edges
+        """Whether a whole step can be compiled as one function.
+
+        So it is where every rule is the plain graph of the steps taken, or one of a top level that looks at one point. A compiler
+        cannot wind random numbers back for the latter.
+        """
+        return all(self._is_plain(name) or self._is_direct(name) for name in self.levels)
+
+    def _is_plain(self, name: str) -> bool:
+        rules = [rule for other in self._responding(name) for rule, _ in self.rules(name, other)]
+        return all(isinstance(rule, Backprop | FirstOrder) and rule.memory == "full" for rule in rules)
+
+    def _is_direct(self, name: str) -> bool:
+        rules = [rule for other in self._responding(name) for rule, _ in self.rules(name, other)]
+        return (
+            self.is_top(name)
+            and self.responds_at_points(name)
+            and not any(isinstance(rule, Penalty) for rule in rules)
+            and not any(self.readings[other].is_random for other in self._responding(name))
         )
+
+    def _responding(self, name: str) -> frozenset[str]:
+        """Return the levels whose response is part of the total loss of `name`, apart from responses inside of responses."""
+        return self.order.shared[name].union(self.order.members.get(name, ()))
 
     def compiles(self, name: str) -> bool:
         """Say whether the loop of a level is compiled by itself; a rule that is a Function of its own cannot be inside."""
@@ -149,4 +183,4 @@ def rest(state: Tree) -> Tree:
 
 def detached(values: Tree) -> Tree:
     """Return constants."""
-    return tree.map(lambda leaf: leaf.detach(), values)
+    return tree.map(constant, values)
