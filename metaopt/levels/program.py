@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from metaopt import tree
 from metaopt.differentiate import Backprop, FirstOrder, Penalty, PointRule, Rule
@@ -40,6 +41,14 @@ class Program:
     loops: frozenset[str] = frozenset()
     compile: bool = False
 
+    @cached_property
+    def _above(self) -> Mapping[str, list[Edge]]:
+        return {name: [edge for edge in self.edges if edge.lower.name == name] for name in self.levels}
+
+    @cached_property
+    def _lowers(self) -> Mapping[str, list[Edge]]:
+        return {name: [edge for edge in self.edges if edge.upper.name == name] for name in self.levels}
+
     @property
     def nets(self) -> dict[str, Functional]:
         """Level -> its model as a function."""
@@ -47,11 +56,11 @@ class Program:
 
     def above(self, name: str) -> list[Edge]:
         """Return the edges to the levels directly above."""
-        return [edge for edge in self.edges if edge.lower.name == name]
+        return self._above[name]
 
     def lowers(self, name: str) -> list[Edge]:
         """Return the edges to the levels directly below."""
-        return [edge for edge in self.edges if edge.upper.name == name]
+        return self._lowers[name]
 
     def is_top(self, name: str) -> bool:
         """Say whether no level is above."""
