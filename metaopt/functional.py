@@ -82,6 +82,8 @@ class Functional:
 
     def frozen(self, params: Params, buffers: Params, *args: Any, **kwargs: Any) -> Any:
         """Return f(args; params, buffers) as `__call__` does, with other buffers than the model's, which keep their values."""
+        if not buffers:
+            return self._call(params, {}, args, kwargs)
         given: dict[str, Tensor | None] = {name: buffer.clone() for name, buffer in buffers.items()}
         for name, layer in self._norms:
             if layer.training and layer.track_running_stats:
@@ -120,7 +122,8 @@ class Functional:
         given: dict[str, Any] = {**params, **buffers}
         tensors = {alias: tensor for name, tensor in given.items() for alias in self._aliases.get(name, [name])}
         output = _call_with(self.model, tensors, args, kwargs)
-        buffers.update((name, tensors[name]) for name in buffers)
+        for name in buffers:
+            buffers[name] = tensors[name]
         return output
 
     def _check(self, what: str, given: Params, own: Params) -> None:

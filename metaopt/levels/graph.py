@@ -218,12 +218,17 @@ class LevelGraph:
 
     def _load(self) -> None:
         """Write the present values into the levels' models."""
+        models: list[Tensor] = []
+        values: list[Tensor] = []
         for name, shown in all_shown(self._states).items():
             level = self.program.levels[name]
             if not level.copies:
-                level.net.load(shown["params"])
-                for key, buffer in level.net.buffers.items():
-                    buffer.copy_(shown["buffers"][key])
+                own = level.net.params | (level.net.buffers if shown["buffers"] else {})
+                now = shown["params"] | shown["buffers"]
+                models += own.values()
+                values += [now[key] for key in own]
+        with torch.no_grad():
+            torch._foreach_copy_(models, values)
 
 
 def _loops(edges: Sequence[Edge], read: Callable[[str], Reading]) -> frozenset[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from metaopt import tree
 from metaopt.differentiate import Backprop, FirstOrder, Penalty, PointRule, Rule
@@ -30,6 +29,7 @@ class Program:
         initial: level -> the state before the first step.
         loops: levels whose lower copies run one after the other, not under `vmap`.
         compile: whether inner loops are compiled.
+        nets: level -> its model as a function.
     """
 
     levels: Mapping[str, Level]
@@ -40,19 +40,18 @@ class Program:
     initial: dict[str, Tree]
     loops: frozenset[str] = frozenset()
     compile: bool = False
+    nets: dict[str, Functional] = field(init=False)
+    _above: dict[str, list[Edge]] = field(init=False)
+    _lowers: dict[str, list[Edge]] = field(init=False)
 
-    @cached_property
-    def _above(self) -> Mapping[str, list[Edge]]:
-        return {name: [edge for edge in self.edges if edge.lower.name == name] for name in self.levels}
-
-    @cached_property
-    def _lowers(self) -> Mapping[str, list[Edge]]:
-        return {name: [edge for edge in self.edges if edge.upper.name == name] for name in self.levels}
-
-    @property
-    def nets(self) -> dict[str, Functional]:
-        """Level -> its model as a function."""
-        return {name: level.net for name, level in self.levels.items()}
+    def __post_init__(self) -> None:
+        known = {
+            "nets": {name: level.net for name, level in self.levels.items()},
+            "_above": {name: [edge for edge in self.edges if edge.lower.name == name] for name in self.levels},
+            "_lowers": {name: [edge for edge in self.edges if edge.upper.name == name] for name in self.levels},
+        }
+        for key, value in known.items():  # at once: a compiler cannot look inside what is computed when it is asked for
+            object.__setattr__(self, key, value)
 
     def above(self, name: str) -> list[Edge]:
         """Return the edges to the levels directly above."""

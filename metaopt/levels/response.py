@@ -53,7 +53,7 @@ class Response(NamedTuple):
 
 def noted(responses: list[Response], level: str, rules: Rules, loop: InnerLoop, end: End) -> Params:
     """Return the last parameters as constants, and add the response to the list."""
-    ambient = None if torch.compiler.is_compiling() else Ambient.now(tree.leaves((loop.inputs, end)))
+    ambient = None if torch.compiler.is_compiling() else Ambient.now(tree.leaves((loop.inputs, *end)))
     responses.append(Response(level, rules, loop, end, ambient))
     return end.params  # type: ignore[no-any-return]
 
