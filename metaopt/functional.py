@@ -31,7 +31,7 @@ def aliases(module: nn.Module) -> dict[str, list[str]]:
     """Return, for each distinct parameter and buffer, its first name -> all its names.
 
     Unlike in `named_parameters(remove_duplicate=False)`, a module that stands in several places counts once: given two names
-    of one attribute, `functional_call` patches it twice and afterwards puts the wrong tensor back.
+    of one attribute, it would be lent to twice, and the wrong tensor would be put back.
     """
     names: dict[Tensor, list[str]] = {}
     for path, layer in module.named_modules():
@@ -44,7 +44,7 @@ def aliases(module: nn.Module) -> dict[str, list[str]]:
 def call_with(module: nn.Module, tensors: Params, args: tuple, kwargs: dict[str, Any] | None = None) -> Any:
     """Return `module(*args, **kwargs)` with other tensors, given by their first names, in place of its own."""
     everywhere = {alias: tensors[name] for name, same in aliases(module).items() if name in tensors for alias in same}
-    return torch.func.functional_call(module, everywhere, args, kwargs, tie_weights=False)
+    return _call_with(module, everywhere, args, kwargs or {})
 
 
 class Functional:
@@ -61,7 +61,8 @@ class Functional:
     @property
     def params(self) -> Params:
         """The trainable parameters, live: name of the first use -> tensor. Tied weights stand once."""
-        return {name: _tensor_at(self.model, name) for name in self._trainable}  # while `functional_call` lends tensors, these
+        places = {name: _place(self.model, name) for name in self._trainable}
+        return {name: members[key] for name, (members, key) in places.items()}  # while other tensors are lent, these
 
     @property
     def buffers(self) -> Params:
@@ -81,6 +82,8 @@ class Functional:
 
     def frozen(self, params: Params, buffers: Params, *args: Any, **kwargs: Any) -> Any:
         """Return f(args; params, buffers) as `__call__` does, with other buffers than the model's, which keep their values."""
+        if not buffers:
+            return self._call(params, {}, args, kwargs)
         given: dict[str, Tensor | None] = {name: buffer.clone() for name, buffer in buffers.items()}
         for name, layer in self._norms:
             if layer.training and layer.track_running_stats:
@@ -109,22 +112,23 @@ class Functional:
             ValueError: `params` has other names or shapes than the model.
         """
         self._check("params", params, self.params)
+        own = self.params
         with torch.no_grad():
-            for name, parameter in self.params.items():
-                parameter.copy_(params[name])
+            torch._foreach_copy_(list(own.values()), [params[name] for name in own])
 
     def _call(self, params: Params, buffers: dict[str, Tensor | None], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the model with these tensors; `buffers` then holds what the forward left in them."""
         self._check("params", params, self.params)
         given: dict[str, Any] = {**params, **buffers}
         tensors = {alias: tensor for name, tensor in given.items() for alias in self._aliases.get(name, [name])}
-        output = torch.func.functional_call(self.model, tensors, args, kwargs, tie_weights=False)
-        buffers.update((name, tensors[name]) for name in buffers)
+        output = _call_with(self.model, tensors, args, kwargs)
+        for name in buffers:
+            buffers[name] = tensors[name]
         return output
 
     def _check(self, what: str, given: Params, own: Params) -> None:
-        missing, unknown = own.keys() - given.keys(), given.keys() - own.keys()
-        if missing or unknown:
+        if given.keys() != own.keys():
+            missing, unknown = own.keys() - given.keys(), given.keys() - own.keys()
             raise ValueError(
                 f"`{what}` must have the names of the model's {what}; missing {sorted(missing)}, unknown {sorted(unknown)}. "
                 f"Start from `net.{what}`."
@@ -138,7 +142,30 @@ class Functional:
                     )
 
 
-def _tensor_at(module: nn.Module, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    tensor: Tensor = getattr(module.get_submodule(path), attribute)
-    return tensor
+def _call_with(module: nn.Module, tensors: dict[str, Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Return `module(*args, **kwargs)` with these in place of its own tensors; they are then what the forward left.
+
+    As `torch.func.functional_call`, which takes 14 us more for four tensors: it looks at structures first.
+    """
+    places = [(name, *_place(module, name)) for name in tensors]
+    own = [members[key] for _, members, key in places]
+    try:
+        for name, members, key in places:
+            members[key] = tensors[name]
+        return module(*args, **kwargs)
+    finally:
+        for (name, members, key), tensor in zip(places, own, strict=True):
+            tensors[name] = members[key]
+            members[key] = tensor
+
+
+def _place(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return the dict of a module that holds a parameter or buffer, and its key there."""
+    path, _, key = name.rpartition(".")
+    if path:
+        for part in path.split("."):
+            module = module._modules[part]  # type: ignore[assignment]
+    for members in (module._parameters, module._buffers):
+        if key in members:
+            return members, key
+    raise ValueError(f"The model has no tensor {name!r} any more, which it had when `functional` saw it. Call `functional` again.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -10,8 +11,8 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.gradient import gradient
 from metaopt.kernels import any_order
-from metaopt.pullback import chosen, pull_back, put
-from metaopt.replay import drawn_again
+from metaopt.pullback import chosen, is_last, pull_back, put
+from metaopt.replay import Ambient
 from metaopt.tree import Tree
 
 Loss = Callable[[Tree, Tree], Tensor]  # (w, given) -> L
@@ -61,19 +62,24 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
         Two gradients.
     """
     _check_precision(w)
-    length = tree.norm(x)
+    square = tree.sum_leaves(_square, x)
+    length = square.sqrt() if is_last() else tree.safe_sqrt(square)
     scale = radius / torch.where(length > 0, length, 1)
-    shift = tree.map(lambda w, x: (scale * x).to(w.dtype), w, x)
-    displaced = [tree.map(torch.add, w, shift), tree.map(torch.sub, w, shift)]
     variables = chosen(given, wanted)
 
-    def slope(w: Tree) -> list[Tensor]:
-        with any_order():
-            slopes: list[Tensor] = gradient(lambda variables: (loss(w, put(variables, given, wanted)), ()), variables)[0]
+    def slope(e: Tensor) -> list[Tensor]:
+        there = tree.map(lambda w, x: torch.addcmul(w, x, e.to(w.dtype)), w, x)  # one displaced copy at a time
+
+        def value(variables: list[Tensor]) -> tuple[Tensor, Tree]:
+            return loss(there, put(variables, given, wanted)), ()
+
+        with nullcontext() if is_last() else any_order():
+            slopes: list[Tensor] = gradient(value, variables)[0]
             return slopes
 
-    ahead, behind = same_noise(slope, displaced)
-    bars = [((a - b) * (length / (2 * radius))).to(a.dtype) for a, b in zip(ahead, behind, strict=True)]
+    ahead, behind = same_noise(slope, [scale, -scale])
+    slant = length / (2 * radius)
+    bars = [((a - b) * slant).to(a.dtype) for a, b in zip(ahead, behind, strict=True)]
     return put(bars, tree.map(lambda _: None, wanted), wanted)
 
 
@@ -82,17 +88,25 @@ def same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tre
     if torch.compiler.is_compiling():  # a compiler cannot wind a generator back
         values = torch.func.vmap(function, randomness="same")(tree.stack(points))
         return [tree.index(values, i) for i in range(len(points))]
-    values = []
-    for point in points:
-        with drawn_again(points):
+    ambient, values = Ambient.now(tree.leaves(points)), []
+    with ambient.restored():
+        for point in points:
+            ambient.reinstate()
             values.append(function(point))
     return values
 
 
+def _square(leaf: Tensor) -> Tensor:
+    """Return |x|^2, in one pass and without a copy of x."""
+    entries = tree.as_real(leaf).reshape(-1)
+    return torch.dot(entries, entries)
+
+
 def _check_precision(w: Tree) -> None:
-    for name, leaf in tree.named_leaves(w):
-        if torch.finfo(leaf.dtype).eps > COARSE:
-            raise ValueError(
-                f"Finite differences need parameters in float32 or float64, got {leaf.dtype} at {name}: the displacement would be "
-                "lost in rounding. Keep float32 parameters and use autocast inside the loss."
-            )
+    if all(torch.finfo(leaf.dtype).eps <= COARSE for leaf in tree.leaves(w)):
+        return
+    name, dtype = next((name, leaf.dtype) for name, leaf in tree.named_leaves(w) if torch.finfo(leaf.dtype).eps > COARSE)
+    raise ValueError(
+        f"Finite differences need parameters in float32 or float64, got {dtype} at {name}: the displacement would be "
+        "lost in rounding. Keep float32 parameters and use autocast inside the loss."
+    )

@@ -40,16 +40,21 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
         return [result for result, seed in zip(results, seeds, strict=True) if seed is not None]
 
     given = [seed for seed in seeds if seed is not None]
-    if torch.is_grad_enabled() or not values_are_readable() or any(leaf.is_inference() for leaf in variables):
+    if not is_last() or any(leaf.is_inference() for leaf in variables):
         _, pull, *_ = torch.func.vjp(run, variables)
         (bars,) = pull(given)
-    else:  # nobody differentiates this again, so it need not be recorded
+    else:  # it need not be recorded
         with torch.enable_grad():
             fresh = [leaf.detach().requires_grad_() for leaf in variables]
             reached = [(result, seed) for result, seed in zip(run(fresh), given, strict=True) if result.requires_grad]
             results, cotangents = zip(*reached, strict=True) if reached else ((), ())
         bars = torch.autograd.grad(results, fresh, cotangents, materialize_grads=True) if reached else map(torch.zeros_like, fresh)
     return put(list(bars), tree.map(lambda _: None, wanted), wanted)
+
+
+def is_last() -> bool:
+    """Say whether nobody differentiates what is computed now, as plain autograd says; no transform and no compiler is active."""
+    return not torch.is_grad_enabled() and values_are_readable()
 
 
 def chosen(values: Tree, wanted: Tree) -> list[Any]:
@@ -60,7 +65,18 @@ def chosen(values: Tree, wanted: Tree) -> list[Any]:
 def put(leaves: Sequence[Any], values: Tree, wanted: Tree) -> Tree:
     """Return `values` with these in the place of the leaves that are wanted."""
     fresh = iter(leaves)
-    return tree.map(lambda leaf, is_wanted: next(fresh) if is_wanted else leaf, values, wanted)
+
+    def filled(value: Tree, wanted: Tree) -> Tree:
+        kind = type(wanted)
+        if kind is bool:
+            return next(fresh) if wanted else value
+        if kind is dict:
+            return {key: filled(value[key], part) for key, part in wanted.items()}
+        if kind is tuple or kind is list:
+            return kind(map(filled, value, wanted))
+        return tree.map(lambda leaf, is_wanted: next(fresh) if is_wanted else leaf, value, wanted)
+
+    return filled(values, wanted)
 
 
 def plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -40,11 +40,7 @@ class Ambient:
         return cls(
             before.random if before is not None and torch.equal(random, before.random) else random,
             {device.index: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"},
-            {
-                kind: {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
-                for kind in {device.type for device in devices}
-                if torch.amp.is_autocast_available(kind)
-            },
+            {kind: _autocast(kind) for kind in {device.type for device in devices} if torch.amp.is_autocast_available(kind)},
         )
 
     @classmethod
@@ -63,12 +59,21 @@ class Ambient:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """While entered, this state holds; afterwards the one before does."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(self.cuda))
-            for kind, mode in self.autocast.items():
-                stack.enter_context(torch.autocast(kind, **mode))
-            self.reinstate()
-            yield
+        cuda = {index: torch.cuda.get_rng_state(index) for index in self.cuda}
+        before = replace(self, random=torch.get_rng_state(), cuda=cuda)
+        others = {kind: mode for kind, mode in self.autocast.items() if mode != _autocast(kind)}
+        try:
+            with ExitStack() as stack:
+                for kind, mode in others.items():
+                    stack.enter_context(torch.autocast(kind, **mode))
+                self.reinstate()
+                yield
+        finally:
+            before.reinstate()
+
+
+def _autocast(kind: str) -> dict[str, Any]:
+    return {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
 
 
 @contextmanager

@@ -76,11 +76,11 @@ def scan(
             step is rebuilt, so never by "full". Whoever gives it compiles it.
         compile: compile one step and its derivative, for any length. Inside another compiled function or scan this changes nothing.
     """
-    leaves, structure = tree.flatten((inputs, carry, xs.first if isinstance(xs, Stream) else xs))
+    given = (inputs, carry, xs.first if isinstance(xs, Stream) else xs)
     tracing = torch.compiler.is_compiling()
     compile = compile and not tracing and not _inside_step.get()
     # A compiler cannot ask who tracks a tensor, and nobody can ask a batch that has not come yet.
-    needed = torch.is_grad_enabled() and (isinstance(xs, Stream) or tracing or _any_tracked(leaves))
+    needed = torch.is_grad_enabled() and (isinstance(xs, Stream) or tracing or _any_tracked(tree.leaves(given)))
     plain = tracing or not needed or memory == "full" or _inside_step.get()
     if plain and not compile:
         return _plain_loop(step, inputs, carry, xs, length)
@@ -92,6 +92,7 @@ def scan(
             )
     if plain:
         return _plain_loop(compiled(step), inputs, tree.map(_as_later, carry) if needed else carry, xs, length)
+    leaves, structure = tree.flatten(given)
     plan = memory if isinstance(memory, Revolve) else Revolve(snapshots=length or sys.maxsize)
     disk = None if plan.directory is None else Disk(Path(plan.directory))
     if pullback is None:

@@ -1,7 +1,7 @@
 """Ways to differentiate an inner loop, one per file."""
 
 from metaopt.differentiate.backprop import Backprop
-from metaopt.differentiate.base import End, InnerLoop, PointRule, Rule, attach
+from metaopt.differentiate.base import End, InnerLoop, PointRule, Rule, attach, pulled_back
 from metaopt.differentiate.evolution_strategy import EvolutionStrategy
 from metaopt.differentiate.finite_difference import FiniteDifference
 from metaopt.differentiate.first_order import FirstOrder
@@ -26,4 +26,5 @@ __all__ = [
     "PointRule",
     "Rule",
     "attach",
+    "pulled_back",
 ]

@@ -104,7 +104,7 @@ class PointRule:
 def attach(rule: PointRule, loop: InnerLoop, end: End) -> Tree:
     """Return the last parameters with the derivative that `rule` gives them.
 
-    Nothing is computed before it is asked for. With `loop.compile` the pullback is compiled, unless it is itself differentiated.
+    Nothing is computed before it is asked for.
     """
     if (
         torch.is_grad_enabled()
@@ -114,21 +114,26 @@ def attach(rule: PointRule, loop: InnerLoop, end: End) -> Tree:
         return tree.map(torch.Tensor.detach, end.params)
 
     def pull_back(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree, wanted: tuple[Tree, Any, Tree]) -> Tree:
-        in_inputs, in_state, in_batch = wanted
+        (inputs, state, batch), (in_inputs, in_state, in_batch) = given, wanted
         in_read = (without_optimizer(in_inputs), in_batch)
         if not any(tree.leaves(in_read)):
             return _nothing(wanted)
-
-        def bars(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree) -> Tree:
-            inputs, state, batch = given
-            return rule.pull_back(replace(loop, inputs=inputs), End(params, state, batch), cotangent, in_read)[0]
-
-        is_first = not torch.is_grad_enabled()
-        to_read, to_batch = (compiled(bars) if loop.compile and is_first else bars)(params, given, cotangent)
+        to_read, to_batch = pulled_back(rule, replace(loop, inputs=inputs), End(params, state, batch), cotangent, in_read)
         to_inputs = {name: to_read[name] if name in to_read else _nothing(part) for name, part in in_inputs.items()}
         return to_inputs, _nothing(in_state), to_batch
 
     return with_derivative(pull_back, end.params, (loop.inputs, end.state, end.batch))
+
+
+def pulled_back(rule: PointRule, loop: InnerLoop, end: End, cotangent: Tree, wanted: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+    """Return the cotangents that `rule.pull_back` gives; with `loop.compile` it is compiled, unless it is itself differentiated."""
+
+    def bars(inputs: Tree, end: End, cotangent: Tree) -> Tree:
+        return rule.pull_back(replace(loop, inputs=inputs), end, cotangent, wanted)[0]
+
+    is_first = not torch.is_grad_enabled()
+    found: tuple[Tree, Tree] = (compiled(bars) if loop.compile and is_first else bars)(loop.inputs, end, cotangent)
+    return found
 
 
 def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullback | None = None) -> tuple[Tree, Any, Tensor]:
@@ -148,11 +153,11 @@ def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullba
 
 def run(loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
     """Run the loop without a graph; what comes out is constant."""
-    inputs, params, state, batches = tree.map(_detached, (loop.inputs, loop.params, loop.state, loop.batches))
-    constant = replace(loop, inputs=inputs, params=params, state=state, batches=batches)
+    inputs, params, state, batches = tree.map(constant, (loop.inputs, loop.params, loop.state, loop.batches))
+    loop = replace(loop, inputs=inputs, params=params, state=state, batches=batches)
     with torch.no_grad():
-        found = unroll(constant, MeanGradient(loop.loss), "full")
-    return tree.map(torch.Tensor.detach, found)
+        found = unroll(loop, MeanGradient(loop.loss, once=True), "full")
+    return tree.map(constant, found)  # type: ignore[no-any-return]
 
 
 def at_end(loop: InnerLoop, end: End) -> tuple[Callable[[Tree, Tree], Tensor], Tree]:
@@ -221,5 +226,8 @@ def _nothing(values: Tree) -> Tree:
     return tree.map(lambda _: None, values)
 
 
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+def constant(leaf: Any) -> Any:
+    """Return a tensor that nobody differentiates, or what is no tensor. To see that it is one already is faster than `detach`."""
+    if not isinstance(leaf, Tensor) or not (torch.compiler.is_compiling() or is_tracked(leaf)):
+        return leaf
+    return leaf.detach()

@@ -42,4 +42,5 @@ class FiniteDifference(PointRule):
 
     def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
         loss, read = at_end(loop, end)
-        return mixed_difference(loss, end.params, read, map(Tensor.neg, cotangent), wanted, self.radius), {}
+        bars = mixed_difference(loss, end.params, read, cotangent, wanted, self.radius)
+        return map(lambda bar: None if bar is None else -bar, bars), {}

@@ -10,35 +10,40 @@ Scene: {level: {"params", "buffers"}}, what losses read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.differentiate import End, InnerLoop, PointRule, Rule, attach
+from metaopt.differentiate import End, InnerLoop, PointRule
 from metaopt.differentiate.base import run
 from metaopt.functional import Params
 from metaopt.kernels import any_order
 from metaopt.levels.order import Event, Owner
 from metaopt.levels.program import Program, all_shown, detached, rest, shown
+from metaopt.levels.response import Respond, Response, Rules, Slope, attached, noted, through
 from metaopt.levels.update import begun, optimizer_tensors, update
 from metaopt.levels.view import evaluate
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
-Rules = list[tuple[Rule, frozenset[str]]]
-
 
 @dataclass(frozen=True)
 class Execution:
-    """The program, as functions of (scene, state, rows)."""
+    """The program, as functions of (scene, state, rows).
+
+    Attributes:
+        program: what runs.
+        respond: what becomes of a level whose rule looks at one point, when it has made its steps.
+    """
 
     program: Program
+    respond: Respond = attached
 
     # One turn: what happens between two steps of an owner
 
@@ -86,7 +91,7 @@ class Execution:
         elif is_point:
             params, after = (loop.params, loop.state) if at_point else run(loop)[:2]
             loop = replace(loop, loss=partial(self._loss, name, window, True))
-            params = _attached(rules, loop, End(params, detached(after), tree.index(rows, -1)))
+            params = self.respond(name, rules, loop, End(params, after, tree.index(rows, -1)))
         else:
             params, after, _ = rules[0][0](loop)
         return {"params": params, **after}
@@ -136,9 +141,13 @@ class Execution:
 
     def _one(self, name: str, at_point: bool, scene: Tree, below: Tree, rows: Tree) -> tuple[Tensor, Tree]:
         """Return the total loss where there are no copies below, or of one of them."""
-        level, reading = self.program.levels[name], self.program.readings[name]
         if below:
             scene, below = self.turn(name, scene, below, rows, at_point=at_point)
+        return self._own(name, scene, below, rows)
+
+    def _own(self, name: str, scene: Tree, below: Tree, rows: Tree) -> tuple[Tensor, Tree]:
+        """Return the level's own loss in this scene, and what `total` does."""
+        level, reading = self.program.levels[name], self.program.readings[name]
         scene = {other: scene[other] for other in reading.levels | {name}}
         keeps_statistics = self._copies_below(name) is None
         found, buffers = [], scene[name]["buffers"]
@@ -199,26 +208,37 @@ class Execution:
     def gradient(
         self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window, *, at_point: bool = False
     ) -> tuple[Params, Tensor, Tree]:
-        """Return (dT/dw, T, what `total` says), all constant."""
+        """Return (dT/dw, T, what `total` says), all constant.
 
-        def total(params: Params) -> tuple[Tensor, Tree]:
-            return self.total(name, params, scene, rest(state), rows, window, at_point=at_point)
+        Where rules look at points alone, no derivative passes through the steps: it is put together from that of the level's own
+        loss and from what the rules pull back.
+        """
+        responses: list[Response] = []
+        variables = {name: state["params"]}
+        with torch.no_grad():
+            if self.program.responds_at_points(name):
+                noting = replace(self, respond=partial(noted, responses))
+                there = noting._replayed(name, {**scene, name: shown(state)}, window)
+                there, below = noting.turn(name, there, state["below"], rows, at_point=at_point)
+                read = {level for level, _ in self.program.readings[name].params}
+                variables |= {one.level: one.end.params for one in responses if one.level in read}
 
-        if torch.compiler.is_compiling():  # dependence has been seen when the graph was built
-            grads, (loss, aux) = torch.func.grad_and_value(total, has_aux=True)(state["params"])
-            return grads, loss, aux
-        leaves = {key: param.detach().requires_grad_() for key, param in state["params"].items()}
-        with torch.enable_grad():
-            loss, aux = total(leaves)
-            if not loss.requires_grad:
-                raise _missing(name, next(iter(leaves)))
-            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        found = {}
-        for (key, leaf), grad in zip(leaves.items(), grads, strict=True):
+                def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
+                    moved = {level: {**there[level], "params": params} for level, params in variables.items()}
+                    return self._own(name, {**there, **moved}, below, rows)
+            else:
+
+                def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
+                    return self.total(name, variables[name], scene, rest(state), rows, window, at_point=at_point)
+
+            slopes, loss, aux = _slopes(value, variables)
+            grads = through(responses, slopes, name)
+        found: Params = {}
+        for key, grad in grads.items():
             if grad is None and not self.program.levels[name].allow_unused:
                 raise _missing(name, key)
-            found[key] = torch.zeros_like(leaf) if grad is None else grad
-        return found, loss.detach(), detached(aux)
+            found[key] = torch.zeros_like(state["params"][key]) if grad is None else grad
+        return found, loss, aux
 
     def _copies_below(self, name: str) -> int | None:
         """Return how many copies the levels have that run inside the steps of `name`, if it is itself outside of them."""
@@ -230,20 +250,21 @@ def _is_point(rules: Rules) -> bool:
     return bool(rules) and isinstance(rules[0][0], PointRule)
 
 
-def _attached(rules: Rules, loop: InnerLoop, end: End) -> Params:
-    """Return the last parameters with the derivative of each rule in the levels it is for, and of the first in all others."""
-    (first, _), *more = rules
-    scene, tensors = loop.inputs["meta"]
-    elsewhere = frozenset().union(*(uppers for _, uppers in more))
-
-    def part(rule: Any, names: Iterable[str]) -> Params:
-        seen = {name: shown if name in names else detached(shown) for name, shown in scene.items()}
-        return attach(rule, replace(loop, inputs={**loop.inputs, "meta": (seen, tensors)}), end)
-
-    params = part(first, scene.keys() - elsewhere)
-    for rule, uppers in more:  # zeros with a derivative
-        params = tree.map(lambda total, one: total + (one - one.detach()), params, part(rule, uppers))
-    return params
+def _slopes(
+    value: Callable[[dict[str, Params]], tuple[Tensor, Tree]], at: dict[str, Params]
+) -> tuple[dict[str, Slope], Tensor, Tree]:
+    """Return (level -> derivative in its parameters, f, aux) of (f, aux) = value(at), constants; None where f does not depend."""
+    if torch.compiler.is_compiling():  # dependence has been seen when the graph was built
+        slopes, (loss, aux) = torch.func.grad_and_value(value, has_aux=True)(at)
+        return slopes, loss, aux
+    leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), at)
+    with torch.enable_grad():
+        loss, aux = value(leaves)
+    found: Iterable[Tensor | None] = itertools.repeat(None)
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, tree.leaves(leaves), allow_unused=True)
+    each = iter(found)
+    return tree.map(lambda _: next(each), leaves), loss.detach(), detached(aux)
 
 
 def _missing(level: str, param: str) -> ValueError:

@@ -43,8 +43,9 @@ class LevelGraph:
 
     Args:
         edges: which connect the levels.
-        compile: compile the whole step where all rules are `Backprop` or `FirstOrder` with memory "full", which unrolls all steps;
-            otherwise the inner loops and the pullbacks of rules. See `compiled`.
+        compile: compile the whole step, which unrolls all steps of all levels, where every rule is `Backprop` or `FirstOrder` with
+            memory "full", or stands below a top level and looks at a point (`FiniteDifference`, `Implicit`, ..., but not `Penalty`,
+            nor where the lower level's loss is random); otherwise the inner loops and the pullbacks of rules. See `compiled`.
 
     Raises:
         ValueError: the levels do not fit together; the message names them.
@@ -61,7 +62,8 @@ class LevelGraph:
         self._streams = {name: Stream(name, level.batches, level.device) for name, level in levels.items()}
         readings = {name: self._read(name, levels, edges) for name in levels}
         order = arrange(edges, {name: reading.levels for name, reading in readings.items()})
-        initial = {name: initial_state(level, readings[name]) for name, level in levels.items()}
+        lower = {edge.lower.name for edge in edges}
+        initial = {name: initial_state(level, readings[name], is_top=name not in lower) for name, level in levels.items()}
         loops = _loops(edges, lambda name: self._read(name, levels, edges))
         self.program = Program(levels, tuple(edges), order, readings, find_links(levels), initial, loops, compile)
         check_program(self.program)
@@ -216,12 +218,17 @@ class LevelGraph:
 
     def _load(self) -> None:
         """Write the present values into the levels' models."""
+        models: list[Tensor] = []
+        values: list[Tensor] = []
         for name, shown in all_shown(self._states).items():
             level = self.program.levels[name]
             if not level.copies:
-                level.net.load(shown["params"])
-                for key, buffer in level.net.buffers.items():
-                    buffer.copy_(shown["buffers"][key])
+                own = level.net.params | (level.net.buffers if shown["buffers"] else {})
+                now = shown["params"] | shown["buffers"]
+                models += own.values()
+                values += [now[key] for key in own]
+        with torch.no_grad():
+            torch._foreach_copy_(models, values)
 
 
 def _loops(edges: Sequence[Edge], read: Callable[[str], Reading]) -> frozenset[str]:
@@ -243,11 +250,11 @@ def _checked(states: Tree) -> dict[str, float | Tensor]:
     metrics: dict[str, float | Tensor] = {}
     for name, state in states.items():
         metrics |= _checked(state["below"])
-        steps, finite, loss = (state["progress"][key].reshape(-1) for key in ("steps", "finite", "loss"))
-        is_bad = (finite < steps).tolist()
-        if any(is_bad):
-            first = is_bad.index(True)
-            raise NonFiniteError(f"level {name!r}", finite.tolist()[first], loss.tolist()[first])
-        metrics[f"{name}/loss"] = loss.mean()
-        metrics |= {f"{name}/{key}": metric.mean() for key, metric in state["metrics"].items()}
+        steps, finite, loss = (state["progress"][key] for key in ("steps", "finite", "loss"))
+        if not torch.equal(finite, steps):
+            counts, values = finite.reshape(-1).tolist(), loss.reshape(-1).tolist()
+            first = (finite < steps).reshape(-1).tolist().index(True)
+            raise NonFiniteError(f"level {name!r}", counts[first], values[first])
+        found = {"loss": loss, **state["metrics"]}
+        metrics |= {f"{name}/{key}": metric.mean() if metric.ndim else metric for key, metric in found.items()}
     return metrics

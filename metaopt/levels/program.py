@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from metaopt import tree
-from metaopt.differentiate import Backprop, FirstOrder, PointRule, Rule
+from metaopt.differentiate import Backprop, FirstOrder, Penalty, PointRule, Rule
+from metaopt.differentiate.base import constant
 from metaopt.functional import Functional
 from metaopt.levels.edge import Edge
 from metaopt.levels.level import Level
@@ -28,6 +29,7 @@ class Program:
         initial: level -> the state before the first step.
         loops: levels whose lower copies run one after the other, not under `vmap`.
         compile: whether inner loops are compiled.
+        nets: level -> its model as a function.
     """
 
     levels: Mapping[str, Level]
@@ -38,19 +40,26 @@ class Program:
     initial: dict[str, Tree]
     loops: frozenset[str] = frozenset()
     compile: bool = False
+    nets: dict[str, Functional] = field(init=False)
+    _above: dict[str, list[Edge]] = field(init=False)
+    _lowers: dict[str, list[Edge]] = field(init=False)
 
-    @property
-    def nets(self) -> dict[str, Functional]:
-        """Level -> its model as a function."""
-        return {name: level.net for name, level in self.levels.items()}
+    def __post_init__(self) -> None:
+        known = {
+            "nets": {name: level.net for name, level in self.levels.items()},
+            "_above": {name: [edge for edge in self.edges if edge.lower.name == name] for name in self.levels},
+            "_lowers": {name: [edge for edge in self.edges if edge.upper.name == name] for name in self.levels},
+        }
+        for key, value in known.items():  # at once: a compiler cannot look inside what is computed when it is asked for
+            object.__setattr__(self, key, value)
 
     def above(self, name: str) -> list[Edge]:
         """Return the edges to the levels directly above."""
-        return [edge for edge in self.edges if edge.lower.name == name]
+        return self._above[name]
 
     def lowers(self, name: str) -> list[Edge]:
         """Return the edges to the levels directly below."""
-        return [edge for edge in self.edges if edge.upper.name == name]
+        return self._lowers[name]
 
     def is_top(self, name: str) -> bool:
         """Say whether no level is above."""
@@ -106,12 +115,45 @@ class Program:
         inside = self.order.inside(name)
         return any(self.readings[other].levels & inside for other in self.levels.keys() - inside - {name})
 
+    def responds_at_points(self, name: str) -> bool:
+        """Say whether every level that responds to `name` has rules that look at one point, and no responses of its own.
+
+        The derivative of the total loss is then that of the level's own loss and one pullback a response.
+        """
+        order = self.order
+        return all(
+            self.levels[other].copies is None
+            and not order.members.get(other)
+            and not order.shared[other]
+            and all(isinstance(rule, PointRule) for rule, _ in self.rules(name, other))
+            for other in self._responding(name)
+        )
+
     @property
     def is_one_function(self) -> bool:
-        """Whether a whole step can be compiled as one function: every rule is the plain graph of the steps taken."""
-        return all(
-            isinstance(edge.differentiate, Backprop | FirstOrder) and edge.differentiate.memory == "full" for edge in self.edges
+        """Whether a whole step can be compiled as one function.
+
+        So it is where every rule is the plain graph of the steps taken, or one of a top level that looks at one point. A compiler
+        cannot wind random numbers back for the latter.
+        """
+        return all(self._is_plain(name) or self._is_direct(name) for name in self.levels)
+
+    def _is_plain(self, name: str) -> bool:
+        rules = [rule for other in self._responding(name) for rule, _ in self.rules(name, other)]
+        return all(isinstance(rule, Backprop | FirstOrder) and rule.memory == "full" for rule in rules)
+
+    def _is_direct(self, name: str) -> bool:
+        rules = [rule for other in self._responding(name) for rule, _ in self.rules(name, other)]
+        return (
+            self.is_top(name)
+            and self.responds_at_points(name)
+            and not any(isinstance(rule, Penalty) for rule in rules)
+            and not any(self.readings[other].is_random for other in self._responding(name))
         )
+
+    def _responding(self, name: str) -> frozenset[str]:
+        """Return the levels whose response is part of the total loss of `name`, apart from responses inside of responses."""
+        return self.order.shared[name].union(self.order.members.get(name, ()))
 
     def compiles(self, name: str) -> bool:
         """Say whether the loop of a level is compiled by itself; a rule that is a Function of its own cannot be inside."""
@@ -149,4 +191,4 @@ def rest(state: Tree) -> Tree:
 
 def detached(values: Tree) -> Tree:
     """Return constants."""
-    return tree.map(lambda leaf: leaf.detach(), values)
+    return tree.map(constant, values)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from metaopt.closure import tracked_names
 from metaopt.functional import Functional
@@ -24,11 +25,13 @@ class Reading:
         levels: names of the levels that it read, its own not among them.
         params: (level, parameter) pairs that its value depends on.
         metrics: names and dtypes of the scalars that it returns beside the loss.
+        is_random: whether it drew from the global random generators.
     """
 
     levels: frozenset[str]
     params: frozenset[tuple[str, str]]
     metrics: Mapping[str, torch.dtype]
+    is_random: bool
 
 
 def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
@@ -52,8 +55,10 @@ def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
     at = scene(True)
     leaves = {(name, key): leaf for name, shown in at.items() for key, leaf in shown["params"].items()}
     with torch.random.fork_rng(), torch.enable_grad(), any_order():
+        before = _random_state(level.device)
         try:
             found, names = evaluate(level, nets, at, batch)
+            is_random = not torch.equal(before, _random_state(level.device))
             alone, _ = evaluate(level, nets, scene(False), batch)
         except (TypeError, AttributeError) as error:
             if level.batches is not None:
@@ -69,4 +74,10 @@ def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
         grads = torch.autograd.grad(found.loss, list(leaves.values()), allow_unused=True) if found.loss.requires_grad else ()
     metrics = {name: metric.dtype for name, metric in found.metrics.items()}
     used = frozenset(key for key, grad in zip(leaves, grads, strict=bool(grads)) if grad is not None)
-    return Reading(frozenset(names - {level.name}), used, metrics)
+    return Reading(frozenset(names - {level.name}), used, metrics, is_random)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """Return the state of the generators of the CPU and, if it is a GPU, of the device."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    return torch.cat(states)

@@ -14,16 +14,17 @@ from metaopt.optimizer import apply_updates
 from metaopt.tree import Tree
 
 
-def initial_state(level: Level, reading: Reading) -> Tree:
-    """Return the state of a level by itself before its first step."""
+def initial_state(level: Level, reading: Reading, *, is_top: bool) -> Tree:
+    """Return the state of a level by itself before its first step, in the structure that it has after one."""
     params = {key: param.detach().clone() for key, param in level.net.params.items()}
     like = next(iter(params.values()))
     zero = torch.zeros((), device=like.device, dtype=torch.int64)
+    metrics = {**reading.metrics, **({"gradient norm": tree.norm(params).dtype} if is_top else {})}
     return {
         "params": params,
         "optimizer": tree.map(lambda leaf: leaf.detach().clone(), level.optimizer.init(params)),
         "buffers": {key: buffer.clone() for key, buffer in level.net.buffers.items()},
-        "metrics": {name: torch.zeros((), device=like.device, dtype=dtype) for name, dtype in reading.metrics.items()},
+        "metrics": {name: torch.zeros((), device=like.device, dtype=dtype) for name, dtype in metrics.items()},
         "progress": {"steps": zero, "finite": zero.clone(), "loss": torch.zeros((), device=like.device, dtype=like.dtype)},
         "below": {},
     }
@@ -84,6 +85,6 @@ def _counted(progress: Tree, loss: Tensor) -> Tree:
     is_good = progress["finite"] == progress["steps"]
     return {
         "steps": progress["steps"] + 1,
-        "finite": progress["finite"] + (is_good & torch.isfinite(loss)),
+        "finite": progress["finite"] + (is_good & (loss - loss == 0)),  # as `isfinite`, which takes four operations
         "loss": torch.where(is_good, loss.detach().to(progress["loss"].dtype), progress["loss"]),
     }

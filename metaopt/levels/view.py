@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from metaopt import tree
 from metaopt.functional import Functional, Params
 from metaopt.levels.level import Level
 from metaopt.tree import Tree
@@ -51,7 +50,7 @@ class LevelView:
 class Levels:
     """The levels by name, as attributes; notes which are read."""
 
-    def __init__(self, reader: str, views: Mapping[str, LevelView], known: frozenset[str]):
+    def __init__(self, reader: str, views: Mapping[str, LevelView], known: Collection[str]):
         self._reader, self._views, self._known = reader, views, known
         self._read: set[str] = set()
 
@@ -88,9 +87,8 @@ def evaluate(
         ValueError: the loss reads an unknown level, or returns no scalar.
     """
     views = {name: LevelView(nets[name], shown, keeps_statistics and name == level.name) for name, shown in scene.items()}
-    levels = Levels(level.name, views, frozenset(nets))
-    device = level.device.type
-    with nullcontext() if level.precision is None else torch.autocast(device, dtype=level.precision):
+    levels = Levels(level.name, views, nets)
+    with nullcontext() if level.precision is None else torch.autocast(level.device.type, dtype=level.precision):
         result = level.loss(levels, batch)
     values = dict(sorted(result.items())) if isinstance(result, Mapping) else {"loss": result}
     if "loss" not in values:
@@ -102,5 +100,6 @@ def evaluate(
                 f"level {level.name!r}: the loss must return floating-point scalars, got for {name!r} a {kind}. Take the mean."
             )
     loss = values.pop("loss")
-    buffers = tree.map(torch.Tensor.detach, views[level.name].buffers)
-    return Evaluation(loss, tree.map(torch.Tensor.detach, values), buffers), levels._read
+    buffers = views[level.name].buffers
+    metrics = {name: value.detach() for name, value in values.items()}
+    return Evaluation(loss, metrics, {name: buffer.detach() for name, buffer in buffers.items()}), levels._read
