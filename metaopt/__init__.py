@@ -29,8 +29,8 @@ from metaopt.meta_grad import assign_grads, meta_grad
 from metaopt.meta_training import FullUnroll, MetaTraining, Report, Task, TaskFamily, TruncatedBackprop, evaluate, tune
 from metaopt.minimize import Minimized, minimize
 from metaopt.optimizer import Optimizer, apply_updates
-from metaopt.revolve import Revolve
-from metaopt.schedule import Schedule
+from metaopt.optimizer.schedule import Schedule
+from metaopt.scan.revolve import Revolve
 from metaopt.second_order import check_second_order
 from metaopt.train import TensorBoardLogger, Trainer
 

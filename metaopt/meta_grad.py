@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from metaopt import tree
+from metaopt.autodiff.gradient import gradient
 from metaopt.batching import prefers_loop
 from metaopt.compiled import compiled
 from metaopt.functional import Params
-from metaopt.gradient import gradient
 from metaopt.kernels import any_order
 from metaopt.minimize import check_finite
 from metaopt.transforms import values_are_readable

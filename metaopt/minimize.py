@@ -17,7 +17,7 @@ from metaopt.errors import NonFiniteError
 from metaopt.functional import call_with, functional
 from metaopt.kernels import any_order
 from metaopt.optimizer import Optimizer, State, apply_updates
-from metaopt.stream import Stream, first_row
+from metaopt.scan.stream import Stream, first_row
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
+from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
 from optimizers.precision import scalar_dtype
 from optimizers.weight_decay import penalized
 

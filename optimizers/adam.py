@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.hyperparameter import Hyperparameter, Value, set_hyperparameter
 from metaopt.optimizer import Hyper, Leaves, Slots
+from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
 from optimizers.betas import Pair, WithBetas
 from optimizers.precision import scalar_dtype
 from optimizers.weight_decay import decayed, penalized

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt.hyperparameter import Hyperparameter, set_hyperparameter
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
+from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
 from optimizers.precision import scalar_dtype
 from optimizers.weight_decay import penalized
 

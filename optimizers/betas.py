@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from metaopt.hyperparameter import Hyperparameter, set_hyperparameter
 from metaopt.optimizer import Optimizer
+from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
 
 Pair = tuple[Hyperparameter, Hyperparameter]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.hyperparameter import Hyperparameter, Value, set_hyperparameter
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
+from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
 from optimizers.weight_decay import decayed
 
 Coefficients = tuple[Hyperparameter, Hyperparameter, Hyperparameter]

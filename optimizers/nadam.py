@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.hyperparameter import Hyperparameter, set_hyperparameter
 from metaopt.optimizer import Hyper, Leaves, Slots
+from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
 from optimizers.adam import Adam, bias_correction, moments
 from optimizers.betas import Pair
 from optimizers.precision import scalar_dtype

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.hyperparameter import Hyperparameter, Value
 from metaopt.optimizer import Hyper, Leaves, Slots
+from metaopt.optimizer.hyperparameter import Hyperparameter, Value
 from optimizers.adam import Adam, bias_correction, moments
 from optimizers.betas import Pair
 from optimizers.weight_decay import decayed, penalized

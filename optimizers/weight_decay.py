@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from metaopt.hyperparameter import Value, is_zero
 from metaopt.optimizer import Leaves, Optimizer
+from metaopt.optimizer.hyperparameter import Value, is_zero
 
 
 def penalized(owner: Optimizer, grads: Leaves, params: Leaves | None, decay: Value) -> Leaves:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
 import metaopt as mo
-from metaopt import tensor_file
-from metaopt.scan import scan
+from metaopt.scan import scan, tensor_file
 from optimizers import SGD, Adam
 
 STEPS = 9

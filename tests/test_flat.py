@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.flat import LEAST_TENSORS, MOST_ENTRIES, MOST_TOGETHER, prefers_joined
+from metaopt.optimizer.flat import LEAST_TENSORS, MOST_ENTRIES, MOST_TOGETHER, prefers_joined
 from optimizers import (
     ASGD,
     SGD,
@@ -96,7 +96,7 @@ def ways(joined: bool) -> Iterator[list[int]]:
     seen: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         if not joined:
-            patch.setattr("metaopt.optimizer.prefers_joined", lambda lists: False)
+            patch.setattr("metaopt.optimizer.optimizer.prefers_joined", lambda lists: False)
         for kind in {kind for kind, _ in CASES.values()}:
             patch.setattr(kind, "update", counted(kind.update, seen))
         yield seen

@@ -15,7 +15,7 @@ from torch.func import grad, jacrev, vmap
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.implicit import implicit, pull_back_implicit
+from metaopt.autodiff.implicit import implicit, pull_back_implicit
 from metaopt.linear_solve import LinearSolver
 from optimizers import SGD
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import metaopt as mo
-from metaopt.revolve import advances, kept, split
+from metaopt.scan.revolve import advances, kept, split
 from optimizers import SGD, Adam
 
 

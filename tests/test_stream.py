@@ -17,7 +17,7 @@ from torch.func import grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 import metaopt as mo
-from metaopt.revolve import Online, advances, repeats, split
+from metaopt.scan.revolve import Online, advances, repeats, split
 from optimizers import SGD, Adam
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.hyperparameter import set_hyperparameter
-from metaopt.module import FORMAT, Configurable, known_classes
+from metaopt.optimizer.hyperparameter import set_hyperparameter
+from metaopt.optimizer.module import FORMAT, Configurable, known_classes
 from optimizers import SGD, Adam, AdamW, RMSprop
 
 

@@ -10,10 +10,10 @@ import torch
 from tabulate import tabulate
 
 from metaopt import tree
+from metaopt.autodiff.replay import drawn_again
 from metaopt.differentiate import Backprop
 from metaopt.levels import LevelGraph
 from metaopt.levels.twin import in_float64, with_rules
-from metaopt.replay import drawn_again
 
 STEP = 1e-5  # error of a central difference: step^2 by curvature, 1e-16 / step by rounding
 

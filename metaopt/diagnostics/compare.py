@@ -13,12 +13,12 @@ from tabulate import tabulate
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.replay import drawn_again
 from metaopt.diagnostics.memory import peak_memory
 from metaopt.differentiate import Backprop, Rule
 from metaopt.functional import Params
 from metaopt.levels import LevelGraph
 from metaopt.levels.twin import with_rules
-from metaopt.replay import drawn_again
 
 BACKPROP = Backprop()
 

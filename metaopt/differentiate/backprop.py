@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.mean_gradient import Hvp, MeanGradient
+from metaopt.autodiff.pullback import plus, pull_back
+from metaopt.autodiff.replay import Ambient
 from metaopt.compiled import compiled
 from metaopt.differentiate.base import InnerLoop, Update, unroll
 from metaopt.kernels import any_order
-from metaopt.mean_gradient import Hvp, MeanGradient
-from metaopt.pullback import plus, pull_back
-from metaopt.replay import Ambient
 from metaopt.scan import Memory, check_memory
-from metaopt.stream import Stream, first_row
+from metaopt.scan.stream import Stream, first_row
 from metaopt.transforms import is_differentiable
 from metaopt.tree import Tree
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.derivative import with_derivative
+from metaopt.autodiff.mean_gradient import MeanGradient
 from metaopt.compiled import compiled
-from metaopt.derivative import with_derivative
 from metaopt.kernels import any_order
-from metaopt.mean_gradient import MeanGradient
 from metaopt.scan import Memory, Pullback, plain_loops_inside, scan
-from metaopt.stream import Stream, last_row
+from metaopt.scan.stream import Stream, last_row
 from metaopt.transforms import is_tracked, tracking_levels
 from metaopt.tree import Tree
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.derivative import with_derivative
+from metaopt.autodiff.derivative import with_derivative
+from metaopt.autodiff.pullback import chosen, put
+from metaopt.autodiff.replay import Ambient
 from metaopt.differentiate.base import InnerLoop, check_positive, run, sources, starting_from, weighted_end
-from metaopt.pullback import chosen, put
-from metaopt.replay import Ambient
 from metaopt.transforms import outside_transforms
 from metaopt.tree import Tree
 

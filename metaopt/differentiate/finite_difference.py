@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from metaopt.autodiff.mixed import mixed_difference
 from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
-from metaopt.mixed import mixed_difference
 from metaopt.tree import Tree, map
 
 

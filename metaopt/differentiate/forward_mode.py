@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.derivative import with_derivative
+from metaopt.autodiff.derivative import with_derivative
+from metaopt.autodiff.forward import slope_along
+from metaopt.autodiff.pullback import chosen, put
+from metaopt.autodiff.replay import Ambient
 from metaopt.differentiate.base import InnerLoop, run, sources, starting_from, weighted_end
-from metaopt.forward import slope_along
-from metaopt.pullback import chosen, put
-from metaopt.replay import Ambient
 from metaopt.tree import Tree
 
 

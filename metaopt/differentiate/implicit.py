@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.implicit import pull_back_implicit
+from metaopt.autodiff.mean_gradient import MeanGradient
 from metaopt.differentiate.base import End, InnerLoop, PointRule, without_optimizer
-from metaopt.implicit import pull_back_implicit
 from metaopt.linear_solve import ConjugateGradient, LinearSolver
-from metaopt.mean_gradient import MeanGradient
 from metaopt.tree import Tree
 
 
@@ -28,8 +28,8 @@ class Implicit(PointRule):
 
     A random loss is seen with one set of random numbers (one dropout mask), those that would be drawn after the loop.
 
-    The result can be differentiated any number of times, and be a middle level: see `metaopt.implicit`. With the solver exact,
-    the hypergradient's error is of the order of |w - w*|, the distance to the solution.
+    The result can be differentiated any number of times, and be a middle level: see `metaopt.autodiff.implicit`. With the solver
+    exact, the hypergradient's error is of the order of |w - w*|, the distance to the solution.
 
     Args:
         solver: of the systems H x = v. Away from a minimum H may be indefinite: use `damping`, `NormalCG` or `GMRES`.

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.mixed import same_noise
+from metaopt.autodiff.pullback import chosen, put
 from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
 from metaopt.kernels import any_order
-from metaopt.mixed import same_noise
-from metaopt.pullback import chosen, put
 from metaopt.tree import Tree
 
 

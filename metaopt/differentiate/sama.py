@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metaopt.autodiff.mean_gradient import MeanGradient
+from metaopt.autodiff.mixed import mixed_difference
+from metaopt.autodiff.replay import drawn_again
 from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
 from metaopt.kernels import any_order
-from metaopt.mean_gradient import MeanGradient
-from metaopt.mixed import mixed_difference
-from metaopt.replay import drawn_again
 from metaopt.tree import Tree
 
 

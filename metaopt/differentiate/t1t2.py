@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from metaopt.autodiff.mixed import mixed_product
 from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end
-from metaopt.mixed import mixed_product
 from metaopt.tree import Tree, map
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.closure import reachable
-from metaopt.hyperparameter import set_hyperparameter
 from metaopt.optimizer import Hyper, Optimizer, State
-from metaopt.schedule import Schedule
+from metaopt.optimizer.hyperparameter import set_hyperparameter
+from metaopt.optimizer.schedule import Schedule
 from metaopt.transforms import is_tracked, values_are_readable
 from metaopt.tree import Tree
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.pullback import plus
+from metaopt.autodiff.replay import Ambient
 from metaopt.differentiate import End, InnerLoop, PointRule, Rule, attach, pulled_back
 from metaopt.functional import Params
 from metaopt.levels.program import detached
-from metaopt.pullback import plus
-from metaopt.replay import Ambient
 
 Rules = list[tuple[Rule, frozenset[str]]]
 # (level, its rules, the steps it made, where they ended) -> the last parameters, with or without a derivative

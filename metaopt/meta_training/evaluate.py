@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from metaopt import tree
+from metaopt.autodiff.replay import Ambient
 from metaopt.meta_training.task import TaskFamily, sample_tasks
 from metaopt.minimize import minimize
 from metaopt.optimizer import Optimizer
-from metaopt.replay import Ambient
 
 VALIDATION_SEED = 1_000_003
 TEST_SEED = 2_000_003

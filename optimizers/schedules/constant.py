@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from metaopt.hyperparameter import Value, set_hyperparameter
-from metaopt.schedule import Schedule
+from metaopt.optimizer.hyperparameter import Value, set_hyperparameter
+from metaopt.optimizer.schedule import Schedule
 
 
 class Constant(Schedule):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.hyperparameter import Value, set_hyperparameter
-from metaopt.schedule import Schedule
+from metaopt.optimizer.hyperparameter import Value, set_hyperparameter
+from metaopt.optimizer.schedule import Schedule
 from optimizers.schedules.progress import check_steps, fraction
 
 

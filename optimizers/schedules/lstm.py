@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from metaopt import tree
-from metaopt.hyperparameter import Value
-from metaopt.schedule import Schedule
+from metaopt.optimizer.hyperparameter import Value
+from metaopt.optimizer.schedule import Schedule
 from optimizers.cell import LSTMCell
 from optimizers.precision import scalar_dtype
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaopt.hyperparameter import Value, set_hyperparameter
-from metaopt.schedule import Schedule
+from metaopt.optimizer.hyperparameter import Value, set_hyperparameter
+from metaopt.optimizer.schedule import Schedule
 from optimizers.precision import scalar_dtype
 from optimizers.schedules.progress import check_steps
 

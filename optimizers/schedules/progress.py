@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metaopt.schedule import Schedule
+from metaopt.optimizer.schedule import Schedule
 from optimizers.precision import scalar_dtype
 
 

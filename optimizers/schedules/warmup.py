@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from metaopt.hyperparameter import Hyperparameter, Value, set_hyperparameter
-from metaopt.schedule import Schedule
+from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
+from metaopt.optimizer.schedule import Schedule
 from optimizers.schedules.progress import check_steps, fraction
 
 

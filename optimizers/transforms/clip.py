@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from metaopt import tree
-from metaopt.hyperparameter import Hyperparameter, is_zero
 from metaopt.optimizer import Hyper, Leaves, Optimizer
+from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero
 from optimizers.precision import scalar_dtype
 from optimizers.transforms.transform import Transform
 

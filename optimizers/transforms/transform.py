@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.hyperparameter import Hyperparameter, set_hyperparameter
 from metaopt.optimizer import Hyper, Leaves, Optimizer, State
+from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
 from metaopt.tree import Tree
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from metaopt.hyperparameter import Hyperparameter
 from metaopt.optimizer import Hyper, Leaves, Optimizer
+from metaopt.optimizer.hyperparameter import Hyperparameter
 from optimizers.transforms.transform import Transform
 from optimizers.weight_decay import decayed, penalized
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.replay import Ambient
-from metaopt.tensor_file import digest_of, read, read_facts, write
+from metaopt.autodiff.replay import Ambient
+from metaopt.scan.tensor_file import digest_of, read, read_facts, write
 
 try:
     import fcntl

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metaopt.schedule import Schedule
+from metaopt.optimizer.schedule import Schedule
 
 Value = float | Tensor
 Hyperparameter = Value | Schedule

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.deployed import Deployed
-from metaopt.flat import join, part, prefers_joined
-from metaopt.hyperparameter import Value
-from metaopt.module import Configurable
-from metaopt.schedule import Schedule
+from metaopt.optimizer.deployed import Deployed
+from metaopt.optimizer.flat import join, part, prefers_joined
+from metaopt.optimizer.hyperparameter import Value
+from metaopt.optimizer.module import Configurable
+from metaopt.optimizer.schedule import Schedule
 from metaopt.tree import Tree
 
 State = dict[str, Any]
@@ -32,7 +32,7 @@ class Optimizer(Configurable):
     Hand-designed and learned optimizers are the same type; every `nn.Parameter` inside can be meta-learned.
 
     `joinable` says of the class's own `update` that it treats every entry alike, whatever tensor it is in, and takes about ten
-    operations: then it is called with all tensors joined to one where that is faster; see `metaopt.flat`. (The
+    operations: then it is called with all tensors joined to one where that is faster; see `metaopt.optimizer.flat`. (The
     few operations of SGD and ASGD gain nothing, or are up to 1.4 times slower.)
 
     The state is a dict: "step" (int64 scalar), "slots" (memory per parameter, in the parameters' own structure), "shared"

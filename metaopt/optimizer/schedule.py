@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metaopt.module import Configurable
+from metaopt.optimizer.module import Configurable
 
 
 class Schedule(Configurable):

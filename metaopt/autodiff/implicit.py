@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.derivative import with_derivative
+from metaopt.autodiff.derivative import with_derivative
+from metaopt.autodiff.pullback import pull_back
+from metaopt.autodiff.replay import drawn_again
 from metaopt.linear_solve import LinearSolver, Solution
-from metaopt.pullback import pull_back
-from metaopt.replay import drawn_again
 from metaopt.tree import Tree
 
 Residual = Callable[[Tree, Tree], Tree]  # F: (w, inputs) -> a tree like w

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.replay import Ambient
+from metaopt.autodiff.replay import Ambient
 from metaopt.transforms import alive, inside_jvp, is_differentiable
 from metaopt.tree import Structure, Tree
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.forward import slope_along
+from metaopt.autodiff.gradient import gradient
+from metaopt.autodiff.pullback import chosen, plus, pull_back, put
 from metaopt.compiled import compiled
-from metaopt.forward import slope_along
-from metaopt.gradient import gradient
 from metaopt.kernels import any_order
-from metaopt.pullback import chosen, plus, pull_back, put
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 

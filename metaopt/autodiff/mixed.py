@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.gradient import gradient
+from metaopt.autodiff.gradient import gradient
+from metaopt.autodiff.pullback import chosen, is_last, pull_back, put
+from metaopt.autodiff.replay import Ambient
 from metaopt.kernels import any_order
-from metaopt.pullback import chosen, is_last, pull_back, put
-from metaopt.replay import Ambient
 from metaopt.tree import Tree
 
 Loss = Callable[[Tree, Tree], Tensor]  # (w, given) -> L

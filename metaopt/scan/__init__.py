@@ -1,0 +1,11 @@
+"""The one differentiable loop, and what it keeps in memory."""
+
+from __future__ import annotations
+
+from metaopt.scan.loop import Pullback, Step
+from metaopt.scan.nesting import plain_loops_inside
+from metaopt.scan.revolve import Revolve
+from metaopt.scan.scan import Memory, check_memory, scan
+from metaopt.scan.stream import Stream
+
+__all__ = ["Memory", "Pullback", "Revolve", "Step", "Stream", "check_memory", "plain_loops_inside", "scan"]
