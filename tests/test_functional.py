@@ -246,6 +246,16 @@ def test_copies_and_pickles_stand_on_their_own() -> None:
         assert_close(net(net.params, tokens).detach(), expected, 0)
 
 
+def test_a_parameter_that_is_gone_is_named() -> None:
+    """A parametrization moves it: lending it under its old name would have no effect."""
+    model = nn.Linear(3, 2)
+    net = mo.functional(model)
+    params = tree.map(torch.Tensor.detach, net.params)
+    nn.utils.parametrizations.weight_norm(model)
+    with pytest.raises(ValueError, match="no tensor 'weight' any more, which it had when `functional` saw it"):
+        net(params, torch.ones(1, 3))
+
+
 def test_keyword_arguments_and_several_outputs() -> None:
     net = mo.functional(nn.MultiheadAttention(4, 2, batch_first=True))
     x = torch.randn(1, 3, 4)
