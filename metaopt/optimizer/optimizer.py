@@ -32,8 +32,8 @@ class Optimizer(Configurable):
     Hand-designed and learned optimizers are the same type; every `nn.Parameter` inside can be meta-learned.
 
     `joinable` says of the class's own `update` that it treats every entry alike, whatever tensor it is in, and takes about ten
-    operations: then it is called with all tensors joined to one where that is faster; see `metaopt.optimizer.flat`. (The
-    few operations of SGD and ASGD gain nothing, or are up to 1.4 times slower.)
+    operations: then it is called with all tensors joined to one where that is faster; see `metaopt.optimizer.flat`. (Of SGD and
+    ASGD the plain forms take few operations, and were up to 1.4 times slower.)
 
     The state is a dict: "step" (int64 scalar), "slots" (memory per parameter, in the parameters' own structure), "shared"
     (memory over all parameters) and "schedules".
