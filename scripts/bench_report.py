@@ -72,10 +72,12 @@ def tables(out: Path) -> str:
         build = _times if table["kind"] == "times" else _memory
         head = f"**{table['comparison']}**, {threads}. {table['problem']['about']} ({sizes})"
         parts.append(f"{head}\n\n{build(table['rows'])}")
-    settings = {(tuple(table["versions"].items()), table["machine"]) for table in found}
-    for versions, machine in sorted(settings):
-        parts.append(f"Measured with {', '.join(f'{name} {number}' for name, number in versions)} on {machine}.")
-    return "\n\n".join(parts)
+    numbers: dict[str, set[str]] = {}
+    for name, number in [pair for table in found for pair in table["versions"].items()]:
+        numbers.setdefault(name, set()).add(number)
+    with_these = ", ".join(f"{name} {' and '.join(sorted(of_it))}" for name, of_it in numbers.items())
+    machines = " and ".join(sorted({table["machine"] for table in found}))
+    return "\n\n".join([*parts, f"Measured with {with_these} on {machines}."])
 
 
 def readme_with(readme: str, text: str) -> str:
@@ -133,7 +135,9 @@ def _point(point: Memory | None) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
 
 def _size(count: float) -> str:
