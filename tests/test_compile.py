@@ -176,6 +176,18 @@ class TestEquality:
         with pytest.raises(RuntimeError, match="does not currently support double backward"):
             torch.autograd.grad(first[1], [*optimizer.parameters()])
 
+    def test_a_whole_loop_is_one_graph_for_an_outer_compiler(self) -> None:
+        """With Adam and a learnable schedule, the derivative in the schedule and in the initial parameters included."""
+        optimizer = Adam(lr=Cosine(nn.Parameter(torch.tensor(0.1)), steps=4))
+        loss_fn, params, rows = *made(), batches(4)
+
+        def value() -> Tensor:
+            return mo.minimize(loss_fn, optimizer, params, rows).losses.sum()
+
+        learned = [*optimizer.parameters(), *params.values()]
+        found, expected = (torch.autograd.grad(f(), learned) for f in (torch.compile(value, fullgraph=True), value))
+        assert_equal([*found], [*expected], 1e-5)
+
     def test_dropout_draws_what_it_draws_uncompiled(self) -> None:
         optimizer = SGD(lr=nn.Parameter(torch.tensor(0.1)))
         rule = mo.Backprop("steps")
