@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,19 +64,19 @@ def chosen(values: Tree, wanted: Tree) -> list[Any]:
 
 def put(leaves: Sequence[Any], values: Tree, wanted: Tree) -> Tree:
     """Return `values` with these in the place of the leaves that are wanted."""
-    fresh = iter(leaves)
+    return _filled(iter(leaves), values, wanted)
 
-    def filled(value: Tree, wanted: Tree) -> Tree:
-        kind = type(wanted)
-        if kind is bool:
-            return next(fresh) if wanted else value
-        if kind is dict:
-            return {key: filled(value[key], part) for key, part in wanted.items()}
-        if kind is tuple or kind is list:
-            return kind(map(filled, value, wanted))
-        return tree.map(lambda leaf, is_wanted: next(fresh) if is_wanted else leaf, value, wanted)
 
-    return filled(values, wanted)
+def _filled(fresh: Iterator[Any], value: Tree, wanted: Tree) -> Tree:
+    # No closure: one that calls itself is a circle, which keeps the leaves alive until the collector comes.
+    kind = type(wanted)
+    if kind is bool:
+        return next(fresh) if wanted else value
+    if kind is dict:
+        return {key: _filled(fresh, value[key], part) for key, part in wanted.items()}
+    if kind is tuple or kind is list:
+        return kind(_filled(fresh, *pair) for pair in zip(value, wanted, strict=True))
+    return tree.map(lambda leaf, is_wanted: next(fresh) if is_wanted else leaf, value, wanted)
 
 
 def plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
