@@ -326,3 +326,25 @@ class TestWhere:
             kind for kind in vars(__import__("optimizers")).values() if isinstance(kind, type) and getattr(kind, "joinable", False)
         }
         assert known == {kind for kind, _ in CASES.values()}
+
+
+def test_a_subclass_says_for_itself_that_it_is_joinable() -> None:
+    """It may change what `update` calls; here each tensor's gradient is divided by its norm."""
+
+    class Normalized:
+        def update(self, grads: list[Tensor], *rest: Any) -> Any:
+            return super().update([g / g.norm() for g in grads], *rest)  # type: ignore[misc]
+
+    class Mixed(Normalized, Adam):
+        pass
+
+    class Helped(Adam):
+        @staticmethod
+        def _adam(grads: list[Tensor], *rest: Any) -> Any:
+            return Adam._adam([g / g.norm() for g in grads], *rest)
+
+    params = [torch.randn(3, 2, generator=torch.Generator().manual_seed(i)) for i in range(LEAST_TENSORS)]
+    for kind in (Mixed, Helped):
+        optimizer = kind(0.1, eps=1.0)
+        several, one = [optimizer(leaves, optimizer.init(leaves), leaves)[0][0] for leaves in (params, params[:1])]
+        assert_close(several, one, 1e-7)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +15,6 @@ from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.pullback import chosen, plus, pull_back, put
 from metaopt.compiled import compiled
 from metaopt.kernels import any_order
-from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
 Hvp = Literal["reverse", "forward"]
@@ -33,7 +31,6 @@ class MeanGradient:
         microbatches: m, the number of equal parts these are cut into, one after the other.
         hvp: how the gradient is differentiated: "reverse" over reverse, or "forward" over reverse.
         compile: whether what one micro-batch needs is compiled.
-        once: whether this is neither differentiated nor run again, so that torch's own kernels will do; see `any_order`.
     """
 
     loss: Callable[[Tree, Tree, Tree, Tree], tuple[Tensor, Tree]]
@@ -41,7 +38,6 @@ class MeanGradient:
     microbatches: int = 1
     hvp: Hvp = "reverse"
     compile: bool = False
-    once: bool = False
 
     def __call__(self, inputs: Tree, params: Tree, state: Tree, batch: Tree) -> tuple[Tree, Tensor, Tree]:
         """Return (g, L, aux)."""
@@ -99,7 +95,7 @@ class MeanGradient:
         return None if total is None else total / self.microbatches
 
     def _of_one(self, inputs: Tree, params: Tree, state: Tree, batch: Tree) -> tuple[Tree, Tensor, Tree]:
-        with nullcontext() if self.once and values_are_readable() else any_order():
+        with any_order():
             grads, loss, aux = gradient(lambda at: self.loss(inputs, at, state, batch), params)
         if self.microbatches > 1 and tree.leaves(aux):
             raise ValueError(

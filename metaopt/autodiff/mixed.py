@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
         def value(variables: list[Tensor]) -> tuple[Tensor, Tree]:
             return loss(there, put(variables, given, wanted)), ()
 
-        with nullcontext() if is_last() else any_order():
+        with any_order():
             slopes: list[Tensor] = gradient(value, variables)[0]
             return slopes
 

@@ -156,7 +156,7 @@ def run(loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
     inputs, params, state, batches = tree.map(constant, (loop.inputs, loop.params, loop.state, loop.batches))
     loop = replace(loop, inputs=inputs, params=params, state=state, batches=batches)
     with torch.no_grad():
-        found = unroll(loop, MeanGradient(loop.loss, once=True), "full")
+        found = unroll(loop, MeanGradient(loop.loss), "full")
     return tree.map(constant, found)  # type: ignore[no-any-return]
 
 

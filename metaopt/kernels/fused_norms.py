@@ -117,9 +117,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         axes, (x, weight, bias, mean, r) = ctx.axes, ctx.saved_tensors
-        if values_are_readable():
+        if values_are_readable() and forward_ad._current_level < 0:
             bars = _PullBack.apply(axes, g, x, weight, bias, mean, r)
-        else:  # cotangents in a batch, or a transform that began after the forward pass
+        else:  # cotangents in a batch, or a transform or forward mode that began after the forward pass
             h, _, p = _elementary(axes, x)
             bars = p(_times(axes, g, weight)), _total(axes, g * h, weight), _total(axes, g, bias)
         return None, *(bar if needed else None for bar, needed in zip(bars, ctx.needs_input_grad[1:], strict=True))

@@ -37,7 +37,7 @@ def _batch_norm(
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if running_mean is not None or input.numel() == input.shape[1]:  # update the statistics; complain of a single value
-        F.batch_norm(input.detach(), running_mean, running_var, None, None, training, momentum, eps)
+        F.batch_norm(input.detach(), _constant(running_mean), _constant(running_var), None, None, training, momentum, eps)
     return _normalize(BatchAxes((0, *range(2, input.ndim)), _per_channel(input), eps), input, weight, bias)
 
 
@@ -54,8 +54,13 @@ def _instance_norm(
     if not use_input_stats:
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     if running_mean is not None or input.numel() == input.shape[0] * input.shape[1]:
-        F.instance_norm(input.detach(), running_mean, running_var, None, None, use_input_stats, momentum, eps)
+        F.instance_norm(input.detach(), _constant(running_mean), _constant(running_var), None, None, use_input_stats, momentum, eps)
     return _elementary(Axes(tuple(range(2, input.ndim)), _per_channel(input), eps), input, weight, bias)
+
+
+def _constant(statistics: Tensor | None) -> Tensor | None:
+    """Return the same memory, to be written to; a loop that is run again has it among what it differentiates."""
+    return statistics if statistics is None or not statistics.requires_grad else statistics.detach()
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -91,7 +96,9 @@ NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
-    torch.layer_norm: lambda input, shape, weight=None, bias=None, eps=1e-5, _=True: _layer_norm(input, shape, weight, bias, eps),
+    torch.layer_norm: lambda input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True: _layer_norm(
+        input, normalized_shape, weight, bias, eps
+    ),
     torch.batch_norm: lambda x, weight, bias, mean, var, *rest: _batch_norm(x, mean, var, weight, bias, *rest[:3]),
     torch.instance_norm: lambda x, weight, bias, mean, var, *rest: _instance_norm(x, mean, var, weight, bias, *rest[:3]),
     torch._weight_norm: _weight_norm,

@@ -255,10 +255,11 @@ def _slopes(
 ) -> tuple[dict[str, Slope], Tensor, Tree]:
     """Return (level -> derivative in its parameters, f, aux) of (f, aux) = value(at), constants; None where f does not depend."""
     if torch.compiler.is_compiling():  # dependence has been seen when the graph was built
-        slopes, (loss, aux) = torch.func.grad_and_value(value, has_aux=True)(at)
+        with any_order():
+            slopes, (loss, aux) = torch.func.grad_and_value(value, has_aux=True)(at)
         return slopes, loss, aux
     leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), at)
-    with torch.enable_grad():
+    with torch.enable_grad(), any_order():  # the loss itself may contain derivatives
         loss, aux = value(leaves)
     found: Iterable[Tensor | None] = itertools.repeat(None)
     if loss.requires_grad:

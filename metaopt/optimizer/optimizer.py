@@ -44,8 +44,7 @@ class Optimizer(Configurable):
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        if "update" in vars(cls) and "joinable" not in vars(cls):
-            cls.joinable = False  # not inherited by another update
+        cls.joinable = bool(vars(cls).get("joinable", False))  # not inherited: a subclass may override what `update` calls
 
     def slots(self, params: Leaves) -> Slots:
         """Return the memory before the first step: name -> one tensor per parameter, or one tensor for all of them."""
@@ -131,7 +130,12 @@ class Optimizer(Configurable):
         """Return what `update` does, on joined tensors where that is the same and faster."""
         with torch._C.DisableTorchFunction():
             scalars = not any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
-            joins = self.joinable and scalars and prefers_joined([grads, *([] if params is None else [params]), *slots.values()])
+            joins = (
+                self.joinable
+                and "update" not in vars(self)
+                and scalars
+                and prefers_joined([grads, *([] if params is None else [params]), *slots.values()])
+            )
         if not joins:
             return self.update(grads, params, slots | shared, hyper, step)
         with torch._C.DisableTorchFunction():
