@@ -23,6 +23,10 @@ def functional(model: nn.Module) -> Functional:
         A `Functional`. Its `params` are the model's own trainable parameters, one entry per distinct tensor, so that
         `loss.backward()` fills the model's `.grad` and an outer `torch.optim` optimizer is seen at once. Parameters with
         `requires_grad=False` are constants; what is frozen is read here, once.
+
+    A module that calls `torch.utils.checkpoint` itself gets **wrong gradients** without an error, as under `functional_call` of
+    torch: what is computed again on the way back is computed with the module's own parameters. Take the checkpoints out; the loop
+    has its own (`Backprop("steps")`, `Revolve`). Nor may two threads call one net at the same time: the module is lent the tensors.
     """
     return Functional(model)
 
