@@ -18,6 +18,7 @@ constants: there h, r and p are computed from x by elementary operations, which 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,24 +40,28 @@ class Axes:
     shape: tuple[int, ...]
     eps: float
 
+    def mean(self, u: Tensor) -> Tensor:
+        return u.mean(self.over, keepdim=True)
+
+
+class FusedAxes(Axes, ABC):
+    """Those that torch has a kernel for."""
+
     @property
     def parameters(self) -> tuple[int, ...]:
         """Return the shape of weight and bias."""
         return self.shape
 
+    @abstractmethod
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return (y, <x>, r) by torch's kernel; <x> and r broadcast against x."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, r: Tensor) -> Any:
         """Return (p(w g), sum g h, sum g) by torch's kernel, None for a parameter that is None."""
-        raise NotImplementedError
-
-    def mean(self, u: Tensor) -> Tensor:
-        return u.mean(self.over, keepdim=True)
 
 
-class BatchAxes(Axes):
+class BatchAxes(FusedAxes):
     """Each channel of [n, channels, ...]; the parameters are constant in what is normalized."""
 
     @property
@@ -72,7 +77,7 @@ class BatchAxes(Axes):
         return aten.native_batch_norm_backward(g, x, weight, None, None, mean.view(-1), r.view(-1), True, self.eps, wanted)
 
 
-class LayerAxes(Axes):
+class LayerAxes(FusedAxes):
     """The last axes; the parameters are constant in all others."""
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +88,7 @@ class LayerAxes(Axes):
         return aten.native_layer_norm_backward(g, x, self.shape, mean, r, weight, bias, wanted)
 
 
-def is_fusable(axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+def is_fusable(axes: FusedAxes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Say whether `fused_norm` is for this.
 
     Not under a transform of `torch.func`, which may need forward derivatives or rules for batches, nor under a compiler, which
@@ -98,7 +103,7 @@ def is_fusable(axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None
     )
 
 
-def fused_norm(axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def fused_norm(axes: FusedAxes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return y, of the shape of x [...]; `weight` and `bias` are those of torch."""
     y: Tensor = _Norm.apply(axes, x, weight, bias)
     return y
@@ -108,7 +113,7 @@ class _Norm(torch.autograd.Function):
     """(x, w, b) -> y."""
 
     @staticmethod
-    def forward(ctx: Any, axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, axes: FusedAxes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         y, mean, r = axes.forward(x, weight, bias)
         ctx.axes = axes
         ctx.save_for_backward(x, weight, bias, mean, r)
@@ -130,7 +135,7 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, axes: Axes, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, r: Tensor
+        ctx: Any, axes: FusedAxes, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, r: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.axes = axes
         ctx.save_for_backward(g, x, weight, mean, r)
@@ -163,7 +168,7 @@ def _elementary(axes: Axes, x: Tensor) -> Parts:
     return h, r, lambda u: r * (u - axes.mean(u) - h * axes.mean(u * h))
 
 
-def _by_kernel(axes: Axes, x: Tensor, mean: Tensor, r: Tensor) -> Parts:
+def _by_kernel(axes: FusedAxes, x: Tensor, mean: Tensor, r: Tensor) -> Parts:
     """Return h, r and p from what the forward pass has saved."""
     return torch.addcmul(-mean * r, x, r), r, lambda u: axes.backward(u, x, None, None, mean, r)[0]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.kernels.fused_norms import Axes, BatchAxes, LayerAxes, fused_norm, is_fusable
+from metaopt.kernels.fused_norms import Axes, BatchAxes, FusedAxes, LayerAxes, fused_norm, is_fusable
 
 
 def _layer_norm(
@@ -74,7 +74,7 @@ def _per_channel(input: Tensor) -> tuple[int, ...]:
     return (1, input.shape[1], *[1] * (input.ndim - 2))
 
 
-def _normalize(axes: Axes, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _normalize(axes: FusedAxes, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if is_fusable(axes, input, weight, bias):
         return fused_norm(axes, input, weight, bias)
     return _elementary(axes, input, weight, bias)
