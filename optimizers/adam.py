@@ -9,6 +9,7 @@ from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
 from optimizers.betas import Pair, WithBetas
+from optimizers.moving import average, average_of_square, raised
 from optimizers.precision import scalar_dtype
 from optimizers.weight_decay import decayed, penalized
 
@@ -72,13 +73,10 @@ class Adam(WithBetas):
         spread = after["square"]
         if "largest" in slots:
             spread = after["largest"] = [torch.maximum(old, v) for old, v in zip(slots["largest"], spread, strict=True)]
-        rate = hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])
+        rate = -hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])
         unbias = 1 / bias_correction(hyper["beta2"], step, grads[0])
-        updates = [
-            -rate * m / (tree.safe_sqrt(v * unbias + hyper["eps_root"]) + hyper["eps"])
-            for m, v in zip(after["mean"], spread, strict=True)
-        ]
-        return updates, after
+        roots = [tree.safe_sqrt(raised(v * unbias, hyper["eps_root"])) + hyper["eps"] for v in spread]
+        return [rate * m / root for m, root in zip(after["mean"], roots, strict=True)], after
 
 
 class AdamW(Adam):
@@ -111,10 +109,9 @@ class AdamW(Adam):
 
 def moments(grads: Leaves, slots: Slots, hyper: Hyper) -> Slots:
     """Return the moving averages {"mean": beta1 m + (1 - beta1) g, "square": beta2 v + (1 - beta2) g^2}."""
-    beta1, beta2 = hyper["beta1"], hyper["beta2"]
     return {
-        "mean": [beta1 * m + (1 - beta1) * g for m, g in zip(slots["mean"], grads, strict=True)],
-        "square": [beta2 * v + (1 - beta2) * g * g for v, g in zip(slots["square"], grads, strict=True)],
+        "mean": [average(m, g, hyper["beta1"]) for m, g in zip(slots["mean"], grads, strict=True)],
+        "square": [average_of_square(v, g, hyper["beta2"]) for v, g in zip(slots["square"], grads, strict=True)],
     }
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
+from optimizers.moving import scaled_sum
 from optimizers.weight_decay import penalized
 
 
@@ -66,8 +67,9 @@ class SGD(Optimizer):
             if not is_zero(momentum):
                 raise ValueError(f"SGD: momentum={momentum}, but `state` was made without. Call `init` again.")
             return [-lr * g for g in grads], {}
-        velocity = [momentum * b + self._damp(g, dampening, step) for b, g in zip(slots["velocity"], grads, strict=True)]
-        ahead = [g + momentum * b for g, b in zip(grads, velocity, strict=True)] if self.nesterov else velocity
+        damped = [self._damp(g, dampening, step) for g in grads]
+        velocity = [scaled_sum(g, momentum, b) for g, b in zip(damped, slots["velocity"], strict=True)]
+        ahead = [scaled_sum(g, momentum, b) for g, b in zip(grads, velocity, strict=True)] if self.nesterov else velocity
         return [-lr * b for b in ahead], {"velocity": velocity}
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from metaopt.optimizer import Leaves, Optimizer
 from metaopt.optimizer.hyperparameter import Value, is_zero
+from optimizers.moving import scaled_sum
 
 
 def penalized(owner: Optimizer, grads: Leaves, params: Leaves | None, decay: Value) -> Leaves:
@@ -15,7 +16,7 @@ def penalized(owner: Optimizer, grads: Leaves, params: Leaves | None, decay: Val
     if is_zero(decay):
         return grads
     weights = owner._require_params(params, f"weight_decay={decay}")
-    return [g + decay * w for g, w in zip(grads, weights, strict=True)]
+    return [scaled_sum(g, decay, w) for g, w in zip(grads, weights, strict=True)]
 
 
 def decayed(owner: Optimizer, updates: Leaves, params: Leaves | None, lr: Value, decay: Value) -> Leaves:

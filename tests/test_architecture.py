@@ -17,8 +17,8 @@ import optimizers
 ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its neighbours.
 LAYERS = [
-    ["tree"],
     ["errors", "transforms"],
+    ["tree"],
     ["kernels", "compiled", "linear_solve"],
     ["autodiff"],
     ["functional", "scan", "batching"],

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-from metaopt.kernels import any_order
 from metaopt.tree import Tree
 
 
@@ -25,8 +24,7 @@ def slope_along(function: Callable[[Tree], Tree], at: Tree, along: Tree, *, aske
         ValueError: torch has no forward derivative of an operator in f.
     """
     try:
-        with any_order():
-            value, slope, *_ = torch.func.jvp(function, (at,), (along,))
+        value, slope, *_ = torch.func.jvp(function, (at,), (along,))
     except NotImplementedError as error:
         name = re.search(r"forward AD with (\S+)", str(error))
         if name is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,20 +36,14 @@ def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree) -> tuple
     with torch.enable_grad():
         # Aliases: the function may read the same tensors by another way, and that is not w.
         variables = [leaf.view_as(leaf) if again else leaf.detach().requires_grad_() for leaf in leaves]
-        value, aux = function(_in_place_of(at, variables))
+        value, aux = function(tree.with_leaves(at, variables))
         if not value.requires_grad:
             grads = [torch.zeros_like(leaf) for leaf in leaves]
         else:
             grads = torch.autograd.grad(value, variables, create_graph=again, materialize_grads=True)
     if not again:
         value, aux = value.detach(), tree.map(torch.Tensor.detach, aux)
-    return _in_place_of(at, grads), value, aux
-
-
-def _in_place_of(at: Tree, leaves: Iterable[Tensor]) -> Tree:
-    """Return the tree with other leaves; in a third of the time that torch's flattening and unflattening take."""
-    each = iter(leaves)
-    return tree.map(lambda _: next(each), at)
+    return tree.with_leaves(at, grads), value, aux
 
 
 def _needs_transform(leaves: list[Tensor], again: bool) -> bool:

@@ -14,7 +14,6 @@ from metaopt.autodiff.forward import slope_along
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.pullback import chosen, plus, pull_back, put
 from metaopt.compiled import compiled
-from metaopt.kernels import any_order
 from metaopt.tree import Tree
 
 Hvp = Literal["reverse", "forward"]
@@ -95,8 +94,7 @@ class MeanGradient:
         return None if total is None else total / self.microbatches
 
     def _of_one(self, inputs: Tree, params: Tree, state: Tree, batch: Tree) -> tuple[Tree, Tensor, Tree]:
-        with any_order():
-            grads, loss, aux = gradient(lambda at: self.loss(inputs, at, state, batch), params)
+        grads, loss, aux = gradient(lambda at: self.loss(inputs, at, state, batch), params)
         if self.microbatches > 1 and tree.leaves(aux):
             raise ValueError(
                 f"`microbatches={self.microbatches}` needs a loss that is a mean over examples and nothing else, but this one "

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.gradient import gradient
-from metaopt.autodiff.pullback import chosen, is_last, pull_back, put
+from metaopt.autodiff.pullback import chosen, pull_back, put
 from metaopt.autodiff.replay import Ambient
-from metaopt.kernels import any_order
 from metaopt.tree import Tree
 
 Loss = Callable[[Tree, Tree], Tensor]  # (w, given) -> L
@@ -33,8 +32,7 @@ def mixed_product(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree) -> Tr
     """
 
     def slope(w: Tree, given: Tree) -> Tree:
-        with any_order():
-            return torch.func.grad(loss)(w, given)
+        return torch.func.grad(loss)(w, given)
 
     _, bars = pull_back(slope, (w, given), x, (tree.map(lambda _: False, w), wanted))
     return bars
@@ -61,8 +59,7 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
         Two gradients.
     """
     _check_precision(w)
-    square = tree.sum_leaves(_square, x)
-    length = square.sqrt() if is_last() else tree.safe_sqrt(square)
+    length = tree.norm(x)
     scale = radius / torch.where(length > 0, length, 1)
     variables = chosen(given, wanted)
 
@@ -72,9 +69,8 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
         def value(variables: list[Tensor]) -> tuple[Tensor, Tree]:
             return loss(there, put(variables, given, wanted)), ()
 
-        with any_order():
-            slopes: list[Tensor] = gradient(value, variables)[0]
-            return slopes
+        slopes: list[Tensor] = gradient(value, variables)[0]
+        return slopes
 
     ahead, behind = same_noise(slope, [scale, -scale])
     slant = length / (2 * radius)
@@ -93,12 +89,6 @@ def same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tre
             ambient.reinstate()
             values.append(function(point))
     return values
-
-
-def _square(leaf: Tensor) -> Tensor:
-    """Return |x|^2, in one pass and without a copy of x."""
-    entries = tree.as_real(leaf).reshape(-1)
-    return torch.dot(entries, entries)
 
 
 def _check_precision(w: Tree) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.transforms import values_are_readable
+from metaopt.transforms import is_last
 from metaopt.tree import Tree
 
 
@@ -50,11 +50,6 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
             results, cotangents = zip(*reached, strict=True) if reached else ((), ())
         bars = torch.autograd.grad(results, fresh, cotangents, materialize_grads=True) if reached else map(torch.zeros_like, fresh)
     return put(list(bars), tree.map(lambda _: None, wanted), wanted)
-
-
-def is_last() -> bool:
-    """Say whether nobody differentiates what is computed now, as plain autograd says; no transform and no compiler is active."""
-    return not torch.is_grad_enabled() and values_are_readable()
 
 
 def chosen(values: Tree, wanted: Tree) -> list[Any]:

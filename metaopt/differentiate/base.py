@@ -17,7 +17,7 @@ from metaopt.compiled import compiled
 from metaopt.kernels import any_order
 from metaopt.scan import Memory, Pullback, plain_loops_inside, scan
 from metaopt.scan.stream import Stream, last_row
-from metaopt.transforms import is_tracked, tracking_levels
+from metaopt.transforms import is_last, is_tracked, tracking_levels
 from metaopt.tree import Tree
 
 # (inputs, params, state, batch) -> (loss, aux)
@@ -33,7 +33,8 @@ class InnerLoop:
     """An inner problem as pure functions of explicit tensors.
 
     Attributes:
-        loss: (inputs, params, state, batch) -> (scalar loss, aux), with a tree of tensors that is handed to `update`.
+        loss: (inputs, params, state, batch) -> (scalar loss, aux), with a tree of tensors that is handed to `update`; with
+            derivatives of any order, see `any_order`.
         update: (inputs, grads, state, params, loss, aux) -> (params, state): one application of the optimizer.
         inputs: what every step reads: the tensors of the "optimizer", which the loss does not read, those of the "loss", "meta"
             and a "batch" that is the same at every step.
@@ -153,8 +154,9 @@ def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullba
 
 def run(loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
     """Run the loop without a graph; what comes out is constant."""
-    inputs, params, state, batches = tree.map(constant, (loop.inputs, loop.params, loop.state, loop.batches))
-    loop = replace(loop, inputs=inputs, params=params, state=state, batches=batches)
+    if not is_last():
+        inputs, params, state, batches = tree.map(constant, (loop.inputs, loop.params, loop.state, loop.batches))
+        loop = replace(loop, inputs=inputs, params=params, state=state, batches=batches)
     with torch.no_grad():
         found = unroll(loop, MeanGradient(loop.loss), "full")
     return tree.map(constant, found)  # type: ignore[no-any-return]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.differentiate.base import InnerLoop, unroll
-from metaopt.kernels import any_order
 from metaopt.scan import Memory, check_memory
 from metaopt.tree import Tree
 
@@ -40,8 +39,7 @@ class FirstOrder:
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
         def gradient(inputs: Tree, params: Tree, state: Any, batch: Tree) -> tuple[Tree, Tensor, Tree]:
-            with any_order():  # the loss itself may contain derivatives
-                loss, pullback, *rest = torch.func.vjp(lambda at: loop.loss(inputs, at, state, batch), params, has_aux=True)
+            loss, pullback, *rest = torch.func.vjp(lambda at: loop.loss(inputs, at, state, batch), params, has_aux=True)
             with torch.no_grad():  # no graph of the backward pass for the levels around this one
                 (grads,) = pullback(torch.ones_like(loss))
             return tree.map(torch.Tensor.detach, grads), loss, rest[0]

@@ -14,7 +14,7 @@ from metaopt.kernels.losses import LOSSES
 from metaopt.kernels.norms import NORMS
 from metaopt.kernels.recurrent import RECURRENT
 
-__all__ = ["any_order"]
+__all__ = ["Watching", "any_order"]
 
 
 def any_order() -> AbstractContextManager[Any]:
@@ -30,15 +30,25 @@ def any_order() -> AbstractContextManager[Any]:
         written out, which is a quarter of a second-order task of a convolution network. Entering it again inside costs nothing.
     """
     # The stack, not a flag of ours: torch takes a mode off it while it hands a function on, a backward pass for example.
-    entered = any(isinstance(mode, _AnyOrder) for mode in _get_current_function_mode_stack())
-    return nullcontext() if entered else _AnyOrder()
+    entered = any(isinstance(mode, AnyOrder) for mode in _get_current_function_mode_stack())
+    return nullcontext() if entered else AnyOrder()
 
 
-class _AnyOrder(TorchFunctionMode):
+class AnyOrder(TorchFunctionMode):
     """Computes what is in the tables by the functions there."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+
+
+class Watching(AnyOrder):
+    """Notes whether there was anything to be computed otherwise."""
+
+    found = False
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.found = self.found or func in _INSTEAD
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 _INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = NORMS | ATTENTION | RECURRENT | LOSSES | DROPOUT

@@ -22,7 +22,6 @@ from metaopt import tree
 from metaopt.differentiate import End, InnerLoop, PointRule
 from metaopt.differentiate.base import run
 from metaopt.functional import Params
-from metaopt.kernels import any_order
 from metaopt.levels.order import Event, Owner
 from metaopt.levels.program import Program, all_shown, detached, rest, shown
 from metaopt.levels.response import Respond, Response, Rules, Slope, attached, noted, through
@@ -134,8 +133,7 @@ class Execution:
             ]
             loss, after = tree.stack(results)
         else:
-            with any_order():  # the derivative of a mean over vmap is not right for torch's fused norms
-                loss, after = torch.func.vmap(one, in_dims=(None, 0, in_dims), randomness="different")(scene, others["below"], rows)
+            loss, after = torch.func.vmap(one, in_dims=(None, 0, in_dims), randomness="different")(scene, others["below"], rows)
         metrics = tree.map(lambda metric: metric.mean(), after["metrics"])
         return loss.mean(), {"buffers": others["buffers"], "metrics": metrics, "below": after["below"]}
 
@@ -154,7 +152,9 @@ class Execution:
         for i in range(level.accumulate):
             scene[name] = {**scene[name], "buffers": buffers}
             batch = tree.index(rows[name], i) if level.accumulate > 1 and name in rows else rows.get(name)
-            evaluation, _ = evaluate(level, self.program.nets, scene, batch, keeps_statistics=keeps_statistics)
+            evaluation, _ = evaluate(
+                level, self.program.nets, scene, batch, keeps_statistics=keeps_statistics, exact=reading.is_delicate
+            )
             found.append((evaluation.loss, evaluation.metrics))
             buffers = evaluation.buffers
         loss, metrics = found[0] if len(found) == 1 else tree.map(lambda value: value.mean(0), tree.stack(found))
@@ -255,11 +255,10 @@ def _slopes(
 ) -> tuple[dict[str, Slope], Tensor, Tree]:
     """Return (level -> derivative in its parameters, f, aux) of (f, aux) = value(at), constants; None where f does not depend."""
     if torch.compiler.is_compiling():  # dependence has been seen when the graph was built
-        with any_order():
-            slopes, (loss, aux) = torch.func.grad_and_value(value, has_aux=True)(at)
+        slopes, (loss, aux) = torch.func.grad_and_value(value, has_aux=True)(at)
         return slopes, loss, aux
     leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), at)
-    with torch.enable_grad(), any_order():  # the loss itself may contain derivatives
+    with torch.enable_grad():
         loss, aux = value(leaves)
     found: Iterable[Tensor | None] = itertools.repeat(None)
     if loss.requires_grad:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaopt.closure import tracked_names
 from metaopt.functional import Functional
-from metaopt.kernels import any_order
+from metaopt.kernels import Watching
 from metaopt.levels.level import Level
 from metaopt.levels.view import Scene, evaluate
 from metaopt.transforms import is_tracked
@@ -26,12 +26,14 @@ class Reading:
         params: (level, parameter) pairs that its value depends on.
         metrics: names and dtypes of the scalars that it returns beside the loss.
         is_random: whether it drew from the global random generators.
+        is_delicate: whether it called a function whose higher derivatives need care, see `any_order`.
     """
 
     levels: frozenset[str]
     params: frozenset[tuple[str, str]]
     metrics: Mapping[str, torch.dtype]
     is_random: bool
+    is_delicate: bool
 
 
 def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
@@ -54,7 +56,7 @@ def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
 
     at = scene(True)
     leaves = {(name, key): leaf for name, shown in at.items() for key, leaf in shown["params"].items()}
-    with torch.random.fork_rng(), torch.enable_grad(), any_order():
+    with torch.random.fork_rng(), torch.enable_grad(), Watching() as mode:
         before = _random_state(level.device)
         try:
             found, names = evaluate(level, nets, at, batch)
@@ -74,7 +76,7 @@ def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
         grads = torch.autograd.grad(found.loss, list(leaves.values()), allow_unused=True) if found.loss.requires_grad else ()
     metrics = {name: metric.dtype for name, metric in found.metrics.items()}
     used = frozenset(key for key, grad in zip(leaves, grads, strict=bool(grads)) if grad is not None)
-    return Reading(frozenset(names - {level.name}), used, metrics, is_random)
+    return Reading(frozenset(names - {level.name}), used, metrics, is_random, mode.found)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from metaopt.functional import Functional, Params
+from metaopt.kernels import any_order
 from metaopt.levels.level import Level
 from metaopt.tree import Tree
 
@@ -72,7 +73,7 @@ class Levels:
 
 
 def evaluate(
-    level: Level, nets: Mapping[str, Functional], scene: Scene, batch: Tree, *, keeps_statistics: bool = True
+    level: Level, nets: Mapping[str, Functional], scene: Scene, batch: Tree, *, keeps_statistics: bool = True, exact: bool = True
 ) -> tuple[Evaluation, set[str]]:
     """Return the level's loss in a scene, and the names of the levels that it read.
 
@@ -82,13 +83,18 @@ def evaluate(
         scene: the tensors of the levels that it may read, its own among them.
         batch: what the loss gets.
         keeps_statistics: whether the level's own buffers are updated.
+        exact: whether it needs care that derivatives of every order are right, see `any_order`.
 
     Raises:
         ValueError: the loss reads an unknown level, or returns no scalar.
     """
     views = {name: LevelView(nets[name], shown, keeps_statistics and name == level.name) for name, shown in scene.items()}
     levels = Levels(level.name, views, nets)
-    with nullcontext() if level.precision is None else torch.autocast(level.device.type, dtype=level.precision):
+    with ExitStack() as stack:
+        if exact:
+            stack.enter_context(any_order())
+        if level.precision is not None:
+            stack.enter_context(torch.autocast(level.device.type, dtype=level.precision))
         result = level.loss(levels, batch)
     values = dict(sorted(result.items())) if isinstance(result, Mapping) else {"loss": result}
     if "loss" not in values:

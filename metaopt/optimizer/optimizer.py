@@ -89,15 +89,15 @@ class Optimizer(Configurable):
         Raises:
             ValueError: `params` is missing though needed, a structure does not match, or the state is another optimizer's.
         """
-        gradients, structure = tree.flatten(grads)
-        weights = None if params is None else tree.flatten_like(structure, params, "params")
+        gradients = tree.leaves(grads)
+        weights = None if params is None else tree.leaves_like(grads, params, "params")
         with torch._C.DisableTorchFunction():  # under a mode every look at a dtype is a call of its own
             are_complex = [gradient.is_complex() for gradient in gradients]
         if any(are_complex):
             gradients = [tree.as_real(gradient) for gradient in gradients]
             weights = None if weights is None else [tree.as_real(weight) for weight in weights]
         hyper, schedules = self._hyper_at(state, gradients, loss)
-        slots = {name: tree.flatten_like(structure, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
+        slots = {name: tree.leaves_like(grads, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
         step = state["step"] + 1
         declared = slots.keys() | state["shared"].keys()
         try:
@@ -110,10 +110,10 @@ class Optimizer(Configurable):
             raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(declared)}, got {sorted(after)}.")
         if any(are_complex):
             updates = [tree.as_complex(update) if back else update for update, back in zip(updates, are_complex, strict=True)]
-        return tree.unflatten(structure, updates), {
+        return tree.with_leaves(grads, updates), {
             "step": step,
             "slots": {
-                name: tree.unflatten(structure, [_same_kind(self, name, *pair) for pair in zip(after[name], slot, strict=True)])
+                name: tree.with_leaves(grads, [_same_kind(self, name, *pair) for pair in zip(after[name], slot, strict=True)])
                 for name, slot in slots.items()
             },
             "shared": {name: _same_kind(self, name, after[name], memory) for name, memory in state["shared"].items()},
