@@ -14,9 +14,9 @@ from metaopt import tree
 from metaopt.closure import check_closure
 from metaopt.differentiate import Backprop, InnerLoop, Rule
 from metaopt.errors import NonFiniteError
-from metaopt.functional import call_with, functional
+from metaopt.functional import functional, lent
 from metaopt.kernels import any_order
-from metaopt.optimizer import Optimizer, State, apply_updates
+from metaopt.optimizer import Optimizer, State
 from metaopt.scan.stream import Stream, first_row
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
@@ -100,10 +100,8 @@ def minimize(
 
     def update(inputs: Tree, grads: Tree, state: State, params: Tree, loss: Tensor, aux: tuple[()]) -> tuple[Tree, State]:
         if inputs is own:
-            updates, state = optimizer(grads, state, params, loss=loss)
-        else:
-            updates, state = call_with(optimizer, inputs["optimizer"], (grads, state, params), {"loss": loss})
-        return apply_updates(params, updates), state
+            return optimizer.moved(grads, state, params, loss=loss)
+        return lent(optimizer, inputs["optimizer"], optimizer.moved, grads, state, params, loss=loss)  # type: ignore[no-any-return]
 
     own = inputs
     state = optimizer.init(params) if opt_state is None else opt_state

@@ -118,5 +118,5 @@ def moments(grads: Leaves, slots: Slots, hyper: Hyper) -> Slots:
 def bias_correction(beta: Value, step: Tensor, like: Tensor) -> Tensor:
     """Return 1 - beta^step in float64 if `like` is, else in float32; differentiable in beta."""
     dtype = scalar_dtype(like)
-    base = torch.as_tensor(beta, dtype=dtype, device=step.device)
+    base = beta.to(step.device, dtype) if isinstance(beta, Tensor) else beta
     return 1 - base ** step.to(dtype)

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.functional import Params, call_with
+from metaopt.functional import Params, lent
 from metaopt.levels.level import Level
 from metaopt.levels.program import Program
 from metaopt.levels.reading import Reading
-from metaopt.optimizer import apply_updates
 from metaopt.tree import Tree
 
 
@@ -69,10 +68,10 @@ def update(
     """
     memory, progress = others["optimizer"], others["progress"]
     if inputs["optimizer"]:
-        updates, memory = call_with(level.optimizer, inputs["optimizer"], (grads, memory, params), {"loss": loss})
+        optimizer = level.optimizer
+        after, memory = lent(optimizer, inputs["optimizer"], optimizer.moved, grads, memory, params, loss=loss)
     else:
-        updates, memory = level.optimizer(grads, memory, params, loss=loss)
-    after = apply_updates(params, updates)
+        after, memory = level.optimizer.moved(grads, memory, params, loss=loss)
     if level.warmup:
         moves = progress["steps"] >= level.warmup
         after, memory = tree.map(lambda new, old: torch.where(moves, new, old), (after, memory), (params, others["optimizer"]))
@@ -81,10 +80,8 @@ def update(
 
 
 def _counted(progress: Tree, loss: Tensor) -> Tree:
-    """Count the steps, and those before the first loss that is not finite; keep that loss."""
-    is_good = progress["finite"] == progress["steps"]
-    return {
-        "steps": progress["steps"] + 1,
-        "finite": progress["finite"] + (is_good & (loss - loss == 0)),  # as `isfinite`, which takes four operations
-        "loss": torch.where(is_good, loss.detach().to(progress["loss"].dtype), progress["loss"]),
-    }
+    """Count the steps, and those before the first loss that is not finite; keep the last loss."""
+    steps, finite, loss = progress["steps"], progress["finite"], loss.detach()
+    wide = loss.to(torch.promote_types(loss.dtype, torch.float32))  # half precision cannot count
+    is_good = torch.add(steps, wide, alpha=0) == finite  # 0 times what is not finite is nan
+    return {"steps": steps + 1, "finite": finite + is_good, "loss": loss.to(progress["loss"].dtype)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -21,6 +21,8 @@ State = dict[str, Any]
 Leaves = list[Tensor]  # one tensor per parameter
 Slots = dict[str, Any]  # name -> Leaves, or one Tensor over all parameters
 Hyper = dict[str, Value]
+# (grads, params, slots, hyper, step) -> (one tensor per parameter, next slots)
+StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, Slots]]
 
 
 class Optimizer(Configurable):
@@ -89,69 +91,83 @@ class Optimizer(Configurable):
         Raises:
             ValueError: `params` is missing though needed, a structure does not match, or the state is another optimizer's.
         """
-        gradients = tree.leaves(grads)
-        weights = None if params is None else tree.leaves_like(grads, params, "params")
-        with torch._C.DisableTorchFunction():  # under a mode every look at a dtype is a call of its own
-            are_complex = [gradient.is_complex() for gradient in gradients]
-        if any(are_complex):
-            gradients = [tree.as_real(gradient) for gradient in gradients]
-            weights = None if weights is None else [tree.as_real(weight) for weight in weights]
-        hyper, schedules = self._hyper_at(state, gradients, loss)
-        slots = {name: tree.leaves_like(grads, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
-        step = state["step"] + 1
-        declared = slots.keys() | state["shared"].keys()
-        try:
-            updates, after = self._updated(gradients, weights, slots, state["shared"], hyper, step)
-        except KeyError:
-            self._check_memory(declared, gradients)
-            raise
-        if after.keys() != declared:
-            self._check_memory(declared, gradients)
-            raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(declared)}, got {sorted(after)}.")
-        if any(are_complex):
-            updates = [tree.as_complex(update) if back else update for update, back in zip(updates, are_complex, strict=True)]
-        return tree.with_leaves(grads, updates), {
-            "step": step,
-            "slots": {
-                name: tree.with_leaves(grads, [_same_kind(self, name, *pair) for pair in zip(after[name], slot, strict=True)])
-                for name, slot in slots.items()
-            },
-            "shared": {name: _same_kind(self, name, after[name], memory) for name, memory in state["shared"].items()},
-            "schedules": schedules,
-        }
+        return self._on_leaves(self._updated, grads, state, params, loss)
+
+    def moved(self, grads: Tree, state: State, params: Tree, *, loss: Tensor | None = None) -> tuple[Tree, State]:
+        """Return (w + u, next state): `apply_updates` after `forward`, in one pass where the optimizer can.
+
+        Raises:
+            ValueError: as `forward`, and if an update has another shape than its parameter.
+        """
+        updates, state = self(grads, state, params, loss=loss)
+        return apply_updates(params, updates), state
 
     def as_torch(self, params: Iterable[Any]) -> Deployed:
         """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""
         return Deployed(params, self)
 
-    def _updated(
-        self, grads: Leaves, params: Leaves | None, slots: dict[str, Leaves], shared: dict[str, Tensor], hyper: Hyper, step: Tensor
-    ) -> tuple[Leaves, Slots]:
+    def _on_leaves(
+        self, step_on: StepOn, grads: Tree, state: State, params: Tree | None, loss: Tensor | None
+    ) -> tuple[Tree, State]:
+        """Return what `step_on` makes of the leaves, as a tree like the gradients, and the next state."""
+        gradients = tree.leaves(grads)
+        weights = None if params is None else tree.leaves_like(grads, params, "params")
+        with torch._C.DisableTorchFunction():  # under a mode every look at a dtype is a call of its own
+            complexes = [i for i, gradient in enumerate(gradients) if gradient.is_complex()]
+        if complexes:
+            gradients = [tree.as_real(gradient) for gradient in gradients]
+            weights = None if weights is None else [tree.as_real(weight) for weight in weights]
+        hyper, schedules = self._hyper_at(state, gradients, loss)
+        slots: Slots = {name: tree.leaves_like(grads, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
+        memory = {**slots, **state["shared"]}
+        step = state["step"] + 1
+        try:
+            results, after = step_on(gradients, weights, memory, hyper, step)
+        except KeyError:
+            self._check_memory(memory.keys(), gradients)
+            raise
+        if after.keys() != memory.keys():
+            self._check_memory(memory.keys(), gradients)
+            raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(memory)}, got {sorted(after)}.")
+        for i in complexes:
+            results[i] = tree.as_complex(results[i])
+        with torch._C.DisableTorchFunction():
+            after = {name: self._same_kind(name, after[name], old) for name, old in memory.items()}
+        return tree.with_leaves(grads, results), {
+            "step": step,
+            "slots": {name: tree.with_leaves(grads, after[name]) for name in slots},
+            "shared": {name: after[name] for name in state["shared"]},
+            "schedules": schedules,
+        }
+
+    def _updated(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         """Return what `update` does, on joined tensors where that is the same and faster."""
+        if not self.joinable or not self._joins(grads, params, memory, hyper):
+            return self.update(grads, params, memory, hyper, step)
         with torch._C.DisableTorchFunction():
-            scalars = not any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
-            joins = (
-                self.joinable
-                and "update" not in vars(self)
-                and scalars
-                and prefers_joined([grads, *([] if params is None else [params]), *slots.values()])
-            )
-        if not joins:
-            return self.update(grads, params, slots | shared, hyper, step)
-        with torch._C.DisableTorchFunction():
-            lists = join(grads), None if params is None else join(params), {name: join(slot) for name, slot in slots.items()}
-        updates, after = self.update(lists[0], lists[1], lists[2] | shared, hyper, step)
+            joined = {name: join(slot) if isinstance(slot, list) else slot for name, slot in memory.items()}
+            lists = join(grads), None if params is None else join(params)
+        updates, after = self.update(*lists, joined, hyper, step)
         with torch._C.DisableTorchFunction():
             return part(updates, grads), {
                 name: part(slot, grads) if isinstance(slot, list) else slot for name, slot in after.items()
             }
 
+    def _joins(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper) -> bool:
+        with torch._C.DisableTorchFunction():
+            scalars = not any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
+            slots = [slot for slot in memory.values() if isinstance(slot, list)]
+            return (
+                "update" not in vars(self) and scalars and prefers_joined([grads, *([] if params is None else [params]), *slots])
+            )
+
     def _hyper_at(self, state: State, grads: Leaves, loss: Tensor | None) -> tuple[Hyper, dict[str, Any]]:
         """Return the hyperparameters' values at this step, and the next states of the schedules among them."""
         hyper: Hyper = {name: getattr(self, name) for name in self.hyperparameters}
         schedules = {}
-        for name, schedule in self._schedules():
-            hyper[name], schedules[name] = schedule(state["schedules"][name], step=state["step"], loss=loss, grads=grads)
+        for name, value in hyper.items():
+            if isinstance(value, Schedule):
+                hyper[name], schedules[name] = value(state["schedules"][name], step=state["step"], loss=loss, grads=grads)
         return hyper, schedules
 
     def _schedules(self) -> list[tuple[str, Schedule]]:
@@ -165,6 +181,17 @@ class Optimizer(Configurable):
                 f"`state` must be that of this {type(self).__name__}, with the memory {sorted(own)}, got {sorted(names)}. Pass "
                 "what its own `init`, or the step before, returned."
             )
+
+    def _same_kind(self, name: str, new: Any, old: Any) -> Any:
+        """Return the memory in its old dtype: a 0-dim hyperparameter of a wider dtype would widen that of a 0-dim parameter."""
+        if isinstance(old, list):
+            return [self._same_kind(name, *pair) for pair in zip(new, old, strict=True)]
+        if new.shape != old.shape:
+            raise ValueError(
+                f"{type(self).__name__}: the memory {name!r} of shape {tuple(old.shape)} became {tuple(new.shape)}. The state is "
+                "that of other parameters, or a hyperparameter has a shape that does not broadcast to them."
+            )
+        return new if new.dtype == old.dtype else new.to(old.dtype)
 
     def _require_params(self, params: Leaves | None, reason: str) -> Leaves:
         if params is None:
@@ -191,13 +218,3 @@ def apply_update(param: Tensor, update: Tensor) -> Tensor:
         )
     after = param + update
     return after if after.dtype == param.dtype else after.to(param.dtype)
-
-
-def _same_kind(owner: object, name: str, new: Tensor, old: Tensor) -> Tensor:
-    """Return the memory in its old dtype: a 0-dim hyperparameter of a wider dtype would widen that of a 0-dim parameter."""
-    if new.shape != old.shape:
-        raise ValueError(
-            f"{type(owner).__name__}: the memory {name!r} of shape {tuple(old.shape)} became {tuple(new.shape)}. The state is "
-            "that of other parameters, or a hyperparameter has a shape that does not broadcast to them."
-        )
-    return new if new.dtype == old.dtype else new.to(old.dtype)
