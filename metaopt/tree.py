@@ -47,6 +47,8 @@ def _map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
                     for key, value in tree.items()
                 }
             return {key: _map(fn, value, *[other[key] for other in rest]) for key, value in tree.items()}
+    elif not rest and (kind is list or kind is tuple):
+        return kind([fn(value) if type(value) in _LEAVES else _map(fn, value) for value in tree])
     elif _is_row(kind) and all(type(other) is kind and len(other) == len(tree) for other in rest):
         parts = [_map(fn, *parts) for parts in zip(tree, *rest, strict=True)]
         return kind(parts) if kind is list or kind is tuple else kind(*parts)

@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.forward import slope_along
 from metaopt.autodiff.gradient import gradient
-from metaopt.autodiff.pullback import chosen, plus, pull_back, put
+from metaopt.autodiff.pullback import chosen, plus, pull_back, put, spread
 from metaopt.compiled import compiled
 from metaopt.tree import Tree
 
@@ -117,7 +117,7 @@ class MeanGradient:
         slopes, bars = slope_along(slopes_at, params, along, asked='`hvp="forward"`', instead='`hvp="reverse"`')
         if of_loss is not None:
             bars = [bar + of_loss * slope for bar, slope in zip(bars, slopes, strict=True)]
-        return put(bars, tree.map(lambda _: None, wanted), wanted)
+        return spread(bars, wanted)
 
 
 def _merge(one: Tensor | None, other: Tensor | None, is_example: bool) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.gradient import gradient
-from metaopt.autodiff.pullback import chosen, pull_back, put
+from metaopt.autodiff.pullback import chosen, pull_back, put, spread
 from metaopt.autodiff.replay import Ambient
 from metaopt.tree import Tree
 
@@ -38,8 +38,8 @@ def mixed_product(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree) -> Tr
     return bars
 
 
-def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, radius: float) -> Tree:
-    """Return (G(w + e x) - G(w - e x)) / 2e with G = grad_given L and e = radius / |x|; differentiable again.
+def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, radius: float, *, sign: int = 1) -> Tree:
+    """Return sign (G(w + e x) - G(w - e x)) / 2e with G = grad_given L and e = radius / |x|; differentiable again.
 
     The error is radius^2 |x| / 6 times the third derivative of G along x / |x|, and that of rounding, of the order of
     eps |x| (|G| + |w| |dG/dw|) / radius. Both sides see the same random numbers. Nothing happens for x = 0.
@@ -51,6 +51,7 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
         x: a tree like w.
         wanted: a tree of bools like `given`. What is not wanted is None in the result.
         radius: Euclidean length of the displacement, of all parameters together.
+        sign: 1 or -1.
 
     Raises:
         ValueError: parameters in half precision.
@@ -60,7 +61,7 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
     """
     _check_precision(w)
     length = tree.norm(x)
-    scale = radius / torch.where(length > 0, length, 1)
+    scale = radius / length.clamp_min(torch.finfo(length.dtype).tiny)
     variables = chosen(given, wanted)
 
     def slope(e: Tensor) -> list[Tensor]:
@@ -73,9 +74,9 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
         return slopes
 
     ahead, behind = same_noise(slope, [scale, -scale])
-    slant = length / (2 * radius)
+    slant = length / (sign * 2 * radius)
     bars = [((a - b) * slant).to(a.dtype) for a, b in zip(ahead, behind, strict=True)]
-    return put(bars, tree.map(lambda _: None, wanted), wanted)
+    return spread(bars, wanted)
 
 
 def same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tree]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
             reached = [(result, seed) for result, seed in zip(run(fresh), given, strict=True) if result.requires_grad]
             results, cotangents = zip(*reached, strict=True) if reached else ((), ())
         bars = torch.autograd.grad(results, fresh, cotangents, materialize_grads=True) if reached else map(torch.zeros_like, fresh)
-    return put(list(bars), tree.map(lambda _: None, wanted), wanted)
+    return spread(bars, wanted)
 
 
 def chosen(values: Tree, wanted: Tree) -> list[Any]:
@@ -62,13 +62,22 @@ def put(leaves: Sequence[Any], values: Tree, wanted: Tree) -> Tree:
     return _filled(iter(leaves), values, wanted)
 
 
+def spread(leaves: Iterable[Any], wanted: Tree) -> Tree:
+    """Return a tree like `wanted` with these leaves where it says so, and None elsewhere."""
+    fresh = iter(leaves)
+    return tree.map(lambda is_wanted: next(fresh) if is_wanted else None, wanted)
+
+
 def _filled(fresh: Iterator[Any], value: Tree, wanted: Tree) -> Tree:
     # No closure: one that calls itself is a circle, which keeps the leaves alive until the collector comes.
     kind = type(wanted)
     if kind is bool:
         return next(fresh) if wanted else value
     if kind is dict:
-        return {key: _filled(fresh, value[key], part) for key, part in wanted.items()}
+        return {
+            key: (next(fresh) if part else value[key]) if type(part) is bool else _filled(fresh, value[key], part)
+            for key, part in wanted.items()
+        }
     if kind is tuple or kind is list:
         return kind(_filled(fresh, *pair) for pair in zip(value, wanted, strict=True))
     return tree.map(lambda leaf, is_wanted: next(fresh) if is_wanted else leaf, value, wanted)

@@ -154,11 +154,12 @@ def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullba
 
 def run(loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
     """Run the loop without a graph; what comes out is constant."""
-    if not is_last():
-        inputs, params, state, batches = tree.map(constant, (loop.inputs, loop.params, loop.state, loop.batches))
-        loop = replace(loop, inputs=inputs, params=params, state=state, batches=batches)
+    gradient = MeanGradient(loop.loss)
+    if is_last():  # nothing of it has a derivative
+        return unroll(loop, gradient, "full")
+    inputs, params, state, batches = tree.map(constant, (loop.inputs, loop.params, loop.state, loop.batches))
     with torch.no_grad():
-        found = unroll(loop, MeanGradient(loop.loss), "full")
+        found = unroll(replace(loop, inputs=inputs, params=params, state=state, batches=batches), gradient, "full")
     return tree.map(constant, found)  # type: ignore[no-any-return]
 
 

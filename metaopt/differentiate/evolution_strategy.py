@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
-from metaopt.autodiff.pullback import chosen, put
+from metaopt.autodiff.pullback import chosen, put, spread
 from metaopt.autodiff.replay import Ambient
 from metaopt.differentiate.base import InnerLoop, check_positive, run, sources, starting_from, weighted_end
 from metaopt.transforms import outside_transforms
@@ -76,7 +76,7 @@ class EvolutionStrategy:
             slopes = (ahead - behind) / (2 * self.std)
             finite = slopes.isfinite()
             estimate = (torch.where(finite, slopes, 0) @ noise) / finite.sum()
-            return put(tree.unravel(estimate, variables), tree.map(lambda _: None, wanted), wanted)
+            return spread(tree.unravel(estimate, variables), wanted)
 
         ambient = Ambient.now(tree.leaves(given))
         return with_derivative(pull_back, run(starting_from(loop, given)), given, ambient)

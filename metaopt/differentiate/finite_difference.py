@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metaopt.autodiff.mixed import mixed_difference
 from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
-from metaopt.tree import Tree, map
+from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -42,5 +42,4 @@ class FiniteDifference(PointRule):
 
     def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
         loss, read = at_end(loop, end)
-        bars = mixed_difference(loss, end.params, read, cotangent, wanted, self.radius)
-        return map(lambda bar: None if bar is None else -bar, bars), {}
+        return mixed_difference(loss, end.params, read, cotangent, wanted, self.radius, sign=-1), {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
 from metaopt.autodiff.forward import slope_along
-from metaopt.autodiff.pullback import chosen, put
+from metaopt.autodiff.pullback import chosen, put, spread
 from metaopt.autodiff.replay import Ambient
 from metaopt.differentiate.base import InnerLoop, run, sources, starting_from, weighted_end
 from metaopt.tree import Tree
@@ -57,7 +57,7 @@ class ForwardMode:
                 return slope
 
             slopes = torch.func.vmap(along, randomness="same")(torch.eye(len(row), dtype=row.dtype, device=row.device))
-            return put(tree.unravel(slopes, variables), tree.map(lambda _: None, wanted), wanted)
+            return spread(tree.unravel(slopes, variables), wanted)
 
         ambient = Ambient.now(tree.leaves(given))
         return with_derivative(pull_back, run(starting_from(loop, given)), given, ambient)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.mixed import same_noise
-from metaopt.autodiff.pullback import chosen, put
+from metaopt.autodiff.pullback import chosen, put, spread
 from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
 from metaopt.tree import Tree
 
@@ -77,4 +77,4 @@ class Penalty(PointRule):
         left = tree.norm(tree.map(torch.add, at_z, tilt)) * self.weight
         size = tree.norm(cotangent)
         bars = [self.weight * (after - before) for after, before in zip(of_z, of_w, strict=True)]
-        return put(bars, tree.map(lambda _: None, wanted), wanted), {"residual": left / torch.where(size > 0, size, 1)}
+        return spread(bars, wanted), {"residual": left / torch.where(size > 0, size, 1)}

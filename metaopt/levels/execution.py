@@ -229,7 +229,8 @@ class Execution:
             else:
 
                 def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
-                    return self.total(name, variables[name], scene, rest(state), rows, window, at_point=at_point)
+                    loss, aux = self.total(name, variables[name], scene, rest(state), rows, window, at_point=at_point)
+                    return loss, detached(aux)
 
             slopes, loss, aux = _slopes(value, variables)
             grads = through(responses, slopes, name)
@@ -263,8 +264,7 @@ def _slopes(
     found: Iterable[Tensor | None] = itertools.repeat(None)
     if loss.requires_grad:
         found = torch.autograd.grad(loss, tree.leaves(leaves), allow_unused=True)
-    each = iter(found)
-    return tree.map(lambda _: next(each), leaves), loss.detach(), detached(aux)
+    return tree.with_leaves(leaves, found), loss.detach(), aux
 
 
 def _missing(level: str, param: str) -> ValueError:

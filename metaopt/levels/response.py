@@ -88,11 +88,11 @@ def _pulled(rule: PointRule, levels: frozenset[str], response: Response, v: Para
     if not levels:
         return {}
     _, _, loop, end, ambient = response
-    nothing = tree.map(lambda _: False, loop.inputs)
-    scene, tensors = nothing["meta"]
+    scene, tensors = loop.inputs["meta"]
+    in_scene = {name: {part: dict.fromkeys(shown[part], False) for part in shown} for name, shown in scene.items()}
     for name in levels:
-        scene[name] = {**scene[name], "params": dict.fromkeys(scene[name]["params"], True)}
-    wanted = {"loss": nothing["loss"], "meta": (scene, tensors), "batch": False}
+        in_scene[name]["params"] = dict.fromkeys(scene[name]["params"], True)
+    wanted = {"loss": {}, "meta": (in_scene, tree.map(lambda _: False, tensors)), "batch": False}
     with nullcontext() if ambient is None else ambient.restored():
         bars, _ = pulled_back(rule, loop, end, v, (wanted, tree.map(lambda _: False, end.batch)))
     return {name: bars["meta"][0][name]["params"] for name in levels}
