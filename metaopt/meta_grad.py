@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -115,7 +114,7 @@ def assign_grads(model: nn.Module, grads: Params) -> None:
 def _plus(total: Tree | None, grads: Tree, share: float) -> Tree:
     """Return total + share grads, where None is zero."""
     if total is not None:
-        return tree.map(functools.partial(torch.add, alpha=share), total, grads)
+        return tree.map(lambda total, g: tree.scaled_sum(total, share, g), total, grads)
     return grads if share == 1 else tree.map(lambda g: share * g, grads)
 
 

@@ -200,6 +200,16 @@ def sum_leaves(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tensor:
     return first
 
 
+def scaled_sum(x: Tensor, scale: float | Tensor, y: Tensor) -> Tensor:
+    """Return x + scale y, in one operation where the scale is a number.
+
+    Not under a compiler: inductor makes `addmm` of a sum with a matrix product, and forgets `alpha` (torch 2.13).
+    """
+    if isinstance(scale, Tensor) or torch.compiler.is_compiling():
+        return x + scale * y
+    return torch.add(x, y, alpha=scale)
+
+
 def safe_sqrt(x: Tensor) -> Tensor:
     """Return sqrt(x) for x >= 0 with every derivative 0, not infinite, at x = 0.
 

@@ -7,11 +7,7 @@ from torch import Tensor
 
 from metaopt.optimizer import Leaves, apply_update
 from metaopt.optimizer.hyperparameter import Value, is_zero
-
-
-def scaled_sum(x: Tensor, scale: Value, y: Tensor) -> Tensor:
-    """Return x + scale y."""
-    return x + scale * y if isinstance(scale, Tensor) else torch.add(x, y, alpha=scale)
+from metaopt.tree import scaled_sum
 
 
 def moved(params: Leaves, scale: Value, directions: Leaves) -> Leaves:
@@ -24,7 +20,7 @@ def moved(params: Leaves, scale: Value, directions: Leaves) -> Leaves:
         pairs = list(zip(params, directions, strict=True))
         if isinstance(scale, Tensor) or any(w.shape != d.shape or w.dtype != d.dtype for w, d in pairs):
             return [apply_update(w, scale * d) for w, d in pairs]
-        return [torch.add(w, d, alpha=scale) for w, d in pairs]
+        return [scaled_sum(w, scale, d) for w, d in pairs]
 
 
 def average(mean: Tensor, x: Tensor, decay: Value) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots, State
 from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
-from metaopt.tree import Tree
-from optimizers.moving import moved, scaled_sum
+from metaopt.tree import Tree, scaled_sum
+from optimizers.moving import moved
 from optimizers.weight_decay import penalized
 
 

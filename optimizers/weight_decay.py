@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from metaopt.optimizer import Leaves, Optimizer
 from metaopt.optimizer.hyperparameter import Value, is_zero
-from optimizers.moving import scaled_sum
+from metaopt.tree import scaled_sum
 
 
 def penalized(owner: Optimizer, grads: Leaves, params: Leaves | None, decay: Value) -> Leaves:
