@@ -234,6 +234,7 @@ class Execution:
 
             slopes, loss, aux = _slopes(value, variables)
             grads = through(responses, slopes, name)
+            responses.clear()  # a circle: each holds the execution that holds this list
         found: Params = {}
         for key, grad in grads.items():
             if grad is None and not self.program.levels[name].allow_unused:
