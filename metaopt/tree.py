@@ -181,15 +181,9 @@ def unravel(vector: Tensor, like: Tree) -> Tree:
 
 def norm(tree: Tree) -> Tensor:
     """Return the Euclidean norm of all entries together, real also of complex ones, with derivative 0 where the norm is 0."""
-    if is_last():
-        return sum_leaves(_dot_itself, tree).sqrt()
+    if is_last():  # in one pass and without a copy
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(leaves(tree))))
     return safe_sqrt(sum_leaves(lambda leaf: as_real(leaf).square().sum(), tree))
-
-
-def _dot_itself(leaf: Tensor) -> Tensor:
-    """Return |x|^2, in one pass and without a copy of x."""
-    entries = as_real(leaf).reshape(-1)
-    return torch.dot(entries, entries)
 
 
 def sum_leaves(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tensor:

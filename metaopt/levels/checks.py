@@ -118,7 +118,7 @@ def _check_look_ahead(program: Program, edge: Edge) -> None:
 
 
 def _check_link(program: Program, edge: Edge) -> None:
-    for name in program.order.inside(edge.lower.name) | {edge.lower.name}:
+    for name in program.order.inside[edge.lower.name] | {edge.lower.name}:
         for tensor, (owner, _) in program.links[name].items():
             if name not in program.order.below[owner]:
                 raise ValueError(
@@ -138,7 +138,7 @@ def _check_shared(program: Program, name: str) -> None:
     for other in sorted(order.shared[name]):
         rules = program.rules(name, other)
         between = sorted(lower for lower in order.shared[name] if other in order.shared[lower])
-        if between and isinstance(rules[0][0], PointRule) and program.readings[name].levels & ({other} | order.inside(other)):
+        if between and isinstance(rules[0][0], PointRule) and program.readings[name].levels & ({other} | order.inside[other]):
             raise ValueError(
                 f"level {name!r}: its loss reads {other!r}, which {between[0]!r} waits for and shares with others. How {other!r} "
                 f"responds to where {between[0]!r} came to is not known to {type(rules[0][0]).__name__}. Read {between[0]!r} "

@@ -63,14 +63,15 @@ class Execution:
         for event in order.events.get(owner, ()):
             name, first = event.level, taken[event.level]
             taken[name] += event.steps
-            part = {other: rows[other] for other in order.inside(name) | {name} if other in rows}
+            part = {other: rows[other] for other in order.inside[name] | {name} if other in rows}
             if event.steps < order.steps[name]:
                 part = tree.index(part, slice(first, taken[name]))
             begins = first % next((edge.steps for edge in self.program.above(name)), 1) == 0
             rules, before = self.program.rules(owner, name), scene
             states[name] = self.advance(event, rules, scene, states[name], part, windows.get(name, NO_WINDOW), begins, at_point)
             scene = scene | self._exposed(name, rules, scene, states[name], part)
-            windows = advanced(Happened(event, before, part, states[name], begins), windows, order.shared, states)
+            if windows:
+                windows = advanced(Happened(event, before, part, states[name], begins), windows, order.shared, states)
         return scene, states
 
     def advance(
@@ -100,7 +101,7 @@ class Execution:
         inputs = {
             "optimizer": optimizer_tensors(self.program, name, scene),
             "loss": {},
-            "meta": ({other: scene[other] for other in self.program.reads_outside(name)}, window.tensors),
+            "meta": ({other: scene[other] for other in self.program.reads_outside[name]}, window.tensors),
             "batch": None,
         }
         loss, step = partial(self._loss, name, window, False), partial(update, self.program.levels[name])
@@ -177,12 +178,12 @@ class Execution:
 
     def _exposed(self, name: str, rules: Rules, scene: Tree, state: Tree, rows: Tree) -> Tree:
         """Return what others now read of a level, and of those inside its steps if they do."""
+        if name not in self.program.read_from_outside:
+            return {name: shown(state)}
         scene = {**scene, name: shown(state)}
-        if not self.program.is_read_from_outside(name):
-            return {name: scene[name]}
         if _is_point(rules):  # they respond to its parameters, whose derivative is not that of the steps
             scene, _ = self.turn(name, scene, state["below"], tree.index(rows, -1), at_point=True)
-            return {other: scene[other] for other in self.program.order.inside(name) | {name}}
+            return {other: scene[other] for other in self.program.order.inside[name] | {name}}
         return all_shown({name: state})
 
     # Steps

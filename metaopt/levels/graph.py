@@ -179,7 +179,7 @@ class LevelGraph:
         """Return the next batches of one turn of `owner`, and how many they are, by level."""
         program, rows, counts = self.program, {}, {}
         for name in program.levels:
-            inside = owner in (None, name) or name in program.order.inside(owner)
+            inside = owner in (None, name) or name in program.order.inside[owner]
             if inside and program.levels[name].batches is not None:
                 axes = program.leading_axes(name, owner)
                 counts[name] = math.prod(axes)
@@ -210,7 +210,7 @@ class LevelGraph:
         for event in itertools.takewhile(lambda event: event.level != name, order.events[owner]):
             if (lower := event.level) in shared:
                 steps = slice(taken[lower], taken[lower] + event.steps)
-                part = {other: tree.index(rows[other], steps) for other in order.inside(lower) | {lower} if other in rows}
+                part = {other: tree.index(rows[other], steps) for other in order.inside[lower] | {lower} if other in rows}
                 happened = Happened(event, scene, part, states[lower], taken[lower] == 0)
                 windows = advanced(happened, windows, order.shared, states)
                 taken[lower] += event.steps
@@ -223,10 +223,12 @@ class LevelGraph:
         for name, shown in all_shown(self._states).items():
             level = self.program.levels[name]
             if not level.copies:
-                own = level.net.params | (level.net.buffers if shown["buffers"] else {})
-                now = shown["params"] | shown["buffers"]
-                models += own.values()
-                values += [now[key] for key in own]
+                for own, now in (
+                    (level.net.params, shown["params"]),
+                    (level.net.buffers if shown["buffers"] else {}, shown["buffers"]),
+                ):
+                    models += own.values()
+                    values += [now[key] for key in own]
         with torch.no_grad():
             torch._foreach_copy_(models, values)
 

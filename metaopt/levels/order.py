@@ -38,6 +38,7 @@ class Order:
         steps: level -> its steps in one turn of its owner: one step of a level, one of the top levels of the graph.
         events: owner -> what happens in one turn, in order.
         shared: level -> the levels below it that its loss waits for and that it does not own, and those that these wait for.
+        inside: level -> the levels that run inside its steps.
     """
 
     levels: tuple[str, ...]
@@ -47,11 +48,7 @@ class Order:
     steps: Mapping[str, int]
     events: Mapping[Owner, tuple[Event, ...]]
     shared: Mapping[str, frozenset[str]]
-
-    def inside(self, level: str) -> frozenset[str]:
-        """Return the levels that run inside the steps of `level`."""
-        own = self.members.get(level, ())
-        return frozenset(own).union(*(self.inside(name) for name in own))
+    inside: Mapping[str, frozenset[str]]
 
 
 def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order:
@@ -95,7 +92,12 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
         beside = [other for other in members[owner[name]] if other in below[name]]
         awaited = frozenset(other for other in beside if reads[name] & (below[other] | {other}))
         shared[name] = awaited.union(*(shared[other] for other in awaited))
-    return Order(levels, below, owner, members, steps, events, shared)
+
+    def inside(name: str) -> frozenset[str]:
+        own = members.get(name, ())
+        return frozenset(own).union(*map(inside, own))
+
+    return Order(levels, below, owner, members, steps, events, shared, {name: inside(name) for name in levels})
 
 
 def _sorted(edges: Sequence[Edge]) -> tuple[str, ...]:

@@ -30,6 +30,8 @@ class Program:
         loops: levels whose lower copies run one after the other, not under `vmap`.
         compile: whether inner loops are compiled.
         nets: level -> its model as a function.
+        reads_outside: level -> the levels that a step of it reads, apart from those that move during it.
+        read_from_outside: the levels inside whose steps others run that are read by a level outside.
     """
 
     levels: Mapping[str, Level]
@@ -41,6 +43,8 @@ class Program:
     loops: frozenset[str] = frozenset()
     compile: bool = False
     nets: dict[str, Functional] = field(init=False)
+    reads_outside: dict[str, frozenset[str]] = field(init=False)
+    read_from_outside: frozenset[str] = field(init=False)
     _above: dict[str, list[Edge]] = field(init=False)
     _lowers: dict[str, list[Edge]] = field(init=False)
 
@@ -52,6 +56,8 @@ class Program:
         }
         for key, value in known.items():  # at once: a compiler cannot look inside what is computed when it is asked for
             object.__setattr__(self, key, value)
+        object.__setattr__(self, "reads_outside", {name: self._reads_outside(name) for name in self.levels})
+        object.__setattr__(self, "read_from_outside", frozenset(filter(self._is_read_from_outside, self.levels)))
 
     def above(self, name: str) -> list[Edge]:
         """Return the edges to the levels directly above."""
@@ -101,18 +107,16 @@ class Program:
                 found |= {(edge.upper.name, key) for key in edge.upper.net.params}
         return found
 
-    def reads_outside(self, name: str) -> frozenset[str]:
-        """Return the levels that a step of `name` reads, apart from those that move during it."""
-        inside = self.order.inside(name) | {name}
+    def _reads_outside(self, name: str) -> frozenset[str]:
+        inside = self.order.inside[name] | {name}
         read: set[str] = set()
         for other in inside:
             read |= self.readings[other].levels | {level for level, _ in self.links[other].values()}
             read |= {edge.upper.name for edge in self.above(other) if edge.start == "upper" and other != name}
         return frozenset(read - inside - self.order.shared[name])
 
-    def is_read_from_outside(self, name: str) -> bool:
-        """Say whether a level that runs inside the steps of `name` is read by one that does not."""
-        inside = self.order.inside(name)
+    def _is_read_from_outside(self, name: str) -> bool:
+        inside = self.order.inside[name]
         return any(self.readings[other].levels & inside for other in self.levels.keys() - inside - {name})
 
     def responds_at_points(self, name: str) -> bool:
@@ -157,7 +161,7 @@ class Program:
 
     def compiles(self, name: str) -> bool:
         """Say whether the loop of a level is compiled by itself; a rule that is a Function of its own cannot be inside."""
-        inside = self.order.inside(name)
+        inside = self.order.inside[name]
         rules = [edge.differentiate for other in inside for edge in self.above(other)]
         return self.compile and not any(isinstance(rule, PointRule) for rule in rules)
 

@@ -46,6 +46,8 @@ class Window:
 
     def with_tensors(self, tensors: Tree) -> Window:
         """Return the window with other tensors."""
+        if not self.start:
+            return self
         start, happened, inner = tensors
         pairs = zip(self.happened, happened, strict=True)
         return Window(

@@ -157,9 +157,7 @@ class Optimizer(Configurable):
         with torch._C.DisableTorchFunction():
             scalars = not any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
             slots = [slot for slot in memory.values() if isinstance(slot, list)]
-            return (
-                "update" not in vars(self) and scalars and prefers_joined([grads, *([] if params is None else [params]), *slots])
-            )
+            return "update" not in vars(self) and scalars and prefers_joined([grads, *([] if params is None else [params]), *slots])
 
     def _hyper_at(self, state: State, grads: Leaves, loss: Tensor | None) -> tuple[Hyper, dict[str, Any]]:
         """Return the hyperparameters' values at this step, and the next states of the schedules among them."""
