@@ -127,15 +127,13 @@ class Functional:
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
         given: dict[str, Any] = {**params, **buffers}
+        for name in self._shared & given.keys():
+            given |= dict.fromkeys(self._aliases[name], given[name])
         places = _places(self.model, given)
         with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
             for name, members, key in places[: len(params)]:
                 if params[name].shape != members[key].shape:
                     self._check("params", params, self.params)
-        for name in self._shared & given.keys():
-            others = dict.fromkeys(self._aliases[name][1:], given[name])
-            given |= others
-            places += _places(self.model, others)
         output = _lend(places, given, self.model, args, kwargs)
         for name in buffers:
             buffers[name] = given[name]

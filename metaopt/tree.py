@@ -134,7 +134,11 @@ def is_alike(one: Tree, other: Tree) -> bool:
     if kind in _LEAVES:
         return type(other) in _LEAVES
     if kind is dict:
-        return type(other) is dict and list(one) == list(other) and all(is_alike(one[key], other[key]) for key in one)
+        if type(other) is not dict or list(one) != list(other):
+            return False
+        return all(
+            (type(value) in _LEAVES and type(other[key]) in _LEAVES) or is_alike(value, other[key]) for key, value in one.items()
+        )
     if _is_row(kind):
         return type(other) is kind and len(one) == len(other) and all(is_alike(*pair) for pair in zip(one, other, strict=True))
     return bool(flatten(one)[1] == flatten(other)[1])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
+from optimizers.moving import averages_of_squares
 from optimizers.weight_decay import penalized
 
 
@@ -54,7 +55,6 @@ class Adadelta(Optimizer):
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         lr, rho, eps, decay = (hyper[name] for name in self.hyperparameters)
         grads = penalized(self, grads, params, decay)
-        square = [rho * v + (1 - rho) * g * g for v, g in zip(slots["square"], grads, strict=True)]
+        square = averages_of_squares(slots["square"], grads, rho)
         delta = [(a + eps).sqrt() / (v + eps).sqrt() * g for a, v, g in zip(slots["moved"], square, grads, strict=True)]
-        moved = [rho * a + (1 - rho) * d * d for a, d in zip(slots["moved"], delta, strict=True)]
-        return [-lr * d for d in delta], {"square": square, "moved": moved}
+        return [-lr * d for d in delta], {"square": square, "moved": averages_of_squares(slots["moved"], delta, rho)}

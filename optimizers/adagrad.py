@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
+from optimizers.moving import roots
 from optimizers.precision import scalar_dtype
 from optimizers.weight_decay import penalized
 
@@ -64,4 +64,4 @@ class Adagrad(Optimizer):
             lr = lr / (1 + (step - 1).to(scalar_dtype(grads[0])) * lr_decay)
         square = [v + g * g for v, g in zip(slots["square"], grads, strict=True)]
         spread = square if is_zero(initial) else [v + initial for v in square]
-        return [-lr * g / (tree.safe_sqrt(v) + eps) for g, v in zip(grads, spread, strict=True)], {"square": square}
+        return [-lr * g / root for g, root in zip(grads, roots(spread, 0.0, eps), strict=True)], {"square": square}

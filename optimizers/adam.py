@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
 from optimizers.betas import Pair, WithBetas
-from optimizers.moving import average, average_of_square, raised
+from optimizers.moving import averages, averages_of_squares, roots
 from optimizers.precision import scalar_dtype
 from optimizers.weight_decay import decayed, penalized
 
@@ -75,8 +74,8 @@ class Adam(WithBetas):
             spread = after["largest"] = [torch.maximum(old, v) for old, v in zip(slots["largest"], spread, strict=True)]
         rate = -hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])
         unbias = 1 / bias_correction(hyper["beta2"], step, grads[0])
-        roots = [tree.safe_sqrt(raised(v * unbias, hyper["eps_root"])) + hyper["eps"] for v in spread]
-        return [rate * m / root for m, root in zip(after["mean"], roots, strict=True)], after
+        spread = roots([v * unbias for v in spread], hyper["eps_root"], hyper["eps"])
+        return [rate * m / root for m, root in zip(after["mean"], spread, strict=True)], after
 
 
 class AdamW(Adam):
@@ -110,8 +109,8 @@ class AdamW(Adam):
 def moments(grads: Leaves, slots: Slots, hyper: Hyper) -> Slots:
     """Return the moving averages {"mean": beta1 m + (1 - beta1) g, "square": beta2 v + (1 - beta2) g^2}."""
     return {
-        "mean": [average(m, g, hyper["beta1"]) for m, g in zip(slots["mean"], grads, strict=True)],
-        "square": [average_of_square(v, g, hyper["beta2"]) for v, g in zip(slots["square"], grads, strict=True)],
+        "mean": averages(slots["mean"], grads, hyper["beta1"]),
+        "square": averages_of_squares(slots["square"], grads, hyper["beta2"]),
     }
 
 

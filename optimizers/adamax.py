@@ -9,6 +9,7 @@ from metaopt.optimizer import Hyper, Leaves, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
 from optimizers.adam import bias_correction
 from optimizers.betas import Pair, WithBetas
+from optimizers.moving import averages
 from optimizers.weight_decay import penalized
 
 
@@ -56,7 +57,7 @@ class Adamax(WithBetas):
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         lr, beta1, beta2, eps, decay = (hyper[name] for name in self.hyperparameters)
         grads = penalized(self, grads, params, decay)
-        mean = [beta1 * m + (1 - beta1) * g for m, g in zip(slots["mean"], grads, strict=True)]
+        mean = averages(slots["mean"], grads, beta1)
         largest = [torch.maximum(beta2 * n, g.abs() + eps) for n, g in zip(slots["largest"], grads, strict=True)]
         rate = lr / bias_correction(beta1, step, grads[0])
         return [-rate * m / n for m, n in zip(mean, largest, strict=True)], {"mean": mean, "largest": largest}

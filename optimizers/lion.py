@@ -8,6 +8,7 @@ from torch import Tensor
 from metaopt.optimizer import Hyper, Leaves, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
 from optimizers.betas import Pair, WithBetas
+from optimizers.moving import averages
 from optimizers.weight_decay import decayed
 
 
@@ -46,6 +47,5 @@ class Lion(WithBetas):
 
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         lr, beta1, beta2, decay = (hyper[name] for name in self.hyperparameters)
-        pairs = list(zip(slots["mean"], grads, strict=True))
-        updates = [-lr * (beta1 * m + (1 - beta1) * g).sign() for m, g in pairs]
-        return decayed(self, updates, params, lr, decay), {"mean": [beta2 * m + (1 - beta2) * g for m, g in pairs]}
+        updates = [-lr * m.sign() for m in averages(slots["mean"], grads, beta1)]
+        return decayed(self, updates, params, lr, decay), {"mean": averages(slots["mean"], grads, beta2)}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metaopt.optimizer import Leaves, apply_update
 from metaopt.optimizer.hyperparameter import Value, is_zero
-from metaopt.tree import scaled_sum
+from metaopt.tree import safe_sqrt, scaled_sum
 
 
 def moved(params: Leaves, scale: Value, directions: Leaves) -> Leaves:
@@ -23,18 +23,20 @@ def moved(params: Leaves, scale: Value, directions: Leaves) -> Leaves:
         return [scaled_sum(w, scale, d) for w, d in pairs]
 
 
-def average(mean: Tensor, x: Tensor, decay: Value) -> Tensor:
-    """Return decay mean + (1 - decay) x."""
-    return scaled_sum(decay * mean, 1 - decay, x)
+def averages(means: Leaves, xs: Leaves, decay: Value) -> Leaves:
+    """Return decay mean + (1 - decay) x for each."""
+    return [scaled_sum(decay * mean, 1 - decay, x) for mean, x in zip(means, xs, strict=True)]
 
 
-def average_of_square(mean: Tensor, x: Tensor, decay: Value) -> Tensor:
-    """Return decay mean + (1 - decay) x^2."""
+def averages_of_squares(means: Leaves, xs: Leaves, decay: Value) -> Leaves:
+    """Return decay mean + (1 - decay) x^2 for each."""
+    pairs = zip(means, xs, strict=True)
     if isinstance(decay, Tensor):
-        return decay * mean + (1 - decay) * x * x
-    return torch.addcmul(decay * mean, x, x, value=1 - decay)
+        return [decay * mean + (1 - decay) * x * x for mean, x in pairs]
+    return [torch.addcmul(decay * mean, x, x, value=1 - decay) for mean, x in pairs]
 
 
-def raised(x: Tensor, by: Value) -> Tensor:
-    """Return x + by, x itself for the number 0."""
-    return x if is_zero(by) else x + by
+def roots(squares: Leaves, eps_root: Value, eps: Value) -> Leaves:
+    """Return sqrt(v + eps_root) + eps for each, with derivative 0 of the root at 0."""
+    raised = squares if is_zero(eps_root) else [v + eps_root for v in squares]
+    return [safe_sqrt(v) + eps for v in raised]

@@ -11,6 +11,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
+from optimizers.moving import averages
 from optimizers.weight_decay import decayed
 
 Coefficients = tuple[Hyperparameter, Hyperparameter, Hyperparameter]
@@ -95,8 +96,8 @@ class Muon(Optimizer):
 
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         lr, decay, momentum, *coefficients, eps = (hyper[name] for name in self.hyperparameters)
-        mean = [momentum * m + (1 - momentum) * g for m, g in zip(slots["mean"], grads, strict=True)]
-        ahead = [momentum * m + (1 - momentum) * g for m, g in zip(mean, grads, strict=True)] if self.nesterov else mean
+        mean = averages(slots["mean"], grads, momentum)
+        ahead = averages(mean, grads, momentum) if self.nesterov else mean
         updates = [-lr * self._factor(x) * orthogonalized(x, coefficients, eps, self.ns_steps) for x in ahead]
         return decayed(self, updates, params, lr, decay), {"mean": mean}
 

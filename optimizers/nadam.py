@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
 from optimizers.adam import Adam, bias_correction, moments
 from optimizers.betas import Pair
+from optimizers.moving import roots
 from optimizers.precision import scalar_dtype
 from optimizers.weight_decay import decayed, penalized
 
@@ -73,10 +73,8 @@ class NAdam(Adam):
         of_grad = -lr * (1 - momentum) / (1 - product)
         of_mean = -lr * following / (1 - product * following)
         unbias = 1 / bias_correction(beta2, step, grads[0])
-        updates = [
-            (of_grad * g + of_mean * m) / (tree.safe_sqrt(v * unbias + eps_root) + eps)
-            for g, m, v in zip(grads, after["mean"], after["square"], strict=True)
-        ]
+        spread = roots([v * unbias for v in after["square"]], eps_root, eps)
+        updates = [(of_grad * g + of_mean * m) / root for g, m, root in zip(grads, after["mean"], spread, strict=True)]
         if self.decoupled_weight_decay:
             updates = decayed(self, updates, params, lr, decay)
         return updates, {**after, "product": product}

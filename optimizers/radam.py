@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value
 from optimizers.adam import Adam, bias_correction, moments
 from optimizers.betas import Pair
+from optimizers.moving import roots
 from optimizers.weight_decay import decayed, penalized
 
 
@@ -62,8 +62,8 @@ class RAdam(Adam):
         rate = lr / bias_correction(beta1, step, grads[0])
         rectified, scale = rectification(beta2, step)
         updates = [
-            -rate * m * torch.where(rectified, scale / (tree.safe_sqrt(v + eps_root) + eps), 1)
-            for m, v in zip(after["mean"], after["square"], strict=True)
+            -rate * m * torch.where(rectified, scale / root, 1)
+            for m, root in zip(after["mean"], roots(after["square"], eps_root, eps), strict=True)
         ]
         if self.decoupled_weight_decay:
             updates = decayed(self, updates, params, lr, decay)

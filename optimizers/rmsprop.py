@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
+from metaopt.tree import scaled_sum
+from optimizers.moving import averages, averages_of_squares, roots
 from optimizers.weight_decay import penalized
 
 
@@ -64,15 +65,15 @@ class RMSprop(Optimizer):
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         lr, alpha, eps, decay, momentum = (hyper[name] for name in self.hyperparameters)
         grads = penalized(self, grads, params, decay)
-        after = {"square": [alpha * v + (1 - alpha) * g * g for v, g in zip(slots["square"], grads, strict=True)]}
+        after = {"square": averages_of_squares(slots["square"], grads, alpha)}
         spread = after["square"]
         if self.centered:
-            after["mean"] = [alpha * a + (1 - alpha) * g for a, g in zip(slots["mean"], grads, strict=True)]
-            spread = [v - a * a for v, a in zip(spread, after["mean"], strict=True)]
-        direction = [g / (tree.safe_sqrt(v) + eps) for g, v in zip(grads, spread, strict=True)]
+            after["mean"] = averages(slots["mean"], grads, alpha)
+            spread = [(v - a * a).clamp_min(0) for v, a in zip(spread, after["mean"], strict=True)]  # below 0 by rounding
+        direction = [g / root for g, root in zip(grads, roots(spread, 0.0, eps), strict=True)]
         if "velocity" not in slots and not is_zero(momentum):
             raise ValueError(f"RMSprop: momentum={momentum}, but `state` was made without. Call `init` again.")
         if "velocity" in slots:
-            direction = [momentum * b + d for b, d in zip(slots["velocity"], direction, strict=True)]
+            direction = [scaled_sum(d, momentum, b) for b, d in zip(slots["velocity"], direction, strict=True)]
             after["velocity"] = direction
         return [-lr * d for d in direction], after

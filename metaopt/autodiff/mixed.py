@@ -85,10 +85,11 @@ def same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tre
         values = torch.func.vmap(function, randomness="same")(tree.stack(points))
         return [tree.index(values, i) for i in range(len(points))]
     ambient, values = Ambient.now(tree.leaves(points)), []
-    with ambient.restored():
-        for point in points:
-            ambient.reinstate()
+    for point in points:
+        try:
             values.append(function(point))
+        finally:
+            ambient.reinstate()
     return values
 
 

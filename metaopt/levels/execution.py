@@ -90,7 +90,8 @@ class Execution:
             params, after, _ = run(loop)
         elif is_point:
             params, after = (loop.params, loop.state) if at_point else run(loop)[:2]
-            loop = replace(loop, loss=partial(self._loss, name, window, True))
+            if self.program.order.members.get(name):
+                loop = replace(loop, loss=partial(self._loss, name, window, True))
             params = self.respond(name, rules, loop, End(params, after, tree.index(rows, -1)))
         else:
             params, after, _ = rules[0][0](loop)
@@ -218,7 +219,7 @@ class Execution:
         variables = {name: state["params"]}
         with torch.no_grad():
             if self.program.responds_at_points(name):
-                noting = replace(self, respond=partial(noted, responses))
+                noting = Execution(self.program, partial(noted, responses, self.program.random))
                 there = noting._replayed(name, {**scene, name: shown(state)}, window)
                 there, below = noting.turn(name, there, state["below"], rows, at_point=at_point)
                 read = {level for level, _ in self.program.readings[name].params}

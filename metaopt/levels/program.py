@@ -32,6 +32,7 @@ class Program:
         nets: level -> its model as a function.
         reads_outside: level -> the levels that a step of it reads, apart from those that move during it.
         read_from_outside: the levels inside whose steps others run that are read by a level outside.
+        random: the levels whose steps draw from the global random generators.
     """
 
     levels: Mapping[str, Level]
@@ -45,6 +46,7 @@ class Program:
     nets: dict[str, Functional] = field(init=False)
     reads_outside: dict[str, frozenset[str]] = field(init=False)
     read_from_outside: frozenset[str] = field(init=False)
+    random: frozenset[str] = field(init=False)
     _above: dict[str, list[Edge]] = field(init=False)
     _lowers: dict[str, list[Edge]] = field(init=False)
 
@@ -58,6 +60,7 @@ class Program:
             object.__setattr__(self, key, value)
         object.__setattr__(self, "reads_outside", {name: self._reads_outside(name) for name in self.levels})
         object.__setattr__(self, "read_from_outside", frozenset(filter(self._is_read_from_outside, self.levels)))
+        object.__setattr__(self, "random", frozenset(filter(self._is_random, self.levels)))
 
     def above(self, name: str) -> list[Edge]:
         """Return the edges to the levels directly above."""
@@ -119,6 +122,9 @@ class Program:
         inside = self.order.inside[name]
         return any(self.readings[other].levels & inside for other in self.levels.keys() - inside - {name})
 
+    def _is_random(self, name: str) -> bool:
+        return any(self.readings[other].is_random for other in self.order.inside[name] | {name})
+
     def responds_at_points(self, name: str) -> bool:
         """Say whether every level that responds to `name` has rules that look at one point, and no responses of its own.
 
@@ -152,7 +158,7 @@ class Program:
             self.is_top(name)
             and self.responds_at_points(name)
             and not any(isinstance(rule, Penalty) for rule in rules)
-            and not any(self.readings[other].is_random for other in self._responding(name))
+            and not self._responding(name) & self.random
         )
 
     def _responding(self, name: str) -> frozenset[str]:

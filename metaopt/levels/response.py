@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -48,12 +48,13 @@ class Response(NamedTuple):
     rules: Rules
     loop: InnerLoop
     end: End
-    ambient: Ambient | None
+    ambient: Ambient | None  # whose random numbers the rules see
 
 
-def noted(responses: list[Response], level: str, rules: Rules, loop: InnerLoop, end: End) -> Params:
-    """Return the last parameters as constants, and add the response to the list."""
-    ambient = None if torch.compiler.is_compiling() else Ambient.now(tree.leaves((loop.inputs, *end)))
+def noted(responses: list[Response], random: Collection[str], level: str, rules: Rules, loop: InnerLoop, end: End) -> Params:
+    """Return the last parameters as constants, and add the response to the list; the levels named in `random` draw numbers."""
+    winds_back = level in random and not torch.compiler.is_compiling()
+    ambient = Ambient.now(tree.leaves((loop.inputs, *end))) if winds_back else None
     responses.append(Response(level, rules, loop, end, ambient))
     return end.params  # type: ignore[no-any-return]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -90,11 +90,8 @@ def evaluate(
     """
     views = {name: LevelView(nets[name], shown, keeps_statistics and name == level.name) for name, shown in scene.items()}
     levels = Levels(level.name, views, nets)
-    with ExitStack() as stack:
-        if exact:
-            stack.enter_context(any_order())
-        if level.precision is not None:
-            stack.enter_context(torch.autocast(level.device.type, dtype=level.precision))
+    autocast = nullcontext() if level.precision is None else torch.autocast(level.device.type, dtype=level.precision)
+    with any_order() if exact else nullcontext(), autocast:
         result = level.loss(levels, batch)
     values = dict(sorted(result.items())) if isinstance(result, Mapping) else {"loss": result}
     if "loss" not in values:

@@ -183,7 +183,8 @@ class Optimizer(Configurable):
     def _same_kind(self, name: str, new: Any, old: Any) -> Any:
         """Return the memory in its old dtype: a 0-dim hyperparameter of a wider dtype would widen that of a 0-dim parameter."""
         if isinstance(old, list):
-            return [self._same_kind(name, *pair) for pair in zip(new, old, strict=True)]
+            pairs = zip(new, old, strict=True)
+            return [n if n.shape == o.shape and n.dtype == o.dtype else self._same_kind(name, n, o) for n, o in pairs]
         if new.shape != old.shape:
             raise ValueError(
                 f"{type(self).__name__}: the memory {name!r} of shape {tuple(old.shape)} became {tuple(new.shape)}. The state is "

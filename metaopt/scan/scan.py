@@ -128,7 +128,7 @@ def _plain_loop(step: Step, inputs: Tree, carry: Tree, xs: Any, length: int | No
     for x in xs if length is None else (tree.index(xs, t) for t in range(length)):
         carry, out = step(inputs, carry, x)
         outs.append(out)
-    return carry, torch.stack(outs)
+    return carry, torch.stack(outs) if len(outs) > 1 else outs[0][None]
 
 
 def _as_later(leaf: Tensor) -> Tensor:
