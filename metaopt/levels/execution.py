@@ -122,11 +122,12 @@ class Execution:
     ) -> tuple[Tensor, Tree]:
         """Return (T(w), {"buffers", "metrics", "below"} after the levels below have moved)."""
         scene = {**scene, name: {"params": params, "buffers": others["buffers"]}}
-        scene = self._replayed(name, scene, window)
-        one = partial(self._one, name, at_point)
+        if window.happened:
+            scene = self._replayed(name, scene, window)
         copies = self._copies_below(name)
         if copies is None:
-            return one(scene, others["below"], rows)
+            return self._one(name, at_point, scene, others["below"], rows)
+        one = partial(self._one, name, at_point)
         in_dims = {other: len(self.program.leading_axes(other, name)) for other in rows}
         if name in self.program.loops:
             results = [
