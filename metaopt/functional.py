@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _autograd as autograd
 from torch.nn.modules.batchnorm import _NormBase
 
 from metaopt.transforms import is_tracked
@@ -26,9 +27,10 @@ def functional(model: nn.Module) -> Functional:
         `loss.backward()` fills the model's `.grad` and an outer `torch.optim` optimizer is seen at once. Parameters with
         `requires_grad=False` are constants; what is frozen is read here, once.
 
-    A module that calls `torch.utils.checkpoint` itself gets **wrong gradients** without an error, as under `functional_call` of
-    torch: what is computed again on the way back is computed with the module's own parameters. Take the checkpoints out; the loop
-    has its own (`Backprop("steps")`, `Revolve`). Nor may two threads call one net at the same time: the module is lent the tensors.
+    A module that calls `torch.utils.checkpoint` itself, or sets other hooks on saved tensors, is refused when it does so: what is
+    computed again on the way back would be computed with the module's own parameters, as silently happens under `functional_call`
+    of torch. (The reentrant variant cannot be seen, and gives no gradient: parameters must be inputs of what it runs.) Nor may two
+    threads call one net at the same time: the module is lent the tensors.
     """
     return Functional(model)
 
@@ -163,14 +165,35 @@ def _lend(
     As `torch.func.functional_call`, which takes 14 us more for four tensors: it looks at structures first.
     """
     own = [members[key] for _, members, key in places]
+    refuses = _may_refuse_hooks()
     try:
         for name, members, key in places:
             members[key] = tensors[name]
+        if refuses:
+            autograd._saved_tensors_hooks_disable(_RECOMPUTED)
         return function(*args, **kwargs)
     finally:
+        if refuses:
+            autograd._saved_tensors_hooks_enable()
         for (name, members, key), tensor in zip(places, own, strict=True):
             tensors[name] = members[key]
             members[key] = tensor
+
+
+def _may_refuse_hooks() -> bool:
+    """Say whether nobody else has set hooks on saved tensors, or refuses them; `torch.func` does, and a compiler sees through."""
+    return (
+        not torch.compiler.is_compiling()
+        and autograd._saved_tensors_hooks_get_disabled_error_message() is None
+        and autograd._top_saved_tensors_default_hooks(True) is None
+    )
+
+
+_RECOMPUTED = (
+    "A module that is called with other parameters than its own must not call torch.utils.checkpoint, nor set other hooks on saved "
+    "tensors: what is computed again on the way back would be computed with its own parameters. Take the checkpoint out of its "
+    'forward; for long loops there are Backprop(memory="steps") and Revolve(snapshots).'
+)
 
 
 def _places(module: nn.Module, names: Iterable[str]) -> list[_Place]:

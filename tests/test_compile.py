@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaopt as mo
+from metaopt import tree
 from metaopt.compiled import compiled
 from metaopt.differentiate import Rule
 from metaopt.tasks.episode import Episode
@@ -124,6 +125,13 @@ class TestEquality:
         no_recompilation()
         assert_equal(list(gradient(True)), list(gradient(False)), 1e-5)
         gradient(True)
+
+    def test_a_sum_with_a_scaled_product_of_matrices(self) -> None:
+        """Torch 2.13 makes `addmm` of it and forgets the scale. If the last line fails, that is mended: simplify `scaled_sum`."""
+        x, y = torch.randn(3, 3), torch.randn(3, 3)
+        assert_equal([compiled(lambda x, y: tree.scaled_sum(x, -0.1, x @ y))(x, y)], [x - 0.1 * (x @ y)], 1e-5)
+        forgets = torch.compile(lambda x, y: torch.add(x, x @ y, alpha=-0.1), fullgraph=True)
+        assert_equal([forgets(x, y)], [x + x @ y], 1e-5)
 
     @pytest.mark.parametrize("whole", [True, False], ids=["meta-gradient", "inner-step"])
     def test_a_loop_over_tasks_is_compiled_once(self, whole: bool, no_recompilation: Callable[[], None]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from problems import assert_close
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.utils.checkpoint import checkpoint
 
 import metaopt as mo
 from metaopt import tree
@@ -314,3 +316,48 @@ def test_running_statistics_can_be_carried_through_an_inner_loop() -> None:
     statistics = dict(twin.named_buffers())
     assert_close(buffers["1.num_batches_tracked"], statistics["1.num_batches_tracked"], 0)
     assert_close(tree.map(torch.Tensor.detach, buffers), statistics, 1e-12)
+
+
+class TestRecomputation:
+    """What is computed again on the way back would be computed with the module's own parameters."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, **options: Any):
+            super().__init__()
+            self.layers, self.options = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), options
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.layers, x, **self.options)
+
+    def test_a_checkpoint_in_the_model_is_refused(self) -> None:
+        model = self.Checkpointed(use_reentrant=False)
+        net, before = mo.functional(model), model.layers[0].weight
+        with pytest.raises(RuntimeError, match=r"must not call torch.utils.checkpoint.*Take the checkpoint out"):
+            net(net.params, torch.randn(2, 3))
+        assert model.layers[0].weight is before
+        model(torch.randn(2, 3)).sum().backward()  # by itself it may still
+
+    def test_torch_itself_answers_with_a_wrong_gradient(self) -> None:
+        """The reason for the refusal. If this fails, torch has mended it: simplify."""
+        model, x = self.Checkpointed(use_reentrant=False), torch.randn(2, 3)
+        other = {name: torch.randn_like(param).requires_grad_() for name, param in model.named_parameters()}
+
+        def gradient(call: nn.Module) -> Tensor:
+            return torch.autograd.grad(torch.func.functional_call(call, other, (x,)).sum(), other["layers.0.weight"])[0]
+
+        found = gradient(model)
+        model.forward = lambda x: model.layers(x)  # type: ignore[method-assign]
+        assert (found - gradient(model)).norm() > 0.1 * found.norm()
+
+    def test_the_reentrant_one_gives_no_gradient(self) -> None:
+        net = mo.functional(self.Checkpointed(use_reentrant=True))
+        x = torch.randn(2, 3, requires_grad=True)
+        with pytest.raises(RuntimeError, match="not have been used in the graph"):
+            torch.autograd.grad(net(net.params, x).sum(), list(net.params.values()))
+
+    def test_hooks_around_the_call_are_left_alone(self) -> None:
+        net, x = mo.functional(nn.Linear(3, 3)), torch.randn(2, 3)
+        expected = torch.autograd.grad(net(net.params, x).square().sum(), list(net.params.values()))
+        with torch.autograd.graph.save_on_cpu():
+            value = net(net.params, x).square().sum()
+        assert_close(torch.autograd.grad(value, list(net.params.values())), expected, 0)

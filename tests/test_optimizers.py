@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 
 import metaopt as mo
 from metaopt import tree
-from optimizers import SGD, Adam, AdamW, RMSprop
+from optimizers import SGD, Adam, AdamW, ClipNorm, Cosine, Grouped, RMSprop
 
 OURS_AND_TORCHS: list[tuple[str, Callable[[], mo.Optimizer], Callable[..., torch.optim.Optimizer]]] = [
     ("sgd", lambda: SGD(0.1), lambda p: torch.optim.SGD(p, 0.1)),
@@ -251,3 +251,91 @@ def test_a_hyperparameter_may_differ_from_weight_to_weight() -> None:
     out = mo.minimize(lambda w, _: w.sum(), SGD(lr=lr), torch.zeros(3), None, steps=2)
     assert_close(out.params.detach(), -2 * lr.detach(), 1e-7)
     assert_close(torch.autograd.grad(out.params.sum(), lr)[0], torch.full((3,), -2.0), 1e-7)
+
+
+MOVERS: dict[str, Callable[[], mo.Optimizer]] = {
+    "plain": lambda: SGD(0.1),
+    "momentum": lambda: SGD(0.1, momentum=0.9, weight_decay=0.01),
+    "dampened": lambda: SGD(0.1, momentum=0.9, dampening=0.5),
+    "nesterov": lambda: SGD(0.1, momentum=0.9, nesterov=True),
+    "learned": lambda: SGD(nn.Parameter(torch.tensor(0.1)), momentum=nn.Parameter(torch.tensor(0.9))),
+    "schedule": lambda: SGD(Cosine(0.1, steps=5)),
+    "clipped": lambda: ClipNorm(0.1, SGD(0.1, momentum=0.9)),
+    "grouped": lambda: Grouped({"*": SGD(0.1)}),
+    "adam": lambda: Adam(0.1),
+}
+
+
+class TestMoved:
+    """`moved` is `apply_updates` after `forward`."""
+
+    @pytest.mark.parametrize("name", MOVERS)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex128])
+    def test_it_is_the_update_applied(self, name: str, dtype: torch.dtype) -> None:
+        optimizer, tolerance = MOVERS[name](), 20 * torch.finfo(dtype).eps
+        params = {"w": torch.randn(3, 2).to(dtype), "b": torch.randn(()).to(dtype)}
+        grads = {key: torch.randn(leaf.shape).to(dtype) for key, leaf in params.items()}
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates, expected = optimizer(grads, state, params)
+            moved, state = optimizer.moved(grads, state, params)
+            assert {leaf.dtype for leaf in moved.values()} == {dtype}
+            assert_close(moved, mo.apply_updates(params, updates), tolerance)
+            assert_close(state["slots"], expected["slots"], 0)
+            assert state["step"] == expected["step"]
+            params = moved
+
+    def test_derivatives(self) -> None:
+        def end(rate: Tensor, decay: Tensor, w: Tensor, moves: bool) -> Tensor:
+            optimizer = SGD(rate, momentum=decay, weight_decay=0.1)
+            state = optimizer.init(w)
+            for _ in range(3):
+                if moves:
+                    w, state = optimizer.moved(w**3, state, w)
+                else:
+                    updates, state = optimizer(w**3, state, w)
+                    w = mo.apply_updates(w, updates)
+            return w.sum()
+
+        at = torch.tensor(0.1), torch.tensor(0.9), torch.randn(4)
+        found, expected = (torch.func.jacrev(torch.func.grad(lambda *x, m=m: end(*x, m), (0, 1, 2)))(*at) for m in (True, False))
+        assert_close(found, expected, 1e-12)
+
+    def test_a_subclass_that_updates_otherwise_moves_so_too(self) -> None:
+        class Still(SGD):
+            def update(self, grads: Any, params: Any, slots: Any, hyper: Any, step: Tensor) -> Any:
+                return [torch.zeros_like(g) for g in grads], slots
+
+        assert Still(0.1).moved(torch.ones(2), Still(0.1).init(torch.ones(2)), torch.ones(2))[0].equal(torch.ones(2))
+
+    def test_a_hook_is_called(self) -> None:
+        optimizer, seen = SGD(0.1), []
+        optimizer.register_forward_hook(lambda *_: seen.append("after"))
+        optimizer.moved(torch.ones(2), optimizer.init(torch.ones(2)), torch.ones(2))
+        assert seen == ["after"]
+
+    @pytest.mark.parametrize("rate", [0.1, nn.Parameter(torch.ones(3, 2))], ids=["gradient", "rate"])
+    def test_a_wrong_shape(self, rate: Any) -> None:
+        optimizer, params = SGD(rate), torch.ones(2)
+        with pytest.raises(ValueError, match=r"An update must have the shape of its parameter, \(2,\), got \(3, 2\)"):
+            optimizer.moved(torch.ones(3, 2), optimizer.init(params), params)
+
+    def test_parameters_are_needed(self) -> None:
+        with pytest.raises(ValueError, match="`SGD` needs `params`"):
+            SGD(0.1).moved(torch.ones(2), SGD(0.1).init(torch.ones(2)), None)
+
+
+def test_a_state_without_the_schedules() -> None:
+    params, state = torch.ones(2), SGD(0.1).init(torch.ones(2))
+    with pytest.raises(ValueError, match=r"`state` must be that of this SGD, with the schedules \['lr'\], got \[\]"):
+        SGD(Cosine(0.1, steps=3))(params, state, params)
+
+
+def test_a_spread_that_rounding_makes_negative() -> None:
+    """Centered RMSprop subtracts a square from a mean of squares, which are equal for a constant gradient."""
+    optimizer, params = RMSprop(0.1, alpha=0.1, centered=True), torch.tensor([0.1, 0.3, 0.7, 1.1])
+    state = optimizer.init(params)
+    with torch.no_grad():
+        for _ in range(40):
+            updates, state = optimizer(params, state)
+            assert updates.isfinite().all()

@@ -58,6 +58,34 @@ def _instance_norm(
     return _elementary(Axes(tuple(range(2, input.ndim)), _per_channel(input), eps), input, weight, bias)
 
 
+def _torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _torch_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
 def _constant(statistics: Tensor | None) -> Tensor | None:
     """Return the same memory, to be written to; a loop that is run again has it among what it differentiates."""
     return statistics if statistics is None or not statistics.requires_grad else statistics.detach()
@@ -99,7 +127,7 @@ NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.layer_norm: lambda input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True: _layer_norm(
         input, normalized_shape, weight, bias, eps
     ),
-    torch.batch_norm: lambda x, weight, bias, mean, var, *rest: _batch_norm(x, mean, var, weight, bias, *rest[:3]),
-    torch.instance_norm: lambda x, weight, bias, mean, var, *rest: _instance_norm(x, mean, var, weight, bias, *rest[:3]),
+    torch.batch_norm: _torch_batch_norm,
+    torch.instance_norm: _torch_instance_norm,
     torch._weight_norm: _weight_norm,
 }

@@ -26,8 +26,9 @@ from metaopt.levels.order import Event, Owner
 from metaopt.levels.program import Program, all_shown, detached, rest, shown
 from metaopt.levels.response import Respond, Response, Rules, Slope, attached, noted, through
 from metaopt.levels.update import begun, optimizer_tensors, update
-from metaopt.levels.view import evaluate
+from metaopt.levels.view import Evaluation, evaluate
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
+from metaopt.scan import scan
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
@@ -148,20 +149,30 @@ class Execution:
 
     def _own(self, name: str, scene: Tree, below: Tree, rows: Tree) -> tuple[Tensor, Tree]:
         """Return the level's own loss in this scene, and what `total` does."""
-        level, reading = self.program.levels[name], self.program.readings[name]
+        count, reading = self.program.levels[name].accumulate, self.program.readings[name]
         scene = {other: scene[other] for other in reading.levels | {name}}
-        keeps_statistics = self._copies_below(name) is None
-        found, buffers = [], scene[name]["buffers"]
-        for i in range(level.accumulate):
-            scene[name] = {**scene[name], "buffers": buffers}
-            batch = tree.index(rows[name], i) if level.accumulate > 1 and name in rows else rows.get(name)
-            evaluation, _ = evaluate(
-                level, self.program.nets, scene, batch, keeps_statistics=keeps_statistics, exact=reading.is_delicate
-            )
-            found.append((evaluation.loss, evaluation.metrics))
-            buffers = evaluation.buffers
-        loss, metrics = found[0] if len(found) == 1 else tree.map(lambda value: value.mean(0), tree.stack(found))
-        return loss, {"buffers": buffers, "metrics": metrics, "below": below}
+        if count == 1:
+            loss, metrics, buffers = self._evaluated(name, scene, rows.get(name))
+            return loss, {"buffers": buffers, "metrics": metrics, "below": below}
+
+        def step(scene: Tree, carry: tuple[Params, dict[str, Tensor]], batch: Tree) -> tuple[Tree, Tensor]:
+            buffers, means = carry
+            now = {**scene, name: {**scene[name], "buffers": buffers}}
+            loss, metrics, buffers = self._evaluated(name, now, batch if name in rows else None)
+            return (buffers, tree.map(lambda mean, metric: mean + metric / count, means, metrics)), loss
+
+        device = self.program.levels[name].device
+        zeros = {metric: torch.zeros((), dtype=dtype, device=device) for metric, dtype in reading.metrics.items()}
+        carry = (scene[name]["buffers"], zeros)
+        (buffers, metrics), losses = scan(
+            step, scene, carry, rows.get(name, ()), count, "steps"
+        )  # the graph of one batch at a time
+        return losses.mean(), {"buffers": buffers, "metrics": metrics, "below": below}
+
+    def _evaluated(self, name: str, scene: Tree, batch: Tree) -> Evaluation:
+        """Return what the level's loss says of one batch."""
+        keeps, exact = self._copies_below(name) is None, self.program.readings[name].is_delicate
+        return evaluate(self.program.levels[name], self.program.nets, scene, batch, keeps_statistics=keeps, exact=exact)[0]
 
     def _replayed(self, name: str, scene: Tree, window: Window) -> Tree:
         """Return the scene with the responses of the levels that `name` shares with others, as functions of its parameters."""

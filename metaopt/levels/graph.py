@@ -39,7 +39,8 @@ class LevelGraph:
     way is its own T: three levels of `Backprop` are one composed unroll.
 
     Constructing a graph evaluates every loss once, on the first batch (which the first step sees again), to learn what it reads: a
-    level steps when the levels below that its loss reads have made their steps; those it does not read follow it.
+    level steps when the levels below that its loss reads have made their steps; those it does not read follow it. A loss that calls
+    none of the functions that `any_order` replaces is from then on evaluated without it.
 
     Args:
         edges: which connect the levels.

@@ -38,7 +38,8 @@ class Level:
         precision: the dtype of `torch.autocast` under which the loss is computed, for example `torch.bfloat16`.
 
     Cost:
-        Of a step: the graphs of all `accumulate` batches are held at once.
+        With `accumulate`, a gradient takes the memory of one batch, and one more evaluation of the loss for each, whose graph is
+        built again on the way back. Second derivatives (`Backprop`, `Implicit`, `T1T2`) take the memory of all.
 
     Raises:
         ValueError: the name is no identifier, nothing is trainable, or a number is out of range.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -117,17 +116,17 @@ class Optimizer(Configurable):
         if complexes:
             gradients = [tree.as_real(gradient) for gradient in gradients]
             weights = None if weights is None else [tree.as_real(weight) for weight in weights]
-        hyper, schedules = self._hyper_at(state, gradients, loss)
         slots: Slots = {name: tree.leaves_like(grads, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
         memory = {**slots, **state["shared"]}
         step = state["step"] + 1
         try:
+            hyper, schedules = self._hyper_at(state, gradients, loss)
             results, after = step_on(gradients, weights, memory, hyper, step)
         except KeyError:
-            self._check_memory(memory.keys(), gradients)
+            self._check_state(state, gradients)
             raise
         if after.keys() != memory.keys():
-            self._check_memory(memory.keys(), gradients)
+            self._check_state(state, gradients)
             raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(memory)}, got {sorted(after)}.")
         for i in complexes:
             results[i] = tree.as_complex(results[i])
@@ -171,14 +170,18 @@ class Optimizer(Configurable):
     def _schedules(self) -> list[tuple[str, Schedule]]:
         return [(name, value) for name in self.hyperparameters if isinstance(value := getattr(self, name), Schedule)]
 
-    def _check_memory(self, names: AbstractSet[str], grads: Leaves) -> None:
-        """Raise ValueError if the state's memory has other names than that of this optimizer."""
-        own = self.slots(grads).keys()
-        if names != own:
-            raise ValueError(
-                f"`state` must be that of this {type(self).__name__}, with the memory {sorted(own)}, got {sorted(names)}. Pass "
-                "what its own `init`, or the step before, returned."
-            )
+    def _check_state(self, state: State, grads: Leaves) -> None:
+        """Raise ValueError if the state's memory or its schedules have other names than those of this optimizer."""
+        of_schedules = dict(self._schedules()).keys()
+        for what, names, own in (
+            ("memory", state["slots"].keys() | state["shared"].keys(), self.slots(grads).keys()),
+            ("schedules", state["schedules"].keys(), of_schedules),
+        ):
+            if names != own:
+                raise ValueError(
+                    f"`state` must be that of this {type(self).__name__}, with the {what} {sorted(own)}, got {sorted(names)}. Pass "
+                    "what its own `init`, or the step before, returned."
+                )
 
     def _same_kind(self, name: str, new: Any, old: Any) -> Any:
         """Return the memory in its old dtype: a 0-dim hyperparameter of a wider dtype would widen that of a 0-dim parameter."""
