@@ -199,13 +199,13 @@ def sum_leaves(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tensor:
 
 
 def scaled_sum(x: Tensor, scale: float | Tensor, y: Tensor) -> Tensor:
-    """Return x + scale y, in one operation where the scale is a number.
+    """Return x + scale y, in one operation.
 
     Not under a compiler: inductor makes `addmm` of a sum with a matrix product, and forgets `alpha` (torch 2.13).
     """
-    if isinstance(scale, Tensor) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return x + scale * y
-    return torch.add(x, y, alpha=scale)
+    return torch.addcmul(x, scale, y) if isinstance(scale, Tensor) else torch.add(x, y, alpha=scale)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Slots
-from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
+from metaopt.optimizer.hyperparameter import Hyperparameter, Value, is_zero, set_hyperparameter
 from optimizers.betas import Pair, WithBetas
 from optimizers.moving import averages, averages_of_squares, roots
 from optimizers.precision import scalar_dtype
@@ -63,19 +63,26 @@ class Adam(WithBetas):
         names = ["mean", "square", *["largest"] * self.amsgrad]
         return {name: [torch.zeros_like(p) for p in params] for name in names}
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def direction(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Value, Leaves, Slots]:
         return self._adam(penalized(self, grads, params, hyper["weight_decay"]), slots, hyper, step)
 
     @staticmethod
-    def _adam(grads: Leaves, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def _adam(grads: Leaves, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Value, Leaves, Slots]:
+        """Return (scale, directions, next slots), without any decay of the weights."""
         after = moments(grads, slots, hyper)
         spread = after["square"]
         if "largest" in slots:
             spread = after["largest"] = [torch.maximum(old, v) for old, v in zip(slots["largest"], spread, strict=True)]
-        rate = -hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])
-        unbias = 1 / bias_correction(hyper["beta2"], step, grads[0])
-        spread = roots([v * unbias for v in spread], hyper["eps_root"], hyper["eps"])
-        return [rate * m / root for m, root in zip(after["mean"], spread, strict=True)], after
+        scale = -hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])
+        bias = bias_correction(hyper["beta2"], step, grads[0])
+        if is_zero(hyper["eps_root"]):  # sqrt(v / bias) + eps = (sqrt(v) + eps sqrt(bias)) / sqrt(bias)
+            scale = scale * bias.sqrt()
+            spread = roots(spread, 0.0, hyper["eps"] * bias.sqrt())
+        else:
+            spread = roots([v / bias for v in spread], hyper["eps_root"], hyper["eps"])
+        return scale, [m / root for m, root in zip(after["mean"], spread, strict=True)], after
 
 
 class AdamW(Adam):
@@ -102,8 +109,8 @@ class AdamW(Adam):
         super().__init__(lr, betas, eps=eps, eps_root=eps_root, weight_decay=weight_decay, amsgrad=amsgrad)
 
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
-        updates, after = self._adam(grads, slots, hyper, step)
-        return decayed(self, updates, params, hyper["lr"], hyper["weight_decay"]), after
+        scale, directions, after = self._adam(grads, slots, hyper, step)
+        return decayed(self, [scale * d for d in directions], params, hyper["lr"], hyper["weight_decay"]), after
 
 
 def moments(grads: Leaves, slots: Slots, hyper: Hyper) -> Slots:

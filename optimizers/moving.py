@@ -5,22 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt.optimizer import Leaves, apply_update
+from metaopt.optimizer import Leaves
 from metaopt.optimizer.hyperparameter import Value, is_zero
 from metaopt.tree import safe_sqrt, scaled_sum
-
-
-def moved(params: Leaves, scale: Value, directions: Leaves) -> Leaves:
-    """Return w + scale d for each parameter, in its shape and dtype.
-
-    Raises:
-        ValueError: a direction, or a scale that is not a number, has another shape.
-    """
-    with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
-        pairs = list(zip(params, directions, strict=True))
-        if isinstance(scale, Tensor) or any(w.shape != d.shape or w.dtype != d.dtype for w, d in pairs):
-            return [apply_update(w, scale * d) for w, d in pairs]
-        return [scaled_sum(w, scale, d) for w, d in pairs]
 
 
 def averages(means: Leaves, xs: Leaves, decay: Value) -> Leaves:

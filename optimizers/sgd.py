@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots, State
-from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
-from metaopt.tree import Tree, scaled_sum
-from optimizers.moving import moved
+from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
+from metaopt.optimizer.hyperparameter import Hyperparameter, Value, is_zero, set_hyperparameter
+from metaopt.tree import scaled_sum
 from optimizers.weight_decay import penalized
 
 
@@ -61,34 +60,19 @@ class SGD(Optimizer):
     def slots(self, params: Leaves) -> Slots:
         return {} if is_zero(self.momentum) else {"velocity": [torch.zeros_like(p) for p in params]}
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
-        directions, slots = self._directions(grads, params, slots, hyper, step)
-        return [-hyper["lr"] * d for d in directions], slots
-
-    def moved(self, grads: Tree, state: State, params: Tree, *, loss: Tensor | None = None) -> tuple[Tree, State]:
-        """Return (w - lr d, next state), without making the update first."""
-        is_changed = type(self).update is not SGD.update or "update" in vars(self)
-        if is_changed or self._forward_hooks or self._forward_pre_hooks:
-            return super().moved(grads, state, params, loss=loss)
-        return self._on_leaves(self._moved, grads, state, params, loss)
-
-    def _moved(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
-        weights = self._require_params(params, "it moves them")
-        directions, slots = self._directions(grads, weights, slots, hyper, step)
-        return moved(weights, -hyper["lr"], directions), slots
-
-    def _directions(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
-        """Return d of u = -lr d, and the next slots."""
-        momentum, dampening = hyper["momentum"], hyper["dampening"]
-        grads = penalized(self, grads, params, hyper["weight_decay"])
+    def direction(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Value, Leaves, Slots]:
+        lr, momentum, dampening, decay = (hyper[name] for name in self.hyperparameters)
+        grads = penalized(self, grads, params, decay)
         if "velocity" not in slots:
             if not is_zero(momentum):
                 raise ValueError(f"SGD: momentum={momentum}, but `state` was made without. Call `init` again.")
-            return grads, {}
+            return -lr, grads, {}
         damped = [self._damp(g, dampening, step) for g in grads]
         velocity = [scaled_sum(g, momentum, b) for g, b in zip(damped, slots["velocity"], strict=True)]
         ahead = [scaled_sum(g, momentum, b) for g, b in zip(grads, velocity, strict=True)] if self.nesterov else velocity
-        return ahead, {"velocity": velocity}
+        return -lr, ahead, {"velocity": velocity}
 
     @staticmethod
     def _damp(grad: Tensor, dampening: float | Tensor, step: Tensor) -> Tensor:

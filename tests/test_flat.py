@@ -98,7 +98,8 @@ def ways(joined: bool) -> Iterator[list[int]]:
         if not joined:
             patch.setattr("metaopt.optimizer.optimizer.prefers_joined", lambda lists: False)
         for kind in {kind for kind, _ in CASES.values()}:
-            patch.setattr(kind, "update", counted(kind.update, seen))
+            name = "direction" if kind.update is mo.Optimizer.update else "update"
+            patch.setattr(kind, name, counted(getattr(kind, name), seen))
         yield seen
 
 

@@ -285,7 +285,7 @@ class TestMoved:
             assert state["step"] == expected["step"]
             params = moved
 
-    def test_derivatives(self) -> None:
+    def test_derivatives(self, float64: None) -> None:
         def end(rate: Tensor, decay: Tensor, w: Tensor, moves: bool) -> Tensor:
             optimizer = SGD(rate, momentum=decay, weight_decay=0.1)
             state = optimizer.init(w)

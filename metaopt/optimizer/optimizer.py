@@ -27,9 +27,9 @@ StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, S
 class Optimizer(Configurable):
     """The update rule (g_t, s_t, w_t) -> (u_t, s_{t+1}), with w_{t+1} = w_t + u_t.
 
-    A subclass names its `hyperparameters`, sets each with `set_hyperparameter`, and defines `slots` and `update`, which
-    work on lists with one tensor per parameter. The base class takes care of trees, the step count and schedules, and shows a
-    complex parameter as a real one with a last axis of 2, as `torch.optim` does; its memory has that shape.
+    A subclass names its `hyperparameters`, sets each with `set_hyperparameter`, and defines `slots` and `update`, or `direction`,
+    which work on lists with one tensor per parameter. The base class takes care of trees, the step count and schedules, and shows
+    a complex parameter as a real one with a last axis of 2, as `torch.optim` does; its memory has that shape.
     Hand-designed and learned optimizers are the same type; every `nn.Parameter` inside can be meta-learned.
 
     `joinable` says of the class's own `update` that it treats every entry alike, whatever tensor it is in, and takes about ten
@@ -53,7 +53,14 @@ class Optimizer(Configurable):
 
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         """Return (updates, next slots). `step` counts from 1; `hyper` holds the hyperparameters' values at this step."""
-        raise TypeError(f"{type(self).__name__} must define `update(grads, params, slots, hyper, step)`.")
+        scale, directions, slots = self.direction(grads, params, slots, hyper, step)
+        return [scale * d for d in directions], slots
+
+    def direction(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Value, Leaves, Slots]:
+        """Return (scale, d, next slots) of updates u = scale d, so that w + u need not make u first."""
+        raise TypeError(f"{type(self).__name__} must define `update(grads, params, slots, hyper, step)`, or `direction`.")
 
     def init(self, params: Tree) -> State:
         """Return the state before the first step, on the parameters' device and in their dtypes.
@@ -90,7 +97,7 @@ class Optimizer(Configurable):
         Raises:
             ValueError: `params` is missing though needed, a structure does not match, or the state is another optimizer's.
         """
-        return self._on_leaves(self._updated, grads, state, params, loss)
+        return self._on_leaves(self.update, grads, state, params, loss)
 
     def moved(self, grads: Tree, state: State, params: Tree, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (w + u, next state): `apply_updates` after `forward`, in one pass where the optimizer can.
@@ -98,6 +105,9 @@ class Optimizer(Configurable):
         Raises:
             ValueError: as `forward`, and if an update has another shape than its parameter.
         """
+        is_own = type(self).forward is not Optimizer.forward or type(self).update is not Optimizer.update or "update" in vars(self)
+        if not (is_own or self._forward_hooks or self._forward_pre_hooks):
+            return self._on_leaves(self._move, grads, state, params, loss)
         updates, state = self(grads, state, params, loss=loss)
         return apply_updates(params, updates), state
 
@@ -121,7 +131,7 @@ class Optimizer(Configurable):
         step = state["step"] + 1
         try:
             hyper, schedules = self._hyper_at(state, gradients, loss)
-            results, after = step_on(gradients, weights, memory, hyper, step)
+            results, after = self._joined(step_on, gradients, weights, memory, hyper, step)
         except KeyError:
             self._check_state(state, gradients)
             raise
@@ -139,16 +149,26 @@ class Optimizer(Configurable):
             "schedules": schedules,
         }
 
-    def _updated(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
-        """Return what `update` does, on joined tensors where that is the same and faster."""
+    def _move(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+        """Return (w + scale d, next slots)."""
+        weights = self._require_params(params, "it moves them")
+        scale, directions, after = self.direction(grads, weights, memory, hyper, step)
+        with torch._C.DisableTorchFunction():
+            moves = [(w, tree.scaled_sum(w, scale, d)) for w, d in zip(weights, directions, strict=True)]
+            return [new if new.shape == w.shape and new.dtype == w.dtype else fitted(w, new) for w, new in moves], after
+
+    def _joined(
+        self, step_on: StepOn, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
+        """Return what `step_on` does, on joined tensors where that is the same and faster."""
         if not self.joinable or not self._joins(grads, params, memory, hyper):
-            return self.update(grads, params, memory, hyper, step)
+            return step_on(grads, params, memory, hyper, step)
         with torch._C.DisableTorchFunction():
             joined = {name: join(slot) if isinstance(slot, list) else slot for name, slot in memory.items()}
             lists = join(grads), None if params is None else join(params)
-        updates, after = self.update(*lists, joined, hyper, step)
+        results, after = step_on(*lists, joined, hyper, step)
         with torch._C.DisableTorchFunction():
-            return part(updates, grads), {
+            return part(results, grads), {
                 name: part(slot, grads) if isinstance(slot, list) else slot for name, slot in after.items()
             }
 
@@ -213,10 +233,18 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 
 def apply_update(param: Tensor, update: Tensor) -> Tensor:
     """Return w + u for one tensor; see `apply_updates`."""
-    if param.shape != update.shape:
+    return fitted(param, param + update if param.shape == update.shape else update)
+
+
+def fitted(param: Tensor, after: Tensor) -> Tensor:
+    """Return what a parameter became, in its dtype.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if param.shape != after.shape:
         raise ValueError(
-            f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(update.shape)}. A tensor "
+            f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(after.shape)}. A tensor "
             "hyperparameter must be a scalar or broadcast to every parameter; for different parameters use `Grouped`."
         )
-    after = param + update
     return after if after.dtype == param.dtype else after.to(param.dtype)
