@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from metaopt.transforms import is_tracked
 
 Params = dict[str, Tensor]
-_Place = tuple[str, dict[str, Any], str]  # name of a parameter or buffer, the dict of a module that holds it, its key there
+_Place = tuple[str, dict[str, Any], str, Any]  # name of a parameter or buffer, the dict that holds it, its key there, itself
 
 
 def functional(model: nn.Module) -> Functional:
@@ -70,7 +70,7 @@ class Functional:
     @property
     def params(self) -> Params:
         """The trainable parameters, live: name of the first use -> tensor. Tied weights stand once."""
-        return {name: members[key] for name, members, key in _places(self.model, self._trainable)}  # while others are lent, these
+        return {name: own for name, _, _, own in _places(self.model, self._trainable)}  # while others are lent, these
 
     @property
     def buffers(self) -> Params:
@@ -129,12 +129,13 @@ class Functional:
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
         given: dict[str, Any] = {**params, **buffers}
-        for name in self._shared & given.keys():
-            given |= dict.fromkeys(self._aliases[name], given[name])
+        if self._shared:
+            for name in self._shared & given.keys():
+                given |= dict.fromkeys(self._aliases[name], given[name])
         places = _places(self.model, given)
         with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
-            for name, members, key in places[: len(params)]:
-                if params[name].shape != members[key].shape:
+            for name, _, _, own in places:
+                if name in params and params[name].shape != own.shape:
                     self._check("params", params, self.params)
         output = _lend(places, given, self.model, args, kwargs)
         for name in buffers:
@@ -164,10 +165,9 @@ def _lend(
 
     As `torch.func.functional_call`, which takes 14 us more for four tensors: it looks at structures first.
     """
-    own = [members[key] for _, members, key in places]
     refuses = _may_refuse_hooks()
     try:
-        for name, members, key in places:
+        for name, members, key, _ in places:
             members[key] = tensors[name]
         if refuses:
             autograd._saved_tensors_hooks_disable(_RECOMPUTED)
@@ -175,9 +175,9 @@ def _lend(
     finally:
         if refuses:
             autograd._saved_tensors_hooks_enable()
-        for (name, members, key), tensor in zip(places, own, strict=True):
+        for name, members, key, own in places:
             tensors[name] = members[key]
-            members[key] = tensor
+            members[key] = own
 
 
 def _may_refuse_hooks() -> bool:
@@ -200,14 +200,14 @@ def _places(module: nn.Module, names: Iterable[str]) -> list[_Place]:
     """Return where the parameters and buffers with these names are."""
     found = []
     for name in names:
-        at = module
-        *path, key = name.split(".")
+        at, path = module, name.split(".")
+        key = path.pop()
         for part in path:
             at = at._modules[part]  # type: ignore[assignment]
-        members = at._parameters if key in at._parameters else at._buffers
-        if key not in members:
+        members: dict[str, Any] = at._parameters
+        if key not in members and key not in (members := at._buffers):
             raise ValueError(
                 f"The model has no tensor {name!r} any more, which it had when `functional` saw it. Call `functional` again."
             )
-        found.append((name, members, key))
+        found.append((name, members, key, members[key]))
     return found

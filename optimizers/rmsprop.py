@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
-from metaopt.tree import scaled_sum
+from metaopt.tree import scaled_sums
 from optimizers.moving import averages, averages_of_squares, roots
 from optimizers.weight_decay import penalized
 
@@ -74,6 +74,6 @@ class RMSprop(Optimizer):
         if "velocity" not in slots and not is_zero(momentum):
             raise ValueError(f"RMSprop: momentum={momentum}, but `state` was made without. Call `init` again.")
         if "velocity" in slots:
-            direction = [scaled_sum(d, momentum, b) for b, d in zip(slots["velocity"], direction, strict=True)]
+            direction = scaled_sums(direction, momentum, slots["velocity"])
             after["velocity"] = direction
         return [-lr * d for d in direction], after

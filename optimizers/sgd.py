@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, is_zero, set_hyperparameter
-from metaopt.tree import scaled_sum
+from metaopt.tree import scaled_sums
 from optimizers.weight_decay import penalized
 
 
@@ -69,9 +69,8 @@ class SGD(Optimizer):
             if not is_zero(momentum):
                 raise ValueError(f"SGD: momentum={momentum}, but `state` was made without. Call `init` again.")
             return -lr, grads, {}
-        damped = [self._damp(g, dampening, step) for g in grads]
-        velocity = [scaled_sum(g, momentum, b) for g, b in zip(damped, slots["velocity"], strict=True)]
-        ahead = [scaled_sum(g, momentum, b) for g, b in zip(grads, velocity, strict=True)] if self.nesterov else velocity
+        velocity = scaled_sums([self._damp(g, dampening, step) for g in grads], momentum, slots["velocity"])
+        ahead = scaled_sums(grads, momentum, velocity) if self.nesterov else velocity
         return -lr, ahead, {"velocity": velocity}
 
     @staticmethod

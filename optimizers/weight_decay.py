@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from metaopt.optimizer import Leaves, Optimizer
 from metaopt.optimizer.hyperparameter import Value, is_zero
-from metaopt.tree import scaled_sum
+from metaopt.tree import scaled_sums
 
 
 def penalized(owner: Optimizer, grads: Leaves, params: Leaves | None, decay: Value) -> Leaves:
@@ -16,7 +16,7 @@ def penalized(owner: Optimizer, grads: Leaves, params: Leaves | None, decay: Val
     if is_zero(decay):
         return grads
     weights = owner._require_params(params, f"weight_decay={decay}")
-    return [scaled_sum(g, decay, w) for g, w in zip(grads, weights, strict=True)]
+    return scaled_sums(grads, decay, weights)
 
 
 def decayed(owner: Optimizer, updates: Leaves, params: Leaves | None, lr: Value, decay: Value) -> Leaves:
@@ -28,5 +28,4 @@ def decayed(owner: Optimizer, updates: Leaves, params: Leaves | None, lr: Value,
     if is_zero(decay):
         return updates
     weights = owner._require_params(params, f"weight_decay={decay}")
-    rate = lr * decay
-    return [u - rate * w for u, w in zip(updates, weights, strict=True)]
+    return scaled_sums(updates, -lr * decay, weights)

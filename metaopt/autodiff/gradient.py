@@ -35,7 +35,7 @@ def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree) -> tuple
         return grads, value, aux
     with torch.enable_grad():
         # Aliases: the function may read the same tensors by another way, and that is not w.
-        variables = [leaf.view_as(leaf) if again else leaf.detach().requires_grad_() for leaf in leaves]
+        variables = [leaf.view_as(leaf) for leaf in leaves] if again else [leaf.detach().requires_grad_() for leaf in leaves]
         value, aux = function(tree.with_leaves(at, variables))
         if not value.requires_grad:
             grads = [torch.zeros_like(leaf) for leaf in leaves]

@@ -254,7 +254,7 @@ def _checked(states: Tree) -> dict[str, float | Tensor]:
     for name, state in states.items():
         metrics |= _checked(state["below"])
         steps, finite, loss = (state["progress"][key] for key in ("steps", "finite", "loss"))
-        if not torch.equal(finite, steps):
+        if finite.tolist() != steps.tolist():
             counts, values = finite.reshape(-1).tolist(), loss.reshape(-1).tolist()
             first = (finite < steps).reshape(-1).tolist().index(True)
             raise NonFiniteError(f"level {name!r}", counts[first], values[first])

@@ -154,7 +154,7 @@ class Optimizer(Configurable):
         weights = self._require_params(params, "it moves them")
         scale, directions, after = self.direction(grads, weights, memory, hyper, step)
         with torch._C.DisableTorchFunction():
-            moves = [(w, tree.scaled_sum(w, scale, d)) for w, d in zip(weights, directions, strict=True)]
+            moves = zip(weights, tree.scaled_sums(weights, scale, directions), strict=True)
             return [new if new.shape == w.shape and new.dtype == w.dtype else fitted(w, new) for w, new in moves], after
 
     def _joined(
