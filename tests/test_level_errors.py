@@ -351,3 +351,12 @@ def test_a_loss_that_is_not_finite_names_level_and_step(bad: str, rule: Any) -> 
         graph.step()
     with pytest.raises(mo.NonFiniteError, match=rf"level '{bad}', step 3: the loss is (inf|nan)"):
         graph.step()
+
+
+def test_the_first_loss_that_is_not_finite_is_named_though_later_ones_are() -> None:
+    """With a derivative of zero the level goes on as if nothing had happened."""
+    data = [torch.tensor(x) for x in (1.0, torch.inf, 1.0, 1.0)]
+    low = level("low", torch.ones(2), lambda s, x: ((s.low() - s.top()) ** 2).sum() + x, data=data)
+    top = level("top", torch.ones(2), lambda s, _: ((s.low() - 3) ** 2).sum(), data=[torch.zeros(2)])
+    with pytest.raises(mo.NonFiniteError, match="level 'low', step 1: the loss is inf"):
+        mo.LevelGraph([mo.Edge(top, low, steps=4)]).step()

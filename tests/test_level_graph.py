@@ -393,6 +393,43 @@ def test_accumulation_is_the_mean_over_batches() -> None:
     assert_close([metrics["upper/loss"], metrics["low/x"]], [total.detach(), (rows[2].sum() + rows[3].sum()) / 2], 1e-12)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [mo.Backprop(), mo.Backprop(memory="steps"), mo.T1T2(), mo.FiniteDifference(1e-5), mo.Implicit(mo.Direct())],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_accumulation_carries_statistics_and_differentiates_as_one_loss(rule: Any) -> None:
+    """Running statistics pass from batch to batch; the mean over two batches has the derivatives of one loss that does so."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 6, 3), torch.randn(2, 6, 1)
+
+    def build(whole: bool) -> mo.LevelGraph:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+        scale = nn.ParameterDict({"scale": nn.Parameter(torch.ones(()))})
+
+        def loss(levels: Any, batch: Any) -> Any:
+            pairs = zip(*batch, strict=True) if whole else [batch]
+            losses = torch.stack([(levels.top.params["scale"] * levels.low(x) - y).square().mean() for x, y in pairs])
+            return {
+                "loss": losses.mean() + 0.01 * sum(p.square().sum() for p in levels.low.params.values()),
+                "half": losses.mean() / 2,
+            }
+
+        def outer(levels: Any, batch: Any) -> Tensor:
+            return (levels.low(batch[0]) - batch[1]).abs().mean() + levels.top.params["scale"].square()
+
+        options = {"data": [(x, y)]} if whole else {"data": list(zip(x, y, strict=True)), "accumulate": 2}
+        low = mo.Level("low", model, loss, SGD(0.1, momentum=0.5), **options)
+        top = mo.Level("top", scale, outer, SGD(0.1), data=[(x[0], y[0])])
+        return mo.LevelGraph([mo.Edge(top, low, steps=2, differentiate=rule)])
+
+    one, other = build(whole=True), build(whole=False)
+    for _ in range(2):
+        assert_close(one.step(), other.step(), 1e-9)
+    assert_close(one.state_dict()["levels"], other.state_dict()["levels"], 1e-9)
+
+
 ACCUMULATING = """
 import sys
 import torch

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -155,19 +155,20 @@ class Execution:
             loss, metrics, buffers = self._evaluated(name, scene, rows.get(name))
             return loss, {"buffers": buffers, "metrics": metrics, "below": below}
 
-        def step(scene: Tree, carry: tuple[Params, dict[str, Tensor]], batch: Tree) -> tuple[Tree, Tensor]:
-            buffers, means = carry
+        kinds: list[torch.dtype] = []
+
+        def step(scene: Tree, buffers: Params, batch: Tree) -> tuple[Params, Tensor]:
             now = {**scene, name: {**scene[name], "buffers": buffers}}
             loss, metrics, buffers = self._evaluated(name, now, batch if name in rows else None)
-            return (buffers, tree.map(lambda mean, metric: mean + metric / count, means, metrics)), loss
+            values = [loss, *metrics.values()]
+            kinds[:] = [value.dtype for value in values]
+            wide = reduce(torch.promote_types, kinds)
+            return buffers, torch.stack([value.to(wide) for value in values])
 
-        device = self.program.levels[name].device
-        zeros = {metric: torch.zeros((), dtype=dtype, device=device) for metric, dtype in reading.metrics.items()}
-        carry = (scene[name]["buffers"], zeros)
-        (buffers, metrics), losses = scan(
-            step, scene, carry, rows.get(name, ()), count, "steps"
-        )  # the graph of one batch at a time
-        return losses.mean(), {"buffers": buffers, "metrics": metrics, "below": below}
+        # "steps": the graph of one batch at a time
+        buffers, values = scan(step, scene, scene[name]["buffers"], rows.get(name, ()), count, "steps")
+        loss, *others = [mean.to(kind) for mean, kind in zip(values.mean(0), kinds, strict=True)]
+        return loss, {"buffers": buffers, "metrics": dict(zip(reading.metrics, others, strict=True)), "below": below}
 
     def _evaluated(self, name: str, scene: Tree, batch: Tree) -> Evaluation:
         """Return what the level's loss says of one batch."""

@@ -80,8 +80,9 @@ def update(
 
 
 def _counted(progress: Tree, loss: Tensor) -> Tree:
-    """Count the steps, and those before the first loss that is not finite; keep the last loss."""
+    """Count the steps, and those before the first loss that is not finite; keep that loss."""
     steps, finite, loss = progress["steps"], progress["finite"], loss.detach()
     wide = loss if loss.dtype in (torch.float32, torch.float64) else loss.float()  # half precision cannot count
     is_good = tree.scaled_sum(steps, 0.0, wide) == finite  # 0 times what is not finite is nan
-    return {"steps": steps + 1, "finite": finite + is_good, "loss": loss.to(progress["loss"].dtype)}
+    kept = torch.where(steps == finite, loss.to(progress["loss"].dtype), progress["loss"])
+    return {"steps": steps + 1, "finite": finite + is_good, "loss": kept}
