@@ -9,9 +9,11 @@ import torch
 from problems import assert_close
 from torch import Tensor, nn
 from torch.func import hessian, vmap
+from torch.overrides import _get_current_function_mode_stack
 
 import metaopt as mo
 from metaopt.differentiate import Rule
+from metaopt.kernels import AnyOrder
 from optimizers import SGD
 
 pytestmark = [
@@ -108,3 +110,23 @@ def test_running_statistics_below_a_rule_that_rebuilds_steps(norm: Any, memory: 
         return mo.LevelGraph([mo.Edge(top, low, steps=2, differentiate=mo.Backprop(memory))])
 
     assert_close(graph(memory).hypergradient("top"), graph("full").hypergradient("top"), 1e-12)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.Identity])
+def test_a_level_whose_loss_calls_nothing_delicate_pays_nothing(norm: type) -> None:
+    """`any_order` costs a microsecond for each call; a graph finds out when it is built who needs it."""
+    entered: list[bool] = []
+
+    def loss(levels: Any, x: Tensor) -> Tensor:
+        entered.append(any(isinstance(mode, AnyOrder) for mode in _get_current_function_mode_stack()))
+        return (levels.top.params["weight"] * levels.low(x).square()).mean()
+
+    weight = nn.ParameterDict({"weight": nn.Parameter(torch.ones(()))})
+    low = mo.Level("low", network(norm), loss, SGD(0.1), data=[points()])
+    top = mo.Level("top", weight, lambda s, x: s.low(x).square().mean(), SGD(0.1), data=[points()])
+    graph = mo.LevelGraph([mo.Edge(top, low, differentiate=mo.FiniteDifference())])
+    assert all(entered)
+    entered.clear()
+    graph.step()
+    assert len(entered) == 3
+    assert set(entered) == {norm is nn.LayerNorm}

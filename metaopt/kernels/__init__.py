@@ -14,7 +14,7 @@ from metaopt.kernels.losses import LOSSES
 from metaopt.kernels.norms import NORMS
 from metaopt.kernels.recurrent import RECURRENT
 
-__all__ = ["Watching", "any_order"]
+__all__ = ["AnyOrder", "Watching", "any_order"]
 
 
 def any_order() -> AbstractContextManager[Any]:
