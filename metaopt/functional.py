@@ -200,12 +200,12 @@ def _places(module: nn.Module, names: Iterable[str]) -> list[_Place]:
     """Return where the parameters and buffers with these names are."""
     found = []
     for name in names:
-        at, path = module, name.split(".")
-        key = path.pop()
+        at = module
+        *path, key = name.split(".")
         for part in path:
             at = at._modules[part]  # type: ignore[assignment]
-        members: dict[str, Any] = at._parameters
-        if key not in members and key not in (members := at._buffers):
+        members: dict[str, Any] = at._parameters if key in at._parameters else at._buffers
+        if key not in members:
             raise ValueError(
                 f"The model has no tensor {name!r} any more, which it had when `functional` saw it. Call `functional` again."
             )
