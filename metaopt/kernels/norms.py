@@ -58,32 +58,14 @@ def _instance_norm(
     return _elementary(Axes(tuple(range(2, input.ndim)), _per_channel(input), eps), input, weight, bias)
 
 
-def _torch_batch_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Tensor:
-    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+def _in_torchs_order(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a norm that takes its arguments as `torch.batch_norm` does, not as `F.batch_norm`."""
 
+    def call(input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, *rest: Any, **named: Any) -> Tensor:
+        named = {name: value for name, value in named.items() if name != "cudnn_enabled"}
+        return norm(input, running_mean, running_var, weight, bias, *rest[:3], **named)
 
-def _torch_instance_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Tensor:
-    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return call
 
 
 def _constant(statistics: Tensor | None) -> Tensor | None:
@@ -127,7 +109,7 @@ NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.layer_norm: lambda input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True: _layer_norm(
         input, normalized_shape, weight, bias, eps
     ),
-    torch.batch_norm: _torch_batch_norm,
-    torch.instance_norm: _torch_instance_norm,
+    torch.batch_norm: _in_torchs_order(_batch_norm),
+    torch.instance_norm: _in_torchs_order(_instance_norm),
     torch._weight_norm: _weight_norm,
 }
