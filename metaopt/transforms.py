@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
 
 def is_tracked(tensor: Tensor) -> bool:
@@ -50,8 +51,8 @@ def values_are_readable() -> bool:
 
 
 def is_last() -> bool:
-    """Say whether nobody differentiates what is computed now, as plain autograd says; no transform and no compiler is active."""
-    return not torch.is_grad_enabled() and values_are_readable()
+    """Say whether nobody differentiates what is computed now: no graph, no forward mode, no transform and no compiler."""
+    return not torch.is_grad_enabled() and values_are_readable() and forward_ad._current_level < 0
 
 
 def inside_jvp() -> bool:

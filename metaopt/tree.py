@@ -18,6 +18,7 @@ Structure = pytree.TreeSpec
 flatten = pytree.tree_flatten
 
 
+_HALF = {torch.float16, torch.bfloat16}  # whose norms would be rounded one by one
 _LEAVES = {Tensor, Parameter, bool, int, float, str, type(None)}
 
 
@@ -187,8 +188,9 @@ def unravel(vector: Tensor, like: Tree) -> Tree:
 
 def norm(tree: Tree) -> Tensor:
     """Return the Euclidean norm of all entries together, real also of complex ones, with derivative 0 where the norm is 0."""
-    if is_last():  # in one pass and without a copy
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(leaves(tree))))
+    found = leaves(tree)
+    if is_last() and not any(leaf.dtype in _HALF for leaf in found):  # in one pass and without a copy
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
     return safe_sqrt(sum_leaves(lambda leaf: as_real(leaf).square().sum(), tree))
 
 
@@ -201,13 +203,13 @@ def sum_leaves(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tensor:
 
 
 def scaled_sum(x: Tensor, scale: float | Tensor, y: Tensor) -> Tensor:
-    """Return x + scale y, in one operation.
+    """Return x + scale y, in one operation where the scale is a number.
 
     Not under a compiler: inductor makes `addmm` of a sum with a matrix product, and forgets `alpha` (torch 2.13).
     """
-    if torch.compiler.is_compiling():
+    if isinstance(scale, Tensor) or torch.compiler.is_compiling():
         return x + scale * y
-    return torch.addcmul(x, scale, y) if isinstance(scale, Tensor) else torch.add(x, y, alpha=scale)
+    return torch.add(x, y, alpha=scale)
 
 
 def scaled_sums(xs: list[Tensor], scale: float | Tensor, ys: list[Tensor]) -> list[Tensor]:

@@ -30,7 +30,8 @@ def roots(squares: Leaves, eps_root: Value, eps: Value) -> Leaves:
     """Return sqrt(v + eps_root) + eps for each, with derivative 0 of the root at 0."""
     raised = squares if is_zero(eps_root) else [v + eps_root for v in squares]
     if is_last():
-        return list(torch._foreach_add(torch._foreach_sqrt(raised), eps))
+        positive = torch._foreach_sqrt(raised)
+        return [root + eps for root in positive] if isinstance(eps, Tensor) else list(torch._foreach_add(positive, eps))
     return [safe_sqrt(v) + eps for v in raised]
 
 

@@ -696,3 +696,45 @@ def test_a_data_loader_feeds_a_level() -> None:
     other = mo.LevelGraph([mo.Edge(level("top", torch.ones(3), top.loss), other_low, steps=3)])
     for _ in range(2):
         assert_close(graph.step(), other.step(), 0.0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_derivative_that_does_not_arrive_is_missed_also_when_batches_accumulate(accumulate: int) -> None:
+    """The optimizer's observations are constants, so nothing of the lower level's steps depends on the upper one."""
+    low = mo.Level("low", nn.Linear(2, 1), lambda s, x: ((s.low(x) - s.up(x)) ** 2).mean(), SGD(0.1), data=[torch.ones(3, 2)])
+    up = mo.Level(
+        "up", nn.Linear(2, 1), lambda s, x: (s.low(x) ** 2).mean(), SGD(0.1), data=[torch.ones(3, 2)], accumulate=accumulate
+    )
+    with pytest.raises(ValueError, match="level 'up': no derivative arrives at its parameter 'weight'"):
+        mo.LevelGraph([mo.Edge(up, low, differentiate=mo.FirstOrder())]).step()
+
+
+@pytest.mark.parametrize(
+    ("mode", "rule"),
+    [
+        ("eval", mo.Backprop()),
+        ("eval", mo.FiniteDifference()),
+        ("derivative", mo.Backprop()),
+        ("derivative", mo.FiniteDifference()),
+        ("numpy", mo.FiniteDifference()),
+    ],
+    ids=str,
+)
+def test_buffers_stay_constant_where_batches_accumulate(mode: str, rule: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model.train(mode != "eval")
+    data = [torch.randn(3, 2) for _ in range(4)]
+
+    def loss(levels: Any, x: Tensor) -> Tensor:
+        value = ((levels.low(x) - levels.up(x)) ** 2).mean()
+        if mode == "derivative":
+            value = value + (torch.func.grad(lambda x: (levels.low(x) ** 3).sum())(x) ** 2).mean()
+        if mode == "numpy":
+            value = value * float(levels.low.buffers["1.running_var"].numpy().min() > -1)
+        return value
+
+    low = mo.Level("low", model, loss, SGD(0.1), data=data, accumulate=2)
+    up = mo.Level("up", nn.Linear(2, 2), lambda s, x: (s.low(x) ** 2).mean(), SGD(0.1), data=data)
+    graph = mo.LevelGraph([mo.Edge(up, low, differentiate=rule)])
+    assert all(value.isfinite() for value in graph.step().values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -339,3 +340,42 @@ def test_a_spread_that_rounding_makes_negative() -> None:
         for _ in range(40):
             updates, state = optimizer(params, state)
             assert updates.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [Adam, AdamW, RMSprop])
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_a_tensor_for_eps(kind: type[mo.Optimizer], shape: tuple[int, ...]) -> None:
+    """Without a graph as with one; the kernels for lists know scalars only."""
+    eps, params = torch.full(shape, 1e-3), {"w": torch.ones(3), "b": torch.ones(3)}
+    optimizer = kind(0.1, eps=eps)
+    expected, _ = optimizer(params, optimizer.init(params), params)
+    with torch.no_grad():
+        found, _ = optimizer(params, optimizer.init(params), params)
+    assert_close(found, {key: leaf.detach() for key, leaf in expected.items()}, 1e-6)
+
+
+class TestMovedIsNoWayAroundACall:
+    def halved(self, grads: Any, state: Any, params: Any = None, *, loss: Any = None) -> Any:
+        updates, after = SGD.forward(self, grads, state, params, loss=loss)
+        return updates / 2, after
+
+    def moved(self, optimizer: mo.Optimizer) -> Tensor:
+        return optimizer.moved(torch.ones(1), optimizer.init(torch.ones(1)), torch.ones(1))[0]
+
+    def test_a_forward_of_the_instance(self) -> None:
+        optimizer = SGD(0.5)
+        optimizer.forward = types.MethodType(TestMovedIsNoWayAroundACall.halved, optimizer)
+        assert self.moved(optimizer) == 0.75
+
+    def test_a_call_of_the_class(self) -> None:
+        class Halved(SGD):
+            __call__ = TestMovedIsNoWayAroundACall.halved
+
+        assert self.moved(Halved(0.5)) == 0.75
+
+    def test_a_hook_on_all_modules(self) -> None:
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: (output[0] / 2, output[1]))
+        try:
+            assert self.moved(SGD(0.5)) == 0.75
+        finally:
+            handle.remove()

@@ -281,3 +281,20 @@ def test_the_formulas_of_the_tests_are_dense() -> None:
     problem = replace(problem, outer=lambda w: (w * torch.tensor([1.0, 2.0])).sum())
     assert_close(stated(problem, "inverse"), torch.tensor([1 / 3, 2 / 3]), 1e-12)
     assert_close(flat([stated(problem, "identity")]), torch.tensor([1.0, 2.0]), 1e-12)
+
+
+@pytest.mark.parametrize("rule", [mo.FiniteDifference(5.0), mo.FiniteDifference(), mo.SAMA(5.0)], ids=str)
+def test_a_cotangent_of_zero_gives_zero(rule: Any) -> None:
+    """Also with a radius that, divided by the least number there is, is none; and with what comes of it once more."""
+    w, c = torch.ones(2, requires_grad=True), torch.zeros((), requires_grad=True)
+
+    def loss(params: Any, _: Any, w: Tensor) -> Tensor:
+        return ((params["a"] - w) ** 2).sum()
+
+    end = mo.minimize(loss, SGD(0.1), {"a": torch.zeros(2)}, None, steps=3, meta=w, differentiate=rule).params["a"]
+    (first,) = torch.autograd.grad((end * c).sum(), w, create_graph=True)
+    assert (first == 0).all()
+    (second,) = torch.autograd.grad(first.sum(), c, create_graph=True)
+    assert second.isfinite()
+    (third,) = torch.autograd.grad(second, c, allow_unused=True)
+    assert third is None or third.isfinite()

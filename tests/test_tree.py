@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from problems import assert_close
+from torch.autograd import forward_ad
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
@@ -108,3 +109,17 @@ def test_trees_are_mapped_and_read_as_torch_does() -> None:
 
     assert tree.map(sum_and_difference, Pair(3, [2]), Pair(1, [1])) == Pair((4, 2), [(3, 1)])
     assert tree.map(lambda leaf: "leaf", [(1, 2)], is_leaf=lambda node: isinstance(node, tuple)) == ["leaf"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_nothing_is_last_under_forward_mode() -> None:
+    with torch.no_grad(), forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.tensor([0.0, 4.0]), torch.ones(2))
+        assert_close(forward_ad.unpack_dual(tree.safe_sqrt(x)).tangent, torch.tensor([0.0, 0.25]), 1e-15)
+
+
+def test_norms_of_half_precision_are_not_rounded_leaf_by_leaf() -> None:
+    parts = [torch.full((1000,), 1.01, dtype=torch.bfloat16), torch.ones(1000, dtype=torch.float32)]
+    with torch.no_grad():
+        found = tree.norm(parts)
+    assert_close(found, tree.norm(parts), 1e-7)

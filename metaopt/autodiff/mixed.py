@@ -61,7 +61,7 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
     """
     _check_precision(w)
     length = tree.norm(x)
-    scale = radius / length.clamp_min(torch.finfo(length.dtype).tiny)
+    scale = radius / torch.where(length > 0, length, 1)
     variables = chosen(given, wanted)
 
     def slope(e: Tensor) -> list[Tensor]:

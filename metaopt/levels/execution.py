@@ -156,9 +156,12 @@ class Execution:
             return loss, {"buffers": buffers, "metrics": metrics, "below": below}
 
         kinds: list[torch.dtype] = []
+        for other, seen in scene.items():  # a Function answers zero, not None, where there is no dependence
+            params = {key: leaf if (other, key) in reading.params else leaf.detach() for key, leaf in seen["params"].items()}
+            scene[other] = {**seen, "params": params}
 
         def step(scene: Tree, buffers: Params, batch: Tree) -> tuple[Params, Tensor]:
-            now = {**scene, name: {**scene[name], "buffers": buffers}}
+            now = {**scene, name: {**scene[name], "buffers": tree.map(torch.Tensor.detach, buffers)}}
             loss, metrics, buffers = self._evaluated(name, now, batch if name in rows else None)
             values = [loss, *metrics.values()]
             kinds[:] = [value.dtype for value in values]
@@ -168,6 +171,7 @@ class Execution:
         # "steps": the graph of one batch at a time
         buffers, values = scan(step, scene, scene[name]["buffers"], rows.get(name, ()), count, "steps")
         loss, *others = [mean.to(kind) for mean, kind in zip(values.mean(0), kinds, strict=True)]
+        buffers = tree.map(torch.Tensor.detach, buffers)
         return loss, {"buffers": buffers, "metrics": dict(zip(reading.metrics, others, strict=True)), "below": below}
 
     def _evaluated(self, name: str, scene: Tree, batch: Tree) -> Evaluation:

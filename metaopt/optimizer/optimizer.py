@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module
 
 from metaopt import tree
 from metaopt.optimizer.deployed import Deployed
@@ -22,6 +23,10 @@ Slots = dict[str, Any]  # name -> Leaves, or one Tensor over all parameters
 Hyper = dict[str, Value]
 # (grads, params, slots, hyper, step) -> (one tensor per parameter, next slots)
 StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, Slots]]
+
+
+_CALLED = ("__call__", "forward", "update")
+_GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks)
 
 
 class Optimizer(Configurable):
@@ -105,8 +110,7 @@ class Optimizer(Configurable):
         Raises:
             ValueError: as `forward`, and if an update has another shape than its parameter.
         """
-        is_own = type(self).forward is not Optimizer.forward or type(self).update is not Optimizer.update or "update" in vars(self)
-        if not (is_own or self._forward_hooks or self._forward_pre_hooks):
+        if self._is_plain:
             return self._on_leaves(self._move, grads, state, params, loss)
         updates, state = self(grads, state, params, loss=loss)
         return apply_updates(params, updates), state
@@ -114,6 +118,13 @@ class Optimizer(Configurable):
     def as_torch(self, params: Iterable[Any]) -> Deployed:
         """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""
         return Deployed(params, self)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether calling it is to do what `direction` says, and nothing else that somebody may want to happen."""
+        kind, hooks = type(self), (self._forward_hooks, self._forward_pre_hooks, *_GLOBAL_HOOKS)
+        is_changed = any(getattr(kind, name) is not getattr(Optimizer, name) for name in _CALLED)
+        return not (is_changed or any(name in vars(self) for name in _CALLED) or any(hooks))
 
     def _on_leaves(
         self, step_on: StepOn, grads: Tree, state: State, params: Tree | None, loss: Tensor | None
