@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from metaopt.transforms import entries
+from metaopt.transforms import entries, is_last
 
 LEAST_TENSORS = 8
-MOST_ENTRIES = 2**13  # of a tensor on average
+MOST_ENTRIES = 2**12  # of a tensor on average
 MOST_TOGETHER = 2**20  # of all tensors; beyond, a CPU's caches do not hold what the next operation reads
 
 
@@ -19,25 +19,24 @@ def prefers_joined(lists: Sequence[list[Tensor]]) -> bool:
     """Say whether an elementwise update of about ten operations is the same and faster on lists joined to one tensor each.
 
     It is the same where all lists have the same shapes, and each has one dtype and one device. It is faster for many small
-    tensors: time joined over time one by one, for two steps of Adam without a graph | with one and its backward pass, torch
-    2.13 on one thread of a CPU:
+    tensors, unless nobody differentiates the update: then torch's kernels for lists are. Time joined over time one by one, for two
+    steps of Adam without a graph | with one and its backward pass, torch 2.13 on one thread of a CPU:
 
     ```
     tensors   10 entries    1,000         3,000         10,000        30,000
-    4         .96 | .75     .82 | .74     .92 | .74     1.0 | .87     1.0 | .97
-    16        .70 | .45     .61 | .44     .67 | .61     .93 | .69     1.0 | .79
-    160       .36 | .28     .43 | .32     .58 | .45     .87 | 1.1     1.7 | 1.0
+    4         1.2 | .83     1.1 | .89     1.2 | .97     1.4 | 1.1     1.6 | 1.3
+    16        .97 | .54     1.0 | .63     1.2 | .75     2.3 | 1.2     2.1 | 1.3
+    160       .83 | .40     .90 | .48     1.7 | .93     1.9 | 1.2     1.9 | 1.5
     ```
 
-    Under `torch.func.vjp` it is as with a graph; under `vmap`, where the entries of all rows count, as without one. A compiler
-    fuses the loop over tensors itself. Memory is the same. Whole loops with Adam take .60 to .83 of the time for perceptrons of
-    8 to 80 tensors, under `vmap` .70 to .98.
+    Under `torch.func.vjp` it is as with a graph; under `vmap`, where the entries of all rows count and there are no kernels for
+    lists, joining was faster too. A compiler fuses the loop over tensors itself. Memory is the same.
 
     Args:
         lists: of equal length: the gradients, and what else is to be joined.
     """
     first = lists[0]
-    if torch.compiler.is_compiling() or len(first) < LEAST_TENSORS:
+    if torch.compiler.is_compiling() or len(first) < LEAST_TENSORS or is_last():
         return False
     if sum(map(entries, first)) > min(len(first) * MOST_ENTRIES, MOST_TOGETHER):
         return False
