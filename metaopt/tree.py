@@ -97,7 +97,7 @@ def with_leaves(tree: Tree, leaves: Iterable[Any]) -> Tree:
     if torch.compiler.is_compiling():
         return pytree.tree_unflatten(list(leaves), pytree.tree_structure(tree))
     if type(tree) is dict and all(type(leaf) in _LEAVES for leaf in tree.values()):
-        return dict(zip(tree, leaves, strict=False))  # they may be an endless iterator
+        return dict(zip(tree, leaves, strict=True))
     each = iter(leaves)
     return _map(lambda _: next(each), tree)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -360,3 +361,17 @@ def test_the_first_loss_that_is_not_finite_is_named_though_later_ones_are() -> N
     top = level("top", torch.ones(2), lambda s, _: ((s.low() - 3) ** 2).sum(), data=[torch.zeros(2)])
     with pytest.raises(mo.NonFiniteError, match="level 'low', step 1: the loss is inf"):
         mo.LevelGraph([mo.Edge(top, low, steps=4)]).step()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_compiled_step_sees_it_too(bad: float) -> None:
+    """A compiler must not take 0 times the loss for 0."""
+    data = [torch.tensor(x) for x in (1.0, bad, 1.0)]
+    low = level("low", torch.ones(2), lambda s, x: ((s.low() - s.top()) ** 2).sum() + x, data=data)
+    top = level("top", torch.ones(2), lambda s, _: ((s.low() - 3) ** 2).sum(), data=[torch.zeros(2)])
+    graph = mo.LevelGraph([mo.Edge(top, low, steps=3, differentiate=mo.FiniteDifference())], compile=True)
+    with pytest.raises(mo.NonFiniteError, match=f"level 'low', step 1: the loss is {bad}"):
+        graph.step()

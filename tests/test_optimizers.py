@@ -379,3 +379,50 @@ class TestMovedIsNoWayAroundACall:
             assert self.moved(SGD(0.5)) == 0.75
         finally:
             handle.remove()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_the_kernels_for_lists_compute_the_same(variant: Variant, float64: None) -> None:
+    """Without a graph they take the place of the operations that are differentiated."""
+    optimizer = variant.build(variant.values)
+    params = {
+        "w": torch.randn(3, 2),
+        "b": torch.randn(()),
+        "none": torch.randn(0, 2),
+        "complex": torch.randn(2, dtype=torch.complex128),
+    }
+    ends = []
+    for graph in (True, False):
+        torch.manual_seed(1)
+        now, state = params, optimizer.init(params)
+        with torch.set_grad_enabled(graph):
+            for _ in range(5):
+                grads = {key: torch.randn_like(leaf) for key, leaf in now.items()}
+                now, state = optimizer.moved(grads, state, now)
+        ends.append((now, state["slots"]))
+    assert_close(ends[0], ends[1], 1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_update_with_too_few_or_too_many_tensors(count: int) -> None:
+    class Odd(SGD):
+        def update(self, grads: Any, params: Any, slots: Any, hyper: Any, step: Tensor) -> Any:
+            return [torch.zeros(2)] * count, slots
+
+    params = {"a": torch.ones(2), "b": torch.ones(2)}
+    with pytest.raises(ValueError, match=f"Odd: `update` must return one tensor per parameter, 2, got {count}"):
+        Odd(0.1)(params, Odd(0.1).init(params), params)
+
+
+def test_what_an_update_returns_is_left_as_it_is() -> None:
+    class Same(SGD):
+        def slots(self, params: Any) -> Any:
+            return {"velocity": [torch.zeros_like(p) for p in params]}
+
+        def update(self, grads: Any, params: Any, slots: Any, hyper: Any, step: Tensor) -> Any:
+            return grads, {"velocity": grads}
+
+    params = {"z": torch.ones(2, dtype=torch.complex64)}
+    updates, state = Same(0.1)(params, Same(0.1).init(params), params)
+    assert updates["z"].is_complex()
+    assert state["slots"]["velocity"]["z"].shape == (2, 2)

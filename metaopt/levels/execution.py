@@ -10,7 +10,6 @@ Scene: {level: {"params", "buffers"}}, what losses read.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -281,9 +280,10 @@ def _slopes(
     leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), at)
     with torch.enable_grad():
         loss, aux = value(leaves)
-    found: Iterable[Tensor | None] = itertools.repeat(None)
+    variables = tree.leaves(leaves)
+    found: Iterable[Tensor | None] = [None] * len(variables)
     if loss.requires_grad:
-        found = torch.autograd.grad(loss, tree.leaves(leaves), allow_unused=True)
+        found = torch.autograd.grad(loss, variables, allow_unused=True)
     return tree.with_leaves(leaves, found), loss.detach(), aux
 
 

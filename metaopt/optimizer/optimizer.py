@@ -37,9 +37,9 @@ class Optimizer(Configurable):
     a complex parameter as a real one with a last axis of 2, as `torch.optim` does; its memory has that shape.
     Hand-designed and learned optimizers are the same type; every `nn.Parameter` inside can be meta-learned.
 
-    `joinable` says of the class's own `update` that it treats every entry alike, whatever tensor it is in, and takes about ten
-    operations: then it is called with all tensors joined to one where that is faster; see `metaopt.optimizer.flat`. (Of SGD and
-    ASGD the plain forms take few operations, and were up to 1.4 times slower.)
+    `joinable` says of the class's own `update` or `direction` that it treats every entry alike, whatever tensor it is in, and takes
+    about ten operations: then it is called with all tensors joined to one where that is faster; see `metaopt.optimizer.flat`. (Of
+    SGD and ASGD the plain forms take few operations, and were up to 1.4 times slower.)
 
     The state is a dict: "step" (int64 scalar), "slots" (memory per parameter, in the parameters' own structure), "shared"
     (memory over all parameters) and "schedules".
@@ -107,6 +107,12 @@ class Optimizer(Configurable):
     def moved(self, grads: Tree, state: State, params: Tree, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (w + u, next state): `apply_updates` after `forward`, in one pass where the optimizer can.
 
+        Args:
+            grads: as for `forward`, and so are the others, of which it needs `params`.
+            state: from `init` or the step before.
+            params: w.
+            loss: the loss there.
+
         Raises:
             ValueError: as `forward`, and if an update has another shape than its parameter.
         """
@@ -149,8 +155,12 @@ class Optimizer(Configurable):
         if after.keys() != memory.keys():
             self._check_state(state, gradients)
             raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(memory)}, got {sorted(after)}.")
-        for i in complexes:
-            results[i] = tree.as_complex(results[i])
+        if len(results) != len(gradients):
+            raise ValueError(
+                f"{type(self).__name__}: `update` must return one tensor per parameter, {len(gradients)}, got {len(results)}."
+            )
+        if complexes:
+            results = [tree.as_complex(result) if i in complexes else result for i, result in enumerate(results)]
         with torch._C.DisableTorchFunction():
             after = {name: self._same_kind(name, after[name], old) for name, old in memory.items()}
         return tree.with_leaves(grads, results), {
@@ -187,7 +197,8 @@ class Optimizer(Configurable):
         with torch._C.DisableTorchFunction():
             scalars = not any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
             slots = [slot for slot in memory.values() if isinstance(slot, list)]
-            return "update" not in vars(self) and scalars and prefers_joined([grads, *([] if params is None else [params]), *slots])
+            is_own = "update" in vars(self) or "direction" in vars(self)
+            return scalars and not is_own and prefers_joined([grads, *([] if params is None else [params]), *slots])
 
     def _hyper_at(self, state: State, grads: Leaves, loss: Tensor | None) -> tuple[Hyper, dict[str, Any]]:
         """Return the hyperparameters' values at this step, and the next states of the schedules among them."""
