@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from metaopt.transforms import is_tracked
 
 Params = dict[str, Tensor]
+_Path = tuple[tuple[str, ...], str]
 _Place = tuple[str, dict[str, Any], str, Any]  # name of a parameter or buffer, the dict that holds it, its key there, itself
 
 
@@ -52,7 +53,7 @@ def aliases(module: nn.Module) -> dict[str, list[str]]:
 def lent(module: nn.Module, tensors: Params, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return `function(*args, **kwargs)` while the module has other tensors, given by their first names, in place of its own."""
     everywhere = {alias: tensors[name] for name, same in aliases(module).items() if name in tensors for alias in same}
-    return _lend(_places(module, everywhere), everywhere, function, args, kwargs)
+    return _lend(_places(module, _paths(everywhere)), everywhere, function, args, kwargs)
 
 
 class Functional:
@@ -64,7 +65,8 @@ class Functional:
         self.model = model
         self._aliases = aliases(model)
         self._shared = {name for name, same in self._aliases.items() if len(same) > 1}
-        self._trainable = dict.fromkeys(name for name, parameter in model.named_parameters() if is_tracked(parameter))
+        self._paths = _paths(alias for same in self._aliases.values() for alias in same)
+        self._trainable = {name: self._paths[name] for name, parameter in model.named_parameters() if is_tracked(parameter)}
         self._norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)]
 
     @property
@@ -129,10 +131,10 @@ class Functional:
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
         given: dict[str, Any] = {**params, **buffers}
-        if self._shared:
-            for name in self._shared & given.keys():
+        for name in self._shared:
+            if name in given:
                 given |= dict.fromkeys(self._aliases[name], given[name])
-        places = _places(self.model, given)
+        places = _places(self.model, {name: self._paths[name] for name in given})
         with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
             for name, _, _, own in places:
                 if name in params and params[name].shape != own.shape:
@@ -196,13 +198,17 @@ _RECOMPUTED = (
 )
 
 
-def _places(module: nn.Module, names: Iterable[str]) -> list[_Place]:
-    """Return where the parameters and buffers with these names are."""
+def _paths(names: Iterable[str]) -> dict[str, _Path]:
+    """Return name -> the names of the modules that lead to it, and its own in the last of them."""
+    return {name: (tuple(modules), key) for name in names for *modules, key in [name.split(".")]}
+
+
+def _places(module: nn.Module, paths: Mapping[str, _Path]) -> list[_Place]:
+    """Return where the parameters and buffers with these paths are now."""
     found = []
-    for name in names:
+    for name, (modules, key) in paths.items():
         at = module
-        *path, key = name.split(".")
-        for part in path:
+        for part in modules:
             at = at._modules[part]  # type: ignore[assignment]
         members: dict[str, Any] = at._parameters if key in at._parameters else at._buffers
         if key not in members:

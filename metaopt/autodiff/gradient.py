@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_function_stack
+from torch.autograd.graph import _engine_run_backward
 
 from metaopt import tree
-from metaopt.transforms import is_tracked, values_are_readable
+from metaopt.transforms import constant, is_tracked, values_are_readable
 from metaopt.tree import Tree
 
 
-def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree) -> tuple[Tree, Tensor, Tree]:
+def gradient(
+    function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree, *, allow_unused: bool = False
+) -> tuple[Tree, Tensor, Tree]:
     """Return (grad f(w), f(w), aux) for (f(w), aux) = function(w); differentiable again in whatever f reads.
 
     `torch.func.grad` records its backward pass, at its own level and at every level around it. Plain autograd records it
@@ -24,6 +28,7 @@ def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree) -> tuple
     Args:
         function: from a tree to (a floating-point scalar, a tree of tensors).
         at: w, a tree of floating-point or complex tensors.
+        allow_unused: return None, not zeros, for a leaf that f does not depend on, where plain autograd stands in.
 
     Cost:
         One evaluation and one backward pass.
@@ -37,13 +42,25 @@ def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree) -> tuple
         # Aliases: the function may read the same tensors by another way, and that is not w.
         variables = [leaf.view_as(leaf) for leaf in leaves] if again else [leaf.detach().requires_grad_() for leaf in leaves]
         value, aux = function(tree.with_leaves(at, variables))
-        if not value.requires_grad:
-            grads = [torch.zeros_like(leaf) for leaf in leaves]
-        else:
-            grads = torch.autograd.grad(value, variables, create_graph=again, materialize_grads=True)
+        found = _slopes(value, variables, again) if value.requires_grad else [None] * len(leaves)
+    if not allow_unused:
+        zero_grad = again and value.requires_grad
+        found = [torch.zeros_like(leaf, requires_grad=zero_grad) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
     if not again:
-        value, aux = value.detach(), tree.map(torch.Tensor.detach, aux)
-    return tree.with_leaves(at, grads), value, aux
+        value, aux = value.detach(), tree.map(constant, aux)
+    return tree.with_leaves(at, found), value, aux
+
+
+def _slopes(value: Tensor, variables: list[Tensor], again: bool) -> Sequence[Tensor | None]:
+    """Return the derivatives of a scalar, None where it does not depend.
+
+    `torch.autograd.grad` without its looks at what it is given, which took a tenth of the gradient of a small network.
+    """
+    if type(value) is not Tensor or value.ndim or _len_torch_function_stack():
+        return torch.autograd.grad(value, variables, create_graph=again, allow_unused=True)
+    return _engine_run_backward(
+        (value,), (torch.ones_like(value),), again, again, tuple(variables), allow_unreachable=True, accumulate_grad=False
+    )
 
 
 def _needs_transform(leaves: list[Tensor], again: bool) -> bool:

@@ -62,7 +62,8 @@ def pull_back_implicit(
         w: the solution of F(w, inputs) = 0.
         inputs: a tree.
         cotangent: v, a tree like w.
-        wanted: a tree of bools like inputs: whether a leaf's cotangent is asked for. That leaf is a floating-point tensor.
+        wanted: a tree of bools like inputs, or with one for a whole part: whether the cotangent of these floating-point tensors is
+            asked for.
         start: where the solver begins, a tree like w.
 
     Returns:
@@ -83,7 +84,7 @@ def pull_back_implicit(
         _, pull, *_ = torch.func.vjp(lambda w: residual(w, fixed), at)
         solution = solver(lambda x: pull(x)[0], v, start=start)
     x = implicit(transposed, solver, solution.value, (w, inputs, cotangent))
-    _, bars = pull_back(residual, (w, inputs), tree.map(torch.neg, x), (tree.map(lambda _: False, w), wanted))
+    _, bars = pull_back(residual, (w, inputs), tree.map(torch.neg, x), (False, wanted))
     return bars, solution._replace(value=x)
 
 

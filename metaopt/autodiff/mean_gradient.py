@@ -107,17 +107,17 @@ class MeanGradient:
 
     def _pull_back_forward(self, arguments: Tree, cotangents: tuple[Tree, Tensor | None, Tree], wanted: Tree) -> Tree:
         """One derivative along c: with F = dL/dv at w, the result is d/de F(w + e c) + a F, for the wanted v."""
-        inputs, params, state, batch = arguments
+        inputs, params, state, batch = here = arguments
         along, of_loss, _ = cotangents
 
         def slopes_at(at: Tree) -> list[Tensor]:
-            here = (inputs, at, state, batch)
-            return torch.func.grad(lambda variables: self.loss(*put(variables, here, wanted))[0])(chosen(here, wanted))
+            there = (inputs, at, state, batch)
+            return torch.func.grad(lambda variables: self.loss(*put(variables, there, wanted))[0])(chosen(there, wanted))
 
         slopes, bars = slope_along(slopes_at, params, along, asked='`hvp="forward"`', instead='`hvp="reverse"`')
         if of_loss is not None:
             bars = [bar + of_loss * slope for bar, slope in zip(bars, slopes, strict=True)]
-        return spread(bars, wanted)
+        return spread(bars, here, wanted)
 
 
 def _merge(one: Tensor | None, other: Tensor | None, is_example: bool) -> Tensor | None:

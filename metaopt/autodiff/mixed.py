@@ -25,7 +25,7 @@ def mixed_product(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree) -> Tr
         w: where.
         given: a tree.
         x: a tree like w.
-        wanted: a tree of bools like `given`. What is not wanted is None in the result.
+        wanted: a tree of bools like `given`, or with one for a whole part. What is not wanted is None in the result.
 
     Cost:
         One gradient and its derivative.
@@ -34,7 +34,7 @@ def mixed_product(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree) -> Tr
     def slope(w: Tree, given: Tree) -> Tree:
         return torch.func.grad(loss)(w, given)
 
-    _, bars = pull_back(slope, (w, given), x, (tree.map(lambda _: False, w), wanted))
+    _, bars = pull_back(slope, (w, given), x, (False, wanted))
     return bars
 
 
@@ -49,7 +49,7 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
         w: where.
         given: a tree.
         x: a tree like w.
-        wanted: a tree of bools like `given`. What is not wanted is None in the result.
+        wanted: a tree of bools like `given`, or with one for a whole part. What is not wanted is None in the result.
         radius: Euclidean length of the displacement, of all parameters together.
         sign: 1 or -1.
 
@@ -61,11 +61,13 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
     """
     _check_precision(w)
     length = tree.norm(x)
-    scale = radius / torch.where(length > 0, length, 1)
+    length = length.clamp(min=torch.finfo(length.dtype).tiny ** 0.5)  # divided by, and the same when x = 0
+    scale = radius / length
     variables = chosen(given, wanted)
 
     def slope(e: Tensor) -> list[Tensor]:
-        there = tree.map(lambda w, x: torch.addcmul(w, x, e.to(w.dtype)), w, x)  # one displaced copy at a time
+        e_in = _in_each_dtype(e, tree.leaves(w))
+        there = tree.map(lambda w, x: torch.addcmul(w, x, e_in[w.dtype]), w, x)  # one displaced copy at a time
 
         def value(variables: list[Tensor]) -> tuple[Tensor, Tree]:
             return loss(there, put(variables, given, wanted)), ()
@@ -74,9 +76,9 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
         return slopes
 
     ahead, behind = same_noise(slope, [scale, -scale])
-    slant = length / (sign * 2 * radius)
-    bars = [((a - b) * slant).to(a.dtype) for a, b in zip(ahead, behind, strict=True)]
-    return spread(bars, wanted)
+    slants = _in_each_dtype(length / (sign * 2 * radius), variables)
+    bars = [(a - b) * slants[a.dtype] for a, b in zip(ahead, behind, strict=True)]
+    return spread(bars, given, wanted)
 
 
 def same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tree]:
@@ -84,13 +86,18 @@ def same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tre
     if torch.compiler.is_compiling():  # a compiler cannot wind a generator back
         values = torch.func.vmap(function, randomness="same")(tree.stack(points))
         return [tree.index(values, i) for i in range(len(points))]
-    ambient, values = Ambient.now(tree.leaves(points)), []
+    ambient, values = Ambient.of_generators({leaf.device for leaf in tree.leaves(points)}), []
     for point in points:
         try:
             values.append(function(point))
         finally:
             ambient.reinstate()
     return values
+
+
+def _in_each_dtype(scalar: Tensor, leaves: list[Tensor]) -> dict[torch.dtype, Tensor]:
+    """Return dtype -> the scalar, of which a 0-dim leaf would otherwise take the dtype."""
+    return {dtype: scalar.to(dtype) for dtype in {leaf.dtype for leaf in leaves}}
 
 
 def _check_precision(w: Tree) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
         function: from trees to a tree; some of its tensors may be integers.
         arguments: a tuple of trees.
         cotangents: in the structure of the result; None stands for zero.
-        wanted: in the structure of the arguments: whether a leaf's cotangent is asked for. That leaf is a floating-point tensor.
+        wanted: in the structure of the arguments: whether a leaf's cotangent is asked for, or that of all leaves in a part of the
+            tree, of which a bool may take the place. These leaves are floating-point tensors.
 
     Returns:
-        A tuple of trees like the arguments, with None for what is not wanted. Where no cotangent is given, all are None.
+        A tuple of trees like the arguments, with None for every part that is not wanted. Where no cotangent is given, all are None.
 
     Cost:
         One evaluation and one backward pass.
@@ -33,7 +35,7 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
     seeds = tree.leaves(cotangents)
     variables = chosen(arguments, wanted)
     if not variables or all(seed is None for seed in seeds):
-        return tree.map(lambda _: None, wanted)
+        return spread(repeat(None), arguments, wanted)
 
     def run(variables: list[Tensor]) -> list[Tensor]:
         results = tree.leaves(function(*put(variables, arguments, wanted)))
@@ -49,38 +51,56 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
             reached = [(result, seed) for result, seed in zip(run(fresh), given, strict=True) if result.requires_grad]
             results, cotangents = zip(*reached, strict=True) if reached else ((), ())
         bars = torch.autograd.grad(results, fresh, cotangents, materialize_grads=True) if reached else map(torch.zeros_like, fresh)
-    return spread(bars, wanted)
+    return spread(bars, arguments, wanted)
 
 
 def chosen(values: Tree, wanted: Tree) -> list[Any]:
-    """Return the leaves that are wanted."""
-    return [leaf for leaf, is_wanted in zip(tree.leaves(values), tree.leaves(wanted), strict=True) if is_wanted]
+    """Return the leaves that are wanted; one bool may stand for a whole part of the tree."""
+    found: list[Any] = []
+    _choose(values, wanted, found)
+    return found
 
 
-def put(leaves: Sequence[Any], values: Tree, wanted: Tree) -> Tree:
+def put(leaves: Iterable[Any], values: Tree, wanted: Tree) -> Tree:
     """Return `values` with these in the place of the leaves that are wanted."""
     return _filled(iter(leaves), values, wanted)
 
 
-def spread(leaves: Iterable[Any], wanted: Tree) -> Tree:
-    """Return a tree like `wanted` with these leaves where it says so, and None elsewhere."""
-    fresh = iter(leaves)
-    return tree.map(lambda is_wanted: next(fresh) if is_wanted else None, wanted)
+def spread(leaves: Iterable[Any], values: Tree, wanted: Tree) -> Tree:
+    """Return `values` with these in the place of the leaves that are wanted, and None for every part that is not."""
+    return _filled(iter(leaves), values, wanted, True)
 
 
-def _filled(fresh: Iterator[Any], value: Tree, wanted: Tree) -> Tree:
-    # No closure: one that calls itself is a circle, which keeps the leaves alive until the collector comes.
+# No closures: one that calls itself is a circle, which keeps the leaves alive until the collector comes.
+def _choose(values: Tree, wanted: Tree, found: list[Any]) -> None:
     kind = type(wanted)
     if kind is bool:
-        return next(fresh) if wanted else value
+        if wanted:
+            found += tree.leaves(values)
+    elif kind is dict:
+        for key, part in wanted.items():
+            if part is not False:
+                _choose(values[key], part, found)
+    elif kind is tuple or kind is list:
+        for value, part in zip(values, wanted, strict=True):
+            if part is not False:
+                _choose(value, part, found)
+    else:
+        pairs = zip(tree.leaves(values), tree.leaves(wanted), strict=True)
+        found += [leaf for leaf, is_wanted in pairs if is_wanted]
+
+
+def _filled(fresh: Iterator[Any], values: Tree, wanted: Tree, bare: bool = False) -> Tree:
+    kind = type(wanted)
+    if kind is bool:
+        if wanted:
+            return next(fresh) if isinstance(values, Tensor) else tree.map(lambda _: next(fresh), values)
+        return None if bare else values
     if kind is dict:
-        return {
-            key: (next(fresh) if part else value[key]) if type(part) is bool else _filled(fresh, value[key], part)
-            for key, part in wanted.items()
-        }
+        return {key: _filled(fresh, values[key], part, bare) for key, part in wanted.items()}
     if kind is tuple or kind is list:
-        return kind(_filled(fresh, *pair) for pair in zip(value, wanted, strict=True))
-    return tree.map(lambda leaf, is_wanted: next(fresh) if is_wanted else leaf, value, wanted)
+        return kind([_filled(fresh, *pair, bare) for pair in zip(values, wanted, strict=True)])
+    return tree.map(lambda leaf, is_wanted: next(fresh) if is_wanted else None if bare else leaf, values, wanted)
 
 
 def plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:

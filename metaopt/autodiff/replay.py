@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,12 +36,17 @@ class Ambient:
         between large ones that come and go keep the allocator from using memory again.
         """
         devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
-        random = torch.get_rng_state()
-        return cls(
-            before.random if before is not None and torch.equal(random, before.random) else random,
-            {device.index: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"},
-            {kind: _autocast(kind) for kind in {device.type for device in devices} if torch.amp.is_autocast_available(kind)},
-        )
+        now = cls.of_generators(devices)
+        if before is not None and torch.equal(now.random, before.random):
+            now = replace(now, random=before.random)
+        kinds = {device.type for device in devices}
+        return replace(now, autocast={kind: _autocast(kind) for kind in kinds if torch.amp.is_autocast_available(kind)})
+
+    @classmethod
+    def of_generators(cls, devices: Collection[torch.device]) -> Ambient:
+        """Return the present state of the generators alone."""
+        cuda = {device.index: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+        return cls(torch.get_rng_state(), cuda, {})
 
     @classmethod
     def after(cls, generator: torch.Generator, leaves: Iterable[Any]) -> Ambient:

@@ -17,7 +17,7 @@ from metaopt.compiled import compiled
 from metaopt.kernels import any_order
 from metaopt.scan import Memory, Pullback, plain_loops_inside, scan
 from metaopt.scan.stream import Stream, last_row
-from metaopt.transforms import is_last, is_tracked, tracking_levels
+from metaopt.transforms import constant, is_last, is_tracked, tracking_levels
 from metaopt.tree import Tree
 
 # (inputs, params, state, batch) -> (loss, aux)
@@ -87,10 +87,12 @@ class PointRule:
             loop: its `inputs` are differentiated; its initial parameters, state and batches are not looked at.
             end: where it ended.
             cotangent: v, a tree like `end.params`.
-            wanted: (tree of bools like `loop.inputs` without "optimizer", tree of bools like `end.batch`).
+            wanted: (tree of bools like `loop.inputs` without "optimizer", tree of bools like `end.batch`); a bool may stand for a
+                whole part.
 
         Returns:
-            A tree like `wanted` with cotangents, None where not wanted; and name -> statistic.
+            A tree like (`loop.inputs` without "optimizer", `end.batch`) with cotangents, None for what is not wanted; and name ->
+            statistic.
         """
         raise TypeError(f"{type(self).__name__} must define `pull_back(loop, end, cotangent, wanted)`.")
 
@@ -227,10 +229,3 @@ def _any_tracked(values: Tree) -> bool:
 
 def _nothing(values: Tree) -> Tree:
     return tree.map(lambda _: None, values)
-
-
-def constant(leaf: Any) -> Any:
-    """Return a tensor that nobody differentiates, or what is no tensor. To see that it is one already is faster than `detach`."""
-    if not isinstance(leaf, Tensor) or not (torch.compiler.is_compiling() or is_tracked(leaf)):
-        return leaf
-    return leaf.detach()

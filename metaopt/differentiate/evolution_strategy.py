@@ -76,7 +76,7 @@ class EvolutionStrategy:
             slopes = (ahead - behind) / (2 * self.std)
             finite = slopes.isfinite()
             estimate = (torch.where(finite, slopes, 0) @ noise) / finite.sum()
-            return spread(tree.unravel(estimate, variables), wanted)
+            return spread(tree.unravel(estimate, variables), given, wanted)
 
         ambient = Ambient.now(tree.leaves(given))
         return with_derivative(pull_back, run(starting_from(loop, given)), given, ambient)

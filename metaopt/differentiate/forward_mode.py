@@ -44,7 +44,6 @@ class ForwardMode:
 
         def pull_back(_: Tree, given: Tree, cotangent: Tree, wanted: Tree) -> Tree:
             variables = chosen(given, wanted)
-
             row = tree.ravel(variables)
 
             def value(variables: list[Tensor]) -> Tensor:
@@ -57,7 +56,7 @@ class ForwardMode:
                 return slope
 
             slopes = torch.func.vmap(along, randomness="same")(torch.eye(len(row), dtype=row.dtype, device=row.device))
-            return spread(tree.unravel(slopes, variables), wanted)
+            return spread(tree.unravel(slopes, variables), given, wanted)
 
         ambient = Ambient.now(tree.leaves(given))
         return with_derivative(pull_back, run(starting_from(loop, given)), given, ambient)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from metaopt import tree
 from metaopt.autodiff.implicit import pull_back_implicit
 from metaopt.autodiff.mean_gradient import MeanGradient
 from metaopt.differentiate.base import End, InnerLoop, PointRule, without_optimizer
@@ -65,6 +64,6 @@ class Implicit(PointRule):
             return grads
 
         given = (without_optimizer(loop.inputs), end.batch, fixed)
-        in_given = (*wanted, tree.map(lambda _: False, fixed))
+        in_given = (*wanted, False)
         bars, solution = pull_back_implicit(residual, self.solver, end.params, given, cotangent, in_given)
         return bars[:2], {"residual": solution.residual, "steps": solution.steps}

@@ -77,4 +77,4 @@ class Penalty(PointRule):
         left = tree.norm(tree.map(torch.add, at_z, tilt)) * self.weight
         size = tree.norm(cotangent)
         bars = [self.weight * (after - before) for after, before in zip(of_z, of_w, strict=True)]
-        return spread(bars, wanted), {"residual": left / torch.where(size > 0, size, 1)}
+        return spread(bars, read, wanted), {"residual": left / torch.where(size > 0, size, 1)}

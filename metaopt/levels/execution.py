@@ -10,7 +10,6 @@ Scene: {level: {"params", "buffers"}}, what losses read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 
@@ -18,12 +17,13 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.gradient import gradient
 from metaopt.differentiate import End, InnerLoop, PointRule
 from metaopt.differentiate.base import run
 from metaopt.functional import Params
 from metaopt.levels.order import Event, Owner
-from metaopt.levels.program import Program, all_shown, detached, rest, shown
-from metaopt.levels.response import Respond, Response, Rules, Slope, attached, noted, through
+from metaopt.levels.program import Program, all_shown, rest, shown
+from metaopt.levels.response import Respond, Response, Rules, attached, noted, through
 from metaopt.levels.update import begun, optimizer_tensors, update
 from metaopt.levels.view import Evaluation, evaluate
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
@@ -243,14 +243,15 @@ class Execution:
 
                 def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
                     moved = {level: {**there[level], "params": params} for level, params in variables.items()}
-                    return self._own(name, {**there, **moved}, below, rows)
+                    return self._own(name, {**there, **moved}, {}, rows)
             else:
+                below = None
 
                 def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
-                    loss, aux = self.total(name, variables[name], scene, rest(state), rows, window, at_point=at_point)
-                    return loss, detached(aux)
+                    return self.total(name, variables[name], scene, rest(state), rows, window, at_point=at_point)
 
-            slopes, loss, aux = _slopes(value, variables)
+            slopes, loss, aux = gradient(value, variables, allow_unused=True)
+            aux = aux if below is None else {**aux, "below": below}
             grads = through(responses, slopes, name)
             responses.clear()  # a circle: each holds the execution that holds this list
         found: Params = {}
@@ -268,23 +269,6 @@ class Execution:
 
 def _is_point(rules: Rules) -> bool:
     return bool(rules) and isinstance(rules[0][0], PointRule)
-
-
-def _slopes(
-    value: Callable[[dict[str, Params]], tuple[Tensor, Tree]], at: dict[str, Params]
-) -> tuple[dict[str, Slope], Tensor, Tree]:
-    """Return (level -> derivative in its parameters, f, aux) of (f, aux) = value(at), constants; None where f does not depend."""
-    if torch.compiler.is_compiling():  # dependence has been seen when the graph was built
-        slopes, (loss, aux) = torch.func.grad_and_value(value, has_aux=True)(at)
-        return slopes, loss, aux
-    leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), at)
-    with torch.enable_grad():
-        loss, aux = value(leaves)
-    variables = tree.leaves(leaves)
-    found: Iterable[Tensor | None] = [None] * len(variables)
-    if loss.requires_grad:
-        found = torch.autograd.grad(loss, variables, allow_unused=True)
-    return tree.with_leaves(leaves, found), loss.detach(), aux
 
 
 def _missing(level: str, param: str) -> ValueError:

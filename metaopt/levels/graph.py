@@ -64,13 +64,17 @@ class LevelGraph:
         readings = {name: self._read(name, levels, edges) for name in levels}
         order = arrange(edges, {name: reading.levels for name, reading in readings.items()})
         lower = {edge.lower.name for edge in edges}
-        initial = {name: initial_state(level, readings[name], is_top=name not in lower) for name, level in levels.items()}
+        initial = {
+            name: initial_state(level, readings[name], is_top=name not in lower, steps=order.total[name])
+            for name, level in levels.items()
+        }
         loops = _loops(edges, lambda name: self._read(name, levels, edges))
         self.program = Program(levels, tuple(edges), order, readings, find_links(levels), initial, loops, compile)
         check_program(self.program)
         self._execution = Execution(self.program)
         self._turn = compiled(self._execution.turn) if compile and self.program.is_one_function else self._execution.turn
         self._states = {name: self._begin(name) for name in order.members[None]}
+        self._steps = 0
 
     def step(self) -> dict[str, float | Tensor]:
         """Make one step of the top levels, and what the levels below make for it; return losses and metrics by "level/name".
@@ -88,10 +92,11 @@ class LevelGraph:
         rows, counts = self._rows(None)
         with torch.no_grad():
             _, states = self._turn(None, {}, self._states, rows)
-        metrics = _checked(states)
+        metrics = _checked(states, self._steps)
         for name, count in counts.items():
             self._streams[name].take(count)
         self._states = states
+        self._steps += 1
         self._load()
         return metrics
 
@@ -136,11 +141,12 @@ class LevelGraph:
             "levels": self._states,
             "initial": dict(self.program.initial),
             "data": {name: one.position for name, one in self._streams.items()},
+            "steps": self._steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a state, also in the levels' models. Data is wound to where it was, generators go on from where they are."""
-        self._states = state["levels"]
+        self._states, self._steps = state["levels"], state["steps"]
         self.program.initial.update(state["initial"])
         for name, position in state["data"].items():
             self._streams[name].seek(position)
@@ -244,20 +250,25 @@ def _loops(edges: Sequence[Edge], read: Callable[[str], Reading]) -> frozenset[s
     )
 
 
-def _checked(states: Tree) -> dict[str, float | Tensor]:
+def _checked(states: Tree, step: int) -> dict[str, float | Tensor]:
     """Return the losses and metrics in these states.
+
+    Args:
+        states: after a step of the graph.
+        step: which one; levels that make several count for themselves.
 
     Raises:
         NonFiniteError: a loss is not finite.
     """
     metrics: dict[str, float | Tensor] = {}
     for name, state in states.items():
-        metrics |= _checked(state["below"])
-        steps, finite, loss = (state["progress"][key] for key in ("steps", "finite", "loss"))
-        if finite.tolist() != steps.tolist():
-            counts, values = finite.reshape(-1).tolist(), loss.reshape(-1).tolist()
-            first = (finite < steps).reshape(-1).tolist().index(True)
-            raise NonFiniteError(f"level {name!r}", counts[first], values[first])
+        metrics |= _checked(state["below"], step)
+        progress, loss = state["progress"], state["progress"]["loss"]
+        values = loss.reshape(-1).tolist() if loss.ndim else [loss.item()]
+        if not all(map(math.isfinite, values)):
+            first = [*map(math.isfinite, values)].index(False)
+            at = progress["steps"].reshape(-1).tolist()[first] - 1 if "steps" in progress else step
+            raise NonFiniteError(f"level {name!r}", at, values[first])
         found = {"loss": loss, **state["metrics"]}
         metrics |= {f"{name}/{key}": metric.mean() if metric.ndim else metric for key, metric in found.items()}
     return metrics

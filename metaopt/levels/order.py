@@ -39,6 +39,7 @@ class Order:
         events: owner -> what happens in one turn, in order.
         shared: level -> the levels below it that its loss waits for and that it does not own, and those that these wait for.
         inside: level -> the levels that run inside its steps.
+        total: level -> its steps in one step of the graph.
     """
 
     levels: tuple[str, ...]
@@ -49,6 +50,7 @@ class Order:
     events: Mapping[Owner, tuple[Event, ...]]
     shared: Mapping[str, frozenset[str]]
     inside: Mapping[str, frozenset[str]]
+    total: Mapping[str, int]
 
 
 def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order:
@@ -97,7 +99,11 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
         own = members.get(name, ())
         return frozenset(own).union(*map(inside, own))
 
-    return Order(levels, below, owner, members, steps, events, shared, {name: inside(name) for name in levels})
+    def total(name: Owner) -> int:
+        return 1 if name is None else steps[name] * total(owner[name])
+
+    insides, totals = {name: inside(name) for name in levels}, {name: total(name) for name in levels}
+    return Order(levels, below, owner, members, steps, events, shared, insides, totals)
 
 
 def _sorted(edges: Sequence[Edge]) -> tuple[str, ...]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 from metaopt import tree
 from metaopt.differentiate import Backprop, FirstOrder, Penalty, PointRule, Rule
-from metaopt.differentiate.base import constant
 from metaopt.functional import Functional
 from metaopt.levels.edge import Edge
 from metaopt.levels.level import Level
 from metaopt.levels.order import Order, Owner
 from metaopt.levels.reading import Reading
+from metaopt.transforms import constant
 from metaopt.tree import Tree
 
 

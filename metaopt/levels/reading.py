@@ -24,6 +24,7 @@ class Reading:
     Attributes:
         levels: names of the levels that it read, its own not among them.
         params: (level, parameter) pairs that its value depends on.
+        dtype: that of the loss.
         metrics: names and dtypes of the scalars that it returns beside the loss.
         is_random: whether it drew from the global random generators.
         is_delicate: whether it called a function whose higher derivatives need care, see `any_order`.
@@ -31,6 +32,7 @@ class Reading:
 
     levels: frozenset[str]
     params: frozenset[tuple[str, str]]
+    dtype: torch.dtype
     metrics: Mapping[str, torch.dtype]
     is_random: bool
     is_delicate: bool
@@ -76,7 +78,7 @@ def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
         grads = torch.autograd.grad(found.loss, list(leaves.values()), allow_unused=True) if found.loss.requires_grad else ()
     metrics = {name: metric.dtype for name, metric in found.metrics.items()}
     used = frozenset(key for key, grad in zip(leaves, grads, strict=bool(grads)) if grad is not None)
-    return Reading(frozenset(names - {level.name}), used, metrics, is_random, mode.found)
+    return Reading(frozenset(names - {level.name}), used, found.loss.dtype, metrics, is_random, mode.found)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -89,13 +89,11 @@ def _pulled(rule: PointRule, levels: frozenset[str], response: Response, v: Para
     if not levels:
         return {}
     _, _, loop, end, ambient = response
-    scene, tensors = loop.inputs["meta"]
-    in_scene = {name: {part: dict.fromkeys(shown[part], False) for part in shown} for name, shown in scene.items()}
-    for name in levels:
-        in_scene[name]["params"] = dict.fromkeys(scene[name]["params"], True)
-    wanted = {"loss": {}, "meta": (in_scene, tree.map(lambda _: False, tensors)), "batch": False}
+    scene, _ = loop.inputs["meta"]
+    in_scene = {name: {"params": name in levels, "buffers": False} for name in scene}
+    wanted = {"loss": False, "meta": (in_scene, False), "batch": False}
     with nullcontext() if ambient is None else ambient.restored():
-        bars, _ = pulled_back(rule, loop, end, v, (wanted, tree.map(lambda _: False, end.batch)))
+        bars, _ = pulled_back(rule, loop, end, v, (wanted, False))
     return {name: bars["meta"][0][name]["params"] for name in levels}
 
 

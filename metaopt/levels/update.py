@@ -13,8 +13,15 @@ from metaopt.levels.reading import Reading
 from metaopt.tree import Tree
 
 
-def initial_state(level: Level, reading: Reading, *, is_top: bool) -> Tree:
-    """Return the state of a level by itself before its first step, in the structure that it has after one."""
+def initial_state(level: Level, reading: Reading, *, is_top: bool, steps: int) -> Tree:
+    """Return the state of a level by itself before its first step, in the structure that it has after one.
+
+    Args:
+        level: whose.
+        reading: what its loss depends on.
+        is_top: whether no level is above.
+        steps: that it makes in one step of the graph. One alone, which nobody waits for, need not be counted.
+    """
     params = {key: param.detach().clone() for key, param in level.net.params.items()}
     like = next(iter(params.values()))
     zero = torch.zeros((), device=like.device, dtype=torch.int64)
@@ -24,7 +31,10 @@ def initial_state(level: Level, reading: Reading, *, is_top: bool) -> Tree:
         "optimizer": tree.map(lambda leaf: leaf.detach().clone(), level.optimizer.init(params)),
         "buffers": {key: buffer.clone() for key, buffer in level.net.buffers.items()},
         "metrics": {name: torch.zeros((), device=like.device, dtype=dtype) for name, dtype in metrics.items()},
-        "progress": {"steps": zero, "finite": zero.clone(), "loss": torch.zeros((), device=like.device, dtype=like.dtype)},
+        "progress": {
+            "loss": torch.zeros((), device=like.device, dtype=reading.dtype),
+            **({"steps": zero} if steps > 1 or level.warmup else {}),
+        },
         "below": {},
     }
 
@@ -80,9 +90,9 @@ def update(
 
 
 def _counted(progress: Tree, loss: Tensor) -> Tree:
-    """Count the steps, and those before the first loss that is not finite; keep that loss."""
-    steps, finite, loss = progress["steps"], progress["finite"], loss.detach()
-    wide = loss if loss.dtype in (torch.float32, torch.float64) else loss.float()  # half precision cannot count
-    is_good = tree.scaled_sum(steps, 0.0, wide) == finite  # 0 times what is not finite is nan
-    kept = torch.where(steps == finite, loss.to(progress["loss"].dtype), progress["loss"])
-    return {"steps": steps + 1, "finite": finite + is_good, "loss": kept}
+    """Keep the loss; of several steps, count them, and keep their last loss up to the first one that is not finite."""
+    if "steps" not in progress:
+        return {"loss": loss.detach()}
+    kept = progress["loss"]
+    goes_on = kept * 0 == 0  # 0 times what is not finite is nan
+    return {"loss": torch.where(goes_on, loss.detach().to(kept.dtype), kept), "steps": progress["steps"] + goes_on}
