@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ flatten = pytree.tree_flatten
 
 _HALF = {torch.float16, torch.bfloat16}  # whose norms would be rounded one by one
 _LEAVES = {Tensor, Parameter, bool, int, float, str, type(None)}
+_all_leaves = _LEAVES.issuperset  # of the types of some values; a loop in Python took three times as long
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> Tree:
@@ -39,7 +41,9 @@ def _map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
         return fn(tree, *rest)
     if kind is dict:  # the leaves in it by themselves: to call this function for each is half of the time
         if not rest:
-            return {key: fn(value) if type(value) in _LEAVES else _map(fn, value) for key, value in tree.items()}
+            if _all_leaves(builtins.map(type, tree.values())):
+                return {key: fn(value) for key, value in tree.items()}
+            return {key: _map(fn, value) for key, value in tree.items()}
         if all(type(other) is dict and other.keys() == tree.keys() for other in rest):
             if len(rest) == 1:
                 (other,) = rest
@@ -70,10 +74,10 @@ def _collect(tree: Tree, found: list[Any]) -> None:
     if kind in _LEAVES:
         found.append(tree)
     elif kind is dict:
-        for value in tree.values():
-            if type(value) in _LEAVES:
-                found.append(value)
-            else:
+        if _all_leaves(builtins.map(type, tree.values())):
+            found += tree.values()
+        else:
+            for value in tree.values():
                 _collect(value, found)
     elif _is_row(kind):
         for value in tree:
@@ -96,8 +100,10 @@ def with_leaves(tree: Tree, leaves: Iterable[Any]) -> Tree:
     """Return the tree with other leaves, in their order; in a third of the time that torch's flattening and unflattening take."""
     if torch.compiler.is_compiling():
         return pytree.tree_unflatten(list(leaves), pytree.tree_structure(tree))
-    if type(tree) is dict and all(type(leaf) in _LEAVES for leaf in tree.values()):
+    if type(tree) is dict and _all_leaves(builtins.map(type, tree.values())):
         return dict(zip(tree, leaves, strict=True))
+    if type(tree) is list and _all_leaves(builtins.map(type, tree)):
+        return list(leaves)
     each = iter(leaves)
     return _map(lambda _: next(each), tree)
 
@@ -108,8 +114,13 @@ def leaves_like(like: Tree, tree: Tree, what: str) -> list[Any]:
     Raises:
         ValueError: `tree` has another structure; `what` names it in the message.
     """
-    if not torch.compiler.is_compiling() and is_alike(like, tree):
-        return leaves(tree)
+    if not torch.compiler.is_compiling():
+        if type(like) is type(tree) is dict and [*like] == [*tree]:
+            found, kinds = [*tree.values()], {*builtins.map(type, tree.values()), *builtins.map(type, like.values())}
+            if _all_leaves(kinds):
+                return found
+        if is_alike(like, tree):
+            return leaves(tree)
     return flatten_like(pytree.tree_structure(like), tree, what)
 
 

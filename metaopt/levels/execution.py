@@ -22,8 +22,8 @@ from metaopt.differentiate import End, InnerLoop, PointRule
 from metaopt.differentiate.base import run
 from metaopt.functional import Params
 from metaopt.levels.order import Event, Owner
-from metaopt.levels.program import Program, all_shown, rest, shown
-from metaopt.levels.response import Respond, Response, Rules, attached, noted, through
+from metaopt.levels.program import Program, Rules, all_shown, rest, shown
+from metaopt.levels.response import Respond, Response, attached, noted, through
 from metaopt.levels.update import begun, optimizer_tensors, update
 from metaopt.levels.view import Evaluation, evaluate
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
@@ -56,22 +56,21 @@ class Execution:
             rows: batches of all that runs.
             at_point: levels whose rule looks at one point only stay where they are.
         """
-        order = self.program.order
-        scene, states, taken = dict(scene), dict(states), dict.fromkeys(states, 0)
+        program, order = self.program, self.program.order
+        scene, states = dict(scene), dict(states)
         scene |= all_shown(states) if owner is None else {name: shown(state) for name, state in states.items()}
         windows = opened([name for name in order.levels if name in states], order.shared, states)
-        for event in order.events.get(owner, ()):
-            name, first = event.level, taken[event.level]
-            taken[name] += event.steps
-            part = {other: rows[other] for other in order.inside[name] | {name} if other in rows}
-            if event.steps < order.steps[name]:
-                part = tree.index(part, slice(first, taken[name]))
-            begins = first % next((edge.steps for edge in self.program.above(name)), 1) == 0
-            rules, before = self.program.rules(owner, name), scene
-            states[name] = self.advance(event, rules, scene, states[name], part, windows.get(name, NO_WINDOW), begins, at_point)
-            scene = scene | self._exposed(name, rules, scene, states[name], part)
+        for move in program.moves.get(owner, ()):
+            name = move.event.level
+            part = {other: rows[other] for other in move.rows}
+            if move.part is not None:
+                part = tree.index(part, move.part)
+            before = scene
+            window = windows.get(name, NO_WINDOW)
+            states[name] = self.advance(move.event, move.rules, scene, states[name], part, window, move.begins, at_point)
+            scene = scene | self._exposed(name, move.rules, scene, states[name], part)
             if windows:
-                windows = advanced(Happened(event, before, part, states[name], begins), windows, order.shared, states)
+                windows = advanced(Happened(move.event, before, part, states[name], move.begins), windows, order.shared, states)
         return scene, states
 
     def advance(
@@ -124,7 +123,7 @@ class Execution:
         scene = {**scene, name: {"params": params, "buffers": others["buffers"]}}
         if window.happened:
             scene = self._replayed(name, scene, window)
-        copies = self._copies_below(name)
+        copies = self.program.copies_below[name]
         if copies is None:
             return self._one(name, at_point, scene, others["below"], rows)
         one = partial(self._one, name, at_point)
@@ -175,7 +174,7 @@ class Execution:
 
     def _evaluated(self, name: str, scene: Tree, batch: Tree) -> Evaluation:
         """Return what the level's loss says of one batch."""
-        keeps, exact = self._copies_below(name) is None, self.program.readings[name].is_delicate
+        keeps, exact = self.program.copies_below[name] is None, self.program.readings[name].is_delicate
         return evaluate(self.program.levels[name], self.program.nets, scene, batch, keeps_statistics=keeps, exact=exact)[0]
 
     def _replayed(self, name: str, scene: Tree, window: Window) -> Tree:
@@ -260,11 +259,6 @@ class Execution:
                 raise _missing(name, key)
             found[key] = torch.zeros_like(state["params"][key]) if grad is None else grad
         return found, loss, aux
-
-    def _copies_below(self, name: str) -> int | None:
-        """Return how many copies the levels have that run inside the steps of `name`, if it is itself outside of them."""
-        levels, members = self.program.levels, self.program.order.members.get(name, ())
-        return None if levels[name].copies or not members else levels[members[0]].copies
 
 
 def _is_point(rules: Rules) -> bool:

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from metaopt import tree
 from metaopt.differentiate import Backprop, FirstOrder, Penalty, PointRule, Rule
 from metaopt.functional import Functional
 from metaopt.levels.edge import Edge
 from metaopt.levels.level import Level
-from metaopt.levels.order import Order, Owner
+from metaopt.levels.order import Event, Order, Owner
 from metaopt.levels.reading import Reading
 from metaopt.transforms import constant
 from metaopt.tree import Tree
+
+Rules = list[tuple[Rule, frozenset[str]]]  # and the upper levels that each is for
+
+
+class Move(NamedTuple):
+    """One event of a turn, with what is known of it before it happens.
+
+    Attributes:
+        event: the steps of a level.
+        rows: the levels with data that run in these steps.
+        part: which of the level's steps in this turn these are; None if they are all.
+        begins: whether the level begins anew here, where its edge says so.
+        rules: how the owner of the turn differentiates them.
+    """
+
+    event: Event
+    rows: tuple[str, ...]
+    part: slice | None
+    begins: bool
+    rules: Rules
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,12 @@ class Program:
         reads_outside: level -> the levels that a step of it reads, apart from those that move during it.
         read_from_outside: the levels inside whose steps others run that are read by a level outside.
         random: the levels whose steps draw from the global random generators.
+        moves: owner -> what happens in one turn, in order.
+        starts: level -> the edge that says where it begins, if it does not go on from where it stood.
+        copies_below: level -> how many copies the levels have that run inside its steps, if it is itself outside of them.
+        direct: the levels for which `responds_at_points`.
+        looped: the levels whose loop is compiled by itself, if any is.
+        adjustable: the levels whose optimizer has tensors.
     """
 
     levels: Mapping[str, Level]
@@ -47,6 +74,13 @@ class Program:
     reads_outside: dict[str, frozenset[str]] = field(init=False)
     read_from_outside: frozenset[str] = field(init=False)
     random: frozenset[str] = field(init=False)
+    moves: dict[Owner, tuple[Move, ...]] = field(init=False)
+    starts: dict[str, Edge | None] = field(init=False)
+    copies_below: dict[str, int | None] = field(init=False)
+    direct: frozenset[str] = field(init=False)
+    looped: frozenset[str] = field(init=False)
+    adjustable: frozenset[str] = field(init=False)
+    _rules: dict[tuple[Owner, str], Rules] = field(init=False)
     _above: dict[str, list[Edge]] = field(init=False)
     _lowers: dict[str, list[Edge]] = field(init=False)
 
@@ -56,11 +90,28 @@ class Program:
             "_above": {name: [edge for edge in self.edges if edge.lower.name == name] for name in self.levels},
             "_lowers": {name: [edge for edge in self.edges if edge.upper.name == name] for name in self.levels},
         }
-        for key, value in known.items():  # at once: a compiler cannot look inside what is computed when it is asked for
+        self._set(**known)
+        pairs = [(owner, event.level) for owner, events in self.order.events.items() for event in events]
+        pairs += [(name, lower) for name, shared in self.order.shared.items() for lower in shared]
+        self._set(_rules={pair: self._rules_between(*pair) for pair in pairs})
+        self._set(
+            reads_outside={name: self._reads_outside(name) for name in self.levels},
+            read_from_outside=frozenset(filter(self._is_read_from_outside, self.levels)),
+            random=frozenset(filter(self._is_random, self.levels)),
+            moves={owner: tuple(self._moves(owner)) for owner in self.order.events},
+            starts={name: next((edge for edge in self.above(name) if edge.start != "continue"), None) for name in self.levels},
+            copies_below={name: self._copies_below(name) for name in self.levels},
+            direct=frozenset(filter(self._responds_at_points, self.levels)),
+            looped=frozenset(filter(self._is_looped, self.levels)),
+            adjustable=frozenset(
+                name for name, level in self.levels.items() if [*level.optimizer.parameters(), *level.optimizer.buffers()]
+            ),
+        )
+
+    def _set(self, **values: object) -> None:
+        """Note what is looked up once: a compiler cannot look inside what is computed when it is asked for."""
+        for key, value in values.items():
             object.__setattr__(self, key, value)
-        object.__setattr__(self, "reads_outside", {name: self._reads_outside(name) for name in self.levels})
-        object.__setattr__(self, "read_from_outside", frozenset(filter(self._is_read_from_outside, self.levels)))
-        object.__setattr__(self, "random", frozenset(filter(self._is_random, self.levels)))
 
     def above(self, name: str) -> list[Edge]:
         """Return the edges to the levels directly above."""
@@ -74,7 +125,7 @@ class Program:
         """Say whether no level is above."""
         return not self.above(name)
 
-    def rules(self, viewpoint: Owner, name: str) -> list[tuple[Rule, frozenset[str]]]:
+    def rules(self, viewpoint: Owner, name: str) -> Rules:
         """Return how `viewpoint` differentiates the response of a level below it: rules, and the upper levels each is for.
 
         The list is empty for the graph itself, which does not. More than one rule is possible where all look at one point.
@@ -82,11 +133,15 @@ class Program:
         Raises:
             ValueError: the edges between the two contradict each other.
         """
+        known = self._rules.get((viewpoint, name))
+        return self._rules_between(viewpoint, name) if known is None else known
+
+    def _rules_between(self, viewpoint: Owner, name: str) -> Rules:
         if viewpoint is None:
             return []
         between = self.order.below[viewpoint] | {viewpoint}
         edges = [edge for edge in self.above(name) if edge.upper.name in between]
-        found: list[tuple[Rule, frozenset[str]]] = []
+        found: Rules = []
         for edge in edges:
             same = [i for i, (rule, _) in enumerate(found) if rule == edge.differentiate]
             if same:
@@ -125,11 +180,25 @@ class Program:
     def _is_random(self, name: str) -> bool:
         return any(self.readings[other].is_random for other in self.order.inside[name] | {name})
 
+    def _moves(self, owner: Owner) -> Iterator[Move]:
+        taken = dict.fromkeys(self.order.steps, 0)
+        for event in self.order.events[owner]:
+            name, first = event.level, taken[event.level]
+            taken[name] += event.steps
+            inside = [name, *sorted(self.order.inside[name])]
+            part = None if event.steps == self.order.steps[name] else slice(first, taken[name])
+            begins = first % next((edge.steps for edge in self.above(name)), 1) == 0
+            with_data = tuple(other for other in inside if self.levels[other].batches is not None)
+            yield Move(event, with_data, part, begins, self.rules(owner, name))
+
     def responds_at_points(self, name: str) -> bool:
         """Say whether every level that responds to `name` has rules that look at one point, and no responses of its own.
 
         The derivative of the total loss is then that of the level's own loss and one pullback a response.
         """
+        return name in self.direct
+
+    def _responds_at_points(self, name: str) -> bool:
         order = self.order
         return all(
             self.levels[other].copies is None
@@ -166,10 +235,17 @@ class Program:
         return self.order.shared[name].union(self.order.members.get(name, ()))
 
     def compiles(self, name: str) -> bool:
-        """Say whether the loop of a level is compiled by itself; a rule that is a Function of its own cannot be inside."""
-        inside = self.order.inside[name]
-        rules = [edge.differentiate for other in inside for edge in self.above(other)]
-        return self.compile and not any(isinstance(rule, PointRule) for rule in rules)
+        """Say whether the loop of a level is compiled by itself."""
+        return self.compile and name in self.looped
+
+    def _is_looped(self, name: str) -> bool:
+        """Say whether no rule inside is a Function of its own, which a compiled loop cannot have."""
+        rules = [edge.differentiate for other in self.order.inside[name] for edge in self.above(other)]
+        return not any(isinstance(rule, PointRule) for rule in rules)
+
+    def _copies_below(self, name: str) -> int | None:
+        members = self.order.members.get(name, ())
+        return None if self.levels[name].copies or not members else self.levels[members[0]].copies
 
     def leading_axes(self, name: str, owner: Owner) -> tuple[int, ...]:
         """Return the axes in front of a batch of `name` among the rows of one turn of `owner`: steps, and batches a step."""

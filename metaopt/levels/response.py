@@ -13,11 +13,10 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.pullback import plus
 from metaopt.autodiff.replay import Ambient
-from metaopt.differentiate import End, InnerLoop, PointRule, Rule, attach, pulled_back
+from metaopt.differentiate import End, InnerLoop, PointRule, attach, pulled_back
 from metaopt.functional import Params
-from metaopt.levels.program import detached
+from metaopt.levels.program import Rules, detached
 
-Rules = list[tuple[Rule, frozenset[str]]]
 # (level, its rules, the steps it made, where they ended) -> the last parameters, with or without a derivative
 Respond = Callable[[str, Rules, InnerLoop, End], Params]
 

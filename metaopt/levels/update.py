@@ -41,7 +41,7 @@ def initial_state(level: Level, reading: Reading, *, is_top: bool, steps: int) -
 
 def begun(program: Program, name: str, scene: Tree, state: Tree) -> Tree:
     """Return the state in which a level begins its steps for the level above, as their edge says."""
-    edge = next((edge for edge in program.above(name) if edge.start != "continue"), None)
+    edge = program.starts[name]
     if edge is None:
         return state
     initial = program.initial[name]
@@ -54,6 +54,8 @@ def begun(program: Program, name: str, scene: Tree, state: Tree) -> Tree:
 
 def optimizer_tensors(program: Program, name: str, scene: Tree) -> dict[str, Tensor]:
     """Return the tensors of a level's optimizer, those that a level above owns as the scene has them; {} if all are constant."""
+    if name not in program.adjustable:
+        return {}
     optimizer, links = program.levels[name].optimizer, program.links[name]
     own = dict(optimizer.named_parameters()) | dict(optimizer.named_buffers())
     if not links and not any(tensor.requires_grad for tensor in own.values()):

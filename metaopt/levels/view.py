@@ -90,19 +90,30 @@ def evaluate(
     """
     views = {name: LevelView(nets[name], shown, keeps_statistics and name == level.name) for name, shown in scene.items()}
     levels = Levels(level.name, views, nets)
-    autocast = nullcontext() if level.precision is None else torch.autocast(level.device.type, dtype=level.precision)
-    with any_order() if exact else nullcontext(), autocast:
+    if exact or level.precision is not None:
+        autocast = nullcontext() if level.precision is None else torch.autocast(level.device.type, dtype=level.precision)
+        with any_order() if exact else nullcontext(), autocast:
+            result = level.loss(levels, batch)
+    else:
         result = level.loss(levels, batch)
-    values = dict(sorted(result.items())) if isinstance(result, Mapping) else {"loss": result}
-    if "loss" not in values:
-        raise ValueError(f'level {level.name!r}: a loss that returns a dict must have the key "loss", got {sorted(values)}.')
-    for name, value in values.items():
+    metrics: dict[str, Tensor] = {}
+    if isinstance(result, Mapping):
+        metrics = dict(sorted(result.items()))
+        if "loss" not in metrics:
+            raise ValueError(f'level {level.name!r}: a loss that returns a dict must have the key "loss", got {sorted(metrics)}.')
+        result = metrics.pop("loss")
+    for name, value in (("loss", result), *metrics.items()):
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
             kind = f"{value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"level {level.name!r}: the loss must return floating-point scalars, got for {name!r} a {kind}. Take the mean."
             )
-    loss = values.pop("loss")
-    buffers = views[level.name].buffers
-    metrics = {name: value.detach() for name, value in values.items()}
-    return Evaluation(loss, metrics, {name: buffer.detach() for name, buffer in buffers.items()}), levels._read
+    own = views[level.name].buffers
+    return (
+        Evaluation(
+            result,
+            {name: value.detach() for name, value in metrics.items()},
+            {name: buffer.detach() for name, buffer in own.items()},
+        ),
+        levels._read,
+    )

@@ -25,7 +25,6 @@ Hyper = dict[str, Value]
 StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, Slots]]
 
 
-_CALLED = ("__call__", "forward", "update")
 _GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks)
 
 
@@ -128,9 +127,10 @@ class Optimizer(Configurable):
     @property
     def _is_plain(self) -> bool:
         """Whether calling it is to do what `direction` says, and nothing else that somebody may want to happen."""
-        kind, hooks = type(self), (self._forward_hooks, self._forward_pre_hooks, *_GLOBAL_HOOKS)
-        is_changed = any(getattr(kind, name) is not getattr(Optimizer, name) for name in _CALLED)
-        return not (is_changed or any(name in vars(self) for name in _CALLED) or any(hooks))
+        kind, own = type(self), self.__dict__
+        is_ours = kind.__call__ is Optimizer.__call__ and kind.forward is Optimizer.forward and kind.update is Optimizer.update
+        is_ours = is_ours and "forward" not in own and "update" not in own
+        return is_ours and not (self._forward_hooks or self._forward_pre_hooks or _GLOBAL_HOOKS[0] or _GLOBAL_HOOKS[1])
 
     def _on_leaves(
         self, step_on: StepOn, grads: Tree, state: State, params: Tree | None, loss: Tensor | None
@@ -143,8 +143,10 @@ class Optimizer(Configurable):
         if complexes:
             gradients = [tree.as_real(gradient) for gradient in gradients]
             weights = None if weights is None else [tree.as_real(weight) for weight in weights]
-        slots: Slots = {name: tree.leaves_like(grads, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
-        memory = {**slots, **state["shared"]}
+        memory: Slots = {
+            name: tree.leaves_like(grads, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()
+        }
+        memory |= state["shared"]
         step = state["step"] + 1
         try:
             hyper, schedules = self._hyper_at(state, gradients, loss)
@@ -163,10 +165,11 @@ class Optimizer(Configurable):
             results = [tree.as_complex(result) if i in complexes else result for i, result in enumerate(results)]
         with torch._C.DisableTorchFunction():
             after = {name: self._same_kind(name, after[name], old) for name, old in memory.items()}
+        shared = {name: after.pop(name) for name in state["shared"]}
         return tree.with_leaves(grads, results), {
             "step": step,
-            "slots": {name: tree.with_leaves(grads, after[name]) for name in slots},
-            "shared": {name: after[name] for name in state["shared"]},
+            "slots": {name: tree.with_leaves(grads, slot) for name, slot in after.items()},
+            "shared": shared,
             "schedules": schedules,
         }
 
@@ -195,10 +198,11 @@ class Optimizer(Configurable):
 
     def _joins(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper) -> bool:
         with torch._C.DisableTorchFunction():
-            scalars = not any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
             slots = [slot for slot in memory.values() if isinstance(slot, list)]
-            is_own = "update" in vars(self) or "direction" in vars(self)
-            return scalars and not is_own and prefers_joined([grads, *([] if params is None else [params]), *slots])
+            if not prefers_joined([grads, *([] if params is None else [params]), *slots]):
+                return False
+            is_own = "update" in self.__dict__ or "direction" in self.__dict__
+            return not is_own and not any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
 
     def _hyper_at(self, state: State, grads: Leaves, loss: Tensor | None) -> tuple[Hyper, dict[str, Any]]:
         """Return the hyperparameters' values at this step, and the next states of the schedules among them."""
