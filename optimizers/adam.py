@@ -78,8 +78,9 @@ class Adam(WithBetas):
         scale = -hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])
         bias = bias_correction(hyper["beta2"], step, grads[0])
         if is_zero(hyper["eps_root"]):  # sqrt(v / bias) + eps = (sqrt(v) + eps sqrt(bias)) / sqrt(bias)
-            scale = scale * bias.sqrt()
-            spread = roots(spread, 0.0, hyper["eps"] * bias.sqrt())
+            root = bias.sqrt()
+            scale = scale * root
+            spread = roots(spread, 0.0, hyper["eps"] * root)
         else:
             spread = roots([v / bias for v in spread], hyper["eps_root"], hyper["eps"])
         return scale, [m / root for m, root in zip(after["mean"], spread, strict=True)], after
@@ -125,4 +126,4 @@ def bias_correction(beta: Value, step: Tensor, like: Tensor) -> Tensor:
     """Return 1 - beta^step in float64 if `like` is, else in float32; differentiable in beta."""
     dtype = scalar_dtype(like)
     base = beta.to(step.device, dtype) if isinstance(beta, Tensor) else beta
-    return 1 - base ** step.to(dtype)
+    return torch.rsub(torch.pow(base, step.to(dtype)), 1)

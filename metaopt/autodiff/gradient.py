@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch._C import _len_torch_function_stack
-from torch.autograd.graph import _engine_run_backward
 
 from metaopt import tree
 from metaopt.transforms import constant, is_tracked, values_are_readable
 from metaopt.tree import Tree
+
+
+_ENGINE = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
 
 
 def gradient(
@@ -42,12 +44,13 @@ def gradient(
         # Aliases: the function may read the same tensors by another way, and that is not w.
         variables = [leaf.view_as(leaf) for leaf in leaves] if again else [leaf.detach().requires_grad_() for leaf in leaves]
         value, aux = function(tree.with_leaves(at, variables))
-        found = _slopes(value, variables, again) if value.requires_grad else [None] * len(leaves)
-    if not allow_unused:
-        zero_grad = again and value.requires_grad
-        found = [torch.zeros_like(leaf, requires_grad=zero_grad) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+        depends = value.requires_grad
+        found = _slopes(value, variables, again) if depends else [None] * len(leaves)
+    if not allow_unused and any(grad is None for grad in found):
+        known = zip(found, leaves, strict=True)
+        found = [torch.zeros_like(leaf, requires_grad=again and depends) if grad is None else grad for grad, leaf in known]
     if not again:
-        value, aux = value.detach(), tree.map(constant, aux)
+        value, aux = value.detach(), tree.map(constant, aux) if aux else aux
     return tree.with_leaves(at, found), value, aux
 
 
@@ -58,8 +61,9 @@ def _slopes(value: Tensor, variables: list[Tensor], again: bool) -> Sequence[Ten
     """
     if type(value) is not Tensor or value.ndim or _len_torch_function_stack():
         return torch.autograd.grad(value, variables, create_graph=again, allow_unused=True)
-    return _engine_run_backward(
-        (value,), (torch.ones_like(value),), again, again, tuple(variables), allow_unreachable=True, accumulate_grad=False
+    one = torch.ones_like(value)
+    return _ENGINE.run_backward(
+        (value,), (one,), again, again, tuple(variables), allow_unreachable=True, accumulate_grad=False
     )
 
 
@@ -67,5 +71,5 @@ def _needs_transform(leaves: list[Tensor], again: bool) -> bool:
     """Say whether plain autograd cannot stand in; in inference mode it would answer zero."""
     if not values_are_readable():  # first: a compiler cannot be asked the rest
         return True
-    inference = torch.is_inference_mode_enabled() or any(leaf.is_inference() for leaf in leaves)
+    inference = torch.is_inference_mode_enabled() or any(map(Tensor.is_inference, leaves))
     return inference or (again and not all(map(is_tracked, leaves)))

@@ -202,24 +202,22 @@ class Execution:
             return {other: scene[other] for other in self.program.order.inside[name] | {name}}
         return all_shown({name: state})
 
-    # Steps
+    # Steps, which nobody differentiates: with gradients off
 
     def step(self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window) -> Tree:
         """Return the state of a top level after one step, and of all that runs inside it."""
         level, others = self.program.levels[name], rest(state)
         if level.warmup and not torch.compiler.is_compiling() and int(state["progress"]["steps"]) < level.warmup:
-            with torch.no_grad():
-                loss, aux = self.total(name, state["params"], scene, others, rows, window, at_point=False)
+            loss, aux = self.total(name, state["params"], scene, others, rows, window, at_point=False)
             grads = tree.map(torch.zeros_like, state["params"])
         else:
             grads, loss, aux = self.gradient(name, scene, state, rows, window)
         aux["metrics"] = {**aux["metrics"], "gradient norm": tree.norm(grads)}
-        with torch.no_grad():
-            inputs = {"optimizer": optimizer_tensors(self.program, name, scene)}
-            params, after = update(level, inputs, grads, others, state["params"], loss, aux)
-            if any(edge.look_ahead for edge in self.program.lowers(name)):
-                moved = {**scene, name: {"params": params, "buffers": others["buffers"]}}
-                _, after["below"] = self.turn(name, moved, others["below"], rows)
+        inputs = {"optimizer": optimizer_tensors(self.program, name, scene)}
+        params, after = update(level, inputs, grads, others, state["params"], loss, aux)
+        if any(edge.look_ahead for edge in self.program.lowers(name)):
+            moved = {**scene, name: {"params": params, "buffers": others["buffers"]}}
+            _, after["below"] = self.turn(name, moved, others["below"], rows)
         return {"params": params, **after}
 
     def gradient(
@@ -231,34 +229,34 @@ class Execution:
         loss and from what the rules pull back.
         """
         responses: list[Response] = []
-        variables = {name: state["params"]}
-        with torch.no_grad():
-            if self.program.responds_at_points(name):
-                noting = Execution(self.program, partial(noted, responses, self.program.random))
-                there = noting._replayed(name, {**scene, name: shown(state)}, window)
-                there, below = noting.turn(name, there, state["below"], rows, at_point=at_point)
-                read = {level for level, _ in self.program.readings[name].params}
-                variables |= {one.level: one.end.params for one in responses if one.level in read}
+        variables, below = {name: state["params"]}, None
+        if self.program.responds_at_points(name):
+            noting = Execution(self.program, partial(noted, responses, self.program.random))
+            there = {**scene, name: shown(state)}
+            if window.happened:
+                there = noting._replayed(name, there, window)
+            there, below = noting.turn(name, there, state["below"], rows, at_point=at_point)
+            read = {level for level, _ in self.program.readings[name].params}
+            variables |= {one.level: one.end.params for one in responses if one.level in read}
 
-                def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
-                    moved = {level: {**there[level], "params": params} for level, params in variables.items()}
-                    return self._own(name, {**there, **moved}, {}, rows)
-            else:
-                below = None
+            def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
+                moved = {level: {**there[level], "params": params} for level, params in variables.items()}
+                return self._own(name, {**there, **moved}, {}, rows)
+        else:
 
-                def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
-                    return self.total(name, variables[name], scene, rest(state), rows, window, at_point=at_point)
+            def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
+                return self.total(name, variables[name], scene, rest(state), rows, window, at_point=at_point)
 
-            slopes, loss, aux = gradient(value, variables, allow_unused=True)
-            aux = aux if below is None else {**aux, "below": below}
-            grads = through(responses, slopes, name)
-            responses.clear()  # a circle: each holds the execution that holds this list
-        found: Params = {}
-        for key, grad in grads.items():
-            if grad is None and not self.program.levels[name].allow_unused:
-                raise _missing(name, key)
-            found[key] = torch.zeros_like(state["params"][key]) if grad is None else grad
-        return found, loss, aux
+        slopes, loss, aux = gradient(value, variables, allow_unused=True)
+        aux = aux if below is None else {**aux, "below": below}
+        grads = through(responses, slopes, name)
+        responses.clear()  # a circle: each holds the execution that holds this list
+        if any(grad is None for grad in grads.values()):
+            for key, grad in grads.items():
+                if grad is None and not self.program.levels[name].allow_unused:
+                    raise _missing(name, key)
+            grads = {key: torch.zeros_like(state["params"][key]) if grad is None else grad for key, grad in grads.items()}
+        return grads, loss, aux
 
 
 def _is_point(rules: Rules) -> bool:

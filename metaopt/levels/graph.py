@@ -114,7 +114,8 @@ class LevelGraph:
             ValueError: there is no such level.
         """
         state, scene, rows, window = self._view(level)
-        return self._execution.gradient(level, scene, state, rows, window, at_point=not after_steps)[0]
+        with torch.no_grad():
+            return self._execution.gradient(level, scene, state, rows, window, at_point=not after_steps)[0]
 
     def params(self, level: str) -> Params:
         """Return a level's present parameters, by name."""
@@ -228,14 +229,12 @@ class LevelGraph:
         models: list[Tensor] = []
         values: list[Tensor] = []
         for name, shown in all_shown(self._states).items():
-            level = self.program.levels[name]
-            if not level.copies:
-                for own, now in (
-                    (level.net.params, shown["params"]),
-                    (level.net.buffers if shown["buffers"] else {}, shown["buffers"]),
-                ):
-                    models += own.values()
-                    values += [now[key] for key in own]
+            net = self.program.nets[name]
+            if self.program.levels[name].copies:
+                continue
+            for own, now in ((net.params, shown["params"]), (net.buffers if shown["buffers"] else {}, shown["buffers"])):
+                models += own.values()
+                values += map(now.__getitem__, own)
         with torch.no_grad():
             torch._foreach_copy_(models, values)
 
