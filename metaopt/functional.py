@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from metaopt.transforms import is_tracked
 
 Params = dict[str, Tensor]
-_Place = tuple[str, dict[str, Any], str, Any]  # name of a parameter or buffer, the dict that holds it, its key there, itself
 _Path = tuple[tuple[str, ...], str]  # the names of the modules that lead to a parameter or buffer, and its own in the last
 
 
@@ -72,7 +71,8 @@ class Functional:
     @property
     def params(self) -> Params:
         """The trainable parameters, live: name of the first use -> tensor. Tied weights stand once."""
-        return {name: own for name, _, _, own in _places(self.model, self._trainable)}  # while others are lent, these
+        found = {name: (_module(self.model, modules), key) for name, (modules, key) in self._trainable.items()}
+        return {name: _held(module, key, name)[key] for name, (module, key) in found.items()}  # while others are lent, these
 
     @property
     def buffers(self) -> Params:
@@ -183,20 +183,27 @@ def _lend(
         exact: names whose tensors must have the shape of the module's own.
         left: gets what the function left in the places of the names in it.
     """
-    places, refuses = _places(module, paths), _may_refuse_hooks()
+    lent: list[tuple[str, dict[str, Any], str, Any]] = []
+    refuses = _may_refuse_hooks()
     try:
         with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
-            for name, members, key, own in places:
-                tensor = members[key] = tensors[name]
+            for name, (modules, key) in paths.items():
+                at = module
+                for part in modules:  # not by a function: these lines run for every tensor of every call
+                    at = at._modules[part]  # type: ignore[assignment]
+                members: Any = at._parameters if key in at._parameters else _held(at, key, name)
+                own, tensor = members[key], tensors[name]
                 if name in exact and tensor.shape != own.shape:
                     raise _misshapen("params", name, tensor, own)
+                lent.append((name, members, key, own))
+                members[key] = tensor
         if refuses:
             autograd._saved_tensors_hooks_disable(_RECOMPUTED)
         return function(*args, **kwargs)
     finally:
         if refuses:
             autograd._saved_tensors_hooks_enable()
-        for name, members, key, own in places:
+        for name, members, key, own in lent:
             if left and name in left:
                 left[name] = members[key]
             members[key] = own
@@ -223,17 +230,15 @@ def _paths(names: Iterable[str]) -> dict[str, _Path]:
     return {name: (tuple(modules), key) for name in names for *modules, key in [name.split(".")]}
 
 
-def _places(module: nn.Module, paths: Mapping[str, _Path]) -> list[_Place]:
-    """Return where the parameters and buffers with these paths are now."""
-    found: list[_Place] = []
-    for name, (modules, key) in paths.items():
-        at = module
-        for part in modules:
-            at = at._modules[part]  # type: ignore[assignment]
-        members: dict[str, Any] = at._parameters if key in at._parameters else at._buffers
-        if key not in members:
-            raise ValueError(
-                f"The model has no tensor {name!r} any more, which it had when `functional` saw it. Call `functional` again."
-            )
-        found.append((name, members, key, members[key]))
-    return found
+def _module(root: nn.Module, path: tuple[str, ...]) -> nn.Module:
+    for part in path:
+        root = root._modules[part]  # type: ignore[assignment]
+    return root
+
+
+def _held(module: nn.Module, key: str, name: str) -> dict[str, Any]:
+    """Return the module's dict that has this parameter or buffer now."""
+    for members in (module._parameters, module._buffers):
+        if key in members:
+            return members  # type: ignore[return-value]
+    raise ValueError(f"The model has no tensor {name!r} any more, which it had when `functional` saw it. Call `functional` again.")

@@ -12,13 +12,10 @@ from metaopt import tree
 from metaopt.transforms import constant, is_tracked, values_are_readable
 from metaopt.tree import Tree
 
-
 _ENGINE = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
 
 
-def gradient(
-    function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree, *, allow_unused: bool = False
-) -> tuple[Tree, Tensor, Tree]:
+def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree, *, allow_unused: bool = False) -> tuple[Tree, Tensor, Tree]:
     """Return (grad f(w), f(w), aux) for (f(w), aux) = function(w); differentiable again in whatever f reads.
 
     `torch.func.grad` records its backward pass, at its own level and at every level around it. Plain autograd records it
@@ -62,9 +59,7 @@ def _slopes(value: Tensor, variables: list[Tensor], again: bool) -> Sequence[Ten
     if type(value) is not Tensor or value.ndim or _len_torch_function_stack():
         return torch.autograd.grad(value, variables, create_graph=again, allow_unused=True)
     one = torch.ones_like(value)
-    return _ENGINE.run_backward(
-        (value,), (one,), again, again, tuple(variables), allow_unreachable=True, accumulate_grad=False
-    )
+    return _ENGINE.run_backward((value,), (one,), again, again, tuple(variables), allow_unreachable=True, accumulate_grad=False)
 
 
 def _needs_transform(leaves: list[Tensor], again: bool) -> bool:

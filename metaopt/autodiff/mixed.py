@@ -11,6 +11,7 @@ from metaopt import tree
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.pullback import chosen, pull_back, put, spread
 from metaopt.autodiff.replay import Ambient
+from metaopt.transforms import is_last
 from metaopt.tree import Tree
 
 Loss = Callable[[Tree, Tree], Tensor]  # (w, given) -> L
@@ -65,9 +66,16 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
     scale = radius / length
     variables = chosen(given, wanted)
 
+    copies: list[Tree] = []
+
     def slope(e: Tensor) -> list[Tensor]:
         e_in = _in_each_dtype(e, tree.leaves(w))
-        there = tree.map(lambda w, x: torch.addcmul(w, x, e_in[w.dtype]), w, x)  # one displaced copy at a time
+        if copies and is_last():  # one displaced copy at a time, in the same memory
+            (there,) = copies
+            tree.map(lambda there, w, x: torch.addcmul(w, x, e_in[w.dtype], out=there), there, w, x)
+        else:
+            there = tree.map(lambda w, x: torch.addcmul(w, x, e_in[w.dtype]), w, x)
+            copies.extend([there] if is_last() else [])
 
         def value(variables: list[Tensor]) -> tuple[Tensor, Tree]:
             return loss(there, put(variables, given, wanted)), ()

@@ -148,7 +148,7 @@ class Execution:
     def _own(self, name: str, scene: Tree, below: Tree, rows: Tree) -> tuple[Tensor, Tree]:
         """Return the level's own loss in this scene, and what `total` does."""
         count, reading = self.program.levels[name].accumulate, self.program.readings[name]
-        scene = {other: scene[other] for other in reading.levels | {name}}
+        scene = {other: scene[other] for other in self.program.reads[name]}
         if count == 1:
             loss, metrics, buffers = self._evaluated(name, scene, rows.get(name))
             return loss, {"buffers": buffers, "metrics": metrics, "below": below}
@@ -175,7 +175,7 @@ class Execution:
     def _evaluated(self, name: str, scene: Tree, batch: Tree) -> Evaluation:
         """Return what the level's loss says of one batch."""
         keeps, exact = self.program.copies_below[name] is None, self.program.readings[name].is_delicate
-        return evaluate(self.program.levels[name], self.program.nets, scene, batch, keeps_statistics=keeps, exact=exact)[0]
+        return evaluate(self.program.levels[name], self.program.nets, scene, batch, keeps_statistics=keeps, exact=exact)
 
     def _replayed(self, name: str, scene: Tree, window: Window) -> Tree:
         """Return the scene with the responses of the levels that `name` shares with others, as functions of its parameters."""

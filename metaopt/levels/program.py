@@ -51,6 +51,7 @@ class Program:
         loops: levels whose lower copies run one after the other, not under `vmap`.
         compile: whether inner loops are compiled.
         nets: level -> its model as a function.
+        reads: level -> the levels that its loss reads, its own among them.
         reads_outside: level -> the levels that a step of it reads, apart from those that move during it.
         read_from_outside: the levels inside whose steps others run that are read by a level outside.
         random: the levels whose steps draw from the global random generators.
@@ -71,6 +72,7 @@ class Program:
     loops: frozenset[str] = frozenset()
     compile: bool = False
     nets: dict[str, Functional] = field(init=False)
+    reads: dict[str, tuple[str, ...]] = field(init=False)
     reads_outside: dict[str, frozenset[str]] = field(init=False)
     read_from_outside: frozenset[str] = field(init=False)
     random: frozenset[str] = field(init=False)
@@ -95,6 +97,7 @@ class Program:
         pairs += [(name, lower) for name, shared in self.order.shared.items() for lower in shared]
         self._set(_rules={pair: self._rules_between(*pair) for pair in pairs})
         self._set(
+            reads={name: (name, *sorted(self.readings[name].levels)) for name in self.levels},
             reads_outside={name: self._reads_outside(name) for name in self.levels},
             read_from_outside=frozenset(filter(self._is_read_from_outside, self.levels)),
             random=frozenset(filter(self._is_random, self.levels)),

@@ -57,13 +57,14 @@ def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
         }
 
     at = scene(True)
+    names: set[str] = set()
     leaves = {(name, key): leaf for name, shown in at.items() for key, leaf in shown["params"].items()}
     with torch.random.fork_rng(), torch.enable_grad(), Watching() as mode:
         before = _random_state(level.device)
         try:
-            found, names = evaluate(level, nets, at, batch)
+            found = evaluate(level, nets, at, batch, read=names)
             is_random = not torch.equal(before, _random_state(level.device))
-            alone, _ = evaluate(level, nets, scene(False), batch)
+            alone = evaluate(level, nets, scene(False), batch)
         except (TypeError, AttributeError) as error:
             if level.batches is not None:
                 raise

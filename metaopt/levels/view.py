@@ -42,18 +42,20 @@ class LevelView:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's output."""
-        if self._keeps_statistics and self.buffers:
+        if not self.buffers:
+            return self._net._call(self.params, {}, args, kwargs)
+        if self._keeps_statistics:
             output, self.buffers = self._net.with_buffers(self.params, self.buffers, *args, **kwargs)
             return output
         return self._net.frozen(self.params, self.buffers, *args, **kwargs)
 
 
 class Levels:
-    """The levels by name, as attributes; notes which are read."""
+    """The levels by name, as attributes."""
 
     def __init__(self, reader: str, views: Mapping[str, LevelView], known: Collection[str]):
-        self._reader, self._views, self._known = reader, views, known
-        self._read: set[str] = set()
+        self._reader, self._known = reader, known
+        self.__dict__ |= views
 
     def __getattr__(self, name: str) -> LevelView:
         if name.startswith("_"):
@@ -63,19 +65,37 @@ class Levels:
                 f"level {self._reader!r}: its loss reads `levels.{name}`, but no edge leads to a level of this name. The graph has "
                 f"{sorted(self._known)}."
             )
+        raise ValueError(
+            f"level {self._reader!r}: its loss reads `levels.{name}` now, but did not when the graph was built. A loss must "
+            "read the same levels every time."
+        )
+
+
+class NotingLevels(Levels):
+    """The same, and notes which are read."""
+
+    def __init__(self, reader: str, views: Mapping[str, LevelView], known: Collection[str], read: set[str]):
+        super().__init__(reader, {}, known)
+        self._views, self._read = views, read
+
+    def __getattr__(self, name: str) -> LevelView:
         if name not in self._views:
-            raise ValueError(
-                f"level {self._reader!r}: its loss reads `levels.{name}` now, but did not when the graph was built. A loss must "
-                "read the same levels every time."
-            )
+            return super().__getattr__(name)
         self._read.add(name)
         return self._views[name]
 
 
 def evaluate(
-    level: Level, nets: Mapping[str, Functional], scene: Scene, batch: Tree, *, keeps_statistics: bool = True, exact: bool = True
-) -> tuple[Evaluation, set[str]]:
-    """Return the level's loss in a scene, and the names of the levels that it read.
+    level: Level,
+    nets: Mapping[str, Functional],
+    scene: Scene,
+    batch: Tree,
+    *,
+    keeps_statistics: bool = True,
+    exact: bool = True,
+    read: set[str] | None = None,
+) -> Evaluation:
+    """Return the level's loss in a scene.
 
     Args:
         level: whose loss.
@@ -84,12 +104,13 @@ def evaluate(
         batch: what the loss gets.
         keeps_statistics: whether the level's own buffers are updated.
         exact: whether it needs care that derivatives of every order are right, see `any_order`.
+        read: gets the names of the levels that it reads.
 
     Raises:
         ValueError: the loss reads an unknown level, or returns no scalar.
     """
     views = {name: LevelView(nets[name], shown, keeps_statistics and name == level.name) for name, shown in scene.items()}
-    levels = Levels(level.name, views, nets)
+    levels = Levels(level.name, views, nets) if read is None else NotingLevels(level.name, views, nets, read)
     if exact or level.precision is not None:
         autocast = nullcontext() if level.precision is None else torch.autocast(level.device.type, dtype=level.precision)
         with any_order() if exact else nullcontext(), autocast:
@@ -108,12 +129,6 @@ def evaluate(
             raise ValueError(
                 f"level {level.name!r}: the loss must return floating-point scalars, got for {name!r} a {kind}. Take the mean."
             )
-    own = views[level.name].buffers
-    return (
-        Evaluation(
-            result,
-            {name: value.detach() for name, value in metrics.items()},
-            {name: buffer.detach() for name, buffer in own.items()},
-        ),
-        levels._read,
-    )
+    if metrics:
+        metrics = {name: value.detach() for name, value in metrics.items()}
+    return Evaluation(result, metrics, {name: buffer.detach() for name, buffer in views[level.name].buffers.items()})

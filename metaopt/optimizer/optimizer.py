@@ -139,13 +139,11 @@ class Optimizer(Configurable):
         gradients = tree.leaves(grads)
         weights = None if params is None else tree.leaves_like(grads, params, "params")
         with torch._C.DisableTorchFunction():  # under a mode every look at a dtype is a call of its own
-            complexes = [i for i, gradient in enumerate(gradients) if gradient.is_complex()]
-        if complexes:
+            is_complex = [*map(Tensor.is_complex, gradients)]
+        if any(is_complex):
             gradients = [tree.as_real(gradient) for gradient in gradients]
             weights = None if weights is None else [tree.as_real(weight) for weight in weights]
-        memory: Slots = {
-            name: tree.leaves_like(grads, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()
-        }
+        memory: Slots = {name: tree.leaves_like(grads, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
         memory |= state["shared"]
         step = state["step"] + 1
         try:
@@ -161,8 +159,9 @@ class Optimizer(Configurable):
             raise ValueError(
                 f"{type(self).__name__}: `update` must return one tensor per parameter, {len(gradients)}, got {len(results)}."
             )
-        if complexes:
-            results = [tree.as_complex(result) if i in complexes else result for i, result in enumerate(results)]
+        if any(is_complex):
+            pairs = zip(results, is_complex, strict=True)
+            results = [tree.as_complex(result) if is_one else result for result, is_one in pairs]
         with torch._C.DisableTorchFunction():
             after = {name: self._same_kind(name, after[name], old) for name, old in memory.items()}
         shared = {name: after.pop(name) for name in state["shared"]}
