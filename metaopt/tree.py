@@ -103,7 +103,7 @@ def with_leaves(tree: Tree, leaves: Iterable[Any]) -> Tree:
     if type(tree) is dict and _all_leaves(builtins.map(type, tree.values())):
         return dict(zip(tree, leaves, strict=True))
     if type(tree) is list and _all_leaves(builtins.map(type, tree)):
-        return list(leaves)
+        return [leaf for _, leaf in zip(tree, leaves, strict=True)]
     each = iter(leaves)
     return _map(lambda _: next(each), tree)
 
@@ -116,8 +116,8 @@ def leaves_like(like: Tree, tree: Tree, what: str) -> list[Any]:
     """
     if not torch.compiler.is_compiling():
         if type(like) is type(tree) is dict and [*like] == [*tree]:
-            found, kinds = [*tree.values()], {*builtins.map(type, tree.values()), *builtins.map(type, like.values())}
-            if _all_leaves(kinds):
+            found = [*tree.values()]
+            if _all_leaves(builtins.map(type, found)) and _all_leaves(builtins.map(type, like.values())):
                 return found
         if is_alike(like, tree):
             return leaves(tree)

@@ -47,7 +47,7 @@ def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree, *, allow
         known = zip(found, leaves, strict=True)
         found = [torch.zeros_like(leaf, requires_grad=again and depends) if grad is None else grad for grad, leaf in known]
     if not again:
-        value, aux = value.detach(), tree.map(constant, aux) if aux else aux
+        value, aux = value.detach(), tree.map(constant, aux)
     return tree.with_leaves(at, found), value, aux
 
 
@@ -56,7 +56,7 @@ def _slopes(value: Tensor, variables: list[Tensor], again: bool) -> Sequence[Ten
 
     `torch.autograd.grad` without its looks at what it is given, which took a tenth of the gradient of a small network.
     """
-    if type(value) is not Tensor or value.ndim or _len_torch_function_stack():
+    if type(value) is not Tensor or value.ndim or value.is_complex() or _len_torch_function_stack():
         return torch.autograd.grad(value, variables, create_graph=again, allow_unused=True)
     one = torch.ones_like(value)
     return _ENGINE.run_backward((value,), (one,), again, again, tuple(variables), allow_unreachable=True, accumulate_grad=False)

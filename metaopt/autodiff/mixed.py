@@ -65,7 +65,6 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
     length = length.clamp(min=torch.finfo(length.dtype).tiny ** 0.5)  # divided by, and the same when x = 0
     scale = radius / length
     variables = chosen(given, wanted)
-
     copies: list[Tree] = []
 
     def slope(e: Tensor) -> list[Tensor]:

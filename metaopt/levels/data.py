@@ -102,6 +102,8 @@ def arranged(level: str, batches: list[Tree], shape: tuple[int, ...]) -> Tree:
         ValueError: the batches differ in shape.
     """
     first = batches[0]
+    if not shape:
+        return first
     if all(batch is first for batch in batches):
         return tree.map(lambda leaf: leaf.expand(*shape, *leaf.shape), first)
     try:

@@ -82,7 +82,7 @@ class Execution:
             state = begun(self.program, name, scene, state)
         if not rules and self.program.is_top(name):
             for i in range(event.steps):
-                state = self.step(name, scene, state, tree.index(rows, i), window)
+                state = self.step(name, scene, state, self._row(name, rows, i), window)
             return state
         loop = self.problem(name, event.steps, scene, state, rows, window)
         if not rules:
@@ -91,7 +91,7 @@ class Execution:
             params, after = (loop.params, loop.state) if at_point else run(loop)[:2]
             if self.program.order.members.get(name):
                 loop = replace(loop, loss=partial(self._loss, name, window, True))
-            params = self.respond(name, rules, loop, End(params, after, tree.index(rows, -1)))
+            params = self.respond(name, rules, loop, End(params, after, self._row(name, loop.batches, -1)))
         else:
             params, after, _ = rules[0][0](loop)
         return {"params": params, **after}
@@ -102,16 +102,18 @@ class Execution:
             "optimizer": optimizer_tensors(self.program, name, scene),
             "loss": {},
             "meta": ({other: scene[other] for other in self.program.reads_outside[name]}, window.tensors),
-            "batch": None,
+            "batch": rows if self.program.order.steps[name] == 1 else None,
         }
         loss, step = partial(self._loss, name, window, False), partial(update, self.program.levels[name])
         compiles = self.program.compiles(name) and values_are_readable()
-        return InnerLoop(loss, step, inputs, state["params"], rest(state), rows, steps, compiles)
+        batches = () if self.program.order.steps[name] == 1 else rows
+        return InnerLoop(loss, step, inputs, state["params"], rest(state), batches, steps, compiles)
 
     def _loss(
         self, name: str, window: Window, at_point: bool, inputs: Tree, params: Params, others: Tree, rows: Tree
     ) -> tuple[Tensor, Tree]:
         scene, tensors = inputs["meta"]
+        rows = inputs["batch"] if self.program.order.steps[name] == 1 else rows
         return self.total(name, params, scene, others, rows, window.with_tensors(tensors), at_point=at_point)
 
     # The total loss
@@ -198,9 +200,13 @@ class Execution:
             return {name: shown(state)}
         scene = {**scene, name: shown(state)}
         if _is_point(rules):  # they respond to its parameters, whose derivative is not that of the steps
-            scene, _ = self.turn(name, scene, state["below"], tree.index(rows, -1), at_point=True)
+            scene, _ = self.turn(name, scene, state["below"], self._row(name, rows, -1), at_point=True)
             return {other: scene[other] for other in self.program.order.inside[name] | {name}}
         return all_shown({name: state})
+
+    def _row(self, name: str, rows: Tree, i: int) -> Tree:
+        """Return the batches of one of the level's steps."""
+        return rows if self.program.order.steps[name] == 1 else tree.index(rows, i)
 
     # Steps, which nobody differentiates: with gradients off
 
@@ -251,12 +257,12 @@ class Execution:
         aux = aux if below is None else {**aux, "below": below}
         grads = through(responses, slopes, name)
         responses.clear()  # a circle: each holds the execution that holds this list
-        if any(grad is None for grad in grads.values()):
-            for key, grad in grads.items():
-                if grad is None and not self.program.levels[name].allow_unused:
-                    raise _missing(name, key)
-            grads = {key: torch.zeros_like(state["params"][key]) if grad is None else grad for key, grad in grads.items()}
-        return grads, loss, aux
+        found: Params = {}
+        for key, grad in grads.items():
+            if grad is None and not self.program.levels[name].allow_unused:
+                raise _missing(name, key)
+            found[key] = torch.zeros_like(state["params"][key]) if grad is None else grad
+        return found, loss, aux
 
 
 def _is_point(rules: Rules) -> bool:

@@ -217,8 +217,9 @@ class LevelGraph:
         windows = opened([lower for lower in order.levels if lower in states], order.shared, states)
         for event in itertools.takewhile(lambda event: event.level != name, order.events[owner]):
             if (lower := event.level) in shared:
-                steps = slice(taken[lower], taken[lower] + event.steps)
-                part = {other: tree.index(rows[other], steps) for other in order.inside[lower] | {lower} if other in rows}
+                part = {other: rows[other] for other in order.inside[lower] | {lower} if other in rows}
+                if event.steps < order.steps[lower]:
+                    part = tree.index(part, slice(taken[lower], taken[lower] + event.steps))
                 happened = Happened(event, scene, part, states[lower], taken[lower] == 0)
                 windows = advanced(happened, windows, order.shared, states)
                 taken[lower] += event.steps

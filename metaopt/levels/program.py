@@ -251,11 +251,14 @@ class Program:
         return None if self.levels[name].copies or not members else self.levels[members[0]].copies
 
     def leading_axes(self, name: str, owner: Owner) -> tuple[int, ...]:
-        """Return the axes in front of a batch of `name` among the rows of one turn of `owner`: steps, and batches a step."""
+        """Return the axes in front of a batch of `name` among the rows of one turn of `owner`: steps, and batches a step.
+
+        A level on the way that makes one step has no axis.
+        """
         axes = (self.levels[name].accumulate,) if self.levels[name].accumulate > 1 else ()
         here: Owner = name
         while here is not None and here != owner:
-            axes = (self.order.steps[here], *axes)
+            axes = (self.order.steps[here], *axes) if self.order.steps[here] > 1 else axes
             here = self.order.owner[here]
         return axes
 
