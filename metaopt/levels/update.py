@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -96,5 +98,5 @@ def _counted(progress: Tree, loss: Tensor) -> Tree:
     if "steps" not in progress:
         return {"loss": loss.detach()}
     kept = progress["loss"]
-    goes_on = kept * 0 == 0  # 0 times what is not finite is nan
+    goes_on = kept.abs() < math.inf  # false for nan too
     return {"loss": torch.where(goes_on, loss.detach().to(kept.dtype), kept), "steps": progress["steps"] + goes_on}
