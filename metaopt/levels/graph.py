@@ -264,7 +264,7 @@ def _checked(states: Tree, step: int) -> dict[str, float | Tensor]:
     for name, state in states.items():
         metrics |= _checked(state["below"], step)
         progress, loss = state["progress"], state["progress"]["loss"]
-        values = loss.reshape(-1).tolist()
+        values = loss.reshape(-1).tolist() if loss.ndim else [loss.tolist()]
         if not all(map(math.isfinite, values)):
             first = [*map(math.isfinite, values)].index(False)
             at = progress["steps"].reshape(-1).tolist()[first] - 1 if "steps" in progress else step
