@@ -70,9 +70,15 @@ class Functional:
 
     @property
     def params(self) -> Params:
-        """The trainable parameters, live: name of the first use -> tensor. Tied weights stand once."""
-        found = {name: (_module(self.model, modules), key) for name, (modules, key) in self._trainable.items()}
-        return {name: _held(module, key, name)[key] for name, (module, key) in found.items()}  # while others are lent, these
+        """The trainable parameters, live: name of the first use -> tensor; tied ones stand once. While others are lent, those."""
+        found: Params = {}
+        for name, (modules, key) in self._trainable.items():
+            at = self.model
+            for part in modules:
+                at = at._modules[part]  # type: ignore[assignment]
+            members: Any = at._parameters if key in at._parameters else _of_buffers(at, key, name)
+            found[name] = members[key]
+        return found
 
     @property
     def buffers(self) -> Params:
@@ -191,7 +197,7 @@ def _lend(
                 at = module
                 for part in modules:  # not by a function: these lines run for every tensor of every call
                     at = at._modules[part]  # type: ignore[assignment]
-                members: Any = at._parameters if key in at._parameters else _held(at, key, name)
+                members: Any = at._parameters if key in at._parameters else _of_buffers(at, key, name)
                 own, tensor = members[key], tensors[name]
                 if name in exact and tensor.shape != own.shape:
                     raise _misshapen("params", name, tensor, own)
@@ -230,15 +236,10 @@ def _paths(names: Iterable[str]) -> dict[str, _Path]:
     return {name: (tuple(modules), key) for name in names for *modules, key in [name.split(".")]}
 
 
-def _module(root: nn.Module, path: tuple[str, ...]) -> nn.Module:
-    for part in path:
-        root = root._modules[part]  # type: ignore[assignment]
-    return root
-
-
-def _held(module: nn.Module, key: str, name: str) -> dict[str, Any]:
-    """Return the module's dict that has this parameter or buffer now."""
-    for members in (module._parameters, module._buffers):
-        if key in members:
-            return members  # type: ignore[return-value]
-    raise ValueError(f"The model has no tensor {name!r} any more, which it had when `functional` saw it. Call `functional` again.")
+def _of_buffers(module: nn.Module, key: str, name: str) -> Any:
+    """Return the buffers of a module that has no such parameter now, and so must have such a buffer."""
+    if key not in module._buffers:
+        raise ValueError(
+            f"The model has no tensor {name!r} any more, which it had when `functional` saw it. Call `functional` again."
+        )
+    return module._buffers

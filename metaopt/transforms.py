@@ -59,7 +59,12 @@ def values_are_readable() -> bool:
 
 def is_last() -> bool:
     """Say whether nobody differentiates what is computed now: no graph, no forward mode, no transform and no compiler."""
-    return not torch.is_grad_enabled() and values_are_readable() and forward_ad._current_level < 0
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
 
 
 def inside_jvp() -> bool:

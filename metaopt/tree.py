@@ -225,7 +225,7 @@ def scaled_sum(x: Tensor, scale: float | Tensor, y: Tensor) -> Tensor:
 
 def scaled_sums(xs: list[Tensor], scale: float | Tensor, ys: list[Tensor]) -> list[Tensor]:
     """Return x + scale y for each."""
-    if is_last() and not isinstance(scale, Tensor):
+    if not isinstance(scale, Tensor) and is_last():
         return list(torch._foreach_add(xs, ys, alpha=scale))
     return [scaled_sum(x, scale, y) for x, y in zip(xs, ys, strict=True)]
 

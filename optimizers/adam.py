@@ -75,6 +75,7 @@ class Adam(WithBetas):
         spread = after["square"]
         if "largest" in slots:
             spread = after["largest"] = [torch.maximum(old, v) for old, v in zip(slots["largest"], spread, strict=True)]
+        step = step.to(scalar_dtype(grads[0]))  # once for both
         scale = -hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])
         bias = bias_correction(hyper["beta2"], step, grads[0])
         if is_zero(hyper["eps_root"]):  # sqrt(v / bias) + eps = (sqrt(v) + eps sqrt(bias)) / sqrt(bias)

@@ -37,6 +37,6 @@ def roots(squares: Leaves, eps_root: Value, eps: Value) -> Leaves:
 
 def scaled(xs: Leaves, scale: Value) -> Leaves:
     """Return scale x for each."""
-    if is_last() and not isinstance(scale, Tensor):
+    if not isinstance(scale, Tensor) and is_last():
         return list(torch._foreach_mul(xs, scale))
     return [scale * x for x in xs]

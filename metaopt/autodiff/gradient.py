@@ -37,12 +37,15 @@ def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree, *, allow
     if _needs_transform(leaves, again):
         grads, (value, aux) = torch.func.grad_and_value(function, has_aux=True)(at)
         return grads, value, aux
-    with torch.enable_grad():
+    torch._C._set_grad_enabled(True)  # the context manager takes as long as a small operation
+    try:
         # Aliases: the function may read the same tensors by another way, and that is not w.
         variables = [leaf.view_as(leaf) for leaf in leaves] if again else [leaf.detach().requires_grad_() for leaf in leaves]
         value, aux = function(tree.with_leaves(at, variables))
         depends = value.requires_grad
         found = _slopes(value, variables, again) if depends else [None] * len(leaves)
+    finally:
+        torch._C._set_grad_enabled(again)
     if not allow_unused and any(grad is None for grad in found):
         known = zip(found, leaves, strict=True)
         found = [torch.zeros_like(leaf, requires_grad=again and depends) if grad is None else grad for grad, leaf in known]

@@ -60,7 +60,8 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
     Cost:
         Two gradients.
     """
-    _check_precision(w)
+    kinds = {leaf.dtype for leaf in tree.leaves(w)}
+    _check_precision(w, kinds)
     length = tree.norm(x)
     length = length.clamp(min=torch.finfo(length.dtype).tiny ** 0.5)  # divided by, and the same when x = 0
     scale = radius / length
@@ -68,7 +69,7 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
     copies: list[Tree] = []
 
     def slope(e: Tensor) -> list[Tensor]:
-        e_in = _in_each_dtype(e, tree.leaves(w))
+        e_in = _in_each(kinds, e)
         if copies and is_last():  # one displaced copy at a time, in the same memory
             (there,) = copies
             tree.map(lambda there, w, x: torch.addcmul(w, x, e_in[w.dtype], out=there), there, w, x)
@@ -83,7 +84,7 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
         return slopes
 
     ahead, behind = same_noise(slope, [scale, -scale])
-    slants = _in_each_dtype(length / (sign * 2 * radius), variables)
+    slants = _in_each({leaf.dtype for leaf in variables}, length / (sign * 2 * radius))
     bars = [(a - b) * slants[a.dtype] for a, b in zip(ahead, behind, strict=True)]
     return spread(bars, given, wanted)
 
@@ -102,13 +103,13 @@ def same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tre
     return values
 
 
-def _in_each_dtype(scalar: Tensor, leaves: list[Tensor]) -> dict[torch.dtype, Tensor]:
+def _in_each(dtypes: set[torch.dtype], scalar: Tensor) -> dict[torch.dtype, Tensor]:
     """Return dtype -> the scalar, of which a 0-dim leaf would otherwise take the dtype."""
-    return {dtype: scalar.to(dtype) for dtype in {leaf.dtype for leaf in leaves}}
+    return {dtype: scalar.to(dtype) for dtype in dtypes}
 
 
-def _check_precision(w: Tree) -> None:
-    if all(torch.finfo(leaf.dtype).eps <= COARSE for leaf in tree.leaves(w)):
+def _check_precision(w: Tree, dtypes: set[torch.dtype]) -> None:
+    if all(torch.finfo(dtype).eps <= COARSE for dtype in dtypes):
         return
     name, dtype = next((name, leaf.dtype) for name, leaf in tree.named_leaves(w) if torch.finfo(leaf.dtype).eps > COARSE)
     raise ValueError(

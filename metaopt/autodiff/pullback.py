@@ -97,9 +97,13 @@ def _filled(fresh: Iterator[Any], values: Tree, wanted: Tree, bare: bool = False
             return next(fresh) if isinstance(values, Tensor) else tree.map(lambda _: next(fresh), values)
         return None if bare else values
     if kind is dict:
-        return {key: _filled(fresh, values[key], part, bare) for key, part in wanted.items()}
+        return {
+            key: (None if bare else values[key]) if part is False else _filled(fresh, values[key], part, bare)
+            for key, part in wanted.items()
+        }
     if kind is tuple or kind is list:
-        return kind([_filled(fresh, *pair, bare) for pair in zip(values, wanted, strict=True)])
+        pairs = zip(values, wanted, strict=True)
+        return kind([(None if bare else value) if part is False else _filled(fresh, value, part, bare) for value, part in pairs])
     return tree.map(lambda leaf, is_wanted: next(fresh) if is_wanted else None if bare else leaf, values, wanted)
 
 

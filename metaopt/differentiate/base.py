@@ -134,8 +134,11 @@ def pulled_back(rule: PointRule, loop: InnerLoop, end: End, cotangent: Tree, wan
     def bars(inputs: Tree, end: End, cotangent: Tree) -> Tree:
         return rule.pull_back(replace(loop, inputs=inputs), end, cotangent, wanted)[0]
 
-    is_first = not torch.is_grad_enabled()
-    found: tuple[Tree, Tree] = (compiled(bars) if loop.compile and is_first else bars)(loop.inputs, end, cotangent)
+    found: tuple[Tree, Tree]
+    if loop.compile and not torch.is_grad_enabled():
+        found = compiled(bars)(loop.inputs, end, cotangent)
+    else:
+        found, _ = rule.pull_back(loop, end, cotangent, wanted)
     return found
 
 
