@@ -69,7 +69,7 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
     copies: list[Tree] = []
 
     def slope(e: Tensor) -> list[Tensor]:
-        e_in = _in_each(kinds, e)
+        e_in = {kind: e.to(kind) for kind in kinds}  # of a wider one a 0-dim leaf would take the dtype
         if copies and is_last():  # one displaced copy at a time, in the same memory
             (there,) = copies
             tree.map(lambda there, w, x: torch.addcmul(w, x, e_in[w.dtype], out=there), there, w, x)
@@ -84,8 +84,8 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
         return slopes
 
     ahead, behind = same_noise(slope, [scale, -scale])
-    slants = _in_each({leaf.dtype for leaf in variables}, length / (sign * 2 * radius))
-    bars = [(a - b) * slants[a.dtype] for a, b in zip(ahead, behind, strict=True)]
+    slant = length / (sign * 2 * radius)
+    bars = [((a - b) * slant).to(a.dtype) for a, b in zip(ahead, behind, strict=True)]
     return spread(bars, given, wanted)
 
 
@@ -101,11 +101,6 @@ def same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tre
         finally:
             ambient.reinstate()
     return values
-
-
-def _in_each(dtypes: set[torch.dtype], scalar: Tensor) -> dict[torch.dtype, Tensor]:
-    """Return dtype -> the scalar, of which a 0-dim leaf would otherwise take the dtype."""
-    return {dtype: scalar.to(dtype) for dtype in dtypes}
 
 
 def _check_precision(w: Tree, dtypes: set[torch.dtype]) -> None:
