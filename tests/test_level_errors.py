@@ -354,6 +354,23 @@ def test_a_loss_that_is_not_finite_names_level_and_step(bad: str, rule: Any) -> 
         graph.step()
 
 
+def test_steps_are_counted_on_after_a_state_is_loaded() -> None:
+    data = [torch.tensor(x) for x in (1.0, 1.0, 1.0, torch.nan)]
+
+    def graph() -> mo.LevelGraph:
+        low = level("low", torch.ones(2), lambda s, x: ((s.low() - s.top()) ** 2).sum() + x, data=data)
+        top = level("top", torch.ones(2), lambda s, _: ((s.low() - 3) ** 2).sum(), data=[torch.zeros(2)])
+        return mo.LevelGraph([mo.Edge(top, low, differentiate=mo.FiniteDifference())])
+
+    one, other = graph(), graph()
+    for _ in range(2):
+        one.step()
+    other.load_state_dict(one.state_dict())
+    other.step()
+    with pytest.raises(mo.NonFiniteError, match="level 'low', step 3: the loss is nan"):
+        other.step()
+
+
 def test_the_first_loss_that_is_not_finite_is_named_though_later_ones_are() -> None:
     """With a derivative of zero the level goes on as if nothing had happened."""
     data = [torch.tensor(x) for x in (1.0, torch.inf, 1.0, 1.0)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import grad
 
 import metaopt as mo
+from metaopt.autodiff.mixed import mixed_difference
 from metaopt.differentiate import InnerLoop, PointRule, attach
 from metaopt.transforms import is_tracked
 from optimizers import SGD
@@ -39,6 +40,20 @@ def test_a_zero_cotangent_gives_zero() -> None:
     for rule in POINT_RULES:
         found = grad(lambda meta, rule=rule: 0 * bilevel.value(rule, meta))(bilevel.meta)
         assert (found == 0).all(), rule
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_difference_can_be_differentiated_at_zero(dtype: torch.dtype) -> None:
+    """For L = w' A m the mixed product is A' x, and so is its derivative A' at x = 0, where no displacement has a direction."""
+    a, w, m = torch.arange(1.0, 7.0, dtype=dtype).view(2, 3), torch.ones(2, dtype=dtype), torch.ones(3, dtype=dtype)
+
+    def product(x: Tensor) -> Tensor:
+        return mixed_difference(lambda w, m: w @ a @ m, w, m, x, True, 0.01)
+
+    assert_close(product(torch.zeros_like(w)), torch.zeros_like(m), 0.0)
+    x = torch.zeros_like(w).requires_grad_()
+    rows = [torch.autograd.grad(entry, x, retain_graph=True)[0] for entry in product(x)]
+    assert_close(torch.stack(rows), a.T, 1e-3 if dtype == torch.float32 else 1e-10)
 
 
 # --- differentiable again

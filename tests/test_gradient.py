@@ -1,0 +1,98 @@
+"""Gradients of scalars of trees, and cotangents of chosen parts of trees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from problems import assert_close
+from torch import Tensor
+
+from metaopt.autodiff.gradient import gradient
+from metaopt.autodiff.pullback import chosen, pull_back, put, spread
+from metaopt.kernels import any_order
+
+torch.manual_seed(0)
+W = {"a": torch.randn(3, dtype=torch.float64), "b": [torch.randn(2, 2, dtype=torch.float64), torch.randn((), dtype=torch.float64)]}
+
+
+def bowl(w: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    matrix, shift = w["b"]
+    return (matrix @ matrix).sin().sum() * shift + (w["a"] ** 3).sum(), {"shift": shift}
+
+
+def leaves(w: Any) -> list[Tensor]:
+    return [w["a"], *w["b"]]
+
+
+class TestGradient:
+    @pytest.mark.parametrize("is_under_a_mode", [False, True])
+    @pytest.mark.parametrize("again", [False, True])
+    def test_it_is_that_of_torch(self, again: bool, is_under_a_mode: bool) -> None:
+        """Directly from the engine, or, under a mode for torch's functions, from `torch.autograd.grad`."""
+        at = {"a": W["a"].clone().requires_grad_(), "b": [leaf.clone().requires_grad_() for leaf in W["b"]]}
+        expected = torch.autograd.grad(bowl(at)[0], leaves(at), create_graph=True)
+        with torch.set_grad_enabled(again):
+            if is_under_a_mode:
+                with any_order():
+                    grads, value, aux = gradient(bowl, at)
+            else:
+                grads, value, aux = gradient(bowl, at)
+        assert_close(leaves(grads), [*expected], 1e-14)
+        assert_close(value, bowl(at)[0], 0.0)
+        assert [value.requires_grad, aux["shift"].requires_grad, grads["a"].requires_grad] == [again] * 3
+        if again:
+            second, wanted = (torch.autograd.grad(sum(g.sum() for g in one), leaves(at)) for one in (leaves(grads), expected))
+            assert_close([*second], [*wanted], 1e-13)
+
+    def test_what_f_does_not_depend_on_gets_zeros_or_none(self) -> None:
+        with torch.no_grad():
+            for function in (lambda w: ((w["a"] ** 2).sum(), ()), lambda w: (torch.ones(()), ())):
+                grads = leaves(gradient(function, W)[0])
+                assert_close(grads[1:], [torch.zeros_like(leaf) for leaf in W["b"]], 0.0)
+                assert leaves(gradient(function, W, allow_unused=True)[0])[1:] == [None, None]
+
+    def test_a_failing_function_leaves_gradients_as_they_were(self) -> None:
+        for again in (False, True):
+            with torch.set_grad_enabled(again):
+                with pytest.raises(ZeroDivisionError):
+                    gradient(lambda w: (w["a"].sum() / (1 // 0), ()), {"a": torch.ones(2, requires_grad=True)})
+                assert torch.is_grad_enabled() == again
+
+    def test_a_complex_value_is_refused(self) -> None:
+        with torch.no_grad(), pytest.raises(RuntimeError, match="real scalar"):
+            gradient(lambda w: (w["a"].sum() * 1j, ()), W)
+
+
+class TestParts:
+    """One bool may stand for all leaves of a part."""
+
+    @pytest.mark.parametrize(
+        ("short", "full"),
+        [
+            ({"a": False, "b": True}, {"a": False, "b": [True, True]}),
+            ({"a": True, "b": [False, True]}, {"a": True, "b": [False, True]}),
+            (True, {"a": True, "b": [True, True]}),
+        ],
+    )
+    def test_a_bool_is_as_many(self, short: Any, full: Any) -> None:
+        assert [*map(id, chosen(W, short))] == [*map(id, chosen(W, full))]
+        fresh = [leaf + 1 for leaf in chosen(W, full)]
+        assert_close(leaves(put(fresh, W, short)), leaves(put(fresh, W, full)), 0.0)
+        short_bars, full_bars = (
+            pull_back(lambda w: bowl(w)[0], (W,), torch.tensor(2.0).double(), (one,))[0] for one in (short, full)
+        )
+        expected = gradient(bowl, W)[0]
+        for bars in (short_bars, full_bars):
+            found = [(bar, 2 * grad) for bar, grad in zip(leaves(bars), leaves(expected), strict=True) if bar is not None]
+            assert len(found) == len(fresh)
+            for bar, grad in found:
+                assert_close(bar, grad, 1e-14)
+
+    def test_what_is_not_wanted_is_none(self) -> None:
+        assert spread([], W, False) is None
+        assert spread([], W, {"a": False, "b": False}) == {"a": None, "b": None}
+        assert spread([1, 2], W, {"a": False, "b": True}) == {"a": None, "b": [1, 2]}
+        nothing = pull_back(lambda w: bowl(w)[0], (W,), None, ({"a": False, "b": True},))
+        assert nothing == ({"a": None, "b": [None, None]},)
