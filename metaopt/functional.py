@@ -64,8 +64,7 @@ class Functional:
         self.model = model
         self._aliases = aliases(model)
         self._shared = {name for name, same in self._aliases.items() if len(same) > 1}
-        self._paths = _paths(alias for same in self._aliases.values() for alias in same)
-        self._trainable = {name: self._paths[name] for name, parameter in model.named_parameters() if is_tracked(parameter)}
+        self._trainable = _paths(name for name, parameter in model.named_parameters() if is_tracked(parameter))
         self._norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)]
 
     @property
@@ -141,8 +140,7 @@ class Functional:
         given: dict[str, Any] = {**params, **buffers}
         for name in self._shared & given.keys():
             given |= dict.fromkeys(self._aliases[name], given[name])
-        paths = {name: self._paths[name] for name in given}
-        return _lend(self.model, paths, given, self.model, args, kwargs, exact=params, left=buffers)
+        return _lend(self.model, _paths(given), given, self.model, args, kwargs, exact=params, left=buffers)
 
     def _check(self, what: str, given: Params, own: Params) -> None:
         if given.keys() != own.keys():

@@ -371,6 +371,16 @@ def test_steps_are_counted_on_after_a_state_is_loaded() -> None:
         other.step()
 
 
+def test_where_derivatives_would_be_lost_it_is_refused() -> None:
+    graph = two()
+    for method in (graph.step, lambda: graph.hypergradient("top")):
+        with torch.inference_mode(), pytest.raises(ValueError, match=r"inside torch.inference_mode\(\).*Call it outside"):
+            method()
+        with pytest.raises(ValueError, match=r"inside a transform of torch.func.*Call it outside"):
+            torch.func.vmap(lambda x, method=method: (method(), x)[1])(torch.ones(2))
+    graph.step()
+
+
 def test_the_first_loss_that_is_not_finite_is_named_though_later_ones_are() -> None:
     """With a derivative of zero the level goes on as if nothing had happened."""
     data = [torch.tensor(x) for x in (1.0, torch.inf, 1.0, 1.0)]

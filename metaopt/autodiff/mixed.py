@@ -11,7 +11,6 @@ from metaopt import tree
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.pullback import chosen, pull_back, put, spread
 from metaopt.autodiff.replay import Ambient
-from metaopt.transforms import is_last
 from metaopt.tree import Tree
 
 Loss = Callable[[Tree, Tree], Tensor]  # (w, given) -> L
@@ -63,19 +62,13 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
     kinds = {leaf.dtype for leaf in tree.leaves(w)}
     _check_precision(w, kinds)
     length = tree.norm(x)
-    length = length.clamp(min=torch.finfo(length.dtype).tiny ** 0.5)  # divided by, and the same when x = 0
-    scale = radius / length
+    scale = radius / torch.where(length > 0, length, 1)
     variables = chosen(given, wanted)
-    copies: list[Tree] = []
 
     def slope(e: Tensor) -> list[Tensor]:
         e_in = {kind: e.to(kind) for kind in kinds}  # of a wider one a 0-dim leaf would take the dtype
-        if copies and is_last():  # one displaced copy at a time, in the same memory
-            (there,) = copies
-            tree.map(lambda there, w, x: torch.addcmul(w, x, e_in[w.dtype], out=there), there, w, x)
-        else:
-            there = tree.map(lambda w, x: torch.addcmul(w, x, e_in[w.dtype]), w, x)
-            copies.extend([there] if is_last() else [])
+        # One displaced copy at a time; not in the same memory, which a slope may be a view of.
+        there = tree.map(lambda w, x: torch.addcmul(w, x, e_in[w.dtype]), w, x)
 
         def value(variables: list[Tensor]) -> tuple[Tensor, Tree]:
             return loss(there, put(variables, given, wanted)), ()

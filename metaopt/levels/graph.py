@@ -28,6 +28,7 @@ from metaopt.levels.reading import Reading, read
 from metaopt.levels.text import describe
 from metaopt.levels.update import initial_state
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
+from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
 
@@ -87,8 +88,10 @@ class LevelGraph:
 
         Raises:
             NonFiniteError: a loss is not finite; the state is then that before the step.
-            ValueError: no derivative arrives at a parameter, or batches do not fit.
+            ValueError: no derivative arrives at a parameter, batches do not fit, or it is called in inference mode or inside a
+                transform of `torch.func`.
         """
+        _check_surroundings("step")
         rows, counts = self._rows(None)
         with torch.no_grad():
             _, states = self._turn(None, {}, self._states, rows)
@@ -113,6 +116,7 @@ class LevelGraph:
         Raises:
             ValueError: there is no such level.
         """
+        _check_surroundings("hypergradient")
         state, scene, rows, window = self._view(level)
         with torch.no_grad():
             return self._execution.gradient(level, scene, state, rows, window, at_point=not after_steps)[0]
@@ -238,6 +242,17 @@ class LevelGraph:
                 values += map(now.__getitem__, own)
         with torch.no_grad():
             torch._foreach_copy_(models, values)
+
+
+def _check_surroundings(method: str) -> None:
+    """Raise where derivatives would be lost, or the graph's state would belong to a transform that ends."""
+    inside = None
+    if torch.is_inference_mode_enabled():
+        inside = "torch.inference_mode(), where nothing is recorded that derivatives could be taken of"
+    elif not (torch.compiler.is_compiling() or values_are_readable()):
+        inside = "a transform of torch.func, which its state would outlive"
+    if inside is not None:
+        raise ValueError(f"LevelGraph.{method} was called inside {inside}. Call it outside.")
 
 
 def _loops(edges: Sequence[Edge], read: Callable[[str], Reading]) -> frozenset[str]:
