@@ -248,6 +248,17 @@ def test_copies_and_pickles_stand_on_their_own() -> None:
         assert_close(net(net.params, tokens).detach(), expected, 0)
 
 
+def test_a_buffer_that_is_registered_later_is_seen() -> None:
+    model = nn.Linear(2, 2)
+    net = mo.functional(model)
+    model.register_buffer("later", torch.ones(2))
+    x = torch.randn(3, 2)
+    output, after = net.with_buffers(net.params, net.buffers, x)
+    assert_close(output, model(x), 0.0)
+    assert_close(net(net.params, x), model(x), 0.0)
+    assert list(after) == ["later"]
+
+
 def test_a_parameter_that_is_gone_is_named() -> None:
     """A parametrization moves it: lending it under its old name would have no effect."""
     model = nn.Linear(3, 2)

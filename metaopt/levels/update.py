@@ -22,7 +22,7 @@ def initial_state(level: Level, reading: Reading, *, is_top: bool, steps: int) -
         level: whose.
         reading: what its loss depends on.
         is_top: whether no level is above.
-        steps: that it makes in one step of the graph. One alone, which nobody waits for, need not be counted.
+        steps: that it makes in one step of the graph. One alone is not counted: the graph counts its own.
     """
     params = {key: param.detach().clone() for key, param in level.net.params.items()}
     like = next(iter(params.values()))
