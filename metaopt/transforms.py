@@ -30,9 +30,7 @@ def constant(leaf: Any) -> Any:
 
 def entries(tensor: Tensor) -> int:
     """Return how many numbers it holds, in all rows of a `vmap` together."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor.numel()
+    return bare(tensor).numel()
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -89,6 +87,13 @@ def without_levels(tensor: Tensor) -> Tensor:
                 'A loop with Revolve(store="disk") cannot run under `vmap` (nor `jacrev`), which hides the values that are to be '
                 'written. Go through the batch in a loop (`meta_grad(..., chunk_size=1)`), or use store="cpu".'
             )
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def bare(tensor: Tensor) -> Tensor:
+    """Return the plain tensor inside all levels of `torch.func`; of a `vmap`, with the axis of its batch."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
 

@@ -32,26 +32,35 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
     Cost:
         One evaluation and one backward pass.
     """
+    return pull_back_and_value(function, arguments, cotangents, wanted)[0]
+
+
+def pull_back_and_value(
+    function: Callable[..., Tree], arguments: Tree, cotangents: Tree, wanted: Tree
+) -> tuple[Tree, Tree]:
+    """Return what `pull_back` does, and r; None where there was no need to evaluate it."""
     seeds = tree.leaves(cotangents)
     variables = chosen(arguments, wanted)
     if not variables or all(seed is None for seed in seeds):
-        return spread(repeat(None), arguments, wanted)
+        return spread(repeat(None), arguments, wanted), None
 
-    def run(variables: list[Tensor]) -> list[Tensor]:
-        results = tree.leaves(function(*put(variables, arguments, wanted)))
-        return [result for result, seed in zip(results, seeds, strict=True) if seed is not None]
+    def run(variables: list[Tensor]) -> tuple[list[Tensor], Tree]:
+        value = function(*put(variables, arguments, wanted))
+        pairs = zip(tree.leaves(value), seeds, strict=True)
+        return [result for result, seed in pairs if seed is not None], value
 
     given = [seed for seed in seeds if seed is not None]
     if not is_last() or any(leaf.is_inference() for leaf in variables):
-        _, pull, *_ = torch.func.vjp(run, variables)
+        _, pull, value = torch.func.vjp(run, variables, has_aux=True)
         (bars,) = pull(given)
     else:  # it need not be recorded
         with torch.enable_grad():
             fresh = [leaf.detach().requires_grad_() for leaf in variables]
-            reached = [(result, seed) for result, seed in zip(run(fresh), given, strict=True) if result.requires_grad]
+            found, value = run(fresh)
+            reached = [(result, seed) for result, seed in zip(found, given, strict=True) if result.requires_grad]
             results, cotangents = zip(*reached, strict=True) if reached else ((), ())
         bars = torch.autograd.grad(results, fresh, cotangents, materialize_grads=True) if reached else map(torch.zeros_like, fresh)
-    return spread(bars, arguments, wanted)
+    return spread(bars, arguments, wanted), value
 
 
 def chosen(values: Tree, wanted: Tree) -> list[Any]:

@@ -26,6 +26,13 @@ Loss = Callable[[Tree, Tree, Any, Tree], tuple[Tensor, Tree]]
 Gradient = Callable[[Tree, Tree, Any, Tree], tuple[Tree, Tensor, Tree]]
 # (inputs, gradients, state, params, loss, aux) -> (params, state)
 Update = Callable[[Tree, Tree, Any, Tree, Tensor, Tree], tuple[Tree, Any]]
+# (inputs, (params, state) after the step, batch, loss, aux) -> a tree of tensors
+Emit = Callable[[Tree, tuple[Tree, Any], Tree, Tensor, Tree], Tree]
+
+
+def emit_loss(inputs: Tree, after: tuple[Tree, Any], batch: Tree, loss: Tensor, aux: Tree) -> Tensor:
+    """Return the loss: all that a loop says of a step if nobody asks for more."""
+    return loss
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class InnerLoop:
         batches: leaves with the leading axis `steps`; without leaves, every step sees `inputs["batch"]`. Or a `Stream`.
         steps: number of steps; None for a `Stream`, which ends when it ends.
         compile: whether what runs is to be compiled.
+        emit: what the loop says of each step, stacked over steps; the loss comes first in it.
+        describe: returns the settings of the functions, as text.
     """
 
     loss: Loss
@@ -53,13 +62,15 @@ class InnerLoop:
     batches: Tree | Stream
     steps: int | None
     compile: bool = False
+    emit: Emit = emit_loss
+    describe: Callable[[], str] = str
 
 
 class Rule(Protocol):
     """How gradients pass through an inner loop: run it, and attach a derivative to what comes out."""
 
-    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
-        """Return (params, state, losses [steps])."""
+    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
+        """Return (params, state, what the loop emits, with the leading axis steps)."""
         ...
 
 
@@ -75,7 +86,8 @@ class PointRule:
     """A rule that looks only at where the loop ended, not at the steps that led there.
 
     What the end depends on is then what the loss there reads: `inputs` without the optimizer, and the batch of the last step.
-    The initial parameters and state, and the optimizer's tensors, receive nothing; the returned state and losses are constants.
+    The initial parameters and state, and the optimizer's tensors, receive nothing; the returned state, the losses and what else the
+    loop emits are constants.
     """
 
     def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
@@ -96,12 +108,12 @@ class PointRule:
         """
         raise TypeError(f"{type(self).__name__} must define `pull_back(loop, end, cotangent, wanted)`.")
 
-    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
+    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
         refuse_zeros(self, "initial parameters", loop.params, without_optimizer(loop.inputs))
         refuse_zeros(self, "optimizer's tensors", loop.inputs["optimizer"], without_optimizer(loop.inputs))
         refuse_zeros(self, "initial state", loop.state, without_optimizer(loop.inputs))
-        params, state, losses = run(loop)
-        return attach(self, loop, End(params, state, last_row(loop.batches))), state, losses
+        params, state, emitted = run(loop)
+        return attach(self, loop, End(params, state, last_row(loop.batches))), state, emitted
 
 
 def attach(rule: PointRule, loop: InnerLoop, end: End) -> Tree:
@@ -142,22 +154,31 @@ def pulled_back(rule: PointRule, loop: InnerLoop, end: End, cotangent: Tree, wan
     return found
 
 
-def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullback | None = None) -> tuple[Tree, Any, Tensor]:
+def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullback | None = None) -> tuple[Tree, Any, Tree]:
     """Run the loop with this gradient oracle, keep what `memory` says, and rebuild steps for the way back with `pullback`."""
 
-    def step(inputs: Tree, carry: Tree, batch: Tree) -> tuple[Tree, Tensor]:
+    def step(inputs: Tree, carry: Tree, batch: Tree) -> tuple[Tree, Tree]:
         params, state = carry
         grads, loss, aux = gradient(inputs, params, state, batch)
-        return loop.update(inputs, grads, state, params, loss, aux), loss
+        after = loop.update(inputs, grads, state, params, loss, aux)
+        return after, loop.emit(inputs, after, batch, loss, aux)
 
     carry = (loop.params, loop.state)
-    (params, state), losses = scan(
-        step, loop.inputs, carry, loop.batches, loop.steps, memory, pullback=pullback, compile=loop.compile
+    (params, state), emitted = scan(
+        step,
+        loop.inputs,
+        carry,
+        loop.batches,
+        loop.steps,
+        memory,
+        pullback=pullback,
+        compile=loop.compile,
+        describe=loop.describe,
     )
-    return params, state, losses
+    return params, state, emitted
 
 
-def run(loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
+def run(loop: InnerLoop) -> tuple[Tree, Any, Tree]:
     """Run the loop without a graph; what comes out is constant."""
     gradient = MeanGradient(loop.loss)
     if is_last():  # nothing of it has a derivative
@@ -193,7 +214,7 @@ def starting_from(loop: InnerLoop, given: tuple[dict[str, Tree], Tree, Any, Tree
 
 
 def weighted_end(loop: InnerLoop, weights: Tree) -> Tensor:
-    """Run the loop and return <weights, (params, state, losses)>."""
+    """Run the loop and return <weights, (params, state, what it emits)>."""
     with plain_loops_inside(), any_order():
         results = unroll(replace(loop, compile=False), MeanGradient(loop.loss), "full")
     pairs = zip(tree.leaves(results), tree.leaves(weights), strict=True)

@@ -37,7 +37,7 @@ class FirstOrder:
     def __post_init__(self) -> None:
         check_memory(self.memory)
 
-    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
+    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
         def gradient(inputs: Tree, params: Tree, state: Any, batch: Tree) -> tuple[Tree, Tensor, Tree]:
             loss, pullback, *rest = torch.func.vjp(lambda at: loop.loss(inputs, at, state, batch), params, has_aux=True)
             with torch.no_grad():  # no graph of the backward pass for the levels around this one
