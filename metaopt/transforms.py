@@ -91,6 +91,11 @@ def without_levels(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def is_functorch_wrapped(tensor: Tensor) -> bool:
+    """Return True if a level of `torch.func` holds the tensor."""
+    return functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def bare(tensor: Tensor) -> Tensor:
     """Return the plain tensor inside all levels of `torch.func`; of a `vmap`, with the axis of its batch."""
     while functorch.is_functorch_wrapped_tensor(tensor):

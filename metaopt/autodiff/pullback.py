@@ -35,9 +35,7 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
     return pull_back_and_value(function, arguments, cotangents, wanted)[0]
 
 
-def pull_back_and_value(
-    function: Callable[..., Tree], arguments: Tree, cotangents: Tree, wanted: Tree
-) -> tuple[Tree, Tree]:
+def pull_back_and_value(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, wanted: Tree) -> tuple[Tree, Tree]:
     """Return what `pull_back` does, and r; None where there was no need to evaluate it."""
     seeds = tree.leaves(cotangents)
     variables = chosen(arguments, wanted)

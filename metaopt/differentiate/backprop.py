@@ -89,7 +89,12 @@ class Backprop:
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
         loop = replace(loop, update=_exact(loop.update))
-        gradient = MeanGradient(loop.loss, _examples(loop, self.microbatches), self.microbatches, self.hvp)
+        if loop.skips and self._splits_steps:
+            raise ValueError(
+                f'Backprop: unused="skip" cannot be had with microbatches={self.microbatches} and hvp={self.hvp!r}, which pull '
+                "back the gradient of every parameter. Leave one of them out."
+            )
+        gradient = MeanGradient(loop.loss, _examples(loop, self.microbatches), self.microbatches, self.hvp, allow_unused=loop.skips)
         recomputed = replace(gradient, compile=loop.compile)
 
         def after_gradient(inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree, batch: Tree) -> Tree:

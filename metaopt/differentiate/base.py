@@ -52,6 +52,7 @@ class InnerLoop:
         compile: whether what runs is to be compiled.
         emit: what the loop says of each step, stacked over steps; the loss comes first in it.
         describe: returns the settings of the functions, as text.
+        skips: whether the gradient of a parameter is None, not zero, at a step whose loss does not depend on it.
     """
 
     loss: Loss
@@ -64,6 +65,12 @@ class InnerLoop:
     compile: bool = False
     emit: Emit = emit_loss
     describe: Callable[[], str] = str
+    skips: bool = False
+
+    @property
+    def gradient(self) -> MeanGradient:
+        """The gradient of the loss, of a whole batch."""
+        return MeanGradient(self.loss, allow_unused=self.skips)
 
 
 class Rule(Protocol):
@@ -180,7 +187,7 @@ def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullba
 
 def run(loop: InnerLoop) -> tuple[Tree, Any, Tree]:
     """Run the loop without a graph; what comes out is constant."""
-    gradient = MeanGradient(loop.loss)
+    gradient = loop.gradient
     if is_last():  # nothing of it has a derivative
         return unroll(loop, gradient, "full")
     inputs, params, state, batches = tree.map(constant, (loop.inputs, loop.params, loop.state, loop.batches))
@@ -216,7 +223,7 @@ def starting_from(loop: InnerLoop, given: tuple[dict[str, Tree], Tree, Any, Tree
 def weighted_end(loop: InnerLoop, weights: Tree) -> Tensor:
     """Run the loop and return <weights, (params, state, what it emits)>."""
     with plain_loops_inside(), any_order():
-        results = unroll(replace(loop, compile=False), MeanGradient(loop.loss), "full")
+        results = unroll(replace(loop, compile=False), loop.gradient, "full")
     pairs = zip(tree.leaves(results), tree.leaves(weights), strict=True)
     known = [(result, weight) for result, weight in pairs if weight is not None]
     return tree.sum_leaves(torch.Tensor.sum, [tree.as_real(result) * tree.as_real(weight) for result, weight in known])

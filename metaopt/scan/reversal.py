@@ -122,9 +122,7 @@ class Reversal:
         none = [None] * self.loop.length
         return [bar for row in zip(*[bars[::-1] or none for bars in self.bar_xs], strict=True) for bar in row]
 
-    def _pull_back(
-        self, t: int, carry: list[Any], bar: list[Tensor | None], of_out: list[Tensor | None]
-    ) -> list[Tensor | None]:
+    def _pull_back(self, t: int, carry: list[Any], bar: list[Tensor | None], of_out: list[Tensor | None]) -> list[Tensor | None]:
         """Add step t's part to the cotangents of inputs and xs, and return that of its carry."""
         x = [leaf[t] for leaf in self.xs]
         _, bar_after, _ = self.loop.trees([None] * len(self.shared), bar, [None] * len(x))
@@ -140,34 +138,31 @@ class Reversal:
                 bars_so_far.append(torch.zeros_like(row) if part is None else part)
         return to_carry
 
-
     def _check_rebuilt(self) -> None:
         """Raise if a rebuilt step was another one than the step that was taken.
 
         At the end, where one look at the device is enough. Rounding may differ: a rebuilt step is computed with a graph.
         """
-        times = sorted(t for t, value in self.rebuilt.items() if is_differentiable(value))
-        found, taken = ([bare(values[t]) for t in times] for values in (self.rebuilt, self.firsts))
-        if not times or any(one.shape != other.shape for one, other in zip(found, taken, strict=True)):
+        alike = [t for t, value in self.rebuilt.items() if is_differentiable(value)]
+        pairs = [(t, bare(self.rebuilt[t]), bare(self.firsts[t])) for t in sorted(alike)]
+        pairs = [(t, found, taken) for t, found, taken in pairs if found.shape == taken.shape]
+        if not pairs:
             return
+        times = [t for t, found, _ in pairs for _ in range(found.numel())]  # a `vmap` has a loss for each of its rows
         with outside_transforms(), torch.no_grad():
-            found, taken = (torch.stack([*map(Tensor.detach, values)]) for values in (found, taken))
+            found, taken = (torch.cat([pair[i].detach().reshape(-1) for pair in pairs]) for i in (1, 2))
             size = taken.abs().nan_to_num(posinf=0)
             room = torch.finfo(taken.dtype).eps ** 0.5 * size.clamp(min=1e-3 * size.max())
-            is_same = (found - taken).abs() <= room
-            is_same |= (found == taken) | (found.isnan() & taken.isnan())
-            others = (~is_same.reshape(len(times), -1).all(1)).nonzero().reshape(-1).tolist()
+            is_same = ((found - taken).abs() <= room) | (found == taken) | (found.isnan() & taken.isnan())
+            others = (~is_same).nonzero().reshape(-1).tolist()
         if others:
+            first = others[0]
             raise ValueError(
                 "A step that is made again on the way back must be the step that was taken, but the loss of step "
-                f"{times[others[0]]} was {_shown(taken[others[0]])} and is now {_shown(found[others[0]])}. Only torch's global "
-                "generators are wound back: does the loss draw from `random` or numpy, or does it count its calls? Draw with torch, "
-                'pass the numbers in `batches`, or use memory="full".'
+                f"{times[first]} was {taken[first].tolist():.6g} and is now {found[first].tolist():.6g}. Only torch's global "
+                "generators are wound back: does the loss draw from `random` or numpy, or does it count its calls? Draw with "
+                'torch, pass the numbers in `batches`, or use memory="full".'
             )
-
-
-def _shown(value: Tensor) -> str:
-    return f"{value.tolist():.6g}" if value.ndim == 0 else str(value.tolist())
 
 
 def _from(bars: dict[str, Tensor], name: str, leaf: Any) -> Tensor | None:

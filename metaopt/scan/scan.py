@@ -52,7 +52,8 @@ def scan(
         memory: "full" keeps the graph of every step; "steps" keeps every carry and rebuilds one step at a time on the way
             back, which costs one more forward run; `Revolve(snapshots)` keeps few carries and recomputes the others. All are
             exact for first and second derivatives. A step that runs again draws the same global random numbers under the
-            same autocast; that it is the same step is seen by the first tensor of its out. Under `torch.compile` the loop is always unrolled, and the compiler decides what to keep.
+            same autocast; the first tensor of its out shows whether it is the same step. Under `torch.compile` the loop is
+            always unrolled, and the compiler decides what to keep.
         pullback: the derivative of `step`, a differentiable function of its tensors; by default torch's own. It is used where a
             step is rebuilt, so never by "full". Whoever gives it compiles it.
         compile: compile one step and its derivative, for any length. Inside another compiled function or scan this changes nothing.
