@@ -87,8 +87,9 @@ def has_other_sources(value: Tensor, made: Sequence[Tensor]) -> bool:
 
 
 def tracked_names(source: Any, value: Tensor) -> str:
-    """Name the tracked tensors in the closure of `source` that `value` was computed from."""
-    tracked = [(name, tensor) for name, tensor in reachable(source) if is_tracked(tensor)]
+    """Name the tracked tensors in the closure of `source`, or of several in a tuple, that `value` was computed from."""
+    sources = source if isinstance(source, tuple) else (source,)
+    tracked = [(name, tensor) for one in sources for name, tensor in reachable(one) if is_tracked(tensor)]
     nodes = _graph(value)
     used = [(name, tensor) for name, tensor in tracked if nodes & {id(tensor), id(tensor.grad_fn)}]
     names = {f"`{name}` (shape {tuple(tensor.shape)})" for name, tensor in used or tracked}
@@ -130,7 +131,7 @@ def reachable(value: Any, name: str = "", seen: set[int] | None = None) -> Itera
         case Tensor():
             yield name, value
         case nn.Module():
-            members = {prefix + key: tensor for key, tensor in value.named_parameters()}
+            members = {prefix + key: tensor for key, tensor in [*value.named_parameters(), *value.named_buffers()]}
         case types.FunctionType():
             cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
             members = {key: value.__globals__[key] for key in value.__code__.co_names if key in value.__globals__}

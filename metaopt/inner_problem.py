@@ -74,7 +74,7 @@ class InnerProblem:
         if self.observe is not None:
             with any_order():
                 observed = self._called(self.observe, inputs, *after, x)
-            emitted["observed"] = tree.map(lambda leaf: _as_tensor(leaf, "observe", loss), observed)
+            emitted["observed"] = tree.map(lambda leaf: as_tensor(leaf, "observe", loss), observed)
         return loss if len(emitted) == 1 else emitted
 
     def evaluate(self, inputs: Tree, params: Tree, state: Any, x: Tree) -> Tree:
@@ -116,24 +116,27 @@ class InnerProblem:
             value, *rest = result if type(result) is tuple and len(result) == 2 else (result,)
         loss = check_scalar(value)
         if rest:
-            named["aux"] = tree.map(lambda leaf: _as_tensor(leaf, "loss_fn", loss), rest[0])
+            named["aux"] = tree.map(lambda leaf: as_tensor(leaf, "loss_fn", loss), rest[0])
         return loss, named
 
 
-def check_scalar(value: Any) -> Tensor:
+def check_scalar(value: Any, where: str = "loss_fn") -> Tensor:
     """Return the value of a loss.
 
     Raises:
-        ValueError: it is no floating-point scalar.
+        ValueError: it is not a floating-point scalar; `where` says who returned it.
     """
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-        raise ValueError(
-            f"`loss_fn` must return a floating-point scalar, or (a scalar, aux), got a {_kind(value)}. Take the mean or the sum."
-        )
+        raise ValueError(f"`{where}` must return a floating-point scalar, got a {_kind(value)}. Take the mean or the sum.")
     return value
 
 
-def _as_tensor(leaf: Any, where: str, like: Tensor) -> Tensor:
+def as_tensor(leaf: Any, where: str, like: Tensor) -> Tensor:
+    """Return a number as a tensor, and a tensor as it is.
+
+    Raises:
+        TypeError: it is neither; `where` says who returned it.
+    """
     if isinstance(leaf, Tensor):
         return leaf
     if isinstance(leaf, bool | int | float):

@@ -163,7 +163,7 @@ LOSSES = {
     "integer": (lambda w, _: torch.tensor(3), r"got a torch.int64 tensor of shape \(\)"),
     "float": (lambda w, _: 3.0, r"got a float"),
     "nothing": (lambda w, _: None, r"got a NoneType"),
-    "pair": (lambda w, _: ((w**2).sum(), w), r"got a tuple"),
+    "triple": (lambda w, _: ((w**2).sum(), w, w), r"got a tuple of 3"),
 }
 
 
@@ -221,7 +221,6 @@ PARAMETERS = {
     ),
     "number": ({"w": 1.0}, r"`params` must be floating-point or complex tensors, got float at \['w'\]"),
     "boolean": (torch.ones(1, dtype=torch.bool), r"got torch.bool at the tensor itself"),
-    "module": (nn.Linear(1, 1), r"got Linear at the tensor itself"),
     "empty": ({}, r"`params` must hold at least one tensor, got an empty tree. Is every parameter frozen\?"),
 }
 
