@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
+from metaopt.autodiff.graph import ancestors
 from metaopt.functional import Functional
 from metaopt.transforms import is_functorch_wrapped, is_tracked
 from metaopt.tree import Tree
@@ -80,8 +81,6 @@ def has_other_sources(value: Tensor, made: Sequence[Tensor]) -> bool:
     """Return True if a tracked value was computed from other leaves that require grad than those in `made`."""
     if is_functorch_wrapped(value):
         return True
-    if value.grad_fn is None:
-        return not any(value is leaf for leaf in made)
     known = {id(leaf) for leaf in made}
     return any(id(leaf) not in known for leaf in graph_leaves(value))
 
@@ -90,33 +89,15 @@ def tracked_names(source: Any, value: Tensor) -> str:
     """Name the tracked tensors in the closure of `source`, or of several in a tuple, that `value` was computed from."""
     sources = source if isinstance(source, tuple) else (source,)
     tracked = [(name, tensor) for one in sources for name, tensor in reachable(one) if is_tracked(tensor)]
-    nodes = _graph(value)
-    used = [(name, tensor) for name, tensor in tracked if nodes & {id(tensor), id(tensor.grad_fn)}]
+    below = ancestors(value)
+    used = [(name, tensor) for name, tensor in tracked if below.keys() & {id(tensor), id(tensor.grad_fn)}]
     names = {f"`{name}` (shape {tuple(tensor.shape)})" for name, tensor in used or tracked}
     return ", ".join(sorted(names)) or f"a tensor (last operation: {type(value.grad_fn).__name__})"
 
 
-def _graph(value: Tensor) -> set[int]:
-    """Return the ids of the autograd nodes and leaf tensors below `value`."""
-    nodes = _nodes(value)
-    return ({*map(id, nodes)} | {id(getattr(node, "variable", None)) for node in nodes}) - {id(None)}
-
-
 def graph_leaves(value: Tensor) -> list[Tensor]:
     """Return the leaf tensors that a value was computed from, as far as autograd recorded it."""
-    return [node.variable for node in _nodes(value) if hasattr(node, "variable")]
-
-
-def _nodes(value: Tensor) -> list[Any]:
-    """Return the autograd nodes below `value`."""
-    found: dict[int, Any] = {}
-    pending = [value.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is not None and id(node) not in found:
-            found[id(node)] = node
-            pending += [parent for parent, _ in node.next_functions]
-    return [*found.values()]
+    return [found for found in ancestors(value).values() if isinstance(found, Tensor) and found.is_leaf]
 
 
 def reachable(value: Any, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -28,9 +28,16 @@ def constant(leaf: Any) -> Any:
     return leaf.detach()
 
 
+def innermost(tensor: Tensor) -> Tensor:
+    """Return the plain tensor inside the wrappers of every level of `torch.func`; that of a `vmap` has all its rows."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def entries(tensor: Tensor) -> int:
     """Return how many numbers it holds, in all rows of a `vmap` together."""
-    return bare(tensor).numel()
+    return innermost(tensor).numel()
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -94,13 +101,6 @@ def without_levels(tensor: Tensor) -> Tensor:
 def is_functorch_wrapped(tensor: Tensor) -> bool:
     """Return True if a level of `torch.func` holds the tensor."""
     return functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def bare(tensor: Tensor) -> Tensor:
-    """Return the plain tensor inside all levels of `torch.func`; of a `vmap`, with the axis of its batch."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor
 
 
 def alive(tensor: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._C import _len_torch_function_stack
 
 from metaopt import tree
+from metaopt.autodiff.graph import VARIABLES
 from metaopt.transforms import constant, is_tracked, values_are_readable
 from metaopt.tree import Tree
 
@@ -38,13 +39,15 @@ def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree, *, allow
         grads, (value, aux) = torch.func.grad_and_value(function, has_aux=True)(at)
         return grads, value, aux
     torch._C._set_grad_enabled(True)  # the context manager takes as long as a small operation
+    # Aliases: the function may read the same tensors by another way, and that is not w.
+    variables = [leaf.view_as(leaf) for leaf in leaves] if again else [leaf.detach().requires_grad_() for leaf in leaves]
+    running = VARIABLES.set((*VARIABLES.get(), *variables))
     try:
-        # Aliases: the function may read the same tensors by another way, and that is not w.
-        variables = [leaf.view_as(leaf) for leaf in leaves] if again else [leaf.detach().requires_grad_() for leaf in leaves]
         value, aux = function(tree.with_leaves(at, variables))
         depends = value.requires_grad
         found = _slopes(value, variables, again) if depends else [None] * len(leaves)
     finally:
+        VARIABLES.reset(running)
         torch._C._set_grad_enabled(again)
     if not allow_unused and any(grad is None for grad in found):
         known = zip(found, leaves, strict=True)

@@ -49,7 +49,7 @@ def pull_back_and_value(function: Callable[..., Tree], arguments: Tree, cotangen
 
     given = [seed for seed in seeds if seed is not None]
     if not is_last() or any(leaf.is_inference() for leaf in variables):
-        _, pull, value = torch.func.vjp(run, variables, has_aux=True)
+        _, pull, value = torch.func.vjp(run, variables, has_aux=True)  # type: ignore[misc]
         (bars,) = pull(given)
     else:  # it need not be recorded
         with torch.enable_grad():

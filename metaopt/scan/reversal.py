@@ -16,7 +16,7 @@ from metaopt.scan.loop import Loop, moved
 from metaopt.scan.nesting import plain_loops_inside
 from metaopt.scan.revolve import split
 from metaopt.scan.tensor_file import digest_of
-from metaopt.transforms import bare, is_differentiable, outside_transforms
+from metaopt.transforms import innermost, is_differentiable, outside_transforms
 
 
 class Reversal:
@@ -143,14 +143,22 @@ class Reversal:
 
         At the end, where one look at the device is enough. Rounding may differ: a rebuilt step is computed with a graph.
         """
-        alike = [t for t, value in self.rebuilt.items() if is_differentiable(value)]
-        pairs = [(t, bare(self.rebuilt[t]), bare(self.firsts[t])) for t in sorted(alike)]
-        pairs = [(t, found, taken) for t, found, taken in pairs if found.shape == taken.shape]
-        if not pairs:
-            return
-        times = [t for t, found, _ in pairs for _ in range(found.numel())]  # a `vmap` has a loss for each of its rows
+        pairs = [(t, innermost(value), self.firsts[t]) for t, value in sorted(self.rebuilt.items()) if is_differentiable(value)]
+        times, found, taken = list[int](), list[Tensor](), list[Tensor]()
+        for t, again, first in pairs:
+            before = again if first is None else innermost(first)
+            if again.shape == before.shape:
+                times += [t] * again.numel()  # a `vmap` has a loss for each of its rows
+                found.append(again.detach().reshape(-1))
+                taken.append(before.detach().reshape(-1))
+        if times:
+            self._compare(times, found, taken)
+
+    @staticmethod
+    def _compare(times: list[int], rebuilt: list[Tensor], before: list[Tensor]) -> None:
+        """Raise if two losses differ by more than rounding; each has its time."""
         with outside_transforms(), torch.no_grad():
-            found, taken = (torch.cat([pair[i].detach().reshape(-1) for pair in pairs]) for i in (1, 2))
+            found, taken = torch.cat(rebuilt), torch.cat(before)
             size = taken.abs().nan_to_num(posinf=0)
             room = torch.finfo(taken.dtype).eps ** 0.5 * size.clamp(min=1e-3 * size.max())
             is_same = ((found - taken).abs() <= room) | (found == taken) | (found.isnan() & taken.isnan())
