@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,6 +26,7 @@ Hyper = dict[str, Value]
 StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, Slots]]
 
 
+STATE_KEYS = frozenset(("step", "slots", "shared", "schedules"))
 _GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks)
 
 
@@ -119,6 +121,34 @@ class Optimizer(Configurable):
             return self._on_leaves(self._move, grads, state, params, loss)
         updates, state = self(grads, state, params, loss=loss)
         return apply_updates(params, updates), state
+
+    def values(
+        self, state: State, *, loss: Tensor | None = None, grads: Tree | None = None, params: Tree | None = None
+    ) -> dict[str, Value]:
+        """Return name -> the value of every hyperparameter that the next step from `state` uses; nothing is changed.
+
+        The values are differentiable. Inside other optimizers the names are led, by "optimizer." behind a transform and by
+        the pattern and "/" in a group. A schedule that observes the loss or the gradients answers without them with its last value.
+
+        Args:
+            state: from `init` or a step.
+            loss: as for `forward`.
+            grads: as for `forward`. Without them, schedules compute in the precision of the memory, else in torch's default.
+            params: as for `forward`; needed where a transform makes of them what a schedule observes.
+
+        Raises:
+            ValueError: the state is another optimizer's, or a schedule of your own has no value without the loss.
+        """
+        self._check_state_keys(state)
+        leaves = None if grads is None else [tree.as_real(leaf) for leaf in tree.leaves(grads)]
+        like = torch.full((), math.nan, dtype=_precision(state, leaves), device=state["step"].device)
+        found: dict[str, Value] = {}
+        for name in self.hyperparameters:
+            value = getattr(self, name)
+            if isinstance(value, Schedule):
+                value = value.value_at(state["schedules"][name], step=state["step"], loss=loss, grads=leaves, like=like)
+            found[name] = value
+        return found
 
     def as_torch(self, params: Iterable[Any]) -> Deployed:
         """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""
@@ -215,6 +245,15 @@ class Optimizer(Configurable):
     def _schedules(self) -> list[tuple[str, Schedule]]:
         return [(name, value) for name in self.hyperparameters if isinstance(value := getattr(self, name), Schedule)]
 
+    def _check_state_keys(self, state: Any) -> None:
+        """Raise ValueError if it is no state at all."""
+        if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
+            found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(
+                f"`state` must be a dict with {sorted(STATE_KEYS)}, got {found}. Pass what `init` of this "
+                f"{type(self).__name__}, or the step before, returned."
+            )
+
     def _check_state(self, state: State, grads: Leaves) -> None:
         """Raise ValueError if the state's memory or its schedules have other names than those of this optimizer."""
         of_schedules = dict(self._schedules()).keys()
@@ -244,6 +283,13 @@ class Optimizer(Configurable):
         if params is None:
             raise ValueError(f"`{type(self).__name__}` needs `params` because {reason}. Call `optimizer(grads, state, params)`.")
         return params
+
+
+def _precision(state: State, grads: Leaves | None) -> torch.dtype:
+    """Return the dtype of the gradients, else of the memory, else torch's default."""
+    known = tree.leaves((state["slots"], state["shared"])) if grads is None else grads
+    floating = (leaf.dtype for leaf in known if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return next(floating, torch.get_default_dtype())
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:

@@ -30,3 +30,28 @@ class Schedule(Configurable):
             grads: the gradients, one tensor per parameter.
         """
         raise TypeError(f"{type(self).__name__} must define `forward(state, *, step, loss, grads)`.")
+
+    def value_at(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor] | None, like: Tensor
+    ) -> float | Tensor:
+        """Return the value at this step, for somebody who only looks; a subclass that observes answers with its last value.
+
+        Args:
+            state: from `init` or the step before.
+            step: index of the step, from 0.
+            loss: as for `forward`; None if it is not known.
+            grads: as for `forward`; None if they are not known.
+            like: a scalar in the precision of the gradients. It is nan, and so is a value that depends on unknown gradients.
+
+        Raises:
+            ValueError: there is no value without the loss.
+        """
+        try:
+            return self(state, step=step, loss=loss, grads=[like] if grads is None else grads)[0]
+        except (AttributeError, TypeError) as error:
+            if loss is not None:
+                raise
+            raise ValueError(
+                f"{type(self).__name__}: its value needs the loss, got None. Call `optimizer.values(state, loss=loss, "
+                "grads=grads)`, or define `value_at`, with the value that it had last."
+            ) from error

@@ -64,3 +64,8 @@ class LSTMSchedule(Schedule):
         h, c = self.cell(observed[:, None], state["h"], state["c"])
         change = state["change"] + self.max_change * torch.tanh(self.readout @ h)[0, 0]
         return (self.log_initial + change).exp(), {"h": h, "c": c, "change": change}
+
+    def value_at(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor] | None, like: Tensor) -> Value:
+        if loss is None or grads is None:
+            return (self.log_initial + state["change"]).exp()
+        return super().value_at(state, step=step, loss=loss, grads=grads, like=like)

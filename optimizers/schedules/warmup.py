@@ -42,8 +42,16 @@ class Warmup(Schedule):
         return self.after.init(like) if isinstance(self.after, Schedule) else {}
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
-        ramp = self.start + (1 - self.start) * fraction(step, self.steps, grads[0])
         if not isinstance(self.after, Schedule):
-            return ramp * self.after, state
+            return self._ramp(step, grads[0]) * self.after, state
         value, state = self.after(state, step=step, loss=loss, grads=grads)
-        return ramp * value, state
+        return self._ramp(step, grads[0]) * value, state
+
+    def value_at(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor] | None, like: Tensor) -> Value:
+        after = self.after
+        if isinstance(after, Schedule):
+            after = after.value_at(state, step=step, loss=loss, grads=grads, like=like)
+        return self._ramp(step, like) * after
+
+    def _ramp(self, step: Tensor, like: Tensor) -> Value:
+        return self.start + (1 - self.start) * fraction(step, self.steps, like)

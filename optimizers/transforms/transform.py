@@ -8,7 +8,8 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer, State
-from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
+from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
+from metaopt.optimizer.schedule import Schedule
 from metaopt.tree import Tree
 
 
@@ -43,18 +44,46 @@ class Transform(Optimizer):
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
+        self._check_state_keys(state)
         leaves, structure = tree.flatten(grads)
         gradients = [tree.as_real(leaf) for leaf in leaves]
         weights = None if params is None else [tree.as_real(leaf) for leaf in tree.flatten_like(structure, params, "params")]
         hyper, own = self._hyper_at(state, gradients, loss)
         gradients = _of_their_kind(self.before(gradients, weights, hyper), leaves)
-        inner = {**state, "schedules": state["schedules"]["optimizer"]}
+        inner = {**state, "schedules": self._inner_schedules(state)}
         moved, after = self.optimizer(tree.unflatten(structure, gradients), inner, params, loss=loss)
         updates = self.after([tree.as_real(leaf) for leaf in tree.leaves(moved)], weights, hyper)
         return tree.unflatten(structure, _of_their_kind(updates, leaves)), {
             **after,
             "schedules": {"optimizer": after["schedules"], **own},
         }
+
+    def values(
+        self, state: State, *, loss: Tensor | None = None, grads: Tree | None = None, params: Tree | None = None
+    ) -> dict[str, Value]:
+        """Return name -> value, as `Optimizer.values` does; names of the inner optimizer are led by "optimizer."."""
+        own = super().values(state, loss=loss, grads=grads, params=params)
+        inner = {**state, "schedules": self._inner_schedules(state)}
+        if grads is not None and any(isinstance(module, Schedule) for module in self.optimizer.modules()):
+            grads = self._seen(grads, params, own)
+        behind = self.optimizer.values(inner, loss=loss, grads=grads, params=params)
+        return own | {f"optimizer.{name}": value for name, value in behind.items()}
+
+    def _seen(self, grads: Tree, params: Tree | None, hyper: Hyper) -> Tree:
+        """Return the gradients that the inner optimizer sees."""
+        leaves, structure = tree.flatten(grads)
+        weights = None if params is None else [tree.as_real(leaf) for leaf in tree.flatten_like(structure, params, "params")]
+        return tree.unflatten(
+            structure, _of_their_kind(self.before([tree.as_real(leaf) for leaf in leaves], weights, hyper), leaves)
+        )
+
+    def _inner_schedules(self, state: State) -> Any:
+        if "optimizer" not in state["schedules"]:
+            raise ValueError(
+                f"`state` must be that of this {type(self).__name__}, with the schedules ['optimizer', ...], got "
+                f"{sorted(state['schedules'])}. Pass what its own `init`, or the step before, returned."
+            )
+        return state["schedules"]["optimizer"]
 
 
 def _of_their_kind(tensors: Leaves, leaves: Leaves) -> Leaves:
