@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from metaopt import tree
 from metaopt.optimizer import Optimizer, State
 from metaopt.optimizer.hyperparameter import Value
+from metaopt.optimizer.names import choose, paths
 from metaopt.tree import Tree
-from optimizers.transforms.select import choose, paths
 from optimizers.transforms.transform import checked
 
 Groups = Mapping[str, Optimizer] | Sequence[tuple[str, Optimizer]]
