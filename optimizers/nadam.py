@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Slots
+from metaopt.optimizer.arguments import check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
 from optimizers.adam import Adam, bias_correction, moments
 from optimizers.betas import Pair
@@ -55,7 +56,7 @@ class NAdam(Adam):
     ):
         super().__init__(lr, betas, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
         set_hyperparameter(self, "momentum_decay", momentum_decay)
-        self.decoupled_weight_decay = decoupled_weight_decay
+        self.decoupled_weight_decay = check_flag(self, "decoupled_weight_decay", decoupled_weight_decay)
 
     def slots(self, params: Leaves) -> Slots:
         product = torch.ones((), dtype=scalar_dtype(params[0]), device=params[0].device)

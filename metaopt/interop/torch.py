@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from metaopt import tree
 from metaopt.optimizer import Leaves, Optimizer, State
+from metaopt.optimizer.hyperparameter import Value
 from metaopt.transforms import is_tracked
 from metaopt.tree import Structure, Tree
 
@@ -137,6 +138,20 @@ class FromTorch(Optimizer):
             for place, update in zip(part.places, moved, strict=True):
                 updates[place] = update
         return tree.unflatten(structure, updates), {**state, "step": state["step"] + 1, "shared": {"parts": states}}
+
+    def values(
+        self, state: State, *, loss: Tensor | None = None, grads: Tree | None = None, params: Tree | None = None
+    ) -> dict[str, Value]:
+        """Return name -> value, as `Optimizer.values` does; names are led by "optimizers.0." and so on."""
+        own = [None if given is None else self._leaves(given, what) for given, what in ((grads, "grads"), (params, "params"))]
+        found: dict[str, Value] = {}
+        for index, ((optimizer, part), before) in enumerate(zip(self._pairs(), state["shared"]["parts"], strict=True)):
+            g, w = (None if leaves is None else [leaves[place] for place in part.places] for leaves in own)
+            if g is not None and part.maximize:
+                g = [-leaf for leaf in g]
+            values = optimizer.values(before, loss=loss, grads=g, params=w)
+            found |= {f"optimizers.{index}.{name}": value for name, value in values.items()}
+        return found
 
     def _pairs(self) -> list[tuple[Optimizer, Part]]:
         return list(zip(cast(Sequence[Optimizer], self.optimizers), self.parts, strict=True))

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.optimizer import Optimizer, State
+from metaopt.optimizer.hyperparameter import Value
+from metaopt.optimizer.names import choose, paths
 from metaopt.tree import Tree
-from optimizers.transforms.select import choose, paths
 from optimizers.transforms.transform import checked
 
 
@@ -33,8 +34,7 @@ class Masked(Optimizer):
 
     def init(self, params: Tree) -> State:
         """Return the state before the first step."""
-        named = paths(params)
-        return self.optimizer.init({name: named[name] for name in self._chosen(named)})
+        return self.optimizer.init(self._part(params))
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
@@ -47,6 +47,18 @@ class Masked(Optimizer):
             weights = {name: given[name] for name in chosen}
         updates, state = self.optimizer({name: named[name] for name in chosen}, state, weights, loss=loss)
         return tree.unflatten(structure, [updates[n] if n in updates else torch.zeros_like(g) for n, g in named.items()]), state
+
+    def values(
+        self, state: State, *, loss: Tensor | None = None, grads: Tree | None = None, params: Tree | None = None
+    ) -> dict[str, Value]:
+        """Return name -> value, as `Optimizer.values` does; names of the inner optimizer are led by "optimizer."."""
+        own = [None if given is None else self._part(given) for given in (grads, params)]
+        behind = self.optimizer.values(state, loss=loss, grads=own[0], params=own[1])
+        return {f"optimizer.{name}": value for name, value in behind.items()}
+
+    def _part(self, given: Tree) -> dict[str, Tensor]:
+        named = paths(given)
+        return {name: named[name] for name in self._chosen(named)}
 
     def _chosen(self, named: dict[str, Tensor]) -> list[str]:
         """Return the names that match, in the order of the parameters."""
