@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 
 from torch import Tensor
@@ -41,3 +42,22 @@ def is_varied(tensor: Tensor) -> bool:
         return False
     below = ancestors(tensor)
     return any(id(variable) in below or id(variable.grad_fn) in below for variable in variables)
+
+
+def goes_beyond(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Say whether the graph of a tensor ends in other tensors than these leaves."""
+    if tensor.grad_fn is None:
+        return tensor.requires_grad and all(tensor is not leaf for leaf in leaves)
+    own = {id(leaf) for leaf in leaves}
+    seen: dict[int, object] = {}
+    pending = [tensor.grad_fn]
+    while pending:
+        node = pending.pop()
+        if id(node) in seen:
+            continue
+        seen[id(node)] = node
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in own:
+            return True
+        pending += [parent for parent, _ in node.next_functions if parent is not None]
+    return False
