@@ -174,7 +174,7 @@ class Program:
         for other in inside:
             read |= self.readings[other].levels | {level for level, _ in self.links[other].values()}
             read |= {edge.upper.name for edge in self.above(other) if edge.start == "upper" and other != name}
-        return frozenset(read - inside - self.order.shared[name])
+        return frozenset(read - inside)
 
     def _is_read_from_outside(self, name: str) -> bool:
         inside = self.order.inside[name]
