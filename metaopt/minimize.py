@@ -75,7 +75,7 @@ def minimize(
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"`optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}.{type(optimizer).__name__}. "
-            "Use one from `optimizers`, for example `optimizers.SGD(lr=0.1)`."
+            "Use one from `metaopt.optimizers`, for example `metaopt.optimizers.SGD(lr=0.1)`."
         )
     if compile and not torch.compiler.is_compiling() and not values_are_readable():
         raise ValueError(

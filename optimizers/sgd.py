@@ -8,7 +8,8 @@ from torch import Tensor
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, is_zero, set_hyperparameter
 from metaopt.tree import scaled_sums
-from optimizers.weight_decay import penalized
+
+from .weight_decay import penalized
 
 
 class SGD(Optimizer):

@@ -9,7 +9,8 @@ from einops import pack, unpack
 from torch import Tensor, nn
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from optimizers.cell import LSTMCell, uniform
+
+from ..cell import LSTMCell, uniform
 
 LAYERS = 2
 CUTOFF = 10.0  # p in the paper: gradients below e^-p are seen linearly

@@ -1,15 +1,15 @@
 """Schedules: hyperparameters that change over time, hand-designed and learned."""
 
-from optimizers.schedules.constant import Constant
-from optimizers.schedules.cosine import Cosine
-from optimizers.schedules.exponential import Exponential
-from optimizers.schedules.joined import Joined
-from optimizers.schedules.linear import Linear
-from optimizers.schedules.lstm import LSTMSchedule
-from optimizers.schedules.one_cycle import OneCycle
-from optimizers.schedules.piecewise import Piecewise
-from optimizers.schedules.polynomial import Polynomial
-from optimizers.schedules.warmup import Warmup
+from .constant import Constant
+from .cosine import Cosine
+from .exponential import Exponential
+from .joined import Joined
+from .linear import Linear
+from .lstm import LSTMSchedule
+from .one_cycle import OneCycle
+from .piecewise import Piecewise
+from .polynomial import Polynomial
+from .warmup import Warmup
 
 __all__ = [
     "Constant",

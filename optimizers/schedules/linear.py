@@ -8,7 +8,8 @@ from torch import Tensor
 
 from metaopt.optimizer.hyperparameter import Value, set_hyperparameter
 from metaopt.optimizer.schedule import Schedule
-from optimizers.schedules.progress import check_steps, fraction
+
+from .progress import check_steps, fraction
 
 
 class Linear(Schedule):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from metaopt import tree
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.cell import LSTMCell
-from optimizers.precision import scalar_dtype
+
+from ..cell import LSTMCell
+from ..precision import scalar_dtype
 
 
 class LSTMSchedule(Schedule):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from metaopt.optimizer.hyperparameter import Value, set_hyperparameter
 from metaopt.optimizer.schedule import Schedule
-from optimizers.precision import scalar_dtype
-from optimizers.schedules.progress import check_steps
+
+from ..precision import scalar_dtype
+from .progress import check_steps
 
 
 class OneCycle(Schedule):

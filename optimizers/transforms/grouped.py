@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from metaopt import tree
 from metaopt.optimizer import Optimizer, State
 from metaopt.tree import Tree
-from optimizers.transforms.select import choose, paths
-from optimizers.transforms.transform import checked
+
+from .select import choose, paths
+from .transform import checked
 
 Groups = Mapping[str, Optimizer] | Sequence[tuple[str, Optimizer]]
 

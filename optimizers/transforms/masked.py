@@ -8,8 +8,9 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.optimizer import Optimizer, State
 from metaopt.tree import Tree
-from optimizers.transforms.select import choose, paths
-from optimizers.transforms.transform import checked
+
+from .select import choose, paths
+from .transform import checked
 
 
 class Masked(Optimizer):
