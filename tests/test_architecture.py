@@ -18,7 +18,7 @@ import optimizers
 ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its neighbours.
 LAYERS = [
-    ["errors", "transforms"],
+    ["errors", "extras", "table", "transforms"],
     ["tree"],
     ["kernels", "compiled", "linear_solve"],
     ["autodiff"],
@@ -38,6 +38,7 @@ LAZY = {  # may import what is slow to load when it is asked for
     "metaopt/meta_training/evaluate.py",  # matplotlib, for a report's plot
     "metaopt/levels/draw.py",  # matplotlib
     "metaopt/tasks/digits.py",  # scikit-learn, for its data
+    "metaopt/tasks/omniglot.py",  # pillow, to read drawings
     "metaopt/interop/torchopt.py",  # torchopt, 0.13 s
     "metaopt/interop/torch.py",  # our optimizers, which most programs that never ask for them do without
 }
