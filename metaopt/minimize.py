@@ -140,7 +140,7 @@ def _check_arguments(optimizer: Any, params: Any, unused: Any) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"`optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}.{type(optimizer).__name__}. "
-            "Use one from `optimizers`, for example `optimizers.SGD(lr=0.1)`."
+            "Use one from `metaopt.optimizers`, for example `metaopt.optimizers.SGD(lr=0.1)`."
         )
     if isinstance(params, nn.Module | Functional):
         raise TypeError(

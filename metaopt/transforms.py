@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_tracked(tensor: Tensor) -> bool:
@@ -110,3 +113,13 @@ def alive(tensor: Tensor | None) -> Tensor | None:
     while the pullback runs. Operations see through that; a transform started inside `backward` fails ("escaped?").
     """
     return None if tensor is None else functorch.unwrap_if_dead(tensor)
+
+
+def constant_when_compiled(fn: Function) -> Function:
+    """Mark a function that a compiler is to call, and not to look into: what it returns is a constant of the graph.
+
+    This is `torch.compiler.assume_constant_result` in all but time: to set one attribute, that function imports the compiler,
+    which takes as long as torch itself, and is of no use to those who never compile. A test compares the two.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn

@@ -8,10 +8,11 @@ from torch import Tensor
 from metaopt.optimizer import Hyper, Leaves, Slots
 from metaopt.optimizer.arguments import check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, is_zero, set_hyperparameter
-from optimizers.betas import Pair, WithBetas
-from optimizers.moving import averages, averages_of_squares, roots
-from optimizers.precision import scalar_dtype
-from optimizers.weight_decay import decayed, penalized
+
+from .betas import Pair, WithBetas
+from .moving import averages, averages_of_squares, roots
+from .precision import scalar_dtype
+from .weight_decay import decayed, penalized
 
 
 class Adam(WithBetas):

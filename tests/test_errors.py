@@ -210,7 +210,7 @@ def test_a_task_whose_loss_is_not_finite_is_named() -> None:
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD([torch.ones(1)], 0.1), SGD, "sgd", 0.1, None])
 def test_only_our_optimizers_minimize(optimizer: Any) -> None:
-    with pytest.raises(TypeError, match=r"`optimizer` must be a metaopt Optimizer, got .*Use one from `optimizers`"):
+    with pytest.raises(TypeError, match=r"`optimizer` must be a metaopt Optimizer, got .*Use one from `metaopt.optimizers`"):
         mo.minimize(square, optimizer, torch.ones(2), None, steps=1)
 
 

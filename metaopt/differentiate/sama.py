@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from metaopt.autodiff.mean_gradient import MeanGradient
 from metaopt.autodiff.mixed import mixed_difference
 from metaopt.autodiff.pullback import pull_back
 from metaopt.autodiff.replay import drawn_again

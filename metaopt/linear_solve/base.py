@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.transforms import outside_transforms, values_are_readable
+from metaopt.transforms import constant_when_compiled, outside_transforms, values_are_readable
 from metaopt.tree import Tree
 
 Operator = Callable[[Tensor], Tensor]  # [n] -> [n], linear
@@ -153,7 +153,7 @@ def seeded_places(n: int, k: int, seed: int) -> Tensor:
     return _drawn(lambda generator: torch.randperm(n, generator=generator)[:k], seed)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _drawn(draw: Callable[[torch.Generator], Tensor], seed: int) -> Tensor:
     """Draw outside of all transforms: `vmap` would refuse, or draw one per element; a compiler keeps the numbers."""
     with outside_transforms():

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from metaopt.extras import extra
 from metaopt.tasks.episode import Episode
 
 SIZE = 28
@@ -191,6 +191,8 @@ def _zip_files(path: Path) -> list[Path]:
 
 def _decode(archive: zipfile.ZipFile, file: Path, member: str) -> Tensor:
     """Return one drawing as uint8 [1, 28, 28], ink 255."""
+    with extra("`read_omniglot`"):
+        from PIL import Image
     try:
         with Image.open(io.BytesIO(archive.read(member))) as image:
             small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
