@@ -53,8 +53,8 @@ class Joined(Schedule):
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
         if not isinstance(state, list) or len(state) != len(self.schedules):
             raise ValueError(
-                f"`state` must be that of this Joined, one for each of {len(self.schedules)} schedules, got {state}. Pass what `init` "
-                "of this optimizer, or the step before, returned."
+                f"`state` must be that of this Joined, one for each of {len(self.schedules)} schedules, got {state}. Pass what "
+                "`init` of this optimizer, or the step before, returned."
             )
         values, after = [], []
         ends = (*self.boundaries, math.inf)
