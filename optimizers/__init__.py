@@ -9,6 +9,7 @@ from optimizers.learned import LSTMOptimizer, MLPOptimizer
 from optimizers.lion import Lion
 from optimizers.muon import Muon
 from optimizers.nadam import NAdam
+from optimizers.per_parameter import PerParameter
 from optimizers.radam import RAdam
 from optimizers.rmsprop import RMSprop
 from optimizers.rprop import Rprop
@@ -16,13 +17,19 @@ from optimizers.schedules import (
     Constant,
     Cosine,
     Exponential,
+    InverseSqrt,
     Joined,
     Linear,
     LSTMSchedule,
     OneCycle,
+    PerStep,
     Piecewise,
+    Plateau,
     Polynomial,
+    Staircase,
+    WarmRestarts,
     Warmup,
+    WarmupStableDecay,
 )
 from optimizers.sgd import SGD
 from optimizers.transforms import ClipNorm, ClipValue, DecoupledWeightDecay, Grouped, Masked, Transform, WeightDecay
@@ -42,6 +49,7 @@ __all__ = [
     "DecoupledWeightDecay",
     "Exponential",
     "Grouped",
+    "InverseSqrt",
     "Joined",
     "LSTMOptimizer",
     "LSTMSchedule",
@@ -52,12 +60,18 @@ __all__ = [
     "Muon",
     "NAdam",
     "OneCycle",
+    "PerParameter",
+    "PerStep",
     "Piecewise",
+    "Plateau",
     "Polynomial",
     "RAdam",
     "RMSprop",
     "Rprop",
+    "Staircase",
     "Transform",
+    "WarmRestarts",
     "Warmup",
+    "WarmupStableDecay",
     "WeightDecay",
 ]

@@ -400,7 +400,7 @@ def test_options_are_keywords() -> None:
 
 def test_shapes_do_not_grow_silently() -> None:
     w = torch.ones(3)
-    with pytest.raises(ValueError, match=r"shape of its parameter, \(3,\), got \(2, 3\). .* use `Grouped`"):
+    with pytest.raises(ValueError, match=r"`lr` must be a scalar, or have the shape of .*, got shape \(2, 3\) .* `Grouped`"):
         mo.minimize(lambda p, _: p.square().sum(), SGD(torch.full((2, 3), 0.1)), w, None, steps=1)
     with pytest.raises(ValueError, match=r"Adam: the memory 'mean' of shape \(1,\) became \(3,\). The state is that of other"):
         Adam()(w, Adam().init(torch.ones(1)), w)

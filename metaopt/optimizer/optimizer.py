@@ -11,17 +11,19 @@ from torch import Tensor
 from torch.nn.modules import module
 
 from metaopt import tree
+from metaopt.optimizer.by_name import ByName, Spread, check_shapes, in_cells
 from metaopt.optimizer.deployed import Deployed
 from metaopt.optimizer.flat import join, part, prefers_joined
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.module import Configurable
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer.names import paths
+from metaopt.optimizer.schedule import Schedule, advance
 from metaopt.tree import Tree
 
 State = dict[str, Any]
 Leaves = list[Tensor]  # one tensor per parameter
 Slots = dict[str, Any]  # name -> Leaves, or one Tensor over all parameters
-Hyper = dict[str, Value]
+Hyper = dict[str, Any]  # name -> Value; for `update`, that of all its parameters
 # (grads, params, slots, hyper, step) -> (one tensor per parameter, next slots)
 StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, Slots]]
 
@@ -83,6 +85,7 @@ class Optimizer(Configurable):
         leaves, structure = tree.flatten(tree.map(lambda leaf: tree.as_real(leaf.detach()), params))
         if not leaves:
             raise ValueError("`params` must hold at least one tensor, got an empty tree. Is every parameter frozen?")
+        self._check_hyperparameters(params, leaves)
         slots = self.slots(leaves)
         return {
             "step": torch.zeros((), dtype=torch.int64, device=leaves[0].device),
@@ -140,14 +143,21 @@ class Optimizer(Configurable):
             ValueError: the state is another optimizer's, or a schedule of your own has no value without the loss.
         """
         self._check_state_keys(state)
+        self._check_schedule_names(state)
         leaves = None if grads is None else [tree.as_real(leaf) for leaf in tree.leaves(grads)]
         like = torch.full((), math.nan, dtype=_precision(state, leaves), device=state["step"].device)
         found: dict[str, Value] = {}
         for name in self.hyperparameters:
             value = getattr(self, name)
             if isinstance(value, Schedule):
-                value = value.value_at(state["schedules"][name], step=state["step"], loss=loss, grads=leaves, like=like)
-            found[name] = value
+                before = state["schedules"][name]
+                found[name] = value.value_at(before, step=state["step"], loss=loss, grads=leaves, like=like)
+            elif isinstance(value, ByName):
+                named = None if leaves is None else dict(zip(paths(grads), leaves, strict=True))
+                each = value.values_at(self, name, state["schedules"][name], step=state["step"], loss=loss, named=named, like=like)
+                found |= {f"{pattern}/{name}": one for pattern, one in each.items()}
+            else:
+                found[name] = value
         return found
 
     def as_torch(self, params: Iterable[Any]) -> Deployed:
@@ -166,6 +176,7 @@ class Optimizer(Configurable):
         self, step_on: StepOn, grads: Tree, state: State, params: Tree | None, loss: Tensor | None
     ) -> tuple[Tree, State]:
         """Return what `step_on` makes of the leaves, as a tree like the gradients, and the next state."""
+        self._check_state_keys(state)
         gradients = tree.leaves(grads)
         weights = None if params is None else tree.leaves_like(grads, params, "params")
         with torch._C.DisableTorchFunction():  # under a mode every look at a dtype is a call of its own
@@ -177,18 +188,14 @@ class Optimizer(Configurable):
         memory |= state["shared"]
         step = state["step"] + 1
         try:
-            hyper, schedules = self._hyper_at(state, gradients, loss)
+            hyper, schedules = self._hyper_at(state, gradients, loss, grads)
             results, after = self._joined(step_on, gradients, weights, memory, hyper, step)
-        except KeyError:
+        except (KeyError, RuntimeError):
             self._check_state(state, gradients)
             raise
         if after.keys() != memory.keys():
             self._check_state(state, gradients)
-            raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(memory)}, got {sorted(after)}.")
-        if len(results) != len(gradients):
-            raise ValueError(
-                f"{type(self).__name__}: `update` must return one tensor per parameter, {len(gradients)}, got {len(results)}."
-            )
+        self._check_update(results, after, memory, len(gradients))
         if any(is_complex):
             pairs = zip(results, is_complex, strict=True)
             results = [tree.as_complex(result) if is_one else result for result, is_one in pairs]
@@ -202,6 +209,13 @@ class Optimizer(Configurable):
             "schedules": schedules,
         }
 
+    def _check_update(self, results: Leaves, after: Slots, before: Slots, count: int) -> None:
+        """Raise ValueError if `update` returned other memory than it was given, or not one tensor per parameter."""
+        if after.keys() != before.keys():
+            raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(before)}, got {sorted(after)}.")
+        if len(results) != count:
+            raise ValueError(f"{type(self).__name__}: `update` must return one tensor per parameter, {count}, got {len(results)}.")
+
     def _move(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         """Return (w + scale d, next slots)."""
         weights = self._require_params(params, "it moves them")
@@ -213,7 +227,12 @@ class Optimizer(Configurable):
     def _joined(
         self, step_on: StepOn, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper, step: Tensor
     ) -> tuple[Leaves, Slots]:
-        """Return what `step_on` does, on joined tensors where that is the same and faster."""
+        """Return what `step_on` does, on joined tensors where that is the same and faster.
+
+        It is called once for all parameters that share their hyperparameters.
+        """
+        if (cells := in_cells(hyper)) is not None:
+            return self._in_cells(step_on, grads, params, memory, cells, step)
         if not self.joinable or not self._joins(grads, params, memory, hyper):
             return step_on(grads, params, memory, hyper, step)
         with torch._C.DisableTorchFunction():
@@ -225,6 +244,31 @@ class Optimizer(Configurable):
                 name: part(slot, grads) if isinstance(slot, list) else slot for name, slot in after.items()
             }
 
+    def _in_cells(
+        self, step_on: StepOn, grads: Leaves, params: Leaves | None, memory: Slots, cells: list[Any], step: Tensor
+    ) -> tuple[Leaves, Slots]:
+        if len(cells) > 1 and (shared := [name for name, slot in memory.items() if isinstance(slot, Tensor)]):
+            raise ValueError(
+                f"{type(self).__name__}: a hyperparameter by names needs memory for each parameter, got {shared} over all of them. "
+                f'Use an optimizer for each group: `Grouped({{"*.bias": {type(self).__name__}(...), "*": ...}})`.'
+            )
+        results: Leaves = [*grads]
+        after = {name: [*slot] if isinstance(slot, list) else slot for name, slot in memory.items()}
+        for places, hyper in cells:
+            weights = None if params is None else [params[place] for place in places]
+            own = {name: [slot[i] for i in places] if isinstance(slot, list) else slot for name, slot in memory.items()}
+            moved, new = self._joined(step_on, [grads[place] for place in places], weights, own, hyper, step)
+            self._check_update(moved, new, own, len(places))
+            for index, place in enumerate(places):
+                results[place] = moved[index]
+            for name, slot in new.items():
+                if not isinstance(slot, list):
+                    after[name] = slot
+                    continue
+                for index, place in enumerate(places):
+                    after[name][place] = slot[index]
+        return results, after
+
     def _joins(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper) -> bool:
         with torch._C.DisableTorchFunction():
             slots = [slot for slot in memory.values() if isinstance(slot, list)]
@@ -233,17 +277,60 @@ class Optimizer(Configurable):
             is_own = "update" in self.__dict__ or "direction" in self.__dict__
             return not is_own and not any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
 
-    def _hyper_at(self, state: State, grads: Leaves, loss: Tensor | None) -> tuple[Hyper, dict[str, Any]]:
-        """Return the hyperparameters' values at this step, and the next states of the schedules among them."""
+    def _hyper_at(self, state: State, grads: Leaves, loss: Tensor | None, gradients: Tree = None) -> tuple[Hyper, dict[str, Any]]:
+        """Return the hyperparameters' values at this step, and the next states of the schedules among them.
+
+        Args:
+            state: that of the optimizer.
+            grads: the gradients, one tensor per parameter.
+            loss: as for `forward`.
+            gradients: the tree of these, for their names; a list of them by default.
+        """
         hyper: Hyper = {name: getattr(self, name) for name in self.hyperparameters}
-        schedules = {}
+        schedules, has_axes = {}, False
         for name, value in hyper.items():
+            if type(value) is float:
+                continue
             if isinstance(value, Schedule):
-                hyper[name], schedules[name] = value(state["schedules"][name], step=state["step"], loss=loss, grads=grads)
+                before = state["schedules"][name]
+                value, schedules[name] = advance(value, before, step=state["step"], loss=loss, grads=grads)
+            elif isinstance(value, ByName):
+                named = dict(zip(paths(grads if gradients is None else gradients), grads, strict=True))
+                value, schedules[name] = value.advance(
+                    self, name, state["schedules"][name], named=named, step=state["step"], loss=loss
+                )
+            hyper[name] = value
+            has_axes = has_axes or type(value) is Spread or (isinstance(value, Tensor) and value.ndim > 0)
+        if has_axes:
+            check_shapes(self, hyper, grads)
+        if state["schedules"].keys() != schedules.keys():
+            self._check_schedule_names(state)
         return hyper, schedules
 
-    def _schedules(self) -> list[tuple[str, Schedule]]:
-        return [(name, value) for name in self.hyperparameters if isinstance(value := getattr(self, name), Schedule)]
+    def _schedules(self) -> list[tuple[str, Schedule | ByName]]:
+        values = ((name, getattr(self, name)) for name in self.hyperparameters)
+        return [(name, value) for name, value in values if isinstance(value, Schedule | ByName)]
+
+    def _check_hyperparameters(self, params: Tree, leaves: Leaves) -> None:
+        """Raise ValueError if the shape of a hyperparameter, or its patterns, do not fit the parameters."""
+        hyper: Hyper = {}
+        for name in self.hyperparameters:
+            value = getattr(self, name)
+            if isinstance(value, ByName):
+                value = value.spread(self, name, [*paths(params)])
+            hyper[name] = value
+        check_shapes(self, hyper, leaves)
+
+    def _check_schedule_names(self, state: State) -> None:
+        """Raise ValueError if the state has schedules of other hyperparameters."""
+        self._check_names("schedules", state["schedules"].keys(), dict(self._schedules()).keys())
+
+    def _check_names(self, what: str, names: Any, own: Any) -> None:
+        if names != own:
+            raise ValueError(
+                f"`state` must be that of this {type(self).__name__}, with the {what} {sorted(own)}, got {sorted(names)}. Pass "
+                "what its own `init`, or the step before, returned."
+            )
 
     def _check_state_keys(self, state: Any) -> None:
         """Raise ValueError if it is no state at all."""
@@ -255,17 +342,18 @@ class Optimizer(Configurable):
             )
 
     def _check_state(self, state: State, grads: Leaves) -> None:
-        """Raise ValueError if the state's memory or its schedules have other names than those of this optimizer."""
-        of_schedules = dict(self._schedules()).keys()
-        for what, names, own in (
-            ("memory", state["slots"].keys() | state["shared"].keys(), self.slots(grads).keys()),
-            ("schedules", state["schedules"].keys(), of_schedules),
-        ):
-            if names != own:
-                raise ValueError(
-                    f"`state` must be that of this {type(self).__name__}, with the {what} {sorted(own)}, got {sorted(names)}. Pass "
-                    "what its own `init`, or the step before, returned."
-                )
+        """Raise ValueError if the state's memory or its schedules have other names, or shapes, than those of this optimizer."""
+        memory, own = state["slots"] | state["shared"], self.slots(grads)
+        self._check_names("memory", memory.keys(), own.keys())
+        self._check_schedule_names(state)
+        for name, slot in own.items():
+            for expected, found in zip(tree.leaves(slot), tree.leaves(memory[name]), strict=True):
+                if expected.shape != found.shape:
+                    raise ValueError(
+                        f"`state` must be that of this {type(self).__name__} for these parameters, with the memory {name!r} of "
+                        f"shape {tuple(expected.shape)}, got {tuple(found.shape)}. Pass what its own `init`, or the step before, "
+                        "returned."
+                    )
 
     def _same_kind(self, name: str, new: Any, old: Any) -> Any:
         """Return the memory in its old dtype: a 0-dim hyperparameter of a wider dtype would widen that of a 0-dim parameter."""
@@ -275,7 +363,7 @@ class Optimizer(Configurable):
         if new.shape != old.shape:
             raise ValueError(
                 f"{type(self).__name__}: the memory {name!r} of shape {tuple(old.shape)} became {tuple(new.shape)}. The state is "
-                "that of other parameters, or a hyperparameter has a shape that does not broadcast to them."
+                "that of other parameters, or a hyperparameter has not the shape of its parameter."
             )
         return new if new.dtype == old.dtype else new.to(old.dtype)
 
@@ -316,6 +404,6 @@ def fitted(param: Tensor, after: Tensor) -> Tensor:
     if param.shape != after.shape:
         raise ValueError(
             f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(after.shape)}. A tensor "
-            "hyperparameter must be a scalar or broadcast to every parameter; for different parameters use `Grouped`."
+            "hyperparameter must be a scalar or have the shape of every parameter; for different parameters use `Grouped`."
         )
     return after if after.dtype == param.dtype else after.to(param.dtype)

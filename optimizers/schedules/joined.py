@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from metaopt import tree
 from metaopt.optimizer.hyperparameter import Value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer.schedule import Schedule, advance
 from optimizers.precision import scalar_dtype
-from optimizers.schedules.progress import check_boundaries
+from optimizers.schedules.progress import check_boundaries, check_row
 
 
 class Joined(Schedule):
@@ -32,6 +32,7 @@ class Joined(Schedule):
 
     def __init__(self, schedules: tuple[Schedule, ...], boundaries: tuple[int, ...]):
         super().__init__()
+        schedules = check_row(self, "schedules", schedules)
         self.boundaries = check_boundaries(self, "schedules", schedules, boundaries)
         for schedule in schedules:
             if not isinstance(schedule, Schedule):
@@ -49,10 +50,15 @@ class Joined(Schedule):
         return [schedule.init(like) for schedule in self.schedules]
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+        if not isinstance(state, list) or len(state) != len(self.schedules):
+            raise ValueError(
+                f"`state` must be that of this Joined, one for each of {len(self.schedules)} schedules, got {state}. Pass what "
+                "`init` of this optimizer, or the step before, returned."
+            )
         values, after = [], []
         ends = (*self.boundaries, math.inf)
         for schedule, start, end, before in zip(self.schedules, self._starts, ends, state, strict=True):
-            value, new = schedule(before, step=(step - start).clamp(min=0), loss=loss, grads=grads)
+            value, new = advance(schedule, before, step=(step - start).clamp(min=0), loss=loss, grads=grads)
             values.append(value)
             turn = (step >= start) & (step < end)
             after.append(tree.map(lambda n, b, turn=turn: torch.where(turn, n, b), new, before))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer, State
+from metaopt.optimizer.by_name import change_in_cells
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
 from metaopt.optimizer.schedule import Schedule
 from metaopt.tree import Tree
@@ -39,6 +40,7 @@ class Transform(Optimizer):
         """Return the state before the first step."""
         state = self.optimizer.init(params)
         like = tree.as_real(tree.leaves(params)[0])
+        self._check_hyperparameters(params, [tree.as_real(leaf) for leaf in tree.leaves(params)])
         own = {name: schedule.init(like) for name, schedule in self._schedules()}
         return {**state, "schedules": {"optimizer": state["schedules"], **own}}
 
@@ -48,11 +50,11 @@ class Transform(Optimizer):
         leaves, structure = tree.flatten(grads)
         gradients = [tree.as_real(leaf) for leaf in leaves]
         weights = None if params is None else [tree.as_real(leaf) for leaf in tree.flatten_like(structure, params, "params")]
-        hyper, own = self._hyper_at(state, gradients, loss)
-        gradients = _of_their_kind(self.before(gradients, weights, hyper), leaves)
-        inner = {**state, "schedules": self._inner_schedules(state)}
+        inner, outer = self._split(state)
+        hyper, own = self._hyper_at(outer, gradients, loss, grads)
+        gradients = _of_their_kind(change_in_cells(self.before, gradients, weights, hyper), leaves)
         moved, after = self.optimizer(tree.unflatten(structure, gradients), inner, params, loss=loss)
-        updates = self.after([tree.as_real(leaf) for leaf in tree.leaves(moved)], weights, hyper)
+        updates = change_in_cells(self.after, [tree.as_real(leaf) for leaf in tree.leaves(moved)], weights, hyper)
         return tree.unflatten(structure, _of_their_kind(updates, leaves)), {
             **after,
             "schedules": {"optimizer": after["schedules"], **own},
@@ -62,28 +64,36 @@ class Transform(Optimizer):
         self, state: State, *, loss: Tensor | None = None, grads: Tree | None = None, params: Tree | None = None
     ) -> dict[str, Value]:
         """Return name -> value, as `Optimizer.values` does; names of the inner optimizer are led by "optimizer."."""
-        own = super().values(state, loss=loss, grads=grads, params=params)
-        inner = {**state, "schedules": self._inner_schedules(state)}
+        self._check_state_keys(state)
+        inner, outer = self._split(state)
+        own = super().values(outer, loss=loss, grads=grads, params=params)
         if grads is not None and any(isinstance(module, Schedule) for module in self.optimizer.modules()):
-            grads = self._seen(grads, params, own)
+            is_known = loss is not None or not outer["schedules"]  # else there is nothing exact for the inner one to see
+            grads = self._seen(outer, loss, grads, params) if is_known else None
         behind = self.optimizer.values(inner, loss=loss, grads=grads, params=params)
         return own | {f"optimizer.{name}": value for name, value in behind.items()}
 
-    def _seen(self, grads: Tree, params: Tree | None, hyper: Hyper) -> Tree:
+    def _seen(self, state: State, loss: Tensor | None, grads: Tree, params: Tree | None) -> Tree:
         """Return the gradients that the inner optimizer sees."""
         leaves, structure = tree.flatten(grads)
+        gradients = [tree.as_real(leaf) for leaf in leaves]
         weights = None if params is None else [tree.as_real(leaf) for leaf in tree.flatten_like(structure, params, "params")]
-        return tree.unflatten(
-            structure, _of_their_kind(self.before([tree.as_real(leaf) for leaf in leaves], weights, hyper), leaves)
-        )
+        hyper, _ = self._hyper_at(state, gradients, loss, grads)
+        return tree.unflatten(structure, _of_their_kind(change_in_cells(self.before, gradients, weights, hyper), leaves))
 
-    def _inner_schedules(self, state: State) -> Any:
-        if "optimizer" not in state["schedules"]:
+    def _split(self, state: State) -> tuple[State, State]:
+        """Return (the state of the inner optimizer, the state with this one's own schedules).
+
+        Raises:
+            ValueError: it is the state of no transform.
+        """
+        schedules = dict(state["schedules"])
+        if "optimizer" not in schedules:
             raise ValueError(
                 f"`state` must be that of this {type(self).__name__}, with the schedules ['optimizer', ...], got "
-                f"{sorted(state['schedules'])}. Pass what its own `init`, or the step before, returned."
+                f"{sorted(schedules)}. Pass what its own `init`, or the step before, returned."
             )
-        return state["schedules"]["optimizer"]
+        return {**state, "schedules": schedules.pop("optimizer")}, {**state, "schedules": schedules}
 
 
 def _of_their_kind(tensors: Leaves, leaves: Leaves) -> Leaves:

@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from metaopt.optimizer import Optimizer
 from metaopt.tree import Tree
 
 
@@ -19,7 +19,7 @@ def paths(params: Tree) -> dict[str, Any]:
     return {".".join(str(_key(entry)) for entry in path): leaf for path, leaf in named}
 
 
-def choose(owner: Optimizer, what: str, patterns: tuple[str, ...], names: Iterable[str], *, rest: bool) -> list[list[str]]:
+def choose(owner: nn.Module, what: str, patterns: tuple[str, ...], names: Iterable[str], *, rest: bool) -> list[list[str]]:
     """Return for each pattern the names that match it and none before it.
 
     Args:
