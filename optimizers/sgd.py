@@ -16,7 +16,8 @@ from .weight_decay import penalized
 class SGD(Optimizer):
     """g = grad + weight_decay w;  b = momentum b + (1 - dampening) g  (b = g at the first step);  u = -lr b.
 
-    With `nesterov`, u = -lr (g + momentum b). Equal to `torch.optim.SGD` and differentiable in every hyperparameter.
+    With `nesterov`, u = -lr (g + momentum b). A momentum that is turned off, to 0, leaves b in the state as it is. Equal to
+    `torch.optim.SGD` and differentiable in every hyperparameter.
 
     Args:
         lr: step size.
@@ -68,7 +69,7 @@ class SGD(Optimizer):
         lr, momentum, dampening, decay = (hyper[name] for name in self.hyperparameters)
         grads = penalized(self, grads, params, decay)
         if is_zero(momentum):  # one that was turned off leaves its memory alone, as torch's does
-            return -lr, grads, slots
+            return -lr, grads, {name: slot for name, slot in slots.items() if name == "velocity"}
         if "velocity" not in slots:
             raise ValueError(f"SGD: momentum={momentum}, but `state` was made without. Call `init` again.")
         velocity = scaled_sums([self._damp(g, dampening, step) for g in grads], momentum, slots["velocity"])

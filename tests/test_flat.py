@@ -344,9 +344,8 @@ def test_a_subclass_says_for_itself_that_it_is_joinable() -> None:
         pass
 
     class Helped(Adam):
-        @staticmethod
-        def _adam(grads: list[Tensor], *rest: Any) -> Any:
-            return Adam._adam([g / g.norm() for g in grads], *rest)
+        def _adam(self, grads: list[Tensor], *rest: Any) -> Any:
+            return super()._adam([g / g.norm() for g in grads], *rest)
 
     params = [torch.randn(3, 2, generator=torch.Generator().manual_seed(i)) for i in range(LEAST_TENSORS)]
     for kind in (Mixed, Helped):

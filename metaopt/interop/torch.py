@@ -127,6 +127,7 @@ class FromTorch(Optimizer):
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
+        self._check_parts(state)
         gradients, structure = self._leaves(grads, "grads"), tree.flatten(grads)[1]
         weights = None if params is None else tree.flatten_like(structure, params, "params")
         updates, states = list(gradients), []
@@ -143,6 +144,7 @@ class FromTorch(Optimizer):
         self, state: State, *, loss: Tensor | None = None, grads: Tree | None = None, params: Tree | None = None
     ) -> dict[str, Value]:
         """Return name -> value, as `Optimizer.values` does; names are led by "optimizers.0." and so on."""
+        self._check_parts(state)
         own = [None if given is None else self._leaves(given, what) for given, what in ((grads, "grads"), (params, "params"))]
         found: dict[str, Value] = {}
         for index, ((optimizer, part), before) in enumerate(zip(self._pairs(), state["shared"]["parts"], strict=True)):
@@ -152,6 +154,16 @@ class FromTorch(Optimizer):
             values = optimizer.values(before, loss=loss, grads=g, params=w)
             found |= {f"optimizers.{index}.{name}": value for name, value in values.items()}
         return found
+
+    def _check_parts(self, state: Any) -> None:
+        """Raise ValueError if the state is another optimizer's."""
+        self._check_state_keys(state)
+        found = len(state["shared"].get("parts", []))
+        if found != len(self.parts):
+            raise ValueError(
+                f"`state` must be that of this FromTorch, with {len(self.parts)} parts, got {found}. Pass what its own `init`, or "
+                "the step before, returned."
+            )
 
     def _pairs(self) -> list[tuple[Optimizer, Part]]:
         return list(zip(cast(Sequence[Optimizer], self.optimizers), self.parts, strict=True))

@@ -37,7 +37,7 @@ class Limits(NamedTuple):
                 "part of its derivative. Write torch.tensor(0.1)."
             )
         else:
-            found = self._outside(value) if _is_readable(value) else []
+            found = self._outside(value) if is_readable(value) else []
         if found:
             limit = f"[{self.low}, {self.below})" if math.isfinite(self.below) else f"[{self.low}, {self.high}]"
             raise ValueError(f"{kind}: `{name}` must lie in {limit}, got {found[0]}.")
@@ -52,7 +52,7 @@ class Limits(NamedTuple):
         return [] if bool(inside.all()) else value[~inside].tolist()
 
 
-def _is_readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Return True if the entries can be looked at; those of other classes may be fake, or spread over processes."""
     return values_are_readable() and not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
 

@@ -30,12 +30,17 @@ class Grouped(Optimizer):
 
     Raises:
         ValueError: no groups; (in `init`) a parameter that matches none, or a pattern that gets no parameter.
-        TypeError: something else than an optimizer.
+        TypeError: something else than an optimizer, or than a string for a pattern.
     """
 
     def __init__(self, groups: Groups):
         super().__init__()
-        pairs = list(groups.items()) if isinstance(groups, Mapping) else [(pattern, optimizer) for pattern, optimizer in groups]
+        pairs = list(groups.items()) if isinstance(groups, Mapping) else groups
+        if not isinstance(pairs, tuple | list) or not all(_is_pair(pair) for pair in pairs):
+            raise TypeError(
+                f"Grouped: `groups` must be a dict from patterns to optimizers, got {groups!r}. Write "
+                'Grouped({"*.bias": SGD(0.1), "*": Adam(1e-3)}).'
+            )
         if not pairs:
             raise ValueError('Grouped: `groups` must not be empty. Write `Grouped({"*": Adam(1e-3)})`.')
         self.patterns = tuple(pattern for pattern, _ in pairs)
@@ -117,3 +122,7 @@ class Grouped(Optimizer):
                 f"{list(state['schedules'])} and memory of none {strangers}. Pass what its own "
                 "`init`, or the step before, returned."
             )
+
+
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)

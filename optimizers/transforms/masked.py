@@ -26,12 +26,15 @@ class Masked(Optimizer):
 
     Raises:
         ValueError: (in `init`) a pattern that matches no parameter.
-        TypeError: the optimizer is none.
+        TypeError: the optimizer is none, or a pattern is no string.
     """
 
     def __init__(self, optimizer: Optimizer, mask: str | tuple[str, ...]):
         super().__init__()
-        self.optimizer, self.mask = checked(self, optimizer), mask
+        patterns = (mask,) if isinstance(mask, str) else mask
+        if not isinstance(patterns, tuple | list) or not patterns or not all(isinstance(p, str) for p in patterns):
+            raise TypeError(f'Masked: `mask` must be a pattern or a tuple of them, got {mask!r}. Write mask="head.*".')
+        self.optimizer, self.mask = checked(self, optimizer), mask if isinstance(mask, str) else tuple(mask)
 
     def init(self, params: Tree) -> State:
         """Return the state before the first step."""
