@@ -153,7 +153,7 @@ def test_tables_go_between_the_markers_of_the_readme(tmp_path) -> None:
     points = [Memory("slow", 10, 10 * 2**20, 1, 1.0), Memory("slow", 20, 30 * 2**20, 1, 2.0), Memory("slow", 40, 2**31, None, None)]
     write(tmp_path, "lstm", 1, small("lstm"), points)
     versions = json.loads((tmp_path / "lstm-times-1.json").read_text())["versions"]
-    assert versions["torch"] and versions["metaopt"]
+    assert {"torch", "metaopt"} <= versions.keys()
     text = tables(tmp_path)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert ["slow", "200 ms", "100 ms to 400 ms", "1", "3 s"] in rows
