@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
+from metaopt.autodiff.graph import ancestors
 from metaopt.functional import Functional
 from metaopt.transforms import is_tracked
 
@@ -57,22 +58,10 @@ class _NoGenerator(TorchFunctionMode):
 def tracked_names(source: Any, value: Tensor) -> str:
     """Name the tracked tensors in the closure of `source` that `value` was computed from."""
     tracked = [(name, tensor) for name, tensor in reachable(source) if is_tracked(tensor)]
-    nodes = _graph(value)
-    used = [(name, tensor) for name, tensor in tracked if nodes & {id(tensor), id(tensor.grad_fn)}]
+    below = ancestors(value)
+    used = [(name, tensor) for name, tensor in tracked if below.keys() & {id(tensor), id(tensor.grad_fn)}]
     names = {f"`{name}` (shape {tuple(tensor.shape)})" for name, tensor in used or tracked}
     return ", ".join(sorted(names)) or f"a tensor (last operation: {type(value.grad_fn).__name__})"
-
-
-def _graph(value: Tensor) -> set[int]:
-    """Return the ids of the autograd nodes and leaf tensors below `value`."""
-    found: set[int] = set()
-    pending = [value.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is not None and id(node) not in found:
-            found |= {id(node), id(getattr(node, "variable", None))}
-            pending += [parent for parent, _ in node.next_functions]
-    return found - {id(None)}
 
 
 def reachable(value: Any, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:

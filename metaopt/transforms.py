@@ -28,11 +28,16 @@ def constant(leaf: Any) -> Any:
     return leaf.detach()
 
 
-def entries(tensor: Tensor) -> int:
-    """Return how many numbers it holds, in all rows of a `vmap` together."""
+def innermost(tensor: Tensor) -> Tensor:
+    """Return the plain tensor inside the wrappers of every level of `torch.func`; that of a `vmap` has all its rows."""
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
-    return tensor.numel()
+    return tensor
+
+
+def entries(tensor: Tensor) -> int:
+    """Return how many numbers it holds, in all rows of a `vmap` together."""
+    return innermost(tensor).numel()
 
 
 def is_differentiable(leaf: Any) -> bool:

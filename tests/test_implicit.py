@@ -360,9 +360,9 @@ def last(start: Tensor, meta: Tensor, rate: Any = 0.1) -> Tensor:
 
 def test_what_a_solution_does_not_depend_on_is_never_zero_in_silence() -> None:
     start, meta, rate = torch.zeros(2), torch.ones(2), torch.tensor(0.1)
-    with pytest.raises(ValueError, match=r"Implicit: the initial parameters must not be differentiated .* the tensor itself"):
+    with pytest.raises(ValueError, match=r"Implicit: the initial parameters must not be differentiated, but the tensor itself"):
         grad(last)(start, meta)
-    with pytest.raises(ValueError, match=r"Implicit: the optimizer's tensors must not be differentiated .*'lr'"):
+    with pytest.raises(ValueError, match=r"Implicit: the optimizer's tensors must not be differentiated, but .*'lr'"):
         grad(last, argnums=2)(start, meta, rate)
     assert_close(grad(lambda start: last(start, start))(start), torch.ones(2), 1e-12)
     with pytest.raises(RuntimeError, match="not have been used in the graph"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
+from metaopt.autodiff.graph import is_varied
 from metaopt.autodiff.mean_gradient import MeanGradient
 from metaopt.compiled import compiled
 from metaopt.kernels import any_order
@@ -75,7 +76,8 @@ class PointRule:
     """A rule that looks only at where the loop ended, not at the steps that led there.
 
     What the end depends on is then what the loss there reads: `inputs` without the optimizer, and the batch of the last step.
-    The initial parameters and state, and the optimizer's tensors, receive nothing; the returned state and losses are constants.
+    The initial parameters and state, and the optimizer's tensors, receive nothing: to ask for nothing else is an error. The
+    returned state and losses are constants.
     """
 
     def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
@@ -97,11 +99,13 @@ class PointRule:
         raise TypeError(f"{type(self).__name__} must define `pull_back(loop, end, cotangent, wanted)`.")
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
-        refuse_zeros(self, "initial parameters", loop.params, without_optimizer(loop.inputs))
-        refuse_zeros(self, "optimizer's tensors", loop.inputs["optimizer"], without_optimizer(loop.inputs))
-        refuse_zeros(self, "initial state", loop.state, without_optimizer(loop.inputs))
+        read = without_optimizer(loop.inputs)
+        given = {"initial parameters": loop.params, "optimizer's tensors": loop.inputs["optimizer"], "initial state": loop.state}
+        for what, tensors in given.items():
+            refuse_zeros(self, what, tensors, read)
         params, state, losses = run(loop)
-        return attach(self, loop, End(params, state, last_row(loop.batches))), state, losses
+        params = attach(self, loop, End(params, state, last_row(loop.batches)))
+        return with_refusal(self, params, given, read), state, losses
 
 
 def attach(rule: PointRule, loop: InnerLoop, end: End) -> Tree:
@@ -213,17 +217,54 @@ def without_optimizer(inputs: dict[str, Tree]) -> dict[str, Tree]:
 
 
 def refuse_zeros(rule: object, what: str, tensors: Tree, read: Tree) -> None:
-    """Raise if `torch.func.grad` asks for the derivative in tensors that are not among those the loss reads."""
+    """Raise if the derivative in tensors is asked for that are not among those the loss reads, and would be zero.
+
+    So `torch.func.grad` does, and `gradient` where plain autograd stands in for it. A backward pass says only when it comes
+    what it asks for: see `with_refusal`.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
+    for name, leaf in _unread(tensors, read):
+        if tracking_levels(leaf) - {0} or is_varied(leaf):
+            raise _zeros(rule, what, name, leaf)
+
+
+def with_refusal(rule: object, values: Tree, given: dict[str, Tree], read: Tree) -> Tree:
+    """Return the values; if they came out as constants though something given requires grad, a backward pass is an error.
+
+    Args:
+        rule: whose derivative in what is given is zero.
+        values: a tree of tensors.
+        given: what it is called -> tensors.
+        read: what the rule has a derivative in.
+
+    Raises:
+        ValueError: in the backward pass. Nothing happens before.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _any_tracked(values):
+        return values
+    tracked = [(what, *one) for what, tensors in given.items() for one in _unread(tensors, read) if is_tracked(one[1])]
+    if not tracked:
+        return values
+
+    def refuse(*_: Tree) -> Tree:
+        raise _zeros(rule, *tracked[0])
+
+    return with_derivative(refuse, values, [leaf for _, _, leaf in tracked])
+
+
+def _unread(tensors: Tree, read: Tree) -> list[tuple[str, Tensor]]:
+    """Return (path, leaf) for the tensors that are not among those in `read`."""
     known = {id(leaf) for leaf in tree.leaves(read)}
-    for name, leaf in tree.named_leaves(tensors):
-        if id(leaf) not in known and isinstance(leaf, Tensor) and tracking_levels(leaf) - {0}:
-            raise ValueError(
-                f"{type(rule).__name__}: the {what} must not be differentiated by `torch.func.grad`, but {name} (shape "
-                f"{tuple(leaf.shape)}) is. For this rule the end of the loop does not depend on them: the answer would be zeros. "
-                "Detach them, or, as in iMAML, pass the same tensors as `meta` and let the loss depend on them."
-            )
+    return [(name, leaf) for name, leaf in tree.named_leaves(tensors) if isinstance(leaf, Tensor) and id(leaf) not in known]
+
+
+def _zeros(rule: object, what: str, name: str, leaf: Tensor) -> ValueError:
+    return ValueError(
+        f"{type(rule).__name__}: the {what} must not be differentiated, but {name} (shape {tuple(leaf.shape)}) is. For this "
+        "rule the end of the loop does not depend on them: the answer would be zeros. Detach them and pass what is to be "
+        "learned as `meta`; or, as in iMAML, pass the same tensors as `meta` too, and let the loss depend on them."
+    )
 
 
 def _any_tracked(values: Tree) -> bool:
