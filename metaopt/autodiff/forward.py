@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from metaopt.kernels import any_order
 from metaopt.tree import Tree
 
 
@@ -24,7 +25,8 @@ def slope_along(function: Callable[[Tree], Tree], at: Tree, along: Tree, *, aske
         ValueError: torch has no forward derivative of an operator in f.
     """
     try:
-        value, slope, *_ = torch.func.jvp(function, (at,), (along,))
+        with any_order():  # some losses are computed so that their gradient has a forward derivative
+            value, slope, *_ = torch.func.jvp(function, (at,), (along,))
     except NotImplementedError as error:
         name = re.search(r"forward AD with (\S+)", str(error))
         if name is None:
