@@ -44,12 +44,21 @@ class Grouped(Optimizer):
         """The pairs (pattern, optimizer)."""
         return tuple(zip(self.patterns, cast(Iterable[Optimizer], self._optimizers), strict=True))
 
-    def init(self, params: Tree) -> State:
+    def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step."""
         named = paths(params)
         states = [
-            optimizer.init({name: named[name] for name in chosen})
+            optimizer.init({name: named[name] for name in chosen}, per_parameter=per_parameter)
             for (_, optimizer), chosen in zip(self.groups, self._chosen(named), strict=True)
+        ]
+        return self._merged(states)
+
+    def separate(self, state: State, params: Tree) -> State:
+        """Return the state with a step count for each parameter, as `Optimizer.separate` does."""
+        named = paths(params)
+        states = [
+            optimizer.separate(self._part(state, pattern), {name: named[name] for name in chosen})
+            for (pattern, optimizer), chosen in zip(self.groups, self._chosen(named), strict=True)
         ]
         return self._merged(states)
 
@@ -77,6 +86,8 @@ class Grouped(Optimizer):
             for kind in ("slots", "shared"):
                 merged[kind] |= {f"{pattern}/{name}": memory for name, memory in state[kind].items()}
             merged["schedules"][pattern] = state["schedules"]
+        if "steps" in states[0]:
+            merged["steps"] = {pattern: state["steps"] for pattern, state in zip(self.patterns, states, strict=True)}
         return merged
 
     @staticmethod
@@ -87,4 +98,5 @@ class Grouped(Optimizer):
             kind: {name.removeprefix(lead): m for name, m in state[kind].items() if name.startswith(lead)}
             for kind in ("slots", "shared")
         }
-        return {"step": state["step"], **memory, "schedules": state["schedules"][pattern]}
+        counts = {"steps": state["steps"][pattern]} if "steps" in state else {}
+        return {"step": state["step"], **memory, "schedules": state["schedules"][pattern], **counts}

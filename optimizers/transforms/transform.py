@@ -9,6 +9,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer, State
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
+from metaopt.optimizer.per_parameter import require_gradients
 from metaopt.tree import Tree
 
 
@@ -34,32 +35,49 @@ class Transform(Optimizer):
         """Return the updates, given those of the inner optimizer."""
         return updates
 
-    def init(self, params: Tree) -> State:
+    def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step."""
-        state = self.optimizer.init(params)
+        state = self.optimizer.init(params, per_parameter=per_parameter)
         like = tree.as_real(tree.leaves(params)[0])
         own = {name: schedule.init(like) for name, schedule in self._schedules()}
         return {**state, "schedules": {"optimizer": state["schedules"], **own}}
 
+    def separate(self, state: State, params: Tree) -> State:
+        """Return the state with a step count for each parameter, as `Optimizer.separate` does."""
+        inner = self.optimizer.separate({**state, "schedules": state["schedules"]["optimizer"]}, params)
+        return {**inner, "schedules": state["schedules"]}
+
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
         leaves, structure = tree.flatten(grads)
-        gradients = [tree.as_real(leaf) for leaf in leaves]
-        weights = None if params is None else [tree.as_real(leaf) for leaf in tree.flatten_like(structure, params, "params")]
+        there = [place for place, leaf in enumerate(leaves) if leaf is not None]
+        if len(there) < len(leaves) and "steps" not in state:
+            require_gradients(grads)
+        if not there:
+            return grads, {**state, "step": state["step"] + 1}
+        weights = None
+        if params is not None:
+            given = tree.flatten_like(structure, params, "params")
+            weights = [tree.as_real(given[place]) for place in there]
+        gradients = [tree.as_real(leaves[place]) for place in there]
         hyper, own = self._hyper_at(state, gradients, loss)
-        gradients = _of_their_kind(self.before(gradients, weights, hyper), leaves)
+        gradients = _in_places(self.before(gradients, weights, hyper), leaves, there)
         inner = {**state, "schedules": state["schedules"]["optimizer"]}
         moved, after = self.optimizer(tree.unflatten(structure, gradients), inner, params, loss=loss)
-        updates = self.after([tree.as_real(leaf) for leaf in tree.leaves(moved)], weights, hyper)
-        return tree.unflatten(structure, _of_their_kind(updates, leaves)), {
+        moved = tree.leaves(moved)
+        updates = self.after([tree.as_real(moved[place]) for place in there], weights, hyper)
+        return tree.unflatten(structure, _in_places(updates, leaves, there)), {
             **after,
             "schedules": {"optimizer": after["schedules"], **own},
         }
 
 
-def _of_their_kind(tensors: Leaves, leaves: Leaves) -> Leaves:
-    """Return as complex what stands for a complex leaf."""
-    return [tree.as_complex(tensor) if leaf.is_complex() else tensor for tensor, leaf in zip(tensors, leaves, strict=True)]
+def _in_places(tensors: Leaves, leaves: list[Any], there: list[int]) -> list[Any]:
+    """Return the tensors in their places among the leaves, None in the others; as complex what stands for a complex leaf."""
+    placed: list[Any] = [None] * len(leaves)
+    for place, tensor in zip(there, tensors, strict=True):
+        placed[place] = tree.as_complex(tensor) if leaves[place].is_complex() else tensor
+    return placed
 
 
 def checked(owner: Optimizer, optimizer: Any) -> Optimizer:
