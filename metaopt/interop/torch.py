@@ -213,7 +213,7 @@ def kinds() -> dict[type[torch.optim.Optimizer], tuple[type[Optimizer], dict[str
         torch.optim.Adagrad: (ours.Adagrad, {"square": "sum"}),
         torch.optim.Adadelta: (ours.Adadelta, {"square": "square_avg", "moved": "acc_delta"}),
         torch.optim.RMSprop: (ours.RMSprop, {"square": "square_avg", "mean": "grad_avg", "velocity": "momentum_buffer"}),
-        torch.optim.ASGD: (ours.ASGD, {"average": "ax"}),
+        torch.optim.ASGD: (ours.ASGD, {"average": "ax", "eta": "eta"}),
         torch.optim.Rprop: (ours.Rprop, {"previous": "prev", "size": "step_size"}),
     }
     if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
@@ -242,12 +242,13 @@ def _weights(optimizer: torch.optim.Optimizer, params: Tree | None) -> Leaves:
 
 
 def counts(state: dict[str, Any]) -> tuple[float, ...]:
-    """Return the step count of a parameter, and whatever else of its state is one number.
+    """Return the step count of a parameter, and for whatever else of its state is one number its value, or its id if it is learned.
 
     SGD and Muon do not count: there it is 1 if there is memory, which is all that matters.
     """
     count = state.get("step", any(isinstance(value, Tensor) for value in state.values()))
-    return tuple(float(value) for value in (count, state.get("mu_product", 0)))
+    others = [state.get(name, 0) for name in ("mu_product", "eta")]
+    return float(count), *(id(other) if isinstance(other, Tensor) and is_tracked(other) else float(other) for other in others)
 
 
 def built(kind: type[Optimizer], group: dict[str, Any]) -> Optimizer:

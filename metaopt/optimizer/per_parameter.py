@@ -94,13 +94,21 @@ def require_gradients(grads: Tree) -> None:
     )
 
 
-def share_equal(counts: Tree) -> Tree:
-    """Return the tree of scalars with one tensor in place of equal ones; reads their values.
+def share_equal(state: State) -> State:
+    """Return a state with one tensor in place of equal scalars in its counts and its shared memory, whose values it reads.
 
     A state that was read from a file, or moved to another device, has lost what `_find_parts` goes by.
     """
+    if "steps" not in state:
+        return state
     known: dict[Any, Tensor] = {}
-    return tree.map(lambda count: known.setdefault((count.device, count.dtype, float(count)), count), counts)
+
+    def share(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim:
+            return leaf
+        return known.setdefault((leaf.device, leaf.dtype, complex(leaf)), leaf)
+
+    return {**state, "steps": tree.map(share, state["steps"]), "shared": tree.map(share, state["shared"])}
 
 
 def _find_parts(there: Sequence[int], counts: Sequence[Tensor], shared: dict[str, list[Tensor]]) -> list[list[int]]:
