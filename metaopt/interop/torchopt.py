@@ -112,9 +112,9 @@ class FromTorchOpt(Optimizer):
             ValueError: always.
         """
         raise ValueError(
-            "`from_torchopt`: every parameter needs a gradient, got None, or a state with a step count for each. TorchOpt's momentum "
-            "forgets what it had of a parameter without one. Give zeros, leave frozen parameters out, or use the optimizer of that "
-            "name in `optimizers`."
+            "`from_torchopt`: every parameter needs a gradient, got None, or a state with a step count for "
+            "each. TorchOpt's momentum forgets what it had of a parameter without one. Give zeros, leave "
+            "frozen parameters out, or use the optimizer of that name in `optimizers`."
         )
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:

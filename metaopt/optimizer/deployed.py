@@ -28,10 +28,11 @@ class Deployed(torch.optim.Optimizer):
     `torch.optim.lr_scheduler` works; a pair has torch's name too, such as `betas` for `beta1` and `beta2`. Where the optimizer has
     no scalar `lr` (learned ones, and those whose `lr` is a schedule), the group's `lr` is 1.0 and multiplies the updates.
 
-    A parameter whose `.grad` is None is not moved, its memory stays and its step is not counted, as in torch. Schedules inside
-    the optimizer count the steps of the group, those in which it has a gradient. A sparse gradient is made dense first, so it acts as
-    the same numbers in a dense one: as in torch's SGD and Adagrad, but unlike `torch.optim.SparseAdam`, which leaves the moments
-    of the other rows as they are.
+    A parameter whose `.grad` is None is not moved, its memory stays and its step is not counted, as in
+    torch. Schedules inside the optimizer count the steps in which a parameter of the group has a gradient.
+
+    A sparse gradient is made dense first, so it acts as the same numbers in a dense one: as in torch's SGD
+    and Adagrad, but unlike `torch.optim.SparseAdam`, which leaves the moments of the other rows as they are.
     """
 
     state: dict[Any, Any]  # type: ignore[assignment]  # "group 0" -> its memory; torch's own have a parameter as key
