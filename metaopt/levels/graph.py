@@ -166,9 +166,7 @@ class LevelGraph:
 
     # Building
 
-    def _read(
-        self, name: str, levels: dict[str, Level], edges: Sequence[Edge], buffers: Collection[Pair] = frozenset()
-    ) -> Reading:
+    def _read(self, name: str, levels: dict[str, Level], edges: Sequence[Edge], buffers: Collection[Pair] = frozenset()) -> Reading:
         level, batch = levels[name], None
         is_above_copies = any(edge.lower.copies for edge in edges if edge.upper is level)
         if level.batches is not None:
