@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metaopt.optimizer.module import Configurable
 from metaopt.optimizer.names import choose
-from metaopt.optimizer.schedule import Schedule, advance
+from metaopt.optimizer.schedule import Schedule, advance, read
 
 Value = float | Tensor
 
@@ -93,19 +93,13 @@ class ByName(Configurable):
         """
         keys, values = self.spread(owner, what, [*named])
         after = {}
-        for pattern, value in values.items():
-            if isinstance(value, Schedule):
-                pairs = zip(keys, named.values(), strict=True)
-                grads = [grad for key, grad in pairs if key == pattern and grad is not None]
-                if not grads:  # nobody takes its value at this step, and it has nothing to see
-                    values[pattern], after[pattern] = 0.0, state[pattern]
-                    continue
-                values[pattern], after[pattern] = advance(value, state[pattern], step=step, loss=loss, grads=grads)
-        if after.keys() != state.keys():
-            raise ValueError(
-                f"`state` must be that of this {type(owner).__name__}, with the schedules {sorted(after)} of `{what}`, got "
-                f"{sorted(state)}. Pass what its own `init`, or the step before, returned."
-            )
+        for pattern, schedule in self._schedules(owner, what, state).items():
+            pairs = zip(keys, named.values(), strict=True)
+            grads = [grad for key, grad in pairs if key == pattern and grad is not None]
+            if not grads:  # nobody takes its value at this step, and it has nothing to see
+                values[pattern], after[pattern] = 0.0, state[pattern]
+                continue
+            values[pattern], after[pattern] = advance(schedule, state[pattern], step=step, loss=loss, grads=grads)
         return Spread(keys, values), after
 
     def values_at(
@@ -113,13 +107,22 @@ class ByName(Configurable):
     ) -> dict[str, Value]:
         """Return pattern -> value at this step; see `Schedule.value_at`."""
         keys, values = ([], self.values) if named is None else self.spread(owner, what, [*named])
-        for pattern, value in values.items():
-            if isinstance(value, Schedule):
-                grads = None
-                if named is not None:
-                    grads = [grad for key, grad in zip(keys, named.values(), strict=True) if key == pattern]
-                values[pattern] = value.value_at(state[pattern], grads=grads, like=like, **seen)
+        for pattern, schedule in self._schedules(owner, what, state).items():
+            grads = None
+            if named is not None:
+                grads = [grad for key, grad in zip(keys, named.values(), strict=True) if key == pattern]
+            values[pattern] = read(schedule, state[pattern], grads=grads, like=like, **seen)
         return values
+
+    def _schedules(self, owner: nn.Module, what: str, state: Any) -> dict[str, Schedule]:
+        """Return pattern -> schedule; raise ValueError if the state has others."""
+        schedules = {pattern: value for pattern, value in self.values.items() if isinstance(value, Schedule)}
+        if schedules.keys() != state.keys():
+            raise ValueError(
+                f"`state` must be that of this {type(owner).__name__}, with the schedules {sorted(schedules)} of `{what}`, got "
+                f"{sorted(state)}. Pass what its own `init`, or the step before, returned."
+            )
+        return schedules
 
 
 def in_cells(hyper: Mapping[str, Any]) -> list[tuple[list[int], dict[str, Any]]] | None:

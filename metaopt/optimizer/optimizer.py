@@ -18,7 +18,7 @@ from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.module import Configurable
 from metaopt.optimizer.names import paths
 from metaopt.optimizer.per_parameter import require_gradients, separate_state, step_apart
-from metaopt.optimizer.schedule import Schedule, advance
+from metaopt.optimizer.schedule import Schedule, advance, read
 from metaopt.tree import Tree
 
 State = dict[str, Any]
@@ -170,7 +170,7 @@ class Optimizer(Configurable):
             value = getattr(self, name)
             if isinstance(value, Schedule):
                 before = state["schedules"][name]
-                found[name] = value.value_at(before, step=state["step"], loss=loss, grads=leaves, like=like)
+                found[name] = read(value, before, step=state["step"], loss=loss, grads=leaves, like=like)
             elif isinstance(value, ByName):
                 named = None if leaves is None else dict(zip(paths(grads), leaves, strict=True))
                 each = value.values_at(self, name, state["schedules"][name], step=state["step"], loss=loss, named=named, like=like)
@@ -324,6 +324,8 @@ class Optimizer(Configurable):
         for name, value in hyper.items():
             if type(value) is float:
                 continue
+            if isinstance(value, Schedule | ByName) and name not in state["schedules"]:
+                self._check_schedule_names(state)
             if isinstance(value, Schedule):
                 before = state["schedules"][name]
                 seen = [grad for grad in grads if grad is not None]
