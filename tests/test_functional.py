@@ -313,7 +313,7 @@ def test_running_statistics_can_be_carried_through_an_inner_loop() -> None:
     params, buffers, state = net.params, net.buffers, sgd.init(net.params)
     for x in xs:
         _, buffers = net.with_buffers(params, buffers, x)
-        params, state, _ = mo.minimize(loss_fn, sgd, params, x, steps=1, opt_state=state)
+        params, state, *_ = mo.minimize(loss_fn, sgd, params, x, steps=1, opt_state=state)
     whole = mo.minimize(loss_fn, sgd, net.params, xs)
     assert_close(params, whole.params, 1e-14)
     gradients = [torch.autograd.grad(loss_fn(end, xs[0]), list(net.params.values())) for end in (params, whole.params)]
