@@ -28,7 +28,7 @@ def from_torchopt(transform: GradientTransformation | Callable[..., GradientTran
     `from_torchopt(torchopt.adam(1e-3))`, or, to learn or schedule hyperparameters, the function and its arguments:
     `from_torchopt(torchopt.adam, lr=nn.Parameter(torch.tensor(1e-3)), betas=(0.9, 0.99))`.
 
-    The arithmetic is TorchOpt's, and so are its limits; the optimizers of `metaopt.optimizers` have none of these:
+    The arithmetic is TorchOpt's, and so are its limits; those in `metaopt.optimizers` have none of these:
 
     - The derivatives of adam, adamw, radam, rmsprop and adagrad are not a number where a gradient has been zero from the start;
       those of `use_accelerated_op=True` are wrong, about twice the true ones.
