@@ -63,6 +63,7 @@ class LinearSolver(ABC):
         Raises:
             ValueError: `start`, or what `matvec` returns, has another structure than b.
         """
+
         def operator(x: Tensor) -> Tensor:
             product = matvec(tree.unravel(x, b))
             tree.leaves_like(b, product, "matvec(x)")
