@@ -26,8 +26,9 @@ class DifferentiableOptimizer(abc.ABC):
 
     For an optimizer of your own, define `_update` in a subclass and make it known with `register_optim`.
 
-    `param_groups` are those of the live optimizer at that time, with the fast weights of the last step as "params"; what is written
-    there counts from the next step on. A scheduler that changes the live one later is warned of. `state[group][i]` is the memory for the group's i-th parameter, under torch's names.
+    `param_groups` are those of the live optimizer at that time, with the fast weights of the last step as
+    "params"; what is written there counts from the next step on. A scheduler that changes the live one later
+    is warned of. `state[group][i]` is the memory for the group's i-th parameter, under torch's names.
 
     Args:
         other: the live optimizer; it is only read.
