@@ -15,10 +15,16 @@ from metaopt.optimizer.schedule import Schedule
 
 
 def continue_scheduler(scheduler: Any, group: int, step: int) -> Schedule:
-    """Return a scheduler's rates for a group from now on, as a schedule for an optimizer that has made so many steps.
+    """Return a scheduler's rates for a group from now on, as a schedule.
+
+    Args:
+        scheduler: of torch; it has made `last_epoch` steps.
+        group: index of the parameter group.
+        step: number of steps that the optimizer has made.
 
     Raises:
-        ValueError: a kind of scheduler that is not known here, or the group's rate is not the scheduler's.
+        ValueError: a kind of scheduler that is not known here, or the group's rate is not the
+            scheduler's.
     """
     known = kinds()
     if type(scheduler) not in known:
@@ -126,7 +132,7 @@ class Wave(Schedule):
 
 
 class Ahead(Schedule):
-    """value_t = schedule_{t + by}: a schedule that is some steps ahead of the optimizer's count, or behind.
+    """value_t = schedule_{t + by}: a schedule that is ahead of the optimizer's step count.
 
     Args:
         schedule: what is evaluated there.

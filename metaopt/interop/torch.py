@@ -23,9 +23,9 @@ from metaopt.tree import Structure, Tree
 def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None, *, scheduler: LRScheduler | None = None) -> FromTorch:
     """Return a pure, differentiable `Optimizer` that goes on from where a `torch.optim` one stands.
 
-    Hyperparameters, groups and `maximize` are read now, and so is the memory: `init` returns a copy of it in
-    place of zeros. Without `scheduler` the rate stays what it is now; hooks are not carried over. Nothing in
-    `optimizer` is changed.
+    Hyperparameters, groups and `maximize` are read now, and so is the memory: `init` returns a copy
+    of it in place of zeros. Without `scheduler` the rate stays what it is now; hooks are not
+    carried over. Nothing in `optimizer` is changed.
 
     A tensor given to `optimizer` as its lr, or as another hyperparameter, remains a tensor; one that requires grad is learned.
     What is a number becomes a parameter by `pure.optimizers[0].lr = nn.Parameter(...)`, with one optimizer for each group.
@@ -35,9 +35,10 @@ def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None, *, 
         optimizer: a `torch.optim` SGD, Adam, AdamW, Adamax, RAdam, NAdam, Adagrad, Adadelta, RMSprop, ASGD, Rprop or Muon.
         params: the live parameters as the tree that will be updated, `functional(model).params`; needed where there are several
             groups. By default the leaves of that tree are those of the one group that require grad, in their order.
-        scheduler: torch's scheduler of the learning rate, if it is to go on, one step of it after each of the
-            optimizer's: a StepLR, MultiStepLR, ConstantLR, LinearLR, ExponentialLR, PolynomialLR or
-            CosineAnnealingLR. Its numbers can be learned: `pure.optimizers[0].lr` is the schedule.
+        scheduler: torch's scheduler of the learning rate, if it is to go on, one step of it after
+            each of the optimizer's: a StepLR, MultiStepLR, ConstantLR, LinearLR, ExponentialLR,
+            PolynomialLR or CosineAnnealingLR. Its numbers can be learned: `pure.optimizers[0].lr`
+            is the schedule.
 
     Warns:
         UserWarning: the optimizer has a scheduler, which is not given.
@@ -45,8 +46,9 @@ def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None, *, 
     Raises:
         TypeError: another class.
         ValueError: every parameter is frozen, there are several groups and no `params`, or `params` holds what is no parameter
-            of the optimizer; `scheduler` is another optimizer's, of another kind, or not all that sets the rate;
-            in `init`, the tensors are not those of the optimizer, by number, shape or order.
+            of the optimizer; `scheduler` is another optimizer's, of another kind, or not all that
+            sets the rate; in `init`, the tensors are not those of the optimizer, by number, shape
+            or order.
     """
     known = kinds()
     if type(optimizer) not in known:
@@ -275,7 +277,10 @@ def _weights(optimizer: torch.optim.Optimizer, params: Tree | None) -> Leaves:
 
 
 def counts(state: dict[str, Any]) -> tuple[float, ...]:
-    """Return the step count of a parameter, and for whatever else of its state is one number its value, or its id if it is learned.
+    """Return the step count of a parameter, and a mark for whatever else of its state is one number.
+
+    The mark is the value; of a tensor that is differentiated its id, since equal values may have
+    different histories.
 
     SGD and Muon do not count: there it is 1 if there is memory, which is all that matters.
     """
