@@ -105,8 +105,14 @@ class Optimizer(Configurable):
 
         Raises:
             ValueError: the optimizer has memory over all parameters that cannot be divided among
-                them.
+                them, or a `forward` of its own, which may not know what to do without a gradient.
         """
+        if type(self).forward is not Optimizer.forward:
+            raise ValueError(
+                f"{type(self).__name__} defines `forward` itself, so a parameter without a gradient cannot be "
+                "left out for it. Give every parameter a gradient (zeros) and leave frozen ones out. If its "
+                "`forward` passes None on, say so by defining `separate(state, params)` too."
+            )
         return separate_state(self, state, params)
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
