@@ -17,6 +17,7 @@ from metaopt.optimizer.flat import join, part, prefers_joined
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.module import Configurable
 from metaopt.optimizer.names import paths
+from metaopt.optimizer.per_parameter import require_gradients, separate_state, step_apart
 from metaopt.optimizer.schedule import Schedule, advance, read
 from metaopt.tree import Tree
 
@@ -28,6 +29,7 @@ Hyper = dict[str, Any]  # name -> Value; for `update`, that of all its parameter
 StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, Slots]]
 
 
+SHARED = "shared/"  # leads the name of a slot whose tensors are those of parameters with the same hyperparameters
 STATE_KEYS = frozenset(("step", "slots", "shared", "schedules"))
 _GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks)
 
@@ -45,7 +47,10 @@ class Optimizer(Configurable):
     SGD and ASGD the plain forms take few operations, and were up to 1.4 times slower.)
 
     The state is a dict: "step" (int64 scalar), "slots" (memory per parameter, in the parameters' own structure), "shared"
-    (memory over all parameters) and "schedules".
+    (memory over all parameters) and "schedules". With `init(params, per_parameter=True)` there is also "steps", a count for each
+    parameter, and a gradient may be None: then its parameter, memory and count stay as they are, as in `torch.optim`. `update` is
+    called for some of the parameters at a time then; one that couples them, other than by "shared" memory, should say so by
+    raising in `separate`.
     """
 
     hyperparameters: tuple[str, ...] = ()
@@ -70,11 +75,15 @@ class Optimizer(Configurable):
         """Return (scale, d, next slots) of updates u = scale d, so that w + u need not make u first."""
         raise TypeError(f"{type(self).__name__} must define `update(grads, params, slots, hyper, step)`, or `direction`.")
 
-    def init(self, params: Tree) -> State:
+    def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step, on the parameters' device and in their dtypes.
 
+        Args:
+            params: the parameters, a tree.
+            per_parameter: count the steps of each parameter, so that gradients may be None: these parameters are not moved.
+
         Raises:
-            ValueError: there are no parameters, or one is neither a floating-point nor a complex tensor.
+            ValueError: there are no parameters, or one is neither a floating-point nor a complex tensor; or as `separate`.
         """
         for name, leaf in tree.named_leaves(params):
             if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
@@ -85,26 +94,35 @@ class Optimizer(Configurable):
         leaves, structure = tree.flatten(tree.map(lambda leaf: tree.as_real(leaf.detach()), params))
         if not leaves:
             raise ValueError("`params` must hold at least one tensor, got an empty tree. Is every parameter frozen?")
-        self._check_hyperparameters(params, leaves)
-        slots = self.slots(leaves)
-        return {
+        slots = self._slots_in_cells(leaves, self._fit_hyperparameters(params, leaves))
+        state: State = {
             "step": torch.zeros((), dtype=torch.int64, device=leaves[0].device),
             "slots": {name: tree.unflatten(structure, slot) for name, slot in slots.items() if isinstance(slot, list)},
             "shared": {name: slot for name, slot in slots.items() if isinstance(slot, Tensor)},
             "schedules": {name: schedule.init(leaves[0]) for name, schedule in self._schedules()},
         }
+        return self.separate(state, params) if per_parameter else state
+
+    def separate(self, state: State, params: Tree) -> State:
+        """Return the state that goes on from `state` and counts the steps of each parameter; see `init`.
+
+        Raises:
+            ValueError: the optimizer has memory over all parameters that cannot be divided among them.
+        """
+        return separate_state(self, state, params)
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state); nothing is changed in place.
 
         Args:
-            grads: gradients, in the structure of the parameters.
+            grads: gradients, in the structure of the parameters; None (so is the update) if steps are counted per parameter.
             state: from `init` or the step before.
             params: the parameters at which the gradients were taken; needed by weight decay and most learned optimizers.
             loss: the loss there, a scalar; needed by schedules that observe it.
 
         Raises:
-            ValueError: `params` is missing though needed, a structure does not match, or the state is another optimizer's.
+            ValueError: `params` is missing though needed, a structure does not match, a gradient is None without a step count for
+                each parameter, or the state is another optimizer's.
         """
         return self._on_leaves(self.update, grads, state, params, loss)
 
@@ -121,7 +139,8 @@ class Optimizer(Configurable):
             ValueError: as `forward`, and if an update has another shape than its parameter.
         """
         if self._is_plain:
-            return self._on_leaves(self._move, grads, state, params, loss)
+            after, state = self._on_leaves(self._move, grads, state, params, loss)
+            return (tree.map(_or_kept, params, after) if "steps" in state else after), state
         updates, state = self(grads, state, params, loss=loss)
         return apply_updates(params, updates), state
 
@@ -144,7 +163,7 @@ class Optimizer(Configurable):
         """
         self._check_state_keys(state)
         self._check_schedule_names(state)
-        leaves = None if grads is None else [tree.as_real(leaf) for leaf in tree.leaves(grads)]
+        leaves = None if grads is None else [tree.as_real(leaf) for leaf in tree.leaves(grads) if leaf is not None]
         like = torch.full((), math.nan, dtype=_precision(state, leaves), device=state["step"].device)
         found: dict[str, Value] = {}
         for name in self.hyperparameters:
@@ -153,7 +172,7 @@ class Optimizer(Configurable):
                 before = state["schedules"][name]
                 found[name] = read(value, before, step=state["step"], loss=loss, grads=leaves, like=like)
             elif isinstance(value, ByName):
-                named = None if leaves is None else dict(zip(paths(grads), leaves, strict=True))
+                named = None if leaves is None else _named(grads, leaves)
                 each = value.values_at(self, name, state["schedules"][name], step=state["step"], loss=loss, named=named, like=like)
                 found |= {f"{pattern}/{name}": one for pattern, one in each.items()}
             else:
@@ -173,14 +192,23 @@ class Optimizer(Configurable):
         return is_ours and not (self._forward_hooks or self._forward_pre_hooks or _GLOBAL_HOOKS[0] or _GLOBAL_HOOKS[1])
 
     def _on_leaves(
-        self, step_on: StepOn, grads: Tree, state: State, params: Tree | None, loss: Tensor | None
+        self, step_on: StepOn, grads: Tree, state: State, params: Tree | None, loss: Tensor | None, hyper: Hyper | None = None
     ) -> tuple[Tree, State]:
-        """Return what `step_on` makes of the leaves, as a tree like the gradients, and the next state."""
+        """Return what `step_on` makes of the leaves, as a tree like the gradients, and the next state.
+
+        With `hyper` these are the hyperparameters' values, and schedules stay where they are.
+        """
         self._check_state_keys(state)
+        if "steps" in state:
+            return step_apart(self, step_on, grads, state, params, loss)
         gradients = tree.leaves(grads)
         weights = None if params is None else tree.leaves_like(grads, params, "params")
         with torch._C.DisableTorchFunction():  # under a mode every look at a dtype is a call of its own
-            is_complex = [*map(Tensor.is_complex, gradients)]
+            try:
+                is_complex = [*map(Tensor.is_complex, gradients)]
+            except TypeError:
+                require_gradients(grads)
+                raise
         if any(is_complex):
             gradients = [tree.as_real(gradient) for gradient in gradients]
             weights = None if weights is None else [tree.as_real(weight) for weight in weights]
@@ -188,7 +216,7 @@ class Optimizer(Configurable):
         memory |= state["shared"]
         step = state["step"] + 1
         try:
-            hyper, schedules = self._hyper_at(state, gradients, loss, grads)
+            hyper, schedules = self._hyper_at(state, gradients, loss, grads) if hyper is None else (hyper, {})
             results, after = self._joined(step_on, gradients, weights, memory, hyper, step)
         except (KeyError, RuntimeError):
             self._check_state(state, gradients)
@@ -247,26 +275,20 @@ class Optimizer(Configurable):
     def _in_cells(
         self, step_on: StepOn, grads: Leaves, params: Leaves | None, memory: Slots, cells: list[Any], step: Tensor
     ) -> tuple[Leaves, Slots]:
-        if len(cells) > 1 and (shared := [name for name, slot in memory.items() if isinstance(slot, Tensor)]):
-            raise ValueError(
-                f"{type(self).__name__}: a hyperparameter by names needs memory for each parameter, got {shared} over all of them. "
-                f'Use an optimizer for each group: `Grouped({{"*.bias": {type(self).__name__}(...), "*": ...}})`.'
-            )
         results: Leaves = [*grads]
-        after = {name: [*slot] if isinstance(slot, list) else slot for name, slot in memory.items()}
+        after = {name: [*slot] for name, slot in memory.items()}
         for places, hyper in cells:
             weights = None if params is None else [params[place] for place in places]
-            own = {name: [slot[i] for i in places] if isinstance(slot, list) else slot for name, slot in memory.items()}
+            own = {
+                name.removeprefix(SHARED): slot[places[0]] if name.startswith(SHARED) else [slot[place] for place in places]
+                for name, slot in memory.items()
+            }
             moved, new = self._joined(step_on, [grads[place] for place in places], weights, own, hyper, step)
             self._check_update(moved, new, own, len(places))
             for index, place in enumerate(places):
                 results[place] = moved[index]
-            for name, slot in new.items():
-                if not isinstance(slot, list):
-                    after[name] = slot
-                    continue
-                for index, place in enumerate(places):
-                    after[name][place] = slot[index]
+                for name, slot in after.items():
+                    slot[place] = new[name.removeprefix(SHARED)] if name.startswith(SHARED) else new[name][index]
         return results, after
 
     def _joins(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper) -> bool:
@@ -297,7 +319,7 @@ class Optimizer(Configurable):
                 before = state["schedules"][name]
                 value, schedules[name] = advance(value, before, step=state["step"], loss=loss, grads=grads)
             elif isinstance(value, ByName):
-                named = dict(zip(paths(grads if gradients is None else gradients), grads, strict=True))
+                named = _named(grads if gradients is None else gradients, grads)
                 value, schedules[name] = value.advance(
                     self, name, state["schedules"][name], named=named, step=state["step"], loss=loss
                 )
@@ -313,15 +335,36 @@ class Optimizer(Configurable):
         values = ((name, getattr(self, name)) for name in self.hyperparameters)
         return [(name, value) for name, value in values if isinstance(value, Schedule | ByName)]
 
-    def _check_hyperparameters(self, params: Tree, leaves: Leaves) -> None:
-        """Raise ValueError if the shape of a hyperparameter, or its patterns, do not fit the parameters."""
+    def _fit_hyperparameters(self, params: Tree, leaves: Leaves) -> Hyper:
+        """Return the hyperparameters, schedules as they are.
+
+        Raises:
+            ValueError: the shape of one, or its patterns, do not fit the parameters.
+        """
         hyper: Hyper = {}
         for name in self.hyperparameters:
             value = getattr(self, name)
-            if isinstance(value, ByName):
-                value = value.spread(self, name, [*paths(params)])
-            hyper[name] = value
+            hyper[name] = value.spread(self, name, [*paths(params)]) if isinstance(value, ByName) else value
         check_shapes(self, hyper, leaves)
+        return hyper
+
+    def _slots_in_cells(self, leaves: Leaves, hyper: Hyper) -> Slots:
+        """Return the memory before the first step.
+
+        What is one tensor for all parameters is one for those that share their hyperparameters, in the slot "shared/..." of each.
+        """
+        cells = in_cells(hyper)
+        if cells is None:
+            return self.slots(leaves)
+        slots: dict[str, list[Any]] = {}
+        for places, _ in cells:
+            own = self.slots([leaves[place] for place in places])
+            for name, slot in own.items():
+                each = slot if isinstance(slot, list) else [slot] * len(places)
+                placed = slots.setdefault(name if isinstance(slot, list) else f"{SHARED}{name}", [None] * len(leaves))
+                for place, tensor in zip(places, each, strict=True):
+                    placed[place] = tensor
+        return slots
 
     def _check_schedule_names(self, state: State) -> None:
         """Raise ValueError if the state has schedules of other hyperparameters."""
@@ -346,10 +389,12 @@ class Optimizer(Configurable):
     def _check_state(self, state: State, grads: Leaves) -> None:
         """Raise ValueError if the state's memory or its schedules have other names, or shapes, than those of this optimizer."""
         memory, own = state["slots"] | state["shared"], self.slots(grads)
+        if any(isinstance(value, ByName) for _, value in self._schedules()):
+            own = {f"{SHARED}{name}" if isinstance(slot, Tensor) else name: slot for name, slot in own.items()}
         self._check_names("memory", memory.keys(), own.keys())
         self._check_schedule_names(state)
         for name, slot in own.items():
-            for expected, found in zip(tree.leaves(slot), tree.leaves(memory[name]), strict=True):
+            for expected, found in zip(tree.leaves(slot), tree.leaves(memory[name]), strict=False):
                 if expected.shape != found.shape:
                     raise ValueError(
                         f"`state` must be that of this {type(self).__name__} for these parameters, with the memory {name!r} of "
@@ -365,7 +410,7 @@ class Optimizer(Configurable):
         if new.shape != old.shape:
             raise ValueError(
                 f"{type(self).__name__}: the memory {name!r} of shape {tuple(old.shape)} became {tuple(new.shape)}. The state is "
-                "that of other parameters, or a hyperparameter has not the shape of its parameter."
+                "that of other parameters, or a hyperparameter is a tensor where the memory is one number."
             )
         return new if new.dtype == old.dtype else new.to(old.dtype)
 
@@ -373,6 +418,11 @@ class Optimizer(Configurable):
         if params is None:
             raise ValueError(f"`{type(self).__name__}` needs `params` because {reason}. Call `optimizer(grads, state, params)`.")
         return params
+
+
+def _named(given: Tree, leaves: Leaves) -> dict[str, Tensor]:
+    """Return name -> tensor for the leaves that are there."""
+    return dict(zip((name for name, leaf in paths(given).items() if leaf is not None), leaves, strict=True))
 
 
 def _precision(state: State, grads: Leaves | None) -> torch.dtype:
@@ -383,7 +433,7 @@ def _precision(state: State, grads: Leaves | None) -> torch.dtype:
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """Return w + u leaf by leaf, in the dtype of w.
+    """Return w + u leaf by leaf, in the dtype of w; w where u is None.
 
     Raises:
         ValueError: an update has another shape than its parameter.
@@ -392,9 +442,15 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         return tree.map(apply_update, params, updates)
 
 
-def apply_update(param: Tensor, update: Tensor) -> Tensor:
+def apply_update(param: Tensor, update: Tensor | None) -> Tensor:
     """Return w + u for one tensor; see `apply_updates`."""
+    if update is None:
+        return param
     return fitted(param, param + update if param.shape == update.shape else update)
+
+
+def _or_kept(param: Tensor, after: Tensor | None) -> Tensor:
+    return param if after is None else after
 
 
 def fitted(param: Tensor, after: Tensor) -> Tensor:
