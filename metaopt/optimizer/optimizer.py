@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.modules import module
 
 from metaopt import tree
-from metaopt.optimizer.by_name import ByName, Spread, check_shapes, in_cells
+from metaopt.optimizer.apply import apply_updates, fitted
+from metaopt.optimizer.by_name import ByName, Spread
+from metaopt.optimizer.cells import Cell, check_shapes, in_cells, slot_name, slots_in_cells
 from metaopt.optimizer.deployed import Deployed
 from metaopt.optimizer.flat import join, part, prefers_joined
 from metaopt.optimizer.hyperparameter import Value
@@ -29,7 +31,6 @@ Hyper = dict[str, Any]  # name -> Value; for `update`, that of all its parameter
 StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, Slots]]
 
 
-SHARED = "shared/"  # leads the name of a slot whose tensors are those of parameters with the same hyperparameters
 STATE_KEYS = frozenset(("step", "slots", "shared", "schedules"))
 _GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks)
 
@@ -94,7 +95,7 @@ class Optimizer(Configurable):
         leaves, structure = tree.flatten(tree.map(lambda leaf: tree.as_real(leaf.detach()), params))
         if not leaves:
             raise ValueError("`params` must hold at least one tensor, got an empty tree. Is every parameter frozen?")
-        slots = self._slots_in_cells(leaves, self._fit_hyperparameters(params, leaves))
+        slots = slots_in_cells(self.slots, leaves, self._fit_hyperparameters(params, leaves))
         state: State = {
             "step": torch.zeros((), dtype=torch.int64, device=leaves[0].device),
             "slots": {name: tree.unflatten(structure, slot) for name, slot in slots.items() if isinstance(slot, list)},
@@ -260,7 +261,7 @@ class Optimizer(Configurable):
         It is called once for all parameters that share their hyperparameters.
         """
         if (cells := in_cells(hyper)) is not None:
-            return self._in_cells(step_on, grads, params, memory, cells, step)
+            return self._step_in_cells(step_on, grads, params, memory, cells, step)
         if not self.joinable or not self._joins(grads, params, memory, hyper):
             return step_on(grads, params, memory, hyper, step)
         with torch._C.DisableTorchFunction():
@@ -272,24 +273,16 @@ class Optimizer(Configurable):
                 name: part(slot, grads) if isinstance(slot, list) else slot for name, slot in after.items()
             }
 
-    def _in_cells(
-        self, step_on: StepOn, grads: Leaves, params: Leaves | None, memory: Slots, cells: list[Any], step: Tensor
+    def _step_in_cells(
+        self, step_on: StepOn, grads: Leaves, params: Leaves | None, memory: Slots, cells: list[Cell], step: Tensor
     ) -> tuple[Leaves, Slots]:
         results: Leaves = [*grads]
-        after = {name: [*slot] for name, slot in memory.items()}
-        for places, hyper in cells:
-            weights = None if params is None else [params[place] for place in places]
-            own = {
-                name.removeprefix(SHARED): slot[places[0]] if name.startswith(SHARED) else [slot[place] for place in places]
-                for name, slot in memory.items()
-            }
-            moved, new = self._joined(step_on, [grads[place] for place in places], weights, own, hyper, step)
-            self._check_update(moved, new, own, len(places))
-            for index, place in enumerate(places):
-                results[place] = moved[index]
-                for name, slot in after.items():
-                    slot[place] = new[name.removeprefix(SHARED)] if name.startswith(SHARED) else new[name][index]
-        return results, after
+        for cell in cells:
+            own = cell.take_memory(memory)
+            moved, new = self._joined(step_on, cell.take(grads), params and cell.take(params), own, cell.hyper, step)
+            self._check_update(moved, new, own, len(moved))
+            results, memory = cell.put(results, moved), cell.put_memory(memory, new)
+        return results, memory
 
     def _joins(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper) -> bool:
         with torch._C.DisableTorchFunction():
@@ -348,24 +341,6 @@ class Optimizer(Configurable):
         check_shapes(self, hyper, leaves)
         return hyper
 
-    def _slots_in_cells(self, leaves: Leaves, hyper: Hyper) -> Slots:
-        """Return the memory before the first step.
-
-        What is one tensor for all parameters is one for those that share their hyperparameters, in the slot "shared/..." of each.
-        """
-        cells = in_cells(hyper)
-        if cells is None:
-            return self.slots(leaves)
-        slots: dict[str, list[Any]] = {}
-        for places, _ in cells:
-            own = self.slots([leaves[place] for place in places])
-            for name, slot in own.items():
-                each = slot if isinstance(slot, list) else [slot] * len(places)
-                placed = slots.setdefault(name if isinstance(slot, list) else f"{SHARED}{name}", [None] * len(leaves))
-                for place, tensor in zip(places, each, strict=True):
-                    placed[place] = tensor
-        return slots
-
     def _check_schedule_names(self, state: State) -> None:
         """Raise ValueError if the state has schedules of other hyperparameters."""
         self._check_names("schedules", state["schedules"].keys(), dict(self._schedules()).keys())
@@ -390,7 +365,7 @@ class Optimizer(Configurable):
         """Raise ValueError if the state's memory or its schedules have other names, or shapes, than those of this optimizer."""
         memory, own = state["slots"] | state["shared"], self.slots(grads)
         if any(isinstance(value, ByName) for _, value in self._schedules()):
-            own = {f"{SHARED}{name}" if isinstance(slot, Tensor) else name: slot for name, slot in own.items()}
+            own = {slot_name(name, slot): slot for name, slot in own.items()}
         self._check_names("memory", memory.keys(), own.keys())
         self._check_schedule_names(state)
         for name, slot in own.items():
@@ -432,36 +407,5 @@ def _precision(state: State, grads: Leaves | None) -> torch.dtype:
     return next(floating, torch.get_default_dtype())
 
 
-def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """Return w + u leaf by leaf, in the dtype of w; w where u is None.
-
-    Raises:
-        ValueError: an update has another shape than its parameter.
-    """
-    with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
-        return tree.map(apply_update, params, updates)
-
-
-def apply_update(param: Tensor, update: Tensor | None) -> Tensor:
-    """Return w + u for one tensor; see `apply_updates`."""
-    if update is None:
-        return param
-    return fitted(param, param + update if param.shape == update.shape else update)
-
-
 def _or_kept(param: Tensor, after: Tensor | None) -> Tensor:
     return param if after is None else after
-
-
-def fitted(param: Tensor, after: Tensor) -> Tensor:
-    """Return what a parameter became, in its dtype.
-
-    Raises:
-        ValueError: it has another shape.
-    """
-    if param.shape != after.shape:
-        raise ValueError(
-            f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(after.shape)}. A tensor "
-            "hyperparameter must be a scalar or have the shape of every parameter; for different parameters use `Grouped`."
-        )
-    return after if after.dtype == param.dtype else after.to(param.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.optimizer.by_name import take
+from metaopt.optimizer.cells import take
 from metaopt.tree import Tree
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer, State
-from metaopt.optimizer.by_name import change_in_cells
+from metaopt.optimizer.cells import change_in_cells
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
 from metaopt.optimizer.per_parameter import require_gradients
 from metaopt.optimizer.schedule import Schedule
