@@ -12,7 +12,7 @@ from metaopt.optimizer.cells import change_in_cells
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
 from metaopt.optimizer.per_parameter import require_gradients
 from metaopt.optimizer.schedule import Schedule
-from metaopt.tree import Tree
+from metaopt.tree import Structure, Tree
 
 
 class Transform(Optimizer):
@@ -59,29 +59,17 @@ class Transform(Optimizer):
         if not there:
             return grads, {**state, "step": state["step"] + 1}
         inner, outer = self._split(state)
-        seen, weights, hyper, own = self._look(outer, grads, params, loss)
-        moved, after = self.optimizer(seen, inner, params, loss=loss)
+        weights = _real(structure, params, there)
+        gradients = [tree.as_real(leaves[place]) for place in there]
+        hyper, own = self._hyper_at(outer, gradients, loss, grads)
+        changed = _in_places(change_in_cells(self.before, gradients, weights, hyper), leaves, there)
+        moved, after = self.optimizer(tree.unflatten(structure, changed), inner, params, loss=loss)
         moved = tree.leaves(moved)
         updates = change_in_cells(self.after, [tree.as_real(moved[place]) for place in there], weights, hyper)
         return tree.unflatten(structure, _in_places(updates, leaves, there)), {
             **after,
             "schedules": {"optimizer": after["schedules"], **own},
         }
-
-    def _look(
-        self, state: State, grads: Tree, params: Tree | None, loss: Tensor | None
-    ) -> tuple[Tree, Leaves | None, Hyper, dict[str, Any]]:
-        """Return (gradients that the inner optimizer sees, parameters that have one, hyperparameters, next states of schedules)."""
-        leaves, structure = tree.flatten(grads)
-        there = [place for place, leaf in enumerate(leaves) if leaf is not None]
-        weights = None
-        if params is not None:
-            given = tree.flatten_like(structure, params, "params")
-            weights = [tree.as_real(given[place]) for place in there]
-        gradients = [tree.as_real(leaves[place]) for place in there]
-        hyper, own = self._hyper_at(state, gradients, loss, grads)
-        changed = _in_places(change_in_cells(self.before, gradients, weights, hyper), leaves, there)
-        return tree.unflatten(structure, changed), weights, hyper, own
 
     def values(
         self, state: State, *, loss: Tensor | None = None, grads: Tree | None = None, params: Tree | None = None
@@ -92,9 +80,18 @@ class Transform(Optimizer):
         own = super().values(outer, loss=loss, grads=grads, params=params)
         if grads is not None and any(isinstance(module, Schedule) for module in self.optimizer.modules()):
             is_known = loss is not None or not outer["schedules"]  # else there is nothing exact for the inner one to see
-            grads = self._look(outer, grads, params, loss)[0] if is_known else None
+            grads = self._change(outer, grads, params, loss) if is_known else None
         behind = self.optimizer.values(inner, loss=loss, grads=grads, params=params)
         return own | {f"optimizer.{name}": value for name, value in behind.items()}
+
+    def _change(self, state: State, grads: Tree, params: Tree | None, loss: Tensor | None) -> Tree:
+        """Return the gradients that the inner optimizer sees."""
+        leaves, structure = tree.flatten(grads)
+        there = [place for place, leaf in enumerate(leaves) if leaf is not None]
+        gradients = [tree.as_real(leaves[place]) for place in there]
+        hyper, _ = self._hyper_at(state, gradients, loss, grads)
+        changed = change_in_cells(self.before, gradients, _real(structure, params, there), hyper)
+        return tree.unflatten(structure, _in_places(changed, leaves, there))
 
     def _split(self, state: State) -> tuple[State, State]:
         """Return (the state of the inner optimizer, the state with this one's own schedules).
@@ -109,6 +106,14 @@ class Transform(Optimizer):
                 f"{sorted(schedules)}. Pass what its own `init`, or the step before, returned."
             )
         return {**state, "schedules": schedules.pop("optimizer")}, {**state, "schedules": schedules}
+
+
+def _real(structure: Structure, params: Tree | None, there: list[int]) -> Leaves | None:
+    """Return the parameters in some places, complex ones as real."""
+    if params is None:
+        return None
+    given = tree.flatten_like(structure, params, "params")
+    return [tree.as_real(given[place]) for place in there]
 
 
 def _in_places(tensors: Leaves, leaves: list[Any], there: list[int]) -> list[Any]:
