@@ -43,6 +43,10 @@ class Optimizer(Configurable):
     a complex parameter as a real one with a last axis of 2, as `torch.optim` does; its memory has that shape.
     Hand-designed and learned optimizers are the same type; every `nn.Parameter` inside can be meta-learned.
 
+    A hyperparameter is a number, a tensor, a parameter, a `Schedule`, or a dict from patterns of names to these; then `update` is
+    called once for all parameters that share their hyperparameters, as in `Grouped`, and sees single values in `hyper`. A tensor
+    is a scalar, or has the shape of every parameter that it meets (Meta-SGD; `optimizers.PerParameter` for several parameters).
+
     `joinable` says of the class's own `update` or `direction` that it treats every entry alike, whatever tensor it is in, and takes
     about ten operations: then it is called with all tensors joined to one where that is faster; see `metaopt.optimizer.flat`. (Of
     SGD and ASGD the plain forms take few operations, and were up to 1.4 times slower.)
