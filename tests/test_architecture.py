@@ -39,9 +39,10 @@ LAZY = {  # may import what is slow to load when it is asked for
     "metaopt/tasks/digits.py",  # scikit-learn, for its data
     "metaopt/interop/torchopt.py",  # torchopt, 0.13 s
     "metaopt/interop/torch.py",  # see BRIDGES
+    "metaopt/interop/scheduler.py",
 }
 # A bridge hands out our equals of another library's optimizers, when it is asked to: the one way back, from the top layer.
-BRIDGES = {"metaopt.interop.torch"}
+BRIDGES = {"metaopt.interop.torch", "metaopt.interop.scheduler"}
 FORBIDDEN_NAMES = {"utils", "misc", "common", "helpers"}
 FORBIDDEN_ATTRIBUTES = {"item", "data"}
 FORBIDDEN_CALLS = {"torch.manual_seed", "torch.random.manual_seed", "torch.seed", "torch.load", "torch.set_default_dtype"}
