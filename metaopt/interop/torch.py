@@ -179,7 +179,7 @@ class FromTorch(Optimizer):
         for index, ((optimizer, part), before) in enumerate(zip(self._pairs(), state["shared"]["parts"], strict=True)):
             g, w = (None if leaves is None else [leaves[place] for place in part.places] for leaves in own)
             if g is not None and part.maximize:
-                g = [-leaf for leaf in g]
+                g = [None if leaf is None else -leaf for leaf in g]
             values = optimizer.values(before, loss=loss, grads=g, params=w)
             found |= {f"optimizers.{index}.{name}": value for name, value in values.items()}
         return found

@@ -120,8 +120,14 @@ class FromTorchOpt(Optimizer):
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
+        self._check_state_keys(state)
         require_gradients(grads)
         hyper, schedules = self._hyper_at(state, tree.leaves(grads), loss)
+        if "transform" not in state["shared"]:
+            raise ValueError(
+                f"`state` must be that of this FromTorchOpt, got memory named {sorted(state['slots'] | state['shared'])}. Pass what "
+                "its own `init`, or the step before, returned."
+            )
         memory = state["shared"]["transform"]
         if not values_are_readable():
             memory = _batched(memory, (grads, params, hyper))

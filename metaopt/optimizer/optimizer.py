@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.modules import module
 
 from metaopt import tree
-from metaopt.optimizer.by_name import ByName, Spread, check_shapes, in_cells
+from metaopt.optimizer.apply import apply_updates, fitted
+from metaopt.optimizer.by_name import ByName, Spread
+from metaopt.optimizer.cells import Cell, check_shapes, in_cells, slot_name, slots_in_cells
 from metaopt.optimizer.deployed import Deployed
 from metaopt.optimizer.flat import join, part, prefers_joined
 from metaopt.optimizer.hyperparameter import Value
@@ -40,6 +42,10 @@ class Optimizer(Configurable):
     which work on lists with one tensor per parameter. The base class takes care of trees, the step count and schedules, and shows
     a complex parameter as a real one with a last axis of 2, as `torch.optim` does; its memory has that shape.
     Hand-designed and learned optimizers are the same type; every `nn.Parameter` inside can be meta-learned.
+
+    A hyperparameter is a number, a tensor, a parameter, a `Schedule`, or a dict from patterns of names to these; then `update` is
+    called once for all parameters that share their hyperparameters, as in `Grouped`, and sees single values in `hyper`. A tensor
+    is a scalar, or has the shape of every parameter that it meets (Meta-SGD; `optimizers.PerParameter` for several parameters).
 
     `joinable` says of the class's own `update` or `direction` that it treats every entry alike, whatever tensor it is in, and takes
     about ten operations: then it is called with all tensors joined to one where that is faster; see `metaopt.optimizer.flat`. (Of
@@ -95,8 +101,7 @@ class Optimizer(Configurable):
         leaves, structure = tree.flatten(tree.map(lambda leaf: tree.as_real(leaf.detach()), params))
         if not leaves:
             raise ValueError("`params` must hold at least one tensor, got an empty tree. Is every parameter frozen?")
-        self._check_hyperparameters(params, leaves)
-        slots = self.slots(leaves)
+        slots = slots_in_cells(self.slots, leaves, self._fit_hyperparameters(params, leaves))
         state: State = {
             "step": torch.zeros((), dtype=torch.int64, device=leaves[0].device),
             "slots": {name: tree.unflatten(structure, slot) for name, slot in slots.items() if isinstance(slot, list)},
@@ -173,7 +178,7 @@ class Optimizer(Configurable):
         """
         self._check_state_keys(state)
         self._check_schedule_names(state)
-        leaves = None if grads is None else [tree.as_real(leaf) for leaf in tree.leaves(grads)]
+        leaves = None if grads is None else [tree.as_real(leaf) for leaf in tree.leaves(grads) if leaf is not None]
         like = torch.full((), math.nan, dtype=_precision(state, leaves), device=state["step"].device)
         found: dict[str, Value] = {}
         for name in self.hyperparameters:
@@ -182,7 +187,7 @@ class Optimizer(Configurable):
                 before = state["schedules"][name]
                 found[name] = read(value, before, step=state["step"], loss=loss, grads=leaves, like=like)
             elif isinstance(value, ByName):
-                named = None if leaves is None else dict(zip(paths(grads), leaves, strict=True))
+                named = None if leaves is None else _named(grads, leaves)
                 each = value.values_at(self, name, state["schedules"][name], step=state["step"], loss=loss, named=named, like=like)
                 found |= {f"{pattern}/{name}": one for pattern, one in each.items()}
             else:
@@ -226,10 +231,7 @@ class Optimizer(Configurable):
         memory |= state["shared"]
         step = state["step"] + 1
         try:
-            if hyper is None:
-                hyper, schedules = self._hyper_at(state, gradients, loss, grads)
-            else:
-                schedules = {}
+            hyper, schedules = self._hyper_at(state, gradients, loss, grads) if hyper is None else (hyper, {})
             results, after = self._joined(step_on, gradients, weights, memory, hyper, step)
         except (KeyError, RuntimeError):
             self._check_state(state, gradients)
@@ -273,7 +275,7 @@ class Optimizer(Configurable):
         It is called once for all parameters that share their hyperparameters.
         """
         if (cells := in_cells(hyper)) is not None:
-            return self._in_cells(step_on, grads, params, memory, cells, step)
+            return self._step_in_cells(step_on, grads, params, memory, cells, step)
         if not self.joinable or not self._joins(grads, params, memory, hyper):
             return step_on(grads, params, memory, hyper, step)
         with torch._C.DisableTorchFunction():
@@ -285,30 +287,16 @@ class Optimizer(Configurable):
                 name: part(slot, grads) if isinstance(slot, list) else slot for name, slot in after.items()
             }
 
-    def _in_cells(
-        self, step_on: StepOn, grads: Leaves, params: Leaves | None, memory: Slots, cells: list[Any], step: Tensor
+    def _step_in_cells(
+        self, step_on: StepOn, grads: Leaves, params: Leaves | None, memory: Slots, cells: list[Cell], step: Tensor
     ) -> tuple[Leaves, Slots]:
-        if len(cells) > 1 and (shared := [name for name, slot in memory.items() if isinstance(slot, Tensor)]):
-            raise ValueError(
-                f"{type(self).__name__}: a hyperparameter by names needs memory for each parameter, got {shared} over all of them. "
-                f'Use an optimizer for each group: `Grouped({{"*.bias": {type(self).__name__}(...), "*": ...}})`.'
-            )
         results: Leaves = [*grads]
-        after = {name: [*slot] if isinstance(slot, list) else slot for name, slot in memory.items()}
-        for places, hyper in cells:
-            weights = None if params is None else [params[place] for place in places]
-            own = {name: [slot[i] for i in places] if isinstance(slot, list) else slot for name, slot in memory.items()}
-            moved, new = self._joined(step_on, [grads[place] for place in places], weights, own, hyper, step)
-            self._check_update(moved, new, own, len(places))
-            for index, place in enumerate(places):
-                results[place] = moved[index]
-            for name, slot in new.items():
-                if not isinstance(slot, list):
-                    after[name] = slot
-                    continue
-                for index, place in enumerate(places):
-                    after[name][place] = slot[index]
-        return results, after
+        for cell in cells:
+            own = cell.take_memory(memory)
+            moved, new = self._joined(step_on, cell.take(grads), params and cell.take(params), own, cell.hyper, step)
+            self._check_update(moved, new, own, len(moved))
+            results, memory = cell.put(results, moved), cell.put_memory(memory, new)
+        return results, memory
 
     def _joins(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper) -> bool:
         with torch._C.DisableTorchFunction():
@@ -341,7 +329,7 @@ class Optimizer(Configurable):
                 seen = [grad for grad in grads if grad is not None]
                 value, schedules[name] = advance(value, before, step=state["step"], loss=loss, grads=seen)
             elif isinstance(value, ByName):
-                named = dict(zip(paths(grads if gradients is None else gradients), grads, strict=True))
+                named = _named(grads if gradients is None else gradients, grads)
                 value, schedules[name] = value.advance(
                     self, name, state["schedules"][name], named=named, step=state["step"], loss=loss
                 )
@@ -357,15 +345,18 @@ class Optimizer(Configurable):
         values = ((name, getattr(self, name)) for name in self.hyperparameters)
         return [(name, value) for name, value in values if isinstance(value, Schedule | ByName)]
 
-    def _check_hyperparameters(self, params: Tree, leaves: Leaves) -> None:
-        """Raise ValueError if the shape of a hyperparameter, or its patterns, do not fit the parameters."""
+    def _fit_hyperparameters(self, params: Tree, leaves: Leaves) -> Hyper:
+        """Return the hyperparameters, schedules as they are.
+
+        Raises:
+            ValueError: the shape of one, or its patterns, do not fit the parameters.
+        """
         hyper: Hyper = {}
         for name in self.hyperparameters:
             value = getattr(self, name)
-            if isinstance(value, ByName):
-                value = value.spread(self, name, [*paths(params)])
-            hyper[name] = value
+            hyper[name] = value.spread(self, name, [*paths(params)]) if isinstance(value, ByName) else value
         check_shapes(self, hyper, leaves)
+        return hyper
 
     def _check_schedule_names(self, state: State) -> None:
         """Raise ValueError if the state has schedules of other hyperparameters."""
@@ -390,10 +381,12 @@ class Optimizer(Configurable):
     def _check_state(self, state: State, grads: Leaves) -> None:
         """Raise ValueError if the state's memory or its schedules have other names, or shapes, than those of this optimizer."""
         memory, own = state["slots"] | state["shared"], self.slots(grads)
+        if any(isinstance(value, ByName) for _, value in self._schedules()):
+            own = {slot_name(name, slot): slot for name, slot in own.items()}
         self._check_names("memory", memory.keys(), own.keys())
         self._check_schedule_names(state)
         for name, slot in own.items():
-            for expected, found in zip(tree.leaves(slot), tree.leaves(memory[name]), strict=True):
+            for expected, found in zip(tree.leaves(slot), tree.leaves(memory[name]), strict=False):
                 if expected.shape != found.shape:
                     raise ValueError(
                         f"`state` must be that of this {type(self).__name__} for these parameters, with the memory {name!r} of "
@@ -409,7 +402,7 @@ class Optimizer(Configurable):
         if new.shape != old.shape:
             raise ValueError(
                 f"{type(self).__name__}: the memory {name!r} of shape {tuple(old.shape)} became {tuple(new.shape)}. The state is "
-                "that of other parameters, or a hyperparameter has not the shape of its parameter."
+                "that of other parameters, or a hyperparameter is a tensor where the memory is one number."
             )
         return new if new.dtype == old.dtype else new.to(old.dtype)
 
@@ -419,6 +412,11 @@ class Optimizer(Configurable):
         return params
 
 
+def _named(given: Tree, leaves: Sequence[Tensor | None]) -> dict[str, Any]:
+    """Return name -> leaf."""
+    return dict(zip(paths(given), leaves, strict=True))
+
+
 def _precision(state: State, grads: Leaves | None) -> torch.dtype:
     """Return the dtype of the gradients, else of the memory, else torch's default."""
     known = tree.leaves((state["slots"], state["shared"])) if grads is None else grads
@@ -426,36 +424,5 @@ def _precision(state: State, grads: Leaves | None) -> torch.dtype:
     return next(floating, torch.get_default_dtype())
 
 
-def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """Return w + u leaf by leaf, in the dtype of w; w where u is None.
-
-    Raises:
-        ValueError: an update has another shape than its parameter.
-    """
-    with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
-        return tree.map(apply_update, params, updates)
-
-
-def apply_update(param: Tensor, update: Tensor | None) -> Tensor:
-    """Return w + u for one tensor; see `apply_updates`."""
-    if update is None:
-        return param
-    return fitted(param, param + update if param.shape == update.shape else update)
-
-
 def _or_kept(param: Tensor, after: Tensor | None) -> Tensor:
     return param if after is None else after
-
-
-def fitted(param: Tensor, after: Tensor) -> Tensor:
-    """Return what a parameter became, in its dtype.
-
-    Raises:
-        ValueError: it has another shape.
-    """
-    if param.shape != after.shape:
-        raise ValueError(
-            f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(after.shape)}. A tensor "
-            "hyperparameter must be a scalar or have the shape of every parameter; for different parameters use `Grouped`."
-        )
-    return after if after.dtype == param.dtype else after.to(param.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.optimizer.by_name import take
+from metaopt.optimizer.cells import take
 from metaopt.tree import Tree
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def step_apart(
             "schedules": state["schedules"],
         }
         own = None if weights is None else [weights[place] for place in part]
-        moved, after = optimizer._on_leaves(step_on, [gradients[place] for place in part], before, own, loss, take(hyper, part))
+        shared = take(hyper, part)
+        moved, after = optimizer._on_leaves(step_on, [gradients[place] for place in part], before, own, loss, shared)
         for index, place in enumerate(part):
             results[place], counts[place] = moved[index], after["step"]
             for name, slot in after["slots"].items():
