@@ -207,7 +207,7 @@ class Execution:
         scene = {**scene, name: shown(state)}
         if _is_point(rules):  # they respond to its parameters, whose derivative is not that of the steps
             scene, _ = self.turn(name, scene, state["below"], self._row(name, rows, -1), at_point=True)
-            return {other: scene[other] for other in self.program.order.inside[name] | {name}}
+            return {other: scene[other] for other in sorted(self.program.order.inside[name] | {name})}
         return all_shown({name: state})
 
     def _row(self, name: str, rows: Tree, i: int) -> Tree:

@@ -166,9 +166,7 @@ class LevelGraph:
 
     # Building
 
-    def _read(
-        self, name: str, levels: dict[str, Level], edges: Sequence[Edge], buffers: Collection[Pair] = frozenset()
-    ) -> Reading:
+    def _read(self, name: str, levels: dict[str, Level], edges: Sequence[Edge], buffers: Collection[Pair] = frozenset()) -> Reading:
         level, batch = levels[name], None
         is_above_copies = any(edge.lower.copies for edge in edges if edge.upper is level)
         if level.batches is not None:
@@ -220,12 +218,12 @@ class LevelGraph:
         owner, shared = order.owner[name], order.shared[name]
         if not shared:
             return NO_WINDOW
-        (rows, _), scene, taken = self._rows(owner), all_shown(self._states), dict.fromkeys(shared, 0)
+        (rows, _), scene, taken = self._rows(owner), all_shown(self._states), dict.fromkeys(sorted(shared), 0)
         states = {lower: self._state(lower) for lower in order.members[owner]}
         windows = opened([lower for lower in order.levels if lower in states], order.shared, states)
         for event in itertools.takewhile(lambda event: event.level != name, order.events[owner]):
             if (lower := event.level) in shared:
-                part = {other: rows[other] for other in order.inside[lower] | {lower} if other in rows}
+                part = {other: rows[other] for other in sorted(order.inside[lower] | {lower}) if other in rows}
                 if event.steps < order.steps[lower]:
                     part = tree.index(part, slice(taken[lower], taken[lower] + event.steps))
                 happened = Happened(event, scene, part, states[lower], taken[lower] == 0)

@@ -113,9 +113,7 @@ def evaluate(
         ValueError: the loss reads an unknown level, or returns no scalar.
     """
     views = {
-        name: LevelView(
-            nets[name], shown["params"], kept(shown["buffers"], name, carried), keeps_statistics and name == level.name
-        )
+        name: LevelView(nets[name], shown["params"], kept(shown["buffers"], name, carried), keeps_statistics and name == level.name)
         for name, shown in scene.items()
     }
     levels = Levels(level.name, views, nets) if read is None else NotingLevels(level.name, views, nets, read)
