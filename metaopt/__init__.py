@@ -34,6 +34,8 @@ from metaopt.scan.revolve import Revolve
 from metaopt.second_order import check_second_order
 from metaopt.train import TensorBoardLogger, Trainer
 
+__version__ = "0.2.0"
+
 __all__ = [
     "GMRES",
     "SAMA",

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Slots
+from metaopt.optimizer.arguments import check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, is_zero, set_hyperparameter
-from optimizers.betas import Pair, WithBetas
-from optimizers.moving import averages, averages_of_squares, roots
-from optimizers.precision import scalar_dtype
-from optimizers.weight_decay import decayed, penalized
+
+from .betas import Pair, WithBetas
+from .moving import averages, averages_of_squares, roots
+from .precision import scalar_dtype
+from .weight_decay import decayed, penalized
 
 
 class Adam(WithBetas):
@@ -57,7 +59,7 @@ class Adam(WithBetas):
         set_hyperparameter(self, "eps", eps)
         set_hyperparameter(self, "eps_root", eps_root)
         set_hyperparameter(self, "weight_decay", weight_decay)
-        self.amsgrad = amsgrad
+        self.amsgrad = check_flag(self, "amsgrad", amsgrad)
 
     def slots(self, params: Leaves) -> Slots:
         names = ["mean", "square", *["largest"] * self.amsgrad]
@@ -68,12 +70,11 @@ class Adam(WithBetas):
     ) -> tuple[Value, Leaves, Slots]:
         return self._adam(penalized(self, grads, params, hyper["weight_decay"]), slots, hyper, step)
 
-    @staticmethod
-    def _adam(grads: Leaves, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Value, Leaves, Slots]:
+    def _adam(self, grads: Leaves, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Value, Leaves, Slots]:
         """Return (scale, directions, next slots), without any decay of the weights."""
         after = moments(grads, slots, hyper)
         spread = after["square"]
-        if "largest" in slots:
+        if self.amsgrad:
             spread = after["largest"] = [torch.maximum(old, v) for old, v in zip(slots["largest"], spread, strict=True)]
         step = step.to(scalar_dtype(grads[0]))  # once for both
         scale = -hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])

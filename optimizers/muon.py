@@ -10,9 +10,11 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
+from metaopt.optimizer.arguments import check_choice, check_count, check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
-from optimizers.moving import averages
-from optimizers.weight_decay import decayed
+
+from .moving import averages
+from .weight_decay import decayed
 
 Coefficients = tuple[Hyperparameter, Hyperparameter, Hyperparameter]
 
@@ -68,17 +70,14 @@ class Muon(Optimizer):
         super().__init__()
         if not isinstance(ns_coefficients, tuple | list) or len(ns_coefficients) != 3:
             raise ValueError(f"Muon: `ns_coefficients` must be three numbers (a, b, c), got {ns_coefficients!r}.")
-        if ns_steps < 1:
-            raise ValueError(f"Muon: `ns_steps` must be at least 1, got {ns_steps}.")
-        if adjust_lr_fn not in ("original", "match_rms_adamw"):
-            raise ValueError(f"Muon: `adjust_lr_fn` must be 'original' or 'match_rms_adamw', got {adjust_lr_fn!r}.")
         set_hyperparameter(self, "lr", lr)
         set_hyperparameter(self, "weight_decay", weight_decay)
         set_hyperparameter(self, "momentum", momentum, below=1.0)
         for name, value in zip("abc", ns_coefficients, strict=True):
             set_hyperparameter(self, name, value, low=-math.inf)
         set_hyperparameter(self, "eps", eps)
-        self.nesterov, self.ns_steps, self.adjust_lr_fn = nesterov, ns_steps, adjust_lr_fn
+        self.nesterov, self.ns_steps = check_flag(self, "nesterov", nesterov), check_count(self, "ns_steps", ns_steps)
+        self.adjust_lr_fn = check_choice(self, "adjust_lr_fn", adjust_lr_fn, ("original", "match_rms_adamw"))
 
     @property
     def ns_coefficients(self) -> Coefficients:

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Slots
+from metaopt.optimizer.arguments import check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value
-from optimizers.adam import Adam, bias_correction, moments
-from optimizers.betas import Pair
-from optimizers.moving import roots
-from optimizers.weight_decay import decayed, penalized
+
+from .adam import Adam, bias_correction, moments
+from .betas import Pair
+from .moving import roots
+from .weight_decay import decayed, penalized
 
 
 class RAdam(Adam):
@@ -52,7 +54,7 @@ class RAdam(Adam):
         decoupled_weight_decay: bool = False,
     ):
         super().__init__(lr, betas, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
-        self.decoupled_weight_decay = decoupled_weight_decay
+        self.decoupled_weight_decay = check_flag(self, "decoupled_weight_decay", decoupled_weight_decay)
 
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         lr, beta1, beta2, eps, eps_root, decay = (hyper[name] for name in self.hyperparameters)

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
+from metaopt.optimizer.arguments import check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
 from metaopt.tree import scaled_sums
-from optimizers.moving import averages, averages_of_squares, roots
-from optimizers.weight_decay import penalized
+
+from .moving import averages, averages_of_squares, roots
+from .weight_decay import penalized
 
 
 class RMSprop(Optimizer):
@@ -56,7 +58,7 @@ class RMSprop(Optimizer):
         set_hyperparameter(self, "eps", eps)
         set_hyperparameter(self, "weight_decay", weight_decay)
         set_hyperparameter(self, "momentum", momentum)
-        self.centered = centered
+        self.centered = check_flag(self, "centered", centered)
 
     def slots(self, params: Leaves) -> Slots:
         names = ["square", *["mean"] * self.centered, *["velocity"] * (not is_zero(self.momentum))]
@@ -71,9 +73,10 @@ class RMSprop(Optimizer):
             after["mean"] = averages(slots["mean"], grads, alpha)
             spread = [(v - a * a).clamp_min(0) for v, a in zip(spread, after["mean"], strict=True)]  # below 0 by rounding
         direction = [g / root for g, root in zip(grads, roots(spread, 0.0, eps), strict=True)]
-        if "velocity" not in slots and not is_zero(momentum):
-            raise ValueError(f"RMSprop: momentum={momentum}, but `state` was made without. Call `init` again.")
         if "velocity" in slots:
-            direction = scaled_sums(direction, momentum, slots["velocity"])
-            after["velocity"] = direction
+            after["velocity"] = slots["velocity"]
+        if not is_zero(momentum):  # one that was turned off leaves its memory alone, as torch's does
+            if "velocity" not in slots:
+                raise ValueError(f"RMSprop: momentum={momentum}, but `state` was made without. Call `init` again.")
+            direction = after["velocity"] = scaled_sums(direction, momentum, slots["velocity"])
         return [-lr * d for d in direction], after

@@ -163,7 +163,7 @@ LOSSES = {
     "integer": (lambda w, _: torch.tensor(3), r"got a torch.int64 tensor of shape \(\)"),
     "float": (lambda w, _: 3.0, r"got a float"),
     "nothing": (lambda w, _: None, r"got a NoneType"),
-    "pair": (lambda w, _: ((w**2).sum(), w), r"got a tuple"),
+    "triple": (lambda w, _: ((w**2).sum(), w, w), r"got a tuple of 3"),
 }
 
 
@@ -210,7 +210,7 @@ def test_a_task_whose_loss_is_not_finite_is_named() -> None:
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD([torch.ones(1)], 0.1), SGD, "sgd", 0.1, None])
 def test_only_our_optimizers_minimize(optimizer: Any) -> None:
-    with pytest.raises(TypeError, match=r"`optimizer` must be a metaopt Optimizer, got .*Use one from `optimizers`"):
+    with pytest.raises(TypeError, match=r"`optimizer` must be a metaopt Optimizer, got .*Use one from `metaopt.optimizers`"):
         mo.minimize(square, optimizer, torch.ones(2), None, steps=1)
 
 
@@ -221,7 +221,6 @@ PARAMETERS = {
     ),
     "number": ({"w": 1.0}, r"`params` must be floating-point or complex tensors, got float at \['w'\]"),
     "boolean": (torch.ones(1, dtype=torch.bool), r"got torch.bool at the tensor itself"),
-    "module": (nn.Linear(1, 1), r"got Linear at the tensor itself"),
     "empty": ({}, r"`params` must hold at least one tensor, got an empty tree. Is every parameter frozen\?"),
 }
 
@@ -400,7 +399,7 @@ def test_options_are_keywords() -> None:
 
 def test_shapes_do_not_grow_silently() -> None:
     w = torch.ones(3)
-    with pytest.raises(ValueError, match=r"shape of its parameter, \(3,\), got \(2, 3\). .* use `Grouped`"):
+    with pytest.raises(ValueError, match=r"`lr` must be a scalar, or have the shape of .*, got shape \(2, 3\) .* `Grouped`"):
         mo.minimize(lambda p, _: p.square().sum(), SGD(torch.full((2, 3), 0.1)), w, None, steps=1)
     with pytest.raises(ValueError, match=r"Adam: the memory 'mean' of shape \(1,\) became \(3,\). The state is that of other"):
         Adam()(w, Adam().init(torch.ones(1)), w)

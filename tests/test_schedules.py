@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,48 @@ from optimizers import (
     Constant,
     Cosine,
     Exponential,
+    InverseSqrt,
     Joined,
     Linear,
     LSTMSchedule,
     OneCycle,
+    PerStep,
     Piecewise,
+    Plateau,
     Polynomial,
+    Staircase,
+    WarmRestarts,
     Warmup,
+    WarmupStableDecay,
 )
 
 STEPS = 24
 Value = Any
+RATES = [0.3, 0.1, 0.2, 0.05, 0.4]
+
+
+def row(make: Callable[[float], Value], numbers: list[float]) -> Any:
+    """Return numbers as a list, or as one vector that is learned."""
+    return numbers if make is float else nn.Parameter(torch.tensor(numbers))
+
+
+class OnPlateau(lr_scheduler.ReduceLROnPlateau):
+    """Torch's, told of the loss that `values` gives."""
+
+    def step(self, *_: Any) -> None:
+        super().step(0.5)
+
+
+def stable(remaining: Callable[[float], float]) -> Callable[[torch.optim.Optimizer], Any]:
+    """Warm-up for 4 steps, 6 stable, 8 of decay from .3 to .03, as a factor on .3."""
+
+    def factor(t: int) -> float:
+        over = min(max((t - 10) / 8, 0.0), 1.0)
+        return min(t / 4, 1.0) * (0.1 + 0.9 * remaining(over))
+
+    return lambda o: lr_scheduler.LambdaLR(o, factor)
+
+
 # name -> (ours, as a function that turns numbers into what is learned; torch's, for an optimizer with lr 0.3)
 CASES: dict[str, tuple[Callable[[Callable[[float], Value]], mo.Schedule], Callable[[torch.optim.Optimizer], Any]]] = {
     "constant": (lambda v: Constant(v(0.3)), lambda o: lr_scheduler.LambdaLR(o, lambda _: 1.0)),
@@ -49,6 +81,44 @@ CASES: dict[str, tuple[Callable[[Callable[[float], Value]], mo.Schedule], Callab
     "piecewise": (
         lambda v: Piecewise((v(0.3), v(0.06), v(0.012)), (4, 15)),
         lambda o: lr_scheduler.MultiStepLR(o, [4, 15], gamma=0.2),
+    ),
+    "piecewise-vector": (
+        lambda v: Piecewise(row(v, [0.3, 0.06, 0.012]), (4, 15)),
+        lambda o: lr_scheduler.MultiStepLR(o, [4, 15], gamma=0.2),
+    ),
+    "per-step": (lambda v: PerStep(row(v, RATES)), lambda o: lr_scheduler.LambdaLR(o, lambda t: RATES[min(t, 4)] / 0.3)),
+    "staircase": (lambda v: Staircase(v(0.3), 7, gamma=v(0.2)), lambda o: lr_scheduler.StepLR(o, 7, gamma=0.2)),
+    "inverse-sqrt": (
+        lambda v: InverseSqrt(v(0.3), 5),
+        lambda o: lr_scheduler.LambdaLR(o, lambda t: math.sqrt(5 / max(t, 5))),
+    ),
+    "transformer": (  # Vaswani et al.: width^-.5 min(t^-.5, t warmup^-1.5)
+        lambda v: Warmup(InverseSqrt(v(0.3), 5), 5),
+        lambda o: lr_scheduler.LambdaLR(o, lambda t: math.sqrt(5) * min(max(t, 1) ** -0.5, t * 5**-1.5)),
+    ),
+    "stable-linear": (
+        lambda v: WarmupStableDecay(v(0.3), warmup=4, stable=6, decay=8, final=v(0.03)),
+        stable(lambda p: 1 - p),
+    ),
+    "stable-cosine": (
+        lambda v: WarmupStableDecay(v(0.3), warmup=4, stable=6, decay=8, final=v(0.03), shape="cosine"),
+        stable(lambda p: (1 + math.cos(math.pi * p)) / 2),
+    ),
+    "stable-sqrt": (
+        lambda v: WarmupStableDecay(v(0.3), warmup=4, stable=6, decay=8, final=v(0.03), shape="sqrt"),
+        stable(lambda p: 1 - math.sqrt(p)),
+    ),
+    "restarts": (
+        lambda v: WarmRestarts(v(0.3), 5, final=v(0.02)),
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 5, eta_min=0.02),
+    ),
+    "restarts-longer": (
+        lambda v: WarmRestarts(v(0.3), 3, factor=2, final=v(0.02)),
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3, T_mult=2, eta_min=0.02),
+    ),
+    "plateau": (
+        lambda v: Plateau(v(0.3), v(0.5), patience=2, cooldown=3, final=v(0.05)),
+        lambda o: OnPlateau(o, factor=0.5, patience=2, cooldown=3, min_lr=0.05),
     ),
     "warmup": (lambda v: Warmup(v(0.3), 5, start=v(0.1)), lambda o: lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=5)),
     "warmup-exponential": (
@@ -173,6 +243,66 @@ def test_it_is_saved_and_loaded(ours: Any, theirs: Any, tmp_path: Path) -> None:
     assert torch.equal(values(loaded), values(schedule))
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("cooldown", [0, 2])
+def test_a_plateau_is_seen_where_torch_sees_it(relative: bool, cooldown: int) -> None:
+    """Losses that fall, stay, rise and fall again; reductions by less than `eps` are not made."""
+    losses = (1 + torch.linspace(0, 6, 120).cos() / 2 + 0.1 * torch.randn(120)).tolist()
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.4, patience=3, threshold=0.02, threshold_mode="rel" if relative else "abs", cooldown=cooldown, eps=1e-4
+    )
+    ours = Plateau(0.3, 0.4, patience=3, threshold=0.02, relative=relative, cooldown=cooldown, eps=1e-4)
+    grads, expected, found = [torch.ones(1)], [], []
+    state = ours.init(grads[0])
+    for t, loss in enumerate(losses):
+        expected.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(loss)
+        peeked = ours.value_at(state, step=torch.tensor(t), loss=None, grads=None, like=grads[0])
+        value, state = ours(state, step=torch.tensor(t), loss=torch.tensor(loss), grads=grads)
+        assert peeked == value
+        found.append(torch.as_tensor(value))
+    assert len(set(expected)) > 4
+    assert_close(torch.stack(found), torch.tensor(expected), 1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("factor", [1, 2, 3, 10])
+def test_restarts_are_where_torch_has_them_for_thousands_of_steps(factor: int) -> None:
+    """Of every period the first and the last step: the number of the period is a rounded logarithm."""
+    schedule = WarmRestarts(1.0, 7, factor=factor)
+    start, length = 0, 7
+    for _ in range(12):
+        ends = torch.tensor([start, start + length - 1])
+        found = schedule({}, step=ends, loss=None, grads=[torch.ones(1)])[0]
+        assert_close(found, (1 + torch.cos(torch.tensor([0.0, math.pi * (length - 1) / length]))) / 2, 1e-12)
+        start, length = start + length, length * factor
+
+
+@pytest.mark.usefixtures("float64")
+def test_each_value_of_a_step_is_learned_by_itself() -> None:
+    """MAML++: five rates, one a step. The derivative of the last w is -g_t in rate t, times what later steps do to it."""
+    rates = nn.Parameter(torch.tensor([0.1, 0.2, 0.3, 0.05, 0.15]))
+    optimizer = SGD(PerStep(rates))
+    assert [name for name, _ in optimizer.named_parameters()] == ["lr.values"]
+    w0, curvature = torch.tensor([1.0, -2.0]), torch.tensor([1.0, 3.0])
+    end = mo.minimize(lambda w, _: (curvature * w * w).sum() / 2, optimizer, w0, None, steps=5).params.sum()
+    found = torch.autograd.grad(end, rates)[0]
+    factors = 1 - rates.detach()[:, None] * curvature  # w_5 = w_0 times their product
+    expected = torch.stack([-(w0 * curvature * factors.prod(0) / factors[t]).sum() for t in range(5)])
+    assert_close(found, expected, 1e-12)
+
+
+def test_an_outer_optimizer_sees_the_vector_of_a_piecewise_schedule() -> None:
+    """It was accepted, and not registered."""
+    vector = nn.Parameter(torch.tensor([0.1, 0.2]))
+    schedule = Piecewise(vector, (3,))
+    assert list(schedule.parameters()) == [vector]
+    assert schedule.values is vector
+    assert schedule.config()["arguments"]["values"] == {"parameter": [2], "dtype": "float32"}
+
+
 @pytest.mark.parametrize(
     "schedule", [Cosine(1.0, 1000), Linear(1.0, 1000), Polynomial(1.0, 1000), Warmup(1.0, 1000), Exponential(1.0, 0.999)]
 )
@@ -199,12 +329,45 @@ def test_warmup_passes_on_what_a_learned_schedule_observes() -> None:
     ramp = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])
     assert_close(values(Warmup(learned, 4), 6), ramp * values(learned, 6), 1e-7)
     out = mo.minimize(lambda w, _: (w**2).sum(), SGD(Warmup(learned, 2)), torch.ones(2), None, steps=3)
-    assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(tuple(out)))
+    assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(out[:3]))
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        (lambda: PerStep([]), ValueError, r"PerStep: `values` must not be empty, got \[\]"),
+        (lambda: PerStep(torch.ones(2, 2)), ValueError, r"PerStep: `values` must have one axis .*, got shape \(2, 2\)"),
+        (lambda: PerStep(0.1), TypeError, r"PerStep: `values` must be a tuple, got float"),  # type: ignore[arg-type]
+        (lambda: PerStep([0.1, "b"]), TypeError, r"PerStep: `values` must be a tensor or a list of numbers, got \(0.1, 'b'\)"),  # type: ignore[list-item]
+        (lambda: PerStep([0.1, -0.2]), ValueError, r"PerStep: `values` must lie in \[0.0, inf\], got -0.2"),
+        (lambda: PerStep(torch.tensor([1, 2])), TypeError, r"PerStep: `values` must be real and floating-point, got .*int64"),
+        (lambda: Piecewise(0.1, (1,)), TypeError, r"Piecewise: `values` must be a tuple, got float"),  # type: ignore[arg-type]
+        (lambda: Piecewise((0.1, 0.2), 5), ValueError, r"Piecewise: `boundaries` must be increasing positive integers, got 5"),  # type: ignore[arg-type]
+        (lambda: Piecewise((0.1, 0.2), (True,)), ValueError, r"Piecewise: `boundaries` must be increasing .*, got \(True,\)"),
+        (lambda: Joined(Constant(0.1), ()), TypeError, r"Joined: `schedules` must be a tuple, got Constant"),  # type: ignore[arg-type]
+        (lambda: Staircase(0.1, 0), ValueError, r"Staircase: `every` must be a positive integer, got 0"),
+        (lambda: WarmRestarts(0.1, 5, factor=1.5), ValueError, r"WarmRestarts: `factor` must be a positive integer, got 1.5"),  # type: ignore[arg-type]
+        (
+            lambda: WarmupStableDecay(0.1, warmup=-1, stable=1, decay=1),
+            ValueError,
+            r"WarmupStableDecay: `warmup` must be an integer of at least 0, got -1",
+        ),
+        (
+            lambda: WarmupStableDecay(0.1, warmup=1, stable=1, decay=1, shape="square"),  # type: ignore[arg-type]
+            ValueError,
+            r"WarmupStableDecay: `shape` must be one of 'linear', 'cosine', 'sqrt', got 'square'",
+        ),
+        (lambda: Plateau(0.1, 1.0), ValueError, r"Plateau: `factor` must lie in \[0.0, 1.0\), got 1.0"),
+        (lambda: Plateau(0.1, relative="no"), TypeError, r"Plateau: `relative` must be True or False, got 'no'"),  # type: ignore[arg-type]
+        (lambda: Plateau(0.1, threshold=None), TypeError, r"Plateau: `threshold` must be a number, got None"),  # type: ignore[arg-type]
+        (
+            lambda: Cosine(Constant(0.1), 5),  # type: ignore[arg-type]
+            TypeError,
+            r"Cosine: `initial` must be a number, a tensor or an nn.Parameter, got the schedule Constant",
+        ),
+        (lambda: Warmup({"*": 0.1}, 5), TypeError, r"Warmup: `after` must be a number, .* or a Schedule, got dict"),  # type: ignore[arg-type]
+        (lambda: OneCycle(0.1, 20, three_phase=1), TypeError, r"OneCycle: `three_phase` must be True or False, got 1"),  # type: ignore[arg-type]
+        (lambda: OneCycle(0.1, 20, pct_start=1.5), ValueError, r"OneCycle: `pct_start` must lie in \[0.0, 1.0\], got 1.5"),
         (lambda: Linear(0.1, 0), ValueError, r"Linear: `steps` must be a positive integer, got 0"),
         (lambda: Warmup(0.1, 2.5), ValueError, r"Warmup: `steps` must be a positive integer, got 2.5"),  # type: ignore[arg-type]
         (lambda: Polynomial(0.1, True), ValueError, r"Polynomial: `steps` must be a positive integer, got True"),

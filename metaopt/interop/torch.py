@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from metaopt import tree
 from metaopt.optimizer import Leaves, Optimizer, State
+from metaopt.optimizer.equals import Equal, equals
+from metaopt.optimizer.hyperparameter import Value
 from metaopt.transforms import is_tracked
 from metaopt.tree import Structure, Tree
 
@@ -42,7 +43,7 @@ def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None) -> 
         raise TypeError(
             f"`optimizer` must be one of torch.optim's {sorted(kind.__name__ for kind in known)}, got "
             f"{type(optimizer).__module__}.{type(optimizer).__name__}. Others, and subclasses, have no known equal here: write "
-            "it as an `Optimizer`."
+            "it as an `Optimizer`, and say so by `metaopt.optimizer.register_equal`."
         )
     kind, names = known[type(optimizer)]
     states = {id(weight): state for weight, state in optimizer.state.items()}
@@ -111,10 +112,10 @@ class FromTorch(Optimizer):
         """
         raise TypeError(
             "What `from_torch` returns cannot be saved: it is tied to a live optimizer. Save that one's `state_dict()`, or one of "
-            "`optimizers` for its hyperparameters alone."
+            "`metaopt.optimizers` for its hyperparameters alone."
         )
 
-    def init(self, params: Tree) -> State:
+    def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state in which the torch optimizer was, on the devices and in the dtypes of `params`."""
         state = super().init(params)
         leaves = self._leaves(params, "params")
@@ -122,21 +123,59 @@ class FromTorch(Optimizer):
             self._check_order(params)
         parts = [_resumed(optimizer, part, [leaves[place] for place in part.places]) for optimizer, part in self._pairs()]
         step = torch.full_like(state["step"], max(part.step for part in self.parts))
-        return {**state, "step": step, "shared": {"parts": parts}}
+        state = {**state, "step": step, "shared": {"parts": parts}}
+        return self.separate(state, params) if per_parameter else state
+
+    def separate(self, state: State, params: Tree) -> State:
+        """Return the state with a step count for each parameter, as `Optimizer.separate` does."""
+        leaves = self._leaves(params, "params")
+        parts = [
+            optimizer.separate(before, [leaves[place] for place in part.places])
+            for (optimizer, part), before in zip(self._pairs(), state["shared"]["parts"], strict=True)
+        ]
+        return _with_counts({**state, "shared": {"parts": parts}, "steps": []})
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
+        self._check_parts(state)
         gradients, structure = self._leaves(grads, "grads"), tree.flatten(grads)[1]
         weights = None if params is None else tree.flatten_like(structure, params, "params")
         updates, states = list(gradients), []
         for (optimizer, part), before in zip(self._pairs(), state["shared"]["parts"], strict=True):
             uphill = [gradients[place] for place in part.places]
             own = None if weights is None else [weights[place] for place in part.places]
-            moved, after = optimizer([-g for g in uphill] if part.maximize else uphill, before, own, loss=loss)
-            states.append(after)
+            downhill = [None if g is None else -g for g in uphill] if part.maximize else uphill
+            moved, next_state = optimizer(downhill, before, own, loss=loss)
+            states.append(next_state)
             for place, update in zip(part.places, moved, strict=True):
                 updates[place] = update
-        return tree.unflatten(structure, updates), {**state, "step": state["step"] + 1, "shared": {"parts": states}}
+        after = {**state, "step": state["step"] + 1, "shared": {"parts": states}}
+        return tree.unflatten(structure, updates), _with_counts(after)
+
+    def values(
+        self, state: State, *, loss: Tensor | None = None, grads: Tree | None = None, params: Tree | None = None
+    ) -> dict[str, Value]:
+        """Return name -> value, as `Optimizer.values` does; names are led by "optimizers.0." and so on."""
+        self._check_parts(state)
+        own = [None if given is None else self._leaves(given, what) for given, what in ((grads, "grads"), (params, "params"))]
+        found: dict[str, Value] = {}
+        for index, ((optimizer, part), before) in enumerate(zip(self._pairs(), state["shared"]["parts"], strict=True)):
+            g, w = (None if leaves is None else [leaves[place] for place in part.places] for leaves in own)
+            if g is not None and part.maximize:
+                g = [-leaf for leaf in g]
+            values = optimizer.values(before, loss=loss, grads=g, params=w)
+            found |= {f"optimizers.{index}.{name}": value for name, value in values.items()}
+        return found
+
+    def _check_parts(self, state: Any) -> None:
+        """Raise ValueError if the state is another optimizer's."""
+        self._check_state_keys(state)
+        found = len(state["shared"].get("parts", []))
+        if found != len(self.parts):
+            raise ValueError(
+                f"`state` must be that of this FromTorch, with {len(self.parts)} parts, got {found}. Pass what its own `init`, or "
+                "the step before, returned."
+            )
 
     def _pairs(self) -> list[tuple[Optimizer, Part]]:
         return list(zip(cast(Sequence[Optimizer], self.optimizers), self.parts, strict=True))
@@ -154,14 +193,19 @@ class FromTorch(Optimizer):
     def _leaves(self, given: Tree, what: str) -> Leaves:
         """Return the leaves, which must be those of the torch optimizer as far as that can be seen."""
         leaves = tree.leaves(given) if self.structure is None else tree.flatten_like(self.structure, given, what)
-        found = [tuple(leaf.shape) for leaf in leaves]
-        if found != self._shapes:
+        found = [None if leaf is None else tuple(leaf.shape) for leaf in leaves]
+        if len(found) != len(self._shapes) or any(f not in (None, s) for f, s in zip(found, self._shapes, strict=True)):
             raise ValueError(
                 f"`{what}` must hold the trainable parameters of the torch optimizer in its order, shapes {self._shapes}, got "
                 f"{found}. If some are left out or stand in another order, call "
                 "from_torch(optimizer, params=functional(model).params)."
             )
         return leaves
+
+
+def _with_counts(state: State) -> State:
+    """Return the state with the counts of its parts, if it has counts."""
+    return {**state, "steps": [part["steps"] for part in state["shared"]["parts"]]} if "steps" in state else state
 
 
 def _resumed(optimizer: Optimizer, part: Part, like: Leaves) -> State:
@@ -180,28 +224,11 @@ def _resumed(optimizer: Optimizer, part: Part, like: Leaves) -> State:
     }
 
 
-@functools.cache
-def kinds() -> dict[type[torch.optim.Optimizer], tuple[type[Optimizer], dict[str, str]]]:
-    """Return class of torch -> (our equal, our name of a slot -> its name there)."""
-    import optimizers as ours
+def kinds() -> Mapping[type[torch.optim.Optimizer], Equal]:
+    """Return class of torch -> our equal."""
+    import metaopt.optimizers  # noqa: F401  # registers ours, the first time
 
-    adam = {"mean": "exp_avg", "square": "exp_avg_sq", "largest": "max_exp_avg_sq"}
-    kinds: dict[type[torch.optim.Optimizer], tuple[type[Optimizer], dict[str, str]]] = {
-        torch.optim.SGD: (ours.SGD, {"velocity": "momentum_buffer"}),
-        torch.optim.Adam: (ours.Adam, adam),
-        torch.optim.AdamW: (ours.AdamW, adam),
-        torch.optim.Adamax: (ours.Adamax, {"mean": "exp_avg", "largest": "exp_inf"}),
-        torch.optim.RAdam: (ours.RAdam, adam),
-        torch.optim.NAdam: (ours.NAdam, adam | {"product": "mu_product"}),
-        torch.optim.Adagrad: (ours.Adagrad, {"square": "sum"}),
-        torch.optim.Adadelta: (ours.Adadelta, {"square": "square_avg", "moved": "acc_delta"}),
-        torch.optim.RMSprop: (ours.RMSprop, {"square": "square_avg", "mean": "grad_avg", "velocity": "momentum_buffer"}),
-        torch.optim.ASGD: (ours.ASGD, {"average": "ax"}),
-        torch.optim.Rprop: (ours.Rprop, {"previous": "prev", "size": "step_size"}),
-    }
-    if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
-        kinds[torch.optim.Muon] = (ours.Muon, {"mean": "momentum_buffer"})
-    return kinds
+    return equals()
 
 
 def _weights(optimizer: torch.optim.Optimizer, params: Tree | None) -> Leaves:
@@ -225,20 +252,20 @@ def _weights(optimizer: torch.optim.Optimizer, params: Tree | None) -> Leaves:
 
 
 def counts(state: dict[str, Any]) -> tuple[float, ...]:
-    """Return the step count of a parameter, and whatever else of its state is one number.
+    """Return the step count of a parameter, and for whatever else of its state is one number its value, or its id if it is learned.
 
     SGD and Muon do not count: there it is 1 if there is memory, which is all that matters.
     """
     count = state.get("step", any(isinstance(value, Tensor) for value in state.values()))
-    return tuple(float(value) for value in (count, state.get("mu_product", 0)))
+    others = [state.get(name, 0) for name in ("mu_product", "eta")]
+    return float(count), *(id(other) if isinstance(other, Tensor) and is_tracked(other) else float(other) for other in others)
 
 
 def built(kind: type[Optimizer], group: dict[str, Any]) -> Optimizer:
     """Return our optimizer with the options of a group, whose names are the same."""
-    import optimizers as ours
-
-    if kind in (ours.Adam, ours.AdamW):
-        kind = ours.AdamW if group.get("decoupled_weight_decay", kind is ours.AdamW) else ours.Adam
+    adam, adamw = kinds()[torch.optim.Adam].kind, kinds()[torch.optim.AdamW].kind
+    if kind in (adam, adamw):
+        kind = adamw if group.get("decoupled_weight_decay", kind is adamw) else adam
     names = inspect.signature(kind).parameters.keys() - {"initial_accumulator_value"}  # that of Adagrad is in its memory already
     return kind(**{name: _own(group[name]) for name in names if group.get(name) is not None})
 

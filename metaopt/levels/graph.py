@@ -41,7 +41,7 @@ class LevelGraph:
 
     Constructing a graph evaluates every loss once, on the first batch (which the first step sees again), to learn what it reads: a
     level steps when the levels below that its loss reads have made their steps; those it does not read follow it. A loss that calls
-    none of the functions that `any_order` replaces is from then on evaluated without it.
+    none of the functions whose derivatives `any_order` corrects is from then on evaluated without it.
 
     Args:
         edges: which connect the levels.

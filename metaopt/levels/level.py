@@ -65,7 +65,7 @@ class Level:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"level {name!r}: `optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}."
-                f"{type(optimizer).__name__}. Use one from `optimizers`, or `mo.from_torch(...)`."
+                f"{type(optimizer).__name__}. Use one from `metaopt.optimizers`, or `mo.from_torch(...)`."
             )
         for what, value, least in (("accumulate", accumulate, 1), ("warmup", warmup, 0), ("copies", copies, 1)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):

@@ -32,7 +32,8 @@ class Reading:
         dtype: that of the loss.
         metrics: names and dtypes of the scalars that it returns beside the loss.
         is_random: whether it drew from the global random generators.
-        is_delicate: whether it called a function whose higher derivatives need care, see `any_order`.
+        is_delicate: whether it called a function whose derivatives in reverse mode need care, see `any_order`. Forward derivatives
+            are always taken with care.
     """
 
     levels: frozenset[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from metaopt.optimizer.equals import register_equal
 from metaopt.optimizer.optimizer import Hyper, Leaves, Optimizer, Slots, State, apply_update, apply_updates
 
-__all__ = ["Hyper", "Leaves", "Optimizer", "Slots", "State", "apply_update", "apply_updates"]
+__all__ = ["Hyper", "Leaves", "Optimizer", "Slots", "State", "apply_update", "apply_updates", "register_equal"]

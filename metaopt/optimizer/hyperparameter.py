@@ -1,41 +1,88 @@
-"""What may stand for a hyperparameter: a number, a tensor, a parameter or a schedule."""
+"""What may stand for a hyperparameter: a number, a tensor, a parameter or a schedule, or a dict of these by names."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from metaopt.optimizer.arguments import Limits, note_limits
+from metaopt.optimizer.by_name import ByName
 from metaopt.optimizer.schedule import Schedule
 
 Value = float | Tensor
-Hyperparameter = Value | Schedule
+Hyperparameter = Value | Schedule | ByName | Mapping[str, Any]
 
 
 def set_hyperparameter(
     owner: nn.Module, name: str, value: Any, *, low: float = 0.0, high: float = math.inf, below: float = math.inf
 ) -> None:
-    """Store `value` as an attribute of `owner`: a number is checked, a tensor becomes a buffer, a module is registered.
+    """Store `value` as an attribute of `owner`: numbers are checked, a tensor becomes a buffer, a module is registered.
+
+    A dict with patterns of names becomes a `ByName`, of an optimizer only.
 
     Raises:
-        ValueError: a number outside low <= value <= high, value < below.
-        TypeError: none of the kinds above.
+        ValueError: a number or an entry outside low <= value <= high, value < below.
+        TypeError: none of the kinds above, or a tensor that is not real and floating-point.
     """
-    kind = type(owner).__name__
-    if isinstance(value, nn.Parameter | Schedule):
-        setattr(owner, name, value)
-    elif isinstance(value, Tensor):
-        owner.register_buffer(name, value)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        if not (low <= value <= high and value < below):
-            limit = f"[{low}, {below})" if math.isfinite(below) else f"[{low}, {high}]"
-            raise ValueError(f"{kind}: `{name}` must lie in {limit}, got {value}.")
-        setattr(owner, name, float(value))
+    limits = Limits(low, high, below)
+    if isinstance(value, Mapping | ByName) and not isinstance(owner, Schedule):
+        by_name = value if isinstance(value, ByName) else ByName(value)
+        for place, (pattern, item) in enumerate(by_name.values.items()):
+            _check(owner, f"{name}[{pattern!r}]", item, limits, takes=_ITEM)
+            note_limits(by_name, f"value{place}", limits)
+        setattr(owner, name, by_name)
     else:
-        raise TypeError(f"{kind}: `{name}` must be a number, a tensor, an nn.Parameter or a Schedule, got {type(value).__name__}.")
+        takes = "a number, a tensor, an nn.Parameter or a Schedule"
+        _check(owner, name, value, limits, takes=takes)
+        _store(owner, name, value, limits)
+
+
+def set_value(
+    owner: nn.Module, name: str, value: Any, *, low: float = 0.0, high: float = math.inf, below: float = math.inf
+) -> None:
+    """Store a number, tensor or parameter as `set_hyperparameter` does; what a schedule computes with is no schedule itself.
+
+    Raises:
+        ValueError: a number or an entry outside low <= value <= high, value < below.
+        TypeError: none of the kinds above, or a tensor that is not real and floating-point.
+    """
+    limits = Limits(low, high, below)
+    if isinstance(value, Schedule):
+        raise TypeError(
+            f"{type(owner).__name__}: `{name}` must be a number, a tensor or an nn.Parameter, got the schedule "
+            f"{type(value).__name__}. Put schedules one after the other with `Joined`, or write a `Schedule` of your own."
+        )
+    _check(owner, name, value, limits, takes="a number, a tensor or an nn.Parameter")
+    _store(owner, name, value, limits)
 
 
 def is_zero(value: Hyperparameter) -> bool:
-    """Say whether a hyperparameter is the number 0; a tensor never is, since it may be learned."""
+    """Return True for the number 0; a tensor never is, since it may be learned."""
     return isinstance(value, float) and value == 0.0
+
+
+def is_zero_anywhere(value: Hyperparameter) -> bool:
+    """Return True for the number 0, and for a dict in which it is given to some of the parameters."""
+    return any(map(is_zero, value.values.values())) if isinstance(value, ByName) else is_zero(value)
+
+
+_ITEM = "a number, a tensor, an nn.Parameter or a Schedule"
+
+
+def _check(owner: nn.Module, name: str, value: Any, limits: Limits, *, takes: str) -> None:
+    if isinstance(value, Schedule):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        raise TypeError(f"{type(owner).__name__}: `{name}` must be {takes}, got {type(value).__name__}.")
+    limits.check(owner, name, value)
+
+
+def _store(owner: nn.Module, name: str, value: Any, limits: Limits) -> None:
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        owner.register_buffer(name, value)
+    else:
+        setattr(owner, name, float(value) if isinstance(value, int) else value)
+    note_limits(owner, name, limits)

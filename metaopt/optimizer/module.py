@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +12,9 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from metaopt.optimizer.arguments import check_limits
+from metaopt.optimizer.text import shorten
 
 FORMAT = "metaopt-1"
 
@@ -24,9 +28,9 @@ class Configurable(nn.Module):
     def config(self) -> dict[str, Any]:
         """Return {"class": name, "arguments": {...}} in JSON's types; tensors appear as their kind, shape and dtype."""
         arguments = self._arguments()
-        registered = self._parameters | self._buffers
+        registered = set(map(id, (*self._parameters.values(), *self._buffers.values())))
         for name, value in arguments.items():
-            if isinstance(value, Tensor) and name not in registered:
+            if isinstance(value, Tensor) and id(value) not in registered:
                 raise TypeError(
                     f"{type(self).__name__}: the tensor `{name}` is neither parameter nor buffer, so it would not be saved. "
                     "Set it with `set_hyperparameter`."
@@ -34,11 +38,19 @@ class Configurable(nn.Module):
         return {"class": type(self).__name__, "arguments": {name: _describe(value) for name, value in arguments.items()}}
 
     def extra_repr(self) -> str:
-        """Return the arguments that are plain numbers or words."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._arguments().items() if isinstance(value, int | float | str))
+        """Return the arguments, as far as they are attributes, and learned scalars beside them; modules print themselves."""
+        shown: dict[str, Any] = {}
+        for name in _names_of_arguments(type(self)):
+            value = getattr(self, name, None)
+            if isinstance(value, bool | int | float | str | Tensor | tuple):
+                shown[name] = value
+        rows = [value if isinstance(value, tuple) else (value,) for value in shown.values()]
+        known = {id(item) for row in rows for item in row}
+        beside = {name: p for name, p in self._parameters.items() if p is not None and not p.ndim and id(p) not in known}
+        return ", ".join(f"{name}={shorten(value)}" for name, value in (shown | beside).items())
 
     def _arguments(self) -> dict[str, Any]:
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        names = _names_of_arguments(type(self))
         missing = [name for name in names if not hasattr(self, name)]
         if missing:
             raise TypeError(
@@ -48,8 +60,19 @@ class Configurable(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def save(self, path: str | Path) -> None:
-        """Write all tensors as safetensors, the configuration in the file's header; the folder is made if need be."""
+        """Write all tensors as safetensors, the configuration in the file's header; the folder is made if need be.
+
+        Raises:
+            ValueError: a tensor has an entry that is not finite.
+            TypeError: an argument of the constructor is no attribute, or cannot be saved.
+        """
         path = Path(path)
+        for name, tensor in self.state_dict().items():
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(
+                    f"{type(self).__name__}: the tensor {name!r} has entries that are not finite, so {path} is not written. They "
+                    "would spread to all that is updated. Save what was there before, and lower the learning rate."
+                )
         path.parent.mkdir(parents=True, exist_ok=True)
         # safetensors refuses tensors that share memory or are not contiguous.
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in self.state_dict().items()}
@@ -62,7 +85,8 @@ class Configurable(nn.Module):
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is not safetensors, was not written by `save`, names an unknown class, has arguments that
-                the class refuses, or its tensors do not fit the class.
+                the class refuses, or its tensors do not fit the class, have several precisions where the class has one, or are
+                not finite.
         """
         path = Path(path)
         if not path.is_file():
@@ -82,18 +106,15 @@ class Configurable(nn.Module):
             raise ValueError(f"{path} has a configuration from which nothing can be built: {error}") from error
         if not isinstance(module, cls):
             raise ValueError(f"{path} holds a {type(module).__name__}, not a {cls.__name__}. Use `{type(module).__name__}.load`.")
-        own = module.state_dict()
-        for name in sorted(own.keys() | tensors.keys()):
-            expected = _kind(own[name]) if name in own else "absent"
-            found = _kind(tensors[name]) if name in tensors else "absent"
-            if expected != found:
-                raise ValueError(
-                    f"{path} does not fit {type(module).__name__}: tensor {name!r} should be {expected}, found {found}. "
-                    "The file was written by another version or configuration."
-                )
+        _check_tensors(path, module, tensors)
         # The sizes are those of the file's tensors: now it is safe to allocate, and constants that are not saved become real.
+        # What stands for the file's tensors stays on "meta": its numbers would be checked.
         module = _build(json.loads(metadata["config"]), path)
         module.load_state_dict(tensors, assign=True)
+        try:
+            check_limits(module)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} has a tensor that its class refuses: {error}") from error
         return module.to(device)
 
 
@@ -108,6 +129,56 @@ def known_classes() -> dict[str, list[type[Configurable]]]:
     return known
 
 
+def _check_tensors(path: Path, module: Configurable, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError if the tensors of a file do not fit a module built from its configuration."""
+    own = module.state_dict(keep_vars=True)
+    for name in sorted(own.keys() | tensors.keys()):
+        expected = _kind(own[name]) if name in own else "absent"
+        found = _kind(tensors[name]) if name in tensors else "absent"
+        if expected != found:
+            raise ValueError(
+                f"{path} does not fit {type(module).__name__}: tensor {name!r} should be {expected}, found {found}. "
+                "The file was written by another version or configuration."
+            )
+        if not bool(tensors[name].isfinite().all()):
+            raise ValueError(
+                f"{path} has entries that are not finite in the tensor {name!r}. They would spread to all that is updated. Take an "
+                "earlier file."
+            )
+    known: dict[Any, tuple[str, torch.dtype]] = {}
+    for name, tensor in tensors.items():
+        # What the configuration describes has the precision it says. The rest of a part may have been converted, but as one.
+        is_described = hasattr(own[name], "is_described")
+        part = name if is_described else (_part_of(module, name), own[name].dtype)
+        first, expected_dtype = known.setdefault(part, (name, own[name].dtype if is_described else tensor.dtype))
+        if tensor.dtype != expected_dtype:
+            like = "as its configuration says" if is_described else f"as {first!r}"
+            raise ValueError(
+                f"{path}: the tensor {name!r} should be of {expected_dtype}, {like}, found {tensor.dtype}. What computes with both "
+                "fails. Convert the whole module before it is saved: `module.to(dtype)`."
+            )
+
+
+def _part_of(module: nn.Module, name: str) -> str:
+    """Return the path of the innermost `Configurable` that holds a tensor."""
+    holders = [path for path, child in module.named_modules() if isinstance(child, Configurable)]
+    return max((path for path in holders if not path or name.startswith(f"{path}.")), key=len)
+
+
+def _placeholder(shape: Any, dtype: str) -> Tensor:
+    """Return what stands for a tensor of the file until it is read; nothing is allocated."""
+    return torch.zeros(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _marked(tensor: Tensor) -> Tensor:
+    tensor.is_described = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def _names_of_arguments(kind: type) -> list[str]:
+    return list(inspect.signature(kind.__init__).parameters)[1:]  # type: ignore[misc]
+
+
 def _kind(tensor: Tensor) -> str:
     """Say what must agree between a file and a class; the precision need not."""
     return f"{'floating-point' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
@@ -120,6 +191,8 @@ def _describe(value: Any) -> Any:
         case Tensor():
             kind = "parameter" if isinstance(value, nn.Parameter) else "tensor"
             return {kind: list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        case Mapping():
+            return {"mapping": [[key, _describe(item)] for key, item in value.items()]}
         case tuple() | list():
             return [_describe(item) for item in value]
         case None | bool() | int() | float() | str():
@@ -137,16 +210,19 @@ def _build(value: Any, path: Path) -> Any:
             if name not in known:
                 raise ValueError(
                     f"{path} names the class {name!r}, which is not known; known are {sorted(known)}. "
-                    "Import the module that defines it."
+                    "Import the module that defines it; if it is one of this library, write "
+                    "`import metaopt.optimizers`."
                 )
             if len(known[name]) > 1:
                 modules = sorted(cls.__module__ for cls in known[name])
                 raise ValueError(f"{path} names the class {name!r}, which {modules} define. Rename all but one.")
             return known[name][0](**{key: _build(item, path) for key, item in arguments.items()})
+        case {"mapping": pairs}:
+            return {key: _build(item, path) for key, item in pairs}
         case {"parameter": shape, "dtype": dtype}:
-            return nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype)))
+            return _marked(nn.Parameter(_placeholder(shape, dtype)))
         case {"tensor": shape, "dtype": dtype}:
-            return torch.zeros(shape, dtype=getattr(torch, dtype))
+            return _marked(_placeholder(shape, dtype))
         case list():
             return tuple(_build(item, path) for item in value)
     return value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,21 +11,25 @@ from torch import Tensor
 from torch.nn.modules import module
 
 from metaopt import tree
+from metaopt.optimizer.by_name import ByName, Spread, check_shapes, in_cells
 from metaopt.optimizer.deployed import Deployed
 from metaopt.optimizer.flat import join, part, prefers_joined
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.module import Configurable
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer.names import paths
+from metaopt.optimizer.per_parameter import require_gradients, separate_state, step_apart
+from metaopt.optimizer.schedule import Schedule, advance, read
 from metaopt.tree import Tree
 
 State = dict[str, Any]
 Leaves = list[Tensor]  # one tensor per parameter
 Slots = dict[str, Any]  # name -> Leaves, or one Tensor over all parameters
-Hyper = dict[str, Value]
+Hyper = dict[str, Any]  # name -> Value; for `update`, that of all its parameters
 # (grads, params, slots, hyper, step) -> (one tensor per parameter, next slots)
 StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, Slots]]
 
 
+STATE_KEYS = frozenset(("step", "slots", "shared", "schedules"))
 _GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks)
 
 
@@ -41,7 +46,10 @@ class Optimizer(Configurable):
     SGD and ASGD the plain forms take few operations, and were up to 1.4 times slower.)
 
     The state is a dict: "step" (int64 scalar), "slots" (memory per parameter, in the parameters' own structure), "shared"
-    (memory over all parameters) and "schedules".
+    (memory over all parameters) and "schedules". With `init(params, per_parameter=True)` there is also "steps", a count for each
+    parameter, and a gradient may be None: then its parameter, memory and count stay as they are, as in `torch.optim`. `update` is
+    called for some of the parameters at a time then; one that couples them, other than by "shared" memory, should say so by
+    raising in `separate`.
     """
 
     hyperparameters: tuple[str, ...] = ()
@@ -66,11 +74,15 @@ class Optimizer(Configurable):
         """Return (scale, d, next slots) of updates u = scale d, so that w + u need not make u first."""
         raise TypeError(f"{type(self).__name__} must define `update(grads, params, slots, hyper, step)`, or `direction`.")
 
-    def init(self, params: Tree) -> State:
+    def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step, on the parameters' device and in their dtypes.
 
+        Args:
+            params: the parameters, a tree.
+            per_parameter: count the steps of each parameter, so that gradients may be None: these parameters are not moved.
+
         Raises:
-            ValueError: there are no parameters, or one is neither a floating-point nor a complex tensor.
+            ValueError: there are no parameters, or one is neither a floating-point nor a complex tensor; or as `separate`.
         """
         for name, leaf in tree.named_leaves(params):
             if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
@@ -81,25 +93,36 @@ class Optimizer(Configurable):
         leaves, structure = tree.flatten(tree.map(lambda leaf: tree.as_real(leaf.detach()), params))
         if not leaves:
             raise ValueError("`params` must hold at least one tensor, got an empty tree. Is every parameter frozen?")
+        self._check_hyperparameters(params, leaves)
         slots = self.slots(leaves)
-        return {
+        state: State = {
             "step": torch.zeros((), dtype=torch.int64, device=leaves[0].device),
             "slots": {name: tree.unflatten(structure, slot) for name, slot in slots.items() if isinstance(slot, list)},
             "shared": {name: slot for name, slot in slots.items() if isinstance(slot, Tensor)},
             "schedules": {name: schedule.init(leaves[0]) for name, schedule in self._schedules()},
         }
+        return self.separate(state, params) if per_parameter else state
+
+    def separate(self, state: State, params: Tree) -> State:
+        """Return the state that goes on from `state` and counts the steps of each parameter; see `init`.
+
+        Raises:
+            ValueError: the optimizer has memory over all parameters that cannot be divided among them.
+        """
+        return separate_state(self, state, params)
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state); nothing is changed in place.
 
         Args:
-            grads: gradients, in the structure of the parameters.
+            grads: gradients, in the structure of the parameters; None (so is the update) if steps are counted per parameter.
             state: from `init` or the step before.
             params: the parameters at which the gradients were taken; needed by weight decay and most learned optimizers.
             loss: the loss there, a scalar; needed by schedules that observe it.
 
         Raises:
-            ValueError: `params` is missing though needed, a structure does not match, or the state is another optimizer's.
+            ValueError: `params` is missing though needed, a structure does not match, a gradient is None without a step count for
+                each parameter, or the state is another optimizer's.
         """
         return self._on_leaves(self.update, grads, state, params, loss)
 
@@ -116,9 +139,45 @@ class Optimizer(Configurable):
             ValueError: as `forward`, and if an update has another shape than its parameter.
         """
         if self._is_plain:
-            return self._on_leaves(self._move, grads, state, params, loss)
+            after, state = self._on_leaves(self._move, grads, state, params, loss)
+            return (tree.map(_or_kept, params, after) if "steps" in state else after), state
         updates, state = self(grads, state, params, loss=loss)
         return apply_updates(params, updates), state
+
+    def values(
+        self, state: State, *, loss: Tensor | None = None, grads: Tree | None = None, params: Tree | None = None
+    ) -> dict[str, Value]:
+        """Return name -> the value of every hyperparameter that the next step from `state` uses; nothing is changed.
+
+        The values are differentiable. Inside other optimizers the names are led, by "optimizer." behind a transform and by
+        the pattern and "/" in a group. A schedule that observes the loss or the gradients answers without them with its last value.
+
+        Args:
+            state: from `init` or a step.
+            loss: as for `forward`.
+            grads: as for `forward`. Without them, schedules compute in the precision of the memory, else in torch's default.
+            params: as for `forward`; needed where a transform makes of them what a schedule observes.
+
+        Raises:
+            ValueError: the state is another optimizer's, or a schedule of your own has no value without the loss.
+        """
+        self._check_state_keys(state)
+        self._check_schedule_names(state)
+        leaves = None if grads is None else [tree.as_real(leaf) for leaf in tree.leaves(grads)]
+        like = torch.full((), math.nan, dtype=_precision(state, leaves), device=state["step"].device)
+        found: dict[str, Value] = {}
+        for name in self.hyperparameters:
+            value = getattr(self, name)
+            if isinstance(value, Schedule):
+                before = state["schedules"][name]
+                found[name] = read(value, before, step=state["step"], loss=loss, grads=leaves, like=like)
+            elif isinstance(value, ByName):
+                named = None if leaves is None else dict(zip(paths(grads), leaves, strict=True))
+                each = value.values_at(self, name, state["schedules"][name], step=state["step"], loss=loss, named=named, like=like)
+                found |= {f"{pattern}/{name}": one for pattern, one in each.items()}
+            else:
+                found[name] = value
+        return found
 
     def as_torch(self, params: Iterable[Any]) -> Deployed:
         """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""
@@ -133,13 +192,23 @@ class Optimizer(Configurable):
         return is_ours and not (self._forward_hooks or self._forward_pre_hooks or _GLOBAL_HOOKS[0] or _GLOBAL_HOOKS[1])
 
     def _on_leaves(
-        self, step_on: StepOn, grads: Tree, state: State, params: Tree | None, loss: Tensor | None
+        self, step_on: StepOn, grads: Tree, state: State, params: Tree | None, loss: Tensor | None, hyper: Hyper | None = None
     ) -> tuple[Tree, State]:
-        """Return what `step_on` makes of the leaves, as a tree like the gradients, and the next state."""
+        """Return what `step_on` makes of the leaves, as a tree like the gradients, and the next state.
+
+        With `hyper` these are the hyperparameters' values, and schedules stay where they are.
+        """
+        self._check_state_keys(state)
+        if "steps" in state:
+            return step_apart(self, step_on, grads, state, params, loss)
         gradients = tree.leaves(grads)
         weights = None if params is None else tree.leaves_like(grads, params, "params")
         with torch._C.DisableTorchFunction():  # under a mode every look at a dtype is a call of its own
-            is_complex = [*map(Tensor.is_complex, gradients)]
+            try:
+                is_complex = [*map(Tensor.is_complex, gradients)]
+            except TypeError:
+                require_gradients(grads)
+                raise
         if any(is_complex):
             gradients = [tree.as_real(gradient) for gradient in gradients]
             weights = None if weights is None else [tree.as_real(weight) for weight in weights]
@@ -147,18 +216,17 @@ class Optimizer(Configurable):
         memory |= state["shared"]
         step = state["step"] + 1
         try:
-            hyper, schedules = self._hyper_at(state, gradients, loss)
+            if hyper is None:
+                hyper, schedules = self._hyper_at(state, gradients, loss, grads)
+            else:
+                schedules = {}
             results, after = self._joined(step_on, gradients, weights, memory, hyper, step)
-        except KeyError:
+        except (KeyError, RuntimeError):
             self._check_state(state, gradients)
             raise
         if after.keys() != memory.keys():
             self._check_state(state, gradients)
-            raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(memory)}, got {sorted(after)}.")
-        if len(results) != len(gradients):
-            raise ValueError(
-                f"{type(self).__name__}: `update` must return one tensor per parameter, {len(gradients)}, got {len(results)}."
-            )
+        self._check_update(results, after, memory, len(gradients))
         if any(is_complex):
             pairs = zip(results, is_complex, strict=True)
             results = [tree.as_complex(result) if is_one else result for result, is_one in pairs]
@@ -172,6 +240,13 @@ class Optimizer(Configurable):
             "schedules": schedules,
         }
 
+    def _check_update(self, results: Leaves, after: Slots, before: Slots, count: int) -> None:
+        """Raise ValueError if `update` returned other memory than it was given, or not one tensor per parameter."""
+        if after.keys() != before.keys():
+            raise ValueError(f"{type(self).__name__}: `update` must return the slots {sorted(before)}, got {sorted(after)}.")
+        if len(results) != count:
+            raise ValueError(f"{type(self).__name__}: `update` must return one tensor per parameter, {count}, got {len(results)}.")
+
     def _move(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         """Return (w + scale d, next slots)."""
         weights = self._require_params(params, "it moves them")
@@ -183,7 +258,12 @@ class Optimizer(Configurable):
     def _joined(
         self, step_on: StepOn, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper, step: Tensor
     ) -> tuple[Leaves, Slots]:
-        """Return what `step_on` does, on joined tensors where that is the same and faster."""
+        """Return what `step_on` does, on joined tensors where that is the same and faster.
+
+        It is called once for all parameters that share their hyperparameters.
+        """
+        if (cells := in_cells(hyper)) is not None:
+            return self._in_cells(step_on, grads, params, memory, cells, step)
         if not self.joinable or not self._joins(grads, params, memory, hyper):
             return step_on(grads, params, memory, hyper, step)
         with torch._C.DisableTorchFunction():
@@ -195,6 +275,31 @@ class Optimizer(Configurable):
                 name: part(slot, grads) if isinstance(slot, list) else slot for name, slot in after.items()
             }
 
+    def _in_cells(
+        self, step_on: StepOn, grads: Leaves, params: Leaves | None, memory: Slots, cells: list[Any], step: Tensor
+    ) -> tuple[Leaves, Slots]:
+        if len(cells) > 1 and (shared := [name for name, slot in memory.items() if isinstance(slot, Tensor)]):
+            raise ValueError(
+                f"{type(self).__name__}: a hyperparameter by names needs memory for each parameter, got {shared} over all of them. "
+                f'Use an optimizer for each group: `Grouped({{"*.bias": {type(self).__name__}(...), "*": ...}})`.'
+            )
+        results: Leaves = [*grads]
+        after = {name: [*slot] if isinstance(slot, list) else slot for name, slot in memory.items()}
+        for places, hyper in cells:
+            weights = None if params is None else [params[place] for place in places]
+            own = {name: [slot[i] for i in places] if isinstance(slot, list) else slot for name, slot in memory.items()}
+            moved, new = self._joined(step_on, [grads[place] for place in places], weights, own, hyper, step)
+            self._check_update(moved, new, own, len(places))
+            for index, place in enumerate(places):
+                results[place] = moved[index]
+            for name, slot in new.items():
+                if not isinstance(slot, list):
+                    after[name] = slot
+                    continue
+                for index, place in enumerate(places):
+                    after[name][place] = slot[index]
+        return results, after
+
     def _joins(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper) -> bool:
         with torch._C.DisableTorchFunction():
             slots = [slot for slot in memory.values() if isinstance(slot, list)]
@@ -203,30 +308,88 @@ class Optimizer(Configurable):
             is_own = "update" in self.__dict__ or "direction" in self.__dict__
             return not is_own and not any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
 
-    def _hyper_at(self, state: State, grads: Leaves, loss: Tensor | None) -> tuple[Hyper, dict[str, Any]]:
-        """Return the hyperparameters' values at this step, and the next states of the schedules among them."""
+    def _hyper_at(
+        self, state: State, grads: Sequence[Tensor | None], loss: Tensor | None, gradients: Tree = None
+    ) -> tuple[Hyper, dict[str, Any]]:
+        """Return the hyperparameters' values at this step, and the next states of the schedules among them.
+
+        Args:
+            state: that of the optimizer.
+            grads: the gradients, one tensor per parameter, or None.
+            loss: as for `forward`.
+            gradients: the tree of these, for their names; a list of them by default.
+        """
         hyper: Hyper = {name: getattr(self, name) for name in self.hyperparameters}
-        schedules = {}
+        schedules, has_axes = {}, False
         for name, value in hyper.items():
+            if type(value) is float:
+                continue
+            if isinstance(value, Schedule | ByName) and name not in state["schedules"]:
+                self._check_schedule_names(state)
             if isinstance(value, Schedule):
-                hyper[name], schedules[name] = value(state["schedules"][name], step=state["step"], loss=loss, grads=grads)
+                before = state["schedules"][name]
+                seen = [grad for grad in grads if grad is not None]
+                value, schedules[name] = advance(value, before, step=state["step"], loss=loss, grads=seen)
+            elif isinstance(value, ByName):
+                named = dict(zip(paths(grads if gradients is None else gradients), grads, strict=True))
+                value, schedules[name] = value.advance(
+                    self, name, state["schedules"][name], named=named, step=state["step"], loss=loss
+                )
+            hyper[name] = value
+            has_axes = has_axes or type(value) is Spread or (isinstance(value, Tensor) and value.ndim > 0)
+        if has_axes:
+            check_shapes(self, hyper, grads)
+        if state["schedules"].keys() != schedules.keys():
+            self._check_schedule_names(state)
         return hyper, schedules
 
-    def _schedules(self) -> list[tuple[str, Schedule]]:
-        return [(name, value) for name in self.hyperparameters if isinstance(value := getattr(self, name), Schedule)]
+    def _schedules(self) -> list[tuple[str, Schedule | ByName]]:
+        values = ((name, getattr(self, name)) for name in self.hyperparameters)
+        return [(name, value) for name, value in values if isinstance(value, Schedule | ByName)]
+
+    def _check_hyperparameters(self, params: Tree, leaves: Leaves) -> None:
+        """Raise ValueError if the shape of a hyperparameter, or its patterns, do not fit the parameters."""
+        hyper: Hyper = {}
+        for name in self.hyperparameters:
+            value = getattr(self, name)
+            if isinstance(value, ByName):
+                value = value.spread(self, name, [*paths(params)])
+            hyper[name] = value
+        check_shapes(self, hyper, leaves)
+
+    def _check_schedule_names(self, state: State) -> None:
+        """Raise ValueError if the state has schedules of other hyperparameters."""
+        self._check_names("schedules", state["schedules"].keys(), dict(self._schedules()).keys())
+
+    def _check_names(self, what: str, names: Any, own: Any) -> None:
+        if names != own:
+            raise ValueError(
+                f"`state` must be that of this {type(self).__name__}, with the {what} {sorted(own)}, got {sorted(names)}. Pass "
+                "what its own `init`, or the step before, returned."
+            )
+
+    def _check_state_keys(self, state: Any) -> None:
+        """Raise ValueError if it is no state at all."""
+        if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
+            found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(
+                f"`state` must be a dict with {sorted(STATE_KEYS)}, got {found}. Pass what `init` of this "
+                f"{type(self).__name__}, or the step before, returned."
+            )
 
     def _check_state(self, state: State, grads: Leaves) -> None:
-        """Raise ValueError if the state's memory or its schedules have other names than those of this optimizer."""
-        of_schedules = dict(self._schedules()).keys()
-        for what, names, own in (
-            ("memory", state["slots"].keys() | state["shared"].keys(), self.slots(grads).keys()),
-            ("schedules", state["schedules"].keys(), of_schedules),
-        ):
-            if names != own:
-                raise ValueError(
-                    f"`state` must be that of this {type(self).__name__}, with the {what} {sorted(own)}, got {sorted(names)}. Pass "
-                    "what its own `init`, or the step before, returned."
-                )
+        """Raise ValueError if the state's memory or its schedules have other names, or shapes, than those of this optimizer."""
+        memory, own = state["slots"] | state["shared"], self.slots(grads)
+        self._check_names("memory", memory.keys(), own.keys())
+        self._check_schedule_names(state)
+        for name, slot in own.items():
+            for expected, found in zip(tree.leaves(slot), tree.leaves(memory[name]), strict=True):
+                if expected.shape != found.shape:
+                    raise ValueError(
+                        f"`state` must be that of this {type(self).__name__} for these parameters, with the memory {name!r} of "
+                        f"shape {tuple(expected.shape)}, got {tuple(found.shape)}. Pass what its own `init`, or the step before, "
+                        "returned."
+                    )
 
     def _same_kind(self, name: str, new: Any, old: Any) -> Any:
         """Return the memory in its old dtype: a 0-dim hyperparameter of a wider dtype would widen that of a 0-dim parameter."""
@@ -236,7 +399,7 @@ class Optimizer(Configurable):
         if new.shape != old.shape:
             raise ValueError(
                 f"{type(self).__name__}: the memory {name!r} of shape {tuple(old.shape)} became {tuple(new.shape)}. The state is "
-                "that of other parameters, or a hyperparameter has a shape that does not broadcast to them."
+                "that of other parameters, or a hyperparameter has not the shape of its parameter."
             )
         return new if new.dtype == old.dtype else new.to(old.dtype)
 
@@ -246,8 +409,15 @@ class Optimizer(Configurable):
         return params
 
 
+def _precision(state: State, grads: Leaves | None) -> torch.dtype:
+    """Return the dtype of the gradients, else of the memory, else torch's default."""
+    known = tree.leaves((state["slots"], state["shared"])) if grads is None else grads
+    floating = (leaf.dtype for leaf in known if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return next(floating, torch.get_default_dtype())
+
+
 def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """Return w + u leaf by leaf, in the dtype of w.
+    """Return w + u leaf by leaf, in the dtype of w; w where u is None.
 
     Raises:
         ValueError: an update has another shape than its parameter.
@@ -256,9 +426,15 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         return tree.map(apply_update, params, updates)
 
 
-def apply_update(param: Tensor, update: Tensor) -> Tensor:
+def apply_update(param: Tensor, update: Tensor | None) -> Tensor:
     """Return w + u for one tensor; see `apply_updates`."""
+    if update is None:
+        return param
     return fitted(param, param + update if param.shape == update.shape else update)
+
+
+def _or_kept(param: Tensor, after: Tensor | None) -> Tensor:
+    return param if after is None else after
 
 
 def fitted(param: Tensor, after: Tensor) -> Tensor:
@@ -270,6 +446,6 @@ def fitted(param: Tensor, after: Tensor) -> Tensor:
     if param.shape != after.shape:
         raise ValueError(
             f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(after.shape)}. A tensor "
-            "hyperparameter must be a scalar or broadcast to every parameter; for different parameters use `Grouped`."
+            "hyperparameter must be a scalar or have the shape of every parameter; for different parameters use `Grouped`."
         )
     return after if after.dtype == param.dtype else after.to(param.dtype)

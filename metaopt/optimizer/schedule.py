@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from metaopt import tree
 from metaopt.optimizer.module import Configurable
 
 
@@ -30,3 +31,77 @@ class Schedule(Configurable):
             grads: the gradients, one tensor per parameter.
         """
         raise TypeError(f"{type(self).__name__} must define `forward(state, *, step, loss, grads)`.")
+
+    def value_at(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor] | None, like: Tensor
+    ) -> float | Tensor:
+        """Return the value at this step, for somebody who only looks; a subclass that observes answers with its last value.
+
+        Args:
+            state: from `init` or the step before.
+            step: index of the step, from 0.
+            loss: as for `forward`; None if it is not known.
+            grads: as for `forward`; None if they are not known.
+            like: a scalar in the precision of the gradients. It is nan, and so is a value that depends on unknown gradients.
+
+        Raises:
+            ValueError: there is no value without the loss.
+        """
+        try:
+            return self(state, step=step, loss=loss, grads=[like] if grads is None else grads)[0]
+        except (AttributeError, TypeError) as error:
+            if loss is not None:
+                raise
+            raise ValueError(
+                f"{type(self).__name__}: its value needs the loss, got None. Call `optimizer.values(state, loss=loss, "
+                "grads=grads)`, or define `value_at`, with the value that it had last."
+            ) from error
+
+
+def advance(
+    schedule: Schedule, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+) -> tuple[float | Tensor, Any]:
+    """Return what `schedule(state, ...)` does, and say so if the state is that of another schedule.
+
+    Raises:
+        ValueError: the state is another schedule's, or the schedule's own errors.
+    """
+    if type(schedule).init is Schedule.init and (type(state) is not dict or state):
+        _check_state(schedule, state, grads[0])
+    try:
+        value, after = schedule(state, step=step, loss=loss, grads=grads)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError):
+        _check_state(schedule, state, grads[0])
+        raise
+    if after is not state and not tree.is_alike(state, after):
+        _check_state(schedule, state, grads[0])
+        raise ValueError(
+            f"{type(schedule).__name__}: `forward` must return a state like that from `init`, {_shapes(state)}, got "
+            f"{_shapes(after)}."
+        )
+    return value, after
+
+
+def read(schedule: Schedule, state: Any, *, like: Tensor, **seen: Any) -> float | Tensor:
+    """Return what `schedule.value_at(state, ...)` does.
+
+    Raises:
+        ValueError: the state is another schedule's, or the schedule's own errors.
+    """
+    _check_state(schedule, state, like)
+    return schedule.value_at(state, like=like, **seen)
+
+
+def _check_state(schedule: Schedule, state: Any, like: Tensor) -> None:
+    """Raise ValueError if the state has not the structure and shapes of the schedule's own."""
+    own, given = _shapes(schedule.init(like)), _shapes(state)
+    if own != given:
+        raise ValueError(
+            f"`state` must be that of this {type(schedule).__name__}, a tree {own}, got {given}. Pass what `init` of this "
+            "optimizer, or the step before, returned."
+        )
+
+
+def _shapes(state: Any) -> Any:
+    """Return the tree of shapes."""
+    return tree.map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__, state)

@@ -9,7 +9,9 @@ from einops import pack, unpack
 from torch import Tensor, nn
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from optimizers.cell import LSTMCell, uniform
+from metaopt.optimizer.arguments import check_count, check_number
+
+from ..cell import LSTMCell, uniform
 
 LAYERS = 2
 CUTOFF = 10.0  # p in the paper: gradients below e^-p are seen linearly
@@ -34,9 +36,9 @@ class LSTMOptimizer(Optimizer):
 
     def __init__(self, hidden_size: int = 20, *, scale: float = 0.1, seed: int = 0):
         super().__init__()
-        if hidden_size < 1:
-            raise ValueError(f"LSTMOptimizer: `hidden_size` must be at least 1, got {hidden_size}.")
-        self.hidden_size, self.scale, self.seed = hidden_size, scale, seed
+        self.hidden_size = check_count(self, "hidden_size", hidden_size)
+        self.scale = check_number(self, "scale", scale)
+        self.seed = check_count(self, "seed", seed, least=0)
         generator = torch.Generator().manual_seed(seed)
         self.cells = nn.ModuleList([LSTMCell(inputs, hidden_size, generator) for inputs in (2, *[hidden_size] * (LAYERS - 1))])
         self.readout = uniform((1, hidden_size), hidden_size, generator)

@@ -7,8 +7,10 @@ from einops import pack, rearrange, unpack
 from torch import Tensor, nn
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from optimizers.adam import bias_correction
-from optimizers.cell import uniform
+from metaopt.optimizer.arguments import check_count, check_number
+
+from ..adam import bias_correction
+from ..cell import uniform
 
 DECAYS = (0.5, 0.9, 0.99)
 SQUARE_DECAY = 0.999
@@ -39,9 +41,10 @@ class MLPOptimizer(Optimizer):
 
     def __init__(self, hidden_size: int = 16, *, step_size: float = 0.1, sharpness: float = 1.0, seed: int = 0):
         super().__init__()
-        if hidden_size < 1:
-            raise ValueError(f"MLPOptimizer: `hidden_size` must be at least 1, got {hidden_size}.")
-        self.hidden_size, self.step_size, self.sharpness, self.seed = hidden_size, step_size, sharpness, seed
+        self.hidden_size = check_count(self, "hidden_size", hidden_size)
+        self.step_size = check_number(self, "step_size", step_size)
+        self.sharpness = check_number(self, "sharpness", sharpness)
+        self.seed = check_count(self, "seed", seed, least=0)
         generator = torch.Generator().manual_seed(seed)
         inputs = PER_COORDINATE + len(HORIZONS)
         self.input_weight = uniform((hidden_size, inputs), inputs, generator)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metaopt.optimizer.hyperparameter import Value, set_hyperparameter
+from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
 
 
@@ -21,7 +21,7 @@ class Constant(Schedule):
 
     def __init__(self, value: Value):
         super().__init__()
-        set_hyperparameter(self, "value", value)
+        set_value(self, "value", value)
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
         return self.value, state

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.optimizer.hyperparameter import Value, set_hyperparameter
+from metaopt.optimizer.arguments import check_count
+from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.schedules.progress import check_steps, fraction
+
+from .progress import fraction
 
 
 class Cosine(Schedule):
@@ -33,9 +35,9 @@ class Cosine(Schedule):
 
     def __init__(self, initial: Value, steps: int, *, final: Value = 0.0):
         super().__init__()
-        set_hyperparameter(self, "initial", initial)
-        set_hyperparameter(self, "final", final)
-        self.steps = check_steps(self, steps)
+        set_value(self, "initial", initial)
+        set_value(self, "final", final)
+        self.steps = check_count(self, "steps", steps)
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
         over = fraction(step, self.steps, grads[0])

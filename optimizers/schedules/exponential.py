@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from metaopt.optimizer.hyperparameter import Value, set_hyperparameter
+from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.precision import scalar_dtype
+
+from ..precision import scalar_dtype
 
 
 class Exponential(Schedule):
@@ -27,8 +28,8 @@ class Exponential(Schedule):
 
     def __init__(self, initial: Value, gamma: Value):
         super().__init__()
-        set_hyperparameter(self, "initial", initial)
-        set_hyperparameter(self, "gamma", gamma)
+        set_value(self, "initial", initial)
+        set_value(self, "gamma", gamma)
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
         return self.initial * self.gamma ** step.to(scalar_dtype(grads[0])), state

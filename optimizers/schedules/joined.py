@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from metaopt import tree
 from metaopt.optimizer.hyperparameter import Value
-from metaopt.optimizer.schedule import Schedule
-from optimizers.precision import scalar_dtype
-from optimizers.schedules.progress import check_boundaries
+from metaopt.optimizer.schedule import Schedule, advance
+
+from ..precision import scalar_dtype
+from .progress import check_boundaries, check_row
 
 
 class Joined(Schedule):
@@ -32,6 +33,7 @@ class Joined(Schedule):
 
     def __init__(self, schedules: tuple[Schedule, ...], boundaries: tuple[int, ...]):
         super().__init__()
+        schedules = check_row(self, "schedules", schedules)
         self.boundaries = check_boundaries(self, "schedules", schedules, boundaries)
         for schedule in schedules:
             if not isinstance(schedule, Schedule):
@@ -49,15 +51,29 @@ class Joined(Schedule):
         return [schedule.init(like) for schedule in self.schedules]
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
-        dtype = scalar_dtype(grads[0])
-        value: Tensor | None = None
-        after = []
-        spans = zip((0, *self.boundaries), (*self.boundaries, math.inf), strict=True)
-        for schedule, (start, end), before in zip(self.schedules, spans, state, strict=True):
-            own, new = schedule(before, step=(step - start).clamp(min=0), loss=loss, grads=grads)
-            own = torch.as_tensor(own, dtype=dtype, device=step.device)
-            value = own if value is None else torch.where(step < start, value, own)
+        values, after = [], []
+        ends = (*self.boundaries, math.inf)
+        for schedule, start, end, before in zip(self.schedules, self._starts, ends, state, strict=True):
+            value, new = advance(schedule, before, step=(step - start).clamp(min=0), loss=loss, grads=grads)
+            values.append(value)
             turn = (step >= start) & (step < end)
             after.append(tree.map(lambda n, b, turn=turn: torch.where(turn, n, b), new, before))
-        assert value is not None
-        return value, after
+        return self._in_turn(values, step, grads[0]), after
+
+    def value_at(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor] | None, like: Tensor) -> Value:
+        values = [
+            schedule.value_at(before, step=(step - start).clamp(min=0), loss=loss, grads=grads, like=like)
+            for schedule, start, before in zip(self.schedules, self._starts, state, strict=True)
+        ]
+        return self._in_turn(values, step, like)
+
+    @property
+    def _starts(self) -> tuple[int, ...]:
+        return (0, *self.boundaries)
+
+    def _in_turn(self, values: list[Value], step: Tensor, like: Tensor) -> Tensor:
+        """Return the value of the schedule whose turn it is."""
+        value, *others = [torch.as_tensor(value, dtype=scalar_dtype(like), device=step.device) for value in values]
+        for boundary, other in zip(self.boundaries, others, strict=True):
+            value = torch.where(step < boundary, value, other)
+        return value

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from metaopt.optimizer.hyperparameter import Value, set_hyperparameter
+from metaopt.optimizer.arguments import check_count
+from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.schedules.progress import check_steps, fraction
+
+from .progress import fraction
 
 
 class Linear(Schedule):
@@ -30,9 +32,9 @@ class Linear(Schedule):
 
     def __init__(self, initial: Value, steps: int, *, final: Value = 0.0):
         super().__init__()
-        set_hyperparameter(self, "initial", initial)
-        set_hyperparameter(self, "final", final)
-        self.steps = check_steps(self, steps)
+        set_value(self, "initial", initial)
+        set_value(self, "final", final)
+        self.steps = check_count(self, "steps", steps)
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
         return self.initial + (self.final - self.initial) * fraction(step, self.steps, grads[0]), state

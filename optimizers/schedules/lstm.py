@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from metaopt import tree
+from metaopt.optimizer.arguments import check_count, check_positive
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.cell import LSTMCell
-from optimizers.precision import scalar_dtype
+
+from ..cell import LSTMCell
+from ..precision import scalar_dtype
+from .progress import require_loss
 
 
 class LSTMSchedule(Schedule):
@@ -38,10 +41,10 @@ class LSTMSchedule(Schedule):
 
     def __init__(self, initial: float = 0.1, steps: int = 100, *, hidden_size: int = 20, max_change: float = 0.05, seed: int = 0):
         super().__init__()
-        for name, value in {"initial": initial, "steps": steps, "hidden_size": hidden_size, "max_change": max_change}.items():
-            if value <= 0:
-                raise ValueError(f"LSTMSchedule: `{name}` must be positive, got {value}.")
-        self.initial, self.steps, self.hidden_size, self.max_change, self.seed = initial, steps, hidden_size, max_change, seed
+        self.initial = check_positive(self, "initial", initial)
+        self.max_change = check_positive(self, "max_change", max_change)
+        self.steps, self.hidden_size = check_count(self, "steps", steps), check_count(self, "hidden_size", hidden_size)
+        self.seed = check_count(self, "seed", seed, least=0)
         self.cell = LSTMCell(3, hidden_size, torch.Generator().manual_seed(seed))
         self.log_initial = nn.Parameter(torch.tensor(math.log(initial)))
         self.readout = nn.Parameter(torch.zeros(1, hidden_size))
@@ -51,10 +54,7 @@ class LSTMSchedule(Schedule):
         return {"h": zeros, "c": zeros, "change": self.readout.new_zeros((), device=like.device)}
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
-        if loss is None:
-            raise ValueError(
-                "LSTMSchedule observes the loss, got None. Call `optimizer(grads, state, params, loss=loss)` or `step(closure)`."
-            )
+        loss = require_loss(self, loss)
         features = (
             loss.sign() * loss.abs().log1p(),
             (tree.norm(grads) + 1e-6).log() / 5,
@@ -64,3 +64,8 @@ class LSTMSchedule(Schedule):
         h, c = self.cell(observed[:, None], state["h"], state["c"])
         change = state["change"] + self.max_change * torch.tanh(self.readout @ h)[0, 0]
         return (self.log_initial + change).exp(), {"h": h, "c": c, "change": change}
+
+    def value_at(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor] | None, like: Tensor) -> Value:
+        if loss is None or grads is None:
+            return (self.log_initial + state["change"]).exp()
+        return super().value_at(state, step=step, loss=loss, grads=grads, like=like)

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaopt.optimizer.hyperparameter import Value, set_hyperparameter
+from metaopt.optimizer.arguments import Limits, check_choice, check_count, check_flag, check_number
+from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.precision import scalar_dtype
-from optimizers.schedules.progress import check_steps
+
+from ..precision import scalar_dtype
 
 
 class OneCycle(Schedule):
@@ -53,12 +54,13 @@ class OneCycle(Schedule):
         three_phase: bool = False,
     ):
         super().__init__()
-        if anneal not in ("cos", "linear"):
-            raise ValueError(f"OneCycle: `anneal` must be 'cos' or 'linear', got {anneal!r}.")
-        set_hyperparameter(self, "peak", peak)
-        set_hyperparameter(self, "div_factor", div_factor)
-        set_hyperparameter(self, "final_div_factor", final_div_factor)
-        self.steps, self.pct_start, self.anneal, self.three_phase = check_steps(self, steps), pct_start, anneal, three_phase
+        set_value(self, "peak", peak)
+        set_value(self, "div_factor", div_factor)
+        set_value(self, "final_div_factor", final_div_factor)
+        self.steps = check_count(self, "steps", steps)
+        self.pct_start = check_number(self, "pct_start", pct_start, Limits(high=1.0))
+        self.anneal = check_choice(self, "anneal", anneal, ("cos", "linear"))
+        self.three_phase = check_flag(self, "three_phase", three_phase)
         up = pct_start * steps - 1
         self._ends = (0.0, up, 2 * up, steps - 1.0) if three_phase else (0.0, up, steps - 1.0)
         if any(start >= end for start, end in zip(self._ends, self._ends[1:], strict=False)):

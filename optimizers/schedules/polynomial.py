@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.optimizer.hyperparameter import Value, set_hyperparameter
+from metaopt.optimizer.arguments import check_count
+from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.schedules.progress import check_steps, fraction
+
+from .progress import fraction
 
 
 class Polynomial(Schedule):
@@ -33,10 +35,10 @@ class Polynomial(Schedule):
 
     def __init__(self, initial: Value, steps: int, *, power: Value = 1.0, final: Value = 0.0):
         super().__init__()
-        set_hyperparameter(self, "initial", initial)
-        set_hyperparameter(self, "power", power)
-        set_hyperparameter(self, "final", final)
-        self.steps = check_steps(self, steps)
+        set_value(self, "initial", initial)
+        set_value(self, "power", power)
+        set_value(self, "final", final)
+        self.steps = check_count(self, "steps", steps)
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
         remaining = 1 - fraction(step, self.steps, grads[0])

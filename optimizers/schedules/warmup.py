@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
-from metaopt.optimizer.schedule import Schedule
-from optimizers.schedules.progress import check_steps, fraction
+from metaopt.optimizer.arguments import check_count
+from metaopt.optimizer.hyperparameter import Value, set_hyperparameter, set_value
+from metaopt.optimizer.schedule import Schedule, advance
+
+from .progress import fraction
 
 
 class Warmup(Schedule):
@@ -29,21 +31,29 @@ class Warmup(Schedule):
         Goyal et al. 2017, arXiv:1706.02677, section 2.2.
     """
 
-    after: Hyperparameter
+    after: Value | Schedule
     start: Value
 
-    def __init__(self, after: Hyperparameter, steps: int, *, start: Value = 0.0):
+    def __init__(self, after: Value | Schedule, steps: int, *, start: Value = 0.0):
         super().__init__()
         set_hyperparameter(self, "after", after)
-        set_hyperparameter(self, "start", start)
-        self.steps = check_steps(self, steps)
+        set_value(self, "start", start)
+        self.steps = check_count(self, "steps", steps)
 
     def init(self, like: Tensor) -> Any:
         return self.after.init(like) if isinstance(self.after, Schedule) else {}
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
-        ramp = self.start + (1 - self.start) * fraction(step, self.steps, grads[0])
         if not isinstance(self.after, Schedule):
-            return ramp * self.after, state
-        value, state = self.after(state, step=step, loss=loss, grads=grads)
-        return ramp * value, state
+            return self._ramp(step, grads[0]) * self.after, {}
+        value, state = advance(self.after, state, step=step, loss=loss, grads=grads)
+        return self._ramp(step, grads[0]) * value, state
+
+    def value_at(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor] | None, like: Tensor) -> Value:
+        after = self.after
+        if isinstance(after, Schedule):
+            after = after.value_at(state, step=step, loss=loss, grads=grads, like=like)
+        return self._ramp(step, like) * after
+
+    def _ramp(self, step: Tensor, like: Tensor) -> Value:
+        return self.start + (1 - self.start) * fraction(step, self.steps, like)

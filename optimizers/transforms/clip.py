@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer
-from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero
-from optimizers.precision import scalar_dtype
-from optimizers.transforms.transform import Transform
+from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero_anywhere
+
+from ..precision import scalar_dtype
+from .transform import Transform
 
 
 class ClipValue(Transform):
@@ -54,7 +55,7 @@ class ClipNorm(Transform):
 
     def __init__(self, max_norm: Hyperparameter, optimizer: Optimizer):
         super().__init__(optimizer, max_norm=max_norm)
-        if is_zero(self.max_norm):
+        if is_zero_anywhere(self.max_norm):
             raise ValueError("ClipNorm: `max_norm` must be positive, got 0.0. To freeze parameters, use `Masked`.")
 
     def before(self, grads: Leaves, params: Leaves | None, hyper: Hyper) -> Leaves:

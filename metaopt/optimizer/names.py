@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from metaopt.optimizer import Optimizer
+from metaopt.transforms import constant_when_compiled
 from metaopt.tree import Tree
 
 
@@ -19,7 +19,7 @@ def paths(params: Tree) -> dict[str, Any]:
     return {".".join(str(_key(entry)) for entry in path): leaf for path, leaf in named}
 
 
-def choose(owner: Optimizer, what: str, patterns: tuple[str, ...], names: Iterable[str], *, rest: bool) -> list[list[str]]:
+def choose(owner: nn.Module, what: str, patterns: tuple[str, ...], names: Iterable[str], *, rest: bool) -> list[list[str]]:
     """Return for each pattern the names that match it and none before it.
 
     Args:
@@ -51,7 +51,7 @@ def choose(owner: Optimizer, what: str, patterns: tuple[str, ...], names: Iterab
     return chosen
 
 
-@torch.compiler.assume_constant_result  # a compiler sees the index, not how patterns work
+@constant_when_compiled  # a compiler sees the index, not how patterns work
 def _first(patterns: tuple[str, ...], name: str) -> int | None:
     """Return the index of the first pattern that matches."""
     return next((i for i, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), None)
