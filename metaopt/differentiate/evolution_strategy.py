@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,8 +95,8 @@ class EvolutionStrategy:
 
     def _draw(self, like: Tensor) -> Tensor:
         """Return [pairs, n] standard normal numbers, the same for every element of a `vmap`."""
-        block = random.Random(f"{self.seed}, {self._draws.made}").getrandbits(32)  # torch's generator takes 32 bits
+        block = hashlib.sha256(f"{self.seed}, {self._draws.made}".encode()).digest()[:4]  # torch's generator takes 32 bits
         self._draws.made += 1
         with outside_transforms():
-            generator = torch.Generator().manual_seed(block)
+            generator = torch.Generator().manual_seed(int.from_bytes(block))
             return torch.randn(self.pairs, len(like), dtype=like.dtype, generator=generator).to(like.device)

@@ -259,7 +259,8 @@ class Execution:
             def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
                 return self.total(name, variables[name], scene, rest(state), rows, window, at_point=at_point)
 
-        slopes, loss, aux = gradient(value, variables, allow_unused=True)
+        # A compiler does not see what a value depends on: there a derivative that does not arrive is zero, and not missed.
+        slopes, loss, aux = gradient(value, variables, allow_unused=not torch.compiler.is_compiling())
         aux = aux if below is None else {**aux, "below": below}
         grads = through(responses, slopes, name)
         responses.clear()  # a circle: each holds the execution that holds this list
