@@ -46,7 +46,7 @@ class Implicit(PointRule):
         theorem 1.
     """
 
-    solver: LinearSolver = field(default_factory=ConjugateGradient)
+    solver: LinearSolver = field(default=ConjugateGradient())
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, LinearSolver):

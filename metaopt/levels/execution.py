@@ -27,6 +27,7 @@ from metaopt.levels.response import Respond, Response, attached, noted, through
 from metaopt.levels.update import begun, optimizer_tensors, update
 from metaopt.levels.view import Evaluation, evaluate, kept
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
+from metaopt.optimizer import Optimizer
 from metaopt.scan import scan
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
@@ -207,7 +208,7 @@ class Execution:
         scene = {**scene, name: shown(state)}
         if _is_point(rules):  # they respond to its parameters, whose derivative is not that of the steps
             scene, _ = self.turn(name, scene, state["below"], self._row(name, rows, -1), at_point=True)
-            return {other: scene[other] for other in self.program.order.inside[name] | {name}}
+            return {other: scene[other] for other in sorted(self.program.order.inside[name] | {name})}
         return all_shown({name: state})
 
     def _row(self, name: str, rows: Tree, i: int) -> Tree:
@@ -219,11 +220,12 @@ class Execution:
     def step(self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window) -> Tree:
         """Return the state of a top level after one step, and of all that runs inside it."""
         level, others = self.program.levels[name], rest(state)
+        virtual, there = self.looking_ahead(name, state)
         if level.warmup and not torch.compiler.is_compiling() and int(state["progress"]["steps"]) < level.warmup:
-            loss, aux = self.total(name, state["params"], scene, others, rows, window, at_point=False)
+            loss, aux = virtual.total(name, state["params"], scene, rest(there), rows, window, at_point=False)
             grads = tree.map(torch.zeros_like, state["params"])
         else:
-            grads, loss, aux = self.gradient(name, scene, state, rows, window)
+            grads, loss, aux = virtual.gradient(name, scene, there, rows, window)
         aux["metrics"] = {**aux["metrics"], "gradient norm": tree.norm(grads)}
         inputs = {"optimizer": optimizer_tensors(self.program, name, scene)}
         params, after = update(level, inputs, grads, others, state["params"], loss, aux)
@@ -231,6 +233,21 @@ class Execution:
             moved = {**scene, name: {"params": params, "buffers": others["buffers"]}}
             _, after["below"] = self.turn(name, moved, others["below"], rows)
         return {"params": params, **after}
+
+    def looking_ahead(self, name: str, state: Tree) -> tuple[Execution, Tree]:
+        """Return what takes the hypergradient of a top level, and the state that it does so from.
+
+        They are others where an edge has an optimizer for virtual steps: that begins afresh, from where the lower level stands.
+        """
+        ahead = self.program.ahead
+        if ahead is None:
+            return self, state
+        below = dict(state["below"])
+        for edge in self.program.lowers(name):
+            if isinstance(edge.look_ahead, Optimizer):
+                lower = below[edge.lower.name]
+                below[edge.lower.name] = {**lower, "optimizer": edge.look_ahead.init(lower["params"])}
+        return replace(self, program=ahead), {**state, "below": below}
 
     def gradient(
         self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window, *, at_point: bool = False
@@ -259,7 +276,8 @@ class Execution:
             def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
                 return self.total(name, variables[name], scene, rest(state), rows, window, at_point=at_point)
 
-        slopes, loss, aux = gradient(value, variables, allow_unused=True)
+        # A compiler does not see what a value depends on: there a derivative that does not arrive is zero, and not missed.
+        slopes, loss, aux = gradient(value, variables, allow_unused=not torch.compiler.is_compiling())
         aux = aux if below is None else {**aux, "below": below}
         grads = through(responses, slopes, name)
         responses.clear()  # a circle: each holds the execution that holds this list

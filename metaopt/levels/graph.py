@@ -16,14 +16,14 @@ from metaopt.batching import prefers_loop
 from metaopt.compiled import compiled
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Params
-from metaopt.levels.checks import check_program, find_links, named_levels
+from metaopt.levels.checks import check_program, named_levels
 from metaopt.levels.data import Stream, arranged
 from metaopt.levels.draw import draw
 from metaopt.levels.edge import Edge
 from metaopt.levels.execution import Execution
 from metaopt.levels.level import Level
 from metaopt.levels.order import Owner, arrange
-from metaopt.levels.program import Program, all_shown, rest
+from metaopt.levels.program import Program, all_shown, find_links, rest
 from metaopt.levels.reading import Pair, Reading, read, read_all
 from metaopt.levels.text import describe
 from metaopt.levels.update import initial_state
@@ -119,7 +119,8 @@ class LevelGraph:
         _check_surroundings("hypergradient")
         state, scene, rows, window = self._view(level)
         with torch.no_grad():
-            return self._execution.gradient(level, scene, state, rows, window, at_point=not after_steps)[0]
+            execution, state = self._execution.looking_ahead(level, state)
+            return execution.gradient(level, scene, state, rows, window, at_point=not after_steps)[0]
 
     def params(self, level: str) -> Params:
         """Return a level's present parameters, by name."""
@@ -138,7 +139,8 @@ class LevelGraph:
         """
         state, scene, rows, window = self._view(level)
         with torch.no_grad():
-            return self._execution.total(level, params, scene, rest(state), rows, window, at_point=False)[0]
+            execution, state = self._execution.looking_ahead(level, state)
+            return execution.total(level, params, scene, rest(state), rows, window, at_point=False)[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on, apart from the order of the data and the global random state."""
@@ -218,12 +220,12 @@ class LevelGraph:
         owner, shared = order.owner[name], order.shared[name]
         if not shared:
             return NO_WINDOW
-        (rows, _), scene, taken = self._rows(owner), all_shown(self._states), dict.fromkeys(shared, 0)
+        (rows, _), scene, taken = self._rows(owner), all_shown(self._states), dict.fromkeys(sorted(shared), 0)
         states = {lower: self._state(lower) for lower in order.members[owner]}
         windows = opened([lower for lower in order.levels if lower in states], order.shared, states)
         for event in itertools.takewhile(lambda event: event.level != name, order.events[owner]):
             if (lower := event.level) in shared:
-                part = {other: rows[other] for other in order.inside[lower] | {lower} if other in rows}
+                part = {other: rows[other] for other in sorted(order.inside[lower] | {lower}) if other in rows}
                 if event.steps < order.steps[lower]:
                     part = tree.index(part, slice(taken[lower], taken[lower] + event.steps))
                 happened = Happened(event, scene, part, states[lower], taken[lower] == 0)

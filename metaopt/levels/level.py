@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,12 @@ class Level:
         self.name, self.model, self.loss, self.optimizer, self.batches = name, model, loss, optimizer, data
         self.copies, self.accumulate, self.warmup = copies, accumulate, warmup
         self.allow_unused, self.precision = allow_unused, precision
+
+    def with_optimizer(self, optimizer: Optimizer) -> Level:
+        """Return the same level, of the same model, with another optimizer."""
+        level = copy.copy(self)
+        level.optimizer = optimizer
+        return level
 
     @property
     def device(self) -> torch.device:
