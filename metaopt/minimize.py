@@ -94,7 +94,7 @@ def minimize(
         arguments = (params, batch) if meta is None else (params, batch, inputs["meta"])
         with any_order():
             value = loss_fn(*arguments) if module is None else module(inputs["loss"], *arguments)
-        return _check_scalar(value)
+        return check_scalar(value)
 
     def loop_loss(inputs: Tree, params: Tree, state: State, x: Tree) -> tuple[Tensor, tuple[()]]:
         return loss(inputs, params, x), ()
@@ -163,7 +163,12 @@ def _batches_and_steps(batches: Tree | Iterable[Tree], steps: int | None) -> tup
     return batches, None, length
 
 
-def _check_scalar(value: Any) -> Tensor:
+def check_scalar(value: Any) -> Tensor:
+    """Return the value of a loss, a floating-point scalar.
+
+    Raises:
+        ValueError: it is something else.
+    """
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
         kind = f"{value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"`loss_fn` must return a floating-point scalar, got a {kind}. Take the mean or the sum.")

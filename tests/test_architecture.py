@@ -25,7 +25,7 @@ LAYERS = [
     ["closure", "differentiate", "second_order"],
     ["optimizer"],
     ["minimize"],
-    ["meta_grad", "meta_training", "levels"],
+    ["implicit", "meta_grad", "meta_training", "levels"],
     ["tasks", "diagnostics"],
     ["train", "interop"],
     ["__init__"],

@@ -296,8 +296,8 @@ def _unread(tensors: Tree, read: Tree) -> list[tuple[str, Tensor]]:
 def _zeros(rule: object, what: str, name: str, leaf: Tensor) -> ValueError:
     return ValueError(
         f"{type(rule).__name__}: the {what} must not be differentiated, but {name} (shape {tuple(leaf.shape)}) is. For this "
-        "rule the end of the loop does not depend on them: the answer would be zeros. Detach them and pass what is to be "
-        "learned as `meta`; or, as in iMAML, pass the same tensors as `meta` too, and let the loss depend on them."
+        "rule the result does not depend on them: the answer would be zeros. Detach them and pass what is to be learned as "
+        "`meta`; or, as in iMAML, pass the same tensors as `meta` too, and let the loss depend on them."
     )
 
 
