@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._C import _autograd as autograd
 from torch.nn.modules.batchnorm import _NormBase
 
+from metaopt.kernels import any_order
 from metaopt.transforms import is_tracked
 
 Params = dict[str, Tensor]
@@ -25,7 +26,8 @@ def functional(model: nn.Module) -> Functional:
     Returns:
         A `Functional`. Its `params` are the model's own trainable parameters, one entry per distinct tensor, so that
         `loss.backward()` fills the model's `.grad` and an outer `torch.optim` optimizer is seen at once. Parameters with
-        `requires_grad=False` are constants; what is frozen is read here, once.
+        `requires_grad=False` are constants; what is frozen is read here, once. Gradients of an embedding with `sparse=True` are
+        dense.
 
     A module that calls `torch.utils.checkpoint` itself, or sets other hooks on saved tensors, is refused when it does so: what is
     computed again on the way back would be computed with the module's own parameters, as silently happens under `functional_call`
@@ -67,6 +69,8 @@ class Functional:
         shared = {first: same for first, same in aliases(model).items() if len(same) > 1}
         self._shared = {name: same for same in shared.values() for name in same}  # any of the names -> all
         self._not_buffers = {name for first, same in shared.items() if first in self._trainable for name in same}
+        embeddings = [layer for layer in model.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)]
+        self._has_sparse_gradients = any(layer.sparse for layer in embeddings)
         self._norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)]
 
     @property
@@ -137,6 +141,12 @@ class Functional:
 
     def _call(self, params: Params, buffers: dict[str, Tensor | None], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the model with these tensors; `buffers` then holds what the forward left in them."""
+        if self._has_sparse_gradients:  # which no optimizer takes; an outer loss gives them to what an inner loop returns
+            with any_order():
+                return self._called(params, buffers, args, kwargs)
+        return self._called(params, buffers, args, kwargs)
+
+    def _called(self, params: Params, buffers: dict[str, Tensor | None], args: tuple, kwargs: dict[str, Any]) -> Any:
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
         if not (buffers or self._shared):

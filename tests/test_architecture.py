@@ -27,7 +27,7 @@ LAYERS = [
     ["optimizer"],
     ["inner_problem", "optimizers"],
     ["minimize"],
-    ["meta_grad", "meta_training", "levels"],
+    ["implicit", "meta_grad", "meta_training", "levels"],
     ["tasks", "diagnostics"],
     ["train", "interop"],
     ["__init__"],

@@ -27,6 +27,7 @@ State = dict[str, Any]
 Leaves = list[Tensor]  # one tensor per parameter
 Slots = dict[str, Any]  # name -> Leaves, or one Tensor over all parameters
 Hyper = dict[str, Any]  # name -> Value; for `update`, that of all its parameters
+Observe = Callable[[], tuple[Tree, Tensor | None]]  # -> (gradients, loss) at the present parameters
 # (grads, params, slots, hyper, step) -> (one tensor per parameter, next slots)
 StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, Slots]]
 
@@ -193,6 +194,30 @@ class Optimizer(Configurable):
             else:
                 found[name] = value
         return found
+
+    def rate(self, state: State, params: Tree, observe: Observe) -> Value:
+        """Return the step size `lr` of the update that would be made next, a number or a scalar tensor.
+
+        Args:
+            state: from `init` or the step before.
+            params: the present parameters.
+            observe: gives the gradients and the loss there; called only if there is a schedule, which may look at them.
+
+        Raises:
+            ValueError: there is not just one hyperparameter `lr`, or it is no scalar.
+        """
+        looks = any(isinstance(module, Schedule) for module in self.modules())
+        grads, loss = observe() if looks else (None, None)
+        values = self.values(state, loss=loss, grads=grads, params=params)
+        rates = {name: value for name, value in values.items() if name.replace("/", ".").split(".")[-1] == "lr"}
+        (value,) = rates.values() if len(rates) == 1 else (None,)
+        if value is None or (isinstance(value, Tensor) and value.ndim):
+            found = {name: f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else v for name, v in rates.items()}
+            raise ValueError(
+                f'`scale="lr"` must find one step size in the optimizer, got {type(self).__name__} with {found or "none"}. Give a '
+                "number: `scale=0.1`."
+            )
+        return value
 
     def as_torch(self, params: Iterable[Any]) -> Deployed:
         """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""
