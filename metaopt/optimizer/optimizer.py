@@ -46,10 +46,10 @@ class Optimizer(Configurable):
     SGD and ASGD the plain forms take few operations, and were up to 1.4 times slower.)
 
     The state is a dict: "step" (int64 scalar), "slots" (memory per parameter, in the parameters' own structure), "shared"
-    (memory over all parameters) and "schedules". With `init(params, per_parameter=True)` there is also "steps", a count for each
-    parameter, and a gradient may be None: then its parameter, memory and count stay as they are, as in `torch.optim`. `update` is
-    called for some of the parameters at a time then; one that couples them, other than by "shared" memory, should say so by
-    raising in `separate`.
+    (memory over all parameters) and "schedules". With `init(params, per_parameter=True)` there is
+    also "steps", a count for each parameter, and a gradient may be None: then its parameter, memory
+    and count stay as they are, as in `torch.optim`. `update` is called for some of the parameters
+    at a time then; one that couples them, other than by "shared" memory, should say so by raising in `separate`.
     """
 
     hyperparameters: tuple[str, ...] = ()
@@ -79,10 +79,12 @@ class Optimizer(Configurable):
 
         Args:
             params: the parameters, a tree.
-            per_parameter: count the steps of each parameter, so that gradients may be None: these parameters are not moved.
+            per_parameter: count the steps of each parameter, so that gradients may be None: these
+                parameters are not moved.
 
         Raises:
-            ValueError: there are no parameters, or one is neither a floating-point nor a complex tensor; or as `separate`.
+            ValueError: there are no parameters, or one is neither a floating-point nor a complex
+                tensor; or as `separate`.
         """
         for name, leaf in tree.named_leaves(params):
             if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
@@ -104,25 +106,33 @@ class Optimizer(Configurable):
         return self.separate(state, params) if per_parameter else state
 
     def separate(self, state: State, params: Tree) -> State:
-        """Return the state that goes on from `state` and counts the steps of each parameter; see `init`.
+        """Return a state that goes on from `state` and counts the steps of each parameter.
 
         Raises:
-            ValueError: the optimizer has memory over all parameters that cannot be divided among them.
+            ValueError: the optimizer has memory over all parameters that cannot be divided among
+                them, or a `forward` of its own, which may not know what to do without a gradient.
         """
+        if type(self).forward is not Optimizer.forward:
+            raise ValueError(
+                f"{type(self).__name__} defines `forward` itself, so a parameter without a gradient cannot be "
+                "left out for it. Give every parameter a gradient (zeros) and leave frozen ones out. If its "
+                "`forward` passes None on, say so by defining `separate(state, params)` too."
+            )
         return separate_state(self, state, params)
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state); nothing is changed in place.
 
         Args:
-            grads: gradients, in the structure of the parameters; None (so is the update) if steps are counted per parameter.
+            grads: gradients, in the structure of the parameters; None (so is the update) if steps
+                are counted per parameter.
             state: from `init` or the step before.
             params: the parameters at which the gradients were taken; needed by weight decay and most learned optimizers.
             loss: the loss there, a scalar; needed by schedules that observe it.
 
         Raises:
-            ValueError: `params` is missing though needed, a structure does not match, a gradient is None without a step count for
-                each parameter, or the state is another optimizer's.
+            ValueError: `params` is missing though needed, a structure does not match, a gradient is
+                None without a step count for each parameter, or the state is another optimizer's.
         """
         return self._on_leaves(self.update, grads, state, params, loss)
 

@@ -115,7 +115,7 @@ class Transform(Optimizer):
 
 
 def _in_places(tensors: Leaves, leaves: list[Any], there: list[int]) -> list[Any]:
-    """Return the tensors in their places among the leaves, None in the others; as complex what stands for a complex leaf."""
+    """Return the tensors in their places among the leaves, as complex where the leaf is; None elsewhere."""
     placed: list[Any] = [None] * len(leaves)
     for place, tensor in zip(there, tensors, strict=True):
         placed[place] = tree.as_complex(tensor) if leaves[place].is_complex() else tensor
