@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from problems import assert_close
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
+from torch_versions import is_mended
 
 import metaopt as mo
 from metaopt.kernels import any_order
@@ -89,6 +90,10 @@ def test_derivatives_of_every_order(name: str, order: int) -> None:
 def test_the_third_derivative_of_fused_norms_is_still_wrong_in_torch(name: str) -> None:
     """The cause of trap 1 and the reason for `any_order`. If this fails, torch has mended it: simplify `metaopt/kernels.py`."""
     assert_close(*directional(name, 2, inside=False), 1e-6)
+    if not name.startswith("layer") and is_mended("the third derivative of batch and instance norm is wrong"):
+        with pytest.raises(RuntimeError, match=r"batch_norm does not support 3rd\+ order derivatives"):
+            directional(name, 3, inside=False)
+        return
     wrong, difference = directional(name, 3, inside=False)
     assert (wrong - difference).abs() > 1e-3 * (1 + difference.abs())
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch_versions import is_mended
 
 import metaopt as mo
 
@@ -94,7 +95,7 @@ def bag(x: Tensor) -> Tensor:
 
 ONCE: dict[str, Callable[[Tensor], Tensor]] = {
     "torch.nn.functional.embedding_bag": bag,
-    "torch.functional.cdist": lambda x: torch.cdist(x, x.detach()[:4]),
+    "torch.functional.cdist": lambda x: torch.cdist(x, 2 * x[:4] + 1),
     "torch.nn.functional.pdist": lambda x: F.pdist(x)[:4].expand(5, 4),
     "torch.nn.functional.multi_margin_loss": lambda x: x * F.multi_margin_loss(x, torch.zeros(5, dtype=torch.int64)),
     "torch.nn.functional.ctc_loss": lambda x: (
@@ -103,16 +104,22 @@ ONCE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+MENDED = {name for name in ("cdist", "pdist") if is_mended(f"{name} has no second derivative")}
+
+
 @pytest.mark.parametrize("name", ONCE)
 def test_it_names_operator_and_submodule(name: str) -> None:
+    if name.split(".")[-1] in MENDED:
+        mo.check_second_order(network(ONCE[name]), torch.randn(5, 3))
+        return
     with pytest.raises(ValueError, match=rf"twice: `{re.escape(name)}` in submodule '2\.0': .*not implemented") as caught:
         mo.check_second_order(network(ONCE[name]), torch.randn(5, 3))
     assert str(caught.value).count("submodule") == 1  # nothing else is blamed
 
 
 def test_each_of_several_is_named() -> None:
-    model = nn.Sequential(network(ONCE["torch.functional.cdist"]), Apply(lambda x: F.pdist(x)))
-    with pytest.raises(ValueError, match=r"cdist` in submodule '0\.2\.0'.*pdist` in submodule '1'"):
+    model = nn.Sequential(network(bag), Apply(ONCE["torch.nn.functional.multi_margin_loss"]))
+    with pytest.raises(ValueError, match=r"bag` in submodule '0\.2\.0'.*multi_margin_loss` in submodule '1'"):
         mo.check_second_order(model, torch.randn(5, 3))
 
 
