@@ -43,7 +43,7 @@ class AnyOrder(TorchFunctionMode):
 
 
 class Watching(AnyOrder):
-    """Notes whether something must be computed otherwise for its derivatives in reverse mode, or in those that the loss contains."""
+    """Notes whether something must be computed otherwise for derivatives in reverse mode, or for those in the loss itself."""
 
     found = False
 
