@@ -16,7 +16,8 @@ from metaopt.differentiate import Backprop, InnerLoop, Rule
 from metaopt.errors import NonFiniteError
 from metaopt.functional import functional, lent
 from metaopt.kernels import any_order
-from metaopt.optimizer import Optimizer, State
+from metaopt.optimizer import Observe, Optimizer, State
+from metaopt.optimizer.hyperparameter import Value
 from metaopt.scan.stream import Stream, first_row
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
@@ -103,11 +104,14 @@ def minimize(
             return optimizer.moved(grads, state, params, loss=loss)
         return lent(optimizer, inputs["optimizer"], optimizer.moved, grads, state, params, loss=loss)  # type: ignore[no-any-return]
 
+    def rate(inputs: Tree, state: State, params: Tree, observe: Observe) -> Value:
+        return lent(optimizer, inputs["optimizer"], optimizer.rate, state, params, observe)  # type: ignore[no-any-return]
+
     own = inputs
     state = optimizer.init(params) if opt_state is None else opt_state
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         check_closure(loss, loss_fn, {**inputs, "optimizer": {}}, params, first_row(xs))
-    result = Minimized(*differentiate(InnerLoop(loop_loss, update, inputs, params, state, xs, steps, compile)))
+    result = Minimized(*differentiate(InnerLoop(loop_loss, update, inputs, params, state, xs, steps, compile, rate)))
     if values_are_readable():
         check_finite(result.losses, "minimize")
     return result

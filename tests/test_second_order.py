@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,31 @@ def test_a_loss_of_ones_own_and_several_arguments() -> None:
     mo.check_second_order(model, (x, y), lambda model, batch: F.cross_entropy(model(batch[0], batch[0]), batch[1]))
     with pytest.raises(ValueError, match="multi_margin_loss"):
         mo.check_second_order(model, (x, y), lambda model, batch: F.multi_margin_loss(model(batch[0], batch[0]), batch[1]))
+
+
+class ByName(nn.Module):
+    """As Hugging Face's models are called, and as their outputs are."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.net = nn.Embedding(5, 3), network(function)
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.net(self.embed(input_ids) * mask[:, None])}
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, lambda batch: list(batch.values()), lambda batch: tuple(batch.values())])
+def test_a_batch_may_be_arguments_by_name_or_a_list(kind: Callable[[dict[str, Tensor]], Any]) -> None:
+    """A dict was an AttributeError; a tokenizer gives a `UserDict`, a `DataLoader` a list."""
+    batch = kind({"input_ids": torch.tensor([0, 2, 2]), "mask": torch.ones(3)})
+    mo.check_second_order(ByName(torch.tanh), batch)
+    with pytest.raises(ValueError, match=r"multi_margin_loss` in submodule 'net\.2\.0'"):
+        mo.check_second_order(ByName(lambda x: x + F.multi_margin_loss(x, torch.tensor([0, 1, 2]))), batch)
+
+
+def test_a_model_must_return_a_number_that_can_be_differentiated() -> None:
+    with pytest.raises(ValueError, match=r"must return a floating-point tensor, or a tree of some, got Tensor. Give `loss_fn"):
+        mo.check_second_order(network(lambda x: x.tanh()).append(Apply(lambda x: x.argmax())), torch.randn(5, 3))
 
 
 def test_a_model_must_have_something_to_learn_and_its_own_errors_come_through() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.plain import begun, cut, evaluated, slopes, stands_in
+from metaopt.autodiff.plain import cut, evaluated, slopes, stands_in
 from metaopt.tree import Tree
 
 
@@ -48,7 +48,7 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
     again = torch.is_grad_enabled()
     fresh, results = evaluated(run, variables, again)
     bars = _dense(slopes(results, fresh, given, again=again), variables)
-    return spread(cut(bars, begun(fresh, variables)) if again else bars, arguments, wanted)
+    return spread(cut(bars, variables) if again else bars, arguments, wanted)
 
 
 class Linearized:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
 from metaopt.autodiff.graph import is_varied
 from metaopt.autodiff.mean_gradient import MeanGradient
+from metaopt.autodiff.replay import drawn_again
 from metaopt.compiled import compiled
 from metaopt.kernels import any_order
 from metaopt.scan import Memory, Pullback, plain_loops_inside, scan
@@ -23,10 +24,14 @@ from metaopt.tree import Tree
 
 # (inputs, params, state, batch) -> (loss, aux)
 Loss = Callable[[Tree, Tree, Any, Tree], tuple[Tensor, Tree]]
+Observe = Callable[[], tuple[Tree, Tensor]]
 # (inputs, params, state, batch) -> (gradients, loss, aux)
 Gradient = Callable[[Tree, Tree, Any, Tree], tuple[Tree, Tensor, Tree]]
 # (inputs, gradients, state, params, loss, aux) -> (params, state)
 Update = Callable[[Tree, Tree, Any, Tree, Tensor, Tree], tuple[Tree, Any]]
+# (inputs, state, params, what gives (gradients, loss)) -> the optimizer's step size
+Rate = Callable[[Tree, Any, Tree, Observe], float | Tensor]
+Scale = float | Literal["lr"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class InnerLoop:
         batches: leaves with the leading axis `steps`; without leaves, every step sees `inputs["batch"]`. Or a `Stream`.
         steps: number of steps; None for a `Stream`, which ends when it ends.
         compile: whether what runs is to be compiled.
+        rate: (inputs, state, params, observe) -> the step size of the update that would be made next; `observe()` gives the
+            gradients and the loss there, if it needs them. None where there is no optimizer.
     """
 
     loss: Loss
@@ -54,6 +61,7 @@ class InnerLoop:
     batches: Tree | Stream
     steps: int | None
     compile: bool = False
+    rate: Rate | None = None
 
 
 class Rule(Protocol):
@@ -203,6 +211,32 @@ def weighted_end(loop: InnerLoop, weights: Tree) -> Tensor:
     pairs = zip(tree.leaves(results), tree.leaves(weights), strict=True)
     known = [(result, weight) for result, weight in pairs if weight is not None]
     return tree.sum_leaves(torch.Tensor.sum, [tree.as_real(result) * tree.as_real(weight) for result, weight in known])
+
+
+def scaled(rule: object, scale: Scale, loop: InnerLoop, end: End, cotangent: Tree) -> Tree:
+    """Return scale v, where "lr" is the step size that the optimizer would use next."""
+    if isinstance(scale, str):
+        if loop.rate is None:
+            raise ValueError(
+                f'{type(rule).__name__}: `scale="lr"` must find one step size in the optimizer, got no optimizer. Give a number: '
+                "`scale=0.1`."
+            )
+        with drawn_again(end):
+            rate = loop.rate(loop.inputs, end.state, end.params, lambda: _observed(loop, end))
+        return tree.map(lambda v: rate * v, cotangent)
+    return cotangent if scale == 1 else tree.map(lambda v: scale * v, cotangent)
+
+
+def _observed(loop: InnerLoop, end: End) -> tuple[Tree, Tensor]:
+    grads, loss, _ = MeanGradient(loop.loss)(loop.inputs, *end)
+    return grads, loss
+
+
+def check_scale(rule: object, scale: object) -> None:
+    """Raise ValueError unless it is a positive, finite number or "lr"."""
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale != "lr" and not (is_number and 0 < scale < math.inf):  # type: ignore[operator]
+        raise ValueError(f'{type(rule).__name__}: `scale` must be a positive number or "lr", got {scale!r}.')
 
 
 def check_positive(rule: object, name: str, value: object) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from metaopt.optimizer.optimizer import Hyper, Leaves, Optimizer, Slots, State, apply_update, apply_updates
+from metaopt.optimizer.optimizer import Hyper, Leaves, Observe, Optimizer, Slots, State, apply_update, apply_updates
 
-__all__ = ["Hyper", "Leaves", "Optimizer", "Slots", "State", "apply_update", "apply_updates"]
+__all__ = ["Hyper", "Leaves", "Observe", "Optimizer", "Slots", "State", "apply_update", "apply_updates"]

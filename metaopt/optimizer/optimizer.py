@@ -21,6 +21,7 @@ State = dict[str, Any]
 Leaves = list[Tensor]  # one tensor per parameter
 Slots = dict[str, Any]  # name -> Leaves, or one Tensor over all parameters
 Hyper = dict[str, Value]
+Observe = Callable[[], tuple[Tree, Tensor | None]]  # -> (gradients, loss) at the present parameters
 # (grads, params, slots, hyper, step) -> (one tensor per parameter, next slots)
 StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, Slots]]
 
@@ -119,6 +120,34 @@ class Optimizer(Configurable):
             return self._on_leaves(self._move, grads, state, params, loss)
         updates, state = self(grads, state, params, loss=loss)
         return apply_updates(params, updates), state
+
+    def rate(self, state: State, params: Tree, observe: Observe) -> Value:
+        """Return the step size `lr` of the update that would be made next, a number or a scalar tensor.
+
+        Args:
+            state: from `init` or the step before.
+            params: the present parameters.
+            observe: gives the gradients and the loss there; called only if `lr` is a schedule, which may look at them.
+
+        Raises:
+            ValueError: there is no hyperparameter `lr`, or it is no scalar.
+        """
+        if "lr" not in self.hyperparameters:
+            raise ValueError(
+                f'`scale="lr"` must find one step size in the optimizer, got {type(self).__name__}, which has no hyperparameter '
+                "`lr`. Give a number: `scale=0.1`."
+            )
+        value: Any = getattr(self, "lr")  # noqa: B009, a module's attributes are tensors or modules to a type checker
+        if isinstance(value, Schedule):
+            grads, loss = observe()
+            gradients = [tree.as_real(gradient) for gradient in tree.leaves(grads)]
+            value, _ = value(state["schedules"]["lr"], step=state["step"], loss=loss, grads=gradients)
+        if isinstance(value, Tensor) and value.ndim:
+            raise ValueError(
+                f'`scale="lr"` must find one step size in the optimizer, got {type(self).__name__} with `lr` of shape '
+                f"{tuple(value.shape)}. Give a number: `scale=0.1`."
+            )
+        return value  # type: ignore[no-any-return]
 
     def as_torch(self, params: Iterable[Any]) -> Deployed:
         """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""

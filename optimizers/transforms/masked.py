@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.optimizer import Optimizer, State
+from metaopt.optimizer import Observe, Optimizer, State
+from metaopt.optimizer.hyperparameter import Value
 from metaopt.tree import Tree
 from optimizers.transforms.select import choose, paths
 from optimizers.transforms.transform import checked
@@ -33,8 +34,7 @@ class Masked(Optimizer):
 
     def init(self, params: Tree) -> State:
         """Return the state before the first step."""
-        named = paths(params)
-        return self.optimizer.init({name: named[name] for name in self._chosen(named)})
+        return self.optimizer.init(self._matching(params))
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
@@ -47,6 +47,19 @@ class Masked(Optimizer):
             weights = {name: given[name] for name in chosen}
         updates, state = self.optimizer({name: named[name] for name in chosen}, state, weights, loss=loss)
         return tree.unflatten(structure, [updates[n] if n in updates else torch.zeros_like(g) for n, g in named.items()]), state
+
+    def rate(self, state: State, params: Tree, observe: Observe) -> Value:
+        """Return the step size of the inner optimizer, as `Optimizer.rate` does."""
+
+        def observed() -> tuple[Tree, Tensor | None]:
+            grads, loss = observe()
+            return self._matching(grads), loss
+
+        return self.optimizer.rate(state, self._matching(params), observed)
+
+    def _matching(self, values: Tree) -> dict[str, Tensor]:
+        named = paths(values)
+        return {name: named[name] for name in self._chosen(named)}
 
     def _chosen(self, named: dict[str, Tensor]) -> list[str]:
         """Return the names that match, in the order of the parameters."""

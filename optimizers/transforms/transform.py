@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.optimizer import Hyper, Leaves, Optimizer, State
-from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
+from metaopt.optimizer import Hyper, Leaves, Observe, Optimizer, State
+from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
 from metaopt.tree import Tree
 
 
@@ -55,6 +55,19 @@ class Transform(Optimizer):
             **after,
             "schedules": {"optimizer": after["schedules"], **own},
         }
+
+    def rate(self, state: State, params: Tree, observe: Observe) -> Value:
+        """Return the step size of the inner optimizer, as `Optimizer.rate` does."""
+
+        def observed() -> tuple[Tree, Tensor | None]:
+            grads, loss = observe()
+            leaves, structure = tree.flatten(grads)
+            gradients = [tree.as_real(leaf) for leaf in leaves]
+            hyper, _ = self._hyper_at(state, gradients, loss)
+            seen = self.before(gradients, [tree.as_real(leaf) for leaf in tree.leaves(params)], hyper)
+            return tree.unflatten(structure, _of_their_kind(seen, leaves)), loss
+
+        return self.optimizer.rate({**state, "schedules": state["schedules"]["optimizer"]}, params, observed)
 
 
 def _of_their_kind(tensors: Leaves, leaves: Leaves) -> Leaves:
