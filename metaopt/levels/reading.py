@@ -57,7 +57,7 @@ def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
             for name, net in nets.items()
         }
 
-    at = scene(True)
+    at, still = scene(True), scene(False)  # here: what is noted below is what the loss calls
     names: set[str] = set()
     leaves = {(name, key): leaf for name, shown in at.items() for key, leaf in shown["params"].items()}
     with torch.random.fork_rng(), torch.enable_grad(), Watching() as mode:
@@ -65,7 +65,7 @@ def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
         try:
             found = evaluate(level, nets, at, batch, read=names)
             is_random = not torch.equal(before, _random_state(level.device))
-            alone = evaluate(level, nets, scene(False), batch)
+            alone = evaluate(level, nets, still, batch)
         except (TypeError, AttributeError) as error:
             if level.batches is not None:
                 raise
