@@ -52,9 +52,11 @@ class Watching(AnyOrder):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         is_dense = func in EMBEDDINGS and not asks_for_sparse(func, args, kwargs or {})
-        self.found = self.found or (func in _DELICATE and not is_dense) or (func in LOSSES and inside_jvp())
+        lacks_nothing = func in LOSSES and not inside_jvp()  # but forward derivatives, which are always taken with care
+        self.found = self.found or (func in _INSTEAD and not (is_dense or lacks_nothing))
         return super().__torch_function__(func, types, args, kwargs)
 
 
-_DELICATE: dict[Callable[..., Any], Callable[..., Any]] = NORMS | ATTENTION | RECURRENT | DROPOUT | EMBEDDINGS | REQUIRES_GRAD
-_INSTEAD = _DELICATE | LOSSES  # of which torch's lack forward derivatives alone
+_INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = (
+    NORMS | ATTENTION | RECURRENT | LOSSES | DROPOUT | EMBEDDINGS | REQUIRES_GRAD
+)
