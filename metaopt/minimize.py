@@ -152,6 +152,8 @@ def _check_arguments(optimizer: Any, params: Any, unused: Any) -> None:
 
 def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:
     """Raise `NonFiniteError` for the first entry of `losses` [n] that is not finite."""
+    if losses.is_meta:  # no values
+        return
     values = losses.detach().tolist()
     first = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
     if first is not None:

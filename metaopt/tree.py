@@ -192,9 +192,9 @@ def ravel(tree: Tree) -> Tensor:
 
 def unravel(vector: Tensor, like: Tree) -> Tree:
     """Return the tree with these entries, and the structure, shapes and dtypes of `like`."""
-    template, structure = flatten(like)
+    template = leaves(like)
     parts = vector.split([leaf.numel() * (1 + leaf.is_complex()) for leaf in template])
-    return unflatten(structure, [_shaped(part, leaf) for part, leaf in zip(parts, template, strict=True)])
+    return with_leaves(like, [_shaped(part, leaf) for part, leaf in zip(parts, template, strict=True)])
 
 
 def norm(tree: Tree) -> Tensor:

@@ -13,9 +13,10 @@ from .weight_decay import penalized
 
 
 class ASGD(Optimizer):
-    """u = -eta (g + lambd w),  eta = lr / (1 + lambd lr (t - 1))^alpha;  a = a + mu (w + u - a),  mu = 1 / max(1, t - 1 - t0).
+    """u = -eta_t (g + lambd w),  a = a + mu (w + u - a),  mu = 1 / max(1, t - 1 - t0);  eta_{t+1} = lr / (1 + lambd lr t)^alpha.
 
-    Equal to `torch.optim.ASGD`. The average `a` of the iterates from step t0 on is `state["slots"]["average"]`.
+    Equal to `torch.optim.ASGD`, also in this: eta is memory, made at the end of a step, so a change of lr acts one step later;
+    eta_1 = lr. The average `a` of the iterates from step t0 on is `state["slots"]["average"]`.
 
     Args:
         lr: step size at the start.
@@ -34,6 +35,7 @@ class ASGD(Optimizer):
         Polyak and Juditsky, SIAM J. Control and Optimization 30, 1992; step size: Bottou, COMPSTAT 2010.
     """
 
+    lr: Hyperparameter
     hyperparameters = ("lr", "lambd", "alpha", "t0", "weight_decay")
 
     def __init__(
@@ -53,16 +55,18 @@ class ASGD(Optimizer):
         set_hyperparameter(self, "weight_decay", weight_decay)
 
     def slots(self, params: Leaves) -> Slots:
-        return {"average": [torch.zeros_like(p) for p in params]}
+        shape = self.lr.shape if isinstance(self.lr, Tensor) else ()
+        eta = torch.zeros(shape, dtype=scalar_dtype(params[0]), device=params[0].device)
+        return {"average": [torch.zeros_like(p) for p in params], "eta": eta}
 
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         lr, lambd, alpha, t0, decay = (hyper[name] for name in self.hyperparameters)
         weights = self._require_params(params, "it averages them")
         grads = penalized(self, grads, weights, decay)
         done = (step - 1).to(scalar_dtype(grads[0]))
-        eta = lr / (1 + lambd * lr * done) ** alpha
+        eta = torch.where(step == 1, lr, slots["eta"])
         mu = 1 / (done - t0).clamp(min=1)
         shrink = eta * lambd
         updates = [-eta * g - shrink * w for g, w in zip(grads, weights, strict=True)]
         average = [a + mu * (w + u - a) for a, w, u in zip(slots["average"], weights, updates, strict=True)]
-        return updates, {"average": average}
+        return updates, {"average": average, "eta": lr / (1 + lambd * lr * (done + 1)) ** alpha}

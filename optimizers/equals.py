@@ -30,7 +30,7 @@ EQUALS: dict[str, tuple[type[Optimizer], dict[str, str]]] = {
     "Adagrad": (Adagrad, {"square": "sum"}),
     "Adadelta": (Adadelta, {"square": "square_avg", "moved": "acc_delta"}),
     "RMSprop": (RMSprop, {"square": "square_avg", "mean": "grad_avg", "velocity": "momentum_buffer"}),
-    "ASGD": (ASGD, {"average": "ax"}),
+    "ASGD": (ASGD, {"average": "ax", "eta": "eta"}),
     "Rprop": (Rprop, {"previous": "prev", "size": "step_size"}),
     "Muon": (Muon, {"mean": "momentum_buffer"}),
 }

@@ -36,13 +36,13 @@ class PerParameter(ByName):
     """
 
     def __init__(self, params: Tree, value: float):
-        named = paths(params)
+        value, named = check_number(self, "value", value), paths(params)
         for name, leaf in named.items():
             if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
                 kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise TypeError(f"PerParameter: `params` must be floating-point or complex tensors, got {kind} at {name!r}.")
         super().__init__({name: nn.Parameter(torch.full_like(tree.as_real(leaf), value)) for name, leaf in named.items()})
-        self.value = check_number(self, "value", value)
+        self.value = value
 
     @property
     def params(self) -> dict[str, Any]:

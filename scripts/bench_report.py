@@ -13,7 +13,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-PACKAGES = ("metaopt", "torch", "higher", "torchopt", "jax", "betty-ml")
+# in the tables -> names of the distribution, the present one first
+PACKAGES = {"metaopt": ("torch-metaopt", "metaopt")} | {
+    name: (name,) for name in ("torch", "higher", "torchopt", "jax", "betty-ml")
+}
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 
@@ -146,11 +149,13 @@ def _size(count: float) -> str:
 
 def _versions() -> dict[str, str]:
     found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    for package, names in PACKAGES.items():
+        for name in names:
+            try:
+                found[package] = version(name)
+                break
+            except PackageNotFoundError:
+                continue
     return found
 
 

@@ -11,16 +11,38 @@ import pytest
 import torch
 from problems import assert_close
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
+from torch.optim import lr_scheduler, swa_utils
 
 import metaopt as mo
-from optimizers import SGD, Adam, AdamW, Grouped, RMSprop
+from optimizers import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Cosine,
+    Grouped,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 
+pytestmark = pytest.mark.usefixtures("float64")  # torch's ASGD rounds its rate to the default dtype
 KINDS = {
     "sgd": (lambda: SGD(0.05, 0.9), lambda p: torch.optim.SGD(p, 0.05, 0.9)),
     "adam": (lambda: Adam(0.05), lambda p: torch.optim.Adam(p, 0.05)),
     "adamw": (lambda: AdamW(0.05), lambda p: torch.optim.AdamW(p, 0.05)),
     "rmsprop": (lambda: RMSprop(0.01, momentum=0.5), lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5)),
+    "adamax": (lambda: Adamax(0.05, weight_decay=0.1), lambda p: torch.optim.Adamax(p, 0.05, weight_decay=0.1)),
+    "nadam": (lambda: NAdam(0.05, weight_decay=0.1), lambda p: torch.optim.NAdam(p, 0.05, weight_decay=0.1)),
+    "radam": (lambda: RAdam(0.05, weight_decay=0.1), lambda p: torch.optim.RAdam(p, 0.05, weight_decay=0.1)),
+    "adagrad": (lambda: Adagrad(0.05, weight_decay=0.1), lambda p: torch.optim.Adagrad(p, 0.05, weight_decay=0.1)),
+    "adadelta": (lambda: Adadelta(0.05, weight_decay=0.1), lambda p: torch.optim.Adadelta(p, 0.05, weight_decay=0.1)),
+    "asgd": (lambda: ASGD(0.05, lambd=0.3, weight_decay=0.1), lambda p: torch.optim.ASGD(p, 0.05, lambd=0.3, weight_decay=0.1)),
+    "rprop": (lambda: Rprop(0.01), lambda p: torch.optim.Rprop(p, 0.01)),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -56,6 +78,16 @@ SCHEDULERS = {
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 12),
     "one-cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=12, cycle_momentum=False),
     "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=0.5),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "multi-step": lambda o: lr_scheduler.MultiStepLR(o, [3, 7], 0.5),
+    "constant": lambda o: lr_scheduler.ConstantLR(o, 0.5, 4),
+    "linear": lambda o: lr_scheduler.LinearLR(o, 0.2, 1.0, 8),
+    "polynomial": lambda o: lr_scheduler.PolynomialLR(o, 9, 2.0),
+    "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.9),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3, 2),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 3, cycle_momentum=False),
+    "chained": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o, 0.5, 4), lr_scheduler.ExponentialLR(o, 0.9)]),
+    "average": lambda o: swa_utils.SWALR(o, swa_lr=0.02, anneal_epochs=5),
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 1 / (epoch + 1)),
     "warmup": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[4]
@@ -76,12 +108,119 @@ def test_learning_rate_schedulers_act_as_on_torchs_own(kind: str, schedule: str)
     assert_close(ends[0], ends[1], 1e-12)
 
 
-def test_one_cycle_may_cycle_the_momentum() -> None:
+CYCLES = {
+    "one-cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 4),
+}
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "adamax", "nadam", "radam", "rmsprop"])
+@pytest.mark.parametrize("cycle", CYCLES)
+def test_the_momentum_may_be_cycled(kind: str, cycle: str) -> None:
+    """A case of groups that said `beta1` where schedulers look for `betas`: OneCycleLR's default refused every Adam."""
     ends = []
-    for build in (SGD(0.05, 0.9).as_torch, lambda p: torch.optim.SGD(p, 0.05, 0.9)):
+    for build in (KINDS[kind][0]().as_torch, KINDS[kind][1]):
         model, x, y = model_and_data()
         optimizer = build(model.parameters())
-        train(model, optimizer, x, y, 12, lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=12))
+        train(model, optimizer, x, y, 12, CYCLES[cycle](optimizer))
+        group = optimizer.param_groups[0]
+        ends.append(([p.detach() for p in model.parameters()], group["lr"], group.get("betas", group.get("momentum"))))
+    assert_close(ends[0], ends[1], 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["adagrad", "adadelta", "asgd", "rprop"])
+def test_without_momentum_there_is_nothing_to_cycle(kind: str) -> None:
+    for build in (KINDS[kind][0]().as_torch, KINDS[kind][1]):
+        optimizer = build([nn.Parameter(torch.ones(2))])
+        with pytest.raises(ValueError, match="optimizer must support momentum or beta"):
+            CYCLES["one-cycle"](optimizer)
+
+
+def test_every_scheduler_of_torch_is_tried() -> None:
+    names = {"LRScheduler", "Optimizer", "ReduceLROnPlateau", "CyclicLR", "OneCycleLR", "SequentialLR"}
+    public = {name for name in lr_scheduler.__all__ if name not in names}
+    tried = {type(make(SGD(0.1, 0.9).as_torch([nn.Parameter(torch.ones(1))]))).__name__ for make in SCHEDULERS.values()}
+    assert public <= tried
+
+
+def test_a_pair_and_its_items_are_the_same() -> None:
+    weights = [nn.Parameter(torch.ones(1)) for _ in range(4)]
+    optimizer = Adam(0.1, (0.8, 0.9)).as_torch(
+        [{"params": weights[0], "betas": (0.5, 0.6)}, {"params": weights[1], "beta1": 0.7}, {"params": weights[2]}]
+    )
+    first, second, third = optimizer.param_groups
+    assert (first["beta1"], first["beta2"], first["betas"]) == (0.5, 0.6, (0.5, 0.6))
+    assert second["betas"] == (0.7, 0.9)
+    assert third["betas"] == (0.8, 0.9)
+    first["betas"] = [0.1, 0.2]
+    assert (first["beta1"], first["beta2"]) == (0.1, 0.2)
+    first["beta2"] = 0.3
+    assert first["betas"] == (0.1, 0.3)
+    first.update(betas=(0.3, 0.4))
+    first |= {"beta1": 0.2}
+    assert first["betas"] == (0.2, 0.4)
+    assert first.setdefault("betas", None) == (0.2, 0.4)
+    assert first.setdefault("initial_lr", 0.5) == 0.5
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        twin.param_groups[0]["betas"] = (0.6, 0.7)
+        assert twin.param_groups[0]["beta1"] == 0.6
+        assert first["betas"] == (0.2, 0.4)
+    again = Adam(0.1).as_torch([{"params": weight} for weight in weights[:3]])
+    again.load_state_dict(optimizer.state_dict())
+    assert [group["betas"] for group in again.param_groups] == [(0.2, 0.4), (0.7, 0.9), (0.8, 0.9)]
+    again.param_groups[0]["betas"] = (0.6, 0.7)
+    assert again.param_groups[0]["beta2"] == 0.7
+    assert Rprop(0.1, etas=(0.4, 1.3)).as_torch(weights).defaults["etas"] == (0.4, 1.3)
+    assert "betas" not in Adam(0.1, (Cosine(0.9, 5), 0.9)).as_torch(weights).defaults
+    with pytest.raises(
+        ValueError, match=r"A parameter group has betas=\(0.5, 0.6\) and beta1=0.4, which is one of them. Give it once"
+    ):
+        optimizer.add_param_group({"params": weights[3], "betas": (0.5, 0.6), "beta1": 0.4})
+    with pytest.raises(ValueError, match=r"`betas` of a parameter group must be 2 numbers \(beta1, beta2\), got 0.5"):
+        optimizer.add_param_group({"params": weights[3], "betas": 0.5})
+
+
+def test_a_state_without_pairs_loads() -> None:
+    """Files that were written before groups had `betas`."""
+    weight = nn.Parameter(torch.ones(1))
+    state = Adam(0.1, (0.5, 0.6)).as_torch([weight]).state_dict()
+    del state["param_groups"][0]["betas"]
+    optimizer = Adam(0.1).as_torch([weight])
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.6)
+
+
+def test_a_group_may_say_where_a_scheduler_began() -> None:
+    """What torch asks for to resume a scheduler by hand, with `last_epoch`."""
+    rates = []
+    for build in (SGD(0.1).as_torch, lambda p: torch.optim.SGD(p, 0.1)):
+        optimizer = build([{"params": [nn.Parameter(torch.ones(1))], "initial_lr": 0.4}])
+        lr_scheduler.StepLR(optimizer, 2, 0.5, last_epoch=3)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sparse_gradients_act_as_dense_ones(kind: str) -> None:
+    """A case of an embedding with sparse=True: all but SGD failed inside of torch. torch's SGD and Adagrad take them."""
+    x = torch.tensor([[0, 2, 2], [4, 0, 2]])
+    ends = []
+    for sparse, build in ((True, KINDS[kind][0]().as_torch), (False, KINDS[kind][1])):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Flatten(), nn.Linear(9, 1))
+        optimizer = build(model.parameters())
+        train(model, optimizer, x, torch.ones(2, 1), 8)
+        assert model[0].weight.grad.is_sparse == sparse
+        ends.append([p.detach() for p in model.parameters()])
+    assert_close(ends[0], ends[1], 1e-12)
+
+
+def test_torchs_own_sparse_sgd_is_equal() -> None:
+    ends = []
+    for build in (SGD(0.1, 0.9).as_torch, lambda p: torch.optim.SGD(p, 0.1, 0.9)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(9, 1))
+        train(model, build(model.parameters()), torch.tensor([[0, 2, 2], [4, 0, 2]]), torch.ones(2, 1), 8)
         ends.append([p.detach() for p in model.parameters()])
     assert_close(ends[0], ends[1], 1e-12)
 
@@ -91,7 +230,8 @@ def test_groups_have_options_of_their_own(kind: str) -> None:
     ends = []
     for build in (KINDS[kind][0]().as_torch, KINDS[kind][1]):
         model, x, y = model_and_data()
-        optimizer = build([{"params": model[0].parameters(), "lr": 0.02, "weight_decay": 0.1}, {"params": [model[2].weight]}])
+        decay = {} if kind == "rprop" else {"weight_decay": 0.1}
+        optimizer = build([{"params": model[0].parameters(), "lr": 0.02, **decay}, {"params": [model[2].weight]}])
         train(model, optimizer, x, y, 3)
         optimizer.add_param_group({"params": model[2].bias, "lr": 0.001})
         train(model, optimizer, x, y, 3)

@@ -371,6 +371,26 @@ def test_what_a_solution_does_not_depend_on_is_never_zero_in_silence() -> None:
         assert not last(start.requires_grad_(), meta).requires_grad
 
 
+def test_a_hypergradient_evaluates_the_loss_once_at_the_end() -> None:
+    """It was twice: for the solver's products, and for the mixed one."""
+    calls, meta = [], torch.ones(2, requires_grad=True)
+
+    def counted(w: Tensor, _: Any, meta: Tensor) -> Tensor:
+        calls.append(w)
+        return (w - meta.sin()).square().sum() + (w**4).sum()
+
+    for solver in (mo.ConjugateGradient(), mo.Direct(), mo.NormalCG(), mo.Nystrom(2)):
+        rule = mo.Implicit(solver)
+        out = mo.minimize(counted, SGD(0.1), torch.zeros(2), None, steps=40, meta=meta, differentiate=rule).params
+        before = len(calls)
+        (found,) = torch.autograd.grad(out.sum(), meta, retain_graph=True)
+        assert len(calls) == before + 1
+        expected = 2 * meta.cos() / (2 + 12 * out**2)
+        assert_close(found, expected.detach(), 1e-2 if isinstance(solver, mo.Nystrom) else 1e-12)
+        (again,) = torch.autograd.grad(out.sum(), meta, create_graph=True)  # which needs two, to go on from both
+        assert_close(again.detach(), found, 1e-12)
+
+
 def test_a_compiler_would_answer_zero() -> None:
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"cannot be part of a `torch.func.grad` inside `torch.compile`"):

@@ -343,3 +343,105 @@ def test_every_option_can_be_learned(kind: Any, options: dict[str, Any]) -> None
             with torch.no_grad():
                 leaf -= sign * 1e-5
         torch.testing.assert_close(grad if grad is not None else torch.zeros(()), (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=1e-7)
+
+
+# ---- names that programs take although they begin with an underscore ----
+
+
+def used_names(higher: ModuleType) -> dict[str, Any]:
+    """What programs written for higher do with its half-public names."""
+    x, a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), torch.tensor([5.0, 6.0])
+    optim, patch, utils = higher.optim, higher.patch, higher.utils
+    tree = {"a": [1, (2, 3)], "b": {4}}
+    masked = torch.tensor([1.0, -2.0], requires_grad=True)
+    square = masked.square()
+    optim._maybe_mask(square, torch.tensor([True, False]))
+    (first,) = torch.autograd.grad((square * a).sum(), masked, create_graph=True)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    fmodel = patch.make_functional(model)
+    assert isinstance(fmodel, patch._MonkeyPatchBase)
+    assert isinstance(fmodel[1], patch._MonkeyPatchBase)
+    assert not isinstance(model, patch._MonkeyPatchBase)
+    model[1].running_mean.fill_(3.0)
+    patch.buffer_sync(model, fmodel)
+    model[1].running_mean.fill_(4.0)
+    target = torch.ones(2)
+    assert optim._recursive_apply(a, target) is target
+    copied = utils._copy_tensor(masked, True)
+    assert copied.requires_grad
+    assert copied.is_leaf
+    assert torch.optim.SGD in optim._opt_mapping
+    return {
+        "mapped": utils.flatten(utils._recursive_map(tree, lambda leaf: 10 * leaf)),
+        "containers": [utils._is_container(item) for item in ([], (), {}, set(), x, 1)],
+        "found": [str(utils._find_param_in_list(p, [x, a, b])) == "2" for p in (b, x, a + 0)],
+        "copied": [copied.detach(), *utils._recursive_copy_and_cast([x], None)],
+        "shared": utils._copy_tensor(x, safe_copy=False).data_ptr() == x.data_ptr(),
+        "sums": [optim._add(tensor=x, a1=-0.1, a2=a), optim._add(x, a), optim._addcmul(x, a, b), optim._addcmul(x, 0.1, a, b)],
+        "quotients": [optim._addcdiv(x, a, b), optim._addcdiv(x, 0.1, a, b)],
+        "gradient": first.detach(),
+        "buffers": {name: buffer.clone() for name, buffer in fmodel.named_buffers()},
+        "applied": [target, *optim._recursive_apply((torch.tensor(0.5), torch.tensor(2.0)), (0.1, 3))],
+    }
+
+
+@needs_higher
+def test_half_public_names_are_there_and_do_the_same() -> None:
+    """A case of names without a counterpart: `_recursive_map`, `_add`, `_MonkeyPatchBase`, `buffer_sync` and others."""
+    close(run(used_names, ours), run(used_names, theirs))
+    names = {
+        "optim": "_add _addcdiv _addcmul _get_mask_closure _maybe_mask _recursive_apply _opt_mapping _GroupedGradsType _StateType "
+        "_GradClosureType _OverrideType _GradCallbackType",
+        "patch": "_MonkeyPatchBase _EncapsulatorType _BufferType buffer_sync",
+        "utils": "_recursive_map _copy_tensor _recursive_copy_and_cast _is_container _find_param_in_list",
+    }
+    for module, wanted in names.items():
+        assert all(hasattr(getattr(ours, module), name) and hasattr(getattr(theirs, module), name) for name in wanted.split())
+
+
+def test_buffers_of_another_architecture_are_refused() -> None:
+    fmodel = ours.monkeypatch(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"`fmodule` must have the submodules of `module`, got none at .1.\. Patch this module"):
+        ours.patch.buffer_sync(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), fmodel)
+
+
+def test_what_is_written_back_is_of_the_kind_that_stood_there() -> None:
+    """higher's own testGetApplyRoundTrip: an integer 0 comes back as an integer; what was learned is not cut off."""
+    opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    before = {name: value for name, value in opt.param_groups[0].items() if name != "params"}
+    ours.optim.apply_trainable_opt_params(opt, ours.optim.get_trainable_opt_params(opt))
+    after = {name: value for name, value in opt.param_groups[0].items() if name != "params"}
+    assert {name: (type(value), value) for name, value in after.items() if name != "lr"} == {
+        name: (type(value), value) for name, value in before.items() if name != "lr"
+    }
+    ours.optim.apply_trainable_opt_params(opt, {"weight_decay": [torch.tensor(0.25)]})
+    assert opt.param_groups[0]["weight_decay"] == 0.25
+
+
+# ---- schedulers of the live optimizer ----
+
+
+def test_a_scheduler_inside_the_loop_is_warned_of_and_an_override_is_not() -> None:
+    """A case of a rate that stays, without a word: higher reads the options when it makes its optimizer, and so do we."""
+    model, x, y = nn.Linear(2, 1), torch.ones(3, 2), torch.zeros(3, 1)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
+    with ours.innerloop_ctx(model, opt) as (fmodel, diffopt):
+        diffopt.step(F.mse_loss(fmodel(x), y))
+        opt.step()
+        scheduler.step()
+        message = (
+            r"changed from 0\.1 to 0\.05 since .* It goes on with 0\.1: .*`diffopt.step\(loss, override=\{'lr': \[0\.05\]\}\)`"
+        )
+        before = list(fmodel.parameters())
+        loss = F.mse_loss(fmodel(x), y)
+        grads = torch.autograd.grad(loss, before, retain_graph=True)
+        with pytest.warns(UserWarning, match=message):
+            after = diffopt.step(loss)
+        close(after, [param - 0.1 * grad for param, grad in zip(before, grads, strict=True)])
+        scheduler.step()
+        diffopt.step(F.mse_loss(fmodel(x), y))  # once is enough
+    with ours.innerloop_ctx(model, opt) as (fmodel, diffopt):  # what is made now has the present rate
+        assert diffopt.param_groups[0]["lr"] == 0.025
+        scheduler.step()
+        diffopt.step(F.mse_loss(fmodel(x), y), override={"lr": [0.0125]})

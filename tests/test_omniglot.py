@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,50 @@ def test_a_damaged_member_is_named(tmp_path):
         path = write(tmp_path / "undecodable.zip", members() | {name: wrong})
         with pytest.raises(ValueError, match=rf"undecodable\.zip: cannot read the drawing {name} \(.*{why}"):
             read_omniglot(path)
+
+
+DRAWING = "images_background/Greek/character02/0101_03.png"
+
+
+def test_a_huge_member_is_refused_before_it_is_read(tmp_path):
+    """300 MB of zeros, which take 300 kB in the file, were unpacked in memory first."""
+    path = write(tmp_path / "bomb.zip", {DRAWING: bytes(300 * 2**20)})
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            ValueError,
+            match=rf"bomb\.zip: cannot read the drawing {DRAWING} \(314572800 bytes unpacked, at most 1048576 are read\)",
+        ):
+            read_omniglot(path)
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("side", "why"), [(2000, "2000 x 2000 pixels, at most 1048576 are read"), (14000, ".*decompression bomb")])
+def test_a_huge_picture_is_refused_before_it_is_unpacked(tmp_path, side, why):
+    """A case of PIL's own exceptions, which came out as they are. The header says the size; nothing of that size is made."""
+    content = bytearray(png(0, 0, 0))
+    content[16:24] = side.to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path = write(tmp_path / "large.zip", {DRAWING: bytes(content)})
+    with pytest.raises(ValueError, match=rf"large\.zip: cannot read the drawing {DRAWING} \({why}.*\)\. Download the file again"):
+        read_omniglot(path)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_zipfile_does_not_know_is_damage(tmp_path, whole):
+    """NotImplementedError, which is no BadZipFile: a method of compression, or a version of the format, that does not exist."""
+    raw = bytearray(write(tmp_path / "new.zip", {DRAWING: png(0, 0, 0)}).read_bytes())
+    central = raw.index(b"PK\1\2")
+    if whole:
+        raw[central + 6] = 99
+    else:
+        raw[central + 10] = raw[8] = 77
+    (tmp_path / "new.zip").write_bytes(raw)
+    message = r"new\.zip is damaged or no zip file \(zip file version 9\.9\)" if whole else r"cannot read the drawing .*compression"
+    with pytest.raises(ValueError, match=message):
+        read_omniglot(tmp_path / "new.zip")
 
 
 def test_an_archive_that_lacks_a_drawing(tmp_path):

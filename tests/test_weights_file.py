@@ -18,7 +18,7 @@ import metaopt as mo
 from metaopt import tree
 from metaopt.optimizer.hyperparameter import set_hyperparameter
 from metaopt.optimizer.module import FORMAT, Configurable, known_classes
-from optimizers import SGD, Adam, AdamW, RMSprop
+from optimizers import SGD, Adam, AdamW, Grouped, LSTMOptimizer, LSTMSchedule, RMSprop, Rprop
 
 
 class Decay(mo.Schedule):
@@ -175,6 +175,85 @@ def test_a_wrong_or_hostile_file_is_a_clear_error(config: Any, tensors: dict[str
         mo.Optimizer.load(write(tmp_path / "w.safetensors", config, tensors))
 
 
+LSTM_CONFIG = {
+    "class": "LSTMOptimizer",
+    "arguments": {"hidden_size": 2, "scale": 0.1, "seed": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": {}}, r"LSTMOptimizer: `scale` must be a number, got \{\}. Write scale=0.1"),
+        ({"scale": "0.1"}, r"LSTMOptimizer: `scale` must be a number, got '0.1'"),
+        ({"seed": 0.5}, r"LSTMOptimizer: `seed` must be an integer of at least 0, got 0.5"),
+        ({"hidden_size": True}, r"LSTMOptimizer: `hidden_size` must be a positive integer, got True"),
+    ],
+)
+def test_every_argument_in_a_file_is_checked(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """`scale={}` was read, and crashed in use."""
+    tensors = LSTMOptimizer(2).state_dict()
+    assert isinstance(mo.Optimizer.load(write(tmp_path / "w", LSTM_CONFIG, tensors)), LSTMOptimizer)
+    config = LSTM_CONFIG | {"arguments": LSTM_CONFIG["arguments"] | arguments}  # type: ignore[operator]
+    with pytest.raises(ValueError, match=rf"nothing can be built: {message}"):
+        mo.Optimizer.load(write(tmp_path / "w", config, tensors))
+
+
+def test_a_word_for_a_truth_value_in_a_file(tmp_path: Path) -> None:
+    """`amsgrad="no"` was taken for True."""
+    Adam(0.1).save(tmp_path / "w")
+    with safe_open(tmp_path / "w", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    config["arguments"]["amsgrad"] = "no"
+    with pytest.raises(ValueError, match=r"nothing can be built: Adam: `amsgrad` must be True or False, got 'no'"):
+        Adam.load(write(tmp_path / "w", config))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensors_that_are_not_finite(value: float, tmp_path: Path) -> None:
+    """They were read without a word, and all that they updated became nan."""
+    optimizer = LSTMOptimizer(2)
+    with torch.no_grad():
+        optimizer.cells[1].bias[3] = value  # type: ignore[union-attr,operator,index]
+    message = r"entries that are not finite in the tensor 'cells.1.bias'. They would spread"
+    with pytest.raises(ValueError, match=rf"w has {message}"):
+        mo.Optimizer.load(write(tmp_path / "w", LSTM_CONFIG, optimizer.state_dict()))
+    with pytest.raises(ValueError, match=r"LSTMOptimizer: the tensor 'cells.1.bias' has entries that are not finite, so .* is not"):
+        optimizer.save(tmp_path / "new" / "w")
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_tensor_in_another_precision(tmp_path: Path) -> None:
+    """It was read, and crashed in the first matrix product; a module converted as one is right."""
+    tensors = LSTMOptimizer(2).state_dict()
+    tensors["cells.1.weight"] = tensors["cells.1.weight"].double()
+    with pytest.raises(
+        ValueError, match=r"the tensor 'cells.1.weight' should be of torch.float32, as 'cells.0.bias', found torch.float64"
+    ):
+        mo.Optimizer.load(write(tmp_path / "w", LSTM_CONFIG, tensors))
+    LSTMOptimizer(2).double().save(tmp_path / "w")
+    assert next(LSTMOptimizer.load(tmp_path / "w").parameters()).dtype == torch.float64
+    Grouped({"a": LSTMOptimizer(2).double(), "*": LSTMOptimizer(2)}).save(tmp_path / "w")
+    assert {p.dtype for p in Grouped.load(tmp_path / "w").parameters()} == {torch.float32, torch.float64}
+    config = {"class": "SGD", "arguments": SGD_CONFIG | {"lr": {"parameter": [], "dtype": "float64"}}}
+    with pytest.raises(ValueError, match=r"'lr' should be of torch.float64, as its configuration says, found torch.float32"):
+        SGD.load(write(tmp_path / "w", config, {"lr": torch.tensor(0.1)}))
+
+
+def test_a_tensor_that_its_class_refuses(tmp_path: Path) -> None:
+    """Numbers of a configuration were checked, those in tensors not; a lower limit above 0 must not meet a placeholder's zeros."""
+    config = {"class": "SGD", "arguments": SGD_CONFIG | {"lr": {"parameter": [], "dtype": "float32"}}}
+    with pytest.raises(ValueError, match=r"has a tensor that its class refuses: SGD: `lr` must lie in \[0.0, inf\], got -1.0"):
+        SGD.load(write(tmp_path / "w", config, {"lr": torch.tensor(-1.0)}))
+    by_name = SGD_CONFIG | {
+        "lr": {"class": "ByName", "arguments": {"values": {"mapping": [["*", {"tensor": [], "dtype": "float32"}]]}}}
+    }
+    with pytest.raises(ValueError, match=r"has a tensor that its class refuses: ByName: `value0` must lie in .* got -1.0"):
+        SGD.load(write(tmp_path / "w", {"class": "SGD", "arguments": by_name}, {"lr.value0": torch.tensor(-1.0)}))
+    Rprop(0.1, etas=(0.5, nn.Parameter(torch.tensor(1.5)))).save(tmp_path / "w")
+    assert Rprop.load(tmp_path / "w").eta_plus == 1.5
+
+
 def test_files_that_are_not_ours(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"No weights file at .*missing.safetensors. Give the path that `save` wrote"):
         SGD.load(tmp_path / "missing.safetensors")
@@ -264,7 +343,9 @@ def test_constants_that_are_not_saved_are_real_after_loading(tmp_path: Path) -> 
 def test_two_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
     SGD(0.1).save(tmp_path / "w")
     twin = type("SGD", (mo.Optimizer,), {})
-    with pytest.raises(ValueError, match=r"names the class 'SGD', which \[.*'optimizers.sgd'.*\] define. Rename all but one"):
+    with pytest.raises(
+        ValueError, match=r"names the class 'SGD', which \[.*'metaopt.optimizers.sgd'.*\] define. Rename all but one"
+    ):
         SGD.load(tmp_path / "w")
     del twin
     gc.collect()
@@ -286,5 +367,48 @@ def test_the_file_is_readable_as_any_other(tmp_path: Path) -> None:
     assert (tmp_path / "w").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_an_optimizer_prints_its_numbers() -> None:
-    assert repr(SGD(0.1, 0.9)).startswith("SGD(lr=0.1, momentum=0.9")
+class TestPrinting:
+    def test_numbers_and_what_is_learned(self) -> None:
+        assert repr(SGD(0.1, 0.9)) == "SGD(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False)"
+        text = repr(Adam(nn.Parameter(torch.tensor(0.125)), (torch.tensor(0.85), 0.99)))
+        assert text.startswith("Adam(lr=Parameter(0.125), betas=(tensor(0.85), 0.99), eps=1e-08")
+        assert "lr=Parameter(shape=(5,), 0.1 to 0.5)" in repr(SGD(nn.Parameter(torch.arange(1.0, 6) / 10)))
+        assert "lr=Parameter([0.1, 0.2])" in repr(SGD(nn.Parameter(torch.tensor([0.1, 0.2]))))
+        assert "Decay(rate=Parameter(0.5), slope=0.1, name='decay', enabled=True)" in repr(
+            SGD(Decay(nn.Parameter(torch.tensor(0.5)), 0.1))
+        )
+        assert "lr=tensor(shape=(2,))" in repr(SGD(torch.ones(2, device="meta")))
+        assert "(value0): Decay(rate=0.1" in repr(SGD({"*": Decay(0.1)}))
+
+    def test_what_a_schedule_has_learned(self) -> None:
+        schedule = LSTMSchedule(0.1)
+        with torch.no_grad():
+            schedule.log_initial += 1
+        assert "log_initial=Parameter(-1.303)" in repr(SGD(schedule))
+
+    def test_under_transforms_and_of_no_entries(self) -> None:
+        seen = []
+
+        def loss(lr: Tensor) -> Tensor:
+            seen.append(repr(SGD(lr)))
+            return lr.sum()
+
+        torch.func.vmap(torch.func.grad(loss))(torch.ones(2))
+        assert "lr=tensor(shape=())" in seen[0]
+        assert "lr=tensor([])" in repr(SGD(torch.ones(0)))
+
+    def test_an_optimizer_of_ones_own(self) -> None:
+        """It raised a TypeError unless every argument of the constructor is an attribute: here none is."""
+
+        class MetaSGD(mo.Optimizer):
+            def __init__(self, params: Any, rate: float, *more: Any, **options: Any):
+                super().__init__()
+                self.rates = nn.ParameterList([torch.full_like(p, rate) for p in params])
+                self.gain = nn.Parameter(torch.tensor(2.0))
+
+            def update(self, grads: Any, params: Any, slots: Any, hyper: Any, step: Any) -> Any:
+                return [-self.gain * r * g for r, g in zip(self.rates, grads, strict=True)], {}
+
+        assert repr(MetaSGD([torch.ones(2)], 0.1, 1, word="x")).startswith(
+            "MetaSGD(\n  gain=Parameter(2)\n  (rates): ParameterList("
+        )

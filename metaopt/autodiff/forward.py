@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from metaopt.kernels import any_order
 from metaopt.tree import Tree
 
 
@@ -21,10 +22,11 @@ def slope_along(function: Callable[[Tree], Tree], at: Tree, along: Tree, *, aske
         instead: what to use in its place.
 
     Raises:
-        ValueError: torch has no forward derivative of an operator in f.
+        ValueError: torch has no forward derivative of an operator in f, or none of an `autograd.Function` of the old style.
     """
     try:
-        value, slope, *_ = torch.func.jvp(function, (at,), (along,))
+        with any_order():  # some losses are computed so that their gradient has a forward derivative
+            value, slope, *_ = torch.func.jvp(function, (at,), (along,))
     except NotImplementedError as error:
         name = re.search(r"forward AD with (\S+)", str(error))
         if name is None:
@@ -32,5 +34,12 @@ def slope_along(function: Callable[[Tree], Tree], at: Tree, along: Tree, *, aske
         raise ValueError(
             f"{asked} needs the forward derivative of every operator in the loss and its gradient, got `{name[1]}`, which has "
             f"none in torch. Use {instead}."
+        ) from error
+    except RuntimeError as error:
+        if "setup_context" not in str(error):
+            raise
+        raise ValueError(
+            f"{asked} runs the loss inside a transform of `torch.func`, which takes no `autograd.Function` whose `forward` has a "
+            f"`ctx`, got one. Give it a `setup_context` and a `jvp`, or use {instead}."
         ) from error
     return value, slope

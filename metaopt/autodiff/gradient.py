@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.graph import ancestors, goes_beyond
-from metaopt.autodiff.plain import begun, cut, evaluated, slopes_of_scalar, stands_in
+from metaopt.autodiff.plain import cut, evaluated, slopes_of_scalar, stands_in
 from metaopt.transforms import constant
 from metaopt.tree import Tree
 
@@ -39,14 +39,12 @@ def gradient(function: Valued, at: Tree, *, allow_unused: bool = False) -> tuple
         return noting.without_unused(grads) if isinstance(noting, _Noting) else grads, value, aux
     again = torch.is_grad_enabled()
     variables, (value, aux) = evaluated(lambda variables: function(tree.with_leaves(at, variables)), leaves, again)
-    beginnings = begun(variables, leaves) if again else []
-    depends = value.requires_grad
-    goes_on = again and (not beginnings or goes_beyond(value, beginnings))
-    found = [*slopes_of_scalar(value, variables, again=goes_on)]
-    if not allow_unused:
+    goes_on = again and value.requires_grad and (all(leaf.requires_grad for leaf in leaves) or goes_beyond(value))
+    found: Tree = slopes_of_scalar(value, variables, again=goes_on)
+    if not allow_unused and any(grad is None for grad in found):
         known = zip(found, leaves, strict=True)
-        found = [torch.zeros_like(leaf, requires_grad=goes_on and depends) if grad is None else grad for grad, leaf in known]
-    found, value, aux = _known(found, value, aux, again, beginnings)
+        found = [torch.zeros_like(leaf, requires_grad=goes_on) if grad is None else grad for grad, leaf in known]
+    found, value, aux = _known((found, value, aux), leaves, again)
     return tree.with_leaves(at, found), value, aux
 
 
@@ -69,7 +67,7 @@ def constant_gradient(function: Valued, at: Tree, *, allow_unused: bool = False)
     found = slopes_of_scalar(value, variables, again=False, keep=again)
     pairs = zip(found, leaves, strict=True)
     grads = [torch.zeros_like(leaf) if grad is None and not allow_unused else grad for grad, leaf in pairs]
-    _, value, aux = _known([], value, aux, again, begun(variables, leaves) if again else [])
+    value, aux = _known((value, aux), leaves, again)
     return tree.with_leaves(at, grads), value, aux
 
 
@@ -97,8 +95,6 @@ class _Noting:
         return tree.with_leaves(grads, [grad if is_used else None for grad, is_used in pairs])
 
 
-def _known(found: Tree, value: Tensor, aux: Tree, again: bool, beginnings: list[Tensor]) -> tuple[Tree, Tensor, Tree]:
+def _known(results: Tree, leaves: list[Tensor], again: bool) -> Tree:
     """Return the results without a graph that nobody asked for."""
-    if again:
-        return cut((found, value, aux), beginnings) if beginnings else (found, value, aux)
-    return found, value.detach(), tree.map(constant, aux)
+    return cut(results, leaves) if again else tree.map(constant, results)

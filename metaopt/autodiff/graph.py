@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextvars import ContextVar
 
 from torch import Tensor
@@ -44,11 +43,21 @@ def is_varied(tensor: Tensor) -> bool:
     return any(id(variable) in below or id(variable.grad_fn) in below for variable in variables)
 
 
-def goes_beyond(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Say whether the graph of a tensor ends in other tensors than these leaves."""
-    if tensor.grad_fn is None:
-        return tensor.requires_grad and all(tensor is not leaf for leaf in leaves)
-    own = {id(leaf) for leaf in leaves}
+def beginning(leaf: Tensor) -> Tensor:
+    """Return a variable with the value of a leaf that nobody differentiates: a graph begins at it."""
+    variable = leaf.detach().requires_grad_()
+    variable.is_beginning = True  # type: ignore[attr-defined]  # which autograd keeps with it
+    return variable
+
+
+def goes_beyond(tensor: Tensor) -> bool:
+    """Say whether a tensor was computed from anything but beginnings of calls that have ended."""
+    if not tensor.requires_grad:
+        return False
+    running = [thing for variable in VARIABLES.get() for thing in (variable, variable.grad_fn) if thing is not None]
+    alive = {id(thing) for thing in running}
+    if id(tensor) in alive or tensor.grad_fn is None:
+        return id(tensor) in alive or not _is_beginning(tensor)
     seen: dict[int, object] = {}
     pending = [tensor.grad_fn]
     while pending:
@@ -57,7 +66,11 @@ def goes_beyond(tensor: Tensor, leaves: Sequence[Tensor]) -> bool:
             continue
         seen[id(node)] = node
         leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in own:
+        if alive & {id(node), id(leaf)} or (isinstance(leaf, Tensor) and not _is_beginning(leaf)):
             return True
         pending += [parent for parent, _ in node.next_functions if parent is not None]
     return False
+
+
+def _is_beginning(leaf: Tensor) -> bool:
+    return getattr(leaf, "is_beginning", False)

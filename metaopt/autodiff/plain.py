@@ -11,7 +11,7 @@ from torch._C import _len_torch_function_stack
 from torch.autograd import forward_ad
 
 from metaopt import tree
-from metaopt.autodiff.graph import VARIABLES, goes_beyond
+from metaopt.autodiff.graph import VARIABLES, beginning, goes_beyond
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
@@ -39,7 +39,10 @@ def evaluated(function: Callable[[list[Tensor]], Any], leaves: Sequence[Tensor],
         again: whether the graph of the leaves goes on. Without, and where a leaf has none, it begins at the variable.
     """
     # Aliases: the function may read the same tensors by another way, and these are not variables.
-    variables = [leaf.view_as(leaf) if again and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
+    if again:
+        variables = [leaf.view_as(leaf) if leaf.requires_grad else beginning(leaf) for leaf in leaves]
+    else:
+        variables = [leaf.detach().requires_grad_() for leaf in leaves]
     running = VARIABLES.set((*VARIABLES.get(), *variables))
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(True)  # the context manager takes as long as a small operation
@@ -83,15 +86,8 @@ def slopes_of_scalar(value: Tensor, variables: Sequence[Tensor], *, again: bool,
     return _ENGINE.run_backward((value,), (one,), keep, again, tuple(variables), allow_unreachable=True, accumulate_grad=False)
 
 
-def begun(variables: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Return the variables at which a graph begins that nobody asked for."""
-    return [variable for variable, leaf in zip(variables, leaves, strict=True) if not leaf.requires_grad]
-
-
-def cut(values: Tree, beginnings: Sequence[Tensor]) -> Tree:
-    """Detach the tensors whose graph ends at these beginnings alone."""
-
-    def one(leaf: Any) -> Any:
-        return leaf if not isinstance(leaf, Tensor) or goes_beyond(leaf, beginnings) else leaf.detach()
-
-    return tree.map(one, values) if beginnings else values
+def cut(values: Tree, leaves: Sequence[Tensor]) -> Tree:
+    """Detach the tensors that were computed from nothing but fresh variables, if some of these leaves were given such a one."""
+    if all(leaf.requires_grad for leaf in leaves):
+        return values
+    return tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) and not goes_beyond(leaf) else leaf, values)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.plain import begun, cut, evaluated, slopes, stands_in
+from metaopt.autodiff.plain import cut, evaluated, slopes, stands_in
 from metaopt.tree import Tree
 
 
@@ -54,7 +54,7 @@ def pull_back_and_value(function: Callable[..., Tree], arguments: Tree, cotangen
     again = torch.is_grad_enabled()
     fresh, (results, value) = evaluated(run, variables, again)
     bars = _dense(slopes(results, fresh, given, again=again), variables)
-    return spread(cut(bars, begun(fresh, variables)) if again else bars, arguments, wanted), value
+    return spread(cut(bars, variables) if again else bars, arguments, wanted), value
 
 
 class Linearized:

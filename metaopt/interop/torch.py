@@ -115,7 +115,7 @@ class FromTorch(Optimizer):
             "`metaopt.optimizers` for its hyperparameters alone."
         )
 
-    def init(self, params: Tree) -> State:
+    def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state in which the torch optimizer was, on the devices and in the dtypes of `params`."""
         state = super().init(params)
         leaves = self._leaves(params, "params")
@@ -123,7 +123,17 @@ class FromTorch(Optimizer):
             self._check_order(params)
         parts = [_resumed(optimizer, part, [leaves[place] for place in part.places]) for optimizer, part in self._pairs()]
         step = torch.full_like(state["step"], max(part.step for part in self.parts))
-        return {**state, "step": step, "shared": {"parts": parts}}
+        state = {**state, "step": step, "shared": {"parts": parts}}
+        return self.separate(state, params) if per_parameter else state
+
+    def separate(self, state: State, params: Tree) -> State:
+        """Return the state with a step count for each parameter, as `Optimizer.separate` does."""
+        leaves = self._leaves(params, "params")
+        parts = [
+            optimizer.separate(before, [leaves[place] for place in part.places])
+            for (optimizer, part), before in zip(self._pairs(), state["shared"]["parts"], strict=True)
+        ]
+        return _with_counts({**state, "shared": {"parts": parts}, "steps": []})
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
@@ -134,11 +144,13 @@ class FromTorch(Optimizer):
         for (optimizer, part), before in zip(self._pairs(), state["shared"]["parts"], strict=True):
             uphill = [gradients[place] for place in part.places]
             own = None if weights is None else [weights[place] for place in part.places]
-            moved, after = optimizer([-g for g in uphill] if part.maximize else uphill, before, own, loss=loss)
-            states.append(after)
+            downhill = [None if g is None else -g for g in uphill] if part.maximize else uphill
+            moved, next_state = optimizer(downhill, before, own, loss=loss)
+            states.append(next_state)
             for place, update in zip(part.places, moved, strict=True):
                 updates[place] = update
-        return tree.unflatten(structure, updates), {**state, "step": state["step"] + 1, "shared": {"parts": states}}
+        after = {**state, "step": state["step"] + 1, "shared": {"parts": states}}
+        return tree.unflatten(structure, updates), _with_counts(after)
 
     def values(
         self, state: State, *, loss: Tensor | None = None, grads: Tree | None = None, params: Tree | None = None
@@ -181,14 +193,19 @@ class FromTorch(Optimizer):
     def _leaves(self, given: Tree, what: str) -> Leaves:
         """Return the leaves, which must be those of the torch optimizer as far as that can be seen."""
         leaves = tree.leaves(given) if self.structure is None else tree.flatten_like(self.structure, given, what)
-        found = [tuple(leaf.shape) for leaf in leaves]
-        if found != self._shapes:
+        found = [None if leaf is None else tuple(leaf.shape) for leaf in leaves]
+        if len(found) != len(self._shapes) or any(f not in (None, s) for f, s in zip(found, self._shapes, strict=True)):
             raise ValueError(
                 f"`{what}` must hold the trainable parameters of the torch optimizer in its order, shapes {self._shapes}, got "
                 f"{found}. If some are left out or stand in another order, call "
                 "from_torch(optimizer, params=functional(model).params)."
             )
         return leaves
+
+
+def _with_counts(state: State) -> State:
+    """Return the state with the counts of its parts, if it has counts."""
+    return {**state, "steps": [part["steps"] for part in state["shared"]["parts"]]} if "steps" in state else state
 
 
 def _resumed(optimizer: Optimizer, part: Part, like: Leaves) -> State:
@@ -235,12 +252,13 @@ def _weights(optimizer: torch.optim.Optimizer, params: Tree | None) -> Leaves:
 
 
 def counts(state: dict[str, Any]) -> tuple[float, ...]:
-    """Return the step count of a parameter, and whatever else of its state is one number.
+    """Return the step count of a parameter, and for whatever else of its state is one number its value, or its id if it is learned.
 
     SGD and Muon do not count: there it is 1 if there is memory, which is all that matters.
     """
     count = state.get("step", any(isinstance(value, Tensor) for value in state.values()))
-    return tuple(float(value) for value in (count, state.get("mu_product", 0)))
+    others = [state.get(name, 0) for name in ("mu_product", "eta")]
+    return float(count), *(id(other) if isinstance(other, Tensor) and is_tracked(other) else float(other) for other in others)
 
 
 def built(kind: type[Optimizer], group: dict[str, Any]) -> Optimizer:

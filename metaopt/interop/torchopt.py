@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
 from metaopt.closure import reachable
 from metaopt.optimizer import Hyper, Optimizer, State
 from metaopt.optimizer.hyperparameter import set_hyperparameter
+from metaopt.optimizer.per_parameter import require_gradients
 from metaopt.optimizer.schedule import Schedule
-from metaopt.transforms import is_tracked, values_are_readable
+from metaopt.transforms import is_last, is_tracked, values_are_readable
 from metaopt.tree import Tree
 
 if TYPE_CHECKING:
@@ -30,8 +32,9 @@ def from_torchopt(transform: GradientTransformation | Callable[..., GradientTran
 
     The arithmetic is TorchOpt's, and so are its limits; the optimizers of `metaopt.optimizers` have none of these:
 
-    - The derivatives of adam, adamw, radam, rmsprop and adagrad are not a number where a gradient has been zero from the start;
-      those of `use_accelerated_op=True` are wrong, about twice the true ones.
+    - The derivatives of `use_accelerated_op=True` are wrong, about twice the true ones, and not a number where a gradient has been
+      zero from the start. (Those of the plain operators are finite there: the root of 0 is given the derivative 0.)
+    - Every parameter needs a gradient: TorchOpt's momentum forgets what it had of one without.
     - `clip_grad_norm` takes the norm for a constant, and does not work under `vmap`.
     - Adam's bias correction is computed in float32 unless the default dtype is float64.
     - `torch.compile` does not see through it.
@@ -91,9 +94,9 @@ class FromTorchOpt(Optimizer):
         shown = [getattr(self.transform, "__name__", type(self.transform).__name__)]
         return ", ".join(shown + [f"{name}={value!r}" for name, value in (self.arguments | numbers).items()])
 
-    def init(self, params: Tree) -> State:
+    def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step."""
-        state = super().init(params)
+        state = super().init(params, per_parameter=per_parameter)
         leaves = tree.leaves(params)
         # Schedules may observe what there is not yet; a TorchOpt state starts from zeros or from constants.
         hyper, _ = self._hyper_at(state, [torch.zeros_like(leaf) for leaf in leaves], leaves[0].new_zeros(()))
@@ -102,13 +105,26 @@ class FromTorchOpt(Optimizer):
         memory = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, memory)
         return {**state, "shared": {"transform": _counted(memory, leaves[0].device)}}
 
+    def separate(self, state: State, params: Tree) -> State:
+        """Refuse to count the steps of each parameter.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "`from_torchopt`: every parameter needs a gradient, got None, or a state with a step count for "
+            "each. TorchOpt's momentum forgets what it had of a parameter without one. Give zeros, leave "
+            "frozen parameters out, or use the optimizer of that name in `optimizers`."
+        )
+
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
+        require_gradients(grads)
         hyper, schedules = self._hyper_at(state, tree.leaves(grads), loss)
         memory = state["shared"]["transform"]
         if not values_are_readable():
             memory = _batched(memory, (grads, params, hyper))
-        with _explained():
+        with _explained(), nullcontext() if is_last() else _SmoothRoots():
             transform, memory = self._made(hyper), _uncounted(memory)
             flags = list(_first_calls(transform))
 
@@ -164,6 +180,20 @@ def _batched(memory: Tree, like: Tree) -> Tree:
         return leaf + zero.to(leaf.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     return tree.map(widen, memory)
+
+
+class _SmoothRoots(TorchFunctionMode):
+    """While entered, the root of 0 has the derivative 0, not infinity, which times the derivative 0 of a square is not a number.
+
+    Values stay the same. What remains of Adam's derivative where v = 0 is the exact 1 / eps at the first step.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.sqrt, Tensor.sqrt) and not kwargs:
+            return tree.safe_sqrt(*args)
+        if func is Tensor.sqrt_:
+            return args[0].copy_(tree.safe_sqrt(args[0].clone()))
+        return func(*args, **(kwargs or {}))
 
 
 class _FirstCall(NamedTuple):

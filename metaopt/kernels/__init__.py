@@ -42,13 +42,14 @@ class AnyOrder(TorchFunctionMode):
 
 
 class Watching(AnyOrder):
-    """Notes whether there was anything to be computed otherwise."""
+    """Notes whether anything was computed whose derivatives in reverse mode are wrong, or that draws other random numbers."""
 
     found = False
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.found = self.found or func in _INSTEAD
+        self.found = self.found or func in _DELICATE
         return super().__torch_function__(func, types, args, kwargs)
 
 
-_INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = NORMS | ATTENTION | RECURRENT | LOSSES | DROPOUT
+_DELICATE: dict[Callable[..., Any], Callable[..., Any]] = NORMS | ATTENTION | RECURRENT | DROPOUT
+_INSTEAD = _DELICATE | LOSSES  # the losses lack forward derivatives alone

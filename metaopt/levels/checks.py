@@ -67,6 +67,7 @@ def check_program(program: Program) -> None:
         _check_shared(program, name)
     for edge in program.edges:
         _check_response(program, edge)
+        _check_buffers(program, edge)
     for name, level in program.levels.items():
         if program.lowers(name) and not level.allow_unused:
             _check_used(program, name)
@@ -177,6 +178,24 @@ def _check_response(program: Program, edge: Edge) -> None:
         f"{edge}: the loss of {lower!r} does not depend on {upper!r}, so there is no response. Read `levels.{upper}` in it, or "
         "take the edge out."
     )
+
+
+def _check_buffers(program: Program, edge: Edge) -> None:
+    """See that no loss depends on buffers whose derivative is that of steps which the edge's rule does not look at."""
+    if not isinstance(edge.differentiate, PointRule):
+        return
+    lower, below = edge.lower.name, program.order.below
+    for reader in program.order.levels:
+        if lower in below[reader] and edge.upper.name not in below[reader] | {reader}:
+            continue  # another way leads down from this one
+        for level, key in sorted(program.buffers_behind(reader)):
+            if level == lower:
+                raise ValueError(
+                    f"{edge}: the loss of {reader!r} depends on the buffer {key!r} of {lower!r}, and that on the steps which "
+                    f"{lower!r} made. {type(edge.differentiate).__name__} looks at where they ended, and would leave its "
+                    f"derivative out. Use `mo.Backprop()`; or, if a constant is meant, detach it where it is read: "
+                    f"`levels.{lower}.buffers[{key!r}].detach()`."
+                )
 
 
 def _check_used(program: Program, name: str) -> None:

@@ -25,7 +25,7 @@ from metaopt.levels.order import Event, Owner
 from metaopt.levels.program import Program, Rules, all_shown, rest, shown
 from metaopt.levels.response import Respond, Response, attached, noted, through
 from metaopt.levels.update import begun, optimizer_tensors, update
-from metaopt.levels.view import Evaluation, evaluate
+from metaopt.levels.view import Evaluation, evaluate, kept
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
 from metaopt.scan import scan
 from metaopt.transforms import values_are_readable
@@ -158,10 +158,11 @@ class Execution:
         kinds: list[torch.dtype] = []
         for other, seen in scene.items():  # a Function answers zero, not None, where there is no dependence
             params = {key: leaf if (other, key) in reading.params else leaf.detach() for key, leaf in seen["params"].items()}
-            scene[other] = {**seen, "params": params}
+            buffers = {key: leaf if (other, key) in reading.buffers else leaf.detach() for key, leaf in seen["buffers"].items()}
+            scene[other] = {"params": params, "buffers": buffers if other != name else seen["buffers"]}
 
         def step(scene: Tree, buffers: Params, batch: Tree) -> tuple[Params, Tensor]:
-            now = {**scene, name: {**scene[name], "buffers": tree.map(torch.Tensor.detach, buffers)}}
+            now = {**scene, name: {**scene[name], "buffers": buffers}}
             loss, metrics, buffers = self._evaluated(name, now, batch if name in rows else None)
             values = [loss, *metrics.values()]
             kinds[:] = [value.dtype for value in values]
@@ -171,28 +172,33 @@ class Execution:
         # "steps": the graph of one batch at a time
         buffers, values = scan(step, scene, scene[name]["buffers"], rows.get(name, ()), count, "steps")
         loss, *others = [mean.to(kind) for mean, kind in zip(values.mean(0), kinds, strict=True)]
-        buffers = tree.map(torch.Tensor.detach, buffers)
+        buffers = kept(buffers, name, self.program.carried)
         return loss, {"buffers": buffers, "metrics": dict(zip(reading.metrics, others, strict=True)), "below": below}
 
     def _evaluated(self, name: str, scene: Tree, batch: Tree) -> Evaluation:
         """Return what the level's loss says of one batch."""
         keeps, exact = self.program.copies_below[name] is None, self.program.readings[name].is_delicate
-        return evaluate(self.program.levels[name], self.program.nets, scene, batch, keeps_statistics=keeps, exact=exact)
+        program = self.program
+        return evaluate(
+            program.levels[name], program.nets, scene, batch, keeps_statistics=keeps, exact=exact, carried=program.carried
+        )
 
     def _replayed(self, name: str, scene: Tree, window: Window) -> Tree:
         """Return the scene with the responses of the levels that `name` shares with others, as functions of its parameters."""
         states, windows = dict(window.start), window.inner
+        moved: Tree = {}  # what has been exposed: also of levels inside these, which the scenes of old know as constants
         for happened in window.happened:
             event, lower, rows = happened.event, happened.event.level, happened.rows
-            seen = {**happened.scene, **{other: shown(state) for other, state in states.items()}, name: scene[name]}
+            stand = {other: shown(state) for other, state in states.items()}
+            seen = {**happened.scene, **stand, **moved, name: scene[name]}
             rules, its_window = self.program.rules(name, lower), windows.get(lower, NO_WINDOW)
             is_point = _is_point(rules)
             state = happened.after if is_point else states[lower]
             states[lower] = self.advance(event, rules, seen, state, rows, its_window, happened.begins, is_point)
-            scene = scene | self._exposed(lower, rules, seen, states[lower], rows)
+            moved = moved | self._exposed(lower, rules, seen, states[lower], rows)
             again = happened._replace(scene=seen, after=states[lower])
             windows = advanced(again, windows, self.program.order.shared, states)
-        return scene
+        return {**scene, **moved}
 
     def _exposed(self, name: str, rules: Rules, scene: Tree, state: Tree, rows: Tree) -> Tree:
         """Return what others now read of a level, and of those inside its steps if they do."""

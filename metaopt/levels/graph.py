@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from metaopt.levels.execution import Execution
 from metaopt.levels.level import Level
 from metaopt.levels.order import Owner, arrange
 from metaopt.levels.program import Program, all_shown, rest
-from metaopt.levels.reading import Reading, read
+from metaopt.levels.reading import Pair, Reading, read, read_all
 from metaopt.levels.text import describe
 from metaopt.levels.update import initial_state
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
@@ -41,7 +41,7 @@ class LevelGraph:
 
     Constructing a graph evaluates every loss once, on the first batch (which the first step sees again), to learn what it reads: a
     level steps when the levels below that its loss reads have made their steps; those it does not read follow it. A loss that calls
-    none of the functions that `any_order` replaces is from then on evaluated without it.
+    none of the functions whose derivatives `any_order` corrects is from then on evaluated without it.
 
     Args:
         edges: which connect the levels.
@@ -62,7 +62,7 @@ class LevelGraph:
     def __init__(self, edges: Sequence[Edge], *, compile: bool = False):
         levels = named_levels(edges)
         self._streams = {name: Stream(name, level.batches, level.device) for name, level in levels.items()}
-        readings = {name: self._read(name, levels, edges) for name in levels}
+        readings = read_all(lambda name, buffers: self._read(name, levels, edges, buffers), levels)
         order = arrange(edges, {name: reading.levels for name, reading in readings.items()})
         lower = {edge.lower.name for edge in edges}
         initial = {
@@ -166,13 +166,15 @@ class LevelGraph:
 
     # Building
 
-    def _read(self, name: str, levels: dict[str, Level], edges: Sequence[Edge]) -> Reading:
+    def _read(self, name: str, levels: dict[str, Level], edges: Sequence[Edge], buffers: Collection[Pair] = frozenset()) -> Reading:
         level, batch = levels[name], None
+        is_above_copies = any(edge.lower.copies for edge in edges if edge.upper is level)
         if level.batches is not None:
             (batch,) = self._streams[name].peek(1)
-        if level.copies or any(edge.lower.copies for edge in edges if edge.upper is level):
+        if level.copies or is_above_copies:
             batch = None if level.batches is None else tree.index(batch, 0)
-        return read(level, {other: one.net for other, one in levels.items()}, batch)
+        keeps = level.copies is not None or not is_above_copies
+        return read(level, {other: one.net for other, one in levels.items()}, batch, buffers=buffers, keeps_statistics=keeps)
 
     def _begin(self, name: str) -> Tree:
         """Return a level's first state, with those of the levels that run inside its steps."""

@@ -52,7 +52,8 @@ class Program:
         compile: whether inner loops are compiled.
         nets: level -> its model as a function.
         reads: level -> the levels that its loss reads, its own among them.
-        reads_outside: level -> the levels that a step of it reads, apart from those that move during it.
+        reads_outside: level -> the levels that a step of it reads, apart from those inside it. Those that it shares are among them:
+            they need not have moved since its last step.
         read_from_outside: the levels inside whose steps others run that are read by a level outside.
         random: the levels whose steps draw from the global random generators.
         moves: owner -> what happens in one turn, in order.
@@ -61,6 +62,7 @@ class Program:
         direct: the levels for which `responds_at_points`.
         looped: the levels whose loop is compiled by itself, if any is.
         adjustable: the levels whose optimizer has tensors.
+        carried: level -> its buffers that have derivatives and matter to a loss.
     """
 
     levels: Mapping[str, Level]
@@ -82,6 +84,7 @@ class Program:
     direct: frozenset[str] = field(init=False)
     looped: frozenset[str] = field(init=False)
     adjustable: frozenset[str] = field(init=False)
+    carried: dict[str, frozenset[str]] = field(init=False)
     _rules: dict[tuple[Owner, str], Rules] = field(init=False)
     _above: dict[str, list[Edge]] = field(init=False)
     _lowers: dict[str, list[Edge]] = field(init=False)
@@ -109,6 +112,7 @@ class Program:
             adjustable=frozenset(
                 name for name, level in self.levels.items() if [*level.optimizer.parameters(), *level.optimizer.buffers()]
             ),
+            carried=self._carried(),
         )
 
     def _set(self, **values: object) -> None:
@@ -161,12 +165,35 @@ class Program:
         return found
 
     def dependencies(self, name: str) -> frozenset[tuple[str, str]]:
-        """Return the (level, parameter) pairs that the loss of `name`, its optimizer or its starting point depends on."""
+        """Return the (level, parameter) pairs that the loss of `name`, its optimizer or its starting point depends on.
+
+        What the buffers that it reads of itself and of levels below depend on is among them; those of a level above are constants
+        in this one's step.
+        """
         found = self.readings[name].params | frozenset(self.links[name].values())
+        for level, key in self.buffers_behind(name):
+            if level == name or level in self.order.below[name]:
+                moves = self.readings[level].moves[key]
+                found |= {(other, param) for other, param in moves if param in self.levels[other].net.params}
         for edge in self.above(name):
             if edge.start == "upper" and not isinstance(edge.differentiate, PointRule):
                 found |= {(edge.upper.name, key) for key in edge.upper.net.params}
         return found
+
+    def buffers_behind(self, name: str) -> frozenset[tuple[str, str]]:
+        """Return the (level, buffer) pairs that the loss of `name` depends on, also through other buffers."""
+        found: set[tuple[str, str]] = set()
+        pending = [*self.readings[name].buffers]
+        while pending:
+            level, key = pair = pending.pop()
+            if pair not in found and key in self.readings[level].moves:
+                found.add(pair)
+                pending += self.readings[level].moves[key]
+        return frozenset(found)
+
+    def _carried(self) -> dict[str, frozenset[str]]:
+        behind = frozenset().union(*map(self.buffers_behind, self.levels))
+        return {name: frozenset(key for level, key in behind if level == name) for name in {level for level, _ in behind}}
 
     def _reads_outside(self, name: str) -> frozenset[str]:
         inside = self.order.inside[name] | {name}

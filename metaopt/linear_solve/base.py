@@ -63,11 +63,10 @@ class LinearSolver(ABC):
         Raises:
             ValueError: `start`, or what `matvec` returns, has another structure than b.
         """
-        structure = tree.flatten(b)[1]
 
         def operator(x: Tensor) -> Tensor:
             product = matvec(tree.unravel(x, b))
-            tree.flatten_like(structure, product, "matvec(x)")
+            tree.leaves_like(b, product, "matvec(x)")
             return tree.ravel(product) + self.damping * x if self.damping else tree.ravel(product)
 
         vector = tree.ravel(b)
@@ -75,7 +74,7 @@ class LinearSolver(ABC):
         unit = divide(vector, scale)
         begin = None
         if start is not None:
-            tree.flatten_like(structure, start, "start")
+            tree.leaves_like(b, start, "start")
             begin = divide(tree.ravel(start), scale)
         x, residual, steps = self._solve(operator, unit, begin)
         return Solution(tree.unravel(x * scale, b), torch.where(scale > 0, residual, 0), steps)

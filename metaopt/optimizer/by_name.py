@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from metaopt.optimizer.module import Configurable
 from metaopt.optimizer.names import choose
-from metaopt.optimizer.schedule import Schedule, advance
+from metaopt.optimizer.schedule import Schedule, advance, read
 
 Value = float | Tensor
 
@@ -79,7 +79,7 @@ class ByName(Configurable):
         return Spread([key_of[name] for name in names], self.values)
 
     def advance(
-        self, owner: nn.Module, what: str, state: Any, *, named: dict[str, Tensor], step: Tensor, loss: Tensor | None
+        self, owner: nn.Module, what: str, state: Any, *, named: dict[str, Tensor | None], step: Tensor, loss: Tensor | None
     ) -> tuple[Spread, dict[str, Any]]:
         """Return (the values at this step, the next states of the schedules).
 
@@ -87,21 +87,19 @@ class ByName(Configurable):
             owner: the optimizer.
             what: the hyperparameter's name.
             state: pattern -> state.
-            named: name -> gradient, in the order of the parameters.
+            named: name -> gradient or None, in the order of the parameters.
             step: index of the step, from 0.
             loss: the loss, if the caller of the optimizer gave it.
         """
         keys, values = self.spread(owner, what, [*named])
         after = {}
-        for pattern, value in values.items():
-            if isinstance(value, Schedule):
-                grads = [grad for key, grad in zip(keys, named.values(), strict=True) if key == pattern]
-                values[pattern], after[pattern] = advance(value, state[pattern], step=step, loss=loss, grads=grads)
-        if after.keys() != state.keys():
-            raise ValueError(
-                f"`state` must be that of this {type(owner).__name__}, with the schedules {sorted(after)} of `{what}`, got "
-                f"{sorted(state)}. Pass what its own `init`, or the step before, returned."
-            )
+        for pattern, schedule in self._schedules(owner, what, state).items():
+            pairs = zip(keys, named.values(), strict=True)
+            grads = [grad for key, grad in pairs if key == pattern and grad is not None]
+            if not grads:  # nobody takes its value at this step, and it has nothing to see
+                values[pattern], after[pattern] = 0.0, state[pattern]
+                continue
+            values[pattern], after[pattern] = advance(schedule, state[pattern], step=step, loss=loss, grads=grads)
         return Spread(keys, values), after
 
     def values_at(
@@ -109,13 +107,22 @@ class ByName(Configurable):
     ) -> dict[str, Value]:
         """Return pattern -> value at this step; see `Schedule.value_at`."""
         keys, values = ([], self.values) if named is None else self.spread(owner, what, [*named])
-        for pattern, value in values.items():
-            if isinstance(value, Schedule):
-                grads = None
-                if named is not None:
-                    grads = [grad for key, grad in zip(keys, named.values(), strict=True) if key == pattern]
-                values[pattern] = value.value_at(state[pattern], grads=grads, like=like, **seen)
+        for pattern, schedule in self._schedules(owner, what, state).items():
+            grads = None
+            if named is not None:
+                grads = [grad for key, grad in zip(keys, named.values(), strict=True) if key == pattern]
+            values[pattern] = read(schedule, state[pattern], grads=grads, like=like, **seen)
         return values
+
+    def _schedules(self, owner: nn.Module, what: str, state: Any) -> dict[str, Schedule]:
+        """Return pattern -> schedule; raise ValueError if the state has others."""
+        schedules = {pattern: value for pattern, value in self.values.items() if isinstance(value, Schedule)}
+        if schedules.keys() != state.keys():
+            raise ValueError(
+                f"`state` must be that of this {type(owner).__name__}, with the schedules {sorted(schedules)} of `{what}`, got "
+                f"{sorted(state)}. Pass what its own `init`, or the step before, returned."
+            )
+        return schedules
 
 
 def in_cells(hyper: Mapping[str, Any]) -> list[tuple[list[int], dict[str, Any]]] | None:
@@ -157,12 +164,12 @@ def change_in_cells(
     return [placed[place] for place in range(len(leaves))]
 
 
-def check_shapes(owner: nn.Module, hyper: Mapping[str, Any], leaves: list[Tensor]) -> None:
+def check_shapes(owner: nn.Module, hyper: Mapping[str, Any], leaves: Sequence[Tensor | None]) -> None:
     """Raise ValueError if a tensor hyperparameter is neither a scalar nor of the shape of every parameter that it meets."""
     for name, value in hyper.items():
         each = [value.values[key] for key in value.keys] if type(value) is Spread else [value] * len(leaves)
         for one, leaf in zip(each, leaves, strict=True):
-            if isinstance(one, Tensor) and one.ndim and one.shape != leaf.shape and one.numel() != 1:
+            if leaf is not None and isinstance(one, Tensor) and one.ndim and one.shape != leaf.shape and one.numel() != 1:
                 raise ValueError(
                     f"{type(owner).__name__}: `{name}` must be a scalar, or have the shape of every parameter that it meets, got "
                     f"shape {tuple(one.shape)} for a parameter of shape {tuple(leaf.shape)}. A value for each step is "

@@ -10,21 +10,29 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.optimizer.group import TUPLES, by_items, with_items, with_tuples
+from metaopt.optimizer.per_parameter import share_equal
 
 if TYPE_CHECKING:
     from metaopt.optimizer import Optimizer
+
+
+# What schedulers of torch write into a group, and read there when they resume.
+_OF_SCHEDULERS = {"initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr"}
 
 
 class Deployed(torch.optim.Optimizer):
     """Steps a model's parameters in place with a frozen copy of an `Optimizer`; made by `Optimizer.as_torch`.
 
     Every scalar hyperparameter of the optimizer is a key of each parameter group, so groups may differ and
-    `torch.optim.lr_scheduler` works. Where the optimizer has no scalar `lr` (learned ones, and those whose `lr` is a
-    schedule), the group's `lr` is 1.0 and multiplies the updates.
+    `torch.optim.lr_scheduler` works; a pair has torch's name too, such as `betas` for `beta1` and `beta2`. Where the optimizer has
+    no scalar `lr` (learned ones, and those whose `lr` is a schedule), the group's `lr` is 1.0 and multiplies the updates.
 
-    A parameter whose `.grad` is None is not moved, nor is the memory kept for it ("slots" in the state). What a group has in
-    common goes on: the step count (torch counts for each parameter), schedules, and the memory of the `LSTMOptimizer`, which
-    sees a zero gradient.
+    A parameter whose `.grad` is None is not moved, its memory stays and its step is not counted, as in
+    torch. Schedules inside the optimizer count the steps in which a parameter of the group has a gradient.
+
+    A sparse gradient is made dense first, so it acts as the same numbers in a dense one: as in torch's SGD
+    and Adagrad, but unlike `torch.optim.SparseAdam`, which leaves the moments of the other rows as they are.
     """
 
     state: dict[Any, Any]  # type: ignore[assignment]  # "group 0" -> its memory; torch's own have a parameter as key
@@ -37,21 +45,22 @@ class Deployed(torch.optim.Optimizer):
         self._numeric = {name: float(value) for name, value in numbers.items() if _is_scalar(value)}
         for name in self._numeric:
             delattr(self._optimizer, name)
-        super().__init__(params, {"lr": 1.0} | self._numeric)
+        super().__init__(params, with_tuples({"lr": 1.0} | self._numeric))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its options are the optimizer's numeric hyperparameters and `lr`.
+        """Add a group; its options are the optimizer's numeric hyperparameters and `lr`, and what schedulers of torch keep there.
 
         Raises:
-            ValueError: an option that the optimizer does not have.
+            ValueError: an option that the optimizer does not have, or one that is given twice.
         """
-        unknown = param_group.keys() - {"params", "param_names"} - self.defaults.keys()
+        unknown = param_group.keys() - {"params", "param_names"} - self.defaults.keys() - _OF_SCHEDULERS
         if unknown:
             raise ValueError(
                 f"{type(self._optimizer).__name__} has no option {sorted(unknown)} for a parameter group; "
                 f"it has {sorted(self.defaults)}."
             )
-        super().add_param_group(param_group)
+        super().add_param_group(with_items(param_group))
+        self.param_groups[-1] = by_items(self.param_groups[-1])  # torch has filled in the default `betas` beside a given `beta1`
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -84,6 +93,7 @@ class Deployed(torch.optim.Optimizer):
             for index, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False))
         }
         super().load_state_dict(state_dict)
+        self.param_groups = [by_items(group) for group in self.param_groups]
         self.state.update({key: memory for key, memory in fitted.items() if memory is not None})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,7 +106,7 @@ class Deployed(torch.optim.Optimizer):
         Raises:
             ValueError: the saved group or its memory does not fit this optimizer and these parameters.
         """
-        missing = self.defaults.keys() - saved.keys()
+        missing = self.defaults.keys() - saved.keys() - TUPLES.keys()
         if missing:
             raise ValueError(
                 f"`state_dict` was saved from another optimizer: {key} lacks {sorted(missing)}, "
@@ -104,8 +114,10 @@ class Deployed(torch.optim.Optimizer):
             )
         if key not in states:
             return None
+        params = _named(group)
         with self._options(saved):
-            expected, structure = tree.flatten(self._optimizer.init(_named(group)))
+            empty = self._optimizer.init(params)
+            expected, structure = tree.flatten(self._optimizer.separate(empty, params) if "steps" in states[key] else empty)
         found = tree.flatten_like(structure, states[key], f"state_dict['state'][{key!r}]")
         for own, other in zip(expected, found, strict=True):
             if own.shape != other.shape:
@@ -113,22 +125,20 @@ class Deployed(torch.optim.Optimizer):
                     f"`state_dict` was saved for another model: the memory of {key} has a tensor of shape {tuple(other.shape)}, "
                     f"expected {tuple(own.shape)}."
                 )
-        return tree.unflatten(structure, [other.to(own.device) for own, other in zip(expected, found, strict=True)])
+        return share_equal(tree.unflatten(structure, [other.to(own.device) for own, other in zip(expected, found, strict=True)]))
 
     def _step_group(self, key: str, group: dict[str, Any], loss: Tensor | None) -> None:
         params = _named(group)
-        moved = {name for name, param in params.items() if param.grad is not None}
-        grads = {name: param.grad if name in moved else torch.zeros_like(param) for name, param in params.items()}
+        grads = {name: _dense(param.grad) for name, param in params.items()}
         with self._options(group):
             before = self.state[key] if key in self.state else self._optimizer.init(params)
-            updates, after = self._optimizer(grads, before, params, loss=loss)
-        for name, slot in after["slots"].items():
-            if isinstance(slot, dict):
-                after["slots"][name] = {k: tensor if k in moved else before["slots"][name][k] for k, tensor in slot.items()}
-        self.state[key] = after
+            if "steps" not in before and any(grad is None for grad in grads.values()):
+                before = self._optimizer.separate(before, params)
+            updates, self.state[key] = self._optimizer(grads, before, params, loss=loss)
         scale = 1.0 if "lr" in self._numeric else group["lr"]
-        for name in moved:
-            params[name].add_(updates[name].to(params[name].dtype), alpha=scale)
+        for name, update in updates.items():
+            if update is not None:
+                params[name].add_(update.to(params[name].dtype), alpha=scale)
 
     def _options(self, group: dict[str, Any]) -> _Options:
         return _Options(self._optimizer, {name: group[name] for name in self._numeric})
@@ -153,6 +163,10 @@ def _named(group: dict[str, Any]) -> dict[str, Tensor]:
     """Return the parameters of a group by the names they were given with, else by their position."""
     params = group["params"]
     return dict(zip(group.get("param_names") or map(str, range(len(params))), params, strict=True))
+
+
+def _dense(grad: Tensor | None) -> Tensor | None:
+    return grad if grad is None or grad.layout is torch.strided else grad.to_dense()
 
 
 def _is_scalar(value: Any) -> bool:

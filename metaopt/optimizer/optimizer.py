@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from metaopt.optimizer.flat import join, part, prefers_joined
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.module import Configurable
 from metaopt.optimizer.names import paths
-from metaopt.optimizer.schedule import Schedule, advance
+from metaopt.optimizer.per_parameter import require_gradients, separate_state, step_apart
+from metaopt.optimizer.schedule import Schedule, advance, read
 from metaopt.tree import Tree
 
 State = dict[str, Any]
@@ -45,7 +46,10 @@ class Optimizer(Configurable):
     SGD and ASGD the plain forms take few operations, and were up to 1.4 times slower.)
 
     The state is a dict: "step" (int64 scalar), "slots" (memory per parameter, in the parameters' own structure), "shared"
-    (memory over all parameters) and "schedules".
+    (memory over all parameters) and "schedules". With `init(params, per_parameter=True)` there is also "steps", a count for each
+    parameter, and a gradient may be None: then its parameter, memory and count stay as they are, as in `torch.optim`. `update` is
+    called for some of the parameters at a time then; one that couples them, other than by "shared" memory, should say so by
+    raising in `separate`.
     """
 
     hyperparameters: tuple[str, ...] = ()
@@ -70,11 +74,15 @@ class Optimizer(Configurable):
         """Return (scale, d, next slots) of updates u = scale d, so that w + u need not make u first."""
         raise TypeError(f"{type(self).__name__} must define `update(grads, params, slots, hyper, step)`, or `direction`.")
 
-    def init(self, params: Tree) -> State:
+    def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step, on the parameters' device and in their dtypes.
 
+        Args:
+            params: the parameters, a tree.
+            per_parameter: count the steps of each parameter, so that gradients may be None: these parameters are not moved.
+
         Raises:
-            ValueError: there are no parameters, or one is neither a floating-point nor a complex tensor.
+            ValueError: there are no parameters, or one is neither a floating-point nor a complex tensor; or as `separate`.
         """
         for name, leaf in tree.named_leaves(params):
             if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
@@ -87,24 +95,34 @@ class Optimizer(Configurable):
             raise ValueError("`params` must hold at least one tensor, got an empty tree. Is every parameter frozen?")
         self._check_hyperparameters(params, leaves)
         slots = self.slots(leaves)
-        return {
+        state: State = {
             "step": torch.zeros((), dtype=torch.int64, device=leaves[0].device),
             "slots": {name: tree.unflatten(structure, slot) for name, slot in slots.items() if isinstance(slot, list)},
             "shared": {name: slot for name, slot in slots.items() if isinstance(slot, Tensor)},
             "schedules": {name: schedule.init(leaves[0]) for name, schedule in self._schedules()},
         }
+        return self.separate(state, params) if per_parameter else state
+
+    def separate(self, state: State, params: Tree) -> State:
+        """Return the state that goes on from `state` and counts the steps of each parameter; see `init`.
+
+        Raises:
+            ValueError: the optimizer has memory over all parameters that cannot be divided among them.
+        """
+        return separate_state(self, state, params)
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state); nothing is changed in place.
 
         Args:
-            grads: gradients, in the structure of the parameters.
+            grads: gradients, in the structure of the parameters; None (so is the update) if steps are counted per parameter.
             state: from `init` or the step before.
             params: the parameters at which the gradients were taken; needed by weight decay and most learned optimizers.
             loss: the loss there, a scalar; needed by schedules that observe it.
 
         Raises:
-            ValueError: `params` is missing though needed, a structure does not match, or the state is another optimizer's.
+            ValueError: `params` is missing though needed, a structure does not match, a gradient is None without a step count for
+                each parameter, or the state is another optimizer's.
         """
         return self._on_leaves(self.update, grads, state, params, loss)
 
@@ -121,7 +139,8 @@ class Optimizer(Configurable):
             ValueError: as `forward`, and if an update has another shape than its parameter.
         """
         if self._is_plain:
-            return self._on_leaves(self._move, grads, state, params, loss)
+            after, state = self._on_leaves(self._move, grads, state, params, loss)
+            return (tree.map(_or_kept, params, after) if "steps" in state else after), state
         updates, state = self(grads, state, params, loss=loss)
         return apply_updates(params, updates), state
 
@@ -151,7 +170,7 @@ class Optimizer(Configurable):
             value = getattr(self, name)
             if isinstance(value, Schedule):
                 before = state["schedules"][name]
-                found[name] = value.value_at(before, step=state["step"], loss=loss, grads=leaves, like=like)
+                found[name] = read(value, before, step=state["step"], loss=loss, grads=leaves, like=like)
             elif isinstance(value, ByName):
                 named = None if leaves is None else dict(zip(paths(grads), leaves, strict=True))
                 each = value.values_at(self, name, state["schedules"][name], step=state["step"], loss=loss, named=named, like=like)
@@ -173,14 +192,23 @@ class Optimizer(Configurable):
         return is_ours and not (self._forward_hooks or self._forward_pre_hooks or _GLOBAL_HOOKS[0] or _GLOBAL_HOOKS[1])
 
     def _on_leaves(
-        self, step_on: StepOn, grads: Tree, state: State, params: Tree | None, loss: Tensor | None
+        self, step_on: StepOn, grads: Tree, state: State, params: Tree | None, loss: Tensor | None, hyper: Hyper | None = None
     ) -> tuple[Tree, State]:
-        """Return what `step_on` makes of the leaves, as a tree like the gradients, and the next state."""
+        """Return what `step_on` makes of the leaves, as a tree like the gradients, and the next state.
+
+        With `hyper` these are the hyperparameters' values, and schedules stay where they are.
+        """
         self._check_state_keys(state)
+        if "steps" in state:
+            return step_apart(self, step_on, grads, state, params, loss)
         gradients = tree.leaves(grads)
         weights = None if params is None else tree.leaves_like(grads, params, "params")
         with torch._C.DisableTorchFunction():  # under a mode every look at a dtype is a call of its own
-            is_complex = [*map(Tensor.is_complex, gradients)]
+            try:
+                is_complex = [*map(Tensor.is_complex, gradients)]
+            except TypeError:
+                require_gradients(grads)
+                raise
         if any(is_complex):
             gradients = [tree.as_real(gradient) for gradient in gradients]
             weights = None if weights is None else [tree.as_real(weight) for weight in weights]
@@ -188,7 +216,10 @@ class Optimizer(Configurable):
         memory |= state["shared"]
         step = state["step"] + 1
         try:
-            hyper, schedules = self._hyper_at(state, gradients, loss, grads)
+            if hyper is None:
+                hyper, schedules = self._hyper_at(state, gradients, loss, grads)
+            else:
+                schedules = {}
             results, after = self._joined(step_on, gradients, weights, memory, hyper, step)
         except (KeyError, RuntimeError):
             self._check_state(state, gradients)
@@ -277,12 +308,14 @@ class Optimizer(Configurable):
             is_own = "update" in self.__dict__ or "direction" in self.__dict__
             return not is_own and not any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
 
-    def _hyper_at(self, state: State, grads: Leaves, loss: Tensor | None, gradients: Tree = None) -> tuple[Hyper, dict[str, Any]]:
+    def _hyper_at(
+        self, state: State, grads: Sequence[Tensor | None], loss: Tensor | None, gradients: Tree = None
+    ) -> tuple[Hyper, dict[str, Any]]:
         """Return the hyperparameters' values at this step, and the next states of the schedules among them.
 
         Args:
             state: that of the optimizer.
-            grads: the gradients, one tensor per parameter.
+            grads: the gradients, one tensor per parameter, or None.
             loss: as for `forward`.
             gradients: the tree of these, for their names; a list of them by default.
         """
@@ -291,9 +324,12 @@ class Optimizer(Configurable):
         for name, value in hyper.items():
             if type(value) is float:
                 continue
+            if isinstance(value, Schedule | ByName) and name not in state["schedules"]:
+                self._check_schedule_names(state)
             if isinstance(value, Schedule):
                 before = state["schedules"][name]
-                value, schedules[name] = advance(value, before, step=state["step"], loss=loss, grads=grads)
+                seen = [grad for grad in grads if grad is not None]
+                value, schedules[name] = advance(value, before, step=state["step"], loss=loss, grads=seen)
             elif isinstance(value, ByName):
                 named = dict(zip(paths(grads if gradients is None else gradients), grads, strict=True))
                 value, schedules[name] = value.advance(
@@ -381,7 +417,7 @@ def _precision(state: State, grads: Leaves | None) -> torch.dtype:
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """Return w + u leaf by leaf, in the dtype of w.
+    """Return w + u leaf by leaf, in the dtype of w; w where u is None.
 
     Raises:
         ValueError: an update has another shape than its parameter.
@@ -390,9 +426,15 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         return tree.map(apply_update, params, updates)
 
 
-def apply_update(param: Tensor, update: Tensor) -> Tensor:
+def apply_update(param: Tensor, update: Tensor | None) -> Tensor:
     """Return w + u for one tensor; see `apply_updates`."""
+    if update is None:
+        return param
     return fitted(param, param + update if param.shape == update.shape else update)
+
+
+def _or_kept(param: Tensor, after: Tensor | None) -> Tensor:
+    return param if after is None else after
 
 
 def fitted(param: Tensor, after: Tensor) -> Tensor:

@@ -82,6 +82,16 @@ def advance(
     return value, after
 
 
+def read(schedule: Schedule, state: Any, *, like: Tensor, **seen: Any) -> float | Tensor:
+    """Return what `schedule.value_at(state, ...)` does.
+
+    Raises:
+        ValueError: the state is another schedule's, or the schedule's own errors.
+    """
+    _check_state(schedule, state, like)
+    return schedule.value_at(state, like=like, **seen)
+
+
 def _check_state(schedule: Schedule, state: Any, like: Tensor) -> None:
     """Raise ValueError if the state has not the structure and shapes of the schedule's own."""
     own, given = _shapes(schedule.init(like)), _shapes(state)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+import struct
 import zipfile
-import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from metaopt.tasks.episode import Episode
 
 SIZE = 28
 _MEMBER = re.compile(r"(?:.*/)?(?P<alphabet>[^/]+)/(?P<character>character\d+)/(?P<drawing>\d+_\d+\.png)")
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, SyntaxError, RuntimeError)
+MOST_BYTES = 2**20  # of a drawing's file; those of the archives have some 200
+MOST_PIXELS = 2**20  # of a drawing; those of the archives have 105 x 105
 
 Alphabets = dict[str, Tensor]
 
@@ -37,7 +39,8 @@ def read_omniglot(path: str | Path) -> Alphabets:
 
     Raises:
         FileNotFoundError: there is no such path, or no zip file in the folder.
-        ValueError: a file is damaged, there are no drawings in it, or characters differ in their number of drawings.
+        ValueError: a file is damaged, there are no drawings in it, one is too large to be a drawing (which is seen before it
+            is unpacked), or characters differ in their number of drawings.
 
     Reference:
         Lake, Salakhutdinov, Tenenbaum, Science 350, 2015; 28 x 28 as in Vinyals et al. 2016, arXiv:1606.04080.
@@ -45,15 +48,12 @@ def read_omniglot(path: str | Path) -> Alphabets:
     files = _zip_files(Path(path))
     drawings: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for file in files:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                for member in archive.namelist():
-                    if match := _MEMBER.fullmatch(member):
-                        known = drawings[match["alphabet"]][match["character"]]
-                        if match["drawing"] not in known:
-                            known[match["drawing"]] = _decode(archive, file, member)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{file} is damaged or no zip file ({error}). Download it again.") from error
+        with _open(file) as archive:
+            for member in archive.infolist():
+                if match := _MEMBER.fullmatch(member.filename):
+                    known = drawings[match["alphabet"]][match["character"]]
+                    if match["drawing"] not in known:
+                        known[match["drawing"]] = _decode(archive, file, member)
     if not drawings:
         raise ValueError(
             f"No alphabets in {', '.join(map(str, files))}: drawings must be members like "
@@ -189,13 +189,29 @@ def _zip_files(path: Path) -> list[Path]:
     return files
 
 
-def _decode(archive: zipfile.ZipFile, file: Path, member: str) -> Tensor:
+def _open(file: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+        raise ValueError(f"{file} is damaged or no zip file ({error}). Download it again.") from error
+
+
+def _decode(archive: zipfile.ZipFile, file: Path, member: zipfile.ZipInfo) -> Tensor:
     """Return one drawing as uint8 [1, 28, 28], ink 255."""
     with extra("`read_omniglot`"):
         from PIL import Image
+    if member.file_size > MOST_BYTES:
+        raise _unreadable(file, member, f"{member.file_size} bytes unpacked, at most {MOST_BYTES} are read")
     try:
-        with Image.open(io.BytesIO(archive.read(member))) as image:
-            small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    except _UNREADABLE as error:
-        raise ValueError(f"{file}: cannot read the drawing {member} ({error}). Download the file again.") from error
-    return torch.from_numpy(255 - np.asarray(small))[None]
+        with Image.open(io.BytesIO(archive.read(member))) as image:  # reads the header only
+            if math.prod(image.size) <= MOST_PIXELS:
+                small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+                return torch.from_numpy(255 - np.asarray(small))[None]
+            size = image.size
+    except Exception as error:  # what zipfile, its decompressors and PIL raise on damaged bytes is no closed list
+        raise _unreadable(file, member, error) from error
+    raise _unreadable(file, member, f"{size[0]} x {size[1]} pixels, at most {MOST_PIXELS} are read")
+
+
+def _unreadable(file: Path, member: zipfile.ZipInfo, why: object) -> ValueError:
+    return ValueError(f"{file}: cannot read the drawing {member.filename} ({why}). Download the file again.")

@@ -51,11 +51,6 @@ class Joined(Schedule):
         return [schedule.init(like) for schedule in self.schedules]
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
-        if not isinstance(state, list) or len(state) != len(self.schedules):
-            raise ValueError(
-                f"`state` must be that of this Joined, one for each of {len(self.schedules)} schedules, got {state}. Pass what "
-                "`init` of this optimizer, or the step before, returned."
-            )
         values, after = [], []
         ends = (*self.boundaries, math.inf)
         for schedule, start, end, before in zip(self.schedules, self._starts, ends, state, strict=True):

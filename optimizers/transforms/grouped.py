@@ -52,9 +52,15 @@ class Grouped(Optimizer):
         """The pairs (pattern, optimizer)."""
         return tuple(zip(self.patterns, cast(Iterable[Optimizer], self._optimizers), strict=True))
 
-    def init(self, params: Tree) -> State:
+    def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step."""
-        return self._merged([optimizer.init(own) for (_, optimizer), own in zip(self.groups, self._parts(params), strict=True)])
+        pairs = zip(self.groups, self._parts(params), strict=True)
+        return self._merged([optimizer.init(own, per_parameter=per_parameter) for (_, optimizer), own in pairs])
+
+    def separate(self, state: State, params: Tree) -> State:
+        """Return the state with a step count for each parameter, as `Optimizer.separate` does."""
+        pairs = zip(self.groups, self._parts(params), strict=True)
+        return self._merged([optimizer.separate(self._part(state, pattern), own) for (pattern, optimizer), own in pairs])
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
@@ -98,6 +104,8 @@ class Grouped(Optimizer):
             for kind in ("slots", "shared"):
                 merged[kind] |= {f"{pattern}/{name}": memory for name, memory in state[kind].items()}
             merged["schedules"][pattern] = state["schedules"]
+        if "steps" in states[0]:
+            merged["steps"] = {pattern: state["steps"] for pattern, state in zip(self.patterns, states, strict=True)}
         return merged
 
     def _part(self, state: State, pattern: str) -> State:
@@ -106,7 +114,8 @@ class Grouped(Optimizer):
             kind: {name.removeprefix(f"{pattern}/"): m for name, m in state[kind].items() if self._group_of(name) == pattern}
             for kind in ("slots", "shared")
         }
-        return {"step": state["step"], **own, "schedules": state["schedules"][pattern]}
+        counts = {"steps": state["steps"][pattern]} if "steps" in state else {}
+        return {"step": state["step"], **own, "schedules": state["schedules"][pattern], **counts}
 
     def _group_of(self, name: str) -> str | None:
         """Return the pattern that leads a name in the state: the longest, since one may begin as another does."""

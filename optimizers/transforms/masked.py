@@ -9,6 +9,7 @@ from metaopt import tree
 from metaopt.optimizer import Optimizer, State
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.names import choose, paths
+from metaopt.optimizer.per_parameter import require_gradients
 from metaopt.tree import Tree
 
 from .transform import checked
@@ -36,21 +37,30 @@ class Masked(Optimizer):
             raise TypeError(f'Masked: `mask` must be a pattern or a tuple of them, got {mask!r}. Write mask="head.*".')
         self.optimizer, self.mask = checked(self, optimizer), mask if isinstance(mask, str) else tuple(mask)
 
-    def init(self, params: Tree) -> State:
+    def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step."""
-        return self.optimizer.init(self._part(params))
+        return self.optimizer.init(self._part(params), per_parameter=per_parameter)
+
+    def separate(self, state: State, params: Tree) -> State:
+        """Return the state with a step count for each parameter, as `Optimizer.separate` does."""
+        return self.optimizer.separate(state, self._part(params))
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
         structure = tree.flatten(grads)[1]
         named = paths(grads)
+        if "steps" not in state and any(grad is None for grad in named.values()):
+            require_gradients(grads)
         chosen = self._chosen(named)
         weights = None
         if params is not None:
             given = dict(zip(named, tree.flatten_like(structure, params, "params"), strict=True))
             weights = {name: given[name] for name in chosen}
         updates, state = self.optimizer({name: named[name] for name in chosen}, state, weights, loss=loss)
-        return tree.unflatten(structure, [updates[n] if n in updates else torch.zeros_like(g) for n, g in named.items()]), state
+        for name, grad in named.items():
+            if name not in updates:
+                updates[name] = None if grad is None else torch.zeros_like(grad)
+        return tree.unflatten(structure, [updates[name] for name in named]), state
 
     def values(
         self, state: State, *, loss: Tensor | None = None, grads: Tree | None = None, params: Tree | None = None

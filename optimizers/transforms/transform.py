@@ -8,8 +8,9 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer, State
-from metaopt.optimizer.by_name import change_in_cells
+from metaopt.optimizer.by_name import change_in_cells, take
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
+from metaopt.optimizer.per_parameter import require_gradients
 from metaopt.optimizer.schedule import Schedule
 from metaopt.tree import Tree
 
@@ -36,26 +37,42 @@ class Transform(Optimizer):
         """Return the updates, given those of the inner optimizer."""
         return updates
 
-    def init(self, params: Tree) -> State:
+    def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step."""
-        state = self.optimizer.init(params)
+        state = self.optimizer.init(params, per_parameter=per_parameter)
         like = tree.as_real(tree.leaves(params)[0])
         self._check_hyperparameters(params, [tree.as_real(leaf) for leaf in tree.leaves(params)])
         own = {name: schedule.init(like) for name, schedule in self._schedules()}
         return {**state, "schedules": {"optimizer": state["schedules"], **own}}
 
+    def separate(self, state: State, params: Tree) -> State:
+        """Return the state with a step count for each parameter, as `Optimizer.separate` does."""
+        inner = self.optimizer.separate({**state, "schedules": state["schedules"]["optimizer"]}, params)
+        return {**inner, "schedules": state["schedules"]}
+
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
         self._check_state_keys(state)
         leaves, structure = tree.flatten(grads)
-        gradients = [tree.as_real(leaf) for leaf in leaves]
-        weights = None if params is None else [tree.as_real(leaf) for leaf in tree.flatten_like(structure, params, "params")]
+        there = [place for place, leaf in enumerate(leaves) if leaf is not None]
+        if len(there) < len(leaves) and "steps" not in state:
+            require_gradients(grads)
+        if not there:
+            return grads, {**state, "step": state["step"] + 1}
+        weights = None
+        if params is not None:
+            given = tree.flatten_like(structure, params, "params")
+            weights = [tree.as_real(given[place]) for place in there]
         inner, outer = self._split(state)
-        hyper, own = self._hyper_at(outer, gradients, loss, grads)
-        gradients = _of_their_kind(change_in_cells(self.before, gradients, weights, hyper), leaves)
-        moved, after = self.optimizer(tree.unflatten(structure, gradients), inner, params, loss=loss)
-        updates = change_in_cells(self.after, [tree.as_real(leaf) for leaf in tree.leaves(moved)], weights, hyper)
-        return tree.unflatten(structure, _of_their_kind(updates, leaves)), {
+        reals = {place: tree.as_real(leaves[place]) for place in there}
+        hyper, own = self._hyper_at(outer, [reals.get(place) for place in range(len(leaves))], loss, grads)
+        hyper = take(hyper, there)
+        changed = change_in_cells(self.before, [*reals.values()], weights, hyper)
+        passed = tree.unflatten(structure, _in_places(changed, leaves, there))
+        moved, after = self.optimizer(passed, inner, params, loss=loss)
+        moved = tree.leaves(moved)
+        updates = change_in_cells(self.after, [tree.as_real(moved[place]) for place in there], weights, hyper)
+        return tree.unflatten(structure, _in_places(updates, leaves, there)), {
             **after,
             "schedules": {"optimizer": after["schedules"], **own},
         }
@@ -79,7 +96,8 @@ class Transform(Optimizer):
         gradients = [tree.as_real(leaf) for leaf in leaves]
         weights = None if params is None else [tree.as_real(leaf) for leaf in tree.flatten_like(structure, params, "params")]
         hyper, _ = self._hyper_at(state, gradients, loss, grads)
-        return tree.unflatten(structure, _of_their_kind(change_in_cells(self.before, gradients, weights, hyper), leaves))
+        changed = change_in_cells(self.before, gradients, weights, hyper)
+        return tree.unflatten(structure, _in_places(changed, leaves, [*range(len(leaves))]))
 
     def _split(self, state: State) -> tuple[State, State]:
         """Return (the state of the inner optimizer, the state with this one's own schedules).
@@ -96,9 +114,12 @@ class Transform(Optimizer):
         return {**state, "schedules": schedules.pop("optimizer")}, {**state, "schedules": schedules}
 
 
-def _of_their_kind(tensors: Leaves, leaves: Leaves) -> Leaves:
-    """Return as complex what stands for a complex leaf."""
-    return [tree.as_complex(tensor) if leaf.is_complex() else tensor for tensor, leaf in zip(tensors, leaves, strict=True)]
+def _in_places(tensors: Leaves, leaves: list[Any], there: list[int]) -> list[Any]:
+    """Return the tensors in their places among the leaves, None in the others; as complex what stands for a complex leaf."""
+    placed: list[Any] = [None] * len(leaves)
+    for place, tensor in zip(there, tensors, strict=True):
+        placed[place] = tree.as_complex(tensor) if leaves[place].is_complex() else tensor
+    return placed
 
 
 def checked(owner: Optimizer, optimizer: Any) -> Optimizer:

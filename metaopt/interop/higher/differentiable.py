@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import copy
+import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
@@ -24,8 +26,9 @@ class DifferentiableOptimizer(abc.ABC):
 
     For an optimizer of your own, define `_update` in a subclass and make it known with `register_optim`.
 
-    `param_groups` are those of the live optimizer, with the fast weights of the last step as "params"; what is written there
-    counts from the next step on. `state[group][i]` is the memory for the group's i-th parameter, under torch's names.
+    `param_groups` are those of the live optimizer at that time, with the fast weights of the last step as "params"; what is written
+    there counts from the next step on. A scheduler that changes the live one later is warned of. `state[group][i]` is the memory
+    for the group's i-th parameter, under torch's names.
 
     Args:
         other: the live optimizer; it is only read.
@@ -53,7 +56,7 @@ class DifferentiableOptimizer(abc.ABC):
         index = {id(param): position for position, param in enumerate(reference_params)}
         self.param_groups: list[dict[str, Any]] = []
         self.state: list[defaultdict[int, dict[str, Any]]] = []
-        self._indices: list[list[int]] = []
+        self._group_to_param_list: list[list[int]] = []
         for group in other.param_groups:
             for param in group["params"]:
                 if id(param) not in index:
@@ -65,7 +68,9 @@ class DifferentiableOptimizer(abc.ABC):
             self.param_groups.append({**options, "params": [None] * len(group["params"])})
             known = [(i, other.state[param]) for i, param in enumerate(group["params"]) if param in other.state]
             self.state.append(defaultdict(dict, {i: copied(memory, device) for i, memory in known}))
-            self._indices.append([index[id(param)] for param in group["params"]])
+            self._group_to_param_list.append([index[id(param)] for param in group["params"]])
+        self._live = weakref.ref(other)
+        self._rates: list[float | None] | None = _read_rates(other)
         self._fmodel = fmodel
         self._grad_callback = grad_callback
         self._track_higher_grads = track_higher_grads
@@ -92,6 +97,7 @@ class DifferentiableOptimizer(abc.ABC):
             ValueError: there are no `params`, an override does not fit, or the loss depends on none of the parameters.
         """
         self._apply_override(override)
+        self._warn_of_a_scheduler()
         if params is None and self._fmodel is not None:
             params = self._fmodel.fast_params
         if params is None:
@@ -100,12 +106,12 @@ class DifferentiableOptimizer(abc.ABC):
             )
         before = list(params)
         grads = self._grads(loss, before, grad_callback or self._grad_callback)
-        for group, indices in zip(self.param_groups, self._indices, strict=True):
+        for group, indices in zip(self.param_groups, self._group_to_param_list, strict=True):
             group["params"] = [before[index] for index in indices]
         with torch.set_grad_enabled(self._track_higher_grads):
-            self._update([[grads[index] for index in indices] for indices in self._indices])
+            self._update([[grads[index] for index in indices] for indices in self._group_to_param_list])
         after = list(before)
-        for group, indices in zip(self.param_groups, self._indices, strict=True):
+        for group, indices in zip(self.param_groups, self._group_to_param_list, strict=True):
             for index, param in zip(indices, group["params"], strict=True):
                 cut = param.detach().requires_grad_(before[index].requires_grad) if not self._track_higher_grads else param
                 after[index] = cut
@@ -140,6 +146,24 @@ class DifferentiableOptimizer(abc.ABC):
             )
         return grads
 
+    def _warn_of_a_scheduler(self) -> None:
+        """Warn once if the live optimizer's learning rate changed and this one goes on with what it was."""
+        live = self._live()
+        if live is None or self._rates is None:
+            return
+        for group, before, now in zip(self.param_groups, self._rates, _read_rates(live), strict=False):
+            if before != now and group.get("lr") == before:
+                self._rates = None
+                warnings.warn(
+                    f"The learning rate of the live optimizer changed from {before} to {now} since this "
+                    f"differentiable optimizer was made. It goes on with {before}: as in higher, options are "
+                    "read once. For a schedule inside the loop give each step its rate, "
+                    f"`diffopt.step(loss, override={{'lr': [{now}]}})`.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+                return
+
     def _apply_override(self, override: Override | None) -> None:
         for name, values in (override or {}).items():
             for group, value in zip(self.param_groups, one_each(name, values, len(self.param_groups)), strict=True):
@@ -154,6 +178,12 @@ class DifferentiableOptimizer(abc.ABC):
         twin.state = [defaultdict(dict, map_leaves(lambda leaf: leaf, dict(memory))) for memory in self.state]
         twin._fmodel = copy.deepcopy(self._fmodel, memo)
         return twin
+
+
+def _read_rates(optimizer: torch.optim.Optimizer) -> list[float | None]:
+    """Return the learning rate of each group, None where that is not a number."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return [rate if isinstance(rate, int | float) else None for rate in rates]
 
 
 def one_each(name: str, values: Sequence[Any], groups: int) -> Sequence[Any]:

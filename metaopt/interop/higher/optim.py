@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from metaopt.interop.higher.counterparts import (
     DifferentiableRprop,
     DifferentiableSGD,
 )
-from metaopt.interop.higher.differentiable import DifferentiableOptimizer, GradCallback, Override, one_each
+from metaopt.interop.higher.differentiable import DifferentiableOptimizer, GradCallback, Grads, Override, one_each
 from metaopt.interop.higher.patch import PatchedModule
 from metaopt.interop.higher.tensors import flatten, map_leaves
 
@@ -158,6 +158,8 @@ def _written(name: str, new: Any, old: Any) -> Any:
             return torch.as_tensor(new).to(old, copy=True)
         case bool() if _is_scalar(new):
             return bool(new)
+        case int() if _is_scalar(new) and float(new).is_integer():
+            return int(new)
         case int() | float() if _is_scalar(new):
             return float(new)  # also where an integer stands: torch's default weight decay is the integer 0
     raise ValueError(f"The override of {name!r} must have the form of the optimizer's own value {old!r}, got {new!r}.")
@@ -165,3 +167,56 @@ def _written(name: str, new: Any, old: Any) -> Any:
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, float | int) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+# The names that programs take from `higher.optim` although they begin with an underscore: they
+# write a differentiable optimizer of their own with them.
+
+_GroupedGradsType = list[Grads]
+_StateType = list[defaultdict[int, dict[str, Any]]]
+_GradClosureType = Callable[[Tensor], Tensor]
+_OverrideType = Override
+_GradCallbackType = GradCallback
+_opt_mapping = _counterparts
+
+
+def _add(tensor: Tensor, a1: Any, a2: Any = None) -> Tensor:
+    """Return tensor + a1, or tensor + a1 a2."""
+    return tensor + (a1 if a2 is None else a1 * a2)
+
+
+def _addcmul(tensor: Tensor, a1: Any, a2: Any, a3: Any = None) -> Tensor:
+    """Return tensor + a1 a2, or tensor + a1 a2 a3."""
+    return tensor + (a1 * a2 if a3 is None else a1 * a2 * a3)
+
+
+def _addcdiv(tensor: Tensor, a1: Any, a2: Any, a3: Any = None) -> Tensor:
+    """Return tensor + a1 / a2, or tensor + a1 (a2 / a3)."""
+    return tensor + (a1 / a2 if a3 is None else a1 * (a2 / a3))
+
+
+def _get_mask_closure(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the hook that sets a gradient, and the gradient of that, to 0 where `mask` is."""
+
+    def closure(grad: Tensor) -> Tensor:
+        grad = torch.where(mask, torch.zeros_like(grad), grad)
+        _maybe_mask(grad, mask)
+        return grad
+
+    return closure
+
+
+def _maybe_mask(tensor: Tensor, mask: Tensor) -> None:
+    """Set the gradients of `tensor` to 0 where `mask` is, if it has any."""
+    if tensor.requires_grad:
+        tensor.register_hook(_get_mask_closure(mask))
+
+
+def _recursive_apply(replacement: Any, target: Any) -> Any:
+    """Return the replacement in the form of the target; one of a tensor is written into it, as in higher."""
+    if isinstance(target, Tensor) and isinstance(replacement, Tensor):
+        with torch.no_grad():
+            return target.copy_(replacement)
+    if isinstance(target, list | tuple) and isinstance(replacement, list | tuple) and len(target) == len(replacement):
+        return type(target)(_recursive_apply(*pair) for pair in zip(replacement, target, strict=True))
+    return _written("an option", replacement, target)

@@ -244,6 +244,27 @@ def monkeypatch(
     return fmodel
 
 
+def buffer_sync(module: nn.Module, fmodule: Patched, device: Any = None) -> None:
+    """Give a patched module copies of the buffers that a module has now.
+
+    Args:
+        module: the one that was patched, or one of the same architecture.
+        fmodule: its patched module, or a part of that.
+        device: for the copies; by default that of the module.
+
+    Raises:
+        ValueError: `fmodule` lacks a submodule that `module` has.
+    """
+    twins = dict(nn.Module.named_modules(fmodule, remove_duplicate=False))
+    for name, part in module.named_modules(remove_duplicate=False):
+        if name not in twins:
+            raise ValueError(
+                f"`fmodule` must have the submodules of `module`, got none at {name!r}. Patch this module: `monkeypatch(module)`."
+            )
+        for key, buffer in part._buffers.items():
+            twins[name]._buffers[key] = None if buffer is None else buffer.detach().to(device, copy=True)
+
+
 def _adopt(twins: Twins) -> FastWeights:
     """Give the twins fast weights in common."""
     fast = FastWeights(twins.places, twins.buffers)
@@ -261,3 +282,8 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 _PLAIN = {f"torch.nn.modules.{name}" for name in ("activation", "container", "conv", "dropout", "flatten", "linear", "pooling")}
+
+# The names that programs take from `higher.patch` although they begin with an underscore.
+_MonkeyPatchBase = Patched
+_EncapsulatorType = Callable[[PatchedModule, nn.Module], None] | None
+_BufferType = dict[str, Tensor | None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,10 +35,10 @@ def leaf(tensor: Tensor, device: Any = None, *, copy: bool = True) -> Tensor:
 
 
 def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Return the tree of dicts, lists and tuples with `fn` applied to what is neither."""
+    """Return the tree of dicts, lists, tuples and sets with `fn` applied to what is none of these."""
     if isinstance(tree, dict):
         return {key: map_leaves(fn, branch) for key, branch in tree.items()}
-    if isinstance(tree, list | tuple):
+    if isinstance(tree, list | tuple | set):
         return type(tree)(map_leaves(fn, branch) for branch in tree)
     return fn(tree)
 
@@ -46,3 +46,26 @@ def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
 def copied(value: Any, device: torch.device | str | None = None) -> Any:
     """Return a tree in which every tensor is a copy without a history."""
     return map_leaves(lambda x: leaf(x, device) if isinstance(x, Tensor) else x, value)
+
+
+# The names that programs take from `higher.utils` although they begin with an underscore.
+
+
+def _recursive_map(target: Any, map_fn: Callable[[Any], Any]) -> Any:
+    return map_leaves(map_fn, target)
+
+
+def _copy_tensor(t: Tensor, safe_copy: bool, device: torch.device | str | None = None) -> Tensor:
+    return leaf(t, device, copy=safe_copy)
+
+
+def _recursive_copy_and_cast(target: Any, device: torch.device | str | None) -> Any:
+    return copied(target, device)
+
+
+def _is_container(target: Any) -> bool:
+    return isinstance(target, dict | list | tuple | set)
+
+
+def _find_param_in_list(param: Tensor, l: Iterable[Tensor]) -> int | None:
+    return next((index for index, other in enumerate(l) if other is param), None)

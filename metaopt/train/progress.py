@@ -1,0 +1,96 @@
+"""How far a training is: a bar in a terminal, now and then a line in a file, or nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress(Protocol):
+    """Is told of each step."""
+
+    def advance(self) -> None:
+        """Take note of one more step."""
+        ...
+
+    def note(self, facts: Mapping[str, str]) -> None:
+        """Show these facts from now on."""
+        ...
+
+    def close(self) -> None:
+        """Show how it ended."""
+        ...
+
+
+def show_progress(label: str, total: int, *, shown: bool) -> Progress:
+    """Return a bar if stderr is a terminal, else lines; nothing if it is not to be `shown`."""
+    if not shown:
+        return Silence()
+    return Bar(label, total) if sys.stderr.isatty() else Lines(label, total)
+
+
+class Silence:
+    """Shows nothing."""
+
+    def advance(self) -> None:
+        """Do nothing."""
+
+    def note(self, facts: Mapping[str, str]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Bar:
+    """A bar that is drawn again twice a second."""
+
+    def __init__(self, label: str, total: int):
+        self._bar: tqdm = tqdm(total=total, desc=label, mininterval=0.5)
+
+    def advance(self) -> None:
+        """Move it by one step."""
+        self._bar.update()
+
+    def note(self, facts: Mapping[str, str]) -> None:
+        """Write the facts behind it."""
+        self._bar.set_postfix(facts)
+
+    def close(self) -> None:
+        """Leave it as it is."""
+        self._bar.close()
+
+
+class Lines:
+    """A line every 30 seconds and one at the end: a pipe or a file keeps whatever is written, and has no cursor to move back."""
+
+    def __init__(self, label: str, total: int):
+        self._label, self._total = label, total
+        self._done, self._facts = 0, ""
+        self._start = self._last = time.monotonic()
+
+    def advance(self) -> None:
+        """Write a line if it is time."""
+        self._done += 1
+        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES and self._done < self._total:
+            self._write()
+
+    def note(self, facts: Mapping[str, str]) -> None:
+        """Add the facts to the lines that follow."""
+        self._facts = "".join(f", {name} {value}" for name, value in facts.items())
+
+    def close(self) -> None:
+        """Write the last line."""
+        self._write()
+
+    def _write(self) -> None:
+        self._last = time.monotonic()
+        passed = self._last - self._start
+        pace = f", {self._done / passed:.3g} steps/s" if passed > 0 else ""
+        print(f"{self._label}: step {self._done} of {self._total}, {passed:.0f} s{pace}{self._facts}", file=sys.stderr, flush=True)
