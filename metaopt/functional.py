@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._C import _autograd as autograd
 from torch.nn.modules.batchnorm import _NormBase
 
+from metaopt.kernels import any_order
 from metaopt.transforms import is_tracked
 
 Params = dict[str, Tensor]
@@ -65,6 +66,8 @@ class Functional:
         self._aliases = aliases(model)
         self._shared = {name for name, same in self._aliases.items() if len(same) > 1}
         self._trainable = _paths(name for name, parameter in model.named_parameters() if is_tracked(parameter))
+        layers = (layer for layer in model.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag))
+        self._run = self._run_in_any_order if any(layer.sparse for layer in layers) else model
         self._norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)]
 
     @property
@@ -136,11 +139,16 @@ class Functional:
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
         if not (buffers or self._shared):
-            return _lend(self.model, self._trainable, params, self.model, args, kwargs, exact=params)
+            return _lend(self.model, self._trainable, params, self._run, args, kwargs, exact=params)
         given: dict[str, Any] = {**params, **buffers}
         for name in self._shared & given.keys():
             given |= dict.fromkeys(self._aliases[name], given[name])
-        return _lend(self.model, _paths(given), given, self.model, args, kwargs, exact=params, left=buffers)
+        return _lend(self.model, _paths(given), given, self._run, args, kwargs, exact=params, left=buffers)
+
+    def _run_in_any_order(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model so that gradients are dense: a sparse one could not be passed on to a loop that led to `params`."""
+        with any_order():
+            return self.model(*args, **kwargs)
 
     def _check(self, what: str, given: Params, own: Params) -> None:
         if given.keys() != own.keys():

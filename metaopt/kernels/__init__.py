@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from metaopt.kernels.attention import ATTENTION
 from metaopt.kernels.dropout import DROPOUT
+from metaopt.kernels.embedding import EMBEDDINGS
 from metaopt.kernels.losses import LOSSES
 from metaopt.kernels.norms import NORMS
 from metaopt.kernels.recurrent import RECURRENT
@@ -22,7 +23,7 @@ def any_order() -> AbstractContextManager[Any]:
 
     All is computed from elementary operations then, or by kernels with derivatives of our own. Of attention the fused kernels have
     no second derivative; of layer, batch, instance and weight norms torch's formulas for higher derivatives are wrong; recurrent
-    layers have no batching rule, and on some devices no second derivative.
+    layers have no batching rule, and on some devices no second derivative. Sparse embeddings have dense gradients.
 
     Cost:
         About a microsecond for each call of a torch function, which Python then sees: 5 to 8 % of a meta-gradient's time for a
@@ -52,4 +53,4 @@ class Watching(AnyOrder):
 
 
 _DELICATE: dict[Callable[..., Any], Callable[..., Any]] = NORMS | ATTENTION | RECURRENT | DROPOUT
-_INSTEAD = _DELICATE | LOSSES  # the losses lack forward derivatives alone
+_INSTEAD = _DELICATE | LOSSES | EMBEDDINGS  # the losses lack forward derivatives alone; gradients of embeddings are made dense
