@@ -64,35 +64,35 @@ class Network(nn.Module):
 
 def task_loss(net: mo.Functional, inner: SGD, rule: Any, params: Any, task: Any) -> Any:
     """Return the losses of the queries after each step, weighted, and what else there is to tell. Norms are not adapted."""
-    (support, query), weights = task
+    episode, weights = task
 
-    def measure(batch: Any, fast: Any, step: Tensor, slow: Any, buffers: Any) -> Any:
-        logits, buffers = net.with_buffers({**fast, **slow}, buffers, batch[0], step)
-        return F.cross_entropy(logits, batch[1]), buffers, (logits.argmax(-1) == batch[1]).to(logits.dtype).mean()
+    def measure(side: str, fast: Any, step: Tensor, given: Any, buffers: Any) -> Any:
+        logits, buffers = net.with_buffers({**fast, **given["norms"]}, buffers, given[side][0], step)
+        right = logits.argmax(-1) == given[side][1]
+        return F.cross_entropy(logits, given[side][1]), buffers, right.to(logits.dtype).mean()
 
     fast, slow = ({name: p for name, p in params.items() if ("norms" in name) == is_slow} for is_slow in (False, True))
-    options = {"meta": slow, "buffers": net.buffers, "observe": partial(measure, query), "differentiate": rule}
-    out = mo.minimize(partial(measure, support), inner, fast, torch.arange(ADAPT), **options)
+    given = {"norms": slow, "support": episode.support, "query": episode.query}
+    options = {"buffers": net.buffers, "observe": partial(measure, "query"), "differentiate": rule}
+    out = mo.minimize(partial(measure, "support"), inner, fast, torch.arange(ADAPT), meta=given, **options)
     return (weights * out.observed[0]).sum(), (out.observed[2][-1], out.buffers)
 
 
 def train(plus: bool, steps: int, tasks: int, test_tasks: int) -> list[float]:
     """Return the test accuracy of MAML++, or of MAML, after so many meta-steps: with the batch's statistics, with running ones."""
-    torch.manual_seed(0)
-    (images, labels), generator, count = digits(), torch.Generator().manual_seed(0), {"ways": 5, "shots": 1, "queries": 5}
+    (images, labels), generator, count = digits(), torch.manual_seed(0), {"ways": 5, "shots": 1, "queries": 5}
     drawn = [(255 * images[labels == digit][:170]).to(torch.uint8).view(-1, 1, 8, 8) for digit in range(10)]
     known, new = (CharacterTasks({"digits": torch.stack(drawn[half::2])}, rotations=True) for half in (0, 1))
-    model, lr = Network(ADAPT if plus else 1), torch.full((ADAPT,), 0.1)
-    net, inner = mo.functional(model), SGD(lr={layer: PerStep(nn.Parameter(lr.clone())) for layer in LAYERS})
-    options = {"learn": inner, "has_aux": True, "chunk_size": tasks}
+    inner = SGD(lr={layer: PerStep(nn.Parameter(torch.full((ADAPT,), 0.1))) for layer in LAYERS})
+    net, options = mo.functional(model := Network(ADAPT if plus else 1)), {"learn": inner, "has_aux": True, "chunk_size": tasks}
     first, exact = (mo.meta_grad(partial(task_loss, net, inner, rule), **options) for rule in (mo.FirstOrder(), mo.Backprop()))
     outer = torch.optim.Adam([*model.parameters(), *(inner.parameters() if plus else [])], lr=3e-3)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(outer, steps, 1e-5 if plus else 3e-3)
     for over in (torch.arange(steps) / (0.3 * steps)).tolist():
         early = max(1 - over, 0.03) / ADAPT if plus else 0.0  # the weight of every step but the last
-        weights = torch.tensor([*[early] * (ADAPT - 1), 1 - (ADAPT - 1) * early])
-        batch = known.sample(generator, tasks, **count), weights.expand(tasks, -1)
-        (grads, of_rates), _, (_, buffers) = (first if plus and over < 1 else exact)(net.params, batch)
+        weights = torch.tensor([early, early, early, early, 1 - 4 * early])
+        meta_gradient, batch = first if plus and over < 1 else exact, known.sample(generator, tasks, **count)
+        (grads, of_rates), _, (_, buffers) = meta_gradient(net.params, (batch, weights.expand(tasks, -1)))
         mo.assign_grads(model, grads)
         mo.assign_grads(inner, of_rates)
         outer.step()
@@ -110,8 +110,9 @@ def train(plus: bool, steps: int, tasks: int, test_tasks: int) -> list[float]:
 def main(steps: int = 200, tasks: int = 8, test_tasks: int = 400) -> dict[str, list[float]]:
     """Train MAML and MAML++ for so many meta-steps of so many tasks, and return their test accuracies."""
     found = {name: train(plus, steps, tasks, test_tasks) for name, plus in (("MAML", False), ("MAML++", True))}
-    for name, (batch, running) in found.items():
-        print(f"{name:>6}: test accuracy {batch:.3f}, with running statistics {running:.3f}")
+    print(
+        *(f"{name:>6}: test accuracy {batch:.3f}, with running statistics {r:.3f}" for name, (batch, r) in found.items()), sep="\n"
+    )
     assert steps < 200 or found["MAML++"][0] > found["MAML"][0], "MAML++ is better after as many meta-steps"
     return found
 
