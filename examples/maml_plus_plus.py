@@ -68,13 +68,11 @@ def task_loss(net: mo.Functional, inner: SGD, rule: Any, params: Any, task: Any)
 
     def measure(side: str, fast: Any, step: Tensor, given: Any, buffers: Any) -> Any:
         logits, buffers = net.with_buffers({**fast, **given["norms"]}, buffers, given[side][0], step)
-        right = logits.argmax(-1) == given[side][1]
-        return F.cross_entropy(logits, given[side][1]), buffers, right.to(logits.dtype).mean()
+        return F.cross_entropy(logits, given[side][1]), buffers, (logits.argmax(-1) == given[side][1]).to(logits.dtype).mean()
 
     fast, slow = ({name: p for name, p in params.items() if ("norms" in name) == is_slow} for is_slow in (False, True))
-    given = {"norms": slow, "support": episode.support, "query": episode.query}
-    options = {"buffers": net.buffers, "observe": partial(measure, "query"), "differentiate": rule}
-    out = mo.minimize(partial(measure, "support"), inner, fast, torch.arange(ADAPT), meta=given, **options)
+    options = {"meta": {"norms": slow, **episode._asdict()}, "buffers": net.buffers, "differentiate": rule}
+    out = mo.minimize(partial(measure, "support"), inner, fast, torch.arange(ADAPT), observe=partial(measure, "query"), **options)
     return (weights * out.observed[0]).sum(), (out.observed[2][-1], out.buffers)
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PACKAGES = {"PIL": "pillow", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "tabulate": "tabulate", "tyro": "tyro"}
+PACKAGES = {  # name of the import -> name of the package
+    "PIL": "pillow",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+    "tabulate": "tabulate",
+    "tyro": "tyro",
+}
 
 
 @contextmanager

@@ -116,10 +116,11 @@ def alive(tensor: Tensor | None) -> Tensor | None:
 
 
 def constant_when_compiled(fn: Function) -> Function:
-    """Mark a function that a compiler is to call, and not to look into: what it returns is a constant of the graph.
+    """Mark a function that a compiler calls and does not look into: its result is a constant.
 
-    This is `torch.compiler.assume_constant_result` in all but time: to set one attribute, that function imports the compiler,
-    which takes as long as torch itself, and is of no use to those who never compile. A test compares the two.
+    This is `torch.compiler.assume_constant_result` in all but time: to set one attribute, that one
+    imports the compiler, which takes as long as torch itself and is of no use to those who never
+    compile. A test compares the two.
     """
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn

@@ -1,6 +1,6 @@
 """Optimizers and schedules for `metaopt`: hand-designed and learned ones are the same type."""
 
-if __name__ == "optimizers":  # the modules of this package are those of `metaopt.optimizers`, which says why
+if __name__ == "optimizers":  # the modules are those of `metaopt.optimizers`, which says why
     import sys
 
     import metaopt.optimizers

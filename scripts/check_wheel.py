@@ -1,8 +1,9 @@
-"""Build the distribution, and run the wheel in an environment where nothing but what it requires is installed.
+"""Build the distribution, and run the wheel where only what it requires is installed.
 
     .venv/bin/python scripts/check_wheel.py
 
-Nothing large is downloaded: the packages that the wheel requires, and those that these require, are links to the installed ones.
+Nothing large is downloaded: the packages that the wheel requires, and those that these require, are
+links to the installed ones.
 """
 
 from __future__ import annotations

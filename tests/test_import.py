@@ -15,11 +15,11 @@ from metaopt.transforms import constant_when_compiled
 ROOT = Path(__file__).parents[1]
 LIMIT = 1.15
 RUNS = 5
-NEEDED = {"metaopt", "einops", "safetensors", "tqdm"}  # of what torch does not import itself; the rest comes when it is asked for
+NEEDED = {"metaopt", "einops", "safetensors", "tqdm"}  # beyond what torch imports itself
 
 
 def run(program: str) -> str:
-    """Run a program in a fresh interpreter that keeps compiled modules, as an installed library does."""
+    """Run a program in a fresh interpreter that keeps compiled modules, as installed ones are."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     path = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -29,9 +29,9 @@ def run(program: str) -> str:
 
 
 def test_it_takes_hardly_longer_than_torch() -> None:
-    """It took 2.1 times as long: two decorators of torch imported its compiler, which nobody had asked for.
+    """It took 2.1 times as long: two decorators of torch imported its compiler, unasked.
 
-    Processor time, user and system, of one process: a machine that is busy slows down both parts.
+    Processor time, user and system, of one process: a busy machine slows down both parts.
     """
     program = (
         "import time, torch; alone = time.process_time(); import metaopt, metaopt.optimizers; print(time.process_time() / alone)"

@@ -1,4 +1,4 @@
-"""`optimizers` and `metaopt.optimizers`: the same modules, and a user's own `optimizers.py` hides the first name only."""
+"""`optimizers` and `metaopt.optimizers` are the same modules, and only the first can be hidden."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = ["optimizers", "metaopt.optimizers", "optimizers.schedules.cosine", "met
 
 
 def run(program: str, *, cwd: Path = ROOT, before: Path | None = None) -> str:
-    """Run a program in a fresh interpreter that finds this checkout, after `before` if it is given; return what it prints."""
+    """Run a program in a fresh interpreter and return what it prints; `before` precedes this checkout."""
     path = os.pathsep.join(str(folder) for folder in (before, ROOT) if folder is not None)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],

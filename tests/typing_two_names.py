@@ -1,4 +1,4 @@
-"""What a type checker makes of both names of the optimizers; it is run by `mypy`, and never imported."""
+"""What a type checker makes of both names of the optimizers; `mypy` reads it, nobody imports it."""
 
 from __future__ import annotations
 

@@ -225,8 +225,8 @@ def _resumed(optimizer: Optimizer, part: Part, like: Leaves) -> State:
 
 
 def kinds() -> Mapping[type[torch.optim.Optimizer], Equal]:
-    """Return class of torch -> our equal; ours are loaded, and register themselves, when the first is asked for."""
-    import metaopt.optimizers  # noqa: F401
+    """Return class of torch -> our equal."""
+    import metaopt.optimizers  # noqa: F401  # registers ours, the first time
 
     return equals()
 

@@ -30,7 +30,7 @@ def from_torchopt(transform: GradientTransformation | Callable[..., GradientTran
     `from_torchopt(torchopt.adam(1e-3))`, or, to learn or schedule hyperparameters, the function and its arguments:
     `from_torchopt(torchopt.adam, lr=nn.Parameter(torch.tensor(1e-3)), betas=(0.9, 0.99))`.
 
-    The arithmetic is TorchOpt's, and so are its limits; the optimizers of `metaopt.optimizers` have none of these:
+    The arithmetic is TorchOpt's, and so are its limits; those in `metaopt.optimizers` have none of these:
 
     - The derivatives of `use_accelerated_op=True` are wrong, about twice the true ones, and not a number where a gradient has been
       zero from the start. (Those of the plain operators are finite there: the root of 0 is given the derivative 0.)

@@ -14,6 +14,7 @@ from metaopt.kernels.embedding import EMBEDDINGS
 from metaopt.kernels.losses import LOSSES
 from metaopt.kernels.norms import NORMS
 from metaopt.kernels.recurrent import RECURRENT
+from metaopt.transforms import inside_jvp
 
 __all__ = ["AnyOrder", "Watching", "any_order"]
 
@@ -43,14 +44,14 @@ class AnyOrder(TorchFunctionMode):
 
 
 class Watching(AnyOrder):
-    """Notes whether anything was computed whose derivatives in reverse mode are wrong, or that draws other random numbers."""
+    """Notes whether something must be computed otherwise for derivatives in reverse mode, or for those in the loss."""
 
     found = False
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.found = self.found or func in _DELICATE
+        self.found = self.found or func in _DELICATE or (func in LOSSES and inside_jvp())
         return super().__torch_function__(func, types, args, kwargs)
 
 
 _DELICATE: dict[Callable[..., Any], Callable[..., Any]] = NORMS | ATTENTION | RECURRENT | DROPOUT
-_INSTEAD = _DELICATE | LOSSES | EMBEDDINGS  # the losses lack forward derivatives alone; gradients of embeddings are made dense
+_INSTEAD = _DELICATE | LOSSES | EMBEDDINGS  # of losses torch's lack forward derivatives alone; of embeddings they may be sparse

@@ -119,7 +119,7 @@ def _check_look_ahead(program: Program, edge: Edge) -> None:
 
 
 def _check_link(program: Program, edge: Edge) -> None:
-    for name in program.order.inside[edge.lower.name] | {edge.lower.name}:
+    for name in sorted(program.order.inside[edge.lower.name] | {edge.lower.name}):
         for tensor, (owner, _) in program.links[name].items():
             if name not in program.order.below[owner]:
                 raise ValueError(

@@ -207,7 +207,7 @@ class Execution:
         scene = {**scene, name: shown(state)}
         if _is_point(rules):  # they respond to its parameters, whose derivative is not that of the steps
             scene, _ = self.turn(name, scene, state["below"], self._row(name, rows, -1), at_point=True)
-            return {other: scene[other] for other in self.program.order.inside[name] | {name}}
+            return {other: scene[other] for other in sorted(self.program.order.inside[name] | {name})}
         return all_shown({name: state})
 
     def _row(self, name: str, rows: Tree, i: int) -> Tree:
@@ -259,7 +259,8 @@ class Execution:
             def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
                 return self.total(name, variables[name], scene, rest(state), rows, window, at_point=at_point)
 
-        slopes, loss, aux = gradient(value, variables, allow_unused=True)
+        # A compiler does not see what a value depends on: there a derivative that does not arrive is zero, and not missed.
+        slopes, loss, aux = gradient(value, variables, allow_unused=not torch.compiler.is_compiling())
         aux = aux if below is None else {**aux, "below": below}
         grads = through(responses, slopes, name)
         responses.clear()  # a circle: each holds the execution that holds this list

@@ -218,12 +218,12 @@ class LevelGraph:
         owner, shared = order.owner[name], order.shared[name]
         if not shared:
             return NO_WINDOW
-        (rows, _), scene, taken = self._rows(owner), all_shown(self._states), dict.fromkeys(shared, 0)
+        (rows, _), scene, taken = self._rows(owner), all_shown(self._states), dict.fromkeys(sorted(shared), 0)
         states = {lower: self._state(lower) for lower in order.members[owner]}
         windows = opened([lower for lower in order.levels if lower in states], order.shared, states)
         for event in itertools.takewhile(lambda event: event.level != name, order.events[owner]):
             if (lower := event.level) in shared:
-                part = {other: rows[other] for other in order.inside[lower] | {lower} if other in rows}
+                part = {other: rows[other] for other in sorted(order.inside[lower] | {lower}) if other in rows}
                 if event.steps < order.steps[lower]:
                     part = tree.index(part, slice(taken[lower], taken[lower] + event.steps))
                 happened = Happened(event, scene, part, states[lower], taken[lower] == 0)

@@ -75,7 +75,7 @@ class Program:
     compile: bool = False
     nets: dict[str, Functional] = field(init=False)
     reads: dict[str, tuple[str, ...]] = field(init=False)
-    reads_outside: dict[str, frozenset[str]] = field(init=False)
+    reads_outside: dict[str, tuple[str, ...]] = field(init=False)
     read_from_outside: frozenset[str] = field(init=False)
     random: frozenset[str] = field(init=False)
     moves: dict[Owner, tuple[Move, ...]] = field(init=False)
@@ -195,13 +195,13 @@ class Program:
         behind = frozenset().union(*map(self.buffers_behind, self.levels))
         return {name: frozenset(key for level, key in behind if level == name) for name in {level for level, _ in behind}}
 
-    def _reads_outside(self, name: str) -> frozenset[str]:
+    def _reads_outside(self, name: str) -> tuple[str, ...]:
         inside = self.order.inside[name] | {name}
         read: set[str] = set()
         for other in inside:
             read |= self.readings[other].levels | {level for level, _ in self.links[other].values()}
             read |= {edge.upper.name for edge in self.above(other) if edge.start == "upper" and other != name}
-        return frozenset(read - inside)
+        return tuple(sorted(read - inside))  # trees are flattened in this order, which must not change from process to process
 
     def _is_read_from_outside(self, name: str) -> bool:
         inside = self.order.inside[name]

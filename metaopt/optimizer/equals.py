@@ -31,7 +31,8 @@ def register_equal(theirs: type[torch.optim.Optimizer], ours: type[Optimizer], s
 
     Args:
         theirs: the class of the live optimizer.
-        ours: a class that makes the same updates; its constructor takes the options of a parameter group by their names there.
+        ours: a class that makes the same updates; its constructor takes the options of a parameter
+            group by their names there.
         slots: name of a slot of `ours` -> its name in the state of `theirs`.
 
     Raises:
@@ -40,8 +41,9 @@ def register_equal(theirs: type[torch.optim.Optimizer], ours: type[Optimizer], s
     for name, value, base in (("theirs", theirs, torch.optim.Optimizer), ("ours", ours, Optimizer)):
         if not (inspect.isclass(value) and issubclass(value, base)):
             raise TypeError(
-                f"register_equal: `{name}` must be a class derived from {base.__module__}.{base.__name__}, got {value!r}. "
-                "Write register_equal(torch.optim.SGD, MySGD, {}): the classes, not an optimizer of each."
+                f"register_equal: `{name}` must be a class derived from "
+                f"{base.__module__}.{base.__name__}, got {value!r}. Give the classes, not an optimizer "
+                "of each: register_equal(torch.optim.SGD, MySGD, {})."
             )
     _EQUALS[theirs] = Equal(ours, dict(slots))
 
