@@ -175,3 +175,56 @@ def test_meta_gradients_are_those_by_hand(kind: str, options: Any, hooked: bool)
     expected = torch.autograd.grad(torch.stack(values).mean(), leaves)
     for one, other in zip([of_inner["lr"], *grads.values()], expected, strict=True):
         assert_close(one, other, 1e-9)
+
+
+def weighing(kind: str, rule: Any, optimizer: Any, **options: Any) -> Any:
+    """Return (graph, model, weights, support, query) of a level that weighs the examples of another, a Hugging Face model."""
+    model, weights = build(kind, attention="eager", **options), nn.Linear(LENGTH, 1)
+    support, query = batch_of(kind), batch_of(kind)
+
+    def lower_loss(levels: Any, batch: Any) -> Tensor:
+        weight = levels.weights(batch["input_ids"] / VOCABULARY).sigmoid().mean()
+        return weight * loss_of(levels.model(**inputs_of(batch)), batch)
+
+    def upper_loss(levels: Any, batch: Any) -> Tensor:
+        return loss_of(levels.model(**inputs_of(batch)), batch)
+
+    lower = mo.Level("model", model, lower_loss, optimizer, data=[support])
+    upper = mo.Level("weights", weights, upper_loss, Adam(0.1), data=[query], allow_unused=True)
+    return mo.LevelGraph([mo.Edge(upper, lower, steps=1, differentiate=rule)]), model, weights, support, query
+
+
+@pytest.mark.parametrize("rule", [mo.Backprop(), mo.T1T2(), mo.SAMA(radius=1e-5)], ids=["backprop", "t1t2", "sama"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+def test_hypergradients_are_those_by_hand(kind: str, rule: Any, hooked: bool) -> None:
+    """T1T2 is -d(g . v)/dm at the end, g the lower gradient and v the upper one; SAMA the same times lr, by differences."""
+    graph, model, weights, support, query = weighing(kind, rule, SGD(0.1), hooked=hooked)
+    start, outer = dict(mo.functional(model).params), list(weights.parameters())
+
+    def lower(params: Any) -> Tensor:
+        return weights(support["input_ids"] / VOCABULARY).sigmoid().mean() * plain_loss(model, params, support)
+
+    grads = torch.autograd.grad(lower(start), list(start.values()), create_graph=True)
+    after = {name: p - 0.1 * g for (name, p), g in zip(start.items(), grads, strict=True)}
+    if isinstance(rule, mo.Backprop):
+        expected = torch.autograd.grad(plain_loss(model, after, query), outer)
+    else:
+        v = torch.autograd.grad(plain_loss(model, start, query), list(start.values()))  # these rules look at where it stands
+        g = torch.autograd.grad(lower(start), list(start.values()), create_graph=True)
+        scale = 0.1 if isinstance(rule, mo.SAMA) else 1.0
+        expected = torch.autograd.grad(-scale * sum((a * b).sum() for a, b in zip(g, v, strict=True)), outer)
+    found = graph.hypergradient("weights")
+    for (name, _), own in zip(weights.named_parameters(), expected, strict=True):
+        assert own.abs().max() > 1e-6
+        assert_close(found[name], own, 1e-7 if isinstance(rule, mo.SAMA) else 1e-9)
+
+
+@pytest.mark.parametrize("rule", [mo.Backprop(), mo.T1T2(), mo.SAMA()], ids=["backprop", "t1t2", "sama"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_level_steps_with_dropout(kind: str, rule: Any) -> None:
+    graph, model, weights, *_ = weighing(kind, rule, Adam(1e-3), dropout=0.2, hooked=True)
+    before = [p.detach().clone() for p in [*model.parameters(), *weights.parameters()]]
+    assert all(torch.as_tensor(value).isfinite().all() for _ in range(2) for value in graph.step().values())
+    after = [*model.parameters(), *weights.parameters()]
+    assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) >= len(after) - 1
