@@ -7,7 +7,7 @@ A task is to tell five turned digits apart, from one image of each, by 5 gradien
 (ICLR 2019, arXiv:1810.09502) add a learned rate for each layer and step; a batch norm with a scale, a shift and running statistics
 for each step; the query loss after every step, with weights that go over to the last one; first-order gradients at first; a cosine
 for the outer rate. Here all are arguments of one `minimize`. Both are tested on digits that were not trained on, with the
-statistics of the batch, as in the authors' program, and with the running ones.
+statistics of the batch, as in the authors' program, and with the running ones. In so short a training it is no better than MAML.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def main(steps: int = 200, tasks: int = 8, test_tasks: int = 400) -> dict[str, l
     print(
         *(f"{name:>6}: test accuracy {batch:.3f}, with running statistics {r:.3f}" for name, (batch, r) in found.items()), sep="\n"
     )
-    assert steps < 200 or found["MAML++"][0] > found["MAML"][0], "MAML++ is better after as many meta-steps"
+    assert steps < 200 or min(found["MAML"][0], found["MAML++"][0]) > 0.75, "both tell new digits apart; chance is 0.2"
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import metaopt as mo
 from metaopt.tasks.episode import Episode
-from optimizers import SGD, PerStep
+from optimizers import SGD, PerParameter, PerStep
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -116,3 +116,74 @@ def test_maml_plus_plus_against_finite_differences(monkeypatch: Any) -> None:
     (grads, of_rates), *_ = meta_gradient(net.params, tasks)
     tensors = {**net.params, **dict(inner.named_parameters())}
     check_slopes(lambda params: meta_gradient(params, tasks)[1].mean(), net.params, tensors, {**grads, **of_rates}, 1e-6)
+
+
+def tanh_loss(params: Any, batch: Any) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(torch.tanh(x @ params["one"].T + params["bias"]) @ params["two"].T, y)
+
+
+def few_shots() -> tuple[dict[str, Tensor], Any]:
+    """Return parameters, and 3 tasks with 6 examples to adapt on and as many to be judged on."""
+    params = {"one": 0.5 * torch.randn(4, 5), "bias": torch.randn(4), "two": 0.5 * torch.randn(3, 4)}
+    return params, tuple((torch.randn(3, 6, 5), torch.randint(3, (3, 6))) for _ in range(2))
+
+
+def by_hand(params: Any, tasks: Any, move: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return the derivatives of the mean query loss after 3 steps w <- w + move(name, gradient)."""
+    losses = []
+    for index in range(3):
+        support, query = mo.tree.index(tasks, index)
+        fast = dict(params)
+        for _ in range(3):
+            grads = torch.autograd.grad(tanh_loss(fast, support), list(fast.values()), create_graph=True)
+            fast = {name: p + move(name, g) for (name, p), g in zip(fast.items(), grads, strict=True)}
+        losses.append(tanh_loss(fast, query))
+    return torch.autograd.grad(torch.stack(losses).mean(), leaves)
+
+
+def check_meta_gradient(inner: mo.Optimizer, move: Any, rule: Any, chunk_size: int) -> None:
+    """Compare the meta-gradient in the parameters and in the optimizer with that by hand, and with finite differences."""
+    params, tasks = few_shots()
+    params = {name: p.requires_grad_() for name, p in params.items()}
+
+    def task_loss(params: Any, task: Any) -> Tensor:
+        return tanh_loss(mo.minimize(tanh_loss, inner, params, task[0], steps=3, differentiate=rule).params, task[1])
+
+    meta_gradient = mo.meta_grad(task_loss, learn=inner, chunk_size=chunk_size)
+    (grads, of_inner), _ = meta_gradient(params, tasks)
+    learned = dict(inner.named_parameters())
+    expected = by_hand(params, tasks, move, [*params.values(), *learned.values()])
+    for found, own in zip([*grads.values(), *of_inner.values()], expected, strict=True):
+        assert own.abs().max() > 1e-6
+        assert_close(found, own, 1e-10)
+    check_slopes(lambda params: meta_gradient(params, tasks)[1].mean(), params, {**params, **learned}, {**grads, **of_inner}, 1e-6)
+
+
+@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Backprop(memory="steps")], ids=["full", "steps"])
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_meta_sgd_is_a_loop_by_hand(rule: Any, chunk_size: int) -> None:
+    inner = SGD(lr=PerParameter(few_shots()[0], 0.1))
+    for rates in inner.parameters():
+        nn.init.uniform_(rates, -0.05, 0.2)
+    check_meta_gradient(inner, lambda name, g: -inner.lr.params[name] * g, rule, chunk_size)
+
+
+@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Backprop(memory="steps")], ids=["full", "steps"])
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_meta_curvature_is_a_loop_by_hand(rule: Any, chunk_size: int) -> None:
+    """The example's own optimizer; by hand as one Kronecker product for each matrix."""
+    program, params = load("meta_curvature"), few_shots()[0]
+    inner = program.MetaCurvature(nn.Parameter(torch.tensor(0.3)), [tuple(p.shape) for p in params.values()])
+    assert all(torch.equal(m, torch.eye(len(m))) for m in [*inner.outputs, *inner.inputs])
+    for matrix in [*inner.outputs, *inner.inputs]:
+        nn.init.normal_(matrix, std=0.5)
+
+    def move(name: str, g: Tensor) -> Tensor:
+        left = inner.outputs[[*params].index(name)]
+        if g.ndim == 1:
+            return -inner.lr * (left @ g)
+        right = inner.inputs[["one", "two"].index(name)]
+        return -inner.lr * (torch.kron(left, right.T.contiguous()) @ g.flatten()).view_as(g)
+
+    check_meta_gradient(inner, move, rule, chunk_size)
