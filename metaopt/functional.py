@@ -66,6 +66,8 @@ class Functional:
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}. Pass the module, not its output.")
         self.model = model
         self._trainable = _paths(name for name, parameter in model.named_parameters() if is_tracked(parameter))
+        layers = (layer for layer in model.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag))
+        self._run = self._run_in_any_order if any(layer.sparse for layer in layers) else model
         shared = {first: same for first, same in aliases(model).items() if len(same) > 1}
         self._shared = {name: same for same in shared.values() for name in same}  # any of the names -> all
         self._not_buffers = {name for first, same in shared.items() if first in self._trainable for name in same}
@@ -150,11 +152,16 @@ class Functional:
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
         if not (buffers or self._shared):
-            return _lend(self.model, self._trainable, params, self.model, args, kwargs, exact=params)
+            return _lend(self.model, self._trainable, params, self._run, args, kwargs, exact=params)
         given: dict[str, Any] = {**params, **buffers}
         for name in self._shared.keys() & given.keys():
             given |= dict.fromkeys(self._shared[name], given[name])
-        return _lend(self.model, _paths(given), given, self.model, args, kwargs, exact=params, left=buffers)
+        return _lend(self.model, _paths(given), given, self._run, args, kwargs, exact=params, left=buffers)
+
+    def _run_in_any_order(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model so that gradients are dense: a sparse one could not be passed on to a loop that led to `params`."""
+        with any_order():
+            return self.model(*args, **kwargs)
 
     def _check(self, what: str, given: Params, own: Params) -> None:
         if given.keys() != own.keys():
