@@ -125,8 +125,8 @@ class FromTorchOpt(Optimizer):
         hyper, schedules = self._hyper_at(state, tree.leaves(grads), loss)
         if "transform" not in state["shared"]:
             raise ValueError(
-                f"`state` must be that of this FromTorchOpt, got memory named {sorted(state['slots'] | state['shared'])}. Pass what "
-                "its own `init`, or the step before, returned."
+                f"`state` must be that of this FromTorchOpt, got memory named "
+                f"{sorted(state['slots'] | state['shared'])}. Pass what its own `init`, or the step before, returned."
             )
         memory = state["shared"]["transform"]
         if not values_are_readable():
