@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from metaopt.optimizer.hyperparameter import Value, set_hyperparameter
+from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
 
 
@@ -69,7 +69,7 @@ def kinds() -> dict[type[Any], Callable[[Any, int], Schedule]]:
         lr_scheduler.ConstantLR: constant,
         lr_scheduler.LinearLR: linear,
         lr_scheduler.MultiStepLR: multi_step,
-        lr_scheduler.StepLR: lambda s, group: Stairs(s.base_lrs[group], s.gamma, s.step_size),
+        lr_scheduler.StepLR: lambda s, group: ours.Staircase(s.base_lrs[group], s.step_size, gamma=s.gamma),
         lr_scheduler.ExponentialLR: lambda s, group: ours.Exponential(s.base_lrs[group], s.gamma),
         lr_scheduler.PolynomialLR: lambda s, group: ours.Polynomial(s.base_lrs[group], s.total_iters, power=s.power),
         lr_scheduler.CosineAnnealingLR: lambda s, group: Wave(s.base_lrs[group], s.T_max, s.eta_min),
@@ -82,28 +82,6 @@ def _in_pieces(factors: dict[int, float], base: Value) -> Schedule:
 
     boundaries = tuple(step for step in sorted(factors) if step > 0)
     return ours.Piecewise(tuple(base * factors[step] for step in (0, *boundaries)), boundaries)
-
-
-class Stairs(Schedule):
-    """value_t = initial gamma^floor(t / every). Equal to `torch.optim.lr_scheduler.StepLR`.
-
-    Args:
-        initial: the value at step 0.
-        gamma: factor at each stair.
-        every: steps between stairs.
-    """
-
-    initial: Value
-    gamma: Value
-
-    def __init__(self, initial: Value, gamma: Value, every: int):
-        super().__init__()
-        set_hyperparameter(self, "initial", initial)
-        set_hyperparameter(self, "gamma", gamma)
-        self.every = every
-
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
-        return self.initial * self.gamma ** _precise(torch.div(step, self.every, rounding_mode="floor"), grads[0]), state
 
 
 class Wave(Schedule):
@@ -122,8 +100,8 @@ class Wave(Schedule):
 
     def __init__(self, initial: Value, steps: int, final: Value):
         super().__init__()
-        set_hyperparameter(self, "initial", initial)
-        set_hyperparameter(self, "final", final)
+        set_value(self, "initial", initial)
+        set_value(self, "final", final)
         self.steps = steps
 
     def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
