@@ -19,7 +19,7 @@ from metaopt.compiled import compiled
 from metaopt.kernels import any_order
 from metaopt.scan import Memory, Pullback, plain_loops_inside, scan
 from metaopt.scan.stream import Stream, last_row
-from metaopt.transforms import constant, is_last, is_tracked, tracking_levels
+from metaopt.transforms import constant, has_tangent, is_last, is_tracked, tracking_levels
 from metaopt.tree import Tree
 
 # (inputs, params, state, batch) -> (loss, aux)
@@ -139,12 +139,10 @@ def attach(rule: PointRule, loop: InnerLoop, end: End) -> Tree:
 
     Nothing is computed before it is asked for.
     """
-    if (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not _any_tracked((without_optimizer(loop.inputs), end.batch))
-    ):
-        return tree.map(torch.Tensor.detach, end.params)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        read = (without_optimizer(loop.inputs), end.batch)
+        if not (_any_tracked(read) or any(map(has_tangent, tree.leaves(read)))):
+            return tree.map(torch.Tensor.detach, end.params)
 
     def pull_back(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree, wanted: tuple[Tree, Any, Tree]) -> Tree:
         (inputs, state, batch), (in_inputs, in_state, in_batch) = given, wanted
