@@ -41,6 +41,17 @@ def prefers_loop(batched: Callable[[Tree, Tree], Any], params: Tree, tasks: Tree
     return False
 
 
+def widened(memory: Tree, like: Tree) -> Tree:
+    """Return `memory` with every batch axis of a `vmap` that is in `like`, so that batched values can be written into it."""
+    known = [leaf for leaf in tree.leaves(like) if isinstance(leaf, Tensor)]
+    zero = tree.sum_leaves(lambda leaf: leaf.new_zeros(()), known)
+
+    def widen(leaf: Any) -> Any:
+        return leaf + zero.to(leaf.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree.map(widen, memory)
+
+
 class _ConvolutionFound(Exception):
     """Ends an evaluation early."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,19 +12,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
+from metaopt.autodiff.graph import ancestors
 from metaopt.functional import Functional
-from metaopt.transforms import is_tracked
+from metaopt.transforms import is_functorch_wrapped, is_tracked
+from metaopt.tree import Tree
 
 
-def check_closure(loss: Callable[..., Tensor], source: Any, *arguments: Any) -> None:
+def check_closure(loss: Callable[..., Tree], source: Any, *arguments: Any) -> None:
     """Raise if `loss(*arguments)` depends on what is none of its arguments: a tensor that requires grad, a random generator.
 
-    The loss is evaluated once with every argument detached: a result that still requires grad has another source. The
+    The loss is evaluated once with every argument detached: a result that still requires grad has another source. One that the
+    loss makes itself is none: a hook may ask activations to require grad, as that of Hugging Face models does. The
     global random state is put back. Cost: one forward pass.
 
     Args:
-        loss: the function to evaluate.
-        source: the user's function or module, searched for the tensor's name.
+        loss: the function to evaluate; it returns a tree of tensors.
+        source: the user's functions or modules, searched for the tensor's name.
         arguments: trees of tensors.
 
     Raises:
@@ -32,18 +35,38 @@ def check_closure(loss: Callable[..., Tensor], source: Any, *arguments: Any) -> 
     """
     detached = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, arguments)
     devices = {leaf.device.index for leaf in tree.leaves(arguments) if isinstance(leaf, Tensor) and leaf.is_cuda}
-    with torch.random.fork_rng(devices=devices), _NoGenerator():
-        value = loss(*detached)
-    if is_tracked(value):
+    with torch.random.fork_rng(devices=devices), _Observing() as observing:
+        values = [leaf for leaf in tree.leaves(loss(*detached)) if isinstance(leaf, Tensor) and is_tracked(leaf)]
+    hidden = next((value for value in values if has_other_sources(value, observing.made)), None)
+    if hidden is not None:
         raise ValueError(
-            f"`loss_fn` reaches {tracked_names(source, value)} through its closure, and that requires grad. Only explicit "
+            f"`loss_fn` reaches {tracked_names(source, hidden)} through its closure, and that requires grad. Only explicit "
             "arguments are differentiated. Pass it as `meta`: `minimize(loss_fn, ..., meta=w)` with `loss_fn(params, batch, "
             "meta)`; or detach it."
         )
 
 
-class _NoGenerator(TorchFunctionMode):
-    """Refuses to draw from a `torch.Generator` given by hand."""
+class Leaves(TorchFunctionMode):
+    """Notes the tensors that begin to require grad while it is entered, in `made`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        asks = func in _ASKS or bool(kwargs and kwargs.get("requires_grad"))
+        is_new = asks and not (func in _ASKS and args[0].requires_grad)
+        result = func(*args, **(kwargs or {}))
+        if is_new:
+            self.made.append(args[0] if func in _ASKS else result)
+        return result
+
+
+_ASKS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
+
+
+class _Observing(Leaves):
+    """And refuses to draw from a `torch.Generator` given by hand."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if kwargs and kwargs.get("generator") is not None:
@@ -51,28 +74,30 @@ class _NoGenerator(TorchFunctionMode):
                 f"`loss_fn` draws from a torch.Generator of its own (`{func.__name__}`). A step that is run again on the way back "
                 "would draw other numbers. Draw from the global generator, which is wound back, or pass the numbers in `batches`."
             )
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def has_other_sources(value: Tensor, made: Sequence[Tensor]) -> bool:
+    """Return True if a tracked value was computed from other leaves that require grad than those in `made`."""
+    if is_functorch_wrapped(value):
+        return True
+    known = {id(leaf) for leaf in made}
+    return any(id(leaf) not in known for leaf in graph_leaves(value))
 
 
 def tracked_names(source: Any, value: Tensor) -> str:
-    """Name the tracked tensors in the closure of `source` that `value` was computed from."""
-    tracked = [(name, tensor) for name, tensor in reachable(source) if is_tracked(tensor)]
-    nodes = _graph(value)
-    used = [(name, tensor) for name, tensor in tracked if nodes & {id(tensor), id(tensor.grad_fn)}]
+    """Name the tracked tensors in the closure of `source`, or of several in a tuple, that `value` was computed from."""
+    sources = source if isinstance(source, tuple) else (source,)
+    tracked = [(name, tensor) for one in sources for name, tensor in reachable(one) if is_tracked(tensor)]
+    below = ancestors(value)
+    used = [(name, tensor) for name, tensor in tracked if below.keys() & {id(tensor), id(tensor.grad_fn)}]
     names = {f"`{name}` (shape {tuple(tensor.shape)})" for name, tensor in used or tracked}
     return ", ".join(sorted(names)) or f"a tensor (last operation: {type(value.grad_fn).__name__})"
 
 
-def _graph(value: Tensor) -> set[int]:
-    """Return the ids of the autograd nodes and leaf tensors below `value`."""
-    found: set[int] = set()
-    pending = [value.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is not None and id(node) not in found:
-            found |= {id(node), id(getattr(node, "variable", None))}
-            pending += [parent for parent, _ in node.next_functions]
-    return found - {id(None)}
+def graph_leaves(value: Tensor) -> list[Tensor]:
+    """Return the leaf tensors that a value was computed from, as far as autograd recorded it."""
+    return [found for found in ancestors(value).values() if isinstance(found, Tensor) and found.is_leaf]
 
 
 def reachable(value: Any, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -87,7 +112,7 @@ def reachable(value: Any, name: str = "", seen: set[int] | None = None) -> Itera
         case Tensor():
             yield name, value
         case nn.Module():
-            members = {prefix + key: tensor for key, tensor in value.named_parameters()}
+            members = {prefix + key: tensor for key, tensor in [*value.named_parameters(), *value.named_buffers()]}
         case types.FunctionType():
             cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
             members = {key: value.__globals__[key] for key in value.__code__.co_names if key in value.__globals__}

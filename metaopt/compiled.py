@@ -74,7 +74,7 @@ def _constant(leaf: Any) -> Any:
 
 
 # Globals of torch and of this library, and those of the compiled function itself, which is this library's.
-_LIBRARY = re.compile(r"G\['(?!__import_|___unnamed)|G\['__import_(torch|metaopt|optimizers|contextlib|dataclasses)(_dot_|')")
+_LIBRARY = re.compile(r"G\['(?!__import_|___unnamed)|G\['__import_(torch|metaopt|contextlib|dataclasses)(_dot_|')")
 
 
 def _may_change(guard: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._C import _autograd as autograd
 from torch.nn.modules.batchnorm import _NormBase
 
+from metaopt.kernels import any_order
 from metaopt.transforms import is_tracked
 
 Params = dict[str, Tensor]
@@ -25,7 +26,8 @@ def functional(model: nn.Module) -> Functional:
     Returns:
         A `Functional`. Its `params` are the model's own trainable parameters, one entry per distinct tensor, so that
         `loss.backward()` fills the model's `.grad` and an outer `torch.optim` optimizer is seen at once. Parameters with
-        `requires_grad=False` are constants; what is frozen is read here, once.
+        `requires_grad=False` are constants; what is frozen is read here, once. Gradients of an embedding with `sparse=True` are
+        dense.
 
     A module that calls `torch.utils.checkpoint` itself, or sets other hooks on saved tensors, is refused when it does so: what is
     computed again on the way back would be computed with the module's own parameters, as silently happens under `functional_call`
@@ -36,15 +38,16 @@ def functional(model: nn.Module) -> Functional:
 
 
 def aliases(module: nn.Module) -> dict[str, list[str]]:
-    """Return, for each distinct parameter and buffer, its first name -> all its names.
+    """Return, for each distinct parameter and buffer, its first name -> all its names; those as a parameter come first.
 
+    A parameter that is a buffer too, of whichever module, goes by the name that `named_parameters` gives it.
     Unlike in `named_parameters(remove_duplicate=False)`, a module that stands in several places counts once: given two names
     of one attribute, it would be lent to twice, and the wrong tensor would be put back.
     """
     names: dict[Tensor, list[str]] = {}
-    for path, layer in module.named_modules():
-        for members in (layer.named_parameters, layer.named_buffers):
-            for name, tensor in members(path, recurse=False, remove_duplicate=False):
+    for members in (nn.Module.named_parameters, nn.Module.named_buffers):
+        for path, layer in module.named_modules():
+            for name, tensor in members(layer, path, recurse=False, remove_duplicate=False):
                 names.setdefault(tensor, []).append(name)
     return {same[0]: same for same in names.values()}
 
@@ -62,9 +65,17 @@ class Functional:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}. Pass the module, not its output.")
         self.model = model
-        self._aliases = aliases(model)
-        self._shared = {name for name, same in self._aliases.items() if len(same) > 1}
         self._trainable = _paths(name for name, parameter in model.named_parameters() if is_tracked(parameter))
+        embeddings = [layer for layer in model.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)]
+        if any(layer.max_norm is not None for layer in embeddings):
+            raise ValueError(
+                "`model` must leave its parameters alone, got an embedding with `max_norm`, which rewrites its weight in every "
+                "call. Leave `max_norm` out; to bound the weight, clip it in a loss or after each step."
+            )
+        self._run = self._run_in_any_order if any(layer.sparse for layer in embeddings) else model
+        shared = {first: same for first, same in aliases(model).items() if len(same) > 1}
+        self._shared = {name: same for same in shared.values() for name in same}  # any of the names -> all
+        self._not_buffers = {name for first, same in shared.items() if first in self._trainable for name in same}
         self._norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)]
 
     @property
@@ -81,8 +92,10 @@ class Functional:
 
     @property
     def buffers(self) -> Params:
-        """The buffers, live: name -> tensor."""
-        return dict(self.model.named_buffers())
+        """The buffers, live: name -> tensor. A trainable parameter that some module holds as a buffer is none of them."""
+        if not self._not_buffers:
+            return dict(self.model.named_buffers())
+        return {name: buffer for name, buffer in self.model.named_buffers() if name not in self._not_buffers}
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """Return f(args; params).
@@ -136,11 +149,16 @@ class Functional:
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
         if not (buffers or self._shared):
-            return _lend(self.model, self._trainable, params, self.model, args, kwargs, exact=params)
+            return _lend(self.model, self._trainable, params, self._run, args, kwargs, exact=params)
         given: dict[str, Any] = {**params, **buffers}
-        for name in self._shared & given.keys():
-            given |= dict.fromkeys(self._aliases[name], given[name])
-        return _lend(self.model, _paths(given), given, self.model, args, kwargs, exact=params, left=buffers)
+        for name in self._shared.keys() & given.keys():
+            given |= dict.fromkeys(self._shared[name], given[name])
+        return _lend(self.model, _paths(given), given, self._run, args, kwargs, exact=params, left=buffers)
+
+    def _run_in_any_order(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model so that gradients are dense: a sparse one could not be passed on to a loop that led to `params`."""
+        with any_order():
+            return self.model(*args, **kwargs)
 
     def _check(self, what: str, given: Params, own: Params) -> None:
         if given.keys() != own.keys():

@@ -3,164 +3,158 @@
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from metaopt import tree
+from metaopt.batching import widened
 from metaopt.closure import check_closure
 from metaopt.differentiate import Backprop, InnerLoop, Rule
 from metaopt.errors import NonFiniteError
-from metaopt.functional import functional, lent
-from metaopt.kernels import any_order
+from metaopt.functional import Functional
+from metaopt.inner_problem import InnerProblem, Unused
 from metaopt.optimizer import Optimizer, State
-from metaopt.scan.stream import Stream, first_row
+from metaopt.scan.rows import explain_first_row, rows_of
+from metaopt.scan.stream import first_row
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
 
 class Minimized(NamedTuple):
-    """What `minimize` returns: the last parameters and optimizer state, and the loss before each step, [steps]."""
+    """What `minimize` returns.
+
+    Attributes:
+        params: the last parameters.
+        opt_state: the last state of the optimizer.
+        losses: the loss before each step, [steps].
+        aux: what the loss returned beside its value at each step, leaves [steps, ...]; None without.
+        buffers: the last buffers; None without.
+        observed: what `observe` returned after each step, leaves [steps, ...]; None without.
+    """
 
     params: Tree
     opt_state: State
     losses: Tensor
+    aux: Tree = None
+    buffers: Tree = None
+    observed: Tree = None
 
 
 def minimize(
-    loss_fn: Callable[..., Tensor],
+    loss_fn: Callable[..., Any],
     optimizer: Optimizer,
     params: Tree,
     batches: Tree,
     *,
     steps: int | None = None,
     meta: Tree = None,
+    buffers: Tree = None,
     opt_state: State | None = None,
+    observe: Callable[..., Tree] | None = None,
     differentiate: Rule = Backprop(),  # noqa: B008
+    unused: Unused = "zero",
     compile: bool = False,
 ) -> Minimized:
-    """Run w_{t+1} = w_t + u(grad L(w_t, batch_t), s_t, w_t) and return (w_T, s_T, [L(w_0), ..., L(w_{T-1})]).
+    """Run w_{t+1} = w_t + u(grad L(w_t, batch_t), s_t, w_t) and return w_T, s_T and [L(w_0), ..., L(w_{T-1})].
 
-    The result is differentiable in the initial parameters, the optimizer's parameters and tensors, `meta`, a given
+    The result is differentiable in the initial parameters, the optimizer's parameters and tensors, `meta`, `buffers`, a given
     `opt_state` and floating-point batches, in the way that `differentiate` says. Nothing is changed in place.
 
     Args:
-        loss_fn: `loss_fn(params, batch)`, or `loss_fn(params, batch, meta)` if `meta` is given, returns a scalar. If it is an
-            `nn.Module`, its trainable parameters are differentiated too; its buffers stay as they are.
+        loss_fn: `loss_fn(params, batch)`, or `loss_fn(params, batch, meta)` if `meta` is given, returns a scalar, or (a scalar,
+            aux) with a tree of tensors. If `buffers` are given, it also gets `buffers=` by name, and returns (a scalar, the next
+            buffers) or (a scalar, the next buffers, aux). If it is an `nn.Module`, its trainable parameters are
+            differentiated too; its own buffers stay as they are.
         optimizer: any `Optimizer`.
         params: initial parameters, a tree of floating-point tensors.
         batches: with `steps`, the one batch that every step sees (or None); without, a tree whose leaves all have time as
-            their leading axis, one row a step. Or an iterator (a generator, a DataLoader, `iter(list_of_batches)`) that
+            their leading axis, one row a step. Or a list of batches, or an iterator (a generator, a DataLoader) that
             yields the batch of each step when it comes to it; the loop ends when it does. Except for "full", and where
-            no gradients are enabled, all its batches are kept until the backward pass has run.
+            no gradients are enabled, all batches of an iterator are kept until the backward pass has run.
         steps: number of steps T.
         meta: what the outer level owns, a tree of tensors.
+        buffers: what the loss reads and changes from step to step, a tree of tensors: running statistics, for example
+            `functional(model).buffers` for `with_buffers`. (Those of batch norm are constants, as in torch.)
         opt_state: state to go on from; by default `optimizer.init(params)`.
+        observe: called after each step as `loss_fn` is, with the parameters and buffers then and the batch of that step; returns
+            a tree of tensors. `(weights * out.observed).sum()` is a loss over the whole loop.
         differentiate: how gradients pass through the loop: `Backprop()`, `FirstOrder()`, ...
+        unused: what happens to a parameter that the loss of a step does not depend on. "zero": its gradient is zero, so weight
+            decay and momentum still move it. "skip": it stays, its memory stays, and the step does not count for it, as in
+            `torch.optim` where `.grad` is None.
         compile: compile one step and its derivative, for any number of steps; see `compiled`. Inside another compiled function
             this changes nothing: there the loop is unrolled.
 
     Raises:
-        ValueError: the batches' leading axes differ, `steps` is missing, the loss is no scalar, or `loss_fn` reaches a
-            tensor that requires grad through its closure; or `compile` inside a transform of `torch.func`.
+        ValueError: the batches' leading axes differ, `steps` is missing, the loss returns something else, or `loss_fn` reaches a
+            tensor that requires grad through its closure; or `compile` inside a transform of `torch.func`. On the way back: a
+            step that is made again is not the step that was taken.
         NonFiniteError: a loss is not finite. (Inside `vmap`, `grad` or a compiled function values cannot be read; there
             the value is passed on as it is.)
 
     Cost:
-        That of the rule, and one forward pass of the loss that looks for closures while gradients are enabled.
+        That of the rule, and one forward pass of the loss (and of `observe`) that looks for closures while gradients are enabled.
+        `observe`: one forward pass a step more. "skip": each parameter is updated by itself.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"`optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}.{type(optimizer).__name__}. "
-            "Use one from `optimizers`, for example `optimizers.SGD(lr=0.1)`."
-        )
+    _check_arguments(optimizer, params, unused)
     if compile and not torch.compiler.is_compiling() and not values_are_readable():
         raise ValueError(
             "`compile=True` was given to a `minimize` inside a torch.func transform, which torch cannot compile from within. "
             "Compile the outermost function instead: `meta_grad(task_loss, compile=True)`, or your own with `torch.compile`."
         )
-    same_batch = steps is not None
-    xs, constant, steps = _batches_and_steps(batches, steps)
-    module = functional(loss_fn) if isinstance(loss_fn, nn.Module) else None
-    own_params = {} if module is None else module.params
-    inputs = {"optimizer": _tensors(optimizer), "loss": own_params, "meta": meta, "batch": constant}
-
-    def loss(inputs: Tree, params: Tree, x: Tree) -> Tensor:
-        batch = inputs["batch"] if same_batch else x
-        arguments = (params, batch) if meta is None else (params, batch, inputs["meta"])
-        with any_order():
-            value = loss_fn(*arguments) if module is None else module(inputs["loss"], *arguments)
-        return _check_scalar(value)
-
-    def loop_loss(inputs: Tree, params: Tree, state: State, x: Tree) -> tuple[Tensor, tuple[()]]:
-        return loss(inputs, params, x), ()
-
-    def update(inputs: Tree, grads: Tree, state: State, params: Tree, loss: Tensor, aux: tuple[()]) -> tuple[Tree, State]:
-        if inputs is own:
-            return optimizer.moved(grads, state, params, loss=loss)
-        return lent(optimizer, inputs["optimizer"], optimizer.moved, grads, state, params, loss=loss)  # type: ignore[no-any-return]
-
-    own = inputs
-    state = optimizer.init(params) if opt_state is None else opt_state
+    xs, constant, length = rows_of(batches, steps)
+    options = {"same_batch": steps is not None, "has_meta": meta is not None, "has_buffers": buffers is not None}
+    problem, skips = InnerProblem(loss_fn, optimizer, observe, **options), unused == "skip"
+    inputs = {"optimizer": problem.own_tensors, "loss": problem.own_params, "meta": meta, "batch": constant}
+    if opt_state is None:
+        opt_state = optimizer.init(params, per_parameter=True) if skips else optimizer.init(params)
+    state = opt_state
+    if buffers is not None:
+        state = {
+            "optimizer": opt_state,
+            "buffers": buffers if values_are_readable() else widened(buffers, (params, inputs, first_row(xs))),
+        }
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        check_closure(loss, loss_fn, {**inputs, "optimizer": {}}, params, first_row(xs))
-    result = Minimized(*differentiate(InnerLoop(loop_loss, update, inputs, params, state, xs, steps, compile)))
+        first = first_row(xs)
+
+        def evaluate(*arguments: Any) -> Tree:
+            with explain_first_row(batches, steps, first):
+                return problem.evaluate(*arguments)
+
+        check_closure(evaluate, (loss_fn, observe), {**inputs, "optimizer": {}}, params, state, first)
+    loop = InnerLoop(problem.loss, problem.update, inputs, params, state, xs, length, compile)
+    loop = replace(loop, rate=problem.rate, emit=problem.emit, describe=problem.describe, skips=skips)
+    after, last, emitted = differentiate(loop)
+    if not isinstance(emitted, dict):
+        emitted = {"loss": emitted}
     if values_are_readable():
-        check_finite(result.losses, "minimize")
-    return result
+        check_finite(emitted["loss"], "minimize")
+    memory, moved = (last["optimizer"], last["buffers"]) if buffers is not None else (last, None)
+    return Minimized(after, memory, emitted["loss"], emitted.get("aux"), moved, emitted.get("observed"))
+
+
+def _check_arguments(optimizer: Any, params: Any, unused: Any) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"`optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}.{type(optimizer).__name__}. "
+            "Use one from `metaopt.optimizers`, for example `metaopt.optimizers.SGD(lr=0.1)`."
+        )
+    if isinstance(params, nn.Module | Functional):
+        raise TypeError(
+            f"`params` must be a tree of tensors, got a {type(params).__name__}. Pass `net.params` of `net = functional(model)`."
+        )
+    if unused not in get_args(Unused):
+        raise ValueError(f'`unused` must be "zero" or "skip", got {unused!r}.')
 
 
 def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:
     """Raise `NonFiniteError` for the first entry of `losses` [n] that is not finite."""
+    if losses.is_meta:  # no values
+        return
     values = losses.detach().tolist()
     first = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
     if first is not None:
         raise NonFiniteError(where, first, values[first], values[first - 1] if first and unit == "step" else None, unit=unit)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
-
-
-def _batches_and_steps(batches: Tree | Iterable[Tree], steps: int | None) -> tuple[Tree | Stream, Tree, int | None]:
-    """Return (rows to scan over, the batch of every step, number of steps if known); one of the first two is empty."""
-    leaves = tree.leaves(batches)
-    is_leaf = len(leaves) == 1 and leaves[0] is batches  # no dict, list or tuple: these are trees
-    streams = is_leaf and isinstance(batches, Iterable) and not isinstance(batches, Tensor | str)
-    if steps is not None:
-        if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
-            raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
-        if streams:
-            raise ValueError(
-                f"`steps` must be left out when `batches` is an iterator, got {steps}: the loop ends when the iterator does. "
-                "Pass `itertools.islice(batches, steps)` to end it earlier."
-            )
-        return (), batches, int(steps)
-    if streams:
-        return Stream(batches), None, None
-    lengths = tree.leading_axes(batches)
-    if not lengths or -1 in lengths.values():
-        without = [path for path, length in lengths.items() if length < 0]
-        raise ValueError(
-            "`steps` is missing: without it every leaf of `batches` needs the leading axis time, which "
-            f"{without or 'an empty tree'} has not. Pass `steps=` to use the same batch at every step."
-        )
-    if len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"The leading axis of every leaf of `batches` must be the number of steps, got {lengths}. "
-            "Stack one batch per step, or pass `steps=` to use the same batch at every step."
-        )
-    (length,) = set(lengths.values())
-    if length == 0:
-        raise ValueError("`batches` must hold at least one step, got the leading axis 0.")
-    return batches, None, length
-
-
-def _check_scalar(value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-        kind = f"{value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"`loss_fn` must return a floating-point scalar, got a {kind}. Take the mean or the sum.")
-    return value

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_tracked(tensor: Tensor) -> bool:
@@ -28,11 +31,16 @@ def constant(leaf: Any) -> Any:
     return leaf.detach()
 
 
-def entries(tensor: Tensor) -> int:
-    """Return how many numbers it holds, in all rows of a `vmap` together."""
+def innermost(tensor: Tensor) -> Tensor:
+    """Return the plain tensor inside the wrappers of every level of `torch.func`; that of a `vmap` has all its rows."""
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
-    return tensor.numel()
+    return tensor
+
+
+def entries(tensor: Tensor) -> int:
+    """Return how many numbers it holds, in all rows of a `vmap` together."""
+    return innermost(tensor).numel()
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -72,6 +80,17 @@ def inside_jvp() -> bool:
     return any(level.key() == functorch.TransformType.Jvp for level in retrieve_all_functorch_interpreters())
 
 
+def has_tangent(leaf: Any) -> bool:
+    """Say whether forward mode, of `torch.func.jvp` or by dual numbers, differentiates through a tensor."""
+    if forward_ad._current_level < 0 or not is_differentiable(leaf):
+        return False
+    while functorch.is_batchedtensor(leaf) or forward_ad.unpack_dual(leaf).tangent is None:  # a batched one cannot be asked
+        if not functorch.is_functorch_wrapped_tensor(leaf):
+            return False
+        leaf = functorch.get_unwrapped(leaf)
+    return True
+
+
 def outside_transforms() -> AbstractContextManager[object]:
     """While entered, operations on tensors made inside run as if no `vmap` or `grad` were active."""
     return temporarily_clear_interpreter_stack()
@@ -93,6 +112,11 @@ def without_levels(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def is_functorch_wrapped(tensor: Tensor) -> bool:
+    """Return True if a level of `torch.func` holds the tensor."""
+    return functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def alive(tensor: Tensor | None) -> Tensor | None:
     """Return the tensor, or None, without the wrappers of `torch.func` levels that have ended.
 
@@ -100,3 +124,14 @@ def alive(tensor: Tensor | None) -> Tensor | None:
     while the pullback runs. Operations see through that; a transform started inside `backward` fails ("escaped?").
     """
     return None if tensor is None else functorch.unwrap_if_dead(tensor)
+
+
+def constant_when_compiled(fn: Function) -> Function:
+    """Mark a function that a compiler calls and does not look into: its result is a constant.
+
+    This is `torch.compiler.assume_constant_result` in all but time: to set one attribute, that one
+    imports the compiler, which takes as long as torch itself and is of no use to those who never
+    compile. A test compares the two.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn

@@ -192,9 +192,9 @@ def ravel(tree: Tree) -> Tensor:
 
 def unravel(vector: Tensor, like: Tree) -> Tree:
     """Return the tree with these entries, and the structure, shapes and dtypes of `like`."""
-    template, structure = flatten(like)
+    template = leaves(like)
     parts = vector.split([leaf.numel() * (1 + leaf.is_complex()) for leaf in template])
-    return unflatten(structure, [_shaped(part, leaf) for part, leaf in zip(parts, template, strict=True)])
+    return with_leaves(like, [_shaped(part, leaf) for part, leaf in zip(parts, template, strict=True)])
 
 
 def norm(tree: Tree) -> Tensor:
@@ -216,7 +216,7 @@ def sum_leaves(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tensor:
 def scaled_sum(x: Tensor, scale: float | Tensor, y: Tensor) -> Tensor:
     """Return x + scale y, in one operation where the scale is a number.
 
-    Not under a compiler: inductor makes `addmm` of a sum with a matrix product, and forgets `alpha` (torch 2.13).
+    Not under a compiler: inductor makes `addmm` of a sum with a matrix product, and forgets `alpha` (torch before 2.15).
     """
     if isinstance(scale, Tensor) or torch.compiler.is_compiling():
         return x + scale * y

@@ -1,19 +1,30 @@
 """Optimizers and schedules for `metaopt`: hand-designed and learned ones are the same type."""
 
-from optimizers.adadelta import Adadelta
-from optimizers.adagrad import Adagrad
-from optimizers.adam import Adam, AdamW
-from optimizers.adamax import Adamax
-from optimizers.asgd import ASGD
-from optimizers.learned import LSTMOptimizer, MLPOptimizer
-from optimizers.lion import Lion
-from optimizers.muon import Muon
-from optimizers.nadam import NAdam
-from optimizers.per_parameter import PerParameter
-from optimizers.radam import RAdam
-from optimizers.rmsprop import RMSprop
-from optimizers.rprop import Rprop
-from optimizers.schedules import (
+if __name__ == "optimizers":  # the modules are those of `metaopt.optimizers`, which says why
+    import sys
+
+    import metaopt.optimizers
+
+    sys.modules["optimizers"] = metaopt.optimizers
+    for name, module in list(sys.modules.items()):
+        if name.startswith("metaopt.optimizers."):
+            sys.modules[name.removeprefix("metaopt.")] = module
+
+from .adadelta import Adadelta
+from .adagrad import Adagrad
+from .adam import Adam, AdamW
+from .adamax import Adamax
+from .asgd import ASGD
+from .equals import register_equals
+from .learned import LSTMOptimizer, MLPOptimizer
+from .lion import Lion
+from .muon import Muon
+from .nadam import NAdam
+from .per_parameter import PerParameter
+from .radam import RAdam
+from .rmsprop import RMSprop
+from .rprop import Rprop
+from .schedules import (
     Constant,
     Cosine,
     Exponential,
@@ -31,8 +42,10 @@ from optimizers.schedules import (
     Warmup,
     WarmupStableDecay,
 )
-from optimizers.sgd import SGD
-from optimizers.transforms import ClipNorm, ClipValue, DecoupledWeightDecay, Grouped, Masked, Transform, WeightDecay
+from .sgd import SGD
+from .transforms import ClipNorm, ClipValue, DecoupledWeightDecay, Grouped, Masked, Transform, WeightDecay
+
+register_equals()
 
 __all__ = [
     "ASGD",

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
-from optimizers.moving import averages_of_squares
-from optimizers.weight_decay import penalized
+
+from .moving import averages_of_squares
+from .weight_decay import penalized
 
 
 class Adadelta(Optimizer):

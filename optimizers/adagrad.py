@@ -7,9 +7,10 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
-from optimizers.moving import roots
-from optimizers.precision import scalar_dtype
-from optimizers.weight_decay import penalized
+
+from .moving import roots
+from .precision import scalar_dtype
+from .weight_decay import penalized
 
 
 class Adagrad(Optimizer):

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
-from optimizers.adam import bias_correction
-from optimizers.betas import Pair, WithBetas
-from optimizers.moving import averages
-from optimizers.weight_decay import penalized
+
+from .adam import bias_correction
+from .betas import Pair, WithBetas
+from .moving import averages
+from .weight_decay import penalized
 
 
 class Adamax(WithBetas):

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
-from optimizers.precision import scalar_dtype
-from optimizers.weight_decay import penalized
+
+from .precision import scalar_dtype
+from .weight_decay import penalized
 
 
 class ASGD(Optimizer):

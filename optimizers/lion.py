@@ -7,9 +7,10 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
-from optimizers.betas import Pair, WithBetas
-from optimizers.moving import averages
-from optimizers.weight_decay import decayed
+
+from .betas import Pair, WithBetas
+from .moving import averages
+from .weight_decay import decayed
 
 
 class Lion(WithBetas):

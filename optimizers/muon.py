@@ -12,8 +12,9 @@ from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.arguments import check_choice, check_count, check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
-from optimizers.moving import averages
-from optimizers.weight_decay import decayed
+
+from .moving import averages
+from .weight_decay import decayed
 
 Coefficients = tuple[Hyperparameter, Hyperparameter, Hyperparameter]
 

@@ -8,11 +8,12 @@ from torch import Tensor
 from metaopt.optimizer import Hyper, Leaves, Slots
 from metaopt.optimizer.arguments import check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
-from optimizers.adam import Adam, bias_correction, moments
-from optimizers.betas import Pair
-from optimizers.moving import roots
-from optimizers.precision import scalar_dtype
-from optimizers.weight_decay import decayed, penalized
+
+from .adam import Adam, bias_correction, moments
+from .betas import Pair
+from .moving import roots
+from .precision import scalar_dtype
+from .weight_decay import decayed, penalized
 
 
 class NAdam(Adam):

@@ -8,10 +8,11 @@ from torch import Tensor
 from metaopt.optimizer import Hyper, Leaves, Slots
 from metaopt.optimizer.arguments import check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value
-from optimizers.adam import Adam, bias_correction, moments
-from optimizers.betas import Pair
-from optimizers.moving import roots
-from optimizers.weight_decay import decayed, penalized
+
+from .adam import Adam, bias_correction, moments
+from .betas import Pair
+from .moving import roots
+from .weight_decay import decayed, penalized
 
 
 class RAdam(Adam):

@@ -9,8 +9,9 @@ from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.arguments import check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
 from metaopt.tree import scaled_sums
-from optimizers.moving import averages, averages_of_squares, roots
-from optimizers.weight_decay import penalized
+
+from .moving import averages, averages_of_squares, roots
+from .weight_decay import penalized
 
 
 class RMSprop(Optimizer):

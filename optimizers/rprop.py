@@ -7,7 +7,8 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
-from optimizers.betas import Pair, as_pair
+
+from .betas import Pair, as_pair
 
 
 class Rprop(Optimizer):

@@ -9,7 +9,8 @@ from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.arguments import check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, is_zero, is_zero_anywhere, set_hyperparameter
 from metaopt.tree import scaled_sums
-from optimizers.weight_decay import penalized
+
+from .weight_decay import penalized
 
 
 class SGD(Optimizer):

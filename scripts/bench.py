@@ -21,9 +21,21 @@ import numpy as np
 import tyro
 from bench_process import Contender
 from bench_report import Memory, Times, readme_with, tables, write
-from contenders.sides import COMPARISONS, Side
+from contenders.sides import COMPARISONS, Side, function_of
 from tqdm import tqdm
 
+Name = Literal[
+    "sinusoid",
+    "omniglot",
+    "lstm",
+    "transformer",
+    "meta-weight-net",
+    "imaml",
+    "regression-darts",
+    "regression-cg",
+    "regression-neumann",
+    "many-tensors",
+]
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -31,7 +43,7 @@ README = Path(__file__).parents[1] / "README.md"
 class Config:
     """What to compare, and how thoroughly."""
 
-    comparisons: tyro.conf.Positional[tuple[Literal["sinusoid", "omniglot", "lstm", "transformer", "meta-weight-net"], ...]] = ()
+    comparisons: tyro.conf.Positional[tuple[Name, ...]] = ()
     """which; by default all"""
     threads: int = 1
     """cores of each process"""
@@ -53,7 +65,7 @@ class Config:
             raise ValueError(f"`threads` must be at most {len(os.sched_getaffinity(0))}, the cores at hand, got {self.threads}.")
 
 
-def compare(comparison: str, sides: Sequence[Side], problem: Any, threads: int, repeats: int, tolerance: float) -> list[Times]:
+def compare(function: str, sides: Sequence[Side], problem: Any, threads: int, repeats: int, tolerance: float) -> list[Times]:
     """Time the sides in turns.
 
     Raises:
@@ -62,12 +74,12 @@ def compare(comparison: str, sides: Sequence[Side], problem: Any, threads: int, 
     times: dict[str, list[float]] = {side.name: [] for side in sides}
     with ExitStack() as stack:
         contenders = []
-        for side in tqdm(sides, desc=f"{comparison}: starting", leave=False):
-            contenders.append(stack.enter_context(Contender(side, comparison, problem, threads)))
+        for side in tqdm(sides, desc=f"{function}: starting", leave=False):
+            contenders.append(stack.enter_context(Contender(side, function, problem, threads)))
         check_equal({contender.name: contender.result() for contender in contenders}, tolerance)
         for contender in contenders:
             contender.seconds()  # finds out how many runs fill a repetition
-        for _ in tqdm(range(repeats), desc=f"{comparison}: timing", leave=False):
+        for _ in tqdm(range(repeats), desc=f"{function}: timing", leave=False):
             for contender in contenders:
                 times[contender.name].append(contender.seconds())
         return [Times(contender.name, contender.first, times[contender.name]) for contender in contenders]
@@ -93,14 +105,14 @@ def check_equal(results: dict[str, dict[str, np.ndarray]], tolerance: float) -> 
                 raise ValueError(f"{name} and {first} differ in {key!r} by {error:.1e} of its norm, more than {tolerance}.")
 
 
-def measure(comparison: str, side: Side, problem: Any, lengths: Sequence[int], threads: int, limit: float) -> list[Memory]:
+def measure(function: str, side: Side, problem: Any, lengths: Sequence[int], threads: int, limit: float) -> list[Memory]:
     """Return the memory that loops of these lengths need, each in a fresh process; an estimate where that exceeds the limit."""
     done: list[Memory] = []
     for steps in lengths:
         expected = _extrapolated(done, steps)
         if expected > limit:
             return [*done, Memory(side.name, steps, expected, None, None)]
-        with Contender(side, comparison, replace(problem, steps=steps), threads, exact_memory=True) as contender:
+        with Contender(side, function, replace(problem, steps=steps), threads, exact_memory=True) as contender:
             done.append(Memory(side.name, steps, contender.grown, contender.peak, contender.first))
     return done
 
@@ -119,16 +131,18 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as cold:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold  # what earlier runs compiled would hide the time that it takes
         for name in config.comparisons or tuple(COMPARISONS):
-            problem, sides = COMPARISONS[name].problem, [side for side in COMPARISONS[name].sides if side.installed]
-            for side in COMPARISONS[name].sides:
-                if not side.installed:
-                    print(f"{side.name} is left out: not installed. `pip install .[bench]` brings it.")
-            times = compare(name, sides, problem, config.threads, config.repeats, COMPARISONS[name].tolerance)
+            comparison = COMPARISONS[name]
+            problem, function = comparison.problem, function_of(name)
+            sides = [side for side in comparison.sides if side.missing is None]
+            for side in comparison.sides:
+                if side.missing is not None:
+                    print(f"{side.name} is left out of {name}: {side.missing}")
+            times = compare(function, sides, problem, config.threads, config.repeats, comparison.tolerance)
             write(config.out, name, config.threads, problem, times)
             rows: list[Memory] = []
             for side in tqdm([side for side in sides if side.lengths], desc=f"{name}: memory", leave=False):
                 lengths = [steps for steps in side.lengths if steps <= config.longest]
-                rows += measure(name, side, problem, lengths, config.threads, config.max_gib * 2**30)
+                rows += measure(function, side, problem, lengths, config.threads, config.max_gib * 2**30)
                 if rows:  # what is there is kept if a later side takes too long
                     write(config.out, name, config.threads, problem, rows)
     text = tables(config.out)

@@ -31,11 +31,11 @@ class Contender:
         peak: largest resident size in bytes.
     """
 
-    def __init__(self, side: Side, comparison: str, problem: Any, threads: int, *, exact_memory: bool = False):
+    def __init__(self, side: Side, function: str, problem: Any, threads: int, *, exact_memory: bool = False):
         self.name = side.name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, side, comparison, problem, threads), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, side, function, problem, threads), daemon=True)
         with _environment(threads, exact_memory=exact_memory):
             self._process.start()
         theirs.close()
@@ -73,14 +73,14 @@ class Contender:
         return answer
 
 
-def _serve(pipe: Connection, side: Side, comparison: str, problem: Any, threads: int) -> None:
+def _serve(pipe: Connection, side: Side, function: str, problem: Any, threads: int) -> None:
     """Build the side, run it once, then answer questions until killed."""
     try:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[:threads])
         # by now the environment says the same; torch alone would take all cores it can see
         importlib.import_module("torch").set_num_threads(threads)
-        contender = getattr(importlib.import_module(f"contenders.{side.module}"), comparison.replace("-", "_"))
+        contender = getattr(importlib.import_module(f"contenders.{side.module}"), function)
         start = time.perf_counter()
         run = contender(problem, **side.options)
         held = resident("VmRSS")

@@ -13,7 +13,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-PACKAGES = ("metaopt", "torch", "higher", "torchopt", "jax", "betty-ml")
+import metaopt
+
+PACKAGES = ("torch", "higher", "torchopt", "jax", "betty-ml")
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 
@@ -145,7 +147,8 @@ def _size(count: float) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    # what is imported, which need not be what is installed
+    found = {"metaopt": getattr(metaopt, "__version__", None) or version("metaopt")}
     for package in PACKAGES:
         try:
             found[package] = version(package)

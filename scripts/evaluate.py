@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from tqdm import tqdm
-from train_optimizer import TASKS
 
 import metaopt as mo
+from metaopt.extras import extra
 from optimizers import SGD, Adam, RMSprop
+
+with extra("scripts/evaluate.py"):
+    import tyro
+    from train_optimizer import TASKS
 
 HAND_DESIGNED: dict[str, Callable[[float], mo.Optimizer]] = {
     "Adam": lambda lr: Adam(lr),

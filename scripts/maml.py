@@ -16,21 +16,24 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-import tyro
-from maml_plots import mean_and_margin, plot_omniglot, plot_sinusoid
 from safetensors.torch import save_file
-from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import metaopt as mo
 from metaopt import tree
+from metaopt.extras import extra
 from metaopt.functional import Params
 from metaopt.tasks.episode import Episode
 from metaopt.tasks.omniglot import CharacterTasks, conv4, read_omniglot, split_alphabets
 from metaopt.tasks.sinusoid import Sinusoids, sinusoid_mlp
 from metaopt.train import TensorBoardLogger, Trainer
 from optimizers import SGD
+
+with extra("scripts/maml.py"):
+    import tyro
+    from maml_plots import mean_and_margin, plot_omniglot, plot_sinusoid
+    from tabulate import tabulate
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[Params, Batch], Tensor]

@@ -24,26 +24,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-import tabulate
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from tqdm import tqdm
 
 import metaopt as mo
 from metaopt import tree
+from metaopt.extras import extra
 from metaopt.tasks.corruption import flip_labels, long_tail, stratified_split
 from metaopt.tasks.digits import digits
 from metaopt.train import TensorBoardLogger
 from metaopt.tree import Tree
 from optimizers import SGD, Adam
+
+with extra("scripts/meta_weight_net.py"):
+    import matplotlib
+    import tabulate
+    import tyro
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
 CLASSES, CLEAN, TRAIN, FOLDS, MOMENTUM = 10, 10, 100, 5, 0.9  # CLEAN and TRAIN: examples of each class
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
 import metaopt as mo
+from metaopt.extras import extra
 from metaopt.meta_training.evaluate import VALIDATION_SEED
 from optimizers import Adam, Cosine, LSTMOptimizer, MLPOptimizer
+
+with extra("scripts/train_optimizer.py"):
+    import tyro
 
 OPTIMIZERS = {"mlp": MLPOptimizer, "lstm": LSTMOptimizer}
 # Each task with the number of steps of an episode.

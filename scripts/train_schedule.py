@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.func import vmap
 
 import metaopt as mo
+from metaopt.extras import extra
 from metaopt.meta_training.evaluate import TEST_SEED, VALIDATION_SEED
 from metaopt.meta_training.task import sample_tasks
 from optimizers import SGD, Adam, Cosine, LSTMSchedule
+
+with extra("scripts/train_schedule.py"):
+    import tyro
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -29,28 +30,72 @@ def small(comparison: str) -> Any:
         "lstm": lambda: problems.LSTM(steps=3, batch=4, sizes=(6, 5, 3), hidden=4),
         "transformer": lambda: problems.Transformer(steps=2, batch=2, length=5, width=8, heads=2),
         "meta-weight-net": lambda: problems.MetaWeightNet(batch=6, sizes=(5, 4, 3), hidden=4),
+        "imaml": lambda: problems.IMAML(shots=4, queries=3, steps=2, hidden=5, cg_steps=3),
+        "regression-darts": lambda: problems.LogisticRegression("darts", examples=9, features=4, steps=3),
+        "regression-cg": lambda: problems.LogisticRegression("cg", examples=9, features=4, steps=3),
+        "regression-neumann": lambda: problems.LogisticRegression("neumann", examples=9, features=4, steps=3),
+        "many-tensors": lambda: problems.ManyTensors(layers=8, width=3, batch=4, steps=3),
     }[comparison]()
 
 
-@pytest.mark.parametrize("comparison", ["sinusoid", "omniglot", "lstm", "transformer", "meta-weight-net"])
+NAMES = [
+    "sinusoid",
+    "omniglot",
+    "lstm",
+    "transformer",
+    "meta-weight-net",
+    "imaml",
+    "regression-darts",
+    "regression-cg",
+    "regression-neumann",
+    "many-tensors",
+]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # Betty imports what calls it
+@pytest.mark.parametrize("comparison", NAMES)
 def test_all_sides_compute_the_same(comparison: str) -> None:
     """Here, not in processes of their own; compiled sides are left to the benchmark, which compares them too."""
     import bench
     import bench_process
-    from contenders.sides import COMPARISONS
+    from contenders.sides import COMPARISONS, function_of
 
     results = {}
     for side in COMPARISONS[comparison].sides:
-        if side.installed and not side.options.get("compile"):
-            run = getattr(importlib.import_module(f"contenders.{side.module}"), comparison.replace("-", "_"))(
-                small(comparison), **side.options
-            )
+        if side.missing is None and not side.options.get("compile"):
+            build = getattr(importlib.import_module(f"contenders.{side.module}"), function_of(comparison))
+            run = build(small(comparison), **side.options)
             first, second = ({name: bench_process.array(value) for name, value in run().items()} for _ in range(2))
             assert all(np.abs(value).max() > 0 or "conv" in name for name, value in first.items())
             bench.check_equal({"a run": first, "another": second}, 1e-4)  # running changes nothing
             results[side.name] = first
     assert len(results) >= 2
     bench.check_equal(results, 1e-4)
+
+
+def test_every_comparison_can_be_asked_for() -> None:
+    import bench
+    from contenders.sides import COMPARISONS
+
+    assert list(get_args(bench.Name)) == list(COMPARISONS) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "betty is not installed. `pip install --no-deps .* betty-ml==0.2.1` brings it."),
+        ("0.1.1", "betty-ml must be 0.2.1, got 0.1.1: .* `pip install --no-deps .* betty-ml==0.2.1`"),
+        ("0.2.1", None),
+    ],
+)
+def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch, found: str | None, message: str | None) -> None:
+    from contenders import sides
+
+    monkeypatch.setattr(sides, "find_spec", lambda library: found)
+    monkeypatch.setattr(sides, "version", lambda distribution: found)
+    missing = sides.Side("Betty", "with_betty").missing
+    assert (missing is None) if message is None else re.match(message, missing)
+    assert sides.Side("by hand", "by_hand").missing is None
 
 
 def test_a_difference_ends_the_run() -> None:
@@ -107,7 +152,8 @@ def test_tables_go_between_the_markers_of_the_readme(tmp_path) -> None:
     write(tmp_path, "lstm", 1, small("lstm"), [Times("slow", 3.0, [0.2, 0.1, 0.4]), Times("fast", 60.0, [0.05])])
     points = [Memory("slow", 10, 10 * 2**20, 1, 1.0), Memory("slow", 20, 30 * 2**20, 1, 2.0), Memory("slow", 40, 2**31, None, None)]
     write(tmp_path, "lstm", 1, small("lstm"), points)
-    assert json.loads((tmp_path / "lstm-times-1.json").read_text())["versions"]["torch"]
+    versions = json.loads((tmp_path / "lstm-times-1.json").read_text())["versions"]
+    assert {"torch", "metaopt"} <= versions.keys()
     text = tables(tmp_path)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert ["slow", "200 ms", "100 ms to 400 ms", "1", "3 s"] in rows

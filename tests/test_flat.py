@@ -194,7 +194,7 @@ class TestEquality:
         params, state = first, None
         for i, joined in enumerate((True, False, True)):
             with ways(joined) as seen:
-                params, state, _ = mo.minimize(curve, Adam(0.1), params, shifts[2 * i : 2 * i + 2], opt_state=state)
+                params, state, *_ = mo.minimize(curve, Adam(0.1), params, shifts[2 * i : 2 * i + 2], opt_state=state)
             assert seen == [1 if joined else len(first)] * 2
         assert_close((params, state), (expected.params, expected.opt_state), TOLERANCE)
 

@@ -372,7 +372,7 @@ def swapped() -> Any:
             TypeError,
             "Homemade.*subclasses, have no known equal",
         ),
-        (lambda: mo.from_torch(SGD(0.1)), TypeError, "got optimizers.sgd.SGD"),
+        (lambda: mo.from_torch(SGD(0.1)), TypeError, "got metaopt.optimizers.sgd.SGD"),
         (lambda: mo.from_torch(two_groups()), ValueError, "`params` is needed where there are several groups, got 2"),
         (lambda: mo.from_torch(two_groups(), {"w": torch.ones(1)}), ValueError, r"got another tensor at \['w'\]"),
         (

@@ -123,6 +123,63 @@ def test_the_module_is_never_changed(training: bool) -> None:
     assert (buffers["1.num_batches_tracked"] == 1) == training
 
 
+class Held(nn.Module):
+    """A parameter that other modules hold as a buffer, before or after it; a buffer of its own, a frozen parameter held too."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        tied = nn.Linear(2, 2)
+        for kind in order:
+            holder = nn.Module()
+            match kind:
+                case "p":
+                    holder.register_parameter("w", tied.weight)
+                case "b":
+                    holder.register_buffer("w", tied.weight)
+                case "m":
+                    holder = tied
+                case "n":  # both, in one module
+                    holder.register_buffer("before", tied.weight)
+                    holder.register_parameter("w", tied.weight)
+            setattr(self, f"{kind}{len(self._modules)}", holder)
+        self.register_buffer("shift", torch.ones(2))
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.register_buffer("held", self.frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self._modules.values():
+            x = x @ (module.weight if isinstance(module, nn.Linear) else module.w)
+            x = x @ getattr(module, "before", torch.eye(2))
+        return x + self.shift * self.frozen * self.held
+
+
+@pytest.mark.parametrize("order", ["bp", "pb", "bm", "mb", "bbpb", "bnm", "n", "bpmm"])
+def test_a_parameter_that_is_a_buffer_elsewhere_is_lent_as_torch_lends_it(order: str) -> None:
+    """It was never lent where an earlier module holds it as a buffer: value and gradient were those of the module's own."""
+    model, x = Held(order), torch.randn(3, 2)
+    net = mo.functional(model)
+    assert net.params.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert net.buffers.keys() == {"shift", "held"}
+    params = tree.map(lambda p: torch.randn_like(p), net.params)
+    own = dict([*model.named_parameters(), *model.named_buffers()])
+
+    def ours(p: Any) -> Tensor:
+        return net(p, x).sin().sum()
+
+    def with_buffers(p: Any) -> Tensor:
+        return net.with_buffers(p, net.buffers, x)[0].sin().sum()
+
+    def of_torch(p: Any) -> Tensor:
+        return torch.func.functional_call(copy.deepcopy(model), p, (x,)).sin().sum()  # it leaves a module of two places changed
+
+    for function in (ours, with_buffers):
+        assert_close(function(params), of_torch(params), 1e-13)
+        assert_close(grad(function)(params), grad(of_torch)(params), 1e-13)
+    assert all(one is own[name] for name, one in [*model.named_parameters(), *model.named_buffers()])
+    shifted, _ = net.with_buffers(params, {**net.buffers, "held": torch.zeros(2)}, x)
+    assert_close(shifted, torch.func.functional_call(model, {**params, "held": torch.zeros(2)}, (x,)), 1e-13)
+
+
 def test_an_exception_inside_forward_leaves_the_module_whole() -> None:
     """Trap 15: a patched forward that fails must not leave the other weights behind."""
 
@@ -313,7 +370,7 @@ def test_running_statistics_can_be_carried_through_an_inner_loop() -> None:
     params, buffers, state = net.params, net.buffers, sgd.init(net.params)
     for x in xs:
         _, buffers = net.with_buffers(params, buffers, x)
-        params, state, _ = mo.minimize(loss_fn, sgd, params, x, steps=1, opt_state=state)
+        params, state, *_ = mo.minimize(loss_fn, sgd, params, x, steps=1, opt_state=state)
     whole = mo.minimize(loss_fn, sgd, net.params, xs)
     assert_close(params, whole.params, 1e-14)
     gradients = [torch.autograd.grad(loss_fn(end, xs[0]), list(net.params.values())) for end in (params, whole.params)]

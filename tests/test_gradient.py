@@ -9,8 +9,8 @@ import torch
 from problems import assert_close
 from torch import Tensor
 
-from metaopt.autodiff.gradient import gradient
-from metaopt.autodiff.pullback import chosen, pull_back, put, spread
+from metaopt.autodiff.gradient import constant_gradient, gradient
+from metaopt.autodiff.pullback import Linearized, chosen, pull_back, put, spread
 from metaopt.kernels import any_order
 
 torch.manual_seed(0)
@@ -60,6 +60,61 @@ class TestGradient:
                     gradient(lambda w: (w["a"].sum() / (1 // 0), ()), {"a": torch.ones(2, requires_grad=True)})
                 assert torch.is_grad_enabled() == again
 
+    def test_no_graph_begins_where_nobody_asked_for_one(self) -> None:
+        """Of what is not differentiated, with gradients enabled: constants, unless f reads what is."""
+        w = {"a": torch.ones(2), "b": torch.ones(2, requires_grad=True)}
+        meta = torch.tensor(2.0, requires_grad=True)
+
+        def through(*names: str, scale: Any = 1.0, other: Any = 0.0) -> list[bool]:
+            """Return of which results (grads of a and b, value, aux that reads a, aux that reads meta) a graph goes on."""
+            at = {name: w[name] for name in names}
+            grads, value, aux = gradient(
+                lambda at: (sum((p**2).sum() for p in at.values()) * scale + other, (at["a"] * 2, meta * 3)), at
+            )
+            return [result.requires_grad for result in (*grads.values(), value, *aux)]
+
+        assert through("a") == [False, False, False, True]
+        assert through("a", scale=meta) == [True, True, False, True]
+        assert through("a", other=meta) == [False, True, False, True]
+        assert through("a", "b") == [False, True, True, False, True]
+
+    def test_a_gradient_inside_another_knows_its_variables(self) -> None:
+        """Both at what autograd does not track, the inner one reading the outer one's variable: d/dv of dL/dw at w = 1 is 2 v."""
+        w, v = torch.tensor(1.0), torch.tensor(3.0)
+
+        def inner(v: Tensor) -> tuple[Tensor, Any]:
+            return gradient(lambda w: (w * v**2, ()), w)[0], ()
+
+        for again in (False, True):
+            with torch.set_grad_enabled(again):
+                found = gradient(inner, v)[0]
+            assert_close(found, torch.tensor(6.0), 0.0)
+            assert not found.requires_grad
+        scale = torch.tensor(5.0, requires_grad=True)
+        found = gradient(lambda v: (scale * inner(v)[0], ()), v)[0]
+        assert_close(torch.autograd.grad(found, scale)[0], torch.tensor(6.0), 0.0)
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
+    def test_in_forward_mode_the_tangent_is_kept(self) -> None:
+        with torch.autograd.forward_ad.dual_level():
+            w = torch.autograd.forward_ad.make_dual(torch.tensor(2.0), torch.tensor(1.0))
+            for again in (False, True):
+                with torch.set_grad_enabled(again):
+                    slope = gradient(lambda w: (w**3, ()), w)[0]
+                assert_close(torch.autograd.forward_ad.unpack_dual(slope).tangent, torch.tensor(12.0), 1e-6)
+
+    def test_the_gradient_is_constant_and_the_value_is_not(self) -> None:
+        w, meta = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+        for at in (w, w.detach()):
+            grad, value, aux = constant_gradient(lambda w: (meta * w**2, w * meta), at)
+            assert_close(grad, torch.tensor(12.0), 0.0)
+            assert not grad.requires_grad
+            assert_close(torch.autograd.grad(value + aux, meta)[0], torch.tensor(6.0), 0.0)
+        with torch.no_grad():
+            assert not any(leaf.requires_grad for leaf in constant_gradient(lambda w: (meta * w**2, w * meta), w))
+        assert not constant_gradient(lambda w: (w**2, w), w.detach())[1].requires_grad
+        assert_close(constant_gradient(lambda w: (w["a"] ** 2, ()), {"a": w, "b": w})[0]["b"], torch.tensor(0.0), 0.0)
+
     def test_a_complex_value_is_refused(self) -> None:
         with torch.no_grad(), pytest.raises(RuntimeError, match="real scalar"):
             gradient(lambda w: (w["a"].sum() * 1j, ()), W)
@@ -96,3 +151,22 @@ class TestParts:
         assert spread([1, 2], W, {"a": False, "b": True}) == {"a": None, "b": [1, 2]}
         nothing = pull_back(lambda w: bowl(w)[0], (W,), None, ({"a": False, "b": True},))
         assert nothing == ({"a": None, "b": [None, None]},)
+
+
+def test_a_linearized_function_is_pulled_back_as_often_as_one_likes() -> None:
+    calls = []
+
+    def function(one: Any, other: Any) -> list[Tensor]:
+        calls.append(one)
+        return [one["a"] * other[0], other[1] ** 2, torch.ones(())]
+
+    arguments = ({"a": torch.tensor(2.0)}, [torch.tensor(3.0), torch.tensor(4.0), torch.tensor(7)])
+    with torch.no_grad():
+        point = Linearized(function, arguments, (True, [True, True, False]))
+        for c in (1.0, 2.0):
+            seeds = [torch.tensor(c), torch.tensor(1.0), torch.tensor(1.0)]
+            assert point.pull_back(seeds, 0) == {"a": 3 * c}
+            assert point.pull_back(seeds, 1) == [2 * c, 8.0, None]
+        rows = torch.func.vmap(lambda c: point.pull_back([c, c, c], 0)["a"])(torch.tensor([1.0, 5.0]))
+    assert_close(rows, torch.tensor([3.0, 15.0]), 0.0)
+    assert len(calls) == 1

@@ -444,7 +444,7 @@ def test_bad_arguments(make: Any, error: type[Exception], message: str) -> None:
     ("make", "options", "error", "message"),
     [
         (torchopt.sgd, {"lr": 0.1, "weight_decay": 0.1}, TypeError, "TorchOpt needs a number where a tensor that requires grad"),
-        (lambda b: torchopt.adam(0.1, (b, 0.9)), {"b": 0.8}, TypeError, "Those in `optimizers` can all be"),
+        (lambda b: torchopt.adam(0.1, (b, 0.9)), {"b": 0.8}, TypeError, "Those in `metaopt.optimizers` can all be"),
         (torchopt.sgd, {"lr": 0.1, "momentum": 0.0}, ValueError, "`momentum` must not be 0 where it is a tensor"),
         (torchopt.sgd, {"lr": 0.1, "weight_decay": 0.0}, ValueError, "`weight_decay` must not be 0 where it is a tensor"),
     ],

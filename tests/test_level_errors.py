@@ -260,6 +260,11 @@ LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"Edge a -> b: `differentiate` must be a rule",
     ),
+    "look ahead": (
+        lambda: mo.Edge(*named("a", "b"), look_ahead="SGD"),
+        TypeError,
+        r"Edge a -> b: `look_ahead` must be True, False, or the metaopt Optimizer of the virtual steps, got 'SGD'",
+    ),
     "no edge": (lambda: mo.LevelGraph(named("a", "b")), TypeError, r"`edges` must be a list of Edge, got a Level in it"),
     "one batch": (
         lambda: two(lower={"data": (torch.ones(2), torch.ones(2))}),

@@ -99,6 +99,57 @@ def test_meta_weight_net_equals_a_loop_by_hand(steps: int, look_ahead: bool) -> 
         assert_close(dict(weight_net.named_parameters()), theta, 1e-10)
 
 
+def test_the_virtual_step_of_the_official_meta_weight_net() -> None:
+    """It is one of plain SGD on a copy of the learner; the real step is by SGD with momentum and weight decay.
+
+    As in the authors' program: virtual step, meta-step of the weight net by Adam, real step with the new weights.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    weight_net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1), nn.Sigmoid())
+    params, theta = leaf(dict(model.named_parameters())), leaf(dict(weight_net.named_parameters()))
+    real = SGD(lr=0.3, momentum=0.9, weight_decay=5e-4)
+    learner = mo.Level("learner", model, learner_loss, real, data=examples(5, 1))
+    weights = mo.Level("weights", weight_net, meta_loss, Adam(lr=0.05), data=examples(4, 2))
+    graph = mo.LevelGraph([mo.Edge(weights, learner, look_ahead=SGD(0.2))])
+    sgd = torch.optim.SGD(params.values(), lr=0.3, momentum=0.9, weight_decay=5e-4)
+    adam = torch.optim.Adam(theta.values(), lr=0.05)
+
+    def loss_of(params: Any, x: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(functional_call(model, params, (x,)), y, reduction="none")
+        return (functional_call(weight_net, theta, (losses.detach()[:, None],))[:, 0] * losses).mean()
+
+    for (x, y), (clean, target) in zip(examples(5, 1), examples(4, 2), strict=False):
+        grads = torch.autograd.grad(loss_of(params, x, y), list(params.values()), create_graph=True)
+        virtual = {name: p - 0.2 * g for (name, p), g in zip(params.items(), grads, strict=True)}
+        adam.zero_grad()
+        loss = F.cross_entropy(functional_call(model, virtual, (clean,)), target)
+        loss.backward(inputs=list(theta.values()))
+        at = {name: p.detach().clone() for name, p in theta.items()}
+        assert_close(graph.hypergradient("weights"), {name: p.grad for name, p in theta.items()}, 1e-12)
+        assert_close(graph.objective("weights", at), loss.detach(), 1e-12)
+        adam.step()
+        sgd.zero_grad()
+        loss_of(params, x, y).backward(inputs=list(params.values()))
+        sgd.step()
+        assert_close(graph.step()["weights/loss"], loss.detach(), 1e-12)
+        assert_close(dict(model.named_parameters()), params, 1e-12)
+        assert_close(dict(weight_net.named_parameters()), theta, 1e-12)
+    assert "look_ahead with SGD(lr=0.2" in str(graph)
+
+
+def test_a_level_learns_the_rate_of_the_virtual_step() -> None:
+    """T(a) = (w - a w)^2 / 2 from w = 2: dT/da = -w^2 (1 - a). The real step is the lower level's own, by half."""
+    virtual = SGD(nn.Parameter(torch.tensor(0.1)))
+    rate = mo.Level("rate", virtual, lambda s, _: s.low().square() / 2, SGD(0.01))
+    low = level("low", torch.tensor(2.0), lambda s, _: s.low().square() / 2, 0.5)
+    graph = mo.LevelGraph([mo.Edge(rate, low, look_ahead=virtual)])
+    assert_close(graph.hypergradient("rate")["lr"], torch.tensor(-3.6), 1e-14)
+    graph.step()
+    assert_close(value(graph, "low"), torch.tensor(1.0), 1e-14)
+    assert_close(graph.params("rate")["lr"], torch.tensor(0.136), 1e-14)
+
+
 # An optimizer as a level
 
 

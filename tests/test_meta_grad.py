@@ -246,16 +246,16 @@ def test_inside_func_grad_it_is_differentiated_again(name: str, chunk_size: int 
     assert_close(vmap(grad(norm))(lr[None])[0], difference, 1e-6)
 
 
-def test_learned_tensors_in_the_closure_are_constants_at_the_top_level() -> None:
-    """No graph leads to them: a `backward` through the batched tasks would be trap 1, so torch says that there is none."""
+def test_learned_tensors_in_the_closure_are_refused_by_name() -> None:
+    """A rate that is an `nn.Parameter` would not be learned, without a word."""
     lr = nn.Parameter(torch.tensor(0.1))
 
     def task_loss(w: Tensor, target: Tensor) -> Tensor:
         return mo.minimize(lambda w, target: (w - target).square(), SGD(lr=lr), w, target, steps=2).params.square()
 
-    grads, losses = mo.meta_grad(task_loss)(torch.tensor(1.0), torch.randn(3))
-    assert not grads.requires_grad
-    assert not losses.requires_grad
+    for options in ({}, {"chunk_size": 1}, {"chunk_size": 2}):
+        with pytest.raises(ValueError, match=r"depends on `lr` \(shape \(\)\).*`meta_grad\(task_loss, learn=module\)`"):
+            mo.meta_grad(task_loss, **options)(torch.tensor(1.0), torch.randn(3))
     both, _ = mo.meta_grad(lambda p, target: task_loss_of(p, target))({"w": torch.tensor(1.0), "lr": lr.detach()}, torch.randn(3))
     assert both["lr"] != 0
 
@@ -290,7 +290,7 @@ def test_the_result_carries_no_graph_and_meta_training_descends() -> None:
 
 
 def test_tasks_may_be_any_tree_and_params_too() -> None:
-    tasks = [(torch.arange(3.0), {"shift": torch.ones(3)})]
+    tasks = ((torch.arange(3.0), {"shift": torch.ones(3)}),)
     grads, losses = mo.meta_grad(lambda w, task: (w[0] * task[0][0]).square() + task[0][1]["shift"])([torch.tensor(2.0)], tasks)
     assert_close(losses, torch.tensor([1.0, 5.0, 17.0]), 0)
     assert_close(grads, [torch.tensor((0 + 4 + 16) / 3)], 1e-15)
@@ -353,8 +353,7 @@ def test_fused_attention_still_has_no_second_derivative_in_torch() -> None:
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler on CPU"
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's own compiler
-@pytest.mark.parametrize("layer", [nn.Tanh, lambda: nn.LayerNorm(8)], ids=["plain", "layer-norm"])
-@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize(("chunk_size", "layer"), [(None, lambda: nn.LayerNorm(8)), (1, nn.Tanh)], ids=["batched", "loop"])
 def test_compiled_equals_eager(chunk_size: int | None, layer: Callable[[], nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(1, 8), layer(), nn.Linear(8, 1))
     tasks = {key: torch.randn(4, 6, 1) for key in ("x", "y", "query_x", "query_y")}

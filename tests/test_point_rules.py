@@ -124,13 +124,83 @@ def test_what_a_rule_does_not_reach_is_an_error_or_constant(rule: PointRule) -> 
         return out.params.sum()
 
     name = type(rule).__name__
-    with pytest.raises(ValueError, match=f"{name}: the initial state must not be differentiated .*'velocity'"):
+    with pytest.raises(ValueError, match=f"{name}: the initial state must not be differentiated, but .*'velocity'"):
         grad(lambda velocity: value(bilevel.start, velocity=velocity))(torch.zeros(3))
     with pytest.raises(ValueError, match=f"{name}: the initial parameters must not be differentiated"):
         grad(value)(bilevel.start)
     with pytest.raises(ValueError, match=f"{name}: the optimizer's tensors must not be differentiated"):
         grad(lambda lr: value(bilevel.start, lr))(torch.tensor(0.1))
-    assert not value(bilevel.start.requires_grad_(), nn.Parameter(torch.tensor(0.1))).requires_grad
+    for given, what in (
+        ({"start": leaf(bilevel.start)}, "initial parameters"),
+        ({"start": bilevel.start, "lr": nn.Parameter(torch.tensor(0.1))}, "optimizer's tensors"),
+        ({"start": bilevel.start, "velocity": leaf(torch.zeros(3))}, "initial state"),
+    ):
+        end = value(**given)  # no error before anybody goes backward
+        assert_close(end.detach(), value(bilevel.start), 0.0)
+        with pytest.raises(ValueError, match=f"{name}: the {what} must not be differentiated.*pass the same tensors as `meta`"):
+            end.backward()
+    assert not value(bilevel.start).requires_grad
+
+
+@each_rule
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("is_convolution", [False, True], ids=["dense", "convolution"])
+def test_a_loop_over_tasks_answers_an_error_as_vmap_does(
+    rule: PointRule, chunk_size: int | None, tasks: int, is_convolution: bool
+) -> None:
+    """It was zeros wherever plain autograd stood in for `torch.func.grad`: one task, chunks of one, convolutions."""
+    first = nn.Conv1d(1, 2, 2) if is_convolution else nn.Linear(3, 4)
+    net = mo.functional(nn.Sequential(first, nn.Flatten(), nn.Linear(4, 1)))
+
+    def loss(params: Any, x: Tensor) -> Tensor:
+        return net(params, x).square().mean()
+
+    def task_loss(params: Any, x: Tensor) -> Tensor:
+        doubled = mo.tree.map(lambda p: 2 * p, params)
+        return loss(mo.minimize(loss, SGD(0.1), doubled, x, steps=2, differentiate=rule).params, x)
+
+    with pytest.raises(ValueError, match=f"{kind(rule)}: the initial parameters must not be differentiated, but .*0.weight"):
+        mo.meta_grad(task_loss, chunk_size=chunk_size)(net.params, torch.randn(tasks, 2, 1, 3))
+
+
+@each_rule
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
+def test_forward_mode_is_refused_and_not_answered_by_zeros(rule: PointRule) -> None:
+    def end(meta: Tensor, x: Tensor | None = None) -> Tensor:
+        def loss(w: Tensor, x: Tensor, meta: Tensor) -> Tensor:
+            return square(w, None, meta) + (0 if x is None else (w * x).sum())
+
+        return mo.minimize(loss, SGD(0.1), torch.zeros(2), x, steps=2, meta=meta, differentiate=rule).params
+
+    one = torch.ones(2)
+    message = "knows its derivative in reverse mode alone .* cannot be differentiated forward"
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            with pytest.raises(ValueError, match=message):
+                torch.func.jvp(end, (one,), (one,))
+            with pytest.raises(ValueError, match=message):
+                torch.func.jvp(lambda x: end(one, x), (one,), (one,))
+            with pytest.raises(ValueError, match=message):
+                torch.func.jvp(lambda x: torch.func.vmap(end)(torch.stack([x, x])), (one,), (one,))
+            with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match=message):
+                end(torch.autograd.forward_ad.make_dual(one, one))
+            _, slope = torch.func.jvp(lambda x: x * end(one), (one,), (one,))  # a constant is one
+            assert_close(slope, end(one), 0.0)
+
+
+@each_rule
+def test_what_no_running_gradient_differentiates_may_require_grad(rule: PointRule) -> None:
+    """As under `torch.func.grad`, initial parameters that are computed from what plain autograd alone tracks are constants."""
+    outside = torch.ones(2, requires_grad=True)
+
+    def task_loss(meta: Tensor, _: Tensor) -> Tensor:
+        start = 2 * outside
+        return mo.minimize(square, SGD(0.1), start, None, steps=2, meta=meta, differentiate=rule).params.sum()
+
+    found = [mo.meta_grad(task_loss, chunk_size=size)(torch.ones(2), torch.zeros(2))[0] for size in (1, 2)]
+    assert_close(*found, 1e-5)
+    assert (found[0] > 0).all()
 
 
 @float64

@@ -142,7 +142,7 @@ def test_evolution_strategies_are_unbiased_where_the_loop_is_linear(way: str) ->
     """In l the dynamics are linear: no bias at any std, and the variance that is stated. A factor of std would show."""
     bilevel = PROBLEMS["dynamics"]()
     pairs = 4000
-    rule = mo.EvolutionStrategy(0.3, pairs, generator=torch.Generator().manual_seed(1))
+    rule = mo.EvolutionStrategy(0.3, pairs, seed=1)
     g = bilevel.exact
     error = ((g.square().sum() + g.square()) / pairs).sqrt()
     assert error.max() < 0.1 * g.norm()
@@ -157,7 +157,7 @@ def test_the_bias_of_evolution_strategies_is_that_of_smoothing() -> None:
 
     l, std = torch.tensor(0.5), 0.4
     bilevel = Bilevel(cubic, torch.zeros(()), None, l, lambda w: w, 1.0, 1, None, True)
-    rule = mo.EvolutionStrategy(std, 200, generator=torch.Generator().manual_seed(2))
+    rule = mo.EvolutionStrategy(std, 200, seed=2)
     mean, error = sample(bilevel, rule, 50)
     smoothed = 3 * l**2 + 3 * std**2
     assert (mean - smoothed).abs() < 4 * error

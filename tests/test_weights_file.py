@@ -343,7 +343,9 @@ def test_constants_that_are_not_saved_are_real_after_loading(tmp_path: Path) -> 
 def test_two_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
     SGD(0.1).save(tmp_path / "w")
     twin = type("SGD", (mo.Optimizer,), {})
-    with pytest.raises(ValueError, match=r"names the class 'SGD', which \[.*'optimizers.sgd'.*\] define. Rename all but one"):
+    with pytest.raises(
+        ValueError, match=r"names the class 'SGD', which \[.*'metaopt.optimizers.sgd'.*\] define. Rename all but one"
+    ):
         SGD.load(tmp_path / "w")
     del twin
     gc.collect()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import warnings
 from collections.abc import Callable
 
 import torch
 
+from metaopt.kernels import any_order
+from metaopt.transforms import constant_when_compiled
 from metaopt.tree import Tree
 
 
@@ -21,10 +25,12 @@ def slope_along(function: Callable[[Tree], Tree], at: Tree, along: Tree, *, aske
         instead: what to use in its place.
 
     Raises:
-        ValueError: torch has no forward derivative of an operator in f.
+        ValueError: torch has no forward derivative of an operator in f, or none of an `autograd.Function` of the old style.
     """
+    load_formulas()
     try:
-        value, slope, *_ = torch.func.jvp(function, (at,), (along,))
+        with any_order():  # some losses are computed so that their gradient has a forward derivative
+            value, slope, *_ = torch.func.jvp(function, (at,), (along,))
     except NotImplementedError as error:
         name = re.search(r"forward AD with (\S+)", str(error))
         if name is None:
@@ -33,4 +39,25 @@ def slope_along(function: Callable[[Tree], Tree], at: Tree, along: Tree, *, aske
             f"{asked} needs the forward derivative of every operator in the loss and its gradient, got `{name[1]}`, which has "
             f"none in torch. Use {instead}."
         ) from error
+    except RuntimeError as error:
+        if "setup_context" not in str(error):
+            raise
+        raise ValueError(
+            f"{asked} runs the loss inside a transform of `torch.func`, which takes no `autograd.Function` whose `forward` has a "
+            f"`ctx`, got one. Give it a `setup_context` and a `jvp`, or use {instead}."
+        ) from error
     return value, slope
+
+
+@constant_when_compiled
+def load_formulas() -> None:
+    """Let torch load its forward derivatives, without the warnings that it gives itself at the first one."""
+    _load_once()
+
+
+@functools.cache  # `catch_warnings` takes time, and is not safe where threads run beside: once is enough
+def _load_once() -> None:
+    with warnings.catch_warnings():
+        # Some formulas go through `torch.jit.script`, which torch has deprecated: seen in 2.13 to 2.15.
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script(_method)?` is deprecated")
+        torch.func.jvp(torch.neg, (torch.zeros(()),), (torch.zeros(()),))

@@ -2,72 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_function_stack
 
 from metaopt import tree
-from metaopt.transforms import constant, is_tracked, values_are_readable
+from metaopt.autodiff.graph import ancestors, goes_beyond
+from metaopt.autodiff.plain import cut, evaluated, slopes_of_scalar, stands_in
+from metaopt.transforms import constant
 from metaopt.tree import Tree
 
-_ENGINE = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+Valued = Callable[[Tree], tuple[Tensor, Tree]]  # w -> (f(w), aux)
 
 
-def gradient(function: Callable[[Tree], tuple[Tensor, Tree]], at: Tree, *, allow_unused: bool = False) -> tuple[Tree, Tensor, Tree]:
+def gradient(function: Valued, at: Tree, *, allow_unused: bool = False) -> tuple[Tree, Tensor, Tree]:
     """Return (grad f(w), f(w), aux) for (f(w), aux) = function(w); differentiable again in whatever f reads.
 
     `torch.func.grad` records its backward pass, at its own level and at every level around it. Plain autograd records it
     once, or not at all where nobody differentiates it again: a second-order task of a convolution network took .86 of the
-    time, and a meta-gradient of 300 steps a third of the memory. It stands in
-    where no transform of `torch.func` is active and no compiler, and where w is differentiated if
-    anything is: otherwise a graph would begin at w that nobody asked for.
+    time, and a meta-gradient of 300 steps a third of the memory. It stands in where no transform of `torch.func` is active and no
+    compiler.
 
     Args:
         function: from a tree to (a floating-point scalar, a tree of tensors).
         at: w, a tree of floating-point or complex tensors.
-        allow_unused: return None, not zeros, for a leaf that f does not depend on, where plain autograd stands in.
+        allow_unused: return None, not zeros, for a leaf that f does not depend on.
 
     Cost:
         One evaluation and one backward pass.
     """
     leaves = tree.leaves(at)
+    if not stands_in(leaves):
+        noting = _Noting(function) if allow_unused else function
+        grads, (value, aux) = torch.func.grad_and_value(noting, has_aux=True)(at)
+        return noting.without_unused(grads) if isinstance(noting, _Noting) else grads, value, aux
     again = torch.is_grad_enabled()
-    if _needs_transform(leaves, again):
-        grads, (value, aux) = torch.func.grad_and_value(function, has_aux=True)(at)
-        return grads, value, aux
-    torch._C._set_grad_enabled(True)  # the context manager takes as long as a small operation
-    try:
-        # Aliases: the function may read the same tensors by another way, and that is not w.
-        variables = [leaf.view_as(leaf) for leaf in leaves] if again else [leaf.detach().requires_grad_() for leaf in leaves]
-        value, aux = function(tree.with_leaves(at, variables))
-        depends = value.requires_grad
-        found = _slopes(value, variables, again) if depends else [None] * len(leaves)
-    finally:
-        torch._C._set_grad_enabled(again)
+    variables, (value, aux) = evaluated(lambda variables: function(tree.with_leaves(at, variables)), leaves, again)
+    goes_on = again and value.requires_grad and (all(leaf.requires_grad for leaf in leaves) or goes_beyond(value))
+    found: Tree = slopes_of_scalar(value, variables, again=goes_on)
     if not allow_unused and any(grad is None for grad in found):
         known = zip(found, leaves, strict=True)
-        found = [torch.zeros_like(leaf, requires_grad=again and depends) if grad is None else grad for grad, leaf in known]
-    if not again:
-        value, aux = value.detach(), tree.map(constant, aux)
+        found = [torch.zeros_like(leaf, requires_grad=goes_on) if grad is None else grad for grad, leaf in known]
+    if again:
+        found, value, aux = cut((found, value, aux), leaves)
+    else:
+        value, aux = _constant(value, aux)
     return tree.with_leaves(at, found), value, aux
 
 
-def _slopes(value: Tensor, variables: list[Tensor], again: bool) -> Sequence[Tensor | None]:
-    """Return the derivatives of a scalar, None where it does not depend.
+def constant_gradient(function: Valued, at: Tree, *, allow_unused: bool = False) -> tuple[Tree, Tensor, Tree]:
+    """Return what `gradient` does, with grad f(w) a constant; f(w) and aux are differentiable.
 
-    `torch.autograd.grad` without its looks at what it is given, which took a tenth of the gradient of a small network.
+    Cost:
+        One evaluation and one backward pass, of which no graph is kept.
     """
-    if type(value) is not Tensor or value.ndim or value.is_complex() or _len_torch_function_stack():
-        return torch.autograd.grad(value, variables, create_graph=again, allow_unused=True)
-    one = torch.ones_like(value)
-    return _ENGINE.run_backward((value,), (one,), again, again, tuple(variables), allow_unreachable=True, accumulate_grad=False)
+    leaves = tree.leaves(at)
+    if not stands_in(leaves):
+        noting = _Noting(function) if allow_unused else function
+        value, pull, *rest = torch.func.vjp(noting, at, has_aux=True)
+        with torch.no_grad():  # no graph of the backward pass for the levels around this one
+            (grads,) = pull(torch.ones_like(value))
+        grads = tree.map(torch.Tensor.detach, grads)
+        return noting.without_unused(grads) if isinstance(noting, _Noting) else grads, value, rest[0]
+    again = torch.is_grad_enabled()
+    variables, (value, aux) = evaluated(lambda variables: function(tree.with_leaves(at, variables)), leaves, again)
+    found = slopes_of_scalar(value, variables, again=False, keep=again)
+    pairs = zip(found, leaves, strict=True)
+    grads = [torch.zeros_like(leaf) if grad is None and not allow_unused else grad for grad, leaf in pairs]
+    value, aux = cut((value, aux), leaves) if again else _constant(value, aux)
+    return tree.with_leaves(at, grads), value, aux
 
 
-def _needs_transform(leaves: list[Tensor], again: bool) -> bool:
-    """Say whether plain autograd cannot stand in; in inference mode it would answer zero."""
-    if not values_are_readable():  # first: a compiler cannot be asked the rest
-        return True
-    inference = torch.is_inference_mode_enabled() or any(map(Tensor.is_inference, leaves))
-    return inference or (again and not all(map(is_tracked, leaves)))
+class _Noting:
+    """A function that notes which leaves its value depends on, inside a transform, which itself answers with zeros."""
+
+    def __init__(self, function: Valued):
+        self.function = function
+        self._used: list[bool] = []
+
+    def __call__(self, at: Tree) -> tuple[Tensor, Tree]:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                'unused="skip" cannot be compiled, nor can what contains it: a compiler does not see what a loss depends on. Leave '
+                'one of the two out, or freeze what is unused and write unused="zero".'
+            )
+        value, aux = self.function(at)
+        below = ancestors(value)
+        self._used = [id(leaf) in below or id(leaf.grad_fn) in below for leaf in tree.leaves(at)]
+        return value, aux
+
+    def without_unused(self, grads: Tree) -> Tree:
+        """Return the gradients with None for what the value does not depend on."""
+        pairs = zip(tree.leaves(grads), self._used, strict=True)
+        return tree.with_leaves(grads, [grad if is_used else None for grad, is_used in pairs])
+
+
+def _constant(value: Tensor, aux: Tree) -> tuple[Tensor, Tree]:
+    """Return what was computed with a graph that nobody asked for, without it."""
+    return value.detach(), tree.map(constant, aux)

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
-from metaopt.autodiff.pullback import pull_back
+from metaopt.autodiff.plain import stands_in
+from metaopt.autodiff.pullback import Linearized, chosen, pull_back
 from metaopt.autodiff.replay import drawn_again
 from metaopt.linear_solve import LinearSolver, Solution
+from metaopt.transforms import is_last
 from metaopt.tree import Tree
 
 Residual = Callable[[Tree, Tree], Tree]  # F: (w, inputs) -> a tree like w
@@ -72,20 +74,32 @@ def pull_back_implicit(
     Raises:
         ValueError: under `torch.compile` while gradients are enabled. Without them it can be compiled.
     """
+    if is_last() and stands_in(chosen((w, inputs), (True, wanted))):  # one evaluation of F for the solver and the product
+        at_point = Linearized(residual, (w, inputs), (True, wanted))
+        solution = solver(lambda x: at_point.pull_back(x, 0), cotangent, start=start)
+        return at_point.pull_back(tree.map(torch.neg, solution.value), 1, keep=False), solution
 
     def transposed(x: Tree, point: tuple[Tree, Tree, Tree]) -> Tree:
         """Return (d_w F)' x - v; only its derivatives are of use, in which v counts as -I."""
         w, inputs, v = point
-        _, pull, *_ = torch.func.vjp(lambda w: residual(w, inputs), w)
-        return tree.map(torch.sub, pull(x)[0], v)
+        (product,) = pull_back(lambda w: residual(w, inputs), (w,), x, (True,))
+        return tree.map(torch.sub, product, v)
 
     at, fixed, v = tree.map(_detached, (w, inputs, cotangent))
     with drawn_again(w, inputs), torch.no_grad():  # the solution's derivative is not that of the solver's steps
-        _, pull, *_ = torch.func.vjp(lambda w: residual(w, fixed), at)
-        solution = solver(lambda x: pull(x)[0], v, start=start)
+        solution = solver(_transposed(lambda w: residual(w, fixed), at), v, start=start)
     x = implicit(transposed, solver, solution.value, (w, inputs, cotangent))
     _, bars = pull_back(residual, (w, inputs), tree.map(torch.neg, x), (False, wanted))
     return bars, solution._replace(value=x)
+
+
+def _transposed(function: Callable[[Tree], Tree], at: Tree) -> Callable[[Tree], Tree]:
+    """Return x -> (d_w F)' x, having evaluated F once."""
+    if stands_in(tree.leaves(at)):
+        at_point = Linearized(function, (at,), (True,))
+        return lambda x: at_point.pull_back(x, 0)
+    _, pull, *_ = torch.func.vjp(function, at)
+    return lambda x: pull(x)[0]
 
 
 def _detached(leaf: Any) -> Any:

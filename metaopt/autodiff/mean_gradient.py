@@ -30,6 +30,7 @@ class MeanGradient:
         microbatches: m, the number of equal parts these are cut into, one after the other.
         hvp: how the gradient is differentiated: "reverse" over reverse, or "forward" over reverse.
         compile: whether what one micro-batch needs is compiled.
+        allow_unused: whether g is None, not zero, for a parameter that L does not depend on; for m = 1.
     """
 
     loss: Callable[[Tree, Tree, Tree, Tree], tuple[Tensor, Tree]]
@@ -37,6 +38,7 @@ class MeanGradient:
     microbatches: int = 1
     hvp: Hvp = "reverse"
     compile: bool = False
+    allow_unused: bool = False
 
     def __call__(self, inputs: Tree, params: Tree, state: Tree, batch: Tree) -> tuple[Tree, Tensor, Tree]:
         """Return (g, L, aux)."""
@@ -94,11 +96,11 @@ class MeanGradient:
         return None if total is None else total / self.microbatches
 
     def _of_one(self, inputs: Tree, params: Tree, state: Tree, batch: Tree) -> tuple[Tree, Tensor, Tree]:
-        grads, loss, aux = gradient(lambda at: self.loss(inputs, at, state, batch), params)
+        grads, loss, aux = gradient(lambda at: self.loss(inputs, at, state, batch), params, allow_unused=self.allow_unused)
         if self.microbatches > 1 and tree.leaves(aux):
             raise ValueError(
                 f"`microbatches={self.microbatches}` needs a loss that is a mean over examples and nothing else, but this one "
-                "also runs the levels below, whose states cannot be averaged. Leave `microbatches` out."
+                "also returns buffers or aux, or runs the levels below, which cannot be averaged. Leave `microbatches` out."
             )
         return grads, loss, aux
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.transforms import is_last
+from metaopt.autodiff.plain import cut, evaluated, slopes, stands_in
 from metaopt.tree import Tree
 
 
@@ -32,26 +32,63 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
     Cost:
         One evaluation and one backward pass.
     """
+    return pull_back_and_value(function, arguments, cotangents, wanted)[0]
+
+
+def pull_back_and_value(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, wanted: Tree) -> tuple[Tree, Tree]:
+    """Return what `pull_back` does, and r; None where there was no need to evaluate it."""
     seeds = tree.leaves(cotangents)
     variables = chosen(arguments, wanted)
     if not variables or all(seed is None for seed in seeds):
-        return spread(repeat(None), arguments, wanted)
+        return spread(repeat(None), arguments, wanted), None
 
-    def run(variables: list[Tensor]) -> list[Tensor]:
-        results = tree.leaves(function(*put(variables, arguments, wanted)))
-        return [result for result, seed in zip(results, seeds, strict=True) if seed is not None]
+    def run(variables: list[Tensor]) -> tuple[list[Tensor], Tree]:
+        value = function(*put(variables, arguments, wanted))
+        pairs = zip(tree.leaves(value), seeds, strict=True)
+        return [result for result, seed in pairs if seed is not None], value
 
     given = [seed for seed in seeds if seed is not None]
-    if not is_last() or any(leaf.is_inference() for leaf in variables):
-        _, pull, *_ = torch.func.vjp(run, variables)
-        (bars,) = pull(given)
-    else:  # it need not be recorded
-        with torch.enable_grad():
-            fresh = [leaf.detach().requires_grad_() for leaf in variables]
-            reached = [(result, seed) for result, seed in zip(run(fresh), given, strict=True) if result.requires_grad]
-            results, cotangents = zip(*reached, strict=True) if reached else ((), ())
-        bars = torch.autograd.grad(results, fresh, cotangents, materialize_grads=True) if reached else map(torch.zeros_like, fresh)
-    return spread(bars, arguments, wanted)
+    if not stands_in(variables):
+        _, pull, value = torch.func.vjp(run, variables, has_aux=True)  # type: ignore[misc]
+        return spread(pull(given)[0], arguments, wanted), value
+    again = torch.is_grad_enabled()
+    fresh, (results, value) = evaluated(run, variables, again)
+    bars = _dense(slopes(results, fresh, given, again=again), variables)
+    return spread(cut(bars, variables) if again else bars, arguments, wanted), value
+
+
+class Linearized:
+    """A function at a point, evaluated once, and its transposed derivative there as often as it is asked for.
+
+    Where plain autograd can stand in for a transform (see `stands_in`), and nobody differentiates it again, but for a transform
+    around `pull_back` itself: the cotangents may be those of a `vmap`.
+
+    Args:
+        function: from trees to a tree of floating-point tensors.
+        arguments: a tuple of trees.
+        wanted: as for `pull_back`.
+    """
+
+    def __init__(self, function: Callable[..., Tree], arguments: Tree, wanted: Tree):
+        self._arguments, self._wanted = arguments, wanted
+        counts = [len(chosen(argument, part)) for argument, part in zip(arguments, wanted, strict=True)]
+        self._parts = [slice(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
+
+        def run(variables: list[Tensor]) -> list[Tensor]:
+            return tree.leaves(function(*put(variables, arguments, wanted)))
+
+        self._variables, self._results = evaluated(run, chosen(arguments, wanted), False)
+
+    def pull_back(self, cotangents: Tree, argument: int, *, keep: bool = True) -> Tree:
+        """Return the cotangent of one of the arguments; without `keep` it is the last time."""
+        variables = self._variables[self._parts[argument]]
+        again = torch.is_grad_enabled()  # inside a transform that transposes this
+        bars = slopes(self._results, variables, tree.leaves(cotangents), again=again, keep=keep) if variables else []
+        return spread(_dense(bars, variables), self._arguments[argument], self._wanted[argument])
+
+
+def _dense(bars: Iterable[Tensor | None], like: Iterable[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(leaf) if bar is None else bar for bar, leaf in zip(bars, like, strict=True)]
 
 
 def chosen(values: Tree, wanted: Tree) -> list[Any]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from tabulate import tabulate
 
 from metaopt import tree
 from metaopt.autodiff.replay import drawn_again
 from metaopt.differentiate import Backprop
 from metaopt.levels import LevelGraph
 from metaopt.levels.twin import in_float64, with_rules
+from metaopt.table import write_table
 
 STEP = 1e-5  # error of a central difference: step^2 by curvature, 1e-16 / step by rounding
 
@@ -38,8 +38,8 @@ class HypergradientCheck:
 
     def table(self) -> str:
         """Return a row per direction."""
-        rows = zip(self.slopes, self.differences, self.relative_errors, strict=True)
-        return tabulate(rows, ["slope by the rules", "finite difference", "relative error"], floatfmt=("", "", ".1e"))
+        rows = [*zip(self.slopes, self.differences, self.relative_errors, strict=True)]
+        return write_table(["slope by the rules", "finite difference", "relative error"], rows, [".6g", ".6g", ".1e"])
 
 
 def hypergradient_check(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from metaopt import tree
@@ -19,6 +18,7 @@ from metaopt.differentiate import Backprop, Rule
 from metaopt.functional import Params
 from metaopt.levels import LevelGraph
 from metaopt.levels.twin import with_rules
+from metaopt.table import write_table
 
 BACKPROP = Backprop()
 
@@ -56,11 +56,11 @@ class RuleComparison:
     def table(self) -> str:
         """Return a row per rule."""
         headers = ["rule", "cosine", "norm ratio", "relative error", "time in ms", "memory in MiB"]
-        rows = [
+        rows: list[list[str | float]] = [
             [str(one.rule), one.cosine, one.norm_ratio, one.relative_error, 1e3 * one.seconds, one.memory / 2**20]
             for one in self.rules
         ]
-        return tabulate(rows, headers, floatfmt=("", ".4f", ".4g", ".2e", ".3g", ".3g"))
+        return write_table(headers, rows, ["", ".4f", ".4g", ".2e", ".3g", ".3g"])
 
 
 def compare_rules(

@@ -87,27 +87,40 @@ class Backprop:
     def _splits_steps(self) -> bool:
         return self.microbatches > 1 or self.hvp == "forward"
 
-    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
+    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
         loop = replace(loop, update=_exact(loop.update))
-        gradient = MeanGradient(loop.loss, _examples(loop, self.microbatches), self.microbatches, self.hvp)
+        if loop.skips and self._splits_steps:
+            raise ValueError(
+                f'Backprop: unused="skip" cannot be had with microbatches={self.microbatches} and hvp={self.hvp!r}, which pull '
+                "back the gradient of every parameter. Leave one of them out."
+            )
+        gradient = MeanGradient(loop.loss, _examples(loop, self.microbatches), self.microbatches, self.hvp, allow_unused=loop.skips)
         recomputed = replace(gradient, compile=loop.compile)
-        of_update = functools.partial(pull_back, loop.update)
+
+        def after_gradient(inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree, batch: Tree) -> Tree:
+            after = loop.update(inputs, grads, state, params, loss, aux)
+            return after, loop.emit(inputs, after, batch, loss, aux)
+
+        of_update = functools.partial(pull_back, after_gradient)
         pull_back_update = compiled(of_update) if loop.compile else of_update
 
-        def pullback(inputs: Tree, carry: Tree, batch: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree) -> Tree:
+        def pullback(
+            inputs: Tree, carry: Tree, batch: Tree, cotangents: tuple[Tree, Tree], wanted: Tree
+        ) -> tuple[tuple[Tree, Tree, Tree], Tree]:
             """Pull back the update, then the gradient: theirs are the only graphs, one after the other."""
-            (params, state), (of_after, of_loss) = carry, cotangents
+            params, state = carry
             in_inputs, (in_params, in_state), in_batch = wanted
             ambient = Ambient.now(tree.leaves((inputs, carry, batch)))
             grads, loss, aux = recomputed(inputs, params, state, batch)
-            arguments = (inputs, grads, state, params, loss, aux)
-            in_arguments = (in_inputs, _all(grads), in_state, in_params, True, tree.map(is_differentiable, aux))
-            to_inputs, to_grads, to_state, to_params, to_loss, to_aux = pull_back_update(arguments, of_after, in_arguments)
+            arguments = (inputs, grads, state, params, loss, aux, batch)
+            in_arguments = (in_inputs, _all(grads), in_state, in_params, True, tree.map(is_differentiable, aux), in_batch)
+            *early, to_batch = pull_back_update(arguments, cotangents, in_arguments)
+            to_inputs, to_grads, to_state, to_params, to_loss, to_aux = early
             with ambient.restored():  # the gradient sees the random numbers that it saw above
                 read, in_read = (inputs, params, state, batch), (in_inputs, in_params, in_state, in_batch)
-                bars = recomputed.pull_back(read, (to_grads, plus(to_loss, of_loss), to_aux), in_read)
-            to_inputs, to_params, to_state = tree.map(plus, (to_inputs, to_params, to_state), bars[:3])
-            return to_inputs, (to_params, to_state), bars[3]
+                bars = recomputed.pull_back(read, (to_grads, to_loss, to_aux), in_read)
+            sums = tree.map(plus, (to_inputs, to_params, to_state, to_batch), bars)
+            return (sums[0], (sums[1], sums[2]), sums[3]), loss
 
         own = pullback if self._splits_steps else None
         if self.window is None:
@@ -118,8 +131,8 @@ class Backprop:
         with torch.no_grad():
             start = unroll(early, gradient, "full")
         params, state, before = tree.map(torch.Tensor.detach, start)
-        params, state, losses = unroll(replace(late, params=params, state=state), gradient, self.memory, own)
-        return params, state, torch.cat([before, losses])
+        params, state, after = unroll(replace(late, params=params, state=state), gradient, self.memory, own)
+        return params, state, tree.map(lambda early, late: torch.cat([early, late]), before, after)
 
 
 def _parted(loop: InnerLoop, window: int) -> tuple[InnerLoop | None, InnerLoop]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,9 @@ from metaopt.transforms import outside_transforms
 from metaopt.tree import Tree
 
 
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+@dataclass
+class _Count:
+    made: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,11 @@ class EvolutionStrategy:
     Args:
         std: size of the perturbations.
         pairs: number of antithetic pairs.
-        generator: draws e, new for every backward pass; by default one of the rule's own, from seed 0.
+        seed: of e. The n-th backward pass of this object draws the n-th block of what belongs to the seed. That n is no part of the
+            rule's value: rules are equal if they are given the same numbers, and a copy made by `dataclasses.replace` begins again.
 
     Raises:
-        ValueError: `std` or `pairs` is not positive.
+        ValueError: `std` or `pairs` is not positive, or `seed` no integer.
 
     Cost:
         One run of the loop, and 2 pairs runs batched by `vmap`, without a graph and without the derivative of a step.
@@ -53,12 +56,16 @@ class EvolutionStrategy:
 
     std: float = 0.01
     pairs: int = 16
-    generator: torch.Generator = field(default_factory=_generator, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    _draws: _Count = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_positive(self, "std", self.std)
         if isinstance(self.pairs, bool) or not isinstance(self.pairs, int) or self.pairs < 1:
             raise ValueError(f"EvolutionStrategy: `pairs` must be a positive integer, got {self.pairs!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"EvolutionStrategy: `seed` must be an integer, got {self.seed!r}.")
+        object.__setattr__(self, "_draws", _Count())
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
         given = sources(loop)
@@ -68,11 +75,16 @@ class EvolutionStrategy:
             row = tree.ravel(variables)
             noise = self._draw(row)
 
-            def value(row: Tensor) -> Tensor:
-                return weighted_end(starting_from(loop, put(tree.unravel(row, variables), given, wanted)), cotangent)
+            # Every run has a state of its own, for what is updated in place, as running statistics are.
+            inputs, params, state, batches = given
+            states = tree.map(lambda leaf: leaf.expand(2 * self.pairs, *leaf.shape) if isinstance(leaf, Tensor) else leaf, state)
+
+            def value(row: Tensor, state: Tree) -> Tensor:
+                there = put(tree.unravel(row, variables), (inputs, params, state, batches), wanted)
+                return weighted_end(starting_from(loop, there), cotangent)
 
             rows = torch.cat([row + self.std * noise, row - self.std * noise])
-            ahead, behind = torch.func.vmap(value, randomness="same")(rows).split(self.pairs)
+            ahead, behind = torch.func.vmap(value, randomness="same")(rows, states).split(self.pairs)
             slopes = (ahead - behind) / (2 * self.std)
             finite = slopes.isfinite()
             estimate = (torch.where(finite, slopes, 0) @ noise) / finite.sum()
@@ -83,7 +95,8 @@ class EvolutionStrategy:
 
     def _draw(self, like: Tensor) -> Tensor:
         """Return [pairs, n] standard normal numbers, the same for every element of a `vmap`."""
+        block = hashlib.sha256(f"{self.seed}, {self._draws.made}".encode()).digest()[:4]  # torch's generator takes 32 bits
+        self._draws.made += 1
         with outside_transforms():
-            return torch.randn(self.pairs, len(like), dtype=like.dtype, device=self.generator.device, generator=self.generator).to(
-                like.device
-            )
+            generator = torch.Generator().manual_seed(int.from_bytes(block))
+            return torch.randn(self.pairs, len(like), dtype=like.dtype, generator=generator).to(like.device)

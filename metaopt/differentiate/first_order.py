@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from metaopt import tree
+from metaopt.autodiff.gradient import constant_gradient
 from metaopt.differentiate.base import InnerLoop, unroll
 from metaopt.scan import Memory, check_memory
 from metaopt.tree import Tree
@@ -37,12 +36,9 @@ class FirstOrder:
     def __post_init__(self) -> None:
         check_memory(self.memory)
 
-    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
+    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
         def gradient(inputs: Tree, params: Tree, state: Any, batch: Tree) -> tuple[Tree, Tensor, Tree]:
-            loss, pullback, *rest = torch.func.vjp(lambda at: loop.loss(inputs, at, state, batch), params, has_aux=True)
-            with torch.no_grad():  # no graph of the backward pass for the levels around this one
-                (grads,) = pullback(torch.ones_like(loss))
-            return tree.map(torch.Tensor.detach, grads), loss, rest[0]
+            return constant_gradient(lambda at: loop.loss(inputs, at, state, batch), params, allow_unused=loop.skips)
 
         def update(inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree) -> tuple[Tree, Any]:
             return loop.update(inputs, grads, state, params, loss.detach(), aux)

@@ -39,7 +39,7 @@ class ForwardMode:
         Franceschi, Donini, Frasconi, Pontil 2017, arXiv:1703.01785, section 3.2.
     """
 
-    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
+    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
         given = sources(loop)
 
         def pull_back(_: Tree, given: Tree, cotangent: Tree, wanted: Tree) -> Tree:

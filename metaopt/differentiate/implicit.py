@@ -22,8 +22,9 @@ class Implicit(PointRule):
     before it receive nothing.
 
     A solution does not depend on where the search for it starts, nor on the optimizer: the initial parameters and state,
-    and the optimizer's parameters, receive nothing (autograd then says "not used in the graph"). For iMAML give the initial
-    parameters as `meta` too, and let the loss keep the solution near them. The returned optimizer state and losses are constants.
+    and the optimizer's parameters, receive nothing; where nothing else is differentiated, that is an
+    error. For iMAML give the initial parameters as `meta` too, and let the loss keep the solution
+    near them. The returned optimizer state and losses are constants.
 
     A random loss is seen with one set of random numbers (one dropout mask), those that would be drawn after the loop.
 
@@ -34,8 +35,8 @@ class Implicit(PointRule):
         solver: of the systems H x = v. Away from a minimum H may be indefinite: use `damping`, `NormalCG` or `GMRES`.
 
     Raises:
-        ValueError: `torch.func.grad` differentiates initial parameters, or the optimizer's tensors, that the loss does not
-            read: its answer would be zeros. Also under `torch.compile` while gradients are enabled.
+        ValueError: what is differentiated are initial parameters or state, or the optimizer's tensors, that the loss does not
+            read: the answer would be zeros. Also under `torch.compile` while gradients are enabled.
 
     Cost:
         The loop without a graph, then one Hessian product a product of the solver, and one mixed product.
@@ -45,7 +46,7 @@ class Implicit(PointRule):
         theorem 1.
     """
 
-    solver: LinearSolver = field(default_factory=ConjugateGradient)
+    solver: LinearSolver = field(default=ConjugateGradient())
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, LinearSolver):

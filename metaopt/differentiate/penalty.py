@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.mixed import same_noise
 from metaopt.autodiff.pullback import chosen, put, spread
 from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
@@ -63,8 +64,12 @@ class Penalty(PointRule):
 
         def slopes(w: Tree) -> tuple[Tree, list[Tensor]]:
             """Return (grad_w L, grad_inputs L)."""
-            both = torch.func.grad(lambda w, variables: loss(w, put(variables, read, wanted)), argnums=(0, 1))
-            return both(w, chosen(read, wanted))  # type: ignore[no-any-return]
+
+            def value(at: tuple[Tree, list[Tensor]]) -> tuple[Tensor, Tree]:
+                w, variables = at
+                return loss(w, put(variables, read, wanted)), ()
+
+            return gradient(value, (w, chosen(read, wanted)))[0]  # type: ignore[no-any-return]
 
         w = end.params
         ((at_w, of_w),) = same_noise(slopes, [w])

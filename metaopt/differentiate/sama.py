@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from metaopt.autodiff.mean_gradient import MeanGradient
 from metaopt.autodiff.mixed import mixed_difference
+from metaopt.autodiff.pullback import pull_back
 from metaopt.autodiff.replay import drawn_again
 from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
 from metaopt.kernels import any_order
@@ -60,6 +60,5 @@ class SAMA(PointRule):
             with any_order():
                 return loop.update(loop.inputs, grads, state, params, loss, aux)[0]
 
-        _, pull, *_ = torch.func.vjp(after, grads)
-        (x,) = pull(cotangent)
+        (x,) = pull_back(after, (grads,), cotangent, (True,))
         return x

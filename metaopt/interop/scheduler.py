@@ -49,7 +49,7 @@ def continue_scheduler(scheduler: Any, group: int, step: int) -> Schedule:
 
 def kinds() -> dict[type[Any], Callable[[Any, int], Schedule]]:
     """Return class of torch -> what makes our equal of one, for a group."""
-    import optimizers as ours
+    import metaopt.optimizers as ours
 
     def constant(s: lr_scheduler.ConstantLR, group: int) -> Schedule:
         return _in_pieces({0: s.factor, s.total_iters: 1.0}, s.base_lrs[group])
@@ -78,7 +78,7 @@ def kinds() -> dict[type[Any], Callable[[Any, int], Schedule]]:
 
 def _in_pieces(factors: dict[int, float], base: Value) -> Schedule:
     """Return the schedule with the rate factor * base from each of the steps on."""
-    import optimizers as ours
+    import metaopt.optimizers as ours
 
     boundaries = tuple(step for step in sorted(factors) if step > 0)
     return ours.Piecewise(tuple(base * factors[step] for step in (0, *boundaries)), boundaries)

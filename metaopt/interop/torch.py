@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from metaopt import tree
 from metaopt.interop.scheduler import continue_scheduler
 from metaopt.optimizer import Leaves, Optimizer, State
+from metaopt.optimizer.equals import Equal, equals
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.transforms import is_tracked
 from metaopt.tree import Structure, Tree
@@ -56,7 +56,7 @@ def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None, *, 
         raise TypeError(
             f"`optimizer` must be one of torch.optim's {sorted(kind.__name__ for kind in known)}, got "
             f"{type(optimizer).__module__}.{type(optimizer).__name__}. Others, and subclasses, have no known equal here: write "
-            "it as an `Optimizer`."
+            "it as an `Optimizer`, and say so by `metaopt.optimizer.register_equal`."
         )
     _check_scheduler(optimizer, scheduler)
     kind, names = known[type(optimizer)]
@@ -129,7 +129,7 @@ class FromTorch(Optimizer):
         """
         raise TypeError(
             "What `from_torch` returns cannot be saved: it is tied to a live optimizer. Save that one's `state_dict()`, or one of "
-            "`optimizers` for its hyperparameters alone."
+            "`metaopt.optimizers` for its hyperparameters alone."
         )
 
     def init(self, params: Tree, *, per_parameter: bool = False) -> State:
@@ -241,28 +241,11 @@ def _resumed(optimizer: Optimizer, part: Part, like: Leaves) -> State:
     }
 
 
-@functools.cache
-def kinds() -> dict[type[torch.optim.Optimizer], tuple[type[Optimizer], dict[str, str]]]:
-    """Return class of torch -> (our equal, our name of a slot -> its name there)."""
-    import optimizers as ours
+def kinds() -> Mapping[type[torch.optim.Optimizer], Equal]:
+    """Return class of torch -> our equal."""
+    import metaopt.optimizers  # noqa: F401  # registers ours, the first time
 
-    adam = {"mean": "exp_avg", "square": "exp_avg_sq", "largest": "max_exp_avg_sq"}
-    kinds: dict[type[torch.optim.Optimizer], tuple[type[Optimizer], dict[str, str]]] = {
-        torch.optim.SGD: (ours.SGD, {"velocity": "momentum_buffer"}),
-        torch.optim.Adam: (ours.Adam, adam),
-        torch.optim.AdamW: (ours.AdamW, adam),
-        torch.optim.Adamax: (ours.Adamax, {"mean": "exp_avg", "largest": "exp_inf"}),
-        torch.optim.RAdam: (ours.RAdam, adam),
-        torch.optim.NAdam: (ours.NAdam, adam | {"product": "mu_product"}),
-        torch.optim.Adagrad: (ours.Adagrad, {"square": "sum"}),
-        torch.optim.Adadelta: (ours.Adadelta, {"square": "square_avg", "moved": "acc_delta"}),
-        torch.optim.RMSprop: (ours.RMSprop, {"square": "square_avg", "mean": "grad_avg", "velocity": "momentum_buffer"}),
-        torch.optim.ASGD: (ours.ASGD, {"average": "ax", "eta": "eta"}),
-        torch.optim.Rprop: (ours.Rprop, {"previous": "prev", "size": "step_size"}),
-    }
-    if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
-        kinds[torch.optim.Muon] = (ours.Muon, {"mean": "momentum_buffer"})
-    return kinds
+    return equals()
 
 
 def _check_scheduler(optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None) -> None:
@@ -318,10 +301,9 @@ def counts(state: dict[str, Any]) -> tuple[float, ...]:
 
 def built(kind: type[Optimizer], group: dict[str, Any]) -> Optimizer:
     """Return our optimizer with the options of a group, whose names are the same."""
-    import optimizers as ours
-
-    if kind in (ours.Adam, ours.AdamW):
-        kind = ours.AdamW if group.get("decoupled_weight_decay", kind is ours.AdamW) else ours.Adam
+    adam, adamw = kinds()[torch.optim.Adam].kind, kinds()[torch.optim.AdamW].kind
+    if kind in (adam, adamw):
+        kind = adamw if group.get("decoupled_weight_decay", kind is adamw) else adam
     names = inspect.signature(kind).parameters.keys() - {"initial_accumulator_value"}  # that of Adagrad is in its memory already
     return kind(**{name: _own(group[name]) for name in names if group.get(name) is not None})
 

@@ -30,7 +30,7 @@ def from_torchopt(transform: GradientTransformation | Callable[..., GradientTran
     `from_torchopt(torchopt.adam(1e-3))`, or, to learn or schedule hyperparameters, the function and its arguments:
     `from_torchopt(torchopt.adam, lr=nn.Parameter(torch.tensor(1e-3)), betas=(0.9, 0.99))`.
 
-    The arithmetic is TorchOpt's, and so are its limits; the optimizers of `optimizers` have none of these:
+    The arithmetic is TorchOpt's, and so are its limits; those in `metaopt.optimizers` have none of these:
 
     - The derivatives of `use_accelerated_op=True` are wrong, about twice the true ones, and not a
       number where a gradient has been zero from the start. (Those of the plain operators are finite
@@ -125,8 +125,8 @@ class FromTorchOpt(Optimizer):
         hyper, schedules = self._hyper_at(state, tree.leaves(grads), loss)
         if "transform" not in state["shared"]:
             raise ValueError(
-                f"`state` must be that of this FromTorchOpt, got memory named "
-                f"{sorted(state['slots'] | state['shared'])}. Pass what its own `init`, or the step before, returned."
+                f"`state` must be that of this FromTorchOpt, got memory named {sorted(state['slots'] | state['shared'])}. Pass "
+                "what its own `init`, or the step before, returned."
             )
         memory = state["shared"]["transform"]
         if not values_are_readable():
@@ -157,7 +157,7 @@ class FromTorchOpt(Optimizer):
             if isinstance(value := hyper.get(name), Tensor) and value == 0:
                 raise ValueError(
                     f"`{name}` must not be 0 where it is a tensor, got {value}. TorchOpt leaves it out then, and it would get no "
-                    "gradient. Start from a positive value, or use the optimizer of that name in `optimizers`."
+                    "gradient. Start from a positive value, or use the optimizer of that name in `metaopt.optimizers`."
                 )
         return self.transform(**self.arguments, **hyper) if self.arguments or hyper else self.transform
 
@@ -257,5 +257,6 @@ def _explained() -> Iterator[None]:
             raise
         raise TypeError(
             f"`from_torchopt`: TorchOpt needs a number where a tensor that requires grad was given ({error}). Of its "
-            "hyperparameters lr, eps, eps_root and momentum (without nesterov) can be learned. Those in `optimizers` can all be."
+            "hyperparameters lr, eps, eps_root and momentum (without nesterov) can be learned. Those in `metaopt.optimizers` can "
+            "all be."
         ) from error

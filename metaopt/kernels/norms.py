@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaopt.kernels.fused_norms import Axes, BatchAxes, FusedAxes, LayerAxes, fused_norm, is_fusable
+from metaopt.transforms import constant
 
 
 def _layer_norm(
@@ -70,7 +71,7 @@ def _in_torchs_order(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _constant(statistics: Tensor | None) -> Tensor | None:
     """Return the same memory, to be written to; a loop that is run again has it among what it differentiates."""
-    return statistics if statistics is None or not statistics.requires_grad else statistics.detach()
+    return statistics if statistics is None else constant(statistics)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

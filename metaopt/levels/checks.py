@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from metaopt.differentiate import PointRule
 from metaopt.levels.edge import Edge
@@ -43,15 +43,6 @@ def named_levels(edges: Sequence[Edge]) -> dict[str, Level]:
     return levels
 
 
-def find_links(levels: Mapping[str, Level]) -> dict[str, dict[str, tuple[str, str]]]:
-    """Return level -> tensor of its optimizer -> (level, parameter): the optimizers' parameters that a level learns."""
-    owners = {id(param): (level.name, key) for level in levels.values() for key, param in level.net.params.items()}
-    return {
-        name: {key: owners[id(tensor)] for key, tensor in level.optimizer.named_parameters() if id(tensor) in owners}
-        for name, level in levels.items()
-    }
-
-
 def check_program(program: Program) -> None:
     """Raise if the parts of a program contradict each other.
 
@@ -65,11 +56,14 @@ def check_program(program: Program) -> None:
         _check_link(program, edge)
     for name in program.order.levels:
         _check_shared(program, name)
-    for edge in program.edges:
-        _check_response(program, edge)
+    responding = program if program.ahead is None else program.ahead
+    for edge in responding.edges:
+        _check_link(responding, edge)
+        _check_response(responding, edge)
+        _check_buffers(responding, edge)
     for name, level in program.levels.items():
         if program.lowers(name) and not level.allow_unused:
-            _check_used(program, name)
+            _check_used(responding, name)
 
 
 def _check_start(program: Program, edge: Edge) -> None:
@@ -112,13 +106,13 @@ def _check_look_ahead(program: Program, edge: Edge) -> None:
     same = all(other.look_ahead for other in program.lowers(upper))
     if not (program.is_top(upper) and program.order.owner[edge.lower.name] == upper and same) or edge.lower.copies:
         raise ValueError(
-            f"{edge}: look_ahead=True needs an upper level that is at the top, looks ahead on each of its edges and shares none of "
-            "its lower levels, and a lower level without `copies`. Leave `look_ahead` out."
+            f"{edge}: look_ahead={edge.look_ahead} needs an upper level that is at the top, looks ahead on each of its edges and "
+            "shares none of its lower levels, and a lower level without `copies`. Leave `look_ahead` out."
         )
 
 
 def _check_link(program: Program, edge: Edge) -> None:
-    for name in program.order.inside[edge.lower.name] | {edge.lower.name}:
+    for name in sorted(program.order.inside[edge.lower.name] | {edge.lower.name}):
         for tensor, (owner, _) in program.links[name].items():
             if name not in program.order.below[owner]:
                 raise ValueError(
@@ -177,6 +171,24 @@ def _check_response(program: Program, edge: Edge) -> None:
         f"{edge}: the loss of {lower!r} does not depend on {upper!r}, so there is no response. Read `levels.{upper}` in it, or "
         "take the edge out."
     )
+
+
+def _check_buffers(program: Program, edge: Edge) -> None:
+    """See that no loss depends on buffers whose derivative is that of steps which the edge's rule does not look at."""
+    if not isinstance(edge.differentiate, PointRule):
+        return
+    lower, below = edge.lower.name, program.order.below
+    for reader in program.order.levels:
+        if lower in below[reader] and edge.upper.name not in below[reader] | {reader}:
+            continue  # another way leads down from this one
+        for level, key in sorted(program.buffers_behind(reader)):
+            if level == lower:
+                raise ValueError(
+                    f"{edge}: the loss of {reader!r} depends on the buffer {key!r} of {lower!r}, and that on the steps which "
+                    f"{lower!r} made. {type(edge.differentiate).__name__} looks at where they ended, and would leave its "
+                    f"derivative out. Use `mo.Backprop()`; or, if a constant is meant, detach it where it is read: "
+                    f"`levels.{lower}.buffers[{key!r}].detach()`."
+                )
 
 
 def _check_used(program: Program, name: str) -> None:

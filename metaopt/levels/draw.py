@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from metaopt.extras import extra
 from metaopt.levels.program import Program
 from metaopt.levels.text import counted
 
 
 def draw(program: Program, path: str | Path) -> None:
     """Write a picture: levels as boxes, upper ones higher, and edges with their rules."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    with extra("`LevelGraph.draw`"):
+        import matplotlib
+        from matplotlib.figure import Figure
 
     rows = _rows(program)
     place = {name: ((i + 0.5) / len(names), -depth) for depth, names in enumerate(rows) for i, name in enumerate(names)}

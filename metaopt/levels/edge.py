@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from metaopt.differentiate import Backprop, Rule
 from metaopt.levels.level import Level
+from metaopt.optimizer import Optimizer
 
 Start = Literal["continue", "restart", "upper"]
 
@@ -24,10 +25,12 @@ class Edge:
         differentiate: how the derivative of the response is taken. Rules that differentiate the steps (`Backprop`, ...) see those
             since the upper level's last step; rules that look at where the steps ended (`Implicit`, ...) do so there.
         look_ahead: make the lower level's steps for the hypergradient only, and, when the upper level has moved, once more with its
-            new parameters, on the same batches (the virtual step of meta-weight-net and DARTS).
+            new parameters, on the same batches (the virtual step of meta-weight-net and DARTS). Given an optimizer, the steps for
+            the hypergradient are its own, from a fresh state: the virtual step of meta-weight-net is one of plain SGD, whatever
+            optimizer the lower level has.
 
     Raises:
-        TypeError: an end is no `Level`, or `differentiate` no rule.
+        TypeError: an end is no `Level`, `differentiate` no rule, or `look_ahead` neither a bool nor an optimizer.
         ValueError: `steps` is not positive, or `start` unknown.
     """
 
@@ -36,7 +39,7 @@ class Edge:
     steps: int = field(default=1, kw_only=True)
     start: Start = field(default="continue", kw_only=True)
     differentiate: Rule = field(default=Backprop(), kw_only=True)
-    look_ahead: bool = field(default=False, kw_only=True)
+    look_ahead: bool | Optimizer = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for what, level in (("upper", self.upper), ("lower", self.lower)):
@@ -48,6 +51,11 @@ class Edge:
             raise ValueError(f'{self}: `start` must be "continue", "restart" or "upper", got {self.start!r}.')
         if not callable(self.differentiate) or isinstance(self.differentiate, type):
             raise TypeError(f"{self}: `differentiate` must be a rule, got {self.differentiate!r}. For example `mo.Backprop()`.")
+        if not isinstance(self.look_ahead, bool | Optimizer):
+            raise TypeError(
+                f"{self}: `look_ahead` must be True, False, or the metaopt Optimizer of the virtual steps, got {self.look_ahead!r}."
+                " For example `look_ahead=SGD(0.1)`."
+            )
 
     def __str__(self) -> str:
         return f"Edge {self.upper.name} -> {self.lower.name}"

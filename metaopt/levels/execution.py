@@ -24,9 +24,10 @@ from metaopt.functional import Params
 from metaopt.levels.order import Event, Owner
 from metaopt.levels.program import Program, Rules, all_shown, rest, shown
 from metaopt.levels.response import Respond, Response, attached, noted, through
-from metaopt.levels.update import begun, optimizer_tensors, update
-from metaopt.levels.view import Evaluation, evaluate
+from metaopt.levels.update import begun, optimizer_tensors, rate, update
+from metaopt.levels.view import Evaluation, evaluate, kept
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
+from metaopt.optimizer import Optimizer
 from metaopt.scan import scan
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
@@ -107,7 +108,8 @@ class Execution:
         loss, step = partial(self._loss, name, window, False), partial(update, self.program.levels[name])
         compiles = self.program.compiles(name) and values_are_readable()
         batches = () if self.program.order.steps[name] == 1 else rows
-        return InnerLoop(loss, step, inputs, state["params"], rest(state), batches, steps, compiles)
+        its_rate = partial(rate, self.program.levels[name])
+        return InnerLoop(loss, step, inputs, state["params"], rest(state), batches, steps, compiles, its_rate)
 
     def _loss(
         self, name: str, window: Window, at_point: bool, inputs: Tree, params: Params, others: Tree, rows: Tree
@@ -158,10 +160,11 @@ class Execution:
         kinds: list[torch.dtype] = []
         for other, seen in scene.items():  # a Function answers zero, not None, where there is no dependence
             params = {key: leaf if (other, key) in reading.params else leaf.detach() for key, leaf in seen["params"].items()}
-            scene[other] = {**seen, "params": params}
+            buffers = {key: leaf if (other, key) in reading.buffers else leaf.detach() for key, leaf in seen["buffers"].items()}
+            scene[other] = {"params": params, "buffers": buffers if other != name else seen["buffers"]}
 
         def step(scene: Tree, buffers: Params, batch: Tree) -> tuple[Params, Tensor]:
-            now = {**scene, name: {**scene[name], "buffers": tree.map(torch.Tensor.detach, buffers)}}
+            now = {**scene, name: {**scene[name], "buffers": buffers}}
             loss, metrics, buffers = self._evaluated(name, now, batch if name in rows else None)
             values = [loss, *metrics.values()]
             kinds[:] = [value.dtype for value in values]
@@ -171,28 +174,33 @@ class Execution:
         # "steps": the graph of one batch at a time
         buffers, values = scan(step, scene, scene[name]["buffers"], rows.get(name, ()), count, "steps")
         loss, *others = [mean.to(kind) for mean, kind in zip(values.mean(0), kinds, strict=True)]
-        buffers = tree.map(torch.Tensor.detach, buffers)
+        buffers = kept(buffers, name, self.program.carried)
         return loss, {"buffers": buffers, "metrics": dict(zip(reading.metrics, others, strict=True)), "below": below}
 
     def _evaluated(self, name: str, scene: Tree, batch: Tree) -> Evaluation:
         """Return what the level's loss says of one batch."""
         keeps, exact = self.program.copies_below[name] is None, self.program.readings[name].is_delicate
-        return evaluate(self.program.levels[name], self.program.nets, scene, batch, keeps_statistics=keeps, exact=exact)
+        program = self.program
+        return evaluate(
+            program.levels[name], program.nets, scene, batch, keeps_statistics=keeps, exact=exact, carried=program.carried
+        )
 
     def _replayed(self, name: str, scene: Tree, window: Window) -> Tree:
         """Return the scene with the responses of the levels that `name` shares with others, as functions of its parameters."""
         states, windows = dict(window.start), window.inner
+        moved: Tree = {}  # what has been exposed: also of levels inside these, which the scenes of old know as constants
         for happened in window.happened:
             event, lower, rows = happened.event, happened.event.level, happened.rows
-            seen = {**happened.scene, **{other: shown(state) for other, state in states.items()}, name: scene[name]}
+            stand = {other: shown(state) for other, state in states.items()}
+            seen = {**happened.scene, **stand, **moved, name: scene[name]}
             rules, its_window = self.program.rules(name, lower), windows.get(lower, NO_WINDOW)
             is_point = _is_point(rules)
             state = happened.after if is_point else states[lower]
             states[lower] = self.advance(event, rules, seen, state, rows, its_window, happened.begins, is_point)
-            scene = scene | self._exposed(lower, rules, seen, states[lower], rows)
+            moved = moved | self._exposed(lower, rules, seen, states[lower], rows)
             again = happened._replace(scene=seen, after=states[lower])
             windows = advanced(again, windows, self.program.order.shared, states)
-        return scene
+        return {**scene, **moved}
 
     def _exposed(self, name: str, rules: Rules, scene: Tree, state: Tree, rows: Tree) -> Tree:
         """Return what others now read of a level, and of those inside its steps if they do."""
@@ -201,7 +209,7 @@ class Execution:
         scene = {**scene, name: shown(state)}
         if _is_point(rules):  # they respond to its parameters, whose derivative is not that of the steps
             scene, _ = self.turn(name, scene, state["below"], self._row(name, rows, -1), at_point=True)
-            return {other: scene[other] for other in self.program.order.inside[name] | {name}}
+            return {other: scene[other] for other in sorted(self.program.order.inside[name] | {name})}
         return all_shown({name: state})
 
     def _row(self, name: str, rows: Tree, i: int) -> Tree:
@@ -213,11 +221,12 @@ class Execution:
     def step(self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window) -> Tree:
         """Return the state of a top level after one step, and of all that runs inside it."""
         level, others = self.program.levels[name], rest(state)
+        virtual, there = self.looking_ahead(name, state)
         if level.warmup and not torch.compiler.is_compiling() and int(state["progress"]["steps"]) < level.warmup:
-            loss, aux = self.total(name, state["params"], scene, others, rows, window, at_point=False)
+            loss, aux = virtual.total(name, state["params"], scene, rest(there), rows, window, at_point=False)
             grads = tree.map(torch.zeros_like, state["params"])
         else:
-            grads, loss, aux = self.gradient(name, scene, state, rows, window)
+            grads, loss, aux = virtual.gradient(name, scene, there, rows, window)
         aux["metrics"] = {**aux["metrics"], "gradient norm": tree.norm(grads)}
         inputs = {"optimizer": optimizer_tensors(self.program, name, scene)}
         params, after = update(level, inputs, grads, others, state["params"], loss, aux)
@@ -225,6 +234,21 @@ class Execution:
             moved = {**scene, name: {"params": params, "buffers": others["buffers"]}}
             _, after["below"] = self.turn(name, moved, others["below"], rows)
         return {"params": params, **after}
+
+    def looking_ahead(self, name: str, state: Tree) -> tuple[Execution, Tree]:
+        """Return what takes the hypergradient of a top level, and the state that it does so from.
+
+        They are others where an edge has an optimizer for virtual steps: that begins afresh, from where the lower level stands.
+        """
+        ahead = self.program.ahead
+        if ahead is None:
+            return self, state
+        below = dict(state["below"])
+        for edge in self.program.lowers(name):
+            if isinstance(edge.look_ahead, Optimizer):
+                lower = below[edge.lower.name]
+                below[edge.lower.name] = {**lower, "optimizer": edge.look_ahead.init(lower["params"])}
+        return replace(self, program=ahead), {**state, "below": below}
 
     def gradient(
         self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window, *, at_point: bool = False
@@ -253,7 +277,8 @@ class Execution:
             def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
                 return self.total(name, variables[name], scene, rest(state), rows, window, at_point=at_point)
 
-        slopes, loss, aux = gradient(value, variables, allow_unused=True)
+        # A compiler does not see what a value depends on: there a derivative that does not arrive is zero, and not missed.
+        slopes, loss, aux = gradient(value, variables, allow_unused=not torch.compiler.is_compiling())
         aux = aux if below is None else {**aux, "below": below}
         grads = through(responses, slopes, name)
         responses.clear()  # a circle: each holds the execution that holds this list

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ from metaopt.batching import prefers_loop
 from metaopt.compiled import compiled
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Params
-from metaopt.levels.checks import check_program, find_links, named_levels
+from metaopt.levels.checks import check_program, named_levels
 from metaopt.levels.data import Stream, arranged
 from metaopt.levels.draw import draw
 from metaopt.levels.edge import Edge
 from metaopt.levels.execution import Execution
 from metaopt.levels.level import Level
 from metaopt.levels.order import Owner, arrange
-from metaopt.levels.program import Program, all_shown, rest
-from metaopt.levels.reading import Reading, read
+from metaopt.levels.program import Program, all_shown, find_links, rest
+from metaopt.levels.reading import Pair, Reading, read, read_all
 from metaopt.levels.text import describe
 from metaopt.levels.update import initial_state
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
@@ -41,7 +41,7 @@ class LevelGraph:
 
     Constructing a graph evaluates every loss once, on the first batch (which the first step sees again), to learn what it reads: a
     level steps when the levels below that its loss reads have made their steps; those it does not read follow it. A loss that calls
-    none of the functions that `any_order` replaces is from then on evaluated without it.
+    none of the functions whose derivatives `any_order` corrects is from then on evaluated without it.
 
     Args:
         edges: which connect the levels.
@@ -62,7 +62,7 @@ class LevelGraph:
     def __init__(self, edges: Sequence[Edge], *, compile: bool = False):
         levels = named_levels(edges)
         self._streams = {name: Stream(name, level.batches, level.device) for name, level in levels.items()}
-        readings = {name: self._read(name, levels, edges) for name in levels}
+        readings = read_all(lambda name, buffers: self._read(name, levels, edges, buffers), levels)
         order = arrange(edges, {name: reading.levels for name, reading in readings.items()})
         lower = {edge.lower.name for edge in edges}
         initial = {
@@ -119,7 +119,8 @@ class LevelGraph:
         _check_surroundings("hypergradient")
         state, scene, rows, window = self._view(level)
         with torch.no_grad():
-            return self._execution.gradient(level, scene, state, rows, window, at_point=not after_steps)[0]
+            execution, state = self._execution.looking_ahead(level, state)
+            return execution.gradient(level, scene, state, rows, window, at_point=not after_steps)[0]
 
     def params(self, level: str) -> Params:
         """Return a level's present parameters, by name."""
@@ -138,7 +139,8 @@ class LevelGraph:
         """
         state, scene, rows, window = self._view(level)
         with torch.no_grad():
-            return self._execution.total(level, params, scene, rest(state), rows, window, at_point=False)[0]
+            execution, state = self._execution.looking_ahead(level, state)
+            return execution.total(level, params, scene, rest(state), rows, window, at_point=False)[0]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on, apart from the order of the data and the global random state."""
@@ -166,13 +168,15 @@ class LevelGraph:
 
     # Building
 
-    def _read(self, name: str, levels: dict[str, Level], edges: Sequence[Edge]) -> Reading:
+    def _read(self, name: str, levels: dict[str, Level], edges: Sequence[Edge], buffers: Collection[Pair] = frozenset()) -> Reading:
         level, batch = levels[name], None
+        is_above_copies = any(edge.lower.copies for edge in edges if edge.upper is level)
         if level.batches is not None:
             (batch,) = self._streams[name].peek(1)
-        if level.copies or any(edge.lower.copies for edge in edges if edge.upper is level):
+        if level.copies or is_above_copies:
             batch = None if level.batches is None else tree.index(batch, 0)
-        return read(level, {other: one.net for other, one in levels.items()}, batch)
+        keeps = level.copies is not None or not is_above_copies
+        return read(level, {other: one.net for other, one in levels.items()}, batch, buffers=buffers, keeps_statistics=keeps)
 
     def _begin(self, name: str) -> Tree:
         """Return a level's first state, with those of the levels that run inside its steps."""
@@ -216,12 +220,12 @@ class LevelGraph:
         owner, shared = order.owner[name], order.shared[name]
         if not shared:
             return NO_WINDOW
-        (rows, _), scene, taken = self._rows(owner), all_shown(self._states), dict.fromkeys(shared, 0)
+        (rows, _), scene, taken = self._rows(owner), all_shown(self._states), dict.fromkeys(sorted(shared), 0)
         states = {lower: self._state(lower) for lower in order.members[owner]}
         windows = opened([lower for lower in order.levels if lower in states], order.shared, states)
         for event in itertools.takewhile(lambda event: event.level != name, order.events[owner]):
             if (lower := event.level) in shared:
-                part = {other: rows[other] for other in order.inside[lower] | {lower} if other in rows}
+                part = {other: rows[other] for other in sorted(order.inside[lower] | {lower}) if other in rows}
                 if event.steps < order.steps[lower]:
                     part = tree.index(part, slice(taken[lower], taken[lower] + event.steps))
                 happened = Happened(event, scene, part, states[lower], taken[lower] == 0)

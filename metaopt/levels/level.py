@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ class Level:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"level {name!r}: `optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}."
-                f"{type(optimizer).__name__}. Use one from `optimizers`, or `mo.from_torch(...)`."
+                f"{type(optimizer).__name__}. Use one from `metaopt.optimizers`, or `mo.from_torch(...)`."
             )
         for what, value, least in (("accumulate", accumulate, 1), ("warmup", warmup, 0), ("copies", copies, 1)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -78,6 +79,12 @@ class Level:
         self.name, self.model, self.loss, self.optimizer, self.batches = name, model, loss, optimizer, data
         self.copies, self.accumulate, self.warmup = copies, accumulate, warmup
         self.allow_unused, self.precision = allow_unused, precision
+
+    def with_optimizer(self, optimizer: Optimizer) -> Level:
+        """Return the same level, of the same model, with another optimizer."""
+        level = copy.copy(self)
+        level.optimizer = optimizer
+        return level
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from metaopt import tree
@@ -13,6 +13,7 @@ from metaopt.levels.edge import Edge
 from metaopt.levels.level import Level
 from metaopt.levels.order import Event, Order, Owner
 from metaopt.levels.reading import Reading
+from metaopt.optimizer import Optimizer
 from metaopt.transforms import constant
 from metaopt.tree import Tree
 
@@ -52,7 +53,8 @@ class Program:
         compile: whether inner loops are compiled.
         nets: level -> its model as a function.
         reads: level -> the levels that its loss reads, its own among them.
-        reads_outside: level -> the levels that a step of it reads, apart from those that move during it.
+        reads_outside: level -> the levels that a step of it reads, apart from those inside it. Those that it shares are among them:
+            they need not have moved since its last step.
         read_from_outside: the levels inside whose steps others run that are read by a level outside.
         random: the levels whose steps draw from the global random generators.
         moves: owner -> what happens in one turn, in order.
@@ -61,6 +63,8 @@ class Program:
         direct: the levels for which `responds_at_points`.
         looped: the levels whose loop is compiled by itself, if any is.
         adjustable: the levels whose optimizer has tensors.
+        carried: level -> its buffers that have derivatives and matter to a loss.
+        ahead: the program with the optimizers of virtual steps, see `Edge`; None where all look ahead with their own.
     """
 
     levels: Mapping[str, Level]
@@ -73,7 +77,7 @@ class Program:
     compile: bool = False
     nets: dict[str, Functional] = field(init=False)
     reads: dict[str, tuple[str, ...]] = field(init=False)
-    reads_outside: dict[str, frozenset[str]] = field(init=False)
+    reads_outside: dict[str, tuple[str, ...]] = field(init=False)
     read_from_outside: frozenset[str] = field(init=False)
     random: frozenset[str] = field(init=False)
     moves: dict[Owner, tuple[Move, ...]] = field(init=False)
@@ -82,6 +86,8 @@ class Program:
     direct: frozenset[str] = field(init=False)
     looped: frozenset[str] = field(init=False)
     adjustable: frozenset[str] = field(init=False)
+    carried: dict[str, frozenset[str]] = field(init=False)
+    ahead: Program | None = field(init=False)
     _rules: dict[tuple[Owner, str], Rules] = field(init=False)
     _above: dict[str, list[Edge]] = field(init=False)
     _lowers: dict[str, list[Edge]] = field(init=False)
@@ -109,7 +115,17 @@ class Program:
             adjustable=frozenset(
                 name for name, level in self.levels.items() if [*level.optimizer.parameters(), *level.optimizer.buffers()]
             ),
+            carried=self._carried(),
+            ahead=self._ahead(),
         )
+
+    def _ahead(self) -> Program | None:
+        others = {edge.lower.name: edge.look_ahead for edge in self.edges if isinstance(edge.look_ahead, Optimizer)}
+        if not others:
+            return None
+        levels = {name: level.with_optimizer(others[name]) if name in others else level for name, level in self.levels.items()}
+        edges = tuple(replace(edge, look_ahead=bool(edge.look_ahead)) for edge in self.edges)
+        return replace(self, levels=levels, edges=edges, links=find_links(levels))
 
     def _set(self, **values: object) -> None:
         """Note what is looked up once: a compiler cannot look inside what is computed when it is asked for."""
@@ -161,20 +177,43 @@ class Program:
         return found
 
     def dependencies(self, name: str) -> frozenset[tuple[str, str]]:
-        """Return the (level, parameter) pairs that the loss of `name`, its optimizer or its starting point depends on."""
+        """Return the (level, parameter) pairs that the loss of `name`, its optimizer or its starting point depends on.
+
+        What the buffers that it reads of itself and of levels below depend on is among them; those of a level above are constants
+        in this one's step.
+        """
         found = self.readings[name].params | frozenset(self.links[name].values())
+        for level, key in self.buffers_behind(name):
+            if level == name or level in self.order.below[name]:
+                moves = self.readings[level].moves[key]
+                found |= {(other, param) for other, param in moves if param in self.levels[other].net.params}
         for edge in self.above(name):
             if edge.start == "upper" and not isinstance(edge.differentiate, PointRule):
                 found |= {(edge.upper.name, key) for key in edge.upper.net.params}
         return found
 
-    def _reads_outside(self, name: str) -> frozenset[str]:
+    def buffers_behind(self, name: str) -> frozenset[tuple[str, str]]:
+        """Return the (level, buffer) pairs that the loss of `name` depends on, also through other buffers."""
+        found: set[tuple[str, str]] = set()
+        pending = [*self.readings[name].buffers]
+        while pending:
+            level, key = pair = pending.pop()
+            if pair not in found and key in self.readings[level].moves:
+                found.add(pair)
+                pending += self.readings[level].moves[key]
+        return frozenset(found)
+
+    def _carried(self) -> dict[str, frozenset[str]]:
+        behind = frozenset().union(*map(self.buffers_behind, self.levels))
+        return {name: frozenset(key for level, key in behind if level == name) for name in {level for level, _ in behind}}
+
+    def _reads_outside(self, name: str) -> tuple[str, ...]:
         inside = self.order.inside[name] | {name}
         read: set[str] = set()
         for other in inside:
             read |= self.readings[other].levels | {level for level, _ in self.links[other].values()}
             read |= {edge.upper.name for edge in self.above(other) if edge.start == "upper" and other != name}
-        return frozenset(read - inside - self.order.shared[name])
+        return tuple(sorted(read - inside))  # trees are flattened in this order, which must not change from process to process
 
     def _is_read_from_outside(self, name: str) -> bool:
         inside = self.order.inside[name]
@@ -261,6 +300,15 @@ class Program:
             axes = (self.order.steps[here], *axes) if self.order.steps[here] > 1 else axes
             here = self.order.owner[here]
         return axes
+
+
+def find_links(levels: Mapping[str, Level]) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return level -> tensor of its optimizer -> (level, parameter): the optimizers' parameters that a level learns."""
+    owners = {id(param): (level.name, key) for level in levels.values() for key, param in level.net.params.items()}
+    return {
+        name: {key: owners[id(tensor)] for key, tensor in level.optimizer.named_parameters() if id(tensor) in owners}
+        for name, level in levels.items()
+    }
 
 
 def shown(state: Tree) -> Tree:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from metaopt.closure import tracked_names
+from metaopt import tree
+from metaopt.closure import Leaves, has_other_sources, tracked_names
 from metaopt.functional import Functional
 from metaopt.kernels import Watching
 from metaopt.levels.level import Level
 from metaopt.levels.view import Scene, evaluate
 from metaopt.transforms import is_tracked
 from metaopt.tree import Tree
+
+Pair = tuple[str, str]  # a level, and a parameter or buffer of it
 
 
 @dataclass(frozen=True)
@@ -24,24 +27,57 @@ class Reading:
     Attributes:
         levels: names of the levels that it read, its own not among them.
         params: (level, parameter) pairs that its value depends on.
+        buffers: (level, buffer) pairs that its value depends on, of the buffers that have derivatives.
+        moves: buffer of its own -> the (level, parameter or buffer) pairs that it depends on after one evaluation.
         dtype: that of the loss.
         metrics: names and dtypes of the scalars that it returns beside the loss.
         is_random: whether it drew from the global random generators.
-        is_delicate: whether it called a function whose higher derivatives need care, see `any_order`.
+        is_delicate: whether it called a function whose derivatives in reverse mode need care, see `any_order`. Forward derivatives
+            are always taken with care.
     """
 
     levels: frozenset[str]
-    params: frozenset[tuple[str, str]]
+    params: frozenset[Pair]
+    buffers: frozenset[Pair]
+    moves: Mapping[str, frozenset[Pair]]
     dtype: torch.dtype
     metrics: Mapping[str, torch.dtype]
     is_random: bool
     is_delicate: bool
 
 
-def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
+def read_all(read_one: Callable[[str, Collection[Pair]], Reading], levels: Collection[str]) -> dict[str, Reading]:
+    """Return what each level's loss depends on.
+
+    A buffer has a derivative if the loss that updates it leaves one in it: an average of weights does, running statistics of a norm
+    layer do not. Those that have are differentiated in a second reading, and as long as further ones turn up that depend on them.
+
+    Args:
+        read_one: (level, buffers to be differentiated) -> reading.
+        levels: names.
+    """
+    variable: frozenset[Pair] = frozenset()
+    while True:
+        readings = {name: read_one(name, variable) for name in levels}
+        found = frozenset((name, key) for name, reading in readings.items() for key in reading.moves)
+        if found <= variable:
+            return readings
+        variable |= found
+
+
+def read(
+    level: Level, nets: Mapping[str, Functional], batch: Tree, *, buffers: Collection[Pair] = (), keeps_statistics: bool = True
+) -> Reading:
     """Evaluate the level's loss once, at the present values of all models, and note what it depends on.
 
     The global random state is put back. Cost: two forward passes and a backward pass.
+
+    Args:
+        level: whose loss.
+        nets: every level's model.
+        batch: what the loss gets.
+        buffers: (level, buffer) pairs that are differentiated as well.
+        keeps_statistics: whether the level's own buffers are updated.
 
     Raises:
         ValueError: the loss fails without data, reads an unknown level, or reaches a tensor that requires grad by itself.
@@ -51,35 +87,57 @@ def read(level: Level, nets: Mapping[str, Functional], batch: Tree) -> Reading:
         return {
             name: {
                 "params": {key: param.detach().requires_grad_(variable) for key, param in net.params.items()},
-                "buffers": net.buffers,
+                "buffers": {
+                    key: buffer.detach().requires_grad_(variable) if (name, key) in buffers else buffer
+                    for key, buffer in net.buffers.items()
+                },
             }
             for name, net in nets.items()
         }
 
-    at = scene(True)
+    at, still = scene(True), scene(False)  # here: what is noted below is what the loss calls
     names: set[str] = set()
     leaves = {(name, key): leaf for name, shown in at.items() for key, leaf in shown["params"].items()}
+    leaves |= {pair: at[pair[0]]["buffers"][pair[1]] for pair in sorted(buffers)}
     with torch.random.fork_rng(), torch.enable_grad(), Watching() as mode:
         before = _random_state(level.device)
         try:
-            found = evaluate(level, nets, at, batch, read=names)
+            found = evaluate(level, nets, at, batch, keeps_statistics=keeps_statistics, read=names)
             is_random = not torch.equal(before, _random_state(level.device))
-            alone = evaluate(level, nets, scene(False), batch)
+            with Leaves() as inside:
+                alone = evaluate(level, nets, still, batch, keeps_statistics=keeps_statistics)
         except (TypeError, AttributeError) as error:
             if level.batches is not None:
                 raise
             raise ValueError(
                 f"level {level.name!r} has no data, and its loss fails on the batch None: {error}. Pass `data=` to the level."
             ) from error
-        if is_tracked(alone.loss):
+        if is_tracked(alone.loss) and has_other_sources(alone.loss, inside.made):
             raise ValueError(
                 f"level {level.name!r}: its loss reaches {tracked_names(level.loss, alone.loss)} through its closure, and that "
                 "requires grad. Read the parameters of levels as `levels.NAME(x)` or `levels.NAME.params`; detach what is constant."
             )
-        grads = torch.autograd.grad(found.loss, list(leaves.values()), allow_unused=True) if found.loss.requires_grad else ()
+        moves = {key: _sources(buffer, leaves) for key, buffer in found.buffers.items()}
+        sources = _sources(found.loss, leaves)
     metrics = {name: metric.dtype for name, metric in found.metrics.items()}
-    used = frozenset(key for key, grad in zip(leaves, grads, strict=bool(grads)) if grad is not None)
-    return Reading(frozenset(names - {level.name}), used, found.loss.dtype, metrics, is_random, mode.found)
+    return Reading(
+        levels=frozenset(names - {level.name}),
+        params=sources - frozenset(buffers),
+        buffers=sources & frozenset(buffers),
+        moves={key: pairs for key, pairs in moves.items() if pairs},
+        dtype=found.loss.dtype,
+        metrics=metrics,
+        is_random=is_random,
+        is_delicate=mode.found,
+    )
+
+
+def _sources(value: Tensor, leaves: Mapping[Pair, Tensor]) -> frozenset[Pair]:
+    """Return the names of the leaves that `value` depends on."""
+    if not value.requires_grad:
+        return frozenset()
+    grads = torch.autograd.grad(tree.as_real(value).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+    return frozenset(pair for pair, grad in zip(leaves, grads, strict=True) if grad is not None)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -22,6 +22,7 @@ def describe(program: Program) -> str:
     lines.append("edges")
     for edge in program.edges:
         extra = ", look_ahead" if edge.look_ahead else ""
+        extra += "" if isinstance(edge.look_ahead, bool) else f" with {_one_line(edge.look_ahead)}"
         ends = f"{edge.upper.name} -> {edge.lower.name}"
         lines.append(f"  {ends}: {counted(edge.steps, 'step')}, start={edge.start}, {edge.differentiate}{extra}")
     return "\n".join([*lines, "one step", *_turn(program, None, 1)])

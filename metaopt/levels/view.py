@@ -12,6 +12,7 @@ from torch import Tensor
 from metaopt.functional import Functional, Params
 from metaopt.kernels import any_order
 from metaopt.levels.level import Level
+from metaopt.transforms import constant
 from metaopt.tree import Tree
 
 
@@ -36,9 +37,9 @@ class Evaluation(NamedTuple):
 class LevelView:
     """A level inside a loss: `view(x)` calls its model with its present parameters, `view.params` are these."""
 
-    def __init__(self, net: Functional, shown: Shown, keeps_statistics: bool):
+    def __init__(self, net: Functional, params: Params, buffers: Params, keeps_statistics: bool):
         self._net, self._keeps_statistics = net, keeps_statistics
-        self.params, self.buffers = shown["params"], shown["buffers"]
+        self.params, self.buffers = params, buffers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's output."""
@@ -93,6 +94,7 @@ def evaluate(
     *,
     keeps_statistics: bool = True,
     exact: bool = True,
+    carried: Mapping[str, Collection[str]] | None = None,
     read: set[str] | None = None,
 ) -> Evaluation:
     """Return the level's loss in a scene.
@@ -104,12 +106,16 @@ def evaluate(
         batch: what the loss gets.
         keeps_statistics: whether the level's own buffers are updated.
         exact: whether it needs care that derivatives of every order are right, see `any_order`.
+        carried: level -> its buffers that have derivatives; all others are constants. None: all have.
         read: gets the names of the levels that it reads.
 
     Raises:
         ValueError: the loss reads an unknown level, or returns no scalar.
     """
-    views = {name: LevelView(nets[name], shown, keeps_statistics and name == level.name) for name, shown in scene.items()}
+    views = {
+        name: LevelView(nets[name], shown["params"], kept(shown["buffers"], name, carried), keeps_statistics and name == level.name)
+        for name, shown in scene.items()
+    }
     levels = Levels(level.name, views, nets) if read is None else NotingLevels(level.name, views, nets, read)
     if exact or level.precision is not None:
         autocast = nullcontext() if level.precision is None else torch.autocast(level.device.type, dtype=level.precision)
@@ -131,4 +137,16 @@ def evaluate(
             )
     if metrics:
         metrics = {name: value.detach() for name, value in metrics.items()}
-    return Evaluation(result, metrics, {name: buffer.detach() for name, buffer in views[level.name].buffers.items()})
+    return Evaluation(result, metrics, kept(views[level.name].buffers, level.name, carried))
+
+
+def kept(buffers: Params, level: str, carried: Mapping[str, Collection[str]] | None) -> Params:
+    """Return a level's buffers, as constants apart from those that are carried.
+
+    Also what comes in has to be seen to: a step that is rebuilt, or a loop that is one Function, gives derivatives to all that
+    floats, and torch's norm layers refuse running statistics that have one.
+    """
+    if not buffers or carried is None:
+        return buffers
+    names = carried.get(level, ())
+    return {key: buffer if key in names else constant(buffer) for key, buffer in buffers.items()}

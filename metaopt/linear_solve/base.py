@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.transforms import outside_transforms, values_are_readable
+from metaopt.transforms import constant_when_compiled, outside_transforms, values_are_readable
 from metaopt.tree import Tree
 
 Operator = Callable[[Tensor], Tensor]  # [n] -> [n], linear
@@ -63,11 +63,10 @@ class LinearSolver(ABC):
         Raises:
             ValueError: `start`, or what `matvec` returns, has another structure than b.
         """
-        structure = tree.flatten(b)[1]
 
         def operator(x: Tensor) -> Tensor:
             product = matvec(tree.unravel(x, b))
-            tree.flatten_like(structure, product, "matvec(x)")
+            tree.leaves_like(b, product, "matvec(x)")
             return tree.ravel(product) + self.damping * x if self.damping else tree.ravel(product)
 
         vector = tree.ravel(b)
@@ -75,7 +74,7 @@ class LinearSolver(ABC):
         unit = divide(vector, scale)
         begin = None
         if start is not None:
-            tree.flatten_like(structure, start, "start")
+            tree.leaves_like(b, start, "start")
             begin = divide(tree.ravel(start), scale)
         x, residual, steps = self._solve(operator, unit, begin)
         return Solution(tree.unravel(x * scale, b), torch.where(scale > 0, residual, 0), steps)
@@ -153,7 +152,7 @@ def seeded_places(n: int, k: int, seed: int) -> Tensor:
     return _drawn(lambda generator: torch.randperm(n, generator=generator)[:k], seed)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _drawn(draw: Callable[[torch.Generator], Tensor], seed: int) -> Tensor:
     """Draw outside of all transforms: `vmap` would refuse, or draw one per element; a compiler keeps the numbers."""
     with outside_transforms():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 from metaopt import tree
+from metaopt.autodiff.gradient import gradient
+from metaopt.batching import prefers_loop
 from metaopt.differentiate import FirstOrder, Rule
 from metaopt.functional import Params
 from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
@@ -43,12 +46,46 @@ class Estimator(Protocol):
         ...
 
 
+class _Way:
+    """How several tasks are gone through: batched, or one after the other, as the first look at a family decides."""
+
+    def __init__(self) -> None:
+        self._family: TaskFamily | None = None
+        self._loops = False
+
+    def gradients(
+        self, optimizer: Optimizer, theta: Params, family: TaskFamily, tasks: Task, opt_states: Any, rule: Rule
+    ) -> tuple[Params, Tensor, tuple[Tree, Any]]:
+        """Return (gradients, mean losses, (params, optimizer states) at the end), with the leading axis of the tasks."""
+        given = (tuple(tasks), opt_states)
+
+        def one(theta: Params, given: Tree) -> tuple[Tensor, tuple[Tree, Any]]:
+            task, opt_state = given
+            return _episode(optimizer, theta, family, Task(*task), opt_state, rule)
+
+        def batched(theta: Params, given: Tree) -> tuple[Params, tuple[Tensor, tuple[Tree, Any]]]:
+            per_task = vmap(grad_and_value(one, has_aux=True), in_dims=(None, 0), randomness="different")
+            return per_task(theta, given)  # type: ignore[no-any-return]
+
+        count = len(tree.leaves(tasks.params)[0])
+        if count > 1 and self._family is not family:
+            two = tree.index(given, slice(2))
+            self._family, self._loops = family, prefers_loop(lambda _, two: batched(theta, two), tree.index(two[0][0], 0), two)
+        if count > 1 and not self._loops:
+            grads, (losses, ends) = batched(theta, given)
+            return grads, losses, ends
+        with torch.no_grad():  # nobody differentiates a meta-gradient again
+            found = [gradient(partial(one, given=tree.index(given, i)), theta) for i in range(count)]
+        grads, losses, ends = tree.stack(found)
+        return grads, losses, ends
+
+
 @dataclass(frozen=True)
 class FullUnroll:
     """g = d/dtheta 1/T sum_t L_t, backpropagated through whole episodes.
 
     Args:
-        tasks: number of episodes, batched by `vmap`.
+        tasks: number of episodes, batched by `vmap` where that is faster than one after the other, see `prefers_loop`.
         differentiate: how gradients pass through the inner loop.
 
     Cost:
@@ -56,10 +93,12 @@ class FullUnroll:
     """
 
     tasks: int = 8
-    differentiate: Rule = field(default_factory=FirstOrder)
+    differentiate: Rule = field(default=FirstOrder())
+    _way: _Way = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_positive("tasks", self.tasks)
+        object.__setattr__(self, "_way", _Way())
 
     def init(self) -> None:
         return None
@@ -68,11 +107,8 @@ class FullUnroll:
         self, optimizer: Optimizer, theta: Params, family: TaskFamily, horizon: int, state: None, generator: torch.Generator
     ) -> Estimate:
         tasks = sample_tasks(family, generator, self.tasks, horizon)
-        per_task = vmap(
-            grad_and_value(_episode, argnums=1, has_aux=True), in_dims=(None, None, None, 0, 0, None), randomness="different"
-        )
-        opt_state = vmap(optimizer.init)(tasks.params)
-        grads, (losses, _) = per_task(optimizer, theta, family, tasks, opt_state, self.differentiate)
+        opt_states = vmap(optimizer.init)(tasks.params)
+        grads, losses, _ = self._way.gradients(optimizer, theta, family, tasks, opt_states, self.differentiate)
         return Estimate(grads, losses, None)
 
 
@@ -86,7 +122,7 @@ class TruncatedBackprop:
 
     Args:
         window: steps per estimate.
-        tasks: number of episodes, batched by `vmap`.
+        tasks: number of episodes, batched by `vmap` where that is faster than one after the other, see `prefers_loop`.
         differentiate: how gradients pass through a window.
 
     Cost:
@@ -95,11 +131,13 @@ class TruncatedBackprop:
 
     window: int
     tasks: int = 8
-    differentiate: Rule = field(default_factory=FirstOrder)
+    differentiate: Rule = field(default=FirstOrder())
+    _way: _Way = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_positive("window", self.window)
         _check_positive("tasks", self.tasks)
+        object.__setattr__(self, "_way", _Way())
 
     def init(self) -> None:
         """Return the state before the first episode; later it is a dict of tasks, optimizer states and the step."""
@@ -114,10 +152,7 @@ class TruncatedBackprop:
         tasks, opt_state, start = Task(*state["task"]), state["optimizer"], state["step"]
         stop = min(start + self.window, horizon)
         window = Task(tasks.params, tree.map(lambda leaf: leaf[:, start:stop], tasks.batches))
-        per_task = vmap(
-            grad_and_value(_episode, argnums=1, has_aux=True), in_dims=(None, None, None, 0, 0, None), randomness="different"
-        )
-        grads, (losses, (params, opt_state)) = per_task(optimizer, theta, family, window, opt_state, self.differentiate)
+        grads, losses, (params, opt_state) = self._way.gradients(optimizer, theta, family, window, opt_state, self.differentiate)
         after = {"task": (params, tasks.batches), "optimizer": opt_state, "step": stop} if stop < horizon else None
         return Estimate(grads, losses, after)
 

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from torch.func import vmap
 
 from metaopt import tree
 from metaopt.autodiff.replay import Ambient
+from metaopt.extras import extra
 from metaopt.meta_training.task import TaskFamily, sample_tasks
 from metaopt.minimize import minimize
 from metaopt.optimizer import Optimizer
+from metaopt.table import write_table
 
 VALIDATION_SEED = 1_000_003
 TEST_SEED = 2_000_003
@@ -39,18 +40,21 @@ class Report:
 
     def table(self) -> str:
         """Return a row per optimizer: mean loss, its standard error over seeds, loss in the last tenth, diverged runs."""
-        rows = []
+        rows: list[list[str | float]] = []
         for name, losses in self.curves.items():
             per_seed = losses.mean(1)
             error = per_seed.std() / len(per_seed) ** 0.5 if len(per_seed) > 1 else torch.tensor(torch.nan)
             last = losses[:, -max(1, losses.shape[1] // 10) :].mean()
-            diverged = (~losses.isfinite().all(1)).sum().tolist()
-            rows.append([name, per_seed.mean().tolist(), error.tolist(), last.tolist(), diverged])
-        return tabulate(rows, ["optimizer", "mean loss", "std. error", "final loss", "diverged"], floatfmt=".4f")
+            diverged = (~losses.isfinite().all(1)).sum()
+            numbers = [cast(float, number.tolist()) for number in (per_seed.mean(), error, last, diverged)]
+            rows.append([name, *numbers])
+        headers = ["optimizer", "mean loss", "std. error", "final loss", "diverged"]
+        return write_table(headers, rows, ["", ".4f", ".4f", ".4f", ""])
 
     def plot(self, path: str | Path, title: str = "") -> None:
         """Draw the mean loss against the step, with a band of two standard errors, into an image file."""
-        from matplotlib.figure import Figure
+        with extra("`Report.plot`"):
+            from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()

@@ -85,7 +85,7 @@ class ByName(Configurable):
         return Spread([key_of[name] for name in names], self.values)
 
     def advance(
-        self, owner: nn.Module, what: str, state: Any, *, named: dict[str, Tensor], step: Tensor, loss: Tensor | None
+        self, owner: nn.Module, what: str, state: Any, *, named: dict[str, Tensor | None], step: Tensor, loss: Tensor | None
     ) -> tuple[Spread, dict[str, Any]]:
         """Return (the values at this step, the next states of the schedules).
 
@@ -93,14 +93,18 @@ class ByName(Configurable):
             owner: the optimizer.
             what: the hyperparameter's name.
             state: pattern -> state.
-            named: name -> gradient, in the order of the parameters.
+            named: name -> gradient or None, in the order of the parameters.
             step: index of the step, from 0.
             loss: the loss, if the caller of the optimizer gave it.
         """
         keys, values = self.spread(owner, what, [*named])
         after = {}
         for pattern, schedule in self._schedules(owner, what, state).items():
-            grads = [grad for key, grad in zip(keys, named.values(), strict=True) if key == pattern]
+            pairs = zip(keys, named.values(), strict=True)
+            grads = [grad for key, grad in pairs if key == pattern and grad is not None]
+            if not grads:  # nobody takes its value at this step, and it has nothing to see
+                values[pattern], after[pattern] = 0.0, state[pattern]
+                continue
             values[pattern], after[pattern] = advance(schedule, state[pattern], step=step, loss=loss, grads=grads)
         return Spread(keys, values), after
 

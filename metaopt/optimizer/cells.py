@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -105,12 +105,12 @@ def change_in_cells(
     return changed
 
 
-def check_shapes(owner: nn.Module, hyper: Mapping[str, Any], leaves: list[Tensor]) -> None:
+def check_shapes(owner: nn.Module, hyper: Mapping[str, Any], leaves: Sequence[Tensor | None]) -> None:
     """Raise ValueError if a tensor hyperparameter is neither a scalar nor of the shape of every parameter that it meets."""
     for name, value in hyper.items():
         each = [value.values[key] for key in value.keys] if type(value) is Spread else [value] * len(leaves)
         for one, leaf in zip(each, leaves, strict=True):
-            if isinstance(one, Tensor) and one.ndim and one.shape != leaf.shape and one.numel() != 1:
+            if leaf is not None and isinstance(one, Tensor) and one.ndim and one.shape != leaf.shape and one.numel() != 1:
                 raise ValueError(
                     f"{type(owner).__name__}: `{name}` must be a scalar, or have the shape of every parameter that it meets, got "
                     f"shape {tuple(one.shape)} for a parameter of shape {tuple(leaf.shape)}. A value for each step is "

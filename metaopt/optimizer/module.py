@@ -210,7 +210,8 @@ def _build(value: Any, path: Path) -> Any:
             if name not in known:
                 raise ValueError(
                     f"{path} names the class {name!r}, which is not known; known are {sorted(known)}. "
-                    "Import the module that defines it."
+                    "Import the module that defines it; if it is one of this library, write "
+                    "`import metaopt.optimizers`."
                 )
             if len(known[name]) > 1:
                 modules = sorted(cls.__module__ for cls in known[name])

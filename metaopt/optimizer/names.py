@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from metaopt.transforms import constant_when_compiled
 from metaopt.tree import Tree
 
 
@@ -51,7 +51,7 @@ def choose(owner: nn.Module, what: str, patterns: tuple[str, ...], names: Iterab
     return chosen
 
 
-@torch.compiler.assume_constant_result  # a compiler sees the index, not how patterns work
+@constant_when_compiled  # a compiler sees the index, not how patterns work
 def _first(patterns: tuple[str, ...], name: str) -> int | None:
     """Return the index of the first pattern that matches."""
     return next((i for i, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ State = dict[str, Any]
 Leaves = list[Tensor]  # one tensor per parameter
 Slots = dict[str, Any]  # name -> Leaves, or one Tensor over all parameters
 Hyper = dict[str, Any]  # name -> Value; for `update`, that of all its parameters
+Observe = Callable[[], tuple[Tree, Tensor | None]]  # -> (gradients, loss) at the present parameters
 # (grads, params, slots, hyper, step) -> (one tensor per parameter, next slots)
 StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, Slots]]
 
@@ -194,6 +195,30 @@ class Optimizer(Configurable):
                 found[name] = value
         return found
 
+    def rate(self, state: State, params: Tree, observe: Observe) -> Value:
+        """Return the step size `lr` of the update that would be made next, a number or a scalar tensor.
+
+        Args:
+            state: from `init` or the step before.
+            params: the present parameters.
+            observe: gives the gradients and the loss there; called only if there is a schedule, which may look at them.
+
+        Raises:
+            ValueError: there is not just one hyperparameter `lr`, or it is no scalar.
+        """
+        looks = any(isinstance(module, Schedule) for module in self.modules())
+        grads, loss = observe() if looks else (None, None)
+        values = self.values(state, loss=loss, grads=grads, params=params)
+        rates = {name: value for name, value in values.items() if name.replace("/", ".").split(".")[-1] == "lr"}
+        (value,) = rates.values() if len(rates) == 1 else (None,)
+        if value is None or (isinstance(value, Tensor) and value.ndim):
+            found = {name: f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else v for name, v in rates.items()}
+            raise ValueError(
+                f'`scale="lr"` must find one step size in the optimizer, got {type(self).__name__} with {found or "none"}. Give a '
+                "number: `scale=0.1`."
+            )
+        return value
+
     def as_torch(self, params: Iterable[Any]) -> Deployed:
         """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""
         return Deployed(params, self)
@@ -306,12 +331,14 @@ class Optimizer(Configurable):
             is_own = "update" in self.__dict__ or "direction" in self.__dict__
             return not is_own and not any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
 
-    def _hyper_at(self, state: State, grads: Leaves, loss: Tensor | None, gradients: Tree = None) -> tuple[Hyper, dict[str, Any]]:
+    def _hyper_at(
+        self, state: State, grads: Sequence[Tensor | None], loss: Tensor | None, gradients: Tree = None
+    ) -> tuple[Hyper, dict[str, Any]]:
         """Return the hyperparameters' values at this step, and the next states of the schedules among them.
 
         Args:
             state: that of the optimizer.
-            grads: the gradients, one tensor per parameter.
+            grads: the gradients, one tensor per parameter, or None.
             loss: as for `forward`.
             gradients: the tree of these, for their names; a list of them by default.
         """
@@ -324,7 +351,8 @@ class Optimizer(Configurable):
                 self._check_schedule_names(state)
             if isinstance(value, Schedule):
                 before = state["schedules"][name]
-                value, schedules[name] = advance(value, before, step=state["step"], loss=loss, grads=grads)
+                seen = [grad for grad in grads if grad is not None]
+                value, schedules[name] = advance(value, before, step=state["step"], loss=loss, grads=seen)
             elif isinstance(value, ByName):
                 named = _named(grads if gradients is None else gradients, grads)
                 value, schedules[name] = value.advance(
@@ -409,9 +437,9 @@ class Optimizer(Configurable):
         return params
 
 
-def _named(given: Tree, leaves: Leaves) -> dict[str, Tensor]:
-    """Return name -> tensor for the leaves that are there."""
-    return dict(zip((name for name, leaf in paths(given).items() if leaf is not None), leaves, strict=True))
+def _named(given: Tree, leaves: Sequence[Tensor | None]) -> dict[str, Any]:
+    """Return name -> leaf."""
+    return dict(zip(paths(given), leaves, strict=True))
 
 
 def _precision(state: State, grads: Leaves | None) -> torch.dtype:

@@ -58,9 +58,8 @@ def step_apart(
         kind: {name: [*tree.leaves_like(grads, slot, f"state[{kind!r}][{name!r}]")] for name, slot in state[kind].items()}
         for kind in ("slots", "shared")
     }
-    observed = [tree.as_real(gradients[place]) for place in there]
+    observed = [None if gradient is None else tree.as_real(gradient) for gradient in gradients]
     hyper, schedules = optimizer._hyper_at(state, observed, loss, grads)
-    index_of = {place: index for index, place in enumerate(there)}
     results: list[Tensor | None] = [None] * len(gradients)
     counts = [*counts]
     for part in _find_parts(there, counts, memory["shared"]):
@@ -71,7 +70,7 @@ def step_apart(
             "schedules": state["schedules"],
         }
         own = None if weights is None else [weights[place] for place in part]
-        shared = take(hyper, [index_of[place] for place in part])
+        shared = take(hyper, part)
         moved, after = optimizer._on_leaves(step_on, [gradients[place] for place in part], before, own, loss, shared)
         for index, place in enumerate(part):
             results[place], counts[place] = moved[index], after["step"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ class Disk:
 
     Args:
         directory: where they lie; nothing else in it is touched.
+        settings: of the loop.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, settings: str):
         self.directory = directory
+        self.settings = settings
         self._loop: dict[str, str] = {}
         self._lock: int | None = None
         self._finished = False
@@ -131,17 +134,18 @@ class Disk:
 
     def forward(
         self,
-        step: Callable[[int, list[Any]], tuple[list[Any], Tensor]],
+        step: Callable[[int, list[Any]], tuple[list[Any], list[Any]]],
         first: list[Any],
         times: Sequence[int],
         facts: dict[str, str],
         near: Sequence[Any],
         ambients: list[Ambient],
-    ) -> list[Tensor]:
+    ) -> list[Any]:
         """Run a loop, or go on where a killed process stopped; return the last carry and the outs.
 
-        What a function computes cannot be seen, but its first step can: another loss, other constants of an optimizer or another
-        random state in which it matters give another first step. So this is made again, and tells one loop from another.
+        What a function computes cannot be seen, but its steps can: another loss, other constants of an optimizer or another
+        random state in which it matters give other steps. So the first one is made again, and, since some settings matter only
+        later, the one after the state from which this process goes on. These tell one loop from another.
 
         Args:
             step: (t, carry) -> (next carry, out).
@@ -155,30 +159,52 @@ class Disk:
             start = Ambient.now(near)
             carry, out = step(0, first)
             carry = contiguous(carry)
-            self._open({**facts, "first step": digest_of([*carry, out])})
+            self._open({**facts, "settings": digest_of([self.settings]), "first step": digest_of([*carry, *out])})
             outs, found = self._steps(start)
             done = max((t for t in self if t <= len(outs)), default=0)
+            self._check_step(step, first, found)
             if done:
                 found[done].reinstate()
                 carry = [leaf.to(own.device) for leaf, own in zip(self[done], first, strict=True)]
-                outs = [early.to(out.device) for early in outs[:done]]
+                outs = [[leaf.to(own.device) for leaf, own in zip(early, out, strict=True)] for early in outs[:done]]
                 ambients += found[:done]
             else:
                 outs = [out]
                 ambients.append(start)
             written = done
             for t in range(len(outs), times[-1] + 1):
-                now = Ambient.now(near, ambients[-1])
-                if t in times and t > done:
-                    self._put_steps(written, outs[written:], [*ambients[written:], now])
-                    self[t] = carry
-                    written = t
+                now, before, then = Ambient.now(near, ambients[-1]), carry, ""
                 if t < times[-1]:
                     ambients.append(now)
-                    carry, out = step(t, carry)
+                    carry, out = step(t, before)
                     carry = contiguous(carry)
                     outs.append(out)
-            return [*carry, *outs]
+                    then = digest_of([*carry, *out])
+                if t in times and t > done:
+                    self._put_steps(written, outs[written:t], [*ambients[written:t], now])
+                    self._put_state(t, before, then)
+                    written = t
+            return [*carry, *chain(*outs)]
+
+    def _check_step(
+        self,
+        step: Callable[[int, list[Any]], tuple[list[Any], list[Any]]],
+        first: list[Any],
+        ambients: Sequence[Ambient],
+    ) -> None:
+        """Make the step after the last state again of which it is known what it gave, and raise if it gives something else."""
+        known = {t: read_facts(self._path("state", t), _KINDS["state"])["then"] for t in self if t < len(ambients)}
+        last = max((t for t, then in known.items() if then), default=None)
+        if last is None:
+            return
+        with ambients[last].restored():
+            carry, out = step(last, [leaf.to(own.device) for leaf, own in zip(self[last], first, strict=True)])
+        if digest_of([*contiguous(carry), *out]) != known[last]:
+            raise ValueError(
+                f"Revolve: `directory` must be empty or hold the snapshots of this very loop, got those of another one in "
+                f"{self.directory}: step {last}, made again, does not give what it gave. Is the loss or the optimizer another? "
+                "Run the program that wrote them to its end, delete its files, or give each loop a directory of its own."
+            )
 
     def __iter__(self) -> Iterator[int]:
         """Yield the times whose states are held, in order."""
@@ -189,25 +215,29 @@ class Disk:
         return [tensors[str(i)] for i in range(len(tensors))]
 
     def __setitem__(self, time: int, carry: Sequence[Tensor]) -> None:
-        self._write("state", time, {str(i): leaf for i, leaf in enumerate(carry)})
+        self._put_state(time, carry, "")
+
+    def _put_state(self, time: int, carry: Sequence[Tensor], then: str) -> None:
+        """Keep a state, with the digest of what the step after it gives, if that is known."""
+        self._write("state", time, {str(i): leaf for i, leaf in enumerate(carry)}, then=then)
 
     def pop(self, time: int, default: None = None) -> None:
         """Remove the state of a time, if it is held."""
         self._path("state", time).unlink(missing_ok=True)
 
-    def _put_steps(self, low: int, outs: Sequence[Tensor], ambients: Sequence[Ambient]) -> None:
+    def _put_steps(self, low: int, outs: Sequence[Sequence[Tensor]], ambients: Sequence[Ambient]) -> None:
         """Keep the outs of the steps from `low` on, and the random states before each of them and after the last."""
         randoms = {id(ambient.random): ambient.random for ambient in ambients}  # most steps share one state
         places = {key: place for place, key in enumerate(randoms)}
         which = torch.tensor([places[id(ambient.random)] for ambient in ambients])
         tensors = {"random": torch.stack(list(randoms.values())), "which": which}
         tensors |= {f"cuda.{index}": torch.stack([ambient.cuda[index] for ambient in ambients]) for index in ambients[0].cuda}
-        tensors |= {f"out.{i}": out for i, out in enumerate(outs)}
-        self._write("steps", low + len(outs), tensors, low=str(low))
+        tensors |= {f"out.{i}.{j}": leaf for i, out in enumerate(outs) for j, leaf in enumerate(out)}
+        self._write("steps", low + len(outs), tensors, low=str(low), width=str(len(outs[0])))
 
-    def _steps(self, like: Ambient) -> tuple[list[Tensor], list[Ambient]]:
+    def _steps(self, like: Ambient) -> tuple[list[list[Tensor]], list[Ambient]]:
         """Return all outs without a gap from the first step on, and one random state more; autocast is that of `like`."""
-        outs: list[Tensor] = []
+        outs: list[list[Tensor]] = []
         ambients: list[Ambient] = []
         for path in self._paths("steps"):
             tensors, facts = self._read("steps", path)
@@ -221,7 +251,8 @@ class Disk:
                 ambients.append(
                     Ambient(randoms[place], {index: states[i].clone() for index, states in cuda.items()}, like.autocast)
                 )
-            outs += [tensors[f"out.{i}"] for i in range(_time(path) - low)]
+            width = range(int(facts["width"]))
+            outs += [[tensors[f"out.{i}.{j}"] for j in width] for i in range(_time(path) - low)]
         return outs, ambients
 
     def put_pulled(self, time: int, bars: dict[str, Tensor], row: dict[str, Tensor], origin: str) -> None:

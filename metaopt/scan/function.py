@@ -40,7 +40,7 @@ class ScanFunction(torch.autograd.Function):
             held = [*kept(loop.length, loop.plan.snapshots), loop.length]
             near = [*shared, *carry, *[x[0] for x in xs]]
 
-            def step(t: int, carry: list[Any]) -> tuple[list[Any], Tensor]:
+            def step(t: int, carry: list[Any]) -> tuple[list[Any], list[Any]]:
                 return loop.run(shared, carry, [x[t] for x in xs])
 
             return _distinct(loop.disk.forward(step, carry, held, facts, near, loop.ambients), {id(leaf) for leaf in leaves})
@@ -50,7 +50,7 @@ class ScanFunction(torch.autograd.Function):
                 snapshots += loop.stored(carry)
             loop.ambients.append(Ambient.now(leaves, loop.ambients[-1] if t else None))
             carry, out = loop.run(shared, carry, [x[t] for x in xs])
-            outs.append(out)
+            outs += out
         return _distinct([*carry, *outs, *snapshots], {id(leaf) for leaf in leaves})
 
     @staticmethod
@@ -61,13 +61,16 @@ class ScanFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[tensor for tensor in output if not is_differentiable(tensor)])
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        snapshots = output[loop.carried + loop.length :]
-        ctx.save_for_backward(*[leaf if isinstance(leaf, Tensor) else None for leaf in leaves], *snapshots)
+        _, outs, snapshots = loop.parts(output)
+        firsts = [out[0] for out in outs]  # by which a rebuilt step is compared
+        given = [leaf if isinstance(leaf, Tensor) else None for leaf in leaves]
+        ctx.save_for_backward(*given, *chain(*snapshots.values()), *firsts)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, cotangents = tuple(map(alive, ctx.saved_tensors)), tuple(map(alive, cotangents))
-        again = torch.is_grad_enabled() and _is_differentiated_again(saved, cotangents)
+        tensors = saved[: len(saved) - ctx.loop.length]  # without the losses
+        again = torch.is_grad_enabled() and _is_differentiated_again(tensors, cotangents)
         disk: Disk | None = ctx.loop.disk
         with torch.set_grad_enabled(again), nullcontext() if disk is None else disk.reopened(again):
             return Reversal(ctx, saved).run(cotangents)

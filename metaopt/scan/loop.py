@@ -18,12 +18,12 @@ from metaopt.scan.revolve import Online, Revolve
 from metaopt.scan.stream import Stream
 from metaopt.tree import Structure, Tree
 
-Step = Callable[[Tree, Tree, Tree], tuple[Tree, Tensor]]
+Step = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
-
-# (inputs, carry, x, (cotangents of the next carry, of out), wanted) -> cotangents of (inputs, carry, x); None is zero. `wanted`
-# is a tree of bools like (inputs, carry, x), and so is what comes back, with None for leaves that are not wanted.
-Pullback = Callable[[Tree, Tree, Tree, tuple[Tree, Tensor | None], Tree], tuple[Tree, Tree, Tree]]
+# (inputs, carry, x, (cotangents of the next carry, of out), wanted) -> (cotangents of (inputs, carry, x), out); None is zero.
+# `wanted` is a tree of bools like (inputs, carry, x), and so are the cotangents, with None for leaves that are not wanted. `out` is
+# that of the rebuilt step, by which one sees whether it is the same step; None if there was nothing to rebuild.
+Pullback = Callable[[Tree, Tree, Tree, tuple[Tree, Tree], Tree], tuple[tuple[Tree, Tree, Tree], Tree]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Loop:
     streamed: bool = False
     times: tuple[int, ...] = ()  # whose carries are kept on the way forward, apart from 0
     ambients: list[Ambient] = field(default_factory=list)  # one a step, noted as the loop runs forward
+    outs: list[Structure] = field(default_factory=list)  # the structure of an out, noted at the first step
 
     @property
     def count(self) -> int:
@@ -62,24 +63,35 @@ class Loop:
         middle = self.shared + self.carried
         return list(leaves[: self.shared]), list(leaves[self.shared : middle]), list(leaves[middle:])
 
-    def parts(self, outputs: Sequence[Any]) -> tuple[list[Any], list[Any], dict[int, list[Any]]]:
-        """Return (last carry, outs, time -> kept carry) of what the Function returns, or of its cotangents."""
-        outs = self.carried + self.length
-        carries = {t: list(outputs[outs + i * self.carried :][: self.carried]) for i, t in enumerate(self.times)}
-        return list(outputs[: self.carried]), list(outputs[self.carried : outs]), carries
+    @property
+    def width(self) -> int:
+        """How many leaves an out has."""
+        return self.outs[0].num_leaves
+
+    def parts(self, outputs: Sequence[Any]) -> tuple[list[Any], list[list[Any]], dict[int, list[Any]]]:
+        """Return (last carry, leaves of each out, time -> kept carry) of what the Function returns, or of its cotangents."""
+        end = self.carried + self.length * self.width
+        outs = [list(outputs[start : start + self.width]) for start in range(self.carried, end, self.width)]
+        carries = {t: list(outputs[end + i * self.carried :][: self.carried]) for i, t in enumerate(self.times)}
+        return list(outputs[: self.carried]), outs, carries
 
     def stored(self, carry: list[Any]) -> list[Any]:
         """Return the carry where it lies until it is needed again."""
         return moved(carry, ["cpu"] * len(carry)) if self.plan.store == "cpu" else carry
 
-    def run(self, shared: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], Tensor]:
-        """Make one step on flat leaves; inner scans are plain loops meanwhile."""
+    def run(self, shared: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Make one step on flat leaves, of (next carry, out); inner scans are plain loops meanwhile."""
         trees = self.trees(shared, carry, x)
         with plain_loops_inside():
             after, out = self.step(*trees)
         if not tree.is_alike(trees[1], after):  # leaves find their places by their order
             tree.flatten_like(tree.flatten(trees[1])[1], after, "the carry that a step returns")
-        return tree.leaves(after), out
+        leaves, structure = tree.flatten(out)
+        if not self.outs:
+            self.outs.append(structure)
+        elif self.outs[0] != structure:
+            tree.flatten_like(self.outs[0], out, "what a step gives out")
+        return tree.leaves(after), leaves
 
     def trees(self, shared: Sequence[Any], carry: Sequence[Any], x: Sequence[Any]) -> tuple[Tree, Tree, Tree]:
         """Return the trees (inputs, carry, x) with these leaves."""
@@ -104,9 +116,9 @@ def record(loop: Loop, leaves: list[Any], batches: Stream) -> tuple[Loop, list[A
         loop.ambients.append(Ambient.now([*leaves, *x], loop.ambients[-1] if t else None))
         with torch.no_grad():
             carry, out = loop.run(shared, carry, [_constant(leaf) for leaf in x])
-        outs.append(out)
+        outs += out
         rows += x
-    loop = replace(loop, length=len(outs), streamed=True, times=tuple(states))
+    loop = replace(loop, length=len(outs) // loop.width, streamed=True, times=tuple(states))
     return loop, [*leaves, *rows], [*carry, *outs, *chain(*states.values())]
 
 

@@ -16,7 +16,7 @@ from metaopt.scan.loop import Loop, moved
 from metaopt.scan.nesting import plain_loops_inside
 from metaopt.scan.revolve import split
 from metaopt.scan.tensor_file import digest_of
-from metaopt.transforms import is_differentiable
+from metaopt.transforms import innermost, is_differentiable, outside_transforms
 
 
 class Reversal:
@@ -31,8 +31,9 @@ class Reversal:
         saved = zip(tensors[: loop.count], ctx.constants, strict=True)
         leaves = [constant if tensor is None else tensor for tensor, constant in saved]
         self.loop, (self.shared, self.first, self.xs) = loop, loop.split(leaves)
-        outputs: list[Any] = [None] * (loop.carried + loop.length)
-        _, _, states = loop.parts([*outputs, *tensors[loop.count :]])
+        kept, self.firsts = tensors[loop.count : len(tensors) - loop.length], tensors[len(tensors) - loop.length :]
+        outputs: list[Any] = [None] * (loop.carried + loop.length * loop.width)
+        _, _, states = loop.parts([*outputs, *kept])
         self.states: dict[int, list[Any]] | Disk = states if loop.disk is None else loop.disk
         needed = ctx.needs_input_grad[1 : 1 + loop.count]
         of_shared, _, of_xs = loop.split([*map(operator.and_, needed, map(is_differentiable, leaves))])
@@ -41,6 +42,7 @@ class Reversal:
         self.bar_shared: list[Tensor | None] = [None] * loop.shared
         self.bar_xs: list[list[Tensor]] = [[] for _ in self.xs]
         self.recorded = len(ctx.needs_input_grad) - 1 - loop.count
+        self.rebuilt: dict[int, Tensor] = {}  # time -> the first leaf of the out of that step, made again
 
     def run(self, cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Return the cotangents of the Function's inputs.
@@ -72,6 +74,7 @@ class Reversal:
                 bar = self._written(disk, origin, low, bar)
             self.states.pop(low, None)
             high = stack.pop()
+        self._check_rebuilt()
         if disk is not None:
             disk.finish()
         return (None, *self.bar_shared, *bar, *self._of_xs(), *[None] * self.recorded)
@@ -119,18 +122,56 @@ class Reversal:
         none = [None] * self.loop.length
         return [bar for row in zip(*[bars[::-1] or none for bars in self.bar_xs], strict=True) for bar in row]
 
-    def _pull_back(self, t: int, carry: list[Any], bar: list[Tensor | None], of_out: Tensor | None) -> list[Tensor | None]:
+    def _pull_back(self, t: int, carry: list[Any], bar: list[Tensor | None], of_out: list[Tensor | None]) -> list[Tensor | None]:
         """Add step t's part to the cotangents of inputs and xs, and return that of its carry."""
         x = [leaf[t] for leaf in self.xs]
         _, bar_after, _ = self.loop.trees([None] * len(self.shared), bar, [None] * len(x))
         with self.loop.ambients[t].restored(), plain_loops_inside():
-            bars = self.loop.pullback(*self.loop.trees(self.shared, carry, x), (bar_after, of_out), self.wanted)
+            cotangents = bar_after, tree.unflatten(self.loop.outs[0], of_out)
+            bars, out = self.loop.pullback(*self.loop.trees(self.shared, carry, x), cotangents, self.wanted)
+        if out is not None:
+            self.rebuilt[t] = tree.leaves(out)[0].detach()
         to_shared, to_carry, to_x = self.loop.cut(tree.leaves(bars))
         self.bar_shared = [*map(plus, self.bar_shared, to_shared)]
         for bars_so_far, row, part, is_wanted in zip(self.bar_xs, x, to_x, self.of_xs, strict=True):
             if is_wanted:
                 bars_so_far.append(torch.zeros_like(row) if part is None else part)
         return to_carry
+
+    def _check_rebuilt(self) -> None:
+        """Raise if a rebuilt step was another one than the step that was taken.
+
+        At the end, where one look at the device is enough. Rounding may differ: a rebuilt step is computed with a graph.
+        """
+        pairs = [(t, innermost(value), self.firsts[t]) for t, value in sorted(self.rebuilt.items()) if is_differentiable(value)]
+        times, found, taken = list[int](), list[Tensor](), list[Tensor]()
+        for t, again, first in pairs:
+            before = again if first is None else innermost(first)
+            if again.shape == before.shape:
+                times += [t] * again.numel()  # a `vmap` has a loss for each of its rows
+                found.append(again.detach().reshape(-1))
+                taken.append(before.detach().reshape(-1))
+        if times and not found[0].is_meta:
+            self._compare(times, found, taken)
+
+    @staticmethod
+    def _compare(times: list[int], rebuilt: list[Tensor], before: list[Tensor]) -> None:
+        """Raise if two losses differ by more than rounding; each has its time."""
+        with outside_transforms(), torch.no_grad():
+            found, taken = torch.cat(rebuilt), torch.cat(before)
+            size = taken.abs().nan_to_num(posinf=0)
+            room = torch.finfo(taken.dtype).eps ** 0.5 * size.clamp(min=1e-3 * size.max())
+            is_same = ((found - taken).abs() <= room) | (found == taken) | (found.isnan() & taken.isnan())
+            others = (~is_same).nonzero().reshape(-1).tolist()
+        if others:
+            first = others[0]
+            raise ValueError(
+                "A step that is made again on the way back must be the step that was taken, but the loss of step "
+                f"{times[first]} was {taken[first].tolist():.6g} and is now {found[first].tolist():.6g}. Only torch's global "
+                "generators are wound back: does the loss draw from `random` or numpy, does it count its calls, was a model "
+                "switched between train() and eval() meanwhile? Draw with torch, pass the numbers in `batches`, or use "
+                'memory="full".'
+            )
 
 
 def _from(bars: dict[str, Tensor], name: str, leaf: Any) -> Tensor | None:

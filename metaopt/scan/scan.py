@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.pullback import pull_back
+from metaopt.autodiff.pullback import pull_back_and_value
 from metaopt.compiled import compiled
 from metaopt.scan.disk import Disk
 from metaopt.scan.function import ScanFunction
@@ -37,11 +37,13 @@ def scan(
     *,
     pullback: Pullback | None = None,
     compile: bool = False,
-) -> tuple[Tree, Tensor]:
+    describe: Callable[[], str] = str,
+) -> tuple[Tree, Tree]:
     """Run `step` `length` times and return (last carry, outs stacked over time), differentiable in every tensor.
 
     Args:
-        step: (inputs, carry, x) -> (next carry, out tensor); it must reach whatever is to be differentiated through these.
+        step: (inputs, carry, x) -> (next carry, out), with a tree of tensors as out; it must reach whatever is to be
+            differentiated through these.
         inputs: what every step reads.
         carry: the initial carry; each step keeps its structure, shapes and dtypes.
         xs: a tree whose leaves have the leading axis `length`; step t gets row t. Or a `Stream`: step t gets what it yields
@@ -50,10 +52,12 @@ def scan(
         memory: "full" keeps the graph of every step; "steps" keeps every carry and rebuilds one step at a time on the way
             back, which costs one more forward run; `Revolve(snapshots)` keeps few carries and recomputes the others. All are
             exact for first and second derivatives. A step that runs again draws the same global random numbers under the
-            same autocast. Under `torch.compile` the loop is always unrolled, and the compiler decides what to keep.
+            same autocast; the first tensor of its out shows whether it is the same step. Under `torch.compile` the loop is
+            always unrolled, and the compiler decides what to keep.
         pullback: the derivative of `step`, a differentiable function of its tensors; by default torch's own. It is used where a
             step is rebuilt, so never by "full". Whoever gives it compiles it.
         compile: compile one step and its derivative, for any length. Inside another compiled function or scan this changes nothing.
+        describe: returns the settings of `step`, by which a loop on disk knows that it is the one that was interrupted.
     """
     given = (inputs, carry, xs.first if isinstance(xs, Stream) else xs)
     tracing = torch.compiler.is_compiling()
@@ -73,7 +77,7 @@ def scan(
         return _plain_loop(compiled(step), inputs, tree.map(_as_later, carry) if needed else carry, xs, length)
     leaves, structure = tree.flatten(given)
     plan = memory if isinstance(memory, Revolve) else Revolve(snapshots=length or sys.maxsize)
-    disk = None if plan.directory is None else Disk(Path(plan.directory))
+    disk = None if plan.directory is None else Disk(Path(plan.directory), describe())
     if pullback is None:
         pullback = functools.partial(_pull_back_step, step)
         pullback = compiled(_dense(pullback)) if compile else pullback
@@ -93,7 +97,8 @@ def scan(
     if _any_tracked(leaves):
         outputs = ScanFunction.apply(loop, *leaves, *outputs)
     last, outs, _ = loop.parts(outputs)
-    return tree.unflatten(tree.flatten(carry)[1], last), torch.stack(outs)
+    stacked = [torch.stack(column) for column in zip(*outs, strict=True)]
+    return tree.unflatten(tree.flatten(carry)[1], last), tree.unflatten(loop.outs[0], stacked)
 
 
 def check_memory(memory: Memory) -> None:
@@ -103,15 +108,18 @@ def check_memory(memory: Memory) -> None:
 
 
 def _pull_back_step(
-    step: Step, inputs: Tree, carry: Tree, x: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree
-) -> tuple[Tree, Tree, Tree]:
-    return pull_back(step, (inputs, carry, x), cotangents, wanted)
+    step: Step, inputs: Tree, carry: Tree, x: Tree, cotangents: tuple[Tree, Tree], wanted: Tree
+) -> tuple[tuple[Tree, Tree, Tree], Tree]:
+    bars, value = pull_back_and_value(step, (inputs, carry, x), cotangents, wanted)
+    return bars, None if value is None else value[1]
 
 
 def _dense(pullback: Pullback) -> Pullback:
     """Give the carry's zero cotangents as tensors: None would make of the last step, which has many, a function of its own."""
 
-    def call(inputs: Tree, carry: Tree, x: Tree, cotangents: tuple[Tree, Tensor | None], wanted: Tree) -> tuple[Tree, Tree, Tree]:
+    def call(
+        inputs: Tree, carry: Tree, x: Tree, cotangents: tuple[Tree, Tree], wanted: Tree
+    ) -> tuple[tuple[Tree, Tree, Tree], Tree]:
         of_carry, of_out = cotangents
         of_carry = tree.map(_or_zeros, of_carry, carry)
         return pullback(inputs, carry, x, (of_carry, of_out), wanted)
@@ -123,12 +131,14 @@ def _any_tracked(leaves: list[Any]) -> bool:
     return any(isinstance(leaf, Tensor) and is_tracked(leaf) for leaf in leaves)
 
 
-def _plain_loop(step: Step, inputs: Tree, carry: Tree, xs: Any, length: int | None) -> tuple[Tree, Tensor]:
-    outs = []
+def _plain_loop(step: Step, inputs: Tree, carry: Tree, xs: Any, length: int | None) -> tuple[Tree, Tree]:
+    outs: list[Tree] = []
     for x in xs if length is None else (tree.index(xs, t) for t in range(length)):
         carry, out = step(inputs, carry, x)
         outs.append(out)
-    return carry, torch.stack(outs) if len(outs) > 1 else outs[0][None]
+    if len(outs) == 1:
+        return carry, tree.map(lambda out: out[None], outs[0])
+    return carry, torch.stack(outs) if isinstance(outs[0], Tensor) else tree.stack(outs)
 
 
 def _as_later(leaf: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.extras import extra
 from metaopt.functional import Params
 from metaopt.meta_training.task import Task
 
@@ -25,7 +26,8 @@ def digits() -> tuple[Tensor, Tensor]:
     Reference:
         Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
     """
-    from sklearn.datasets import load_digits  # here: it takes as long to import as all the rest without torch
+    with extra("`digits`"):
+        from sklearn.datasets import load_digits  # here: it takes as long to import as all the rest without torch
 
     images, labels = load_digits(return_X_y=True)
     return torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from metaopt.extras import extra
 from metaopt.tasks.episode import Episode
 
 SIZE = 28
@@ -198,6 +198,8 @@ def _open(file: Path) -> zipfile.ZipFile:
 
 def _decode(archive: zipfile.ZipFile, file: Path, member: zipfile.ZipInfo) -> Tensor:
     """Return one drawing as uint8 [1, 28, 28], ink 255."""
+    with extra("`read_omniglot`"):
+        from PIL import Image
     if member.file_size > MOST_BYTES:
         raise _unreadable(file, member, f"{member.file_size} bytes unpacked, at most {MOST_BYTES} are read")
     try:

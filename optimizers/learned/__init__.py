@@ -1,6 +1,6 @@
 """Learned optimizers: networks, shared over all coordinates, whose output is the update."""
 
-from optimizers.learned.lstm import LSTMOptimizer
-from optimizers.learned.mlp import MLPOptimizer
+from .lstm import LSTMOptimizer
+from .mlp import MLPOptimizer
 
 __all__ = ["LSTMOptimizer", "MLPOptimizer"]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.arguments import check_count, check_number
-from optimizers.cell import LSTMCell, uniform
+
+from ..cell import LSTMCell, uniform
 
 LAYERS = 2
 CUTOFF = 10.0  # p in the paper: gradients below e^-p are seen linearly

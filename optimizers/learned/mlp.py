@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.arguments import check_count, check_number
-from optimizers.adam import bias_correction
-from optimizers.cell import uniform
+
+from ..adam import bias_correction
+from ..cell import uniform
 
 DECAYS = (0.5, 0.9, 0.99)
 SQUARE_DECAY = 0.999

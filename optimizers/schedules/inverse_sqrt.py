@@ -9,7 +9,8 @@ from torch import Tensor
 from metaopt.optimizer.arguments import check_count
 from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.precision import scalar_dtype
+
+from ..precision import scalar_dtype
 
 
 class InverseSqrt(Schedule):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from metaopt import tree
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.schedule import Schedule, advance
-from optimizers.precision import scalar_dtype
-from optimizers.schedules.progress import check_boundaries, check_row
+
+from ..precision import scalar_dtype
+from .progress import check_boundaries, check_row
 
 
 class Joined(Schedule):

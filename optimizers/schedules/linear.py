@@ -9,7 +9,8 @@ from torch import Tensor
 from metaopt.optimizer.arguments import check_count
 from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.schedules.progress import fraction
+
+from .progress import fraction
 
 
 class Linear(Schedule):

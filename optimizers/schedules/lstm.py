@@ -12,9 +12,10 @@ from metaopt import tree
 from metaopt.optimizer.arguments import check_count, check_positive
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.cell import LSTMCell
-from optimizers.precision import scalar_dtype
-from optimizers.schedules.progress import require_loss
+
+from ..cell import LSTMCell
+from ..precision import scalar_dtype
+from .progress import require_loss
 
 
 class LSTMSchedule(Schedule):

@@ -11,7 +11,8 @@ from torch import Tensor
 from metaopt.optimizer.arguments import Limits, check_choice, check_count, check_flag, check_number
 from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.precision import scalar_dtype
+
+from ..precision import scalar_dtype
 
 
 class OneCycle(Schedule):

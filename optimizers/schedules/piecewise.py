@@ -9,8 +9,9 @@ from torch import Tensor
 
 from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.precision import scalar_dtype
-from optimizers.schedules.progress import check_boundaries, check_row
+
+from ..precision import scalar_dtype
+from .progress import check_boundaries, check_row
 
 
 class Piecewise(Schedule):

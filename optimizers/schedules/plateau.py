@@ -11,8 +11,9 @@ from torch import Tensor
 from metaopt.optimizer.arguments import Limits, check_count, check_flag, check_number
 from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
-from optimizers.precision import scalar_dtype
-from optimizers.schedules.progress import require_loss
+
+from ..precision import scalar_dtype
+from .progress import require_loss
 
 
 class Plateau(Schedule):

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from metaopt.optimizer.schedule import Schedule
-from optimizers.precision import scalar_dtype
+
+from ..precision import scalar_dtype
 
 
 def fraction(step: Tensor, steps: int, like: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 from metaopt.optimizer.arguments import check_count
 from metaopt.optimizer.hyperparameter import Value, set_hyperparameter, set_value
 from metaopt.optimizer.schedule import Schedule, advance
-from optimizers.schedules.progress import fraction
+
+from .progress import fraction
 
 
 class Warmup(Schedule):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer
 from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero_anywhere
-from optimizers.precision import scalar_dtype
-from optimizers.transforms.transform import Transform
+
+from ..precision import scalar_dtype
+from .transform import Transform
 
 
 class ClipValue(Transform):

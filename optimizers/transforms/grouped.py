@@ -12,7 +12,8 @@ from metaopt.optimizer import Optimizer, State
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.names import choose, paths
 from metaopt.tree import Tree
-from optimizers.transforms.transform import checked
+
+from .transform import checked
 
 Groups = Mapping[str, Optimizer] | Sequence[tuple[str, Optimizer]]
 

@@ -11,7 +11,8 @@ from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.names import choose, paths
 from metaopt.optimizer.per_parameter import require_gradients
 from metaopt.tree import Tree
-from optimizers.transforms.transform import checked
+
+from .transform import checked
 
 
 class Masked(Optimizer):

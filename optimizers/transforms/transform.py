@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer, State
-from metaopt.optimizer.cells import change_in_cells
+from metaopt.optimizer.cells import change_in_cells, take
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
 from metaopt.optimizer.per_parameter import require_gradients
 from metaopt.optimizer.schedule import Schedule
@@ -60,8 +60,7 @@ class Transform(Optimizer):
             return grads, {**state, "step": state["step"] + 1}
         inner, outer = self._split(state)
         weights = _real(structure, params, there)
-        gradients = [tree.as_real(leaves[place]) for place in there]
-        hyper, own = self._hyper_at(outer, gradients, loss, grads)
+        gradients, hyper, own = self._hyper_there(outer, leaves, there, loss, grads)
         changed = _in_places(change_in_cells(self.before, gradients, weights, hyper), leaves, there)
         moved, after = self.optimizer(tree.unflatten(structure, changed), inner, params, loss=loss)
         moved = tree.leaves(moved)
@@ -84,12 +83,19 @@ class Transform(Optimizer):
         behind = self.optimizer.values(inner, loss=loss, grads=grads, params=params)
         return own | {f"optimizer.{name}": value for name, value in behind.items()}
 
+    def _hyper_there(
+        self, state: State, leaves: list[Any], there: list[int], loss: Tensor | None, grads: Tree
+    ) -> tuple[Leaves, Hyper, dict[str, Any]]:
+        """Return (the gradients that are there, their hyperparameters, the next states of schedules)."""
+        real = {place: tree.as_real(leaves[place]) for place in there}
+        hyper, schedules = self._hyper_at(state, [real.get(place) for place in range(len(leaves))], loss, grads)
+        return [*real.values()], take(hyper, there), schedules
+
     def _change(self, state: State, grads: Tree, params: Tree | None, loss: Tensor | None) -> Tree:
         """Return the gradients that the inner optimizer sees."""
         leaves, structure = tree.flatten(grads)
         there = [place for place, leaf in enumerate(leaves) if leaf is not None]
-        gradients = [tree.as_real(leaves[place]) for place in there]
-        hyper, _ = self._hyper_at(state, gradients, loss, grads)
+        gradients, hyper, _ = self._hyper_there(state, leaves, there, loss, grads)
         changed = change_in_cells(self.before, gradients, _real(structure, params, there), hyper)
         return tree.unflatten(structure, _in_places(changed, leaves, there))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer
 from metaopt.optimizer.hyperparameter import Hyperparameter
-from optimizers.transforms.transform import Transform
-from optimizers.weight_decay import decayed, penalized
+
+from ..weight_decay import decayed, penalized
+from .transform import Transform
 
 
 class WeightDecay(Transform):

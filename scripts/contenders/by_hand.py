@@ -92,20 +92,138 @@ def meta_weight_net(problem: problems.MetaWeightNet) -> Run:
         put_grads(params, torch.autograd.grad(loss(), params))
         inner.step()
         v = torch.autograd.grad(F.cross_entropy(model(clean_x), clean_y), params)
-        eps = problem.radius / torch.cat([part.flatten() for part in v]).norm().item()
-        before = [param.detach().clone() for param in params]
-        with torch.no_grad():
-            torch._foreach_add_(params, v, alpha=eps)
-        ahead = torch.autograd.grad(loss(), above)
-        with torch.no_grad():
-            torch._foreach_add_(params, v, alpha=-2 * eps)
-        behind = torch.autograd.grad(loss(), above)
-        with torch.no_grad():
-            torch._foreach_copy_(params, before)
-        put_grads(above, [(b - a) / (2 * eps) for a, b in zip(ahead, behind, strict=True)])
+        put_grads(above, mixed_difference(loss, params, above, v, problem.radius))
         outer.step()
 
     return again_and_again(step, dict(weights.named_parameters()), params, inner, outer)
+
+
+def imaml(problem: problems.IMAML) -> Run:
+    """Move parameters in place; one graph of the gradient serves all products with the Hessian."""
+    model, initial, task = problem.model(), problem.model(), problem.data()
+    inner = torch.optim.SGD(model.parameters(), problem.lr)
+    outer = torch.optim.Adam(initial.parameters(), problem.outer_lr)
+    params, above = list(model.parameters()), list(initial.parameters())
+
+    def loss() -> Tensor:
+        x, y = task.support
+        return F.mse_loss(model(x), y) + problem.distance(params, above)
+
+    def step() -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(params, above)
+        descend(loss, params, inner, problem.steps)
+        x, y = task.query
+        v = torch.autograd.grad(F.mse_loss(model(x), y), params)
+        grads = torch.autograd.grad(loss(), params, create_graph=True)
+        x = conjugate_gradients(grads, params, v, problem.cg_steps)
+        put_grads(above, [-bar for bar in torch.autograd.grad(grads, above, x)])
+        outer.step()
+
+    return again_and_again(step, dict(initial.named_parameters()), params, inner, outer)
+
+
+def logistic_regression(problem: problems.LogisticRegression) -> Run:
+    """Move parameters in place, as in DARTS; one graph of the gradient serves all products with the Hessian."""
+    model, decay = problem.model(), problem.decay()
+    (x, y), (other_x, other_y) = problem.data()
+    inner = torch.optim.SGD(model.parameters(), problem.lr)
+    outer = torch.optim.Adam(decay.parameters(), problem.outer_lr)
+
+    def loss() -> Tensor:
+        return problems.decayed_loss(model(x), y, model.w, decay.w)
+
+    def hypergradient() -> Tensor:
+        value = F.binary_cross_entropy_with_logits(model(other_x), other_y)
+        v = torch.autograd.grad(value, [model.w])
+        if problem.rule == "darts":
+            return mixed_difference(loss, [model.w], [decay.w], v, problem.radius)[0]
+        (slope,) = torch.autograd.grad(loss(), [model.w], create_graph=True)
+        if problem.rule == "cg":
+            (solution,) = conjugate_gradients([slope], [model.w], v, problem.products)
+        else:
+            solution = term = v[0]
+            for _ in range(problem.products):
+                (product,) = torch.autograd.grad(slope, [model.w], term, retain_graph=True)
+                term = term - problem.alpha * product
+                solution = solution + term
+            solution = problem.alpha * solution
+        return -torch.autograd.grad(slope, [decay.w], solution)[0]
+
+    def step() -> None:
+        with torch.no_grad():
+            model.w.zero_()
+        descend(loss, [model.w], inner, problem.steps)
+        put_grads([decay.w], [hypergradient()])
+        outer.step()
+
+    return again_and_again(step, dict(decay.named_parameters()), [model.w], inner, outer)
+
+
+def many_tensors(problem: problems.ManyTensors) -> Run:
+    """Adam written out, a tensor after the other."""
+    model, ((x, y), (other_x, other_y)) = problem.model(), problem.data()
+    start, (beta1, beta2) = dict(model.named_parameters()), (0.9, 0.999)
+
+    def loss(params: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(functional_call(model, dict(zip(start, params, strict=True)), (x,)), y)
+
+    def run() -> dict[str, Tensor]:
+        params = list(start.values())
+        means = squares = [torch.zeros_like(param) for param in params]
+        for t in range(1, problem.steps + 1):
+            grads = torch.autograd.grad(loss(params, x, y), params, create_graph=True)
+            means = [beta1 * m + (1 - beta1) * g for m, g in zip(means, grads, strict=True)]
+            squares = [beta2 * v + (1 - beta2) * g * g for v, g in zip(squares, grads, strict=True)]
+            rate, bias = problem.lr / (1 - beta1**t), 1 - beta2**t
+            params = [
+                param - rate * m / ((v / bias).sqrt() + problem.eps) for param, m, v in zip(params, means, squares, strict=True)
+            ]
+        found = torch.autograd.grad(loss(params, other_x, other_y), list(start.values()))
+        return dict(zip(start, found, strict=True))
+
+    return run
+
+
+def descend(loss: Callable[[], Tensor], params: list[Tensor], optimizer: torch.optim.SGD, steps: int) -> None:
+    for _ in range(steps):
+        put_grads(params, torch.autograd.grad(loss(), params))
+        optimizer.step()
+
+
+def conjugate_gradients(grads: Sequence[Tensor], params: list[Tensor], v: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """Return x after so many steps from zero towards H x = v, where H is the derivative of the gradients."""
+    x, r, p = [torch.zeros_like(part) for part in v], v, v
+    rr = dot(r, r)
+    for _ in range(steps):
+        product = torch.autograd.grad(grads, params, p, retain_graph=True)
+        alpha = rr / dot(p, product)
+        x = torch._foreach_add(x, torch._foreach_mul(p, alpha))
+        r = torch._foreach_sub(r, torch._foreach_mul(product, alpha))
+        before, rr = rr, dot(r, r)
+        p = torch._foreach_add(r, torch._foreach_mul(p, rr / before))
+    return x
+
+
+def dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    return sum((a * b).sum() for a, b in zip(one, other, strict=True))
+
+
+def mixed_difference(
+    loss: Callable[[], Tensor], params: list[Tensor], above: list[Tensor], v: Sequence[Tensor], radius: float
+) -> list[Tensor]:
+    """Return -d/de grad_above loss(params + e v), as a difference over twice the radius; params are as before."""
+    eps = radius / torch.cat([part.flatten() for part in v]).norm().item()
+    before = [param.detach().clone() for param in params]
+    with torch.no_grad():
+        torch._foreach_add_(params, v, alpha=eps)
+    ahead = torch.autograd.grad(loss(), above)
+    with torch.no_grad():
+        torch._foreach_add_(params, v, alpha=-2 * eps)
+    behind = torch.autograd.grad(loss(), above)
+    with torch.no_grad():
+        torch._foreach_copy_(params, before)
+    return [(b - a) / (2 * eps) for a, b in zip(ahead, behind, strict=True)]
 
 
 def put_grads(params: list[nn.Parameter], grads: Sequence[Tensor]) -> None:

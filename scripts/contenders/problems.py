@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sysconfig
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaopt import tree
 from metaopt.tasks.episode import Episode
 from metaopt.tasks.omniglot import conv4
 from metaopt.tasks.sinusoid import Sinusoids, sinusoid_mlp
@@ -157,9 +160,115 @@ class MetaWeightNet:
         return part(), part()
 
 
+@dataclass(frozen=True)
+class IMAML:
+    """Implicit MAML on one sine wave: SGD near the initial weights, conjugate gradients, a step of the initial weights."""
+
+    shots: int = 10
+    queries: int = 10
+    steps: int = 5
+    lr: float = 0.01
+    hidden: int = 40
+    pull: float = 2.0
+    cg_steps: int = 5
+    outer_lr: float = 1e-3
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return sinusoid_mlp(self.hidden)
+
+    def data(self) -> Episode:
+        generator = torch.Generator().manual_seed(1)
+        tasks = Sinusoids().sample(generator, 1, shots=self.shots, queries=self.queries)
+        return tree.index(tasks, 0)
+
+    def distance(self, params: Iterable[Tensor], start: Iterable[Tensor]) -> Tensor:
+        """Return pull / 2 |w - w0|^2, which keeps the solution near the initial weights."""
+        pairs = zip(params, start, strict=True)
+        return self.pull / 2 * sum((param - at).square().sum() for param, at in pairs)
+
+
+@dataclass(frozen=True)
+class LogisticRegression:
+    """Logistic regression with a learned decay for each weight, as in Betty's example: SGD from zero, one hypergradient."""
+
+    rule: Literal["darts", "cg", "neumann"]
+    examples: int = 500
+    features: int = 20
+    steps: int = 100
+    lr: float = 0.1
+    outer_lr: float = 0.1
+    radius: float = 0.01
+    products: int = 3
+    alpha: float = 0.1
+
+    def model(self) -> Vector:
+        return Vector(torch.zeros(self.features))
+
+    def decay(self) -> Vector:
+        return Vector(torch.ones(self.features))
+
+    def data(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return (inputs, labels) for the weights and for the decay."""
+        generator = torch.Generator().manual_seed(1)
+        true = torch.randn(self.features, generator=generator)
+        x = torch.randn(2, self.examples, self.features, generator=generator)
+        y = (x @ true + 0.1 * torch.randn(2, self.examples, generator=generator) > 0).float()
+        return (x[0], y[0]), (x[1], y[1])
+
+
+@dataclass(frozen=True)
+class ManyTensors:
+    """MAML with Adam on a narrow network of many layers: the gradient of a loss after its steps, in the initial weights."""
+
+    layers: int = 32
+    width: int = 16
+    batch: int = 16
+    steps: int = 5
+    lr: float = 0.01
+    eps: float = 1e-3
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*[Shortcut(self.width) for _ in range(self.layers)])
+
+    def data(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return (inputs, targets) for the steps and for the loss after them."""
+        generator = torch.Generator().manual_seed(1)
+        (x, other_x), (y, other_y) = torch.randn(2, 2, self.batch, self.width, generator=generator)
+        return (x, y), (other_x, other_y)
+
+
+class Vector(nn.Module):
+    """A vector of weights alone: x @ w."""
+
+    def __init__(self, start: Tensor):
+        super().__init__()
+        self.w = nn.Parameter(start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+class Shortcut(nn.Module):
+    """x + tanh(W x + b)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
 def weighted_loss(losses: Tensor, weights: nn.Module) -> Tensor:
     """Return the mean of losses [batch], each times the weight that it is given."""
     return (weights(losses.detach()[:, None]).squeeze(-1) * losses).mean()
+
+
+def decayed_loss(logits: Tensor, y: Tensor, w: Tensor, decay: Tensor) -> Tensor:
+    """Return the logistic loss with the penalty 1/2 sum_i decay_i w_i^2."""
+    return F.binary_cross_entropy_with_logits(logits, y) + 0.5 * (decay * w * w).sum()
 
 
 def library_source(count: int) -> Tensor:

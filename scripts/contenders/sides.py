@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import metaopt as mo
 from contenders import problems
+from contenders.problems import LogisticRegression
+
+BETTY_VERSION = "0.2.1"
+# its metadata asks for Python below 3.11, though it runs on later ones
+INSTALL = {"betty": f"pip install --no-deps --ignore-requires-python betty-ml=={BETTY_VERSION}"}
 
 
 @dataclass(frozen=True)
 class Side:
-    """A contender: `contenders.{module}.{comparison}(problem, **options)`.
+    """A contender: `contenders.{module}.{function}(problem, **options)`, see `Comparison.function`.
 
     Attributes:
         name: in the tables.
@@ -28,10 +35,18 @@ class Side:
     lengths: Sequence[int] = ()
 
     @property
-    def installed(self) -> bool:
-        """Say whether its library is there; nothing is imported."""
+    def missing(self) -> str | None:
+        """What keeps it from taking part, and how to mend that; None if it can. Nothing is imported."""
         library = self.module.removeprefix("with_")
-        return library == self.module or importlib.util.find_spec(library) is not None
+        if library == self.module:
+            return None
+        how = f"`{INSTALL.get(library, 'pip install .[bench]')}` brings it."
+        if find_spec(library) is None:
+            return f"{library} is not installed. {how}"
+        if library == "betty" and _numbers(version("betty-ml")) < _numbers(BETTY_VERSION):
+            found = version("betty-ml")
+            return f"betty-ml must be {BETTY_VERSION}, got {found}: older ones have other arguments. {how}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -42,10 +57,16 @@ class Comparison:
     sides: Sequence[Side]
     tolerance: float = 1e-4
     """by how much a tensor of the gradient may differ, of its norm: float32, and sums in another order"""
+    function: str | None = None
+    """of each library's module; by default the comparison's name"""
 
 
 STEPS, REVOLVE = {"memory": "steps"}, {"memory": mo.Revolve(16)}
 FEW, MANY = (16, 64, 256), (16, 64, 256, 2000)
+BETTY, MENDED = Side("Betty", "with_betty"), Side("Betty, its CG mended", "with_betty")
+EAGER = [Side("PyTorch by hand", "by_hand"), Side("metaopt", "with_metaopt")]
+LEVELS = [*EAGER, Side("metaopt, compiled", "with_metaopt", {"compile": True})]
+REGRESSION = "logistic_regression"
 COMPARISONS = {
     "sinusoid": Comparison(
         problems.Sinusoid(),
@@ -95,13 +116,32 @@ COMPARISONS = {
     ),
     "meta-weight-net": Comparison(
         problems.MetaWeightNet(),
-        [
-            Side("Betty", "with_betty"),
-            Side("PyTorch by hand", "by_hand"),
-            Side("metaopt", "with_metaopt"),
-            Side("metaopt, compiled", "with_metaopt", {"compile": True}),
-        ],
+        [BETTY, *LEVELS],
         # The finite difference divides the rounding of float32 by its radius.
         tolerance=1e-3,
     ),
+    "imaml": Comparison(problems.IMAML(), [MENDED, *LEVELS]),
+    # The finite difference divides the rounding of float32 by its radius.
+    "regression-darts": Comparison(LogisticRegression("darts"), [BETTY, *EAGER], 1e-3, REGRESSION),
+    "regression-cg": Comparison(LogisticRegression("cg"), [MENDED, *EAGER], function=REGRESSION),
+    "regression-neumann": Comparison(LogisticRegression("neumann"), [BETTY, *EAGER], function=REGRESSION),
+    "many-tensors": Comparison(
+        problems.ManyTensors(),
+        [
+            Side("higher", "with_higher"),
+            Side("TorchOpt", "with_torchopt"),
+            *EAGER,
+        ],
+        # In float64 the gradients agree to 1e-13; 1 - beta^t loses digits in float32.
+        tolerance=1e-3,
+    ),
 }
+
+
+def function_of(comparison: str) -> str:
+    """Return the name that a comparison's contenders have in their modules."""
+    return COMPARISONS[comparison].function or comparison.replace("-", "_")
+
+
+def _numbers(release: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", release)[:3]]

@@ -58,3 +58,21 @@ def transformer(problem: problems.Transformer) -> Run:
         return dict(zip(rates, of_rates, strict=True)) | {"weights": of_weights}
 
     return run
+
+
+def many_tensors(problem: problems.ManyTensors) -> Run:
+    """Its eps is torch's, but without the correction of the bias: it is told another one at every step."""
+    model, ((x, y), (other_x, other_y)) = problem.model(), problem.data()
+    optimizer = torch.optim.Adam(model.parameters(), problem.lr, eps=problem.eps)
+    _, beta2 = optimizer.defaults["betas"]
+
+    def run() -> dict[str, Tensor]:
+        model.zero_grad()
+        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (net, inner):
+            for t in range(1, problem.steps + 1):
+                eps = problem.eps * (1 - beta2**t) ** 0.5
+                inner.step(F.mse_loss(net(x), y), override={"eps": [eps]})
+            F.mse_loss(net(other_x), other_y).backward()
+        return {name: param.grad for name, param in model.named_parameters()}
+
+    return run

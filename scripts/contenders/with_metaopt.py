@@ -102,12 +102,76 @@ def meta_weight_net(problem: problems.MetaWeightNet, *, compile: bool = False) -
     weights = mo.Level("weights", problem.weights(), meta_loss, Adam(problem.outer_lr), data=[clean])
     rule = mo.FiniteDifference(problem.radius)
     graph = mo.LevelGraph([mo.Edge(upper=weights, lower=learner, differentiate=rule)], compile=compile)
+    return hypergradients(graph, "weights")
+
+
+def imaml(problem: problems.IMAML, *, compile: bool = False) -> Run:
+    task = problem.data()
+
+    def task_loss(levels: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        distance = problem.distance(levels.learner.params.values(), levels.initial.params.values())
+        return F.mse_loss(levels.learner(x), y) + distance
+
+    def meta_loss(levels: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return F.mse_loss(levels.learner(x), y)
+
+    learner = mo.Level("learner", problem.model(), task_loss, SGD(problem.lr), data=[task.support])
+    initial = mo.Level("initial", problem.model(), meta_loss, Adam(problem.outer_lr), data=[task.query])
+    rule = mo.Implicit(mo.ConjugateGradient(max_steps=problem.cg_steps, rtol=0.0))
+    edge = mo.Edge(upper=initial, lower=learner, steps=problem.steps, start="upper", differentiate=rule)
+    return hypergradients(mo.LevelGraph([edge], compile=compile), "initial")
+
+
+def logistic_regression(problem: problems.LogisticRegression) -> Run:
+    train, validation = problem.data()
+
+    def train_loss(levels: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        model = levels.model
+        return problems.decayed_loss(model(x), y, model.params["w"], levels.decay.params["w"])
+
+    def validation_loss(levels: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return F.binary_cross_entropy_with_logits(levels.model(x), y)
+
+    # Betty's Neumann series has one term more than products
+    rule: Rule = {
+        "darts": mo.FiniteDifference(problem.radius),
+        "cg": mo.Implicit(mo.ConjugateGradient(max_steps=problem.products, rtol=0.0)),
+        "neumann": mo.Implicit(mo.Neumann(problem.alpha, terms=problem.products + 1)),
+    }[problem.rule]
+    model = mo.Level("model", problem.model(), train_loss, SGD(problem.lr), data=[train])
+    decay = mo.Level("decay", problem.decay(), validation_loss, Adam(problem.outer_lr), data=[validation])
+    edge = mo.Edge(upper=decay, lower=model, steps=problem.steps, start="restart", differentiate=rule)
+    return hypergradients(mo.LevelGraph([edge]), "decay")
+
+
+def hypergradients(graph: mo.LevelGraph, level: str) -> Run:
+    """Return a run that makes the first step of all, and says with which gradient Adam moved the level's parameters."""
     start, decay = graph.state_dict(), 0.9  # Adam's beta1
 
     def run() -> dict[str, Tensor]:
         graph.load_state_dict(start)
         graph.step()
-        means = graph.state_dict()["levels"]["weights"]["optimizer"]["slots"]["mean"]
+        means = graph.state_dict()["levels"][level]["optimizer"]["slots"]["mean"]
         return {name: mean / (1 - decay) for name, mean in means.items()}
+
+    return run
+
+
+def many_tensors(problem: problems.ManyTensors) -> Run:
+    net, (train, validation) = mo.functional(problem.model()), problem.data()
+
+    def loss(params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return F.mse_loss(net(params, x), y)
+
+    def run() -> dict[str, Tensor]:
+        adam = Adam(problem.lr, eps=problem.eps)
+        out = mo.minimize(loss, adam, net.params, train, steps=problem.steps)
+        found = torch.autograd.grad(loss(out.params, validation), list(net.params.values()))
+        return dict(zip(net.params, found, strict=True))
 
     return run

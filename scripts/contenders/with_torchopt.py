@@ -48,6 +48,24 @@ def maml(model: nn.Module, tasks: Episode, criterion: Callable[..., Tensor], pro
     return run
 
 
+def many_tensors(problem: problems.ManyTensors) -> Run:
+    model, ((x, y), (other_x, other_y)) = problem.model(), problem.data()
+    inner = torchopt.MetaAdam(model, lr=problem.lr, eps=problem.eps)
+    start = dict(model.named_parameters())
+    weights = torchopt.extract_state_dict(model, by="reference", detach_buffers=True)
+    state = torchopt.extract_state_dict(inner, by="reference")
+
+    def run() -> dict[str, Tensor]:
+        for _ in range(problem.steps):
+            inner.step(F.mse_loss(model(x), y))
+        found = torch.autograd.grad(F.mse_loss(model(other_x), other_y), list(start.values()))
+        torchopt.recover_state_dict(model, weights)
+        torchopt.recover_state_dict(inner, state)
+        return dict(zip(start, found, strict=True))
+
+    return run
+
+
 def transformer(problem: problems.Transformer) -> Run:
     model, (train, validation) = problem.model(), problem.data()
     names = [name for name, _ in model.named_parameters()]

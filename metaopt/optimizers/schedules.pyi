@@ -1,0 +1,1 @@
+from optimizers.schedules import *
