@@ -19,7 +19,6 @@ from optimizers import SGD
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch's own: forward derivatives
 ]
 CURVATURE = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
 
