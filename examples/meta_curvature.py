@@ -1,12 +1,12 @@
 """Meta-Curvature: an initialisation, and a transformation of each layer's gradient, learned together; how to write an optimizer.
 
-    python examples/meta_curvature.py                               # 2000 meta-steps, as in the README
+    python examples/meta_curvature.py                               # 1200 meta-steps, as in the README
     python examples/meta_curvature.py --steps 100 --test-tasks 50   # a look
 
 A task is to tell five turned digits apart, from one image of each, by 3 gradient steps. Park and Oliva (2019, arXiv:1902.03356)
 transform the gradient G of a matrix to M_o G M_i before the step; both matrices are the identity at first and are learned by the
 outer loop, as the initial weights are. In `minimize` this is an `Optimizer` like any other. It is compared with MAML, whose only
-difference is that the matrices stay as they are, on digits that were not trained on.
+difference is that the matrices stay as they are, on digits that were not trained on. (Its rate, 0.1 for both, was not tuned.)
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def train(learned: bool, steps: int, tasks: int, sides: Any, test_tasks: int) ->
         return torch.func.vmap(task_loss, (None, 0))(net.params, tests)[1]
 
 
-def main(steps: int = 2000, tasks: int = 16, test_tasks: int = 1000) -> dict[str, Tensor]:
+def main(steps: int = 1200, tasks: int = 16, test_tasks: int = 1000) -> dict[str, Tensor]:
     """Train MAML and Meta-Curvature for so many meta-steps of so many tasks, and return the accuracy on each test task."""
     images, labels = digits()
     drawn = [(255 * images[labels == digit][:170]).to(torch.uint8).view(-1, 1, 8, 8) for digit in range(10)]
@@ -86,7 +86,7 @@ def main(steps: int = 2000, tasks: int = 16, test_tasks: int = 1000) -> dict[str
         print(f"{name:>14}: test accuracy {accuracies.mean():.3f} +- {accuracies.std() / test_tasks**0.5:.3f}")
     gain = found["Meta-Curvature"] - found["MAML"]
     print(f"    difference: {gain.mean():.3f} +- {gain.std() / test_tasks**0.5:.3f}")
-    assert steps < 2000 or gain.mean() > 2 * gain.std() / test_tasks**0.5, "learning the matrices helps"
+    assert steps < 1200 or gain.mean() > 2 * gain.std() / test_tasks**0.5, "learning the matrices helps"
     return found
 
 

@@ -5,7 +5,8 @@
 
 Each iteration (Shu et al. 2019, arXiv:1902.07379, algorithm 1, and the published program): a copy of the classifier makes one step
 of plain SGD on the weighted loss; the weight net descends the copy's loss on clean examples; the classifier itself then steps by
-SGD with momentum and weight decay, with the new weights. So two optimizers move the same parameters. 40 % of the labels are wrong.
+SGD with momentum and weight decay, with the new weights. So two optimizers move the same parameters. 40 % of the labels are wrong;
+as so short a training asks for it, the weight net learns ten times as fast as in that program.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Learner:
         self.net, self.weigh = mo.functional(classifier), mo.functional(weight_net)
         self.virtual, self.real = SGD(LR), SGD(LR, momentum=0.9, weight_decay=5e-4)
         self.memory = self.real.init(self.net.params)
-        self.outer = Adam(1e-3, weight_decay=1e-4).as_torch(weight_net.parameters())
+        self.outer = Adam(1e-2, weight_decay=1e-4).as_torch(weight_net.parameters())
 
     def train_loss(self, params: Any, batch: Any, weights: Any) -> Tensor:
         """Return the weighted loss."""
@@ -78,7 +79,7 @@ def run(seed: int, steps: int, weighted: bool) -> float:
         return 100 * (classifier(images[test]).argmax(-1) == truth[test]).float().mean().item()
 
 
-def main(seeds: int = 3, steps: int = 1000) -> dict[str, list[float]]:
+def main(seeds: int = 3, steps: int = 800) -> dict[str, list[float]]:
     """Train on damaged labels with each method and seed, and return the test accuracies in %."""
     found = {
         name: [run(seed, steps, weighted) for seed in range(seeds)]
@@ -86,7 +87,7 @@ def main(seeds: int = 3, steps: int = 1000) -> dict[str, list[float]]:
     }
     for name, accuracies in found.items():
         print(f"{name:>13}: {sum(accuracies) / seeds:.1f} % on the test, of each seed", *(f"{a:.1f}" for a in accuracies))
-    assert steps < 1000 or sum(found["weight net"]) > sum(found["equal weights"]), "the weights help"
+    assert steps < 800 or sum(found["weight net"]) > sum(found["equal weights"]), "the weights help"
     return found
 
 

@@ -66,13 +66,16 @@ class Functional:
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}. Pass the module, not its output.")
         self.model = model
         self._trainable = _paths(name for name, parameter in model.named_parameters() if is_tracked(parameter))
-        layers = (layer for layer in model.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag))
-        self._run = self._run_in_any_order if any(layer.sparse for layer in layers) else model
+        embeddings = [layer for layer in model.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)]
+        if any(layer.max_norm is not None for layer in embeddings):
+            raise ValueError(
+                "`model` must leave its parameters alone, got an embedding with `max_norm`, which rewrites its weight in every "
+                "call. Leave `max_norm` out; to bound the weight, clip it in a loss or after each step."
+            )
+        self._run = self._run_in_any_order if any(layer.sparse for layer in embeddings) else model
         shared = {first: same for first, same in aliases(model).items() if len(same) > 1}
         self._shared = {name: same for same in shared.values() for name in same}  # any of the names -> all
         self._not_buffers = {name for first, same in shared.items() if first in self._trainable for name in same}
-        embeddings = [layer for layer in model.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)]
-        self._has_sparse_gradients = any(layer.sparse for layer in embeddings)
         self._norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)]
 
     @property
@@ -143,12 +146,6 @@ class Functional:
 
     def _call(self, params: Params, buffers: dict[str, Tensor | None], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the model with these tensors; `buffers` then holds what the forward left in them."""
-        if self._has_sparse_gradients:  # which no optimizer takes; an outer loss gives them to what an inner loop returns
-            with any_order():
-                return self._called(params, buffers, args, kwargs)
-        return self._called(params, buffers, args, kwargs)
-
-    def _called(self, params: Params, buffers: dict[str, Tensor | None], args: tuple, kwargs: dict[str, Any]) -> Any:
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
         if not (buffers or self._shared):

@@ -165,7 +165,7 @@ def test_meta_gradients_are_those_by_hand(kind: str, options: Any, hooked: bool)
         (grads, of_inner), losses = meta_gradient(net.params, tasks)
         meta_gradient(net.params, tasks)
     told = [str(one.message) for one in caught if issubclass(one.category, RuntimeWarning)]
-    assert len(told) <= 1
+    assert len(told) <= (0 if options else 1)
     assert all("cannot be batched by vmap, so they are gone through one by one" in text for text in told)
     leaves, values = [inner.lr, *net.params.values()], []
     for index in range(3):

@@ -31,7 +31,7 @@ class Published:
     def __init__(self, classifier: nn.Module, weight_net: nn.Module, lr: float):
         self.classifier, self.weight_net, self.lr = classifier, weight_net, lr
         self.inner = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-        self.outer = torch.optim.Adam(weight_net.parameters(), 1e-3, weight_decay=1e-4)
+        self.outer = torch.optim.Adam(weight_net.parameters(), 1e-2, weight_decay=1e-4)
 
     def step(self, batch: Any, clean: Any) -> None:
         (x, y), params = batch, dict(self.classifier.named_parameters())

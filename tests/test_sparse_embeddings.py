@@ -116,3 +116,10 @@ def test_every_function_that_has_the_option(form: str) -> None:
         with Watching() as mode:
             value(sparse)
         assert mode.found == sparse, "a dense one needs no care"
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_an_embedding_that_rewrites_its_weight_is_refused(kind: Any) -> None:
+    """Under `functional` it would write into the tensors that it is lent, which may be live parameters."""
+    with pytest.raises(ValueError, match="got an embedding with `max_norm`, which rewrites its weight in every call"):
+        mo.functional(kind(5, 3, max_norm=1.0))
