@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metaopt.batching import widened
 from metaopt.closure import check_closure
 from metaopt.differentiate import Backprop, InnerLoop, Rule
+from metaopt.differentiate.base import refuse_zeros, with_refusal
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Functional
 from metaopt.inner_problem import InnerProblem, Unused
@@ -127,7 +128,12 @@ def minimize(
         check_closure(evaluate, (loss_fn, observe), {**inputs, "optimizer": {}}, params, state, first)
     loop = InnerLoop(problem.loss, problem.update, inputs, params, state, xs, length, compile)
     loop = replace(loop, rate=problem.rate, emit=problem.emit, describe=problem.describe, skips=skips)
+    forgets = isinstance(differentiate, Backprop) and differentiate.forgets_start(loop)
+    start = {"initial parameters": params, "initial state": state} if forgets else {}
+    for what, tensors in start.items():
+        refuse_zeros(differentiate, what, tensors, inputs)
     after, last, emitted = differentiate(loop)
+    after = with_refusal(differentiate, after, start, inputs) if forgets else after
     if not isinstance(emitted, dict):
         emitted = {"loss": emitted}
     if values_are_readable():
