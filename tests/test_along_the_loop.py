@@ -285,8 +285,8 @@ def test_aux_cannot_be_averaged_over_microbatches() -> None:
 def test_observations_in_microbatches() -> None:
     """The observer sees the whole batch."""
     ends = []
+    w, x = torch.tensor([1.0, 2.0], requires_grad=True), torch.randn(4, 2).requires_grad_()
     for rule in (mo.Backprop(memory="steps"), mo.Backprop(memory="steps", microbatches=2, hvp="forward")):
-        w, x = torch.tensor([1.0, 2.0], requires_grad=True), torch.randn(4, 2).requires_grad_()
         out = mo.minimize(
             lambda w, x: (x @ w).tanh().square().mean(),
             Adam(0.1),

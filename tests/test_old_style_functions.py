@@ -138,7 +138,6 @@ def test_a_derivative_that_is_none_of_its_function_is_kept() -> None:
 
 
 @pytest.mark.parametrize("rule", [mo.ForwardMode(), mo.Backprop("steps", hvp="forward")], ids=["ForwardMode", "forward"])
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
 def test_what_needs_a_transform_says_so(rule: Rule) -> None:
     with pytest.raises(ValueError, match=r"runs the loss inside a transform of `torch.func`, which takes no `autograd.Function`"):
         two_derivatives(rule, Cube.apply)
