@@ -22,6 +22,7 @@ from metaopt.differentiate import (
 )
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Functional, functional
+from metaopt.implicit import implicit
 from metaopt.interop import from_torch, from_torchopt
 from metaopt.levels import Edge, Level, LevelGraph
 from metaopt.linear_solve import GMRES, BiCGStab, ConjugateGradient, Direct, Neumann, NormalCG, Nystrom, NystromCG, Solution
@@ -84,6 +85,7 @@ __all__ = [
     "from_torchopt",
     "functional",
     "hypergradient_check",
+    "implicit",
     "meta_grad",
     "metasmoothness",
     "minimize",

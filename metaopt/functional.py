@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._C import _autograd as autograd
 from torch.nn.modules.batchnorm import _NormBase
 
+from metaopt.kernels import any_order
 from metaopt.transforms import is_tracked
 
 Params = dict[str, Tensor]
@@ -25,7 +26,8 @@ def functional(model: nn.Module) -> Functional:
     Returns:
         A `Functional`. Its `params` are the model's own trainable parameters, one entry per distinct tensor, so that
         `loss.backward()` fills the model's `.grad` and an outer `torch.optim` optimizer is seen at once. Parameters with
-        `requires_grad=False` are constants; what is frozen is read here, once.
+        `requires_grad=False` are constants; what is frozen is read here, once. Gradients of an embedding with `sparse=True` are
+        dense.
 
     A module that calls `torch.utils.checkpoint` itself, or sets other hooks on saved tensors, is refused when it does so: what is
     computed again on the way back would be computed with the module's own parameters, as silently happens under `functional_call`
@@ -64,6 +66,13 @@ class Functional:
             raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}. Pass the module, not its output.")
         self.model = model
         self._trainable = _paths(name for name, parameter in model.named_parameters() if is_tracked(parameter))
+        embeddings = [layer for layer in model.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)]
+        if any(layer.max_norm is not None for layer in embeddings):
+            raise ValueError(
+                "`model` must leave its parameters alone, got an embedding with `max_norm`, which rewrites its weight in every "
+                "call. Leave `max_norm` out; to bound the weight, clip it in a loss or after each step."
+            )
+        self._run = self._run_in_any_order if any(layer.sparse for layer in embeddings) else model
         shared = {first: same for first, same in aliases(model).items() if len(same) > 1}
         self._shared = {name: same for same in shared.values() for name in same}  # any of the names -> all
         self._not_buffers = {name for first, same in shared.items() if first in self._trainable for name in same}
@@ -140,11 +149,16 @@ class Functional:
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
         if not (buffers or self._shared):
-            return _lend(self.model, self._trainable, params, self.model, args, kwargs, exact=params)
+            return _lend(self.model, self._trainable, params, self._run, args, kwargs, exact=params)
         given: dict[str, Any] = {**params, **buffers}
         for name in self._shared.keys() & given.keys():
             given |= dict.fromkeys(self._shared[name], given[name])
-        return _lend(self.model, _paths(given), given, self.model, args, kwargs, exact=params, left=buffers)
+        return _lend(self.model, _paths(given), given, self._run, args, kwargs, exact=params, left=buffers)
+
+    def _run_in_any_order(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model so that gradients are dense: a sparse one could not be passed on to a loop that led to `params`."""
+        with any_order():
+            return self.model(*args, **kwargs)
 
     def _check(self, what: str, given: Params, own: Params) -> None:
         if given.keys() != own.keys():

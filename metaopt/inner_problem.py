@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from metaopt import tree
 from metaopt.functional import Params, functional, lent
 from metaopt.kernels import any_order
-from metaopt.optimizer import Optimizer
+from metaopt.optimizer import Observe, Optimizer
+from metaopt.optimizer.hyperparameter import Value
 from metaopt.tree import Tree
 
 Unused = Literal["zero", "skip"]
@@ -65,6 +66,11 @@ class InnerProblem:
         else:
             params, after = lent(self.optimizer, tensors, move, grads, before, params, loss=loss)
         return params, {"optimizer": after, "buffers": aux["buffers"]} if self.has_buffers else after
+
+    def rate(self, inputs: Tree, state: Any, params: Tree, observe: Observe) -> Value:
+        """Return the optimizer's present step size."""
+        memory = state["optimizer"] if self.has_buffers else state
+        return lent(self.optimizer, inputs["optimizer"], self.optimizer.rate, memory, params, observe)  # type: ignore[no-any-return]
 
     def emit(self, inputs: Tree, after: tuple[Tree, Any], x: Tree, loss: Tensor, aux: Tree) -> Tree:
         """Return {"loss", "aux", "observed"}, or the loss alone if it is all there is."""

@@ -155,10 +155,15 @@ class MetaGradient:
     def _differentiate_batch(self, variables: Tree, tasks: Tree) -> tuple[Tree, Tensor, Tree]:
         # vmap has no channels-last layout; `contiguous()` would leave a weight with one channel as it is
         variables = tree.map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), variables)
+        values, rows = tree.leaves(variables), tree.leaves(tasks)  # lists, which each transform takes apart again
+
+        def value(values: list[Tensor], row: list[Tensor]) -> tuple[Tensor, Tree]:
+            return self._value(tree.with_leaves(variables, values), tree.with_leaves(tasks, row))
+
         with any_order():
-            per_task = vmap(grad_and_value(self._value, has_aux=True), in_dims=(None, 0), randomness="different")
-            grads, (losses, aux) = per_task(variables, tasks)
-        return tree.map(lambda g: g.mean(0), grads), losses, aux
+            per_task = vmap(grad_and_value(value, has_aux=True), in_dims=(None, 0), randomness="different")
+            grads, (losses, aux) = per_task(values, rows)
+        return tree.with_leaves(variables, [grad.mean(0) for grad in grads]), losses, aux
 
     def _value(self, variables: Tree, task: Tree) -> tuple[Tensor, Tree]:
         """Return (loss, aux) of a task."""

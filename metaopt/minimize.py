@@ -126,7 +126,7 @@ def minimize(
 
         check_closure(evaluate, (loss_fn, observe), {**inputs, "optimizer": {}}, params, state, first)
     loop = InnerLoop(problem.loss, problem.update, inputs, params, state, xs, length, compile)
-    loop = replace(loop, emit=problem.emit, describe=problem.describe, skips=skips)
+    loop = replace(loop, rate=problem.rate, emit=problem.emit, describe=problem.describe, skips=skips)
     after, last, emitted = differentiate(loop)
     if not isinstance(emitted, dict):
         emitted = {"loss": emitted}

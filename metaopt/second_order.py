@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -29,8 +29,10 @@ def check_second_order(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Modul
 
     Args:
         model: any module, in training or in evaluation mode.
-        batch: what the model is called with: a tuple stands for several arguments.
-        loss_fn: `loss_fn(model, batch)` returns a scalar; by default the mean square of all that `model(batch)` returns.
+        batch: what the model is called with: a tuple or a list stands for several arguments, a dict (or any mapping, a tokenizer's
+            output for example) for arguments by name.
+        loss_fn: `loss_fn(model, batch)` returns a scalar, with the batch as it was given; by default the mean square of all that
+            the model returns.
 
     Raises:
         ValueError: an operator cannot be differentiated twice, or its second derivative is wrong. The message names each, the
@@ -43,6 +45,7 @@ def check_second_order(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Modul
     net = functional(_Loss(exact, loss_fn or _mean_square))
     if not net.params:
         raise ValueError("`model` must have a trainable parameter, got none. Is everything frozen?")
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # torch takes other mappings for a leaf
     batch = tree.map(lambda leaf: leaf.detach().double() if _is_float(leaf) else leaf, batch)
     names, params = list(net.params), [p.detach() for p in net.params.values()]
 
@@ -77,8 +80,19 @@ class _Loss(nn.Module):
 
 
 def _mean_square(model: nn.Module, batch: Any) -> Tensor:
-    output = model(*batch) if isinstance(batch, tuple) else model(batch)
+    match batch:
+        case Mapping():
+            output = model(**batch)
+        case tuple() | list():
+            output = model(*batch)
+        case _:
+            output = model(batch)
     outputs = [leaf for leaf in tree.leaves(output) if _is_float(leaf)]
+    if not outputs:
+        raise ValueError(
+            f"`model` must return a floating-point tensor, or a tree of some, got {type(output).__name__}. Give `loss_fn(model, "
+            "batch)`, which returns a scalar."
+        )
     return torch.stack([leaf.square().mean() for leaf in outputs]).sum()
 
 

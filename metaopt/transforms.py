@@ -80,6 +80,17 @@ def inside_jvp() -> bool:
     return any(level.key() == functorch.TransformType.Jvp for level in retrieve_all_functorch_interpreters())
 
 
+def has_tangent(leaf: Any) -> bool:
+    """Say whether forward mode, of `torch.func.jvp` or by dual numbers, differentiates through a tensor."""
+    if forward_ad._current_level < 0 or not is_differentiable(leaf):
+        return False
+    while functorch.is_batchedtensor(leaf) or forward_ad.unpack_dual(leaf).tangent is None:  # a batched one cannot be asked
+        if not functorch.is_functorch_wrapped_tensor(leaf):
+            return False
+        leaf = functorch.get_unwrapped(leaf)
+    return True
+
+
 def outside_transforms() -> AbstractContextManager[object]:
     """While entered, operations on tensors made inside run as if no `vmap` or `grad` were active."""
     return temporarily_clear_interpreter_stack()

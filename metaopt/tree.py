@@ -216,7 +216,7 @@ def sum_leaves(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tensor:
 def scaled_sum(x: Tensor, scale: float | Tensor, y: Tensor) -> Tensor:
     """Return x + scale y, in one operation where the scale is a number.
 
-    Not under a compiler: inductor makes `addmm` of a sum with a matrix product, and forgets `alpha` (torch 2.13).
+    Not under a compiler: inductor makes `addmm` of a sum with a matrix product, and forgets `alpha` (torch before 2.15).
     """
     if isinstance(scale, Tensor) or torch.compiler.is_compiling():
         return x + scale * y

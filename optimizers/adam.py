@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -125,7 +127,12 @@ def moments(grads: Leaves, slots: Slots, hyper: Hyper) -> Slots:
 
 
 def bias_correction(beta: Value, step: Tensor, like: Tensor) -> Tensor:
-    """Return 1 - beta^step in float64 if `like` is, else in float32; differentiable in beta."""
+    """Return 1 - beta^step in float64 if `like` is, else in float32; differentiable in beta.
+
+    For a number as -expm1(step log beta): in float32 the difference of 1 and .999 would be off by 5e-5 of its size.
+    """
     dtype = scalar_dtype(like)
+    if not isinstance(beta, Tensor) and beta > 0:
+        return -torch.expm1(step.to(dtype) * math.log(beta))
     base = beta.to(step.device, dtype) if isinstance(beta, Tensor) else beta
     return torch.rsub(torch.pow(base, step.to(dtype)), 1)

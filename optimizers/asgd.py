@@ -13,10 +13,13 @@ from .weight_decay import penalized
 
 
 class ASGD(Optimizer):
-    """u = -eta_t (g + lambd w),  a = a + mu (w + u - a),  mu = 1 / max(1, t - 1 - t0);  eta_{t+1} = lr / (1 + lambd lr t)^alpha.
+    """u = -eta_t (g + lambd w),  eta_{t+1} = lr / (1 + lambd lr t)^alpha;  a = a + mu (w + u - a).
 
-    Equal to `torch.optim.ASGD`, also in this: eta is memory, made at the end of a step, so a change of lr acts one step later;
-    eta_1 = lr. The average `a` of the iterates from step t0 on is `state["slots"]["average"]`.
+    mu = 1 / max(1, t - 1 - t0).
+
+    Equal to `torch.optim.ASGD`, also in this: eta is memory, made at the end of a step, so a change
+    of lr acts one step later; eta_1 = lr. The average `a` of the iterates from step t0 on is
+    `state["slots"]["average"]`.
 
     Args:
         lr: step size at the start.

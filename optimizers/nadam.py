@@ -7,7 +7,6 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Slots
 from metaopt.optimizer.arguments import check_flag
-from metaopt.optimizer.by_name import ByName
 from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
 
 from .adam import Adam, bias_correction, moments
@@ -42,7 +41,6 @@ class NAdam(Adam):
         Dozat, Incorporating Nesterov Momentum into Adam, ICLR workshop 2016, algorithm 8.
     """
 
-    momentum_decay: Hyperparameter
     hyperparameters = (*Adam.hyperparameters, "momentum_decay")
     joinable = True
 
@@ -63,20 +61,17 @@ class NAdam(Adam):
 
     def slots(self, params: Leaves) -> Slots:
         product = torch.ones((), dtype=scalar_dtype(params[0]), device=params[0].device)
-        differs = isinstance(self.beta1, ByName) or isinstance(self.momentum_decay, ByName)
-        return {**super().slots(params), "product": [product] * len(params) if differs else product}
+        return {**super().slots(params), "product": product}
 
     def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
         lr, beta1, beta2, eps, eps_root, decay, momentum_decay = (hyper[name] for name in self.hyperparameters)
         if not self.decoupled_weight_decay:
             grads = penalized(self, grads, params, decay)
         after = moments(grads, slots, hyper)
-        is_shared = isinstance(slots["product"], Tensor)
-        before = slots["product"] if is_shared else slots["product"][0]  # all of one call have the same
-        t = step.to(before.dtype)
+        t = step.to(slots["product"].dtype)
         momentum = beta1 * (1 - 0.96 ** (t * momentum_decay) / 2)
         following = beta1 * (1 - 0.96 ** ((t + 1) * momentum_decay) / 2)
-        product = before * momentum
+        product = slots["product"] * momentum
         of_grad = -lr * (1 - momentum) / (1 - product)
         of_mean = -lr * following / (1 - product * following)
         unbias = 1 / bias_correction(beta2, step, grads[0])
@@ -84,4 +79,4 @@ class NAdam(Adam):
         updates = [(of_grad * g + of_mean * m) / root for g, m, root in zip(grads, after["mean"], spread, strict=True)]
         if self.decoupled_weight_decay:
             updates = decayed(self, updates, params, lr, decay)
-        return updates, {**after, "product": product if is_shared else [product] * len(grads)}
+        return updates, {**after, "product": product}

@@ -13,10 +13,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-# in the tables -> names of the distribution, the present one first
-PACKAGES = {"metaopt": ("torch-metaopt", "metaopt")} | {
-    name: (name,) for name in ("torch", "higher", "torchopt", "jax", "betty-ml")
-}
+import metaopt
+
+PACKAGES = ("torch", "higher", "torchopt", "jax", "betty-ml")
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 
@@ -148,14 +147,13 @@ def _size(count: float) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for package, names in PACKAGES.items():
-        for name in names:
-            try:
-                found[package] = version(name)
-                break
-            except PackageNotFoundError:
-                continue
+    # what is imported, which need not be what is installed
+    found = {"metaopt": getattr(metaopt, "__version__", None) or version("metaopt")}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
     return found
 
 

@@ -27,7 +27,7 @@ LAYERS = [
     ["optimizer"],
     ["inner_problem", "optimizers"],
     ["minimize"],
-    ["meta_grad", "meta_training", "levels"],
+    ["implicit", "meta_grad", "meta_training", "levels"],
     ["tasks", "diagnostics"],
     ["train", "interop"],
     ["__init__"],
@@ -42,6 +42,7 @@ LAZY = {  # may import what is slow to load when it is asked for
     "metaopt/tasks/omniglot.py",  # pillow, to read drawings
     "metaopt/interop/torchopt.py",  # torchopt, 0.13 s
     "metaopt/interop/torch.py",  # our optimizers, which most programs that never ask for them do without
+    "metaopt/interop/scheduler.py",  # the same
 }
 FORBIDDEN_NAMES = {"utils", "misc", "common", "helpers"}
 FORBIDDEN_ATTRIBUTES = {"item", "data"}

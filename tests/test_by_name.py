@@ -317,6 +317,40 @@ class Shared(mo.Optimizer):
         return [-hyper["lr"] * g / norm for g in grads], {"norm": norm}
 
 
+def test_memory_over_all_parameters_is_one_over_those_of_a_pattern() -> None:
+    first, shifts = start(), torch.randn(4)
+    ends = [
+        mo.minimize(curve, o, first, shifts).params
+        for o in (Shared({"*.bias": 0.1, "*": 0.2}), Grouped({"*.bias": Shared(0.1), "*": Shared(0.2)}))
+    ]
+    assert_close(*ends, 1e-14)
+
+
+@pytest.mark.parametrize("kind", ["adam", "nadam", "asgd", "sgd", "decay"])
+def test_a_parameter_without_a_gradient_stays_in_its_group(kind: str) -> None:
+    """With a step count for each parameter, as in the groups of the same."""
+    build, numbers = KINDS[kind]
+    by_name = build(**{name: {"*.bias": one, "*": other} for name, (one, other) in numbers.items()})
+    pairs = zip(("*.bias", "*"), zip(*numbers.values(), strict=True), strict=True)
+    groups = Grouped({pattern: build(**dict(zip(numbers, values, strict=True))) for pattern, values in pairs})
+    ends = []
+    for optimizer in (by_name, groups):
+        params = start_at(3)
+        state = optimizer.init(params, per_parameter=True)
+        for step in range(4):
+            grads = {n: None if (i + step) % 3 == 0 else p**2 for i, (n, p) in enumerate(params.items())}
+            optimizer.values(state, grads=grads, params=params)
+            updates, state = optimizer(grads, state, params)
+            params = mo.apply_updates(params, updates)
+        ends.append(params)
+    assert_close(*ends, 1e-13)
+
+
+def start_at(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return start()
+
+
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: SGD({}), ValueError, r'A hyperparameter by names must not be empty, got \{\}. Write \{"\*": 0.1\}'),
     (lambda: SGD({1: 0.1}), TypeError, r"A hyperparameter by names needs patterns, got 1"),
@@ -347,11 +381,6 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (lambda: SGD(PerParameter(start(), -0.1)), ValueError, r"SGD: `lr\['a.weight'\]` must lie in \[0.0, inf\], got -0.1"),
     (lambda: PerParameter(start(), torch.ones(2)), TypeError, r"PerParameter: `value` must be a number, got tensor"),
-    (
-        lambda: Shared({"*.bias": 0.1, "*": 0.2})(start(), Shared(0.1).init(start()) | {"schedules": {"lr": {}}}),
-        ValueError,
-        r"Shared: a hyperparameter by names needs memory for each parameter, got \['norm'\] .*`Grouped\(\{\"\*.bias\": Shared",
-    ),
     (
         lambda: SGD({"*": 0.1})(start(), SGD({"*": Cosine(0.1, 5)}).init(start()) | {"schedules": {"lr": {"*": {}}}}),
         ValueError,

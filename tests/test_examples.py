@@ -14,7 +14,11 @@ FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES: list[tuple[str, dict[str, Any]]] = [  # name, and the arguments of its small form; "out" is set to a fresh folder
     ("architecture_search", {"seeds": 1, "rivals": 2, "steps": 40}),
     ("learning_by_ignoring", {"seeds": 1, "steps": 15}),
+    ("maml_plus_plus", {"steps": 4, "tasks": 4, "test_tasks": 10}),
+    ("meta_curvature", {"steps": 10, "test_tasks": 10}),
+    ("meta_sgd", {"steps": 10, "test_tasks": 10}),
     ("reweighting", {"seeds": 1, "steps": 300, "out": "weights.png"}),
+    ("virtual_step", {"seeds": 1, "steps": 20}),
     ("weight_decay", {"seeds": 1, "steps": 3}),
 ]
 

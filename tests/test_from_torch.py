@@ -13,6 +13,7 @@ import torch
 from problems import assert_close
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.optim import lr_scheduler
 
 import metaopt as mo
 from optimizers import SGD, Adam, AdamW, Linear
@@ -242,12 +243,80 @@ def test_the_kind_follows_the_decoupled_flag() -> None:
 def test_the_learning_rate_is_that_of_now() -> None:
     weight = nn.Parameter(torch.ones(2))
     live = torch.optim.SGD([weight], lr=0.1)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(live, 0.5)
+    scheduler = lr_scheduler.ExponentialLR(live, 0.5)
     weight.grad = torch.ones(2)
     live.step()
     scheduler.step()
-    optimizer = mo.from_torch(live)
+    with pytest.warns(UserWarning, match=r"the rate stays 0\.05, what it is now\. Pass it, `from_torch\(optimizer, scheduler="):
+        optimizer = mo.from_torch(live)
     assert optimizer.optimizers[0].lr == 0.05
+
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "step": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
+    "multi-step": lambda o: lr_scheduler.MultiStepLR(o, [2, 5, 5, 9], 0.5),
+    "constant": lambda o: lr_scheduler.ConstantLR(o, 0.5, 6),
+    "linear": lambda o: lr_scheduler.LinearLR(o, 0.2, 0.9, 7),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    "polynomial": lambda o: lr_scheduler.PolynomialLR(o, 9, 2.0),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 5, 0.01),  # up again after 5
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+@pytest.mark.parametrize("kind", ["sgd-momentum", "adamw", "asgd"])
+def test_a_scheduler_goes_on_where_it_stands(kind: str, schedule: str) -> None:
+    """A case of a scheduler without effect, without a word: relative difference 2.1. Two groups, four live steps, then eight."""
+    make, options = CASES[kind]
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2))]
+    live = make([{"params": weights[0]}, {"params": weights[1], "lr": 0.03}], **options)
+    scheduler = SCHEDULERS[schedule](live)
+    gradients = torch.randn(12, 5)
+
+    def step(rows: Tensor) -> None:
+        for row in rows:
+            weights[0].grad, weights[1].grad = row[:3], row[3:]
+            live.step()
+            scheduler.step()
+
+    step(gradients[:4])
+    pure = mo.from_torch(live, weights, scheduler=scheduler)
+    params = [weight.detach().clone() for weight in weights]
+    state = pure.init(weights)
+    for row in gradients[4:]:
+        params, state = pure.moved([row[:3], row[3:]], state, params)
+    step(gradients[4:])
+    assert_close(params, [weight.detach() for weight in weights], 1e-12)
+
+
+def test_a_carried_schedule_is_learned() -> None:
+    """w - lr (1 + gamma + gamma^2): by gamma the derivative is -lr (1 + 2 gamma), by lr -(1 + gamma + gamma^2)."""
+    weight = nn.Parameter(torch.zeros(()))
+    live = torch.optim.SGD([weight], lr=0.1)
+    pure = mo.from_torch(live, scheduler=lr_scheduler.ExponentialLR(live, 0.5))
+    schedule: Any = pure.optimizers[0].lr
+    schedule.gamma, schedule.initial = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.1))
+    mo.minimize(lambda p, _: p, pure, weight, None, steps=3).params.backward()
+    assert_close(schedule.gamma.grad, torch.tensor(-0.2), 1e-12)
+    assert_close(schedule.initial.grad, torch.tensor(-1.75), 1e-12)
+
+
+@pytest.mark.parametrize("make", [lambda o: lr_scheduler.LambdaLR(o, lambda t: 1.0), lr_scheduler.ReduceLROnPlateau])
+def test_a_scheduler_that_is_not_known_is_refused(make: Callable[[Any], Any]) -> None:
+    live = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match=r"`scheduler` must be one of ConstantLR, .*StepLR, got .*\. Others are not carried over"):
+        mo.from_torch(live, scheduler=make(live))
+
+
+def test_a_scheduler_that_does_not_fit_is_refused() -> None:
+    live, other = (torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1) for _ in range(2))
+    with pytest.raises(ValueError, match="`scheduler` must be a scheduler of `optimizer`, got StepLR of another one"):
+        mo.from_torch(live, scheduler=lr_scheduler.StepLR(other, 3))
+    scheduler = lr_scheduler.StepLR(live, 3)
+    live.param_groups[0]["lr"] = 0.3
+    with pytest.raises(ValueError, match=r"The rate of group 0 must be that of `scheduler`, 0\.1 after its 0 steps, got 0\.3"):
+        mo.from_torch(live, scheduler=scheduler)
 
 
 def test_updates_are_pure_and_the_optimizer_can_be_copied_and_shown() -> None:

@@ -31,11 +31,10 @@ def run(program: str) -> str:
 def test_it_takes_hardly_longer_than_torch() -> None:
     """It took 2.1 times as long: two decorators of torch imported its compiler, unasked.
 
-    Processor time, user and system, of one process: a busy machine slows down both parts.
+    Processor time, user and system, of one process: a busy machine slows down both parts. Found: 1.13,
+    of which .09 is one pass of Python's collector over torch's objects, that is due when torch ends.
     """
-    program = (
-        "import time, torch; alone = time.process_time(); import metaopt, metaopt.optimizers; print(time.process_time() / alone)"
-    )
+    program = "import time, torch; alone = time.process_time(); import metaopt; print(time.process_time() / alone)"
     run(program)  # compiles the modules
     ratios = [float(run(program)) for _ in range(RUNS)]
     assert statistics.median(ratios) <= LIMIT, f"{ratios}"

@@ -49,19 +49,14 @@ def validation_loss(levels: Any, batch: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("rule", "seed", "expected"),
-    [
-        (mo.Backprop(), 0, 0.3657),
-        (mo.Implicit(mo.ConjugateGradient(max_steps=3)), 0, 0.3664),
-        *[
-            pytest.param(rule, seed, loss, marks=pytest.mark.slow)
-            for seed, *losses in ((1, 0.3609, 0.3607), (2, 0.3769, 0.3774))
-            for rule, loss in zip((mo.Backprop(), mo.Implicit(mo.ConjugateGradient(max_steps=3))), losses, strict=True)
-        ],
-    ],
+    [(mo.Backprop(), 0, 0.3657), (mo.Implicit(mo.ConjugateGradient(max_steps=3)), 0, 0.3664)],
     ids=str,
 )
 def test_the_loss_after_twenty_outer_steps(rule: Any, seed: int, expected: float) -> None:
-    """Figures to four digits, of 100 inner steps from 0 for each of 20 outer ones; float32 moves the sixth."""
+    """Figures to four digits, of 100 inner steps from 0 for each of 20 outer ones; float32 moves the sixth.
+
+    Two more data sets are in the test of `examples/weight_decay.py`.
+    """
     r = np.random.RandomState(seed)
     true, x = r.randn(20), r.randn(1000, 20)
     y = x @ true + 0.1 * r.randn(1000) > 0

@@ -224,11 +224,10 @@ def test_an_evolution_strategy_on_an_edge() -> None:
     assert (found - exact).abs().max() > 1e-6
 
 
-SLOW = [pytest.param(rule, marks=pytest.mark.slow) for rule in (mo.Backprop(), CG)]
-
-
-@pytest.mark.parametrize("rule", [*SLOW, mo.Backprop(memory="steps"), mo.FiniteDifference()], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Backprop(memory="steps")], ids=["full", "steps"])
 def test_a_compiled_graph_steps_as_an_eager_one(rule: Any) -> None:
+    """Of rules that go back along the path; `test_level_responses` has those that look at one point."""
     data = [batches(2, 1), batches(4, 2)]
     eager, fast = tower(2, [2], [rule], data, [1]), tower(2, [2], [rule], data, [1])
     fast = mo.LevelGraph(fast.program.edges, compile=True)

@@ -353,8 +353,7 @@ def test_fused_attention_still_has_no_second_derivative_in_torch() -> None:
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler on CPU"
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch's own compiler
-@pytest.mark.parametrize("layer", [nn.Tanh, lambda: nn.LayerNorm(8)], ids=["plain", "layer-norm"])
-@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize(("chunk_size", "layer"), [(None, lambda: nn.LayerNorm(8)), (1, nn.Tanh)], ids=["batched", "loop"])
 def test_compiled_equals_eager(chunk_size: int | None, layer: Callable[[], nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(1, 8), layer(), nn.Linear(8, 1))
     tasks = {key: torch.randn(4, 6, 1) for key in ("x", "y", "query_x", "query_y")}

@@ -249,6 +249,19 @@ def test_counts_may_be_batched_and_differentiated() -> None:
     assert (rows[0] != rows[1]).all()
 
 
+@pytest.mark.parametrize("optimizer", [NAdam(0.1), Grouped({"a": SGD(0.1, 0.9), "*": ClipNorm(1.0, Adam())})])
+def test_it_compiles_as_a_whole(optimizer: mo.Optimizer) -> None:
+    torch._dynamo.reset()
+    params = {"a": torch.ones(3), "b": torch.ones(2)}
+
+    def twice(state: Any, g: Tensor) -> Any:
+        moved, state = optimizer.moved({"a": g, "b": None}, state, params)
+        return optimizer.moved({"a": g, "b": g[:2]}, state, moved)
+
+    state, g = optimizer.init(params, per_parameter=True), torch.tensor([0.3, -0.2, 0.5])
+    assert_close(torch.compile(twice, fullgraph=True, backend="eager")(state, g), twice(state, g), 1e-12)
+
+
 def test_complex_parameters_may_lack_a_gradient() -> None:
     weights = [nn.Parameter(torch.tensor([1 + 2j, 3 - 1j])), nn.Parameter(torch.tensor([0.5 - 1j]))]
     twins = copy.deepcopy(weights)
@@ -411,3 +424,18 @@ def test_memory_that_cannot_be_divided_is_an_error() -> None:
     params = {"a": torch.ones(2), "b": torch.ones(2)}
     with pytest.raises(ValueError, match=r"Coupled: the memory 'gram' over all parameters, of shape \(2, 2\), cannot be divided"):
         Coupled().init(params, per_parameter=True)
+
+
+def test_a_forward_that_may_not_know_none_is_an_error() -> None:
+    class Halved(SGD):
+        def forward(self, grads: Any, state: Any, params: Any = None, *, loss: Any = None) -> Any:
+            updates, state = super().forward(grads, state, params, loss=loss)
+            return tree.map(lambda update: update / 2, updates), state
+
+    weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    weights[0].grad = torch.ones(2)
+    with pytest.raises(ValueError, match="Halved defines `forward` itself, so a parameter without a gradient cannot be left out"):
+        Halved(0.1).as_torch(weights).step()
+    weights[1].grad = torch.zeros(2)
+    Halved(0.1).as_torch(weights).step()
+    assert_close([w.detach() for w in weights], [torch.full((2,), 0.95), torch.ones(2)], 1e-12)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import metaopt as mo
-from metaopt.interop import from_torch
+from metaopt.interop import from_torch, from_torchopt
 from optimizers import (
     SGD,
     Adam,
@@ -83,7 +83,7 @@ def test_a_state_is_not_taken_for_that_of_another_optimizer(optimizer: mo.Optimi
     optimizer(params, optimizer(params, own, params, loss=loss)[1], params, loss=loss)  # its own it takes
 
 
-@pytest.mark.parametrize("optimizer", [Adam(), ClipNorm(1.0, Adam()), Grouped({"*": Adam()}), Masked(Adam(), "*")], ids=repr)
+@pytest.mark.parametrize("optimizer", [Adam(), ClipNorm(1.0, Adam()), Grouped({"*": Adam()}), Masked(Adam(), "*")])
 @pytest.mark.parametrize("state", [{}, None, {"step": torch.tensor(0)}, [1]], ids=["empty", "none", "part", "list"])
 def test_what_is_no_state_at_all(optimizer: mo.Optimizer, state: Any) -> None:
     params = {"w": torch.ones(2)}
@@ -98,6 +98,18 @@ def test_a_state_of_torchs_optimizer_and_another() -> None:
         optimizer([w], SGD(0.1).init([w]), [w])
     with pytest.raises(ValueError, match=r"`state` must be that of this FromTorch, with 1 parts, got 0"):
         optimizer.values(SGD(0.1).init([w]))
+
+
+def test_a_state_of_torchopts_transformation_and_another() -> None:
+    torchopt = pytest.importorskip("torchopt")
+    optimizer, w = from_torchopt(torchopt.adam(0.1)), torch.ones(2)
+    with pytest.raises(ValueError, match=r"`state` must be that of this FromTorchOpt, got memory named \['mean', 'square'\]"):
+        optimizer(w, Adam().init(w), w)
+    with pytest.raises(ValueError, match=r"`state` must be a dict with"):
+        optimizer(w, {}, w)
+    assert optimizer.values(optimizer.init(w)) == {}
+    learned = from_torchopt(torchopt.adam, lr=Cosine(0.1, 5))
+    assert list(learned.values(learned.init(w))) == ["lr"]
 
 
 def test_groups_one_of_whose_patterns_begins_as_another() -> None:

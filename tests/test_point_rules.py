@@ -165,6 +165,31 @@ def test_a_loop_over_tasks_answers_an_error_as_vmap_does(
 
 
 @each_rule
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
+def test_forward_mode_is_refused_and_not_answered_by_zeros(rule: PointRule) -> None:
+    def end(meta: Tensor, x: Tensor | None = None) -> Tensor:
+        def loss(w: Tensor, x: Tensor, meta: Tensor) -> Tensor:
+            return square(w, None, meta) + (0 if x is None else (w * x).sum())
+
+        return mo.minimize(loss, SGD(0.1), torch.zeros(2), x, steps=2, meta=meta, differentiate=rule).params
+
+    one = torch.ones(2)
+    message = "knows its derivative in reverse mode alone .* cannot be differentiated forward"
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            with pytest.raises(ValueError, match=message):
+                torch.func.jvp(end, (one,), (one,))
+            with pytest.raises(ValueError, match=message):
+                torch.func.jvp(lambda x: end(one, x), (one,), (one,))
+            with pytest.raises(ValueError, match=message):
+                torch.func.jvp(lambda x: torch.func.vmap(end)(torch.stack([x, x])), (one,), (one,))
+            with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match=message):
+                end(torch.autograd.forward_ad.make_dual(one, one))
+            _, slope = torch.func.jvp(lambda x: x * end(one), (one,), (one,))  # a constant is one
+            assert_close(slope, end(one), 0.0)
+
+
+@each_rule
 def test_what_no_running_gradient_differentiates_may_require_grad(rule: PointRule) -> None:
     """As under `torch.func.grad`, initial parameters that are computed from what plain autograd alone tracks are constants."""
     outside = torch.ones(2, requires_grad=True)

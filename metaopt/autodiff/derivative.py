@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.replay import Ambient
-from metaopt.transforms import alive, inside_jvp, is_differentiable
+from metaopt.transforms import alive, has_tangent, inside_jvp, is_differentiable
 from metaopt.tree import Structure, Tree
 
 # (w, inputs, cotangent of w, wanted) -> cotangents of the inputs, None where not wanted; `wanted` is a tree of bools like inputs
@@ -33,16 +33,18 @@ def with_derivative(pull_back: PullBack, w: Tree, inputs: Tree, ambient: Ambient
         ambient: the random numbers that `pull_back` sees; by default those that would be drawn next.
 
     Raises:
-        ValueError: under `torch.compile` while gradients are enabled, or under `torch.func.jvp`.
+        ValueError: under `torch.compile` while gradients are enabled, or in forward mode.
     """
-    if not torch.is_grad_enabled():
+    is_compiling = torch.compiler.is_compiling()
+    has_tangents = not is_compiling and any(map(has_tangent, tree.leaves(inputs)))
+    if not torch.is_grad_enabled() and not has_tangents:
         return tree.map(torch.Tensor.detach, w)
-    if torch.compiler.is_compiling():
+    if is_compiling:
         raise ValueError(
             "A derivative that is not torch's own cannot be part of a `torch.func.grad` inside `torch.compile`: the compiler drops "
             "it, and the result would be zero. Compile the loss alone, or pass `compile=True` to `minimize`."
         )
-    if inside_jvp():
+    if has_tangents or inside_jvp():
         raise ValueError(
             "A loop whose rule knows its derivative in reverse mode alone (Implicit, T1T2, ..., ForwardMode itself) cannot be "
             'differentiated forward. For the loop around it use `Backprop()` in place of `ForwardMode()` or `hvp="forward"`.'

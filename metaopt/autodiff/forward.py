@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import warnings
 from collections.abc import Callable
 
 import torch
 
 from metaopt.kernels import any_order
+from metaopt.transforms import constant_when_compiled
 from metaopt.tree import Tree
 
 
@@ -24,6 +27,7 @@ def slope_along(function: Callable[[Tree], Tree], at: Tree, along: Tree, *, aske
     Raises:
         ValueError: torch has no forward derivative of an operator in f, or none of an `autograd.Function` of the old style.
     """
+    load_formulas()
     try:
         with any_order():  # some losses are computed so that their gradient has a forward derivative
             value, slope, *_ = torch.func.jvp(function, (at,), (along,))
@@ -43,3 +47,17 @@ def slope_along(function: Callable[[Tree], Tree], at: Tree, along: Tree, *, aske
             f"`ctx`, got one. Give it a `setup_context` and a `jvp`, or use {instead}."
         ) from error
     return value, slope
+
+
+@constant_when_compiled
+def load_formulas() -> None:
+    """Let torch load its forward derivatives, without the warnings that it gives itself at the first one."""
+    _load_once()
+
+
+@functools.cache  # `catch_warnings` takes time, and is not safe where threads run beside: once is enough
+def _load_once() -> None:
+    with warnings.catch_warnings():
+        # Some formulas go through `torch.jit.script`, which torch has deprecated: seen in 2.13 to 2.15.
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script(_method)?` is deprecated")
+        torch.func.jvp(torch.neg, (torch.zeros(()),), (torch.zeros(()),))

@@ -44,7 +44,10 @@ def gradient(function: Valued, at: Tree, *, allow_unused: bool = False) -> tuple
     if not allow_unused and any(grad is None for grad in found):
         known = zip(found, leaves, strict=True)
         found = [torch.zeros_like(leaf, requires_grad=goes_on) if grad is None else grad for grad, leaf in known]
-    found, value, aux = _known((found, value, aux), leaves, again)
+    if again:
+        found, value, aux = cut((found, value, aux), leaves)
+    else:
+        value, aux = _constant(value, aux)
     return tree.with_leaves(at, found), value, aux
 
 
@@ -67,7 +70,7 @@ def constant_gradient(function: Valued, at: Tree, *, allow_unused: bool = False)
     found = slopes_of_scalar(value, variables, again=False, keep=again)
     pairs = zip(found, leaves, strict=True)
     grads = [torch.zeros_like(leaf) if grad is None and not allow_unused else grad for grad, leaf in pairs]
-    value, aux = _known((value, aux), leaves, again)
+    value, aux = cut((value, aux), leaves) if again else _constant(value, aux)
     return tree.with_leaves(at, grads), value, aux
 
 
@@ -95,6 +98,6 @@ class _Noting:
         return tree.with_leaves(grads, [grad if is_used else None for grad, is_used in pairs])
 
 
-def _known(results: Tree, leaves: list[Tensor], again: bool) -> Tree:
-    """Return the results without a graph that nobody asked for."""
-    return cut(results, leaves) if again else tree.map(constant, results)
+def _constant(value: Tensor, aux: Tree) -> tuple[Tensor, Tree]:
+    """Return what was computed with a graph that nobody asked for, without it."""
+    return value.detach(), tree.map(constant, aux)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,21 +14,26 @@ from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
 from metaopt.autodiff.graph import is_varied
 from metaopt.autodiff.mean_gradient import MeanGradient
+from metaopt.autodiff.replay import drawn_again
 from metaopt.compiled import compiled
 from metaopt.kernels import any_order
 from metaopt.scan import Memory, Pullback, plain_loops_inside, scan
 from metaopt.scan.stream import Stream, last_row
-from metaopt.transforms import constant, is_last, is_tracked, tracking_levels
+from metaopt.transforms import constant, has_tangent, is_last, is_tracked, tracking_levels
 from metaopt.tree import Tree
 
 # (inputs, params, state, batch) -> (loss, aux)
 Loss = Callable[[Tree, Tree, Any, Tree], tuple[Tensor, Tree]]
+Observe = Callable[[], tuple[Tree, Tensor]]
 # (inputs, params, state, batch) -> (gradients, loss, aux)
 Gradient = Callable[[Tree, Tree, Any, Tree], tuple[Tree, Tensor, Tree]]
 # (inputs, gradients, state, params, loss, aux) -> (params, state)
 Update = Callable[[Tree, Tree, Any, Tree, Tensor, Tree], tuple[Tree, Any]]
 # (inputs, (params, state) after the step, batch, loss, aux) -> a tree of tensors
 Emit = Callable[[Tree, tuple[Tree, Any], Tree, Tensor, Tree], Tree]
+# (inputs, state, params, what gives (gradients, loss)) -> the optimizer's step size
+Rate = Callable[[Tree, Any, Tree, Observe], float | Tensor]
+Scale = float | Literal["lr"]
 
 
 def emit_loss(inputs: Tree, after: tuple[Tree, Any], batch: Tree, loss: Tensor, aux: Tree) -> Tensor:
@@ -51,6 +56,8 @@ class InnerLoop:
         batches: leaves with the leading axis `steps`; without leaves, every step sees `inputs["batch"]`. Or a `Stream`.
         steps: number of steps; None for a `Stream`, which ends when it ends.
         compile: whether what runs is to be compiled.
+        rate: (inputs, state, params, observe) -> the step size of the update that would be made next; `observe()` gives the
+            gradients and the loss there, if it needs them. None where there is no optimizer.
         emit: what the loop says of each step, stacked over steps; the loss comes first in it.
         describe: returns the settings of the functions, as text.
         skips: whether the gradient of a parameter is None, not zero, at a step whose loss does not depend on it.
@@ -64,6 +71,7 @@ class InnerLoop:
     batches: Tree | Stream
     steps: int | None
     compile: bool = False
+    rate: Rate | None = None
     emit: Emit = emit_loss
     describe: Callable[[], str] = str
     skips: bool = False
@@ -131,12 +139,10 @@ def attach(rule: PointRule, loop: InnerLoop, end: End) -> Tree:
 
     Nothing is computed before it is asked for.
     """
-    if (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not _any_tracked((without_optimizer(loop.inputs), end.batch))
-    ):
-        return tree.map(torch.Tensor.detach, end.params)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        read = (without_optimizer(loop.inputs), end.batch)
+        if not (_any_tracked(read) or any(map(has_tangent, tree.leaves(read)))):
+            return tree.map(torch.Tensor.detach, end.params)
 
     def pull_back(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree, wanted: tuple[Tree, Any, Tree]) -> Tree:
         (inputs, state, batch), (in_inputs, in_state, in_batch) = given, wanted
@@ -232,6 +238,32 @@ def weighted_end(loop: InnerLoop, weights: Tree) -> Tensor:
     return tree.sum_leaves(torch.Tensor.sum, [tree.as_real(result) * tree.as_real(weight) for result, weight in known])
 
 
+def scaled(rule: object, scale: Scale, loop: InnerLoop, end: End, cotangent: Tree) -> Tree:
+    """Return scale v, where "lr" is the step size that the optimizer would use next."""
+    if isinstance(scale, str):
+        if loop.rate is None:
+            raise ValueError(
+                f'{type(rule).__name__}: `scale="lr"` must find one step size in the optimizer, got no optimizer. Give a number: '
+                "`scale=0.1`."
+            )
+        with drawn_again(end):
+            rate = loop.rate(loop.inputs, end.state, end.params, lambda: _observed(loop, end))
+        return tree.map(lambda v: rate * v, cotangent)
+    return cotangent if scale == 1 else tree.map(lambda v: scale * v, cotangent)
+
+
+def _observed(loop: InnerLoop, end: End) -> tuple[Tree, Tensor]:
+    grads, loss, _ = MeanGradient(loop.loss)(loop.inputs, *end)
+    return grads, loss
+
+
+def check_scale(rule: object, scale: object) -> None:
+    """Raise ValueError unless it is a positive, finite number or "lr"."""
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale != "lr" and not (is_number and 0 < scale < math.inf):  # type: ignore[operator]
+        raise ValueError(f'{type(rule).__name__}: `scale` must be a positive number or "lr", got {scale!r}.')
+
+
 def check_positive(rule: object, name: str, value: object) -> None:
     """Raise ValueError unless `value` is a positive, finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -289,8 +321,8 @@ def _unread(tensors: Tree, read: Tree) -> list[tuple[str, Tensor]]:
 def _zeros(rule: object, what: str, name: str, leaf: Tensor) -> ValueError:
     return ValueError(
         f"{type(rule).__name__}: the {what} must not be differentiated, but {name} (shape {tuple(leaf.shape)}) is. For this "
-        "rule the end of the loop does not depend on them: the answer would be zeros. Detach them and pass what is to be "
-        "learned as `meta`; or, as in iMAML, pass the same tensors as `meta` too, and let the loss depend on them."
+        "rule the result does not depend on them: the answer would be zeros. Detach them and pass what is to be learned as "
+        "`meta`; or, as in iMAML, pass the same tensors as `meta` too, and let the loss depend on them."
     )
 
 

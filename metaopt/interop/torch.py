@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from metaopt import tree
+from metaopt.interop.scheduler import continue_scheduler
 from metaopt.optimizer import Leaves, Optimizer, State
 from metaopt.optimizer.equals import Equal, equals
 from metaopt.optimizer.hyperparameter import Value
@@ -18,11 +21,12 @@ from metaopt.transforms import is_tracked
 from metaopt.tree import Structure, Tree
 
 
-def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None) -> FromTorch:
+def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None, *, scheduler: LRScheduler | None = None) -> FromTorch:
     """Return a pure, differentiable `Optimizer` that goes on from where a `torch.optim` one stands.
 
-    Hyperparameters, groups and `maximize` are read now, and so is the memory: `init` returns a copy of it in place of zeros. A
-    scheduler of torch and hooks are not carried over: the rate stays what it is now. Nothing in `optimizer` is changed.
+    Hyperparameters, groups and `maximize` are read now, and so is the memory: `init` returns a copy
+    of it in place of zeros. Without `scheduler` the rate stays what it is now; hooks are not
+    carried over. Nothing in `optimizer` is changed.
 
     A tensor given to `optimizer` as its lr, or as another hyperparameter, remains a tensor; one that requires grad is learned.
     What is a number becomes a parameter by `pure.optimizers[0].lr = nn.Parameter(...)`, with one optimizer for each group.
@@ -32,11 +36,20 @@ def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None) -> 
         optimizer: a `torch.optim` SGD, Adam, AdamW, Adamax, RAdam, NAdam, Adagrad, Adadelta, RMSprop, ASGD, Rprop or Muon.
         params: the live parameters as the tree that will be updated, `functional(model).params`; needed where there are several
             groups. By default the leaves of that tree are those of the one group that require grad, in their order.
+        scheduler: torch's scheduler of the learning rate, if it is to go on, one step of it after
+            each of the optimizer's: a StepLR, MultiStepLR, ConstantLR, LinearLR, ExponentialLR,
+            PolynomialLR or CosineAnnealingLR. Its numbers can be learned: `pure.optimizers[0].lr`
+            is the schedule.
+
+    Warns:
+        UserWarning: the optimizer has a scheduler, which is not given.
 
     Raises:
         TypeError: another class.
         ValueError: every parameter is frozen, there are several groups and no `params`, or `params` holds what is no parameter
-            of the optimizer; in `init`, the tensors are not those of the optimizer, by number, shape or order.
+            of the optimizer; `scheduler` is another optimizer's, of another kind, or not all that
+            sets the rate; in `init`, the tensors are not those of the optimizer, by number, shape
+            or order.
     """
     known = kinds()
     if type(optimizer) not in known:
@@ -45,6 +58,7 @@ def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None) -> 
             f"{type(optimizer).__module__}.{type(optimizer).__name__}. Others, and subclasses, have no known equal here: write "
             "it as an `Optimizer`, and say so by `metaopt.optimizer.register_equal`."
         )
+    _check_scheduler(optimizer, scheduler)
     kind, names = known[type(optimizer)]
     states = {id(weight): state for weight, state in optimizer.state.items()}
     weights = _weights(optimizer, params)
@@ -57,14 +71,17 @@ def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None) -> 
     optimizers, parts = [], []
     for (index, *_), places in members.items():
         group = optimizer.param_groups[int(index)]
+        steps = int(counts(states.get(id(weights[places[0]]), {}))[0])
         optimizers.append(built(kind, group))
+        if scheduler is not None:
+            optimizers[-1].lr = continue_scheduler(scheduler, int(index), steps)
         own = [states.get(id(weights[place]), {}) for place in places]
         memory = {
             name: [state[theirs].detach().clone() for state in own]
             for name, theirs in names.items()
             if isinstance(own[0].get(theirs), Tensor)
         }
-        parts.append(Part(tuple(places), group.get("maximize", False), int(counts(own[0])[0]), memory))
+        parts.append(Part(tuple(places), group.get("maximize", False), steps, memory))
     return FromTorch(optimizers, parts, weights, None if params is None else tree.flatten(params)[1])
 
 
@@ -162,7 +179,7 @@ class FromTorch(Optimizer):
         for index, ((optimizer, part), before) in enumerate(zip(self._pairs(), state["shared"]["parts"], strict=True)):
             g, w = (None if leaves is None else [leaves[place] for place in part.places] for leaves in own)
             if g is not None and part.maximize:
-                g = [-leaf for leaf in g]
+                g = [None if leaf is None else -leaf for leaf in g]
             values = optimizer.values(before, loss=loss, grads=g, params=w)
             found |= {f"optimizers.{index}.{name}": value for name, value in values.items()}
         return found
@@ -231,6 +248,24 @@ def kinds() -> Mapping[type[torch.optim.Optimizer], Equal]:
     return equals()
 
 
+def _check_scheduler(optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None) -> None:
+    """Warn if a scheduler is left out, and raise ValueError if it is another optimizer's."""
+    if scheduler is not None and getattr(scheduler, "optimizer", None) is not optimizer:
+        raise ValueError(
+            f"`scheduler` must be a scheduler of `optimizer`, got {type(scheduler).__name__} of another one. Pass the "
+            "one that was made with it: `StepLR(optimizer, 10)`."
+        )
+    scheduled = [group["lr"] for group in optimizer.param_groups if "initial_lr" in group]
+    if scheduler is None and scheduled:
+        warnings.warn(
+            f"`optimizer` has a scheduler of torch, which is not carried over: the rate stays {scheduled[0]}, what it is "
+            "now. Pass it, `from_torch(optimizer, scheduler=scheduler)`, or give a schedule of ours, "
+            "`pure.optimizers[0].lr = Cosine(0.1, steps=100)`.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _weights(optimizer: torch.optim.Optimizer, params: Tree | None) -> Leaves:
     """Return the live parameters in the order of the tree that will be updated."""
     every = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -252,7 +287,10 @@ def _weights(optimizer: torch.optim.Optimizer, params: Tree | None) -> Leaves:
 
 
 def counts(state: dict[str, Any]) -> tuple[float, ...]:
-    """Return the step count of a parameter, and for whatever else of its state is one number its value, or its id if it is learned.
+    """Return the step count of a parameter, and a mark for whatever else of its state is one number.
+
+    The mark is the value; of a tensor that is differentiated its id, since equal values may have
+    different histories.
 
     SGD and Muon do not count: there it is 1 if there is memory, which is all that matters.
     """

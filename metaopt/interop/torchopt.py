@@ -32,8 +32,9 @@ def from_torchopt(transform: GradientTransformation | Callable[..., GradientTran
 
     The arithmetic is TorchOpt's, and so are its limits; those in `metaopt.optimizers` have none of these:
 
-    - The derivatives of `use_accelerated_op=True` are wrong, about twice the true ones, and not a number where a gradient has been
-      zero from the start. (Those of the plain operators are finite there: the root of 0 is given the derivative 0.)
+    - The derivatives of `use_accelerated_op=True` are wrong, about twice the true ones, and not a
+      number where a gradient has been zero from the start. (Those of the plain operators are finite
+      there: the root of 0 is given the derivative 0.)
     - Every parameter needs a gradient: TorchOpt's momentum forgets what it had of one without.
     - `clip_grad_norm` takes the norm for a constant, and does not work under `vmap`.
     - Adam's bias correction is computed in float32 unless the default dtype is float64.
@@ -119,8 +120,14 @@ class FromTorchOpt(Optimizer):
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
+        self._check_state_keys(state)
         require_gradients(grads)
         hyper, schedules = self._hyper_at(state, tree.leaves(grads), loss)
+        if "transform" not in state["shared"]:
+            raise ValueError(
+                f"`state` must be that of this FromTorchOpt, got memory named {sorted(state['slots'] | state['shared'])}. Pass "
+                "what its own `init`, or the step before, returned."
+            )
         memory = state["shared"]["transform"]
         if not values_are_readable():
             memory = _batched(memory, (grads, params, hyper))
@@ -183,9 +190,10 @@ def _batched(memory: Tree, like: Tree) -> Tree:
 
 
 class _SmoothRoots(TorchFunctionMode):
-    """While entered, the root of 0 has the derivative 0, not infinity, which times the derivative 0 of a square is not a number.
+    """While entered, the root of 0 has the derivative 0.
 
-    Values stay the same. What remains of Adam's derivative where v = 0 is the exact 1 / eps at the first step.
+    In torch it is infinite, and times the derivative 0 of a square not a number. Values stay the
+    same. What remains of Adam's derivative where v = 0 is the exact 1 / eps at the first step.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -10,9 +10,11 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from metaopt.kernels.attention import ATTENTION
 from metaopt.kernels.dropout import DROPOUT
+from metaopt.kernels.embedding import EMBEDDINGS, asks_for_sparse
 from metaopt.kernels.losses import LOSSES
 from metaopt.kernels.norms import NORMS
 from metaopt.kernels.recurrent import RECURRENT
+from metaopt.kernels.requires_grad import REQUIRES_GRAD
 from metaopt.transforms import inside_jvp
 
 __all__ = ["AnyOrder", "Watching", "any_order"]
@@ -23,7 +25,8 @@ def any_order() -> AbstractContextManager[Any]:
 
     All is computed from elementary operations then, or by kernels with derivatives of our own. Of attention the fused kernels have
     no second derivative; of layer, batch, instance and weight norms torch's formulas for higher derivatives are wrong; recurrent
-    layers have no batching rule, and on some devices no second derivative.
+    layers have no batching rule, and on some devices no second derivative. Gradients of `nn.Embedding(sparse=True)` are dense.
+    Inside a transform `requires_grad_(True)` does nothing, where torch raises an error.
 
     Cost:
         About a microsecond for each call of a torch function, which Python then sees: 5 to 8 % of a meta-gradient's time for a
@@ -48,9 +51,12 @@ class Watching(AnyOrder):
     found = False
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.found = self.found or func in _DELICATE or (func in LOSSES and inside_jvp())
+        is_dense = func in EMBEDDINGS and not asks_for_sparse(func, args, kwargs or {})
+        lacks_nothing = func in LOSSES and not inside_jvp()  # but forward derivatives, which are always taken with care
+        self.found = self.found or (func in _INSTEAD and not (is_dense or lacks_nothing))
         return super().__torch_function__(func, types, args, kwargs)
 
 
-_DELICATE: dict[Callable[..., Any], Callable[..., Any]] = NORMS | ATTENTION | RECURRENT | DROPOUT
-_INSTEAD = _DELICATE | LOSSES  # of which torch's lack forward derivatives alone
+_INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = (
+    NORMS | ATTENTION | RECURRENT | LOSSES | DROPOUT | EMBEDDINGS | REQUIRES_GRAD
+)

@@ -24,7 +24,7 @@ from metaopt.functional import Params
 from metaopt.levels.order import Event, Owner
 from metaopt.levels.program import Program, Rules, all_shown, rest, shown
 from metaopt.levels.response import Respond, Response, attached, noted, through
-from metaopt.levels.update import begun, optimizer_tensors, update
+from metaopt.levels.update import begun, optimizer_tensors, rate, update
 from metaopt.levels.view import Evaluation, evaluate, kept
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
 from metaopt.optimizer import Optimizer
@@ -108,7 +108,8 @@ class Execution:
         loss, step = partial(self._loss, name, window, False), partial(update, self.program.levels[name])
         compiles = self.program.compiles(name) and values_are_readable()
         batches = () if self.program.order.steps[name] == 1 else rows
-        return InnerLoop(loss, step, inputs, state["params"], rest(state), batches, steps, compiles)
+        its_rate = partial(rate, self.program.levels[name])
+        return InnerLoop(loss, step, inputs, state["params"], rest(state), batches, steps, compiles, its_rate)
 
     def _loss(
         self, name: str, window: Window, at_point: bool, inputs: Tree, params: Params, others: Tree, rows: Tree

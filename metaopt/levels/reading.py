@@ -95,7 +95,7 @@ def read(
             for name, net in nets.items()
         }
 
-    at = scene(True)
+    at, still = scene(True), scene(False)  # here: what is noted below is what the loss calls
     names: set[str] = set()
     leaves = {(name, key): leaf for name, shown in at.items() for key, leaf in shown["params"].items()}
     leaves |= {pair: at[pair[0]]["buffers"][pair[1]] for pair in sorted(buffers)}
@@ -105,7 +105,7 @@ def read(
             found = evaluate(level, nets, at, batch, keeps_statistics=keeps_statistics, read=names)
             is_random = not torch.equal(before, _random_state(level.device))
             with Leaves() as inside:
-                alone = evaluate(level, nets, scene(False), batch, keeps_statistics=keeps_statistics)
+                alone = evaluate(level, nets, still, batch, keeps_statistics=keeps_statistics)
         except (TypeError, AttributeError) as error:
             if level.batches is not None:
                 raise

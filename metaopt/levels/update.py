@@ -12,6 +12,8 @@ from metaopt.functional import Params, lent
 from metaopt.levels.level import Level
 from metaopt.levels.program import Program
 from metaopt.levels.reading import Reading
+from metaopt.optimizer import Observe
+from metaopt.optimizer.hyperparameter import Value
 from metaopt.tree import Tree
 
 
@@ -91,6 +93,12 @@ def update(
         after, memory = tree.map(lambda new, old: torch.where(moves, new, old), (after, memory), (params, others["optimizer"]))
     new = {**aux, "optimizer": memory, "progress": _counted(progress, loss)}
     return after, {key: new[key] for key in others}  # in the same order, by which trees are flattened
+
+
+def rate(level: Level, inputs: dict[str, Tree], others: Tree, params: Params, observe: Observe) -> Value:
+    """Return the step size that the level's optimizer would use next, an `InnerLoop`'s rate."""
+    optimizer = level.optimizer
+    return lent(optimizer, inputs["optimizer"], optimizer.rate, others["optimizer"], params, observe)  # type: ignore[no-any-return]
 
 
 def _counted(progress: Tree, loss: Tensor) -> Tree:

@@ -1,8 +1,8 @@
-"""Hyperparameters that differ from parameter to parameter, and steps that treat these in turn."""
+"""Hyperparameters that differ from parameter to parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -123,57 +123,3 @@ class ByName(Configurable):
                 f"{sorted(state)}. Pass what its own `init`, or the step before, returned."
             )
         return schedules
-
-
-def in_cells(hyper: Mapping[str, Any]) -> list[tuple[list[int], dict[str, Any]]] | None:
-    """Return (places of some parameters, the hyperparameters that they have in common) for all; None if all have the same."""
-    if Spread not in map(type, hyper.values()):
-        return None
-    spreads = {name: value for name, value in hyper.items() if type(value) is Spread}
-    cells: dict[tuple[str, ...], list[int]] = {}
-    for place, keys in enumerate(zip(*(spread.keys for spread in spreads.values()), strict=True)):
-        cells.setdefault(keys, []).append(place)
-    return [
-        (places, {**hyper, **{name: spread.values[key] for (name, spread), key in zip(spreads.items(), keys, strict=True)}})
-        for keys, places in cells.items()
-    ]
-
-
-def take(hyper: Mapping[str, Any], places: list[int]) -> dict[str, Any]:
-    """Return the hyperparameters of some of the parameters."""
-    return {
-        name: Spread([value.keys[place] for place in places], value.values) if type(value) is Spread else value
-        for name, value in hyper.items()
-    }
-
-
-def change_in_cells(
-    change: Callable[[list[Tensor], list[Tensor] | None, Any], list[Tensor]],
-    leaves: list[Tensor],
-    params: list[Tensor] | None,
-    hyper: Mapping[str, Any],
-) -> list[Tensor]:
-    """Return what `change(leaves, params, hyper)` does, called once for all parameters that share their hyperparameters."""
-    cells = in_cells(hyper)
-    if cells is None:
-        return change(leaves, params, hyper)
-    placed: dict[int, Tensor] = {}
-    for places, own in cells:
-        weights = None if params is None else [params[place] for place in places]
-        placed |= zip(places, change([leaves[place] for place in places], weights, own), strict=True)
-    return [placed[place] for place in range(len(leaves))]
-
-
-def check_shapes(owner: nn.Module, hyper: Mapping[str, Any], leaves: Sequence[Tensor | None]) -> None:
-    """Raise ValueError if a tensor hyperparameter is neither a scalar nor of the shape of every parameter that it meets."""
-    for name, value in hyper.items():
-        each = [value.values[key] for key in value.keys] if type(value) is Spread else [value] * len(leaves)
-        for one, leaf in zip(each, leaves, strict=True):
-            if leaf is not None and isinstance(one, Tensor) and one.ndim and one.shape != leaf.shape and one.numel() != 1:
-                raise ValueError(
-                    f"{type(owner).__name__}: `{name}` must be a scalar, or have the shape of every parameter that it meets, got "
-                    f"shape {tuple(one.shape)} for a parameter of shape {tuple(leaf.shape)}. A value for each step is "
-                    f"`{name}=PerStep(values)`, one for each of some steps `Piecewise`; one for some parameters is "
-                    f'`{name}={{"*.bias": 0.01, "*": 0.1}}`, or `Grouped`; one for each entry of each parameter '
-                    f"`{name}=PerParameter(params, 0.1)`."
-                )

@@ -25,14 +25,17 @@ class Deployed(torch.optim.Optimizer):
     """Steps a model's parameters in place with a frozen copy of an `Optimizer`; made by `Optimizer.as_torch`.
 
     Every scalar hyperparameter of the optimizer is a key of each parameter group, so groups may differ and
-    `torch.optim.lr_scheduler` works; a pair has torch's name too, such as `betas` for `beta1` and `beta2`. Where the optimizer has
-    no scalar `lr` (learned ones, and those whose `lr` is a schedule), the group's `lr` is 1.0 and multiplies the updates.
+    `torch.optim.lr_scheduler` works; a pair has torch's name too, such as `betas` for `beta1` and
+    `beta2`. Where the optimizer has no scalar `lr` (learned ones, and those whose `lr` is a
+    schedule), the group's `lr` is 1.0 and multiplies the updates.
 
-    A parameter whose `.grad` is None is not moved, its memory stays and its step is not counted, as in
-    torch. Schedules inside the optimizer count the steps in which a parameter of the group has a gradient.
+    A parameter whose `.grad` is None is not moved, its memory stays and its step is not counted, as
+    in torch. Schedules inside the optimizer count the steps in which a parameter of the group has a
+    gradient.
 
-    A sparse gradient is made dense first, so it acts as the same numbers in a dense one: as in torch's SGD
-    and Adagrad, but unlike `torch.optim.SparseAdam`, which leaves the moments of the other rows as they are.
+    A sparse gradient is made dense first, so it acts as the same numbers in a dense one: as in
+    torch's SGD and Adagrad, but unlike `torch.optim.SparseAdam`, which leaves the moments of the
+    other rows as they are.
     """
 
     state: dict[Any, Any]  # type: ignore[assignment]  # "group 0" -> its memory; torch's own have a parameter as key
@@ -48,7 +51,9 @@ class Deployed(torch.optim.Optimizer):
         super().__init__(params, with_tuples({"lr": 1.0} | self._numeric))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its options are the optimizer's numeric hyperparameters and `lr`, and what schedulers of torch keep there.
+        """Add a group, with the optimizer's numeric hyperparameters and `lr` as options.
+
+        What schedulers of torch keep in a group, such as `initial_lr`, may be given too.
 
         Raises:
             ValueError: an option that the optimizer does not have, or one that is given twice.

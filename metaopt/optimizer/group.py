@@ -1,4 +1,4 @@
-"""A parameter group of `torch.optim` that knows a pair such as `betas` as a whole and by its items."""
+"""A parameter group of `torch.optim` that knows a pair as a whole and by its items."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ TUPLES = {
 
 
 class Group(dict[str, Any]):
-    """A dict in which `group["betas"]` is always (`group["beta1"]`, `group["beta2"]`), whichever is written.
+    """A dict in which `betas` is always (`beta1`, `beta2`), whichever is written.
 
-    Schedulers of torch that cycle the momentum write `betas`; a group of ours may also have the two as options of their own.
+    Schedulers of torch that cycle the momentum write `betas`; a group of ours may also have the two
+    as options of their own.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.modules import module
 
 from metaopt import tree
-from metaopt.optimizer.by_name import ByName, Spread, check_shapes, in_cells
+from metaopt.optimizer.apply import apply_updates, fitted
+from metaopt.optimizer.by_name import ByName, Spread
+from metaopt.optimizer.cells import Cell, check_shapes, in_cells, slot_name, slots_in_cells
 from metaopt.optimizer.deployed import Deployed
 from metaopt.optimizer.flat import join, part, prefers_joined
 from metaopt.optimizer.hyperparameter import Value
@@ -25,6 +27,7 @@ State = dict[str, Any]
 Leaves = list[Tensor]  # one tensor per parameter
 Slots = dict[str, Any]  # name -> Leaves, or one Tensor over all parameters
 Hyper = dict[str, Any]  # name -> Value; for `update`, that of all its parameters
+Observe = Callable[[], tuple[Tree, Tensor | None]]  # -> (gradients, loss) at the present parameters
 # (grads, params, slots, hyper, step) -> (one tensor per parameter, next slots)
 StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, Slots]]
 
@@ -41,15 +44,19 @@ class Optimizer(Configurable):
     a complex parameter as a real one with a last axis of 2, as `torch.optim` does; its memory has that shape.
     Hand-designed and learned optimizers are the same type; every `nn.Parameter` inside can be meta-learned.
 
+    A hyperparameter is a number, a tensor, a parameter, a `Schedule`, or a dict from patterns of names to these; then `update` is
+    called once for all parameters that share their hyperparameters, as in `Grouped`, and sees single values in `hyper`. A tensor
+    is a scalar, or has the shape of every parameter that it meets (Meta-SGD; `optimizers.PerParameter` for several parameters).
+
     `joinable` says of the class's own `update` or `direction` that it treats every entry alike, whatever tensor it is in, and takes
     about ten operations: then it is called with all tensors joined to one where that is faster; see `metaopt.optimizer.flat`. (Of
     SGD and ASGD the plain forms take few operations, and were up to 1.4 times slower.)
 
     The state is a dict: "step" (int64 scalar), "slots" (memory per parameter, in the parameters' own structure), "shared"
-    (memory over all parameters) and "schedules". With `init(params, per_parameter=True)` there is also "steps", a count for each
-    parameter, and a gradient may be None: then its parameter, memory and count stay as they are, as in `torch.optim`. `update` is
-    called for some of the parameters at a time then; one that couples them, other than by "shared" memory, should say so by
-    raising in `separate`.
+    (memory over all parameters) and "schedules". With `init(params, per_parameter=True)` there is
+    also "steps", a count for each parameter, and a gradient may be None: then its parameter, memory
+    and count stay as they are, as in `torch.optim`. `update` is called for some of the parameters
+    at a time then; one that couples them, other than by "shared" memory, should say so by raising in `separate`.
     """
 
     hyperparameters: tuple[str, ...] = ()
@@ -79,10 +86,12 @@ class Optimizer(Configurable):
 
         Args:
             params: the parameters, a tree.
-            per_parameter: count the steps of each parameter, so that gradients may be None: these parameters are not moved.
+            per_parameter: count the steps of each parameter, so that gradients may be None: these
+                parameters are not moved.
 
         Raises:
-            ValueError: there are no parameters, or one is neither a floating-point nor a complex tensor; or as `separate`.
+            ValueError: there are no parameters, or one is neither a floating-point nor a complex
+                tensor; or as `separate`.
         """
         for name, leaf in tree.named_leaves(params):
             if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
@@ -93,8 +102,7 @@ class Optimizer(Configurable):
         leaves, structure = tree.flatten(tree.map(lambda leaf: tree.as_real(leaf.detach()), params))
         if not leaves:
             raise ValueError("`params` must hold at least one tensor, got an empty tree. Is every parameter frozen?")
-        self._check_hyperparameters(params, leaves)
-        slots = self.slots(leaves)
+        slots = slots_in_cells(self.slots, leaves, self._fit_hyperparameters(params, leaves))
         state: State = {
             "step": torch.zeros((), dtype=torch.int64, device=leaves[0].device),
             "slots": {name: tree.unflatten(structure, slot) for name, slot in slots.items() if isinstance(slot, list)},
@@ -104,25 +112,33 @@ class Optimizer(Configurable):
         return self.separate(state, params) if per_parameter else state
 
     def separate(self, state: State, params: Tree) -> State:
-        """Return the state that goes on from `state` and counts the steps of each parameter; see `init`.
+        """Return a state that goes on from `state` and counts the steps of each parameter.
 
         Raises:
-            ValueError: the optimizer has memory over all parameters that cannot be divided among them.
+            ValueError: the optimizer has memory over all parameters that cannot be divided among
+                them, or a `forward` of its own, which may not know what to do without a gradient.
         """
+        if type(self).forward is not Optimizer.forward:
+            raise ValueError(
+                f"{type(self).__name__} defines `forward` itself, so a parameter without a gradient cannot be "
+                "left out for it. Give every parameter a gradient (zeros) and leave frozen ones out. If its "
+                "`forward` passes None on, say so by defining `separate(state, params)` too."
+            )
         return separate_state(self, state, params)
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state); nothing is changed in place.
 
         Args:
-            grads: gradients, in the structure of the parameters; None (so is the update) if steps are counted per parameter.
+            grads: gradients, in the structure of the parameters; None (so is the update) if steps
+                are counted per parameter.
             state: from `init` or the step before.
             params: the parameters at which the gradients were taken; needed by weight decay and most learned optimizers.
             loss: the loss there, a scalar; needed by schedules that observe it.
 
         Raises:
-            ValueError: `params` is missing though needed, a structure does not match, a gradient is None without a step count for
-                each parameter, or the state is another optimizer's.
+            ValueError: `params` is missing though needed, a structure does not match, a gradient is
+                None without a step count for each parameter, or the state is another optimizer's.
         """
         return self._on_leaves(self.update, grads, state, params, loss)
 
@@ -163,7 +179,7 @@ class Optimizer(Configurable):
         """
         self._check_state_keys(state)
         self._check_schedule_names(state)
-        leaves = None if grads is None else [tree.as_real(leaf) for leaf in tree.leaves(grads)]
+        leaves = None if grads is None else [tree.as_real(leaf) for leaf in tree.leaves(grads) if leaf is not None]
         like = torch.full((), math.nan, dtype=_precision(state, leaves), device=state["step"].device)
         found: dict[str, Value] = {}
         for name in self.hyperparameters:
@@ -172,12 +188,36 @@ class Optimizer(Configurable):
                 before = state["schedules"][name]
                 found[name] = read(value, before, step=state["step"], loss=loss, grads=leaves, like=like)
             elif isinstance(value, ByName):
-                named = None if leaves is None else dict(zip(paths(grads), leaves, strict=True))
+                named = None if leaves is None else _named(grads, leaves)
                 each = value.values_at(self, name, state["schedules"][name], step=state["step"], loss=loss, named=named, like=like)
                 found |= {f"{pattern}/{name}": one for pattern, one in each.items()}
             else:
                 found[name] = value
         return found
+
+    def rate(self, state: State, params: Tree, observe: Observe) -> Value:
+        """Return the step size `lr` of the update that would be made next, a number or a scalar tensor.
+
+        Args:
+            state: from `init` or the step before.
+            params: the present parameters.
+            observe: gives the gradients and the loss there; called only if there is a schedule, which may look at them.
+
+        Raises:
+            ValueError: there is not just one hyperparameter `lr`, or it is no scalar.
+        """
+        looks = any(isinstance(module, Schedule) for module in self.modules())
+        grads, loss = observe() if looks else (None, None)
+        values = self.values(state, loss=loss, grads=grads, params=params)
+        rates = {name: value for name, value in values.items() if name.replace("/", ".").split(".")[-1] == "lr"}
+        (value,) = rates.values() if len(rates) == 1 else (None,)
+        if value is None or (isinstance(value, Tensor) and value.ndim):
+            found = {name: f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else v for name, v in rates.items()}
+            raise ValueError(
+                f'`scale="lr"` must find one step size in the optimizer, got {type(self).__name__} with {found or "none"}. Give a '
+                "number: `scale=0.1`."
+            )
+        return value
 
     def as_torch(self, params: Iterable[Any]) -> Deployed:
         """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""
@@ -216,10 +256,7 @@ class Optimizer(Configurable):
         memory |= state["shared"]
         step = state["step"] + 1
         try:
-            if hyper is None:
-                hyper, schedules = self._hyper_at(state, gradients, loss, grads)
-            else:
-                schedules = {}
+            hyper, schedules = self._hyper_at(state, gradients, loss, grads) if hyper is None else (hyper, {})
             results, after = self._joined(step_on, gradients, weights, memory, hyper, step)
         except (KeyError, RuntimeError):
             self._check_state(state, gradients)
@@ -263,7 +300,7 @@ class Optimizer(Configurable):
         It is called once for all parameters that share their hyperparameters.
         """
         if (cells := in_cells(hyper)) is not None:
-            return self._in_cells(step_on, grads, params, memory, cells, step)
+            return self._step_in_cells(step_on, grads, params, memory, cells, step)
         if not self.joinable or not self._joins(grads, params, memory, hyper):
             return step_on(grads, params, memory, hyper, step)
         with torch._C.DisableTorchFunction():
@@ -275,30 +312,16 @@ class Optimizer(Configurable):
                 name: part(slot, grads) if isinstance(slot, list) else slot for name, slot in after.items()
             }
 
-    def _in_cells(
-        self, step_on: StepOn, grads: Leaves, params: Leaves | None, memory: Slots, cells: list[Any], step: Tensor
+    def _step_in_cells(
+        self, step_on: StepOn, grads: Leaves, params: Leaves | None, memory: Slots, cells: list[Cell], step: Tensor
     ) -> tuple[Leaves, Slots]:
-        if len(cells) > 1 and (shared := [name for name, slot in memory.items() if isinstance(slot, Tensor)]):
-            raise ValueError(
-                f"{type(self).__name__}: a hyperparameter by names needs memory for each parameter, got {shared} over all of them. "
-                f'Use an optimizer for each group: `Grouped({{"*.bias": {type(self).__name__}(...), "*": ...}})`.'
-            )
         results: Leaves = [*grads]
-        after = {name: [*slot] if isinstance(slot, list) else slot for name, slot in memory.items()}
-        for places, hyper in cells:
-            weights = None if params is None else [params[place] for place in places]
-            own = {name: [slot[i] for i in places] if isinstance(slot, list) else slot for name, slot in memory.items()}
-            moved, new = self._joined(step_on, [grads[place] for place in places], weights, own, hyper, step)
-            self._check_update(moved, new, own, len(places))
-            for index, place in enumerate(places):
-                results[place] = moved[index]
-            for name, slot in new.items():
-                if not isinstance(slot, list):
-                    after[name] = slot
-                    continue
-                for index, place in enumerate(places):
-                    after[name][place] = slot[index]
-        return results, after
+        for cell in cells:
+            own = cell.take_memory(memory)
+            moved, new = self._joined(step_on, cell.take(grads), params and cell.take(params), own, cell.hyper, step)
+            self._check_update(moved, new, own, len(moved))
+            results, memory = cell.put(results, moved), cell.put_memory(memory, new)
+        return results, memory
 
     def _joins(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper) -> bool:
         with torch._C.DisableTorchFunction():
@@ -331,7 +354,7 @@ class Optimizer(Configurable):
                 seen = [grad for grad in grads if grad is not None]
                 value, schedules[name] = advance(value, before, step=state["step"], loss=loss, grads=seen)
             elif isinstance(value, ByName):
-                named = dict(zip(paths(grads if gradients is None else gradients), grads, strict=True))
+                named = _named(grads if gradients is None else gradients, grads)
                 value, schedules[name] = value.advance(
                     self, name, state["schedules"][name], named=named, step=state["step"], loss=loss
                 )
@@ -347,15 +370,18 @@ class Optimizer(Configurable):
         values = ((name, getattr(self, name)) for name in self.hyperparameters)
         return [(name, value) for name, value in values if isinstance(value, Schedule | ByName)]
 
-    def _check_hyperparameters(self, params: Tree, leaves: Leaves) -> None:
-        """Raise ValueError if the shape of a hyperparameter, or its patterns, do not fit the parameters."""
+    def _fit_hyperparameters(self, params: Tree, leaves: Leaves) -> Hyper:
+        """Return the hyperparameters, schedules as they are.
+
+        Raises:
+            ValueError: the shape of one, or its patterns, do not fit the parameters.
+        """
         hyper: Hyper = {}
         for name in self.hyperparameters:
             value = getattr(self, name)
-            if isinstance(value, ByName):
-                value = value.spread(self, name, [*paths(params)])
-            hyper[name] = value
+            hyper[name] = value.spread(self, name, [*paths(params)]) if isinstance(value, ByName) else value
         check_shapes(self, hyper, leaves)
+        return hyper
 
     def _check_schedule_names(self, state: State) -> None:
         """Raise ValueError if the state has schedules of other hyperparameters."""
@@ -380,10 +406,12 @@ class Optimizer(Configurable):
     def _check_state(self, state: State, grads: Leaves) -> None:
         """Raise ValueError if the state's memory or its schedules have other names, or shapes, than those of this optimizer."""
         memory, own = state["slots"] | state["shared"], self.slots(grads)
+        if any(isinstance(value, ByName) for _, value in self._schedules()):
+            own = {slot_name(name, slot): slot for name, slot in own.items()}
         self._check_names("memory", memory.keys(), own.keys())
         self._check_schedule_names(state)
         for name, slot in own.items():
-            for expected, found in zip(tree.leaves(slot), tree.leaves(memory[name]), strict=True):
+            for expected, found in zip(tree.leaves(slot), tree.leaves(memory[name]), strict=False):
                 if expected.shape != found.shape:
                     raise ValueError(
                         f"`state` must be that of this {type(self).__name__} for these parameters, with the memory {name!r} of "
@@ -399,7 +427,7 @@ class Optimizer(Configurable):
         if new.shape != old.shape:
             raise ValueError(
                 f"{type(self).__name__}: the memory {name!r} of shape {tuple(old.shape)} became {tuple(new.shape)}. The state is "
-                "that of other parameters, or a hyperparameter has not the shape of its parameter."
+                "that of other parameters, or a hyperparameter is a tensor where the memory is one number."
             )
         return new if new.dtype == old.dtype else new.to(old.dtype)
 
@@ -409,6 +437,11 @@ class Optimizer(Configurable):
         return params
 
 
+def _named(given: Tree, leaves: Sequence[Tensor | None]) -> dict[str, Any]:
+    """Return name -> leaf."""
+    return dict(zip(paths(given), leaves, strict=True))
+
+
 def _precision(state: State, grads: Leaves | None) -> torch.dtype:
     """Return the dtype of the gradients, else of the memory, else torch's default."""
     known = tree.leaves((state["slots"], state["shared"])) if grads is None else grads
@@ -416,36 +449,5 @@ def _precision(state: State, grads: Leaves | None) -> torch.dtype:
     return next(floating, torch.get_default_dtype())
 
 
-def apply_updates(params: Tree, updates: Tree) -> Tree:
-    """Return w + u leaf by leaf, in the dtype of w; w where u is None.
-
-    Raises:
-        ValueError: an update has another shape than its parameter.
-    """
-    with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
-        return tree.map(apply_update, params, updates)
-
-
-def apply_update(param: Tensor, update: Tensor | None) -> Tensor:
-    """Return w + u for one tensor; see `apply_updates`."""
-    if update is None:
-        return param
-    return fitted(param, param + update if param.shape == update.shape else update)
-
-
 def _or_kept(param: Tensor, after: Tensor | None) -> Tensor:
     return param if after is None else after
-
-
-def fitted(param: Tensor, after: Tensor) -> Tensor:
-    """Return what a parameter became, in its dtype.
-
-    Raises:
-        ValueError: it has another shape.
-    """
-    if param.shape != after.shape:
-        raise ValueError(
-            f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(after.shape)}. A tensor "
-            "hyperparameter must be a scalar or have the shape of every parameter; for different parameters use `Grouped`."
-        )
-    return after if after.dtype == param.dtype else after.to(param.dtype)

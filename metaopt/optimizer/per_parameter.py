@@ -1,4 +1,4 @@
-"""A step count and a memory for each parameter, so that one without a gradient stays as it is: what `torch.optim` does."""
+"""A step count for each parameter, so that one without a gradient stays, as in `torch.optim`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.optimizer.by_name import take
+from metaopt.optimizer.cells import take
 from metaopt.tree import Tree
 
 if TYPE_CHECKING:
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def separate_state(optimizer: Optimizer, state: State, params: Tree) -> State:
-    """Return the state with "steps", a count for each parameter, and the memory over all parameters divided among them.
+    """Return the state with "steps", a count for each parameter, and shared memory divided.
 
     Raises:
-        ValueError: that memory is neither the same for any parameters nor divided among them along its last axis.
+        ValueError: that memory is neither the same for any parameters nor divided among them along
+            its last axis.
     """
     if "steps" in state:
         return state
@@ -41,9 +42,10 @@ def step_apart(
     params: Tree | None,
     loss: Tensor | None,
 ) -> tuple[Tree, State]:
-    """Return what `Optimizer._on_leaves` does for the parameters with a gradient, each at its own step; None for the others.
+    """Return what `Optimizer._on_leaves` does, each parameter at its own step; None without gradient.
 
-    A schedule is that of all parameters: its step counts the calls, and it observes the gradients that there are.
+    A schedule is that of all parameters: its step counts the calls, and it observes the gradients
+    that there are.
     """
     gradients = tree.leaves(grads)
     there = [place for place, gradient in enumerate(gradients) if gradient is not None]
@@ -68,7 +70,8 @@ def step_apart(
             "schedules": state["schedules"],
         }
         own = None if weights is None else [weights[place] for place in part]
-        moved, after = optimizer._on_leaves(step_on, [gradients[place] for place in part], before, own, loss, take(hyper, part))
+        shared = take(hyper, part)
+        moved, after = optimizer._on_leaves(step_on, [gradients[place] for place in part], before, own, loss, shared)
         for index, place in enumerate(part):
             results[place], counts[place] = moved[index], after["step"]
             for name, slot in after["slots"].items():
@@ -90,15 +93,17 @@ def require_gradients(grads: Tree) -> None:
         return
     missing = [path for path, leaf in tree.named_leaves(grads) if leaf is None]
     raise ValueError(
-        f"`grads` must hold a gradient for every parameter, got None at {', '.join(missing)}. Give zeros. Or let a parameter "
-        "without a gradient stay as it is, with a step count for each: `optimizer.init(params, per_parameter=True)`."
+        f"`grads` must hold a gradient for every parameter, got None at {', '.join(missing)}. Give zeros. Or "
+        "let a parameter without a gradient stay as it is, with a step count for each: "
+        "`optimizer.init(params, per_parameter=True)`."
     )
 
 
 def share_equal(state: State) -> State:
-    """Return a state with one tensor in place of equal scalars in its counts and its shared memory, whose values it reads.
+    """Return a state with one tensor in place of equal counts, and of equal scalars in shared memory.
 
-    A state that was read from a file, or moved to another device, has lost what `_find_parts` goes by.
+    Their values are read. A state that was read from a file, or moved to another device, has lost what `_find_parts` goes
+    by.
     """
     if "steps" not in state:
         return state
@@ -115,8 +120,9 @@ def share_equal(state: State) -> State:
 def _find_parts(there: Sequence[int], counts: Sequence[Tensor], shared: dict[str, list[Tensor]]) -> list[list[int]]:
     """Return the places in parts that can make their step together, in one call on lists.
 
-    The values of the counts may be batched or traced, so they are not read. Parameters that made every step together have the
-    very same tensor as their count, however: `separate_state` begins with one, and a part's next count is one again.
+    The values of the counts may be batched or traced, so they are not read. Parameters that made
+    every step together have the very same tensor as their count, however: `separate_state` begins
+    with one, and a part's next count is one again.
     """
     if torch.compiler.is_compiling():  # a compiler does not see which tensor is which, and joins the operations itself
         return [[place] for place in there]
@@ -128,14 +134,14 @@ def _find_parts(there: Sequence[int], counts: Sequence[Tensor], shared: dict[str
 
 
 def _divide(optimizer: Optimizer, name: str, memory: Tensor, like: Sequence[torch.Size]) -> list[Tensor]:
-    """Return the memory over all parameters as one tensor for each, of the shapes that each alone would have."""
+    """Return the memory over all parameters as one tensor for each, with the shapes in `like`."""
     if all(shape == memory.shape for shape in like):
         return [memory] * len(like)
     widths = [shape[-1] if len(shape) else 0 for shape in like]
     if memory.ndim and all(shape[:-1] == memory.shape[:-1] for shape in like) and sum(widths) == memory.shape[-1]:
         return list(memory.split(widths, dim=-1))
     raise ValueError(
-        f"{type(optimizer).__name__}: the memory {name!r} over all parameters, of shape {tuple(memory.shape)}, cannot be divided "
-        "among them, so a parameter without a gradient cannot be left out. Give it a gradient of zeros, or remember one tensor "
-        "for each parameter (a list in `slots`)."
+        f"{type(optimizer).__name__}: the memory {name!r} over all parameters, of shape "
+        f"{tuple(memory.shape)}, cannot be divided among them, so a parameter without a gradient cannot be "
+        "left out. Give it a gradient of zeros, or remember one tensor for each parameter (a list in `slots`)."
     )

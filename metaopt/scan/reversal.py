@@ -168,8 +168,9 @@ class Reversal:
             raise ValueError(
                 "A step that is made again on the way back must be the step that was taken, but the loss of step "
                 f"{times[first]} was {taken[first].tolist():.6g} and is now {found[first].tolist():.6g}. Only torch's global "
-                "generators are wound back: does the loss draw from `random` or numpy, or does it count its calls? Draw with "
-                'torch, pass the numbers in `batches`, or use memory="full".'
+                "generators are wound back: does the loss draw from `random` or numpy, does it count its calls, was a model "
+                "switched between train() and eval() meanwhile? Draw with torch, pass the numbers in `batches`, or use "
+                'memory="full".'
             )
 
 

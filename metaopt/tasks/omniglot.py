@@ -39,8 +39,8 @@ def read_omniglot(path: str | Path) -> Alphabets:
 
     Raises:
         FileNotFoundError: there is no such path, or no zip file in the folder.
-        ValueError: a file is damaged, there are no drawings in it, one is too large to be a drawing (which is seen before it
-            is unpacked), or characters differ in their number of drawings.
+        ValueError: a file is damaged, there are no drawings in it, one is too large to be a drawing
+            (which is seen before it is unpacked), or characters differ in their number of drawings.
 
     Reference:
         Lake, Salakhutdinov, Tenenbaum, Science 350, 2015; 28 x 28 as in Vinyals et al. 2016, arXiv:1606.04080.

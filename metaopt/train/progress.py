@@ -68,7 +68,7 @@ class Bar:
 
 
 class Lines:
-    """A line every 30 seconds and one at the end: a pipe or a file keeps whatever is written, and has no cursor to move back."""
+    """A line every 30 seconds and one at the end: in a pipe or a file nothing can be drawn again."""
 
     def __init__(self, label: str, total: int):
         self._label, self._total = label, total

@@ -33,14 +33,16 @@ class Training(Protocol):
 class Trainer:
     """Steps a training `max_steps` times and shows how far it is.
 
-    In a terminal that is a progress bar; where stderr is a pipe or a file, a line every 30 seconds and one at the end.
+    In a terminal that is a progress bar; where stderr is a pipe or a file, a line every 30 seconds
+    and one at the end.
 
     Args:
         training: what to train.
         max_steps: number of steps.
         logger: takes the metrics of each step, and "validation".
-        validate: returns a number, lower is better; called before the first step, every `validate_every` steps, and
-            after the last. After `fit` the training is back in the state that validated best.
+        validate: returns a number, lower is better; called before the first step, every
+            `validate_every` steps, and after the last. After `fit` the training is back in the
+            state that validated best.
         validate_every: steps between validations.
         label: text in front of the progress.
         progress: False to show nothing.

@@ -47,6 +47,7 @@ class Masked(Optimizer):
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
+        self._check_state_keys(state)
         structure = tree.flatten(grads)[1]
         named = paths(grads)
         if "steps" not in state and any(grad is None for grad in named.values()):

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.optimizer import Hyper, Leaves, Optimizer, State
-from metaopt.optimizer.by_name import change_in_cells, take
+from metaopt.optimizer.cells import change_in_cells, take
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
 from metaopt.optimizer.per_parameter import require_gradients
 from metaopt.optimizer.schedule import Schedule
-from metaopt.tree import Tree
+from metaopt.tree import Structure, Tree
 
 
 class Transform(Optimizer):
@@ -41,14 +41,13 @@ class Transform(Optimizer):
         """Return the state before the first step."""
         state = self.optimizer.init(params, per_parameter=per_parameter)
         like = tree.as_real(tree.leaves(params)[0])
-        self._check_hyperparameters(params, [tree.as_real(leaf) for leaf in tree.leaves(params)])
+        self._fit_hyperparameters(params, [tree.as_real(leaf) for leaf in tree.leaves(params)])
         own = {name: schedule.init(like) for name, schedule in self._schedules()}
         return {**state, "schedules": {"optimizer": state["schedules"], **own}}
 
     def separate(self, state: State, params: Tree) -> State:
         """Return the state with a step count for each parameter, as `Optimizer.separate` does."""
-        inner = self.optimizer.separate({**state, "schedules": state["schedules"]["optimizer"]}, params)
-        return {**inner, "schedules": state["schedules"]}
+        return {**self.optimizer.separate(self._split(state)[0], params), "schedules": state["schedules"]}
 
     def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
@@ -59,17 +58,11 @@ class Transform(Optimizer):
             require_gradients(grads)
         if not there:
             return grads, {**state, "step": state["step"] + 1}
-        weights = None
-        if params is not None:
-            given = tree.flatten_like(structure, params, "params")
-            weights = [tree.as_real(given[place]) for place in there]
         inner, outer = self._split(state)
-        reals = {place: tree.as_real(leaves[place]) for place in there}
-        hyper, own = self._hyper_at(outer, [reals.get(place) for place in range(len(leaves))], loss, grads)
-        hyper = take(hyper, there)
-        changed = change_in_cells(self.before, [*reals.values()], weights, hyper)
-        passed = tree.unflatten(structure, _in_places(changed, leaves, there))
-        moved, after = self.optimizer(passed, inner, params, loss=loss)
+        weights = _real(structure, params, there)
+        gradients, hyper, own = self._hyper_there(outer, leaves, there, loss, grads)
+        changed = _in_places(change_in_cells(self.before, gradients, weights, hyper), leaves, there)
+        moved, after = self.optimizer(tree.unflatten(structure, changed), inner, params, loss=loss)
         moved = tree.leaves(moved)
         updates = change_in_cells(self.after, [tree.as_real(moved[place]) for place in there], weights, hyper)
         return tree.unflatten(structure, _in_places(updates, leaves, there)), {
@@ -86,18 +79,25 @@ class Transform(Optimizer):
         own = super().values(outer, loss=loss, grads=grads, params=params)
         if grads is not None and any(isinstance(module, Schedule) for module in self.optimizer.modules()):
             is_known = loss is not None or not outer["schedules"]  # else there is nothing exact for the inner one to see
-            grads = self._seen(outer, loss, grads, params) if is_known else None
+            grads = self._change(outer, grads, params, loss) if is_known else None
         behind = self.optimizer.values(inner, loss=loss, grads=grads, params=params)
         return own | {f"optimizer.{name}": value for name, value in behind.items()}
 
-    def _seen(self, state: State, loss: Tensor | None, grads: Tree, params: Tree | None) -> Tree:
+    def _hyper_there(
+        self, state: State, leaves: list[Any], there: list[int], loss: Tensor | None, grads: Tree
+    ) -> tuple[Leaves, Hyper, dict[str, Any]]:
+        """Return (the gradients that are there, their hyperparameters, the next states of schedules)."""
+        real = {place: tree.as_real(leaves[place]) for place in there}
+        hyper, schedules = self._hyper_at(state, [real.get(place) for place in range(len(leaves))], loss, grads)
+        return [*real.values()], take(hyper, there), schedules
+
+    def _change(self, state: State, grads: Tree, params: Tree | None, loss: Tensor | None) -> Tree:
         """Return the gradients that the inner optimizer sees."""
         leaves, structure = tree.flatten(grads)
-        gradients = [tree.as_real(leaf) for leaf in leaves]
-        weights = None if params is None else [tree.as_real(leaf) for leaf in tree.flatten_like(structure, params, "params")]
-        hyper, _ = self._hyper_at(state, gradients, loss, grads)
-        changed = change_in_cells(self.before, gradients, weights, hyper)
-        return tree.unflatten(structure, _in_places(changed, leaves, [*range(len(leaves))]))
+        there = [place for place, leaf in enumerate(leaves) if leaf is not None]
+        gradients, hyper, _ = self._hyper_there(state, leaves, there, loss, grads)
+        changed = change_in_cells(self.before, gradients, _real(structure, params, there), hyper)
+        return tree.unflatten(structure, _in_places(changed, leaves, there))
 
     def _split(self, state: State) -> tuple[State, State]:
         """Return (the state of the inner optimizer, the state with this one's own schedules).
@@ -114,8 +114,16 @@ class Transform(Optimizer):
         return {**state, "schedules": schedules.pop("optimizer")}, {**state, "schedules": schedules}
 
 
+def _real(structure: Structure, params: Tree | None, there: list[int]) -> Leaves | None:
+    """Return the parameters in some places, complex ones as real."""
+    if params is None:
+        return None
+    given = tree.flatten_like(structure, params, "params")
+    return [tree.as_real(given[place]) for place in there]
+
+
 def _in_places(tensors: Leaves, leaves: list[Any], there: list[int]) -> list[Any]:
-    """Return the tensors in their places among the leaves, None in the others; as complex what stands for a complex leaf."""
+    """Return the tensors in their places among the leaves, as complex where the leaf is; None elsewhere."""
     placed: list[Any] = [None] * len(leaves)
     for place, tensor in zip(there, tensors, strict=True):
         placed[place] = tree.as_complex(tensor) if leaves[place].is_complex() else tensor
@@ -130,8 +138,7 @@ def checked(owner: Optimizer, optimizer: Any) -> Optimizer:
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"{type(owner).__name__}: `optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}."
-            f"{type(optimizer).__name__}. Use one from `metaopt.optimizers`, for example "
-            "`metaopt.optimizers.SGD(lr=0.1)`."
+            f"{type(owner).__name__}: `optimizer` must be a metaopt Optimizer, got {type(optimizer).__name__}. "
+            "Use one from `optimizers`, for example `optimizers.SGD(lr=0.1)`."
         )
     return optimizer

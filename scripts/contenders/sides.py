@@ -130,9 +130,7 @@ COMPARISONS = {
         [
             Side("higher", "with_higher"),
             Side("TorchOpt", "with_torchopt"),
-            Side("PyTorch by hand", "by_hand"),
-            Side("metaopt", "with_metaopt"),
-            Side("metaopt, compiled", "with_metaopt", {"compile": True}),
+            *EAGER,
         ],
         # In float64 the gradients agree to 1e-13; 1 - beta^t loses digits in float32.
         tolerance=1e-3,

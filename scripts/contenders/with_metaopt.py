@@ -124,7 +124,7 @@ def imaml(problem: problems.IMAML, *, compile: bool = False) -> Run:
     return hypergradients(mo.LevelGraph([edge], compile=compile), "initial")
 
 
-def logistic_regression(problem: problems.LogisticRegression, *, compile: bool = False) -> Run:
+def logistic_regression(problem: problems.LogisticRegression) -> Run:
     train, validation = problem.data()
 
     def train_loss(levels: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -145,7 +145,7 @@ def logistic_regression(problem: problems.LogisticRegression, *, compile: bool =
     model = mo.Level("model", problem.model(), train_loss, SGD(problem.lr), data=[train])
     decay = mo.Level("decay", problem.decay(), validation_loss, Adam(problem.outer_lr), data=[validation])
     edge = mo.Edge(upper=decay, lower=model, steps=problem.steps, start="restart", differentiate=rule)
-    return hypergradients(mo.LevelGraph([edge], compile=compile), "decay")
+    return hypergradients(mo.LevelGraph([edge]), "decay")
 
 
 def hypergradients(graph: mo.LevelGraph, level: str) -> Run:
@@ -161,7 +161,7 @@ def hypergradients(graph: mo.LevelGraph, level: str) -> Run:
     return run
 
 
-def many_tensors(problem: problems.ManyTensors, *, compile: bool = False) -> Run:
+def many_tensors(problem: problems.ManyTensors) -> Run:
     net, (train, validation) = mo.functional(problem.model()), problem.data()
 
     def loss(params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -170,7 +170,7 @@ def many_tensors(problem: problems.ManyTensors, *, compile: bool = False) -> Run
 
     def run() -> dict[str, Tensor]:
         adam = Adam(problem.lr, eps=problem.eps)
-        out = mo.minimize(loss, adam, net.params, train, steps=problem.steps, compile=compile)
+        out = mo.minimize(loss, adam, net.params, train, steps=problem.steps)
         found = torch.autograd.grad(loss(out.params, validation), list(net.params.values()))
         return dict(zip(net.params, found, strict=True))
 

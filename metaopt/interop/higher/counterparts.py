@@ -145,7 +145,7 @@ class DifferentiableRMSprop(Counterpart):
 
 
 class DifferentiableASGD(Counterpart):
-    """The differentiable counterpart of `torch.optim.ASGD`; of what that remembers, its `mu` follows from the step."""
+    """The differentiable counterpart of `torch.optim.ASGD`, whose `mu` follows from the step."""
 
     torch_type = torch.optim.ASGD
 

@@ -26,9 +26,10 @@ class DifferentiableOptimizer(abc.ABC):
 
     For an optimizer of your own, define `_update` in a subclass and make it known with `register_optim`.
 
-    `param_groups` are those of the live optimizer at that time, with the fast weights of the last step as "params"; what is written
-    there counts from the next step on. A scheduler that changes the live one later is warned of. `state[group][i]` is the memory
-    for the group's i-th parameter, under torch's names.
+    `param_groups` are those of the live optimizer at that time, with the fast weights of the last
+    step as "params"; what is written there counts from the next step on. A scheduler that changes
+    the live one later is warned of. `state[group][i]` is the memory for the group's i-th parameter,
+    under torch's names.
 
     Args:
         other: the live optimizer; it is only read.
@@ -147,7 +148,7 @@ class DifferentiableOptimizer(abc.ABC):
         return grads
 
     def _warn_of_a_scheduler(self) -> None:
-        """Warn once if the live optimizer's learning rate changed and this one goes on with what it was."""
+        """Warn once if the live optimizer's rate changed, and this one goes on with what it was."""
         live = self._live()
         if live is None or self._rates is None:
             return

@@ -213,7 +213,7 @@ def _maybe_mask(tensor: Tensor, mask: Tensor) -> None:
 
 
 def _recursive_apply(replacement: Any, target: Any) -> Any:
-    """Return the replacement in the form of the target; one of a tensor is written into it, as in higher."""
+    """Return the replacement in the form of the target; a tensor is written into the target."""
     if isinstance(target, Tensor) and isinstance(replacement, Tensor):
         with torch.no_grad():
             return target.copy_(replacement)

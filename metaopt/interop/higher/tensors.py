@@ -35,7 +35,7 @@ def leaf(tensor: Tensor, device: Any = None, *, copy: bool = True) -> Tensor:
 
 
 def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Return the tree of dicts, lists, tuples and sets with `fn` applied to what is none of these."""
+    """Return the tree with `fn` applied to whatever is no dict, list, tuple or set."""
     if isinstance(tree, dict):
         return {key: map_leaves(fn, branch) for key, branch in tree.items()}
     if isinstance(tree, list | tuple | set):

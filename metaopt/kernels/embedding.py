@@ -1,0 +1,36 @@
+"""Embeddings whose gradient is dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Where `sparse` stands among the arguments.
+_PLACES: dict[Callable[..., Any], int] = {F.embedding: 6, F.embedding_bag: 7, torch.embedding: 4}
+
+
+def asks_for_sparse(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Say whether the gradient of this call would be sparse."""
+    place = _PLACES[func]
+    return bool(args[place] if len(args) > place else kwargs.get("sparse", False))
+
+
+def _dense(func: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Return the function with `sparse=False`.
+
+    Optimizers compute with gradients, and of sparse ones torch can neither take roots nor map over them.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        args = args[: _PLACES[func]] + (False,) * (len(args) > _PLACES[func]) + args[_PLACES[func] + 1 :]
+        result: Tensor = func(*args, **{**kwargs, **({"sparse": False} if "sparse" in kwargs else {})})
+        return result
+
+    return call
+
+
+EMBEDDINGS: dict[Callable[..., object], Callable[..., Tensor]] = {func: _dense(func) for func in _PLACES}

@@ -1,0 +1,40 @@
+"""Adding updates to parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.tree import Tree
+
+
+def apply_updates(params: Tree, updates: Tree) -> Tree:
+    """Return w + u leaf by leaf, in the dtype of w; w where u is None.
+
+    Raises:
+        ValueError: an update has another shape than its parameter.
+    """
+    with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
+        return tree.map(apply_update, params, updates)
+
+
+def apply_update(param: Tensor, update: Tensor | None) -> Tensor:
+    """Return w + u for one tensor; see `apply_updates`."""
+    if update is None:
+        return param
+    return fitted(param, param + update if param.shape == update.shape else update)
+
+
+def fitted(param: Tensor, after: Tensor) -> Tensor:
+    """Return what a parameter became, in its dtype.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if param.shape != after.shape:
+        raise ValueError(
+            f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(after.shape)}. A tensor "
+            "hyperparameter must be a scalar or have the shape of every parameter; for different parameters use `Grouped`."
+        )
+    return after if after.dtype == param.dtype else after.to(param.dtype)
