@@ -12,7 +12,7 @@ from level_problems import CG, Value, level
 from torch import Tensor, nn
 
 import metaopt as mo
-from optimizers import SGD
+from optimizers import SGD, Adam
 
 BACKPROP = mo.Backprop()
 
@@ -234,21 +234,21 @@ LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"level 'a': `optimizer` must be a metaopt Optimizer, got torch.optim.sgd.SGD.*mo.from_torch",
     ),
     "frozen": (
-        lambda: mo.Level("a", nn.Linear(1, 1).requires_grad_(False), None, SGD(0.1)),
+        lambda: mo.Level("a", nn.Linear(1, 1).requires_grad_(False), abs, SGD(0.1)),
         ValueError,
         r"level 'a': the model has no trainable",
     ),
     "accumulate": (
-        lambda: level("a", 1.0, None, accumulate=0),
+        lambda: level("a", 1.0, abs, accumulate=0),
         ValueError,
         r"level 'a': `accumulate` must be an integer of at least 1, got 0",
     ),
     "warmup": (
-        lambda: level("a", 1.0, None, warmup=1.5),
+        lambda: level("a", 1.0, abs, warmup=1.5),
         ValueError,
         r"level 'a': `warmup` must be an integer of at least 0, got 1.5",
     ),
-    "nowhere": (lambda: mo.Edge(level("a", 1.0, None), None), TypeError, r"Edge: `lower` must be a Level, got None"),
+    "nowhere": (lambda: mo.Edge(level("a", 1.0, abs), None), TypeError, r"Edge: `lower` must be a Level, got None"),
     "edge steps": (
         lambda: mo.Edge(*named("a", "b"), steps=0),
         ValueError,
@@ -264,6 +264,27 @@ LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: mo.Edge(*named("a", "b"), look_ahead="SGD"),
         TypeError,
         r"Edge a -> b: `look_ahead` must be True, False, or the metaopt Optimizer of the virtual steps, got 'SGD'",
+    ),
+    "loss": (lambda: level("a", 1.0, None), TypeError, r"level 'a': `loss` must be a function loss\(levels, batch\), got NoneType"),
+    "unused": (
+        lambda: level("a", 1.0, abs, allow_unused="yes"),
+        TypeError,
+        r"level 'a': `allow_unused` must be True or False, got 'yes'",
+    ),
+    "precision": (
+        lambda: level("a", 1.0, abs, precision=torch.int8),
+        TypeError,
+        r"level 'a': `precision` must be a floating-point dtype or None, got torch.int8",
+    ),
+    "one edge": (
+        lambda: mo.LevelGraph(mo.Edge(*named("a", "b"))),
+        TypeError,
+        r"`edges` must be a list of Edge, got one Edge a -> b. Write LevelGraph\(\[edge\]\)",
+    ),
+    "an array": (
+        lambda: two(lower={"data": torch.ones(3, 2).numpy()}),
+        TypeError,
+        r"level 'low': `data` must be an iterable of batches, got a ndarray, which looks like one batch",
     ),
     "no edge": (lambda: mo.LevelGraph(named("a", "b")), TypeError, r"`edges` must be a list of Edge, got a Level in it"),
     "one batch": (
@@ -407,3 +428,42 @@ def test_a_compiled_step_sees_it_too(bad: float) -> None:
     graph = mo.LevelGraph([mo.Edge(top, low, steps=3, differentiate=mo.FiniteDifference())], compile=True)
     with pytest.raises(mo.NonFiniteError, match=f"level 'low', step 1: the loss is {bad}"):
         graph.step()
+
+
+STATES: dict[str, tuple[Callable[[], Any], str]] = {
+    "a list": (lambda: [], r"a state must have the parts \['data', 'initial', 'levels', 'steps'\], got a list"),
+    "a part": (lambda: {"levels": {}}, r"a state must have the parts .*, got \['levels'\]"),
+    "another optimizer": (
+        lambda: two(lower={"optimizer": Adam(0.1)}).state_dict(),
+        r"the state is that of another graph. At levels\['top'\].*\['optimizer'\].* where this graph has nothing",
+    ),
+    "another shape": (
+        lambda: two(lower={"value": torch.ones(3)}, upper={"value": torch.ones(3)}).state_dict(),
+        r"it has a torch.float\d+ of shape \(3,\), where this graph has a torch.float\d+ of shape \(2,\)",
+    ),
+    "another level": (
+        lambda: mo.LevelGraph([mo.Edge(*named("top", "other", reads={"top": "other", "other": "top"}))]).state_dict(),
+        r"At levels\['top'\]\['below'\]\['low'\].* it has nothing, where this graph has a torch",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_of_another_graph_is_refused_and_nothing_is_changed(kind: str) -> None:
+    make, message = STATES[kind]
+    graph = two(upper={"data": None})
+    graph.step()
+    before = graph.params("top")["value"].clone()
+    with pytest.raises(ValueError, match=message):
+        graph.load_state_dict(make())
+    assert torch.equal(graph.params("top")["value"], before)
+    graph.load_state_dict(graph.state_dict())
+
+
+def test_a_gradient_that_is_not_finite_is_named_before_it_spoils_the_parameters() -> None:
+    """The loss is finite where the square root has no derivative."""
+    graph = two(upper={"loss": lambda s, _: (s.top() - s.top().detach()).sqrt().sum() + s.low().sum()})
+    before = graph.params("top")["value"].clone()
+    with pytest.raises(mo.NonFiniteError, match=r"level 'top', step 0: the gradient norm is (inf|nan)"):
+        graph.step()
+    assert torch.equal(graph.params("top")["value"], before)

@@ -709,6 +709,56 @@ def test_a_graph_as_text() -> None:
     ]
 
 
+def test_the_present_values_of_schedules_and_learned_rates_can_be_read() -> None:
+    """A cosine over 4 steps from 0.4, two steps of the lower level for one of the upper, which learns the rate of the third."""
+    rate = SGD(nn.Parameter(torch.tensor(0.1)))
+    top = mo.Level("top", rate, lambda s, _: s.low().square().sum(), SGD(0.5))
+    low = level("low", torch.ones(2), lambda s, _: s.low().square().sum(), optimizer=rate)
+    other = level(
+        "other", torch.ones(2), lambda s, _: (s.other() - s.top.params["lr"]).square().sum(), optimizer=SGD(Cosine(0.4, steps=4))
+    )
+    graph = mo.LevelGraph([mo.Edge(top, low), mo.Edge(top, other, steps=2)])
+    assert "lr is now 0.1" in str(graph)
+    graph.step()
+    values = graph.values()
+    torch.testing.assert_close(values["other/lr"], torch.tensor(0.2), rtol=1e-12, atol=0)  # half-way
+    torch.testing.assert_close(values["low/lr"], graph.params("top")["lr"], rtol=0, atol=0)
+    assert values["top/lr"] == 0.5
+    assert values["low/lr"] != 0.1
+    lines = str(graph).splitlines()
+    assert next(line for line in lines if line.startswith("  other ")).endswith("lr is now 0.2")
+    assert "is now" not in next(line for line in lines if line.startswith("  top "))
+
+
+def test_a_trainer_logs_them() -> None:
+    logged: dict[int, dict[str, float]] = {}
+
+    class Memory:
+        def log(self, step: int, metrics: dict[str, float]) -> None:
+            logged.setdefault(step, {}).update(metrics)
+
+        def close(self) -> None:
+            return None
+
+    low = level("low", torch.ones(2), lambda s, _: (s.low() - s.top()).square().sum(), optimizer=SGD(Cosine(0.4, steps=2)))
+    top = level("top", torch.ones(2), lambda s, _: s.low().square().sum(), 0.1)
+    mo.Trainer(mo.LevelGraph([mo.Edge(top, low)]), max_steps=2, logger=Memory(), progress=False).fit()
+    assert logged[1]["low/lr"] == pytest.approx(0.4)
+    assert logged[2]["low/lr"] == pytest.approx(0.2)
+    assert logged[2]["top/lr"] == 0.1
+
+
+def test_values_of_copies_are_their_mean() -> None:
+    low = level(
+        "low", torch.ones(2), lambda s, x: (s.low() - s.top() * x).square().sum(), optimizer=SGD(Cosine(0.4, steps=2)), copies=3
+    )
+    top = level("top", torch.ones(2), lambda s, _: s.low().square().sum(), 0.1)
+    low.batches = [torch.ones(3, 2)]
+    graph = mo.LevelGraph([mo.Edge(top, low)])
+    graph.step()
+    assert float(graph.values()["low/lr"]) == pytest.approx(0.2)
+
+
 def test_a_graph_as_a_picture(tmp_path: Any) -> None:
     graph = shared((3, 2), (mo.Backprop(), CG))
     graph.draw(tmp_path / "graph.png")

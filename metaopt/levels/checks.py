@@ -18,6 +18,8 @@ def named_levels(edges: Sequence[Edge]) -> dict[str, Level]:
         TypeError: something is no edge.
         ValueError: there are no edges, an edge stands twice, two levels have one name, or one parameter belongs to two levels.
     """
+    if isinstance(edges, Edge):
+        raise TypeError(f"LevelGraph: `edges` must be a list of Edge, got one {edges}. Write LevelGraph([edge]).")
     for edge in edges:
         if not isinstance(edge, Edge):
             raise TypeError(f"LevelGraph: `edges` must be a list of Edge, got a {type(edge).__name__} in it.")

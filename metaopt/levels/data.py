@@ -29,7 +29,11 @@ class Stream:
     """
 
     def __init__(self, level: str, data: Iterable[Any] | None, device: torch.device):
-        if isinstance(data, Tensor | dict) or (isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data)):
+        if (
+            isinstance(data, Tensor | dict)
+            or hasattr(data, "__array__")
+            or (isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data))
+        ):
             raise TypeError(
                 f"level {level!r}: `data` must be an iterable of batches, got a {type(data).__name__}, which looks like one batch. "
                 "For a batch that is the same at every step write `data=[batch]`."

@@ -26,8 +26,9 @@ from metaopt.levels.level import Level
 from metaopt.levels.order import Owner, arrange
 from metaopt.levels.program import Program, all_shown, find_links, rest
 from metaopt.levels.reading import Pair, Reading, read, read_all
+from metaopt.levels.state import check_state
 from metaopt.levels.text import describe
-from metaopt.levels.update import initial_state
+from metaopt.levels.update import initial_state, values_of
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
@@ -88,7 +89,7 @@ class LevelGraph:
         levels with `copies`).
 
         Raises:
-            NonFiniteError: a loss is not finite; the state is then that before the step.
+            NonFiniteError: a loss, or the gradient of a top level, is not finite; the state is then that before the step.
             ValueError: no derivative arrives at a parameter, batches do not fit, or it is called in inference mode or inside a
                 transform of `torch.func`.
         """
@@ -143,6 +144,15 @@ class LevelGraph:
             execution, state = self._execution.looking_ahead(level, state)
             return execution.total(level, params, scene, rest(state), rows, window, at_point=False)[0]
 
+    def values(self) -> dict[str, float | Tensor]:
+        """Return the values of all hyperparameters in the levels' next steps, by "level/name": those of schedules, learned rates.
+
+        A schedule that observes the loss is given that of the level's last step. Of copies it is their mean.
+        """
+        with torch.no_grad():
+            found = {name: values_of(level, self._state(name)) for name, level in self.program.levels.items()}
+        return {f"{name}/{key}": value for name, values in found.items() for key, value in values.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on, apart from the order of the data and the global random state."""
         return {
@@ -153,7 +163,12 @@ class LevelGraph:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a state, also in the levels' models. Data is wound to where it was, generators go on from where they are."""
+        """Go back to a state, also in the levels' models. Data is wound to where it was, generators go on from where they are.
+
+        Raises:
+            ValueError: it is the state of another graph; then nothing is changed.
+        """
+        check_state(state, self.state_dict())
         self._states, self._steps = state["levels"], state["steps"]
         self.program.initial.update(state["initial"])
         for name, position in state["data"].items():
@@ -165,7 +180,7 @@ class LevelGraph:
         draw(self.program, path)
 
     def __str__(self) -> str:
-        return describe(self.program)
+        return describe(self.program, self.values())
 
     # Building
 
@@ -280,7 +295,7 @@ def _checked(states: Tree, step: int) -> dict[str, float | Tensor]:
         step: which one; levels that make several count for themselves.
 
     Raises:
-        NonFiniteError: a loss is not finite.
+        NonFiniteError: a loss is not finite, or the gradient of a top level.
     """
     metrics: dict[str, float | Tensor] = {}
     for name, state in states.items():
@@ -291,6 +306,9 @@ def _checked(states: Tree, step: int) -> dict[str, float | Tensor]:
             first = [*map(math.isfinite, values)].index(False)
             at = progress["steps"].reshape(-1).tolist()[first] - 1 if "steps" in progress else step
             raise NonFiniteError(f"level {name!r}", at, values[first])
+        norm = state["metrics"].get("gradient norm", loss)
+        if not math.isfinite(norm.mean()):
+            raise NonFiniteError(f"level {name!r}", step, float(norm.mean()), what="gradient norm")
         found = {"loss": loss, **state["metrics"]}
         metrics |= {f"{name}/{key}": metric.mean() if metric.ndim else metric for key, metric in found.items()}
     return metrics

@@ -44,7 +44,7 @@ class Level:
 
     Raises:
         ValueError: the name is no identifier, nothing is trainable, or a number is out of range.
-        TypeError: `model` is no module, or `optimizer` no metaopt optimizer.
+        TypeError: `model` is no module, `optimizer` no metaopt optimizer, `loss` no function, or a setting of another type.
     """
 
     def __init__(
@@ -73,6 +73,14 @@ class Level:
                 raise ValueError(f"level {name!r}: `{what}` must be an integer of at least {least}, got {value!r}.")
         if not isinstance(model, nn.Module):
             raise TypeError(f"level {name!r}: `model` must be an nn.Module, got {type(model).__name__}.")
+        if not callable(loss):
+            raise TypeError(f"level {name!r}: `loss` must be a function loss(levels, batch), got {type(loss).__name__}.")
+        if not isinstance(allow_unused, bool):
+            raise TypeError(f"level {name!r}: `allow_unused` must be True or False, got {allow_unused!r}.")
+        if precision is not None and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
+            raise TypeError(
+                f"level {name!r}: `precision` must be a floating-point dtype or None, got {precision!r}. Write torch.bfloat16."
+            )
         self.net = functional(model)
         if not self.net.params:
             raise ValueError(f"level {name!r}: the model has no trainable parameters. Is every parameter frozen?")

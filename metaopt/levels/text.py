@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
 
 from metaopt.levels.order import Owner
 from metaopt.levels.program import Program
 
 
-def describe(program: Program) -> str:
-    """Return the levels, the edges with their rules, and what happens in one step, as lines of text."""
+def describe(program: Program, values: Mapping[str, float | Tensor]) -> str:
+    """Return the levels, the edges with their rules, and what happens in one step, as lines of text.
+
+    Args:
+        program: what the graph is.
+        values: "level/name" -> the present value of a hyperparameter; those that are tensors are shown, the others are constants.
+    """
     lines = [f"LevelGraph with {counted(len(program.levels), 'level')} and {counted(len(program.edges), 'edge')}", "levels"]
     width = max(map(len, program.levels))
     for name in program.order.levels:
@@ -17,6 +24,11 @@ def describe(program: Program) -> str:
         size = sum(param.numel() for param in level.net.params.values())
         options = [
             f"{key}={value}" for key in ("copies", "accumulate", "warmup") if (value := getattr(level, key)) not in (None, 0, 1)
+        ]
+        options += [
+            f"{key.removeprefix(f'{name}/')} is now {float(value):.4g}"
+            for key, value in values.items()
+            if key.startswith(f"{name}/") and isinstance(value, Tensor) and value.numel() == 1
         ]
         lines.append(f"  {name:{width}}  {counted(size, 'parameter')}, {', '.join([_one_line(level.optimizer), *options])}")
     lines.append("edges")

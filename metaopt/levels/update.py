@@ -14,6 +14,7 @@ from metaopt.levels.program import Program
 from metaopt.levels.reading import Reading
 from metaopt.optimizer import Observe
 from metaopt.optimizer.hyperparameter import Value
+from metaopt.transforms import constant
 from metaopt.tree import Tree
 
 
@@ -99,6 +100,16 @@ def rate(level: Level, inputs: dict[str, Tree], others: Tree, params: Params, ob
     """Return the step size that the level's optimizer would use next, an `InnerLoop`'s rate."""
     optimizer = level.optimizer
     return lent(optimizer, inputs["optimizer"], optimizer.rate, others["optimizer"], params, observe)  # type: ignore[no-any-return]
+
+
+def values_of(level: Level, state: Tree) -> dict[str, float | Tensor]:
+    """Return the values of the optimizer's hyperparameters in the next step from a state; of copies their mean."""
+    seen = {key: state[key] for key in ("optimizer", "progress", "params")}
+    each = [
+        tree.map(constant, level.optimizer.values(one["optimizer"], loss=one["progress"]["loss"], params=one["params"]))
+        for one in ([seen] if level.copies is None else [tree.index(seen, i) for i in range(level.copies)])
+    ]
+    return {key: sum(values[key] for values in each) / len(each) for key in each[0]}
 
 
 def _counted(progress: Tree, loss: Tensor) -> Tree:

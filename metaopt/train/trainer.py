@@ -39,7 +39,9 @@ class Trainer:
     Args:
         training: what to train.
         max_steps: number of steps.
-        logger: takes the metrics of each step, and "validation".
+        logger: takes the metrics of each step, and "validation"; and, of a training that has a
+            method `values`, as a `LevelGraph` has, the numbers that it returns before the step:
+            those of schedules and learned rates.
         validate: returns a number, lower is better; called before the first step, every
             `validate_every` steps, and after the last. After `fit` the training is back in the
             state that validated best.
@@ -89,9 +91,10 @@ class Trainer:
         try:
             self._validate(0, progress)
             for step in range(1, self.max_steps + 1):
+                values = {} if self.logger is None else _values(self.training)
                 metrics = {name: _as_number(f"The metric {name!r}", value) for name, value in self.training.step().items()}
                 if self.logger is not None:
-                    self.logger.log(step, metrics)
+                    self.logger.log(step, values | metrics)
                 progress.advance()
                 if step % self.validate_every == 0 or step == self.max_steps:
                     self._validate(step, progress)
@@ -118,6 +121,13 @@ def _require_methods(name: str, given: Any, methods: tuple[str, ...]) -> None:
     missing = [method for method in methods if not callable(getattr(given, method, None))]
     if missing:
         raise TypeError(f"`{name}` must have the methods {', '.join(methods)}, got {type(given).__name__} without {missing}.")
+
+
+def _values(training: Any) -> dict[str, float]:
+    """Return the hyperparameters that are single numbers, of a training that tells them."""
+    tell = getattr(training, "values", None)
+    found: Mapping[str, Any] = tell() if callable(tell) else {}
+    return {name: float(value) for name, value in found.items() if not isinstance(value, Tensor) or value.numel() == 1}
 
 
 def _as_count(name: str, value: Any) -> int:
