@@ -56,7 +56,7 @@ def test_rules_beside_the_closed_form() -> None:
     table = report.table()
     assert "relative error" in table
     assert len(table.splitlines()) == 2 + 3
-    assert "T1T2(" in table
+    assert "T1T2(scale=1.0)" in table
 
 
 @pytest.mark.parametrize("rule", [mo.Backprop(), mo.T1T2(), CG])
