@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 import warnings
 from collections.abc import Callable
@@ -38,6 +39,7 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(*args)
         if not torch.is_grad_enabled():  # parameters and what is computed from them then share one compiled version
             args = tree.map(_constant, args)
+        _load_compiler()
         limit = torch._dynamo.config.recompile_limit
         try:
             torch._dynamo.config.recompile_limit = ENTRIES
@@ -58,6 +60,14 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn(*args)
 
     return call
+
+
+@functools.cache  # `catch_warnings` takes time, and is not safe where threads run beside: once is enough
+def _load_compiler() -> None:
+    """Let torch load its compiler, without the warning that it gives itself then: seen in 2.13 to 2.15."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script(_method)?` is deprecated")
+        importlib.import_module("torch._inductor.compile_fx")
 
 
 def _are_real_and_on_cpu(args: Any) -> bool:

@@ -225,12 +225,16 @@ class MetaGradient:
         reached: set[int] = set()
         for task in tasks:
             at, value = evaluate(task)
+
+            def again(task: Tree = task) -> list[Tensor]:
+                return [evaluate(task)[1]]
+
             if not is_tracked(value):
                 raise ValueError(
                     "`task_loss` must depend on `params`, but its gradient would be zero: nothing that it computes from them "
                     "reaches the loss. Call the model as `net(params, x)`; detach nothing on the way."
                 )
-            if find_hidden([value], lambda task=task: [evaluate(task)[1]], at) is not None:
+            if find_hidden([value], again, at) is not None:
                 raise ValueError(
                     f"`task_loss` depends on {tracked_names(self.task_loss, value)}, which requires grad but is not "
                     "differentiated here. To learn it, pass the module that it belongs to: `meta_grad(task_loss, "

@@ -67,6 +67,15 @@ class EvolutionStrategy:
             raise ValueError(f"EvolutionStrategy: `seed` must be an integer, got {self.seed!r}.")
         object.__setattr__(self, "_draws", _Count())
 
+    @property
+    def draws(self) -> int:
+        """How many blocks of noise this object has drawn."""
+        return self._draws.made
+
+    def wind_to(self, draws: int) -> None:
+        """Go on as if this object had drawn so many blocks."""
+        self._draws.made = draws
+
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
         given = sources(loop)
 

@@ -230,7 +230,7 @@ def _resumed(optimizer: Optimizer, part: Part, like: Leaves) -> State:
     """Return the state of a part, with the memory that is known in place of zeros."""
     state = optimizer.init(like)
     memory = {
-        name: [old.to(leaf.device, leaf.dtype) for old, leaf in zip(part.memory[name], like, strict=True)]
+        name: [tree.as_real(old.to(leaf.device, leaf.dtype)) for old, leaf in zip(part.memory[name], like, strict=True)]
         for name in state["slots"].keys() & part.memory.keys()
     }
     shared = {name: part.memory[name][0].to(state["shared"][name]) for name in state["shared"].keys() & part.memory.keys()}

@@ -15,6 +15,7 @@ from metaopt import tree
 from metaopt.autodiff.graph import VARIABLES
 from metaopt.batching import prefers_loop
 from metaopt.compiled import compiled
+from metaopt.differentiate import EvolutionStrategy
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Params
 from metaopt.levels.checks import check_program, named_levels
@@ -160,6 +161,7 @@ class LevelGraph:
             "initial": dict(self.program.initial),
             "data": {name: one.position for name, one in self._streams.items()},
             "steps": self._steps,
+            "draws": {str(edge): rule.draws for edge, rule in self._drawing()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -171,6 +173,8 @@ class LevelGraph:
         check_state(state, self.state_dict())
         self._states, self._steps = state["levels"], state["steps"]
         self.program.initial.update(state["initial"])
+        for edge, rule in self._drawing():
+            rule.wind_to(state["draws"][str(edge)])
         for name, position in state["data"].items():
             self._streams[name].seek(position)
         self._load()
@@ -181,6 +185,11 @@ class LevelGraph:
 
     def __str__(self) -> str:
         return describe(self.program, self.values())
+
+    def _drawing(self) -> list[tuple[Edge, EvolutionStrategy]]:
+        """Return the edges whose rules draw noise of their own."""
+        rules = [(edge, edge.differentiate) for edge in self.program.edges]
+        return [(edge, rule) for edge, rule in rules if isinstance(rule, EvolutionStrategy)]
 
     # Building
 

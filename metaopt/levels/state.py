@@ -19,7 +19,7 @@ def check_state(given: Any, own: dict[str, Any]) -> None:
     if not isinstance(given, dict) or given.keys() != own.keys():
         found = sorted(given) if isinstance(given, dict) else f"a {type(given).__name__}"
         raise ValueError(f"LevelGraph: a state must have the parts {sorted(own)}, got {found}. Take one from `graph.state_dict()`.")
-    for part in ("levels", "initial", "data"):
+    for part in ("levels", "initial", "data", "draws"):
         one, other = _kinds(given[part]), _kinds(own[part])
         for path in [*other, *one]:
             if one.get(path) != other.get(path):

@@ -110,7 +110,13 @@ def check_shapes(owner: nn.Module, hyper: Mapping[str, Any], leaves: Sequence[Te
     for name, value in hyper.items():
         each = [value.values[key] for key in value.keys] if type(value) is Spread else [value] * len(leaves)
         for one, leaf in zip(each, leaves, strict=True):
-            if leaf is not None and isinstance(one, Tensor) and one.ndim and one.shape != leaf.shape and one.numel() != 1:
+            if (
+                leaf is not None
+                and isinstance(one, Tensor)
+                and one.ndim
+                and one.shape != leaf.shape
+                and (one.numel() != 1 or one.ndim > leaf.ndim)
+            ):
                 raise ValueError(
                     f"{type(owner).__name__}: `{name}` must be a scalar, or have the shape of every parameter that it meets, got "
                     f"shape {tuple(one.shape)} for a parameter of shape {tuple(leaf.shape)}. A value for each step is "

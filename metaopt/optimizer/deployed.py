@@ -88,7 +88,8 @@ class Deployed(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; tensors move to the devices of the parameters.
+        """Restore what `state_dict` returned; tensors move to the devices and dtypes of the parameters,
+        which are known by their places, as in torch, whatever names they were saved under.
 
         Raises:
             ValueError: the groups or the optimizer's memory do not fit these parameters; nothing is changed then.
@@ -97,8 +98,12 @@ class Deployed(torch.optim.Optimizer):
             f"group {index}": self._fitted(f"group {index}", group, saved, state_dict["state"])
             for index, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False))
         }
+        names = [group.get("param_names") for group in self.param_groups]
         super().load_state_dict(state_dict)
         self.param_groups = [by_items(group) for group in self.param_groups]
+        for group, own in zip(self.param_groups, names, strict=True):  # parameters go by their places, and keep their names
+            group.pop("param_names", None)
+            group |= {} if own is None else {"param_names": own}
         self.state.update({key: memory for key, memory in fitted.items() if memory is not None})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,14 +128,15 @@ class Deployed(torch.optim.Optimizer):
         with self._options(saved):
             empty = self._optimizer.init(params)
             expected, structure = tree.flatten(self._optimizer.separate(empty, params) if "steps" in states[key] else empty)
-        found = tree.flatten_like(structure, states[key], f"state_dict['state'][{key!r}]")
+        memory = _renamed(states[key], dict(zip(saved.get("param_names") or map(str, range(len(params))), params, strict=False)))
+        found = tree.flatten_like(structure, memory, f"state_dict['state'][{key!r}]")
         for own, other in zip(expected, found, strict=True):
             if own.shape != other.shape:
                 raise ValueError(
                     f"`state_dict` was saved for another model: the memory of {key} has a tensor of shape {tuple(other.shape)}, "
                     f"expected {tuple(own.shape)}."
                 )
-        return share_equal(tree.unflatten(structure, [other.to(own.device) for own, other in zip(expected, found, strict=True)]))
+        return share_equal(tree.unflatten(structure, [other.to(own) for own, other in zip(expected, found, strict=True)]))
 
     def _step_group(self, key: str, group: dict[str, Any], loss: Tensor | None) -> None:
         params = _named(group)
@@ -168,6 +174,21 @@ def _named(group: dict[str, Any]) -> dict[str, Tensor]:
     """Return the parameters of a group by the names they were given with, else by their position."""
     params = group["params"]
     return dict(zip(group.get("param_names") or map(str, range(len(params))), params, strict=True))
+
+
+def _renamed(memory: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Return a saved memory with other names for the parameters, in their order."""
+
+    def rename(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        if node and node.keys() <= names.keys():
+            return {own: node[saved] for saved, own in names.items() if saved in node}
+        return {key: rename(part) for key, part in node.items()}
+
+    of_params = {kind: memory[kind] for kind in ("slots", "shared") if kind in memory}
+    renamed: dict[str, Any] = {kind: {name: rename(slot) for name, slot in slots.items()} for kind, slots in of_params.items()}
+    return {**memory, **renamed, **({"steps": rename(memory["steps"])} if "steps" in memory else {})}
 
 
 def _dense(grad: Tensor | None) -> Tensor | None:

@@ -15,8 +15,13 @@ from metaopt.tree import Tree
 
 def paths(params: Tree) -> dict[str, Any]:
     """Return name -> leaf: dict keys, list indices and fields, joined by dots; a tensor by itself is named ''."""
-    named, _ = pytree.tree_flatten_with_path(params)
-    return {".".join(str(_key(entry)) for entry in path): leaf for path, leaf in named}
+    leaves, _ = pytree.tree_flatten_with_path(params)
+    named = {".".join(str(_key(entry)) for entry in path): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        names = [".".join(str(_key(entry)) for entry in path) for path, _ in leaves]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"Parameters must have names of their own, got {twice} for two of them. Rename a key.")
+    return named
 
 
 def choose(owner: nn.Module, what: str, patterns: tuple[str, ...], names: Iterable[str], *, rest: bool) -> list[list[str]]:

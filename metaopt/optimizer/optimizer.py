@@ -253,6 +253,8 @@ class Optimizer(Configurable):
         if any(is_complex):
             gradients = [tree.as_real(gradient) for gradient in gradients]
             weights = None if weights is None else [tree.as_real(weight) for weight in weights]
+        if weights is not None:
+            _check_shapes(gradients, weights, grads)
         memory: Slots = {name: tree.leaves_like(grads, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
         memory |= state["shared"]
         step = state["step"] + 1
@@ -436,6 +438,17 @@ class Optimizer(Configurable):
         if params is None:
             raise ValueError(f"`{type(self).__name__}` needs `params` because {reason}. Call `optimizer(grads, state, params)`.")
         return params
+
+
+def _check_shapes(gradients: Leaves, weights: Leaves, grads: Tree) -> None:
+    """Raise ValueError if a gradient would be broadcast to its parameter."""
+    with torch._C.DisableTorchFunction():
+        for place, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
+            if gradient.shape != weight.shape:
+                raise ValueError(
+                    f"`grads` must have the shapes of `params`, got {tuple(gradient.shape)} for {tuple(weight.shape)} at "
+                    f"{tree.named_leaves(grads)[place][0]}."
+                )
 
 
 def _named(given: Tree, leaves: Sequence[Tensor | None]) -> dict[str, Any]:

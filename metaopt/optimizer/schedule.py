@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaopt import tree
@@ -66,6 +67,11 @@ def advance(
     Raises:
         ValueError: the state is another schedule's, or the schedule's own errors.
     """
+    if isinstance(loss, float | int):
+        loss = torch.as_tensor(loss, device=step.device)
+    if loss is not None and (not isinstance(loss, Tensor) or loss.ndim):
+        found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"`loss` must be a scalar for {type(schedule).__name__} to observe, got {found}. Take the mean.")
     if type(schedule).init is Schedule.init and (type(state) is not dict or state):
         _check_state(schedule, state, grads[0])
     try:
