@@ -35,9 +35,12 @@ def check_closure(loss: Callable[..., Tree], source: Any, *arguments: Any) -> No
     """
     detached = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, arguments)
     devices = {leaf.device.index for leaf in tree.leaves(arguments) if isinstance(leaf, Tensor) and leaf.is_cuda}
-    with torch.random.fork_rng(devices=devices), _Observing() as observing:
-        values = [leaf for leaf in tree.leaves(loss(*detached)) if isinstance(leaf, Tensor) and is_tracked(leaf)]
-    hidden = next((value for value in values if has_other_sources(value, observing.made)), None)
+
+    def evaluate() -> list[Tensor]:
+        return [leaf for leaf in tree.leaves(loss(*detached)) if isinstance(leaf, Tensor) and is_tracked(leaf)]
+
+    with torch.random.fork_rng(devices=devices), _NoGenerator():
+        hidden = find_hidden(evaluate(), evaluate)
     if hidden is not None:
         raise ValueError(
             f"`loss_fn` reaches {tracked_names(source, hidden)} through its closure, and that requires grad. Only explicit "
@@ -46,27 +49,8 @@ def check_closure(loss: Callable[..., Tree], source: Any, *arguments: Any) -> No
         )
 
 
-class Leaves(TorchFunctionMode):
-    """Notes the tensors that begin to require grad while it is entered, in `made`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[Tensor] = []
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        asks = func in _ASKS or bool(kwargs and kwargs.get("requires_grad"))
-        is_new = asks and not (func in _ASKS and args[0].requires_grad)
-        result = func(*args, **(kwargs or {}))
-        if is_new:
-            self.made.append(args[0] if func in _ASKS else result)
-        return result
-
-
-_ASKS = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
-
-
-class _Observing(Leaves):
-    """And refuses to draw from a `torch.Generator` given by hand."""
+class _NoGenerator(TorchFunctionMode):
+    """Refuses to draw from a `torch.Generator` given by hand."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if kwargs and kwargs.get("generator") is not None:
@@ -74,15 +58,27 @@ class _Observing(Leaves):
                 f"`loss_fn` draws from a torch.Generator of its own (`{func.__name__}`). A step that is run again on the way back "
                 "would draw other numbers. Draw from the global generator, which is wound back, or pass the numbers in `batches`."
             )
-        return super().__torch_function__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
-def has_other_sources(value: Tensor, made: Sequence[Tensor]) -> bool:
-    """Return True if a tracked value was computed from other leaves that require grad than those in `made`."""
-    if is_functorch_wrapped(value):
-        return True
-    known = {id(leaf) for leaf in made}
-    return any(id(leaf) not in known for leaf in graph_leaves(value))
+def find_hidden(values: Sequence[Tensor], again: Callable[[], Sequence[Tensor]], known: Sequence[Tensor] = ()) -> Tensor | None:
+    """Return one of the values that was computed from a hidden leaf that requires grad; None if there is none.
+
+    Leaves that computing the values makes are not hidden: a gradient penalty makes its input one, and a hook of Hugging Face
+    models its activations. They are others when the values are computed again.
+
+    Args:
+        values: tracked tensors.
+        again: computes them once more; called only if something looks hidden.
+        known: leaves that are not hidden.
+    """
+    beside = {id(leaf) for leaf in known}
+    found = [(value, {id(leaf): leaf for leaf in graph_leaves(value) if id(leaf) not in beside}) for value in values]
+    wrapped = next((value for value in values if is_functorch_wrapped(value)), None)
+    if wrapped is not None or not any(leaves for _, leaves in found):
+        return wrapped
+    then = {id(leaf): leaf for value in again() for leaf in graph_leaves(value)}
+    return next((value for value, leaves in found if leaves.keys() & then.keys()), None)
 
 
 def tracked_names(source: Any, value: Tensor) -> str:

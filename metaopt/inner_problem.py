@@ -105,7 +105,16 @@ class InnerProblem:
     def _called(self, function: Callable[..., Any], inputs: Tree, params: Tree, state: Any, x: Tree) -> Any:
         batch = inputs["batch"] if self.same_batch else x
         arguments = (params, batch, inputs["meta"]) if self.has_meta else (params, batch)
-        return function(*arguments, buffers=state["buffers"]) if self.has_buffers else function(*arguments)
+        if not self.has_buffers:
+            return function(*arguments)
+        before = [_version(leaf) for leaf in tree.leaves(state["buffers"])]
+        result = function(*arguments, buffers=state["buffers"])
+        if [_version(leaf) for leaf in tree.leaves(state["buffers"])] != before:
+            raise ValueError(
+                "`buffers` must not be changed in place, by `loss_fn` or `observe`. Return new ones: `net.with_buffers(params, "
+                "buffers, x)` works on copies."
+            )
+        return result
 
     def _parted(self, result: Any, state: Any) -> tuple[Tensor, Tree]:
         """Return (loss, {"buffers", "aux"}) of what the loss function returned."""
@@ -117,13 +126,31 @@ class InnerProblem:
                     f"{_kind(result)}. For example `output, buffers = net.with_buffers(params, buffers, x)`."
                 )
             value, named["buffers"], *rest = result
-            tree.leaves_like(state["buffers"], named["buffers"], "the buffers that `loss_fn` returns")
+            _check_buffers(state["buffers"], named["buffers"])
         else:
             value, *rest = result if type(result) is tuple and len(result) == 2 else (result,)
         loss = check_scalar(value)
-        if rest:
+        if rest and rest[0] is not None:
             named["aux"] = tree.map(lambda leaf: as_tensor(leaf, "loss_fn", loss), rest[0])
         return loss, named
+
+
+def _check_buffers(before: Tree, after: Tree) -> None:
+    """Raise ValueError unless these buffers can take the place of the ones before."""
+    old, new = tree.leaves(before), tree.leaves_like(before, after, "buffers, as `loss_fn` returns them,")
+    for place, (was, now) in enumerate(zip(old, new, strict=True)):
+        if not isinstance(now, Tensor) or now.dtype != was.dtype or now.shape != was.shape:
+            path = tree.named_leaves(before)[place][0]
+            raise ValueError(
+                f"`loss_fn` must return buffers of the dtype and shape that they had, got {_kind(now)} at {path} after "
+                f"{_kind(was)}."
+            )
+
+
+def _version(buffer: Any) -> int:
+    """Return how often a tensor was written to, as far as that is counted."""
+    is_counted = isinstance(buffer, Tensor) and not torch.compiler.is_compiling() and not buffer.is_inference()
+    return buffer._version if is_counted else 0
 
 
 def check_scalar(value: Any, where: str = "loss_fn") -> Tensor:

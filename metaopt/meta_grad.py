@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,16 @@ from torch.func import grad_and_value, vmap
 
 from metaopt import tree
 from metaopt.autodiff.gradient import gradient
+from metaopt.autodiff.graph import VARIABLES
+from metaopt.autodiff.plain import evaluated
 from metaopt.batching import prefers_loop
-from metaopt.closure import Leaves, graph_leaves, has_other_sources, tracked_names
+from metaopt.closure import find_hidden, graph_leaves, tracked_names
 from metaopt.compiled import compiled
 from metaopt.functional import Functional, Params, functional, lent
 from metaopt.inner_problem import as_tensor, check_scalar
 from metaopt.kernels import any_order
 from metaopt.minimize import check_finite
-from metaopt.transforms import is_tracked, values_are_readable
+from metaopt.transforms import is_differentiable, is_tracked, values_are_readable
 from metaopt.tree import Tree
 
 
@@ -66,7 +68,7 @@ def meta_grad(
 
     Cost:
         `chunk_size` times the memory of one task, and as many copies of the parameters. The first call evaluates the loss of one
-        task once more.
+        task once more; of a list, that of each.
     """
     return MetaGradient(task_loss, learn=learn, has_aux=has_aux, compile=compile, chunk_size=chunk_size)
 
@@ -105,9 +107,10 @@ class MetaGradient:
         listed = isinstance(tasks, list)
         count = _count_listed(tasks) if listed else _count(tasks)
         variables = params, {} if self.learned is None else self.learned.params
-        outermost = values_are_readable()
+        # Where plain autograd stands in for a transform around this, it is not the outermost one.
+        outermost = values_are_readable() and not VARIABLES.get()
         if outermost:
-            self._check(variables, tasks[0] if listed else tree.index(tasks, 0))
+            self._check(variables, tasks if listed else [tree.index(tasks, 0)])
             variables = tree.map(torch.Tensor.detach, variables)
         total, losses, aux = None, [], []
         # Without gradients at the top level, autograd would record the whole computation once more.
@@ -192,7 +195,8 @@ class MetaGradient:
             if not all(leaf.is_cpu for leaf in tree.leaves(variables)):
                 self._differentiate_batch(variables, two)  # on a CPU that was tried just now
         except Exception as error:
-            self._differentiate(variables, tree.index(tasks, 0))  # if the loss is wrong by itself, that is what to say
+            with torch.random.fork_rng(devices={leaf.device.index for leaf in tree.leaves(variables) if leaf.is_cuda}):
+                self._differentiate(variables, tree.index(tasks, 0))  # if the loss is wrong by itself, that is what to say
             reason = str(error).strip().split("\n")[0]
             warnings.warn(
                 f"meta_grad: these tasks cannot be batched by vmap, so they are gone through one by one. The reason: {reason} Pass "
@@ -203,35 +207,40 @@ class MetaGradient:
             return True
         return False
 
-    def _check(self, variables: Tree, task: Tree) -> None:
-        """Raise at the first call if derivatives would be left out: evaluate one task, and see what its loss depends on."""
-        if self._is_checked:
+    def _check(self, variables: Tree, tasks: Sequence[Tree]) -> None:
+        """Raise at the first call if derivatives would be left out: evaluate the loss, and see what it depends on."""
+        if self._is_checked or torch.is_inference_mode_enabled():
             return
-        at = tree.map(lambda leaf: leaf.detach().requires_grad_(), variables)
-        devices = {leaf.device.index for leaf in tree.leaves(at) if leaf.is_cuda}
+        for path, leaf in tree.named_leaves(variables[0]):
+            if not is_differentiable(leaf):
+                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ValueError(f"`params` must be floating-point or complex tensors, got {kind} at {path}. Convert it.")
+        leaves = tree.leaves(variables)
+        devices = {leaf.device.index for leaf in leaves if leaf.is_cuda}
 
-        def evaluate() -> Tensor:
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
-                return self._value(at, task)[0]
+        def evaluate(task: Tree) -> tuple[list[Tensor], Tensor]:
+            with torch.random.fork_rng(devices=devices):
+                return evaluated(lambda at: self._value(tree.with_leaves(variables, at), task)[0], leaves, False)
 
-        value = evaluate()
-        if not is_tracked(value):
-            raise ValueError(
-                "`task_loss` must depend on `params`, but its gradient would be zero: nothing that it computes from them reaches "
-                "the loss. Call the model as `net(params, x)`; detach nothing on the way."
-            )
-        known = tree.leaves(at)
-        if has_other_sources(value, known):
-            with Leaves() as made:  # not at first: a compiled loop inside would be compiled once more
-                value = evaluate()
-            if has_other_sources(value, [*known, *made.made]):
+        reached: set[int] = set()
+        for task in tasks:
+            at, value = evaluate(task)
+            if not is_tracked(value):
                 raise ValueError(
-                    f"`task_loss` depends on {tracked_names(self.task_loss, value)}, which requires grad but is not differentiated "
-                    "here. To learn it, pass the module that it belongs to: `meta_grad(task_loss, learn=module)`. Otherwise detach "
-                    "it, or call `requires_grad_(False)`."
+                    "`task_loss` must depend on `params`, but its gradient would be zero: nothing that it computes from them "
+                    "reaches the loss. Call the model as `net(params, x)`; detach nothing on the way."
                 )
-        reached = {id(leaf) for leaf in graph_leaves(value)}
-        unused = [name for name, leaf in at[1].items() if id(leaf) not in reached]
+            if find_hidden([value], lambda task=task: [evaluate(task)[1]], at) is not None:
+                raise ValueError(
+                    f"`task_loss` depends on {tracked_names(self.task_loss, value)}, which requires grad but is not "
+                    "differentiated here. To learn it, pass the module that it belongs to: `meta_grad(task_loss, "
+                    "learn=module)`. Otherwise detach it, or call `requires_grad_(False)`."
+                )
+            below = {id(leaf) for leaf in graph_leaves(value)}
+            reached |= {place for place, leaf in enumerate(at) if id(leaf) in below}
+        learned = variables[1]
+        first = len(leaves) - len(learned)
+        unused = [name for place, name in enumerate(learned, first) if place not in reached]
         if unused:
             raise ValueError(
                 f"`task_loss` must depend on all that is learned, but does not on {unused} of `learn`. Use it, or call "
@@ -274,11 +283,14 @@ def _plus(total: Tree | None, grads: Tree, share: float) -> Tree:
 
 
 def _joined(parts: list[Tree]) -> Tree:
-    """Return the aux of all tasks, stacked; a list of them if their shapes differ."""
-    shapes = [[leaf.shape[1:] for leaf in tree.leaves(part)] for part in parts]
-    if any(other != shapes[0] for other in shapes):
+    """Return the aux of all tasks, stacked; a list of them if their structures or shapes differ."""
+    if len(parts) == 1:
+        return parts[0]
+    leaves, structures = zip(*map(tree.flatten, parts), strict=True)
+    shapes = [[leaf.shape[1:] for leaf in own] for own in leaves]
+    if any(other != structures[0] for other in structures) or any(other != shapes[0] for other in shapes):
         return [tree.index(part, 0) for part in parts]
-    return parts[0] if len(parts) == 1 else tree.map(lambda *leaves: torch.cat(leaves), *parts)
+    return tree.map(lambda *leaves: torch.cat(leaves), *parts)
 
 
 def _count(tasks: Tree) -> int:
@@ -292,7 +304,9 @@ def _count(tasks: Tree) -> int:
 
 
 def _count_listed(tasks: list[Tree]) -> int:
-    if not tasks or all(isinstance(task, Tensor) for task in tasks):
+    if not tasks:
+        raise ValueError("`tasks` must hold at least one task, got an empty list.")
+    if all(isinstance(task, Tensor) for task in tasks):
         raise ValueError(
             f"`tasks` must be a list of tasks, such as [(x, y), (x, y)], got {len(tasks)} bare tensors. For stacked tasks pass a "
             "tuple, `tuple(tasks)`."

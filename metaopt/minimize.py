@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from metaopt.batching import widened
 from metaopt.closure import check_closure
 from metaopt.differentiate import Backprop, InnerLoop, Rule
+from metaopt.differentiate.base import refuse_zeros, with_refusal
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Functional
 from metaopt.inner_problem import InnerProblem, Unused
 from metaopt.optimizer import Optimizer, State
 from metaopt.scan.rows import explain_first_row, rows_of
 from metaopt.scan.stream import first_row
-from metaopt.transforms import values_are_readable
+from metaopt.transforms import is_tracked, values_are_readable
 from metaopt.tree import Tree
 
 
@@ -84,7 +85,7 @@ def minimize(
         differentiate: how gradients pass through the loop: `Backprop()`, `FirstOrder()`, ...
         unused: what happens to a parameter that the loss of a step does not depend on. "zero": its gradient is zero, so weight
             decay and momentum still move it. "skip": it stays, its memory stays, and the step does not count for it, as in
-            `torch.optim` where `.grad` is None.
+            `torch.optim` where `.grad` is None. (What a loop inside the loss is given counts as used, unless its memory is "full".)
         compile: compile one step and its derivative, for any number of steps; see `compiled`. Inside another compiled function
             this changes nothing: there the loop is unrolled.
 
@@ -99,7 +100,7 @@ def minimize(
         That of the rule, and one forward pass of the loss (and of `observe`) that looks for closures while gradients are enabled.
         `observe`: one forward pass a step more. "skip": each parameter is updated by itself.
     """
-    _check_arguments(optimizer, params, unused)
+    _check_arguments(optimizer, params, unused, compile)
     if compile and not torch.compiler.is_compiling() and not values_are_readable():
         raise ValueError(
             "`compile=True` was given to a `minimize` inside a torch.func transform, which torch cannot compile from within. "
@@ -110,7 +111,9 @@ def minimize(
     problem, skips = InnerProblem(loss_fn, optimizer, observe, **options), unused == "skip"
     inputs = {"optimizer": problem.own_tensors, "loss": problem.own_params, "meta": meta, "batch": constant}
     if opt_state is None:
-        opt_state = optimizer.init(params, per_parameter=True) if skips else optimizer.init(params)
+        opt_state = optimizer.init(params)
+    if skips:
+        opt_state = optimizer.separate(opt_state, params)
     state = opt_state
     if buffers is not None:
         state = {
@@ -127,7 +130,12 @@ def minimize(
         check_closure(evaluate, (loss_fn, observe), {**inputs, "optimizer": {}}, params, state, first)
     loop = InnerLoop(problem.loss, problem.update, inputs, params, state, xs, length, compile)
     loop = replace(loop, rate=problem.rate, emit=problem.emit, describe=problem.describe, skips=skips)
+    forgets = isinstance(differentiate, Backprop) and differentiate.forgets_start(loop)
+    start = {"initial parameters": params, "initial state": state} if forgets else {}
+    for what, tensors in start.items():
+        refuse_zeros(differentiate, what, tensors, inputs)
     after, last, emitted = differentiate(loop)
+    after = with_refusal(differentiate, after, start, inputs) if forgets else after
     if not isinstance(emitted, dict):
         emitted = {"loss": emitted}
     if values_are_readable():
@@ -136,7 +144,7 @@ def minimize(
     return Minimized(after, memory, emitted["loss"], emitted.get("aux"), moved, emitted.get("observed"))
 
 
-def _check_arguments(optimizer: Any, params: Any, unused: Any) -> None:
+def _check_arguments(optimizer: Any, params: Any, unused: Any, compile: bool) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"`optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}.{type(optimizer).__name__}. "
@@ -148,6 +156,21 @@ def _check_arguments(optimizer: Any, params: Any, unused: Any) -> None:
         )
     if unused not in get_args(Unused):
         raise ValueError(f'`unused` must be "zero" or "skip", got {unused!r}.')
+    if unused == "skip" and compile:
+        raise ValueError(
+            'unused="skip" cannot be had with `compile=True`: a compiler does not see what a loss depends on. Leave one out.'
+        )
+    hidden = [f"{name}.{key}".lstrip(".") for name, module in optimizer.named_modules() for key in _find_tracked(module)]
+    if hidden:
+        raise ValueError(
+            f"{type(optimizer).__name__} has tensors that require grad and are neither parameters nor buffers, {hidden}: they "
+            "would get no derivative. Make each an `nn.Parameter`, or store it with `set_hyperparameter`."
+        )
+
+
+def _find_tracked(module: nn.Module) -> list[str]:
+    """Return the names of plain attributes that require grad."""
+    return [key for key, value in vars(module).items() if isinstance(value, Tensor) and is_tracked(value)]
 
 
 def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:

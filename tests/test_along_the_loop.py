@@ -255,8 +255,27 @@ def test_a_loss_that_returns_aux_alone() -> None:
             lambda w, _, buffers: (w.sum(), {"b": torch.ones(1)}),
             {"buffers": {"a": torch.ones(1)}},
             ValueError,
-            r"the buffers that `loss_fn` returns.*missing \[\"\['a'\]\"\]",
+            r"buffers, as `loss_fn` returns them.*missing \[\"\['a'\]\"\]",
         ),
+        (
+            lambda w, _, buffers: (w.sum(), buffers + w.sum()),
+            {"buffers": torch.tensor(0)},
+            ValueError,
+            r"must return buffers of the dtype and shape that they had, got torch.float64 tensor.* after torch.int64 tensor",
+        ),
+        (
+            lambda w, _, buffers: (w.sum(), 3),
+            {"buffers": torch.tensor(0)},
+            ValueError,
+            r"must return buffers of the dtype and shape that they had, got int",
+        ),
+        (
+            lambda w, _, buffers: (w.sum(), buffers.add_(1)),
+            {"buffers": torch.zeros(())},
+            ValueError,
+            r"`buffers` must not be changed in place",
+        ),
+        (lambda w, _: w.sum(), {"unused": "skip", "compile": True}, ValueError, r'unused="skip" cannot be had with `compile=True`'),
         (lambda w, _: (w.sum(), "text"), {}, TypeError, r"What `loss_fn` returns must be a tree of tensors, got a str"),
         (lambda w, _: w.sum(), {"observe": lambda w, _: "text"}, TypeError, r"What `observe` returns must be a tree of tensors"),
         (lambda w, _: w.sum(), {"unused": "drop"}, ValueError, r'`unused` must be "zero" or "skip", got \'drop\''),
@@ -285,8 +304,8 @@ def test_aux_cannot_be_averaged_over_microbatches() -> None:
 def test_observations_in_microbatches() -> None:
     """The observer sees the whole batch."""
     ends = []
+    w, x = torch.tensor([1.0, 2.0], requires_grad=True), torch.randn(4, 2).requires_grad_()
     for rule in (mo.Backprop(memory="steps"), mo.Backprop(memory="steps", microbatches=2, hvp="forward")):
-        w, x = torch.tensor([1.0, 2.0], requires_grad=True), torch.randn(4, 2).requires_grad_()
         out = mo.minimize(
             lambda w, x: (x @ w).tanh().square().mean(),
             Adam(0.1),

@@ -19,7 +19,6 @@ from optimizers import SGD
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch's own: forward derivatives
 ]
 CURVATURE = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
 
@@ -57,7 +56,7 @@ def test_rules_beside_the_closed_form() -> None:
     table = report.table()
     assert "relative error" in table
     assert len(table.splitlines()) == 2 + 3
-    assert "T1T2()" in table
+    assert "T1T2(scale=1.0)" in table
 
 
 @pytest.mark.parametrize("rule", [mo.Backprop(), mo.T1T2(), CG])

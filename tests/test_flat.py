@@ -131,7 +131,6 @@ TOLERANCE = 1e-12
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
 class TestEquality:
     @each_case
     def test_values_and_two_derivatives_in_everything(self, name: str) -> None:

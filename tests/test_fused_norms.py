@@ -14,7 +14,6 @@ from metaopt.kernels import any_order
 Given = tuple[Tensor, Tensor | None, Tensor | None]
 SHAPES = {"batch": (6, 4), "batch-2d": (3, 4, 2, 2), "layer": (3, 4), "layer-two-axes": (3, 2, 4)}
 EPS = {"batch": 0.1, "batch-2d": 1e-5, "layer": 0.1, "layer-two-axes": 1e-5}
-of_torch = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # when it first compiles its formulas
 each_kind = pytest.mark.parametrize("kind", SHAPES)
 
 
@@ -89,7 +88,6 @@ def test_a_weight_without_a_bias_and_a_bias_without_a_weight(kind: str, without:
         assert_close(one, other, 1e-10)
 
 
-@of_torch
 @each_kind
 def test_cotangents_in_a_batch(kind: str) -> None:
     """The backward pass then runs under `vmap`, of what was computed outside."""
@@ -118,7 +116,6 @@ def test_a_transform_that_begins_after_the_forward_pass(kind: str) -> None:
     assert_close(found, torch.autograd.grad(of_backward(expected), expected)[0], 1e-12)
 
 
-@of_torch
 @each_kind
 def test_forward_mode_by_hand(kind: str) -> None:
     """`torch.func.jvp` is a transform; dual numbers made by hand are not."""

@@ -94,7 +94,6 @@ class TestGradient:
         found = gradient(lambda v: (scale * inner(v)[0], ()), v)[0]
         assert_close(torch.autograd.grad(found, scale)[0], torch.tensor(6.0), 0.0)
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
     def test_in_forward_mode_the_tangent_is_kept(self) -> None:
         with torch.autograd.forward_ad.dual_level():
             w = torch.autograd.forward_ad.make_dual(torch.tensor(2.0), torch.tensor(1.0))

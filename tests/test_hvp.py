@@ -19,7 +19,6 @@ from optimizers import SGD, Adam
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # torch's own forward mode uses it
 ]
 
 each_split = pytest.mark.parametrize("parts", [1, 5])

@@ -13,7 +13,6 @@ import metaopt as mo
 from optimizers import SGD
 
 LR = 0.2
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own forward mode uses it
 
 
 class Averaged(nn.Module):

@@ -19,7 +19,6 @@ from optimizers import SGD
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),  # torch's, when it first compiles its formulas
 ]
 IMPLICIT = mo.Implicit(mo.Direct(damping=1.0))
 RULES = [mo.Backprop(), mo.Backprop("steps"), mo.T1T2(), mo.FiniteDifference(), mo.SAMA(), IMPLICIT]

@@ -286,3 +286,75 @@ def test_aux_must_be_there_and_params_must_be_tensors() -> None:
         mo.meta_grad(line)(nn.Linear(3, 1), tasks_of()[0])
     with pytest.raises(ValueError, match=r"`task_loss` must return a floating-point scalar, got a tuple of 2"):
         mo.meta_grad(lambda p, t: (line(p, t[0]), 1))(start(), tasks_of())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_it_is_differentiated_inside_a_loss(chunk_size: int | None) -> None:
+    """In a loss whose gradient plain autograd takes it thought itself outermost: its part of the gradient was zero."""
+    tasks = torch.arange(6.0).reshape(3, 2)
+    inner = mo.meta_grad(lambda p, t: ((p - t) ** 3).sum(), chunk_size=chunk_size)
+
+    def loss(p: Tensor, _: Any) -> Tensor:
+        grads, losses = inner(p, tasks)
+        return 0.01 * grads.square().sum() + 0.1 * losses.mean()
+
+    def by_hand(p: Tensor) -> Tensor:
+        grads = (3 * (p - tasks) ** 2).mean(0)
+        return 0.01 * grads.square().sum() + 0.1 * ((p - tasks) ** 3).sum(1).mean()
+
+    p = torch.ones(2)
+    found = mo.minimize(loss, SGD(0.01), p, None, steps=2).params
+    for _ in range(2):
+        at = p.detach().requires_grad_()
+        p = p - 0.01 * torch.autograd.grad(by_hand(at), at)[0]
+    assert_close(found, p, 1e-13)
+    nested, _ = mo.meta_grad(loss, chunk_size=chunk_size)(torch.ones(2), torch.zeros(1))
+    at = torch.ones(2, requires_grad=True)
+    assert_close(nested, torch.autograd.grad(by_hand(at), at)[0], 1e-13)
+
+
+def test_tasks_of_a_list_may_use_different_parts() -> None:
+    """What is learned is looked for in all of them, and so is what is hidden."""
+    parts = nn.ModuleDict({"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)})
+    x = torch.randn(5, 3)
+    value = lambda p, t: (p * parts[t[0]](t[1]).sum()).square()
+    (_, learned), _ = mo.meta_grad(value, learn=parts)(torch.tensor(2.0), [("a", x), ("b", x)])
+    assert all(grad.abs().max() > 0 for grad in learned.values())
+    hidden = torch.tensor(3.0, requires_grad=True)
+    with pytest.raises(ValueError, match=r"depends on `hidden` \(shape \(\)\)"):
+        mo.meta_grad(lambda p, t: p * (hidden if t[0] else 1.0))(torch.tensor(2.0), [(0, x), (1, x)])
+
+
+def test_parameters_made_in_a_loss_are_not_hidden() -> None:
+    """Their derivative is nobody's."""
+    make = lambda p, _: (nn.Parameter(torch.ones(2)) * p).sum() ** 2
+    grads, _ = mo.meta_grad(make)(torch.ones(2), torch.zeros(2))
+    assert_close(grads, torch.full((2,), 4.0), 0)
+    mo.minimize(lambda p, _: nn.Linear(2, 1)(p).square().sum(), SGD(0.1), torch.ones(2), None, steps=2)
+
+
+def test_in_inference_mode_nothing_is_looked_for() -> None:
+    with torch.inference_mode():
+        _, losses = mo.meta_grad(lambda p, t: (p * t).sum())(torch.ones(2), torch.ones(3, 2))
+    assert losses.tolist() == [2.0] * 3
+
+
+def test_aux_of_other_kinds_is_a_list() -> None:
+    _, _, aux = mo.meta_grad(lambda p, t: (p * t[0], {t[1]: t[0]}), has_aux=True)(
+        torch.ones(()), [(torch.ones(()), "x"), (torch.ones(()), "y")]
+    )
+    assert [*map(list, aux)] == [["x"], ["y"]]
+
+
+def test_integers_and_no_tasks_are_named() -> None:
+    with pytest.raises(ValueError, match=r"`params` must be floating-point or complex tensors, got torch.int64 at \['n'\]"):
+        mo.meta_grad(lambda p, t: p["w"].sum())({"w": torch.ones(2), "n": torch.tensor(1)}, torch.ones(3))
+    with pytest.raises(ValueError, match="`tasks` must hold at least one task, got an empty list"):
+        mo.meta_grad(lambda p, t: p.sum())(torch.ones(2), [])
+
+
+def test_a_tensor_that_an_optimizer_hides_is_named() -> None:
+    optimizer = SGD(0.1)
+    optimizer.secret = torch.tensor(1.0, requires_grad=True)
+    with pytest.raises(ValueError, match=r"SGD has tensors that require grad and are neither parameters nor buffers, \['secret'\]"):
+        mo.minimize(lambda p, _: p.sum(), optimizer, torch.ones(2), None, steps=1)

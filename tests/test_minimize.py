@@ -201,7 +201,6 @@ def test_jacobian_and_vmap_over_the_step_size(mode: str) -> None:
     assert_close(hessians, torch.stack([jacrev(jacrev(final))(rate) for rate in rates]), EXACT)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
 @each_memory
 def test_forward_mode_passes_through_the_loop(mode: str) -> None:
     params, batches, meta = start()

@@ -148,3 +148,26 @@ def test_tensors_without_values(memory: Any) -> None:
     assert grad.is_meta
     assert grad.shape == (3, 2)
     assert out.losses.shape == (4,)
+
+
+@pytest.mark.parametrize("memory", ["full", "steps"])
+def test_a_window_that_forgets_the_start_never_answers_zero(memory: Any) -> None:
+    """The derivative in the initial parameters was a silent zero under `torch.func` and in `meta_grad`."""
+    rule = mo.Backprop(window=2, memory=memory)
+
+    def value(w: Tensor, steps: int = 5) -> Tensor:
+        return mo.minimize(lambda w, _: w.square().sum(), SGD(0.1), w, None, steps=steps, differentiate=rule).params.sum()
+
+    w = torch.ones(2, requires_grad=True)
+    for ask in (
+        lambda: value(w).backward(),
+        lambda: torch.func.grad(value)(torch.ones(2)),
+        lambda: mo.meta_grad(lambda w, _: value(w), chunk_size=1)(torch.ones(2), torch.ones(2, 1)),
+    ):
+        with pytest.raises(ValueError, match=r"Backprop: the initial parameters must not be differentiated"):
+            ask()
+    assert_close(torch.func.grad(lambda w: value(w, 2))(torch.ones(2)), torch.full((2,), 0.64), 1e-15)
+    lr = torch.tensor(0.1, requires_grad=True)
+    out = mo.minimize(lambda w, _: w.square().sum(), SGD(lr), w, None, steps=5, differentiate=rule)
+    (found,) = torch.autograd.grad(out.params.sum(), lr)  # what else the loop depends on is differentiated as before
+    assert_close(found, torch.tensor(2 * 0.8**3 * 2 * 0.8 * -2), 1e-14)

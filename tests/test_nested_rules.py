@@ -17,7 +17,6 @@ from optimizers import SGD
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning"),  # torch's own forward mode uses it
 ]
 
 PATH: dict[str, Any] = {

@@ -138,7 +138,11 @@ def test_a_derivative_that_is_none_of_its_function_is_kept() -> None:
 
 
 @pytest.mark.parametrize("rule", [mo.ForwardMode(), mo.Backprop("steps", hvp="forward")], ids=["ForwardMode", "forward"])
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
 def test_what_needs_a_transform_says_so(rule: Rule) -> None:
     with pytest.raises(ValueError, match=r"runs the loss inside a transform of `torch.func`, which takes no `autograd.Function`"):
         two_derivatives(rule, Cube.apply)
+
+
+def test_evolution_strategies_say_so_too() -> None:
+    with pytest.raises(ValueError, match=r"`EvolutionStrategy` runs the loop for all pairs at once by `vmap`.*Use `Backprop\(\)`"):
+        two_derivatives(mo.EvolutionStrategy(), Cube.apply)

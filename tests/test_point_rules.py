@@ -165,7 +165,6 @@ def test_a_loop_over_tasks_answers_an_error_as_vmap_does(
 
 
 @each_rule
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
 def test_forward_mode_is_refused_and_not_answered_by_zeros(rule: PointRule) -> None:
     def end(meta: Tensor, x: Tensor | None = None) -> Tensor:
         def loss(w: Tensor, x: Tensor, meta: Tensor) -> Tensor:
@@ -204,7 +203,6 @@ def test_what_no_running_gradient_differentiates_may_require_grad(rule: PointRul
 
 
 @float64
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
 @pytest.mark.parametrize(
     "rule", [*POINT_RULES, mo.Backprop("steps"), mo.ForwardMode(), mo.Backprop("steps", hvp="forward")], ids=repr
 )
@@ -342,7 +340,6 @@ def test_penalty_is_not_compiled() -> None:
         out.params.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
 def test_forward_mode_names_an_operator_without_a_forward_derivative() -> None:
     grid = torch.zeros(1, 2, 2, 2)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,6 @@ from optimizers import SGD, Adam
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning"),  # torch's own forward mode uses it
 ]
 
 IMPLICIT = mo.Implicit(mo.ConjugateGradient(rtol=1e-14))
@@ -212,6 +213,20 @@ def test_path_rules_reach_everything_that_backprop_reaches() -> None:
     assert_close(grad(lambda given: outcome(mo.ForwardMode(), *given))(inputs), expected, 1e-10)
     some = grad(lambda lr: outcome(mo.ForwardMode(), inputs[0], lr, *inputs[2:]))(inputs[1])
     assert_close(some, expected[1], 1e-10)
+
+
+def test_the_first_forward_derivative_warns_of_nothing() -> None:
+    """In a new process, and inside a compiler: torch warns of its own `torch.jit.script` when it loads its formulas."""
+    program = """
+import sys, torch
+from metaopt.autodiff.forward import slope_along
+slope = lambda x: slope_along(lambda y: (y ** 3).sum(), x, torch.ones(2), asked="a test", instead="nothing")[1]
+if sys.argv[1] == "compiled":
+    slope = torch.compile(slope, fullgraph=True, backend="eager")
+assert slope(torch.ones(2)) == 6
+"""
+    for way in ("eager", "compiled"):
+        subprocess.run([sys.executable, "-W", "error", "-c", program, way], check=True)
 
 
 def test_forward_mode_makes_one_tangent_a_number() -> None:

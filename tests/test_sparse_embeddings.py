@@ -38,7 +38,6 @@ RULES: dict[str, Rule] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
 @pytest.mark.parametrize("optimizer", [SGD(0.1, momentum=0.9), Adam(0.1)], ids=["SGD", "Adam"])
 @pytest.mark.parametrize("name", RULES)
 def test_an_inner_loop_is_that_of_dense_gradients(name: str, optimizer: mo.Optimizer) -> None:

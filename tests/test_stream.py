@@ -291,7 +291,6 @@ def test_bad_batches(batches: Any, steps: int | None, message: str) -> None:
         )
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own forward mode uses it
 @pytest.mark.parametrize("hvp", ["reverse", "forward"])
 def test_in_microbatches(hvp: Any) -> None:
     rows, start = torch.randn(5, 4, 3), torch.randn(3, requires_grad=True)

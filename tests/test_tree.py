@@ -111,7 +111,6 @@ def test_trees_are_mapped_and_read_as_torch_does() -> None:
     assert tree.map(lambda leaf: "leaf", [(1, 2)], is_leaf=lambda node: isinstance(node, tuple)) == ["leaf"]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_nothing_is_last_under_forward_mode() -> None:
     with torch.no_grad(), forward_ad.dual_level():
         x = forward_ad.make_dual(torch.tensor([0.0, 4.0]), torch.ones(2))

@@ -184,9 +184,17 @@ def test_what_cannot_skip_says_so() -> None:
             differentiate=mo.Backprop(memory="steps", microbatches=2),
             unused="skip",
         )
-    state = SGD(0.1).init(params)
-    with pytest.raises(ValueError, match=r"`grads` must hold a gradient for every parameter, got None at .*per_parameter=True"):
-        mo.minimize(lambda p, _: p["a"].sum(), SGD(0.1), params, None, steps=1, opt_state=state, unused="skip")
+
+
+def test_a_state_that_counts_for_all_goes_on_for_each() -> None:
+    params = start()
+    first = mo.minimize(lambda p, _: p["a"].square().sum() + p["b"].square().sum(), Adam(0.1), params, None, steps=2)
+    then = mo.minimize(
+        lambda p, _: p["a"].square().sum(), Adam(0.1), first.params, None, steps=1, opt_state=first.opt_state, unused="skip"
+    )
+    whole = mo.minimize(lambda p, _: p["a"].square().sum(), Adam(0.1), {"a": params["a"]}, None, steps=3)
+    assert_close(then.params["a"], whole.params["a"], 1e-14)
+    assert torch.equal(then.params["b"], first.params["b"])
 
 
 def test_a_frozen_layer_of_a_model() -> None:

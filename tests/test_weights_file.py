@@ -18,7 +18,7 @@ import metaopt as mo
 from metaopt import tree
 from metaopt.optimizer.hyperparameter import set_hyperparameter
 from metaopt.optimizer.module import FORMAT, Configurable, known_classes
-from optimizers import SGD, Adam, AdamW, Grouped, LSTMOptimizer, LSTMSchedule, RMSprop, Rprop
+from optimizers import SGD, Adam, AdamW, Grouped, LSTMOptimizer, LSTMSchedule, PerParameter, RMSprop, Rprop
 
 
 class Decay(mo.Schedule):
@@ -379,6 +379,13 @@ class TestPrinting:
         )
         assert "lr=tensor(shape=(2,))" in repr(SGD(torch.ones(2, device="meta")))
         assert "(value0): Decay(rate=0.1" in repr(SGD({"*": Decay(0.1)}))
+
+    def test_values_by_names(self) -> None:
+        rates = {"*.bias": nn.Parameter(torch.tensor(0.01)), "*": Decay(0.1)}
+        assert "(lr): ByName(\n    '*.bias': Parameter(0.01), '*': Decay\n    (value1): Decay(" in repr(SGD(rates))
+        many = PerParameter({str(i): torch.ones(2) for i in range(9)}, 0.1)
+        assert repr(many).startswith("PerParameter('0': Parameter([0.1, 0.1]), '1': ")
+        assert repr(many).endswith("and 5 more)")
 
     def test_what_a_schedule_has_learned(self) -> None:
         schedule = LSTMSchedule(0.1)

@@ -34,8 +34,8 @@ class Backprop:
             "steps" keeps the parameters and the optimizer state of each step and rebuilds one step at a time on the way back.
             `Revolve(snapshots)` keeps few of these states and recomputes the others with the fewest possible steps.
         window: differentiate only through the last so many steps; by default through all. The steps before are constants:
-            nothing reaches the initial parameters and state, and their losses. The error decays like (1 - lr mu)^window
-            where the loss has curvature mu or more.
+            nothing reaches the initial parameters and state, and to ask `minimize` for that alone is an error; nor their losses.
+            The error decays like (1 - lr mu)^window where the loss has curvature mu or more.
         microbatches: for batches too large for one graph, cut each step's batch into so many equal parts, whose gradients are
             averaged, forward and on the way back. The loss must then be a mean over the leading axis of every leaf of the
             batch; what it computes across examples, such as batch statistics, is that of one part.
@@ -86,6 +86,10 @@ class Backprop:
     @property
     def _splits_steps(self) -> bool:
         return self.microbatches > 1 or self.hvp == "forward"
+
+    def forgets_start(self, loop: InnerLoop) -> bool:
+        """Return True if the window is known to leave out the first step, so that nothing depends on where the loop starts."""
+        return self.window is not None and loop.steps is not None and loop.steps > self.window
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
         loop = replace(loop, update=_exact(loop.update))

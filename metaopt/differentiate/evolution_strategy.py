@@ -84,7 +84,16 @@ class EvolutionStrategy:
                 return weighted_end(starting_from(loop, there), cotangent)
 
             rows = torch.cat([row + self.std * noise, row - self.std * noise])
-            ahead, behind = torch.func.vmap(value, randomness="same")(rows, states).split(self.pairs)
+            try:
+                values = torch.func.vmap(value, randomness="same")(rows, states)
+            except RuntimeError as error:
+                if "setup_context" not in str(error) and not str(error).startswith("vmap:"):
+                    raise
+                raise ValueError(
+                    "`EvolutionStrategy` runs the loop for all pairs at once by `vmap`, which something in the loss does not "
+                    f"allow: {str(error).strip().splitlines()[0]} Use `Backprop()` or `FirstOrder()`."
+                ) from error
+            ahead, behind = values.split(self.pairs)
             slopes = (ahead - behind) / (2 * self.std)
             finite = slopes.isfinite()
             estimate = (torch.where(finite, slopes, 0) @ noise) / finite.sum()

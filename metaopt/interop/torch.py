@@ -56,7 +56,8 @@ def from_torch(optimizer: torch.optim.Optimizer, params: Tree | None = None, *, 
         raise TypeError(
             f"`optimizer` must be one of torch.optim's {sorted(kind.__name__ for kind in known)}, got "
             f"{type(optimizer).__module__}.{type(optimizer).__name__}. Others, and subclasses, have no known equal here: write "
-            "it as an `Optimizer`, and say so by `metaopt.optimizer.register_equal`."
+            "it as an `Optimizer`, and say so by `metaopt.optimizer.register_equal`. To differentiate a solution that it found, "
+            "run it by itself and pass the result to `mo.implicit(loss_fn, params, batch, meta=meta)`."
         )
     _check_scheduler(optimizer, scheduler)
     kind, names = known[type(optimizer)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.graph import VARIABLES
 from metaopt.batching import prefers_loop
 from metaopt.compiled import compiled
 from metaopt.errors import NonFiniteError
@@ -266,7 +267,9 @@ class LevelGraph:
 def _check_surroundings(method: str) -> None:
     """Raise where derivatives would be lost, or the graph's state would belong to a transform that ends."""
     inside = None
-    if torch.is_inference_mode_enabled():
+    if VARIABLES.get():
+        inside = "a loss that is being differentiated, which its steps would be left out of"
+    elif torch.is_inference_mode_enabled():
         inside = "torch.inference_mode(), where nothing is recorded that derivatives could be taken of"
     elif not (torch.compiler.is_compiling() or values_are_readable()):
         inside = "a transform of torch.func, which its state would outlive"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.closure import Leaves, has_other_sources, tracked_names
+from metaopt.closure import find_hidden, tracked_names
 from metaopt.functional import Functional
 from metaopt.kernels import Watching
 from metaopt.levels.level import Level
@@ -104,15 +104,18 @@ def read(
         try:
             found = evaluate(level, nets, at, batch, keeps_statistics=keeps_statistics, read=names)
             is_random = not torch.equal(before, _random_state(level.device))
-            with Leaves() as inside:
-                alone = evaluate(level, nets, still, batch, keeps_statistics=keeps_statistics)
+            alone = evaluate(level, nets, still, batch, keeps_statistics=keeps_statistics)
         except (TypeError, AttributeError) as error:
             if level.batches is not None:
                 raise
             raise ValueError(
                 f"level {level.name!r} has no data, and its loss fails on the batch None: {error}. Pass `data=` to the level."
             ) from error
-        if is_tracked(alone.loss) and has_other_sources(alone.loss, inside.made):
+
+        def again() -> list[Tensor]:
+            return [evaluate(level, nets, still, batch, keeps_statistics=keeps_statistics).loss]
+
+        if is_tracked(alone.loss) and find_hidden([alone.loss], again) is not None:
             raise ValueError(
                 f"level {level.name!r}: its loss reaches {tracked_names(level.loss, alone.loss)} through its closure, and that "
                 "requires grad. Read the parameters of levels as `levels.NAME(x)` or `levels.NAME.params`; detach what is constant."

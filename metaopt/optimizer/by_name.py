@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from metaopt.optimizer.module import Configurable
 from metaopt.optimizer.names import choose
 from metaopt.optimizer.schedule import Schedule, advance, read
+from metaopt.optimizer.text import FEW, shorten
 
 Value = float | Tensor
 
@@ -59,6 +60,11 @@ class ByName(Configurable):
     def values(self) -> dict[str, Any]:
         """Pattern -> value."""
         return {pattern: getattr(self, f"value{place}") for place, pattern in enumerate(self.patterns)}
+
+    def extra_repr(self) -> str:
+        """Return the first patterns with their values; schedules print themselves."""
+        shown = [f"{pattern!r}: {shorten(value)}" for pattern, value in self.values.items()]
+        return ", ".join(shown[:FEW] + [f"and {len(shown) - FEW} more"] * (len(shown) > FEW))
 
     def init(self, like: Tensor) -> dict[str, Any]:
         """Return pattern -> state of its schedule before the first step."""

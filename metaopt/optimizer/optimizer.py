@@ -179,7 +179,8 @@ class Optimizer(Configurable):
         """
         self._check_state_keys(state)
         self._check_schedule_names(state)
-        leaves = None if grads is None else [tree.as_real(leaf) for leaf in tree.leaves(grads) if leaf is not None]
+        every = [None if leaf is None else tree.as_real(leaf) for leaf in tree.leaves(grads)]
+        leaves = None if grads is None else [leaf for leaf in every if leaf is not None]
         like = torch.full((), math.nan, dtype=_precision(state, leaves), device=state["step"].device)
         found: dict[str, Value] = {}
         for name in self.hyperparameters:
@@ -188,7 +189,7 @@ class Optimizer(Configurable):
                 before = state["schedules"][name]
                 found[name] = read(value, before, step=state["step"], loss=loss, grads=leaves, like=like)
             elif isinstance(value, ByName):
-                named = None if leaves is None else _named(grads, leaves)
+                named = None if grads is None else _named(grads, every)
                 each = value.values_at(self, name, state["schedules"][name], step=state["step"], loss=loss, named=named, like=like)
                 found |= {f"{pattern}/{name}": one for pattern, one in each.items()}
             else:

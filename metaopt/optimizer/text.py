@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metaopt.optimizer.arguments import is_readable
 
-FEW = 4  # entries of a tensor that are printed one by one
+FEW = 4  # entries of a tensor, or values by names, that are printed one by one
 
 
 def shorten(value: Any) -> str:

@@ -138,7 +138,8 @@ def checked(owner: Optimizer, optimizer: Any) -> Optimizer:
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"{type(owner).__name__}: `optimizer` must be a metaopt Optimizer, got {type(optimizer).__name__}. "
-            "Use one from `optimizers`, for example `optimizers.SGD(lr=0.1)`."
+            f"{type(owner).__name__}: `optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}."
+            f"{type(optimizer).__name__}. Use one from `metaopt.optimizers`, for example "
+            "`metaopt.optimizers.SGD(lr=0.1)`."
         )
     return optimizer
