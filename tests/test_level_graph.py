@@ -484,6 +484,7 @@ def test_accumulation_carries_statistics_and_differentiates_as_one_loss(rule: An
 ACCUMULATING = """
 import sys
 import torch
+import torch._dynamo  # 40 MB, which the first `autograd.Function` loads
 from torch import nn
 import metaopt as mo
 from optimizers import SGD
