@@ -55,7 +55,8 @@ class InnerProblem:
     def loss(self, inputs: Tree, params: Tree, state: Any, x: Tree) -> tuple[Tensor, Tree]:
         """Return (the loss, what it says beside it)."""
         with any_order():
-            return self._parted(self._called(self._loss_with(inputs), inputs, params, state, x), state)
+            result = self._called(self._loss_with(inputs), inputs, params, state, x)
+        return self._parted(result, state)  # outside: in it every look at a tensor takes longer
 
     def update(self, inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree) -> tuple[Tree, Any]:
         """Return (parameters, state) after one application of the optimizer."""

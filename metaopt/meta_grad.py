@@ -110,7 +110,8 @@ class MetaGradient:
         # Where plain autograd stands in for a transform around this, it is not the outermost one.
         outermost = values_are_readable() and not VARIABLES.get()
         if outermost:
-            self._check(variables, tasks if listed else [tree.index(tasks, 0)])
+            if not self._is_checked:
+                self._check(variables, tasks if listed else [tree.index(tasks, 0)])
             variables = tree.map(torch.Tensor.detach, variables)
         total, losses, aux = None, [], []
         # Without gradients at the top level, autograd would record the whole computation once more.
@@ -209,7 +210,7 @@ class MetaGradient:
 
     def _check(self, variables: Tree, tasks: Sequence[Tree]) -> None:
         """Raise at the first call if derivatives would be left out: evaluate the loss, and see what it depends on."""
-        if self._is_checked or torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled():
             return
         for path, leaf in tree.named_leaves(variables[0]):
             if not is_differentiable(leaf):

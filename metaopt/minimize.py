@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -128,8 +127,20 @@ def minimize(
                 return problem.evaluate(*arguments)
 
         check_closure(evaluate, (loss_fn, observe), {**inputs, "optimizer": {}}, params, state, first)
-    loop = InnerLoop(problem.loss, problem.update, inputs, params, state, xs, length, compile)
-    loop = replace(loop, rate=problem.rate, emit=problem.emit, describe=problem.describe, skips=skips)
+    loop = InnerLoop(
+        problem.loss,
+        problem.update,
+        inputs,
+        params,
+        state,
+        xs,
+        length,
+        compile,
+        rate=problem.rate,
+        emit=problem.emit,
+        describe=problem.describe,
+        skips=skips,
+    )
     forgets = isinstance(differentiate, Backprop) and differentiate.forgets_start(loop)
     start = {"initial parameters": params, "initial state": state} if forgets else {}
     for what, tensors in start.items():

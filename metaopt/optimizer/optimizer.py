@@ -443,6 +443,8 @@ class Optimizer(Configurable):
 def _check_shapes(gradients: Leaves, weights: Leaves, grads: Tree) -> None:
     """Raise ValueError if a gradient would be broadcast to its parameter."""
     with torch._C.DisableTorchFunction():
+        if [gradient.shape for gradient in gradients] == [weight.shape for weight in weights]:
+            return
         for place, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
             if gradient.shape != weight.shape:
                 raise ValueError(
