@@ -171,6 +171,8 @@ def _check_arguments(optimizer: Any, params: Any, unused: Any, compile: bool) ->
         raise ValueError(
             'unused="skip" cannot be had with `compile=True`: a compiler does not see what a loss depends on. Leave one out.'
         )
+    if torch.compiler.is_compiling():  # a compiler cannot be asked who tracks a tensor
+        return
     hidden = [f"{name}.{key}".lstrip(".") for name, module in optimizer.named_modules() for key in _find_tracked(module)]
     if hidden:
         raise ValueError(
