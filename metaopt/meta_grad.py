@@ -220,7 +220,7 @@ class MetaGradient:
         devices = {leaf.device.index for leaf in leaves if leaf.is_cuda}
 
         def evaluate(task: Tree) -> tuple[list[Tensor], Tensor]:
-            with torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=devices), any_order():
                 return evaluated(lambda at: self._value(tree.with_leaves(variables, at), task)[0], leaves, False)
 
         reached: set[int] = set()

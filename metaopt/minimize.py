@@ -30,17 +30,17 @@ class Minimized(NamedTuple):
         params: the last parameters.
         opt_state: the last state of the optimizer.
         losses: the loss before each step, [steps].
-        aux: what the loss returned beside its value at each step, leaves [steps, ...]; None without.
-        buffers: the last buffers; None without.
-        observed: what `observe` returned after each step, leaves [steps, ...]; None without.
+        aux: what the loss returned beside its value at each step, leaves [steps, ...]; () without.
+        buffers: the last buffers; () without.
+        observed: what `observe` returned after each step, leaves [steps, ...]; () without.
     """
 
     params: Tree
     opt_state: State
     losses: Tensor
-    aux: Tree = None
-    buffers: Tree = None
-    observed: Tree = None
+    aux: Tree = ()
+    buffers: Tree = ()
+    observed: Tree = ()
 
 
 def minimize(
@@ -151,8 +151,8 @@ def minimize(
         emitted = {"loss": emitted}
     if values_are_readable():
         check_finite(emitted["loss"], "minimize")
-    memory, moved = (last["optimizer"], last["buffers"]) if buffers is not None else (last, None)
-    return Minimized(after, memory, emitted["loss"], emitted.get("aux"), moved, emitted.get("observed"))
+    memory, moved = (last["optimizer"], last["buffers"]) if buffers is not None else (last, ())
+    return Minimized(after, memory, emitted["loss"], emitted.get("aux", ()), moved, emitted.get("observed", ()))
 
 
 def _check_arguments(optimizer: Any, params: Any, unused: Any, compile: bool) -> None:

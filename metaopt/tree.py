@@ -135,13 +135,11 @@ def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
         expected = {name for name, _ in named_leaves(unflatten(structure, range(structure.num_leaves)))}
         given = {name for name, _ in named_leaves(tree)}
         missing, unknown = sorted(expected - given), sorted(given - expected)
+        differs = f"missing {missing}, unknown {unknown}"
         if not missing and not unknown:
-            raise ValueError(
-                f"`{what}` has the expected names in another order, or other kinds of nodes. Build it from the same tree."
-            )
+            differs = "the same names in another order, or other kinds of nodes"
         raise ValueError(
-            f"`{what}` does not have the expected structure: missing {missing}, unknown {unknown}. "
-            "Build it from the same tree, in the same order."
+            f"`{what}` does not have the expected structure: {differs}. Build it from the same tree, in the same order."
         )
     return found
 

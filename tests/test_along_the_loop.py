@@ -243,8 +243,8 @@ def test_compiled_steps_tell_the_same() -> None:
 def test_a_loss_that_returns_aux_alone() -> None:
     out = mo.minimize(lambda w, x: ((w * x).square().sum(), {"x": x}), SGD(0.1), torch.ones(2), torch.arange(3.0))
     assert out.aux["x"].tolist() == [0.0, 1.0, 2.0]
-    assert out.buffers is None
-    assert out.observed is None
+    assert out.buffers == ()
+    assert out.observed == ()
 
 
 @pytest.mark.parametrize(

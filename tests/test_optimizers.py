@@ -317,7 +317,7 @@ class TestMoved:
 
     def test_a_wrong_shape(self) -> None:
         optimizer, params = SGD(0.1), torch.ones(2)
-        with pytest.raises(ValueError, match=r"An update must have the shape of its parameter, \(2,\), got \(3, 2\)"):
+        with pytest.raises(ValueError, match=r"`grads` must have the shapes of `params`, got \(3, 2\) for \(2,\)"):
             optimizer.moved(torch.ones(3, 2), optimizer.init(params), params)
 
     def test_parameters_are_needed(self) -> None:

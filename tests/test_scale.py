@@ -147,11 +147,20 @@ def test_a_scale_is_a_positive_number_or_lr(kind: Kind, scale: Any) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (lambda: Grouped({"*": SGD(0.1)}), "Grouped, which has no hyperparameter `lr`"),
-        (lambda: mo.from_torchopt(torchopt.sgd(0.1)), "FromTorchOpt, which has no hyperparameter `lr`"),
-        (lambda: SGD(torch.tensor([0.1])), r"SGD with `lr` of shape \(1,\)"),
+        (lambda: mo.from_torchopt(torchopt.sgd(0.1)), "FromTorchOpt with none"),
+        (lambda: SGD(torch.tensor([0.1])), r"SGD with {'lr': 'a tensor of shape \(1,\)'}"),
     ],
 )
 def test_an_optimizer_without_one_step_size(kind: Kind, optimizer: Callable[[], mo.Optimizer], message: str) -> None:
     with pytest.raises(ValueError, match=f'`scale="lr"` must find one step size in the optimizer, got {message}'):
         hypergradient(kind(scale="lr"), optimizer())
+
+
+def test_two_step_sizes_are_too_many_and_one_in_a_group_is_one() -> None:
+    params = {"a": torch.ones(1), "b": torch.ones(1)}
+    two = SGD({"a": 0.1, "*": 0.2})
+    with pytest.raises(ValueError, match=r"got SGD with {'a/lr': 0.1, '\*/lr': 0.2}. Give a number: `scale=0.1`"):
+        two.rate(two.init(params), params, lambda: (params, None))
+    one = Grouped({"*": SGD(Cosine(0.1, 4))})
+    state = one(params, one.init(params), params)[1]
+    assert one.rate(state, params, lambda: (params, None)) == pytest.approx(0.05 * (1 + math.cos(math.pi / 4)))

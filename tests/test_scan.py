@@ -303,7 +303,7 @@ def test_a_state_that_is_no_tensor_is_refused() -> None:
 @pytest.mark.parametrize(
     ("after", "what"),
     [
-        (lambda a, b: {"b": b, "a": a}, r"missing \[\], unknown \[\]. .* in the same order"),
+        (lambda a, b: {"b": b, "a": a}, "the same names in another order.* in the same order"),
         (lambda a, b: {"a": a}, r"missing \[\"\['b'\]\"\], unknown \[\]"),
         (lambda a, b: {"a": a, "b": [b]}, r"missing \[\"\['b'\]\"\], unknown \[\"\['b'\]\[0\]\"\]"),
     ],

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules import module
 
 from metaopt import tree
-from metaopt.optimizer.apply import apply_updates, fitted
+from metaopt.optimizer.apply import apply_updates, check_gradients, fitted
 from metaopt.optimizer.by_name import ByName, Spread
 from metaopt.optimizer.cells import Cell, check_shapes, in_cells, slot_name, slots_in_cells
 from metaopt.optimizer.deployed import Deployed
@@ -20,6 +20,7 @@ from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.module import Configurable
 from metaopt.optimizer.names import paths
 from metaopt.optimizer.per_parameter import require_gradients, separate_state, step_apart
+from metaopt.optimizer.rate import find_rate
 from metaopt.optimizer.schedule import Schedule, advance, read
 from metaopt.tree import Tree
 
@@ -207,18 +208,7 @@ class Optimizer(Configurable):
         Raises:
             ValueError: there is not just one hyperparameter `lr`, or it is no scalar.
         """
-        looks = any(isinstance(module, Schedule) for module in self.modules())
-        grads, loss = observe() if looks else (None, None)
-        values = self.values(state, loss=loss, grads=grads, params=params)
-        rates = {name: value for name, value in values.items() if name.replace("/", ".").split(".")[-1] == "lr"}
-        (value,) = rates.values() if len(rates) == 1 else (None,)
-        if value is None or (isinstance(value, Tensor) and value.ndim):
-            found = {name: f"a tensor of shape {tuple(v.shape)}" if isinstance(v, Tensor) else v for name, v in rates.items()}
-            raise ValueError(
-                f'`scale="lr"` must find one step size in the optimizer, got {type(self).__name__} with {found or "none"}. Give a '
-                "number: `scale=0.1`."
-            )
-        return value
+        return find_rate(self, state, params, observe)
 
     def as_torch(self, params: Iterable[Any]) -> Deployed:
         """Return a `torch.optim.Optimizer` that makes this optimizer's updates; see `Deployed`."""
@@ -254,7 +244,7 @@ class Optimizer(Configurable):
             gradients = [tree.as_real(gradient) for gradient in gradients]
             weights = None if weights is None else [tree.as_real(weight) for weight in weights]
         if weights is not None:
-            _check_shapes(gradients, weights, grads)
+            check_gradients(gradients, weights, grads)
         memory: Slots = {name: tree.leaves_like(grads, slot, f"state['slots'][{name!r}]") for name, slot in state["slots"].items()}
         memory |= state["shared"]
         step = state["step"] + 1
@@ -438,19 +428,6 @@ class Optimizer(Configurable):
         if params is None:
             raise ValueError(f"`{type(self).__name__}` needs `params` because {reason}. Call `optimizer(grads, state, params)`.")
         return params
-
-
-def _check_shapes(gradients: Leaves, weights: Leaves, grads: Tree) -> None:
-    """Raise ValueError if a gradient would be broadcast to its parameter."""
-    with torch._C.DisableTorchFunction():
-        if [gradient.shape for gradient in gradients] == [weight.shape for weight in weights]:
-            return
-        for place, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
-            if gradient.shape != weight.shape:
-                raise ValueError(
-                    f"`grads` must have the shapes of `params`, got {tuple(gradient.shape)} for {tuple(weight.shape)} at "
-                    f"{tree.named_leaves(grads)[place][0]}."
-                )
 
 
 def _named(given: Tree, leaves: Sequence[Tensor | None]) -> dict[str, Any]:
