@@ -1,14 +1,9 @@
 """Optimisation that learns: differentiable inner loops, meta-gradients and learned optimizers on top of `torch.func`."""
 
-from metaopt import tasks, tree
-from metaopt.diagnostics import (
-    HypergradientCheck,
-    MeasuredRule,
-    RuleComparison,
-    compare_rules,
-    hypergradient_check,
-    metasmoothness,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from metaopt import tree
 from metaopt.differentiate import (
     SAMA,
     T1T2,
@@ -23,17 +18,29 @@ from metaopt.differentiate import (
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Functional, functional
 from metaopt.implicit import implicit
-from metaopt.interop import from_torch, from_torchopt
-from metaopt.levels import Edge, Level, LevelGraph
 from metaopt.linear_solve import GMRES, BiCGStab, ConjugateGradient, Direct, Neumann, NormalCG, Nystrom, NystromCG, Solution
 from metaopt.meta_grad import assign_grads, meta_grad
-from metaopt.meta_training import FullUnroll, MetaTraining, Report, Task, TaskFamily, TruncatedBackprop, evaluate, tune
 from metaopt.minimize import Minimized, minimize
 from metaopt.optimizer import Optimizer, apply_updates
 from metaopt.optimizer.schedule import Schedule
 from metaopt.scan.revolve import Revolve
-from metaopt.second_order import check_second_order
-from metaopt.train import TensorBoardLogger, Trainer
+
+if TYPE_CHECKING:
+    from metaopt import tasks
+    from metaopt.diagnostics import (
+        HypergradientCheck,
+        MeasuredRule,
+        RuleComparison,
+        compare_rules,
+        hypergradient_check,
+        metasmoothness,
+    )
+    from metaopt.interop import from_torch, from_torchopt
+    from metaopt.levels import Edge, Level, LevelGraph
+    from metaopt.meta_training import FullUnroll, MetaTraining, Task, TaskFamily, TruncatedBackprop
+    from metaopt.meta_training.evaluate import Report, evaluate, tune
+    from metaopt.second_order import check_second_order
+    from metaopt.train import TensorBoardLogger, Trainer
 
 __version__ = "0.2.0"
 
@@ -93,3 +100,45 @@ __all__ = [
     "tree",
     "tune",
 ]
+
+# The core is imported with the package, what stands on it when it is asked for: a program pays for what it uses.
+ON_DEMAND = {
+    "diagnostics": [
+        "HypergradientCheck",
+        "MeasuredRule",
+        "RuleComparison",
+        "compare_rules",
+        "hypergradient_check",
+        "metasmoothness",
+    ],
+    "interop": ["from_torch", "from_torchopt"],
+    "levels": ["Edge", "Level", "LevelGraph"],
+    "meta_training": [
+        "FullUnroll",
+        "MetaTraining",
+        "Report",
+        "Task",
+        "TaskFamily",
+        "TruncatedBackprop",
+        "evaluate",
+        "tune",
+    ],
+    "second_order": ["check_second_order"],
+    "tasks": [],
+    "train": ["TensorBoardLogger", "Trainer"],
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for (PEP 562): `metaopt.levels` and `metaopt.Level` import the module `metaopt.levels`."""
+    for module, names in ON_DEMAND.items():
+        if name == module:
+            return import_module(f"metaopt.{module}")
+        if name in names:
+            globals()[name] = getattr(import_module(f"metaopt.{module}"), name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *ON_DEMAND})
