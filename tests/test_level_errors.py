@@ -431,7 +431,7 @@ def test_a_compiled_step_sees_it_too(bad: float) -> None:
 
 
 STATES: dict[str, tuple[Callable[[], Any], str]] = {
-    "a list": (lambda: [], r"a state must have the parts \['data', 'initial', 'levels', 'steps'\], got a list"),
+    "a list": (lambda: [], r"a state must have the parts \['data', 'draws', 'initial', 'levels', 'steps'\], got a list"),
     "a part": (lambda: {"levels": {}}, r"a state must have the parts .*, got \['levels'\]"),
     "another optimizer": (
         lambda: two(lower={"optimizer": Adam(0.1)}).state_dict(),
