@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,6 +17,11 @@ from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperpar
 from .moving import averages
 from .weight_decay import decayed
 
+FACTORS: dict[str, Callable[[int, int], float]] = {
+    "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
+}
 Coefficients = tuple[Hyperparameter, Hyperparameter, Hyperparameter]
 
 
@@ -24,7 +30,8 @@ class Muon(Optimizer):
 
     NS(X) replaces the singular values of X by numbers near 1: X / max(|X|, eps), then `ns_steps` times
     X = a X + (b G + c G^2) X with G = X X^T. With `nesterov`, m in u is replaced by momentum m + (1 - momentum) g. The factor s is
-    sqrt(max(1, rows / columns)) or, for "match_rms_adamw", 0.2 sqrt(max(rows, columns)).
+    sqrt(max(1, rows / columns)), or 0.2 sqrt(max(rows, columns)) for "match_rms_adamw", or sqrt(rows / columns) for
+    "spectral_unclamped".
 
     Equal to `torch.optim.Muon` but for its rounding: it iterates in bfloat16, this in the dtype of the parameters, so that the
     derivative (exact, also in a, b, c) can be trusted. Other parameters than matrices need another optimizer:
@@ -47,7 +54,8 @@ class Muon(Optimizer):
         One copy of the parameters; 3 `ns_steps` matrix products a step.
 
     Reference:
-        Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; "match_rms_adamw": Liu et al. 2025, arXiv:2502.16982, eq. 4.
+        Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; "match_rms_adamw": Liu et al. 2025, arXiv:2502.16982, eq. 4;
+        "spectral_unclamped": Bernstein 2025, https://jeremybernste.in/writing/deriving-muon.
     """
 
     hyperparameters = ("lr", "weight_decay", "momentum", "a", "b", "c", "eps")
@@ -65,7 +73,7 @@ class Muon(Optimizer):
         ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
         eps: Hyperparameter = 1e-7,
         ns_steps: int = 5,
-        adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original",
+        adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] = "original",
     ):
         super().__init__()
         if not isinstance(ns_coefficients, tuple | list) or len(ns_coefficients) != 3:
@@ -77,7 +85,7 @@ class Muon(Optimizer):
             set_hyperparameter(self, name, value, low=-math.inf)
         set_hyperparameter(self, "eps", eps)
         self.nesterov, self.ns_steps = check_flag(self, "nesterov", nesterov), check_count(self, "ns_steps", ns_steps)
-        self.adjust_lr_fn = check_choice(self, "adjust_lr_fn", adjust_lr_fn, ("original", "match_rms_adamw"))
+        self.adjust_lr_fn = check_choice(self, "adjust_lr_fn", adjust_lr_fn, tuple(FACTORS))
 
     @property
     def ns_coefficients(self) -> Coefficients:
@@ -101,8 +109,7 @@ class Muon(Optimizer):
         return decayed(self, updates, params, lr, decay), {"mean": mean}
 
     def _factor(self, matrix: Tensor) -> float:
-        rows, columns = matrix.shape
-        return math.sqrt(max(1, rows / columns)) if self.adjust_lr_fn == "original" else 0.2 * math.sqrt(max(rows, columns))
+        return FACTORS[self.adjust_lr_fn](*matrix.shape)
 
 
 def orthogonalized(matrix: Tensor, coefficients: list[Value], eps: Value, steps: int) -> Tensor:

@@ -243,8 +243,17 @@ def trained(make: Callable[[list[Tensor]], torch.optim.Optimizer], start: dict[s
 
 @pytest.fixture
 def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take out of torch's Muon the rounding to bfloat16; it works in place on the result, hence the copy."""
+    """Take out of torch's Muon the rounding to bfloat16; it works in place on the result, hence the copy.
+
+    It rounds by `bfloat16()`, and from 2.15 on by `to(dtype=torch.bfloat16)`.
+    """
+    to = torch.Tensor.to
+
+    def unrounding(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        return tensor.clone() if options.get("dtype") is torch.bfloat16 else to(tensor, *args, **options)
+
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    monkeypatch.setattr(torch.Tensor, "to", unrounding)
 
 
 # Rounding may differ by an operation: 50 steps of 2^-53, through a division by sqrt(v) in the worst case.
@@ -298,6 +307,18 @@ def test_muon_makes_singular_values_near_one() -> None:
     update, _ = optimizer(gradient, optimizer.init(gradient))
     values = torch.linalg.svdvals(update) / math.sqrt(6 / 4)
     assert ((values > 0.65) & (values < 1.3)).all()  # the range that the coefficients were chosen for
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_muons_factor_of_the_shape(shape: tuple[int, int]) -> None:
+    """torch's Muon has "spectral_unclamped" from 2.15 on."""
+    gradient = torch.randn(shape, dtype=torch.float64)
+    sizes = {}
+    for choice in ("original", "match_rms_adamw", "spectral_unclamped"):
+        optimizer = Muon(lr=1.0, weight_decay=0.0, adjust_lr_fn=choice)
+        sizes[choice] = tree.norm(optimizer(gradient, optimizer.init(gradient))[0]).item()
+    assert math.isclose(sizes["original"] / sizes["spectral_unclamped"], 1 if shape == (6, 4) else math.sqrt(6 / 4))
+    assert math.isclose(sizes["match_rms_adamw"] / sizes["spectral_unclamped"], 0.2 * math.sqrt(6) / math.sqrt(shape[0] / shape[1]))
 
 
 def as_tensors(value: Any) -> Any:
@@ -480,7 +501,11 @@ def test_low_precision_stays_low_and_finite(name: str, dtype: torch.dtype) -> No
         (lambda: NAdam(momentum_decay="x"), TypeError, r"NAdam: `momentum_decay` must be a number"),  # type: ignore[arg-type]
         (lambda: Muon(ns_coefficients=(1.0, 2.0)), ValueError, r"`ns_coefficients` must be three numbers"),  # type: ignore[arg-type]
         (lambda: Muon(ns_steps=0), ValueError, r"Muon: `ns_steps` must be a positive integer, got 0"),
-        (lambda: Muon(adjust_lr_fn="no"), ValueError, r"`adjust_lr_fn` must be 'original' or"),  # type: ignore[arg-type]
+        (
+            lambda: Muon(adjust_lr_fn="no"),
+            ValueError,
+            r"`adjust_lr_fn` must be one of 'original', 'match_rms_adamw', 'spectral_unclamped', got 'no'",
+        ),  # type: ignore[arg-type]
         (lambda: Muon().init(torch.ones(3)), ValueError, r"Muon: `params` must be matrices, got shape \(3,\)"),
     ],
 )
