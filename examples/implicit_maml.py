@@ -3,16 +3,18 @@
     python examples/implicit_maml.py                                        # 100 meta-steps, as in the README
     python examples/implicit_maml.py --steps 20 --tasks 8 --test-tasks 50   # a look
 
-Each task is to tell 5 digits apart, in a random order, from one image of each. A network adapts to a task by descending, from the
-meta-parameters m,
+Each task is to tell 5 digits apart, in a random order, from one image of each. A network adapts to
+a task by descending, from the meta-parameters m,
 
     L_task(w) = cross-entropy on the 5 images + lam / 2 |w - m|^2,
 
-and m is to make the loss on other images small after that. MAML differentiates the steps. Implicit MAML (Rajeswaran, Finn,
-Kakade, Levine 2019, arXiv:1909.04630) needs only where they ended: the derivative of the minimiser is lam (H + lam)^-1, which 5
-steps of conjugate gradients apply. The memory then does not grow with the steps, and any optimizer may make them.
+and m is to make the loss on other images small after that. MAML differentiates the steps. Implicit
+MAML (Rajeswaran, Finn, Kakade, Levine 2019, arXiv:1909.04630) needs only where they ended: the
+derivative of the minimiser is lam (H + lam)^-1, which 5 steps of conjugate gradients apply. The
+memory then does not grow with the steps, and any optimizer may make them.
 
-Both are compared, on images that were not trained on, with the same adaptation from random weights: no meta-learning.
+Both are compared, on images that were not trained on, with the same adaptation from random weights:
+no meta-learning.
 """
 
 from __future__ import annotations
@@ -33,8 +35,12 @@ from optimizers import SGD, Adam
 WAYS, QUERIES = 5, 10
 
 
-def episodes(split: slice, seed: int, tasks: int, part: int, repeat: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images [tasks, n, 64], labels) of fresh tasks, to adapt on (part 0) or be judged on (part 1), each `repeat` times."""
+def episodes(
+    split: slice, seed: int, tasks: int, part: int, repeat: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images [tasks, n, 64], labels) of fresh tasks, to adapt on (part 0) or be judged on
+    (part 1), each `repeat` times.
+    """
     images, labels = (values[split] for values in digits())
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -44,15 +50,27 @@ def episodes(split: slice, seed: int, tasks: int, part: int, repeat: int) -> Ite
                 found = (labels == digit).nonzero()[:, 0]
                 task[way] = found[torch.randperm(len(found), generator=generator)[: 1 + QUERIES]]
         chosen = rows[:, :, :1] if part == 0 else rows[:, :, 1:]
-        x, y = images[chosen].flatten(1, 2), torch.arange(WAYS)[:, None].expand(chosen.shape).flatten(1)
+        x, y = (
+            images[chosen].flatten(1, 2),
+            torch.arange(WAYS)[:, None].expand(chosen.shape).flatten(1),
+        )
         for _ in range(repeat):
             yield x, y
 
 
 def level_graph(
-    model: nn.Module, rule: Any, lam: float, optimizer: mo.Optimizer, *, split: slice, tasks: int, adapt: int
+    model: nn.Module,
+    rule: Any,
+    lam: float,
+    optimizer: mo.Optimizer,
+    *,
+    split: slice,
+    tasks: int,
+    adapt: int,
 ) -> mo.LevelGraph:
-    """Return the graph in which `model` is the start of `tasks` tasks at once, new ones at every step."""
+    """Return the graph in which `model` is the start of `tasks` tasks at once, new ones at every
+    step.
+    """
 
     def task_loss(levels: Any, batch: Any) -> Tensor:
         x, y = batch
@@ -65,15 +83,24 @@ def level_graph(
     def meta_loss(levels: Any, batch: Any) -> dict[str, Tensor]:
         x, y = batch
         logits = levels.task(x)
-        return {"loss": F.cross_entropy(logits, y), "accuracy": (logits.argmax(-1) == y).float().mean()}
+        return {
+            "loss": F.cross_entropy(logits, y),
+            "accuracy": (logits.argmax(-1) == y).float().mean(),
+        }
 
-    support, query = (episodes(split, 0, tasks, part, repeat) for part, repeat in enumerate((adapt, 1)))
-    task = mo.Level("task", copy.deepcopy(model), task_loss, SGD(0.1, momentum=0.9), support, copies=tasks)
+    support, query = (
+        episodes(split, 0, tasks, part, repeat) for part, repeat in enumerate((adapt, 1))
+    )
+    task = mo.Level(
+        "task", copy.deepcopy(model), task_loss, SGD(0.1, momentum=0.9), support, copies=tasks
+    )
     meta = mo.Level("meta", model, meta_loss, optimizer, query)
     return mo.LevelGraph([mo.Edge(meta, task, steps=adapt, start="upper", differentiate=rule)])
 
 
-def main(steps: int = 100, tasks: int = 16, adapt: int = 16, lam: float = 0.2, test_tasks: int = 500) -> None:
+def main(
+    steps: int = 100, tasks: int = 16, adapt: int = 16, lam: float = 0.2, test_tasks: int = 500
+) -> None:
     """Meta-learn the start of a network on few-shot tasks.
 
     Args:
@@ -83,19 +110,37 @@ def main(steps: int = 100, tasks: int = 16, adapt: int = 16, lam: float = 0.2, t
         lam: strength of the proximal term.
         test_tasks: tasks with held-out images to compare on.
     """
-    implicit = mo.Implicit(mo.ConjugateGradient(max_steps=5, damping=0.1))  # the network's Hessian has negative eigenvalues too
-    methods = {"no meta-learning": (None, 0.0), "MAML": (mo.Backprop(), 0.0), "implicit MAML": (implicit, lam)}
+    # the network's Hessian has negative eigenvalues too
+    implicit = mo.Implicit(mo.ConjugateGradient(max_steps=5, damping=0.1))
+    methods = {
+        "no meta-learning": (None, 0.0),
+        "MAML": (mo.Backprop(), 0.0),
+        "implicit MAML": (implicit, lam),
+    }
     accuracies = {}
     for name, (rule, strength) in methods.items():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, WAYS))
         if rule:
-            graph = level_graph(model, rule, strength, Adam(0.003), split=slice(1200), tasks=tasks, adapt=adapt)
+            graph = level_graph(
+                model, rule, strength, Adam(0.003), split=slice(1200), tasks=tasks, adapt=adapt
+            )
             print(graph)
             mo.Trainer(graph, max_steps=steps, label=name).fit()
-        test = level_graph(model, mo.FirstOrder(), strength, SGD(0.0), split=slice(1200, None), tasks=test_tasks, adapt=adapt)
+        test = level_graph(
+            model,
+            mo.FirstOrder(),
+            strength,
+            SGD(0.0),
+            split=slice(1200, None),
+            tasks=test_tasks,
+            adapt=adapt,
+        )
         accuracies[name] = float(test.step()["meta/accuracy"])
-    print(f"Accuracy on {test_tasks} tasks with held-out images, {WAYS} digits to tell apart from one image of each:")
+    print(
+        f"Accuracy on {test_tasks} tasks with held-out images, {WAYS} digits to tell apart from "
+        f"one image of each:"
+    )
     for name, accuracy in accuracies.items():
         print(f"{name:>17}: {accuracy:.3f}")
     none, maml, imaml = accuracies.values()

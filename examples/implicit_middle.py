@@ -1,15 +1,20 @@
-"""Regularisation that is learned to be learned: an implicit middle level under a top level that unrolls it.
+"""Regularisation that is learned to be learned: an implicit middle level under a top level that
+unrolls it.
 
     python examples/implicit_middle.py                                          # 30 meta-steps, as in the README
     python examples/implicit_middle.py --steps 1 --copies 4 --test-tasks 10     # a look
 
 Each task is to tell two handwritten digits apart from 8 noisy images of each, 8 x 8 pixels.
-- "classifier", a logistic regression with weights w, minimises cross-entropy + 1/2 sum_i exp(s_i) w_i^2;
-- "strength" makes 3 steps on s, one for each pixel, to lower the loss on 8 further images of each. Its gradient is implicit,
-  -[d grad_w L / ds]' H^-1 v, whatever steps led to w (Lorraine, Vicol, Duvenaud 2020, arXiv:1911.02590);
-- "initial_strength" is where s starts in every task, learned so that those 3 steps lower the loss on yet other images: by
-  `Backprop` through the steps of "strength", so that the implicit gradients are themselves differentiated.
-The top hypergradient is checked by finite differences, and the learned start compared, on unseen pairs, with the best single one.
+- "classifier", a logistic regression with weights w, minimises cross-entropy + 1/2 sum_i exp(s_i)
+w_i^2;
+- "strength" makes 3 steps on s, one for each pixel, to lower the loss on 8 further images of each.
+  Its gradient is implicit, -[d grad_w L / ds]' H^-1 v, whatever steps led to w (Lorraine, Vicol,
+  Duvenaud 2020, arXiv:1911.02590);
+- "initial_strength" is where s starts in every task, learned so that those 3 steps lower the loss
+  on yet other images: by `Backprop` through the steps of "strength", so that the implicit gradients
+  are themselves differentiated.
+The top hypergradient is checked by finite differences, and the learned start compared, on unseen
+pairs, with the best single one.
 """
 
 from __future__ import annotations
@@ -40,8 +45,12 @@ def vector(value: float) -> nn.Module:
     return model
 
 
-def tasks(pairs: Pairs, seed: int, copies: int, part: int, repeat: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images [copies, 16, 64] and labels [copies, 16] of one of the three disjoint parts of a task, each `repeat` times."""
+def tasks(
+    pairs: Pairs, seed: int, copies: int, part: int, repeat: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images [copies, 16, 64] and labels [copies, 16] of one of the three disjoint parts of a
+    task, each `repeat` times.
+    """
     images, labels = digits()
     images = (images - images.mean(0)).to(torch.get_default_dtype())
     generator = torch.Generator().manual_seed(seed)
@@ -51,7 +60,9 @@ def tasks(pairs: Pairs, seed: int, copies: int, part: int, repeat: int) -> Itera
         for pair in torch.randint(len(pairs), (copies,), generator=generator).tolist():
             for digit in pairs[pair]:
                 of_digit = (labels == digit).nonzero()[:, 0]
-                rows.append(of_digit[torch.randperm(len(of_digit), generator=generator)[: 3 * SHOTS]])
+                rows.append(
+                    of_digit[torch.randperm(len(of_digit), generator=generator)[: 3 * SHOTS]]
+                )
         x = images[torch.stack(rows)].unflatten(0, (copies, 2)).unflatten(2, (3, SHOTS))
         noisy = x + NOISE * torch.randn(x.shape, generator=generator).to(x)
         yield from [(noisy[:, :, part].flatten(1, 2), y.expand(copies, -1))] * repeat
@@ -60,7 +71,10 @@ def tasks(pairs: Pairs, seed: int, copies: int, part: int, repeat: int) -> Itera
 def fit_loss(levels: Any, batch: Any) -> Tensor:
     """Return the regularised loss of the classifier."""
     strength = levels.strength.params["weight"].exp()
-    return held_out_loss(levels, batch) + 0.5 * (strength * levels.classifier.params["weight"].square()).sum()
+    return (
+        held_out_loss(levels, batch)
+        + 0.5 * (strength * levels.classifier.params["weight"].square()).sum()
+    )
 
 
 def held_out_loss(levels: Any, batch: Any) -> Tensor:
@@ -69,33 +83,65 @@ def held_out_loss(levels: Any, batch: Any) -> Tensor:
     return F.binary_cross_entropy_with_logits(levels.classifier(x)[..., 0], y)
 
 
-def level_graph(start: nn.Module, optimizer: mo.Optimizer, pairs: Pairs, seed: int, copies: int, solve: int) -> mo.LevelGraph:
-    """Return the graph in which `start` holds the initial strengths of `copies` tasks at once, new ones at every step."""
-    data = [tasks(pairs, seed, copies, part, repeat) for part, repeat in enumerate((MIDDLE * solve, MIDDLE, 1))]
-    classifier = mo.Level("classifier", vector(0.0), fit_loss, SGD(0.3, momentum=0.9, nesterov=True), data[0], copies=copies)
-    strength = mo.Level("strength", vector(0.0), held_out_loss, ClipNorm(0.1, SGD(20.0)), data[1], copies=copies)
+def level_graph(
+    start: nn.Module, optimizer: mo.Optimizer, pairs: Pairs, seed: int, copies: int, solve: int
+) -> mo.LevelGraph:
+    """Return the graph in which `start` holds the initial strengths of `copies` tasks at once, new
+    ones at every step.
+    """
+    data = [
+        tasks(pairs, seed, copies, part, repeat)
+        for part, repeat in enumerate((MIDDLE * solve, MIDDLE, 1))
+    ]
+    classifier = mo.Level(
+        "classifier",
+        vector(0.0),
+        fit_loss,
+        SGD(0.3, momentum=0.9, nesterov=True),
+        data[0],
+        copies=copies,
+    )
+    strength = mo.Level(
+        "strength", vector(0.0), held_out_loss, ClipNorm(0.1, SGD(20.0)), data[1], copies=copies
+    )
     initial = mo.Level("initial_strength", start, held_out_loss, optimizer, data[2])
     implicit = mo.Implicit(mo.ConjugateGradient(max_steps=30, rtol=1e-4 if copies > 2 else 1e-12))
     top = mo.Edge(initial, strength, steps=MIDDLE, start="upper", differentiate=mo.Backprop())
-    return mo.LevelGraph([top, mo.Edge(strength, classifier, steps=solve, start="restart", differentiate=implicit)])
+    return mo.LevelGraph(
+        [top, mo.Edge(strength, classifier, steps=solve, start="restart", differentiate=implicit)]
+    )
 
 
 def check_hypergradient() -> None:
-    """Compare a directional derivative of the top loss with central differences, in float64 and with w solved to rounding."""
+    """Compare a directional derivative of the top loss with central differences, in float64 and
+    with w solved to rounding.
+    """
     torch.set_default_dtype(torch.float64)
 
-    start, direction, h = vector(-2.0), torch.randn(1, PIXELS, generator=torch.Generator().manual_seed(0)), 1e-4
+    start, direction, h = (
+        vector(-2.0),
+        torch.randn(1, PIXELS, generator=torch.Generator().manual_seed(0)),
+        1e-4,
+    )
     graph = level_graph(start, SGD(0.0), TRAIN_PAIRS, seed=5, copies=2, solve=400)
     exact = (graph.hypergradient("initial_strength")["weight"] * direction).sum()
-    high, low = (graph.objective("initial_strength", {"weight": -2.0 + sign * h * direction}) for sign in (1, -1))
+    high, low = (
+        graph.objective("initial_strength", {"weight": -2.0 + sign * h * direction})
+        for sign in (1, -1)
+    )
     differences = (high - low) / (2 * h)
     torch.set_default_dtype(torch.float32)
-    print(f"Hypergradient of the initial strengths, along a direction: {exact:.8g}; finite differences {differences:.8g}")
+    print(
+        f"Hypergradient of the initial strengths, along a direction: {exact:.8g}; finite "
+        f"differences {differences:.8g}"
+    )
     assert abs(exact / differences - 1) < 1e-5
 
 
 def main(steps: int = 30, copies: int = 16, solve: int = 40, test_tasks: int = 200) -> None:
-    """Learn where strengths start, from `copies` tasks a step; `solve` steps fit a classifier for each step of its strengths."""
+    """Learn where strengths start, from `copies` tasks a step; `solve` steps fit a classifier for
+    each step of its strengths.
+    """
     check_hypergradient()
     learned = vector(-3.0)
     graph = level_graph(learned, Adam(0.2), TRAIN_PAIRS, seed=0, copies=copies, solve=solve)
@@ -110,8 +156,12 @@ def main(steps: int = 30, copies: int = 16, solve: int = 40, test_tasks: int = 2
     for s, loss in grid.items():
         print(f"start at strength exp({s:g}) for every pixel: test loss {loss:.4f}")
     print(f"learned start: test loss {(found := test_loss(learned)):.4f}")
-    print("log strengths learned, by pixel:\n", learned.weight.detach().reshape(8, 8).numpy().round(1))
-    assert steps < 30 or found < min(grid.values()), "a learned start is better than the best single strength"
+    print(
+        "log strengths learned, by pixel:\n", learned.weight.detach().reshape(8, 8).numpy().round(1)
+    )
+    assert steps < 30 or found < min(grid.values()), (
+        "a learned start is better than the best single strength"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Learn which examples of a pretraining set to ignore: three levels, on digits of which many have wrong labels.
+"""Learn which examples of a pretraining set to ignore: three levels, on digits of which many have
+wrong labels.
 
     python examples/learning_by_ignoring.py --noise 0.5 --seeds 5
 
-"pretrain" minimises mean_i a_i l_i over 1000 examples with wrong labels among them. "finetune" minimises the loss on 30 right ones,
-staying near the pretrained parameters. "ignore" moves the a_i to lower the loss of the finetuned model on 100 others: its
-hypergradient passes through finetuning and pretraining, `Implicit` through either. Then the two stages are run afresh, with the
-learned a, with all a_i = 1, with these 100 examples in the finetuning set too, and with the a of one who knows which are wrong.
-Zhang, Mukherjee, Xie et al. 2020, arXiv:2012.14288.
+"pretrain" minimises mean_i a_i l_i over 1000 examples with wrong labels among them. "finetune"
+minimises the loss on 30 right ones, staying near the pretrained parameters. "ignore" moves the a_i
+to lower the loss of the finetuned model on 100 others: its hypergradient passes through finetuning
+and pretraining, `Implicit` through either. Then the two stages are run afresh, with the learned a,
+with all a_i = 1, with these 100 examples in the finetuning set too, and with the a of one who knows
+which are wrong. Zhang, Mukherjee, Xie et al. 2020, arXiv:2012.14288.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from metaopt.tasks.corruption import flip_labels, stratified_split
 from metaopt.tasks.digits import CLASSES, PIXELS, digits
 from optimizers import SGD, Adam
 
-TRAIN, FINE, VALID, NEAR, DECAY = 100, 3, 10, 0.1, 0.01  # examples of each class; pull to the pretrained parameters; weight decay
+# examples of each class; pull to the pretrained parameters; weight decay
+TRAIN, FINE, VALID, NEAR, DECAY = 100, 3, 10, 0.1, 0.01
 
 
 class Weights(nn.Module):
@@ -42,38 +45,57 @@ class Weights(nn.Module):
 def pretrain_loss(logits: Tensor, labels: Tensor, weights: Tensor, params: Any) -> Tensor:
     """Return the weighted mean of the losses plus DECAY / 2 |params|^2."""
     losses = F.cross_entropy(logits, labels, reduction="none")
-    return (weights * losses).sum() / weights.sum() + 0.5 * DECAY * sum(p.square().sum() for p in params.values())
+    return (weights * losses).sum() / weights.sum() + 0.5 * DECAY * sum(
+        p.square().sum() for p in params.values()
+    )
 
 
 def finetune_loss(logits: Tensor, labels: Tensor, params: Any, pretrained: Any) -> Tensor:
     """Return the mean loss plus NEAR / 2 |params - pretrained|^2."""
-    return F.cross_entropy(logits, labels) + 0.5 * NEAR * sum((params[k] - pretrained[k]).square().sum() for k in params)
+    return F.cross_entropy(logits, labels) + 0.5 * NEAR * sum(
+        (params[k] - pretrained[k]).square().sum() for k in params
+    )
 
 
 def learned_weights(pretraining: Any, finetuning: Any, valid: Any, steps: int) -> Tensor:
     """Return the weight of each pretraining example."""
 
     def pretrain(levels: Any, batch: Any) -> Tensor:
-        return pretrain_loss(levels.pretrain(batch[0]), batch[1], levels.ignore(), levels.pretrain.params)
+        return pretrain_loss(
+            levels.pretrain(batch[0]), batch[1], levels.ignore(), levels.pretrain.params
+        )
 
     def finetune(levels: Any, batch: Any) -> Tensor:
-        return finetune_loss(levels.finetune(batch[0]), batch[1], levels.finetune.params, levels.pretrain.params)
+        return finetune_loss(
+            levels.finetune(batch[0]), batch[1], levels.finetune.params, levels.pretrain.params
+        )
 
     def ignore(levels: Any, batch: Any) -> Tensor:
         return F.cross_entropy(levels.finetune(batch[0]), batch[1])
 
     top = mo.Level("ignore", Weights(len(pretraining[1])), ignore, Adam(0.1), data=[valid])
-    middle = mo.Level("pretrain", nn.Linear(PIXELS, CLASSES), pretrain, SGD(0.5, momentum=0.9), data=[pretraining])
-    bottom = mo.Level("finetune", nn.Linear(PIXELS, CLASSES), finetune, SGD(0.5, momentum=0.9), data=[finetuning])
+    middle = mo.Level(
+        "pretrain", nn.Linear(PIXELS, CLASSES), pretrain, SGD(0.5, momentum=0.9), data=[pretraining]
+    )
+    bottom = mo.Level(
+        "finetune", nn.Linear(PIXELS, CLASSES), finetune, SGD(0.5, momentum=0.9), data=[finetuning]
+    )
     implicit = mo.Implicit(mo.ConjugateGradient(max_steps=10))
-    graph = mo.LevelGraph([mo.Edge(top, middle, steps=5, differentiate=implicit), mo.Edge(middle, bottom, differentiate=implicit)])
+    graph = mo.LevelGraph(
+        [
+            mo.Edge(top, middle, steps=5, differentiate=implicit),
+            mo.Edge(middle, bottom, differentiate=implicit),
+        ]
+    )
     mo.Trainer(graph, max_steps=steps, label="ignore").fit()
     return top.model().detach()
 
 
 @torch.no_grad()
 def accuracy(weights: Tensor, pretraining: Any, finetuning: Any, test: Any) -> float:
-    """Return the accuracy on `test` of a model that is pretrained with these weights, then finetuned."""
+    """Return the accuracy on `test` of a model that is pretrained with these weights, then
+    finetuned.
+    """
     net, optimizer = mo.functional(nn.Linear(PIXELS, CLASSES)), SGD(0.5, momentum=0.9)
     start = {name: torch.zeros_like(param) for name, param in net.params.items()}
 
@@ -100,15 +122,33 @@ def main(noise: float = 0.5, seeds: int = 5, steps: int = 30) -> dict[str, Tenso
         pretraining, right = (train[0], given), given == train[1]
         both = (torch.cat([fine[0], valid[0]]), torch.cat([fine[1], valid[1]]))
         learned, ones = learned_weights(pretraining, fine, valid, steps), torch.ones(len(given))
-        assert learned[~right].mean() < 0.7 * learned[right].mean(), "wrong examples are ignored more than right ones"
+        assert learned[~right].mean() < 0.7 * learned[right].mean(), (
+            "wrong examples are ignored more than right ones"
+        )
         runs = ((learned, fine), (ones, fine), (ones, both), (right.float(), fine))
-        rows.append([accuracy(weights, pretraining, part, (images[test], truth[test])) for weights, part in runs])
-    found = dict(zip(("learned", "all", "all, finetuned on more", "all that are right"), torch.tensor(rows).T, strict=True))
+        rows.append(
+            [
+                accuracy(weights, pretraining, part, (images[test], truth[test]))
+                for weights, part in runs
+            ]
+        )
+    found = dict(
+        zip(
+            ("learned", "all", "all, finetuned on more", "all that are right"),
+            torch.tensor(rows).T,
+            strict=True,
+        )
+    )
     headers = [f"mean of {seeds} seeds", "test accuracy (%)", "learned - it", "deviation"]
     gaps = {name: found["learned"] - values for name, values in found.items()}
-    table = [(name, *(100 * x for x in (found[name].mean(), gap.mean(), gap.std(correction=0)))) for name, gap in gaps.items()]
+    table = [
+        (name, *(100 * x for x in (found[name].mean(), gap.mean(), gap.std(correction=0))))
+        for name, gap in gaps.items()
+    ]
     print(tabulate(table, headers, floatfmt=".1f"))
-    assert gaps["all"].mean() > 0, "learning what to ignore is better than pretraining on everything"
+    assert gaps["all"].mean() > 0, (
+        "learning what to ignore is better than pretraining on everything"
+    )
     return found
 
 

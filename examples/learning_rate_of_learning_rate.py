@@ -4,14 +4,17 @@
     python examples/learning_rate_of_learning_rate.py --steps 3      # a look
 
 - "learner", a network on the handwritten digits, makes SGD steps with a learning rate alpha;
-- "rate" is the module that holds alpha: the learner's optimizer. It makes SGD steps, with a learning rate eta, to lower the loss
-  after 5 steps of the learner;
-- "rate of rate" is the module that holds eta: the optimizer of "rate". It lowers the loss after 3 steps of "rate".
+- "rate" is the module that holds alpha: the learner's optimizer. It makes SGD steps, with a
+  learning rate eta, to lower the loss after 5 steps of the learner;
+- "rate of rate" is the module that holds eta: the optimizer of "rate". It lowers the loss after 3
+steps of "rate".
 
-A level's optimizer may be the model of a level above; the graph sees that it is the same module, and that is all that has to be
-said. Maclaurin, Duvenaud, Adams 2015 (arXiv:1502.03492) differentiate training by its hyperparameters; Chandra et al. 2022
-(arXiv:1909.13371) stack optimizers so and find that the taller the stack, the less it matters how one starts. Here both rates
-start badly on purpose: alpha = 0.003, eta = 1e-4. The hypergradient of the top level is first checked by finite differences.
+A level's optimizer may be the model of a level above; the graph sees that it is the same module,
+and that is all that has to be said. Maclaurin, Duvenaud, Adams 2015 (arXiv:1502.03492)
+differentiate training by its hyperparameters; Chandra et al. 2022 (arXiv:1909.13371) stack
+optimizers so and find that the taller the stack, the less it matters how one starts. Here both
+rates start badly on purpose: alpha = 0.003, eta = 1e-4. The hypergradient of the top level is first
+checked by finite differences.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ ALPHA, ETA = 0.003, 1e-4  # both too small
 INNER, MIDDLE = 5, 3  # steps of the learner for one of its rate, of the rate for one of its own
 
 
-def minibatches(first: int, last: int, seed: int, size: int = 100) -> Iterator[tuple[Tensor, Tensor]]:
+def minibatches(
+    first: int, last: int, seed: int, size: int = 100
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield random digits from those with numbers `first` to `last`."""
     images, labels = digits()
     generator = torch.Generator().manual_seed(seed)
@@ -47,22 +52,37 @@ def loss(levels: Any, batch: Any) -> Tensor:
     return F.cross_entropy(levels.learner(x), y)
 
 
-def level_graph(eta: float, *, learns_alpha: bool = True, learns_eta: bool = True) -> tuple[mo.LevelGraph, SGD, SGD]:
-    """Return the graph, and the optimizers that hold alpha and eta; a rate that is not learned has an optimizer that stands."""
+def level_graph(
+    eta: float, *, learns_alpha: bool = True, learns_eta: bool = True
+) -> tuple[mo.LevelGraph, SGD, SGD]:
+    """Return the graph, and the optimizers that hold alpha and eta; a rate that is not learned has
+    an optimizer that stands.
+    """
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
     alpha_holder = SGD(nn.Parameter(torch.tensor(ALPHA)))
     eta_holder = SGD(nn.Parameter(torch.tensor(eta)))
     learner = mo.Level("learner", network, loss, alpha_holder, minibatches(0, 1000, seed=0))
-    rate = mo.Level("rate", alpha_holder, loss, eta_holder, minibatches(1000, 1400, seed=1), warmup=0 if learns_alpha else 10**9)
+    rate = mo.Level(
+        "rate",
+        alpha_holder,
+        loss,
+        eta_holder,
+        minibatches(1000, 1400, seed=1),
+        warmup=0 if learns_alpha else 10**9,
+    )
     top_optimizer = Adam(0.003) if learns_eta else SGD(0.0)
-    rate_of_rate = mo.Level("rate_of_rate", eta_holder, loss, top_optimizer, minibatches(1000, 1400, seed=2))
+    rate_of_rate = mo.Level(
+        "rate_of_rate", eta_holder, loss, top_optimizer, minibatches(1000, 1400, seed=2)
+    )
     edges = [mo.Edge(rate_of_rate, rate, steps=MIDDLE), mo.Edge(rate, learner, steps=INNER)]
     return mo.LevelGraph(edges), alpha_holder, eta_holder
 
 
 def check_hypergradient() -> None:
-    """Compare d(top loss) / d(eta) through 15 steps of the learner and 3 of its rate with central differences, in float64."""
+    """Compare d(top loss) / d(eta) through 15 steps of the learner and 3 of its rate with central
+    differences, in float64.
+    """
     torch.set_default_dtype(torch.float64)
     exact = level_graph(ETA)[0].hypergradient("rate_of_rate")["lr"]
     h = 1e-5
@@ -70,7 +90,10 @@ def check_hypergradient() -> None:
     differences = (high - low) / (2 * h)
     torch.set_default_dtype(torch.float32)
     error = float(abs(exact / differences - 1))
-    print(f"Hypergradient of the learning rate's learning rate: {exact:.6g}; finite differences {differences:.6g}")
+    print(
+        f"Hypergradient of the learning rate's learning rate: {exact:.6g}; finite differences "
+        f"{differences:.6g}"
+    )
     assert error < 1e-6, f"relative error {error}"
 
 

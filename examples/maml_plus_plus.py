@@ -1,13 +1,16 @@
-"""MAML++: an initialisation, a rate for each layer and step, and a batch norm for each step, learned together.
+"""MAML++: an initialisation, a rate for each layer and step, and a batch norm for each step,
+learned together.
 
     python examples/maml_plus_plus.py                             # 200 meta-steps, as in the README
     python examples/maml_plus_plus.py --steps 20 --test-tasks 20  # a look
 
-A task is to tell five turned digits apart, from one image of each, by 5 gradient steps. To MAML, Antoniou, Edwards and Storkey
-(ICLR 2019, arXiv:1810.09502) add a learned rate for each layer and step; a batch norm with a scale, a shift and running statistics
-for each step; the query loss after every step, with weights that go over to the last one; first-order gradients at first; a cosine
-for the outer rate. Here all are arguments of one `minimize`. Both are tested on digits that were not trained on, with the
-statistics of the batch, as in the authors' program, and with the running ones. In so short a training it is no better than MAML.
+A task is to tell five turned digits apart, from one image of each, by 5 gradient steps. To MAML,
+Antoniou, Edwards and Storkey (ICLR 2019, arXiv:1810.09502) add a learned rate for each layer and
+step; a batch norm with a scale, a shift and running statistics for each step; the query loss after
+every step, with weights that go over to the last one; first-order gradients at first; a cosine for
+the outer rate. Here all are arguments of one `minimize`. Both are tested on digits that were not
+trained on, with the statistics of the batch, as in the authors' program, and with the running ones.
+In so short a training it is no better than MAML.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from metaopt.tasks.digits import digits
 from metaopt.tasks.omniglot import CharacterTasks
 from optimizers import SGD, PerStep
 
-ADAPT, FILTERS, LAYERS = 5, 16, ("convs.0.*", "convs.1.*", "head.*")  # inner steps, channels, what has rates of its own
+# inner steps, channels, what has rates of its own
+ADAPT, FILTERS, LAYERS = 5, 16, ("convs.0.*", "convs.1.*", "head.*")
 
 
 class StepNorm(nn.Module):
@@ -33,26 +37,41 @@ class StepNorm(nn.Module):
 
     def __init__(self, steps: int):
         super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.ones(steps, FILTERS)), nn.Parameter(torch.zeros(steps, FILTERS))
+        self.scale, self.shift = (
+            nn.Parameter(torch.ones(steps, FILTERS)),
+            nn.Parameter(torch.zeros(steps, FILTERS)),
+        )
         self.register_buffer("mean", torch.zeros(steps, FILTERS))
         self.register_buffer("var", torch.ones(steps, FILTERS))
 
     def forward(self, x: Tensor, step: Tensor) -> Tensor:
         row = step.clamp(max=len(self.scale) - 1).reshape(1)
-        mean, var, scale, shift = (rows.index_select(0, row)[0] for rows in (self.mean, self.var, self.scale, self.shift))
+        mean, var, scale, shift = (
+            rows.index_select(0, row)[0] for rows in (self.mean, self.var, self.scale, self.shift)
+        )
         if not self.training:
             return F.batch_norm(x, mean, var, scale, shift)
-        is_row, news = (torch.arange(len(self.scale)) == row)[:, None], torch.var_mean(x.detach(), (0, 2, 3))
-        self.var, self.mean = (torch.where(is_row, 0.9 * old + 0.1 * new, old) for old, new in zip((self.var, self.mean), news))
+        is_row, news = (
+            (torch.arange(len(self.scale)) == row)[:, None],
+            torch.var_mean(x.detach(), (0, 2, 3)),
+        )
+        self.var, self.mean = (
+            torch.where(is_row, 0.9 * old + 0.1 * new, old)
+            for old, new in zip((self.var, self.mean), news)
+        )
         return F.batch_norm(x, None, None, scale, shift, training=True)
 
 
 class Network(nn.Module):
-    """Two blocks of 3 x 3 convolution, norm of the step, ReLU and 2 x 2 max pooling, and a linear head, for 8 x 8 images."""
+    """Two blocks of 3 x 3 convolution, norm of the step, ReLU and 2 x 2 max pooling, and a linear
+    head, for 8 x 8 images.
+    """
 
     def __init__(self, steps: int):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(channels, FILTERS, 3, padding=1) for channels in (1, FILTERS))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, FILTERS, 3, padding=1) for channels in (1, FILTERS)
+        )
         self.norms = nn.ModuleList(StepNorm(steps) for _ in range(2))
         self.head = nn.Linear(4 * FILTERS, 5)
 
@@ -63,55 +82,122 @@ class Network(nn.Module):
 
 
 def task_loss(net: mo.Functional, inner: SGD, rule: Any, params: Any, task: Any) -> Any:
-    """Return the losses of the queries after each step, weighted, and what else there is to tell. Norms are not adapted."""
+    """Return the losses of the queries after each step, weighted, and what else there is to tell.
+
+    Norms are not adapted.
+    """
     episode, weights = task
 
     def measure(side: str, fast: Any, step: Tensor, given: Any, buffers: Any) -> Any:
-        logits, buffers = net.with_buffers({**fast, **given["norms"]}, buffers, given[side][0], step)
-        return F.cross_entropy(logits, given[side][1]), buffers, (logits.argmax(-1) == given[side][1]).to(logits.dtype).mean()
+        logits, buffers = net.with_buffers(
+            {**fast, **given["norms"]}, buffers, given[side][0], step
+        )
+        return (
+            F.cross_entropy(logits, given[side][1]),
+            buffers,
+            (logits.argmax(-1) == given[side][1]).to(logits.dtype).mean(),
+        )
 
-    fast, slow = ({name: p for name, p in params.items() if ("norms" in name) == is_slow} for is_slow in (False, True))
-    options = {"meta": {"norms": slow, **episode._asdict()}, "buffers": net.buffers, "differentiate": rule}
-    out = mo.minimize(partial(measure, "support"), inner, fast, torch.arange(ADAPT), observe=partial(measure, "query"), **options)
+    fast, slow = (
+        {name: p for name, p in params.items() if ("norms" in name) == is_slow}
+        for is_slow in (False, True)
+    )
+    options = {
+        "meta": {"norms": slow, **episode._asdict()},
+        "buffers": net.buffers,
+        "differentiate": rule,
+    }
+    out = mo.minimize(
+        partial(measure, "support"),
+        inner,
+        fast,
+        torch.arange(ADAPT),
+        observe=partial(measure, "query"),
+        **options,
+    )
     return (weights * out.observed[0]).sum(), (out.observed[2][-1], out.buffers)
 
 
 def train(plus: bool, steps: int, tasks: int, test_tasks: int) -> list[float]:
-    """Return the test accuracy of MAML++, or of MAML, after so many meta-steps: with the batch's statistics, with running ones."""
-    (images, labels), generator, count = digits(), torch.manual_seed(0), {"ways": 5, "shots": 1, "queries": 5}
-    drawn = [(255 * images[labels == digit][:170]).to(torch.uint8).view(-1, 1, 8, 8) for digit in range(10)]
-    known, new = (CharacterTasks({"digits": torch.stack(drawn[half::2])}, rotations=True) for half in (0, 1))
+    """Return the test accuracy of MAML++, or of MAML, after so many meta-steps: with the batch's
+    statistics, with running ones.
+    """
+    (images, labels), generator, count = (
+        digits(),
+        torch.manual_seed(0),
+        {"ways": 5, "shots": 1, "queries": 5},
+    )
+    drawn = [
+        (255 * images[labels == digit][:170]).to(torch.uint8).view(-1, 1, 8, 8)
+        for digit in range(10)
+    ]
+    known, new = (
+        CharacterTasks({"digits": torch.stack(drawn[half::2])}, rotations=True) for half in (0, 1)
+    )
     inner = SGD(lr={layer: PerStep(nn.Parameter(torch.full((ADAPT,), 0.1))) for layer in LAYERS})
-    net, options = mo.functional(model := Network(ADAPT if plus else 1)), {"learn": inner, "has_aux": True, "chunk_size": tasks}
-    first, exact = (mo.meta_grad(partial(task_loss, net, inner, rule), **options) for rule in (mo.FirstOrder(), mo.Backprop()))
+    net, options = (
+        mo.functional(model := Network(ADAPT if plus else 1)),
+        {"learn": inner, "has_aux": True, "chunk_size": tasks},
+    )
+    first, exact = (
+        mo.meta_grad(partial(task_loss, net, inner, rule), **options)
+        for rule in (mo.FirstOrder(), mo.Backprop())
+    )
     outer = torch.optim.Adam([*model.parameters(), *(inner.parameters() if plus else [])], lr=3e-3)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(outer, steps, 1e-5 if plus else 3e-3)
     for over in (torch.arange(steps) / (0.3 * steps)).tolist():
-        early = max(1 - over, 0.03) / ADAPT if plus else 0.0  # the weight of every step but the last
+        # the weight of every step but the last
+        early = max(1 - over, 0.03) / ADAPT if plus else 0.0
         weights = torch.tensor([early, early, early, early, 1 - 4 * early])
-        meta_gradient, batch = first if plus and over < 1 else exact, known.sample(generator, tasks, **count)
-        (grads, of_rates), _, (_, buffers) = meta_gradient(net.params, (batch, weights.expand(tasks, -1)))
+        meta_gradient, batch = (
+            first if plus and over < 1 else exact,
+            known.sample(generator, tasks, **count),
+        )
+        (grads, of_rates), _, (_, buffers) = meta_gradient(
+            net.params, (batch, weights.expand(tasks, -1))
+        )
         mo.assign_grads(model, grads)
         mo.assign_grads(inner, of_rates)
         outer.step()
         cosine.step()
-        model.load_state_dict({name: buffer.mean(0) for name, buffer in buffers.items()}, strict=False)
-    tests, found = (new.sample(torch.Generator().manual_seed(1), test_tasks, **count), torch.ones(test_tasks, ADAPT)), []
+        model.load_state_dict(
+            {name: buffer.mean(0) for name, buffer in buffers.items()}, strict=False
+        )
+    tests, found = (
+        (
+            new.sample(torch.Generator().manual_seed(1), test_tasks, **count),
+            torch.ones(test_tasks, ADAPT),
+        ),
+        [],
+    )
     for training in (True, False):
         model.train(training)
         with torch.no_grad():
-            _, (accuracies, _) = torch.func.vmap(partial(task_loss, net, inner, mo.FirstOrder()), (None, 0))(net.params, tests)
+            _, (accuracies, _) = torch.func.vmap(
+                partial(task_loss, net, inner, mo.FirstOrder()), (None, 0)
+            )(net.params, tests)
         found.append(accuracies.mean().item())
     return found
 
 
 def main(steps: int = 200, tasks: int = 8, test_tasks: int = 400) -> dict[str, list[float]]:
-    """Train MAML and MAML++ for so many meta-steps of so many tasks, and return their test accuracies."""
-    found = {name: train(plus, steps, tasks, test_tasks) for name, plus in (("MAML", False), ("MAML++", True))}
+    """Train MAML and MAML++ for so many meta-steps of so many tasks, and return their test
+    accuracies.
+    """
+    found = {
+        name: train(plus, steps, tasks, test_tasks)
+        for name, plus in (("MAML", False), ("MAML++", True))
+    }
     print(
-        *(f"{name:>6}: test accuracy {batch:.3f}, with running statistics {r:.3f}" for name, (batch, r) in found.items()), sep="\n"
+        *(
+            f"{name:>6}: test accuracy {batch:.3f}, with running statistics {r:.3f}"
+            for name, (batch, r) in found.items()
+        ),
+        sep="\n",
     )
-    assert steps < 200 or min(found["MAML"][0], found["MAML++"][0]) > 0.75, "both tell new digits apart; chance is 0.2"
+    assert steps < 200 or min(found["MAML"][0], found["MAML++"][0]) > 0.75, (
+        "both tell new digits apart; chance is 0.2"
+    )
     return found
 
 

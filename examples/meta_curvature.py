@@ -1,12 +1,15 @@
-"""Meta-Curvature: an initialisation, and a transformation of each layer's gradient, learned together; how to write an optimizer.
+"""Meta-Curvature: an initialisation, and a transformation of each layer's gradient, learned
+together; how to write an optimizer.
 
     python examples/meta_curvature.py                               # 1200 meta-steps, as in the README
     python examples/meta_curvature.py --steps 100 --test-tasks 50   # a look
 
-A task is to tell five turned digits apart, from one image of each, by 3 gradient steps. Park and Oliva (2019, arXiv:1902.03356)
-transform the gradient G of a matrix to M_o G M_i before the step; both matrices are the identity at first and are learned by the
-outer loop, as the initial weights are. In `minimize` this is an `Optimizer` like any other. It is compared with MAML, whose only
-difference is that the matrices stay as they are, on digits that were not trained on. (Its rate, 0.1 for both, was not tuned.)
+A task is to tell five turned digits apart, from one image of each, by 3 gradient steps. Park and
+Oliva (2019, arXiv:1902.03356) transform the gradient G of a matrix to M_o G M_i before the step;
+both matrices are the identity at first and are learned by the outer loop, as the initial weights
+are. In `minimize` this is an `Optimizer` like any other. It is compared with MAML, whose only
+difference is that the matrices stay as they are, on digits that were not trained on. (Its rate, 0.1
+for both, was not tuned.)
 """
 
 from __future__ import annotations
@@ -43,16 +46,25 @@ class MetaCurvature(mo.Optimizer):
         self.outputs = nn.ParameterList(torch.eye(shape[0]) for shape in shapes)
         self.inputs = nn.ParameterList(torch.eye(shape[1]) for shape in shapes if len(shape) == 2)
 
-    def update(self, grads: list[Tensor], params: Any, slots: Any, hyper: Any, step: Tensor) -> tuple[list[Tensor], Any]:
+    def update(
+        self, grads: list[Tensor], params: Any, slots: Any, hyper: Any, step: Tensor
+    ) -> tuple[list[Tensor], Any]:
         inputs = iter(self.inputs)
-        turned = [m @ g @ next(inputs) if g.ndim == 2 else m @ g for m, g in zip(self.outputs, grads, strict=True)]
+        turned = [
+            m @ g @ next(inputs) if g.ndim == 2 else m @ g
+            for m, g in zip(self.outputs, grads, strict=True)
+        ]
         return [-hyper["lr"] * g for g in turned], slots
 
 
 def train(learned: bool, steps: int, tasks: int, sides: Any, test_tasks: int) -> Tensor:
-    """Return the accuracy on each test task after so many meta-steps, with or without learning the matrices."""
+    """Return the accuracy on each test task after so many meta-steps, with or without learning the
+    matrices.
+    """
     generator = torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 5))
+    model = nn.Sequential(
+        nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 5)
+    )
     net = mo.functional(model)
     inner = MetaCurvature(0.1, [tuple(p.shape) for p in net.params.values()])
 
@@ -65,9 +77,13 @@ def train(learned: bool, steps: int, tasks: int, sides: Any, test_tasks: int) ->
         return loss(after, task.query), right.float().mean()
 
     meta_gradient = mo.meta_grad(task_loss, learn=inner, has_aux=True)
-    outer = torch.optim.Adam([*model.parameters(), *(inner.parameters() if learned else [])], lr=1e-3)
+    outer = torch.optim.Adam(
+        [*model.parameters(), *(inner.parameters() if learned else [])], lr=1e-3
+    )
     for _ in range(steps):
-        (grads, of_inner), *_ = meta_gradient(net.params, sides[0].sample(generator, tasks, **COUNT))
+        (grads, of_inner), *_ = meta_gradient(
+            net.params, sides[0].sample(generator, tasks, **COUNT)
+        )
         mo.assign_grads(model, grads)
         mo.assign_grads(inner, of_inner)
         outer.step()
@@ -77,16 +93,31 @@ def train(learned: bool, steps: int, tasks: int, sides: Any, test_tasks: int) ->
 
 
 def main(steps: int = 1200, tasks: int = 16, test_tasks: int = 1000) -> dict[str, Tensor]:
-    """Train MAML and Meta-Curvature for so many meta-steps of so many tasks, and return the accuracy on each test task."""
+    """Train MAML and Meta-Curvature for so many meta-steps of so many tasks, and return the
+    accuracy on each test task.
+    """
     images, labels = digits()
-    drawn = [(255 * images[labels == digit][:170]).to(torch.uint8).view(-1, 1, 8, 8) for digit in range(10)]
-    sides = [CharacterTasks({"digits": torch.stack(drawn[half::2])}, rotations=True) for half in (0, 1)]
-    found = {name: train(learned, steps, tasks, sides, test_tasks) for name, learned in (("MAML", False), ("Meta-Curvature", True))}
+    drawn = [
+        (255 * images[labels == digit][:170]).to(torch.uint8).view(-1, 1, 8, 8)
+        for digit in range(10)
+    ]
+    sides = [
+        CharacterTasks({"digits": torch.stack(drawn[half::2])}, rotations=True) for half in (0, 1)
+    ]
+    found = {
+        name: train(learned, steps, tasks, sides, test_tasks)
+        for name, learned in (("MAML", False), ("Meta-Curvature", True))
+    }
     for name, accuracies in found.items():
-        print(f"{name:>14}: test accuracy {accuracies.mean():.3f} +- {accuracies.std() / test_tasks**0.5:.3f}")
+        print(
+            f"{name:>14}: test accuracy {accuracies.mean():.3f} +- "
+            f"{accuracies.std() / test_tasks**0.5:.3f}"
+        )
     gain = found["Meta-Curvature"] - found["MAML"]
     print(f"    difference: {gain.mean():.3f} +- {gain.std() / test_tasks**0.5:.3f}")
-    assert steps < 1200 or gain.mean() > 2 * gain.std() / test_tasks**0.5, "learning the matrices helps"
+    assert steps < 1200 or gain.mean() > 2 * gain.std() / test_tasks**0.5, (
+        "learning the matrices helps"
+    )
     return found
 
 

@@ -3,9 +3,10 @@
     python examples/meta_sgd.py                                # 2000 meta-steps, as in the README
     python examples/meta_sgd.py --steps 100 --test-tasks 100   # a look
 
-A task is a sine wave, seen at 10 points; the network adapts by one step w - a * grad L(w). MAML learns w alone, and its rate a is
-one number, the best of a few. Meta-SGD (Li, Zhou, Chen, Li 2017, arXiv:1707.09835) learns a vector a as well, of the size of w,
-whose entries may become negative: it is direction and rate at once. Both are tested on waves that were not trained on.
+A task is a sine wave, seen at 10 points; the network adapts by one step w - a * grad L(w). MAML
+learns w alone, and its rate a is one number, the best of a few. Meta-SGD (Li, Zhou, Chen, Li 2017,
+arXiv:1707.09835) learns a vector a as well, of the size of w, whose entries may become negative: it
+is direction and rate at once. Both are tested on waves that were not trained on.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ import metaopt as mo
 from metaopt.tasks.sinusoid import Sinusoids, sinusoid_mlp
 from optimizers import SGD, PerParameter
 
-RATES, TASKS, COUNT = (0.003, 0.01, 0.03), 25, {"shots": 10, "queries": 10}  # of MAML; waves in a meta-gradient; points of a wave
+# of MAML; waves in a meta-gradient; points of a wave
+RATES, TASKS, COUNT = (0.003, 0.01, 0.03), 25, {"shots": 10, "queries": 10}
 
 
 def train(lr: float, learned: bool, steps: int, tests: Any) -> tuple[Tensor, Any]:
-    """Return (the squared error on each test task after one step, the inner SGD); MAML, or Meta-SGD if the rates are learned."""
+    """Return (the squared error on each test task after one step, the inner SGD); MAML, or Meta-SGD
+    if the rates are learned.
+    """
     torch.manual_seed(0)
     model, waves, generator = sinusoid_mlp(), Sinusoids(), torch.Generator().manual_seed(0)
     net = mo.functional(model)
@@ -52,18 +56,30 @@ def train(lr: float, learned: bool, steps: int, tests: Any) -> tuple[Tensor, Any
 
 
 def main(steps: int = 2000, test_tasks: int = 1000) -> dict[str, Tensor]:
-    """Train MAML with some rates, and Meta-SGD, and return the squared error of each on each of so many test tasks."""
+    """Train MAML with some rates, and Meta-SGD, and return the squared error of each on each of so
+    many test tasks.
+    """
     tests = Sinusoids().sample(torch.Generator().manual_seed(1), test_tasks, shots=10, queries=100)
     found = {f"MAML, rate {lr:g}": train(lr, False, steps, tests)[0] for lr in RATES}
     ours, inner = train(0.01, True, steps, tests)
     best = min(found, key=lambda name: found[name].mean().item())
-    rows = [(name, e.mean(), e.std() / test_tasks**0.5) for name, e in {**found, "Meta-SGD": ours}.items()]
-    print(tabulate(rows, [f"after {steps} meta-steps", "squared error", "std. error"], floatfmt=".3f"))
+    rows = [
+        (name, e.mean(), e.std() / test_tasks**0.5)
+        for name, e in {**found, "Meta-SGD": ours}.items()
+    ]
+    print(
+        tabulate(rows, [f"after {steps} meta-steps", "squared error", "std. error"], floatfmt=".3f")
+    )
     rates = torch.cat([value.detach().flatten() for value in inner.lr.params.values()])
-    print(f"Meta-SGD's rates: from {rates.min():.3f} to {rates.max():.3f}, {(rates < 0).float().mean():.0%} below 0.")
+    print(
+        f"Meta-SGD's rates: from {rates.min():.3f} to {rates.max():.3f}, "
+        f"{(rates < 0).float().mean():.0%} below 0."
+    )
     gain = found[best] - ours
     print(f"{best} - Meta-SGD: {gain.mean():.3f} +- {gain.std() / test_tasks**0.5:.3f}")
-    assert steps < 2000 or gain.mean() > 2 * gain.std() / test_tasks**0.5, "it is better than MAML with any of the rates"
+    assert steps < 2000 or gain.mean() > 2 * gain.std() / test_tasks**0.5, (
+        "it is better than MAML with any of the rates"
+    )
     return {**found, "Meta-SGD": ours}
 
 

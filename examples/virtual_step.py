@@ -1,12 +1,15 @@
-"""Meta-weight-net as its authors programmed it: the hypergradient through a virtual step of plain SGD, then the real step.
+"""Meta-weight-net as its authors programmed it: the hypergradient through a virtual step of plain
+SGD, then the real step.
 
     python examples/virtual_step.py                        # as in the README
     python examples/virtual_step.py --seeds 1 --steps 50   # a look
 
-Each iteration (Shu et al. 2019, arXiv:1902.07379, algorithm 1, and the published program): a copy of the classifier makes one step
-of plain SGD on the weighted loss; the weight net descends the copy's loss on clean examples; the classifier itself then steps by
-SGD with momentum and weight decay, with the new weights. So two optimizers move the same parameters. 40 % of the labels are wrong;
-as so short a training asks for it, the weight net learns ten times as fast as in that program.
+Each iteration (Shu et al. 2019, arXiv:1902.07379, algorithm 1, and the published program): a copy
+of the classifier makes one step of plain SGD on the weighted loss; the weight net descends the
+copy's loss on clean examples; the classifier itself then steps by SGD with momentum and weight
+decay, with the new weights. So two optimizers move the same parameters. 40 % of the labels are
+wrong; as so short a training asks for it, the weight net learns ten times as fast as in that
+program.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from metaopt.tasks.corruption import flip_labels, stratified_split
 from metaopt.tasks.digits import CLASSES, digits
 from optimizers import SGD, Adam
 
-BATCH, CLEAN, TRAIN, LR = 100, 10, 100, 0.1  # digits in a batch; clean and damaged ones of each class; rate of both steps
+# digits in a batch; clean and damaged ones of each class; rate of both steps
+BATCH, CLEAN, TRAIN, LR = 100, 10, 100, 0.1
 
 
 class Learner:
@@ -46,13 +50,19 @@ class Learner:
 
     def step(self, batch: Any, clean: Any) -> None:
         """Move the weight net, then the classifier."""
-        ahead = mo.minimize(self.train_loss, self.virtual, self.net.params, batch, steps=1, meta=self.weigh.params).params
-        slopes = torch.autograd.grad(self.clean_loss(ahead, clean), list(self.weigh.params.values()))
+        ahead = mo.minimize(
+            self.train_loss, self.virtual, self.net.params, batch, steps=1, meta=self.weigh.params
+        ).params
+        slopes = torch.autograd.grad(
+            self.clean_loss(ahead, clean), list(self.weigh.params.values())
+        )
         mo.assign_grads(self.weigh.model, dict(zip(self.weigh.params, slopes, strict=True)))
         self.outer.step()
         options = {"meta": self.weigh.params, "opt_state": self.memory}
         with torch.no_grad():
-            params, self.memory, *_ = mo.minimize(self.train_loss, self.real, self.net.params, batch, steps=1, **options)
+            params, self.memory, *_ = mo.minimize(
+                self.train_loss, self.real, self.net.params, batch, steps=1, **options
+            )
         self.net.load(params)
 
 
@@ -86,7 +96,10 @@ def main(seeds: int = 3, steps: int = 800) -> dict[str, list[float]]:
         for name, weighted in (("equal weights", False), ("weight net", True))
     }
     for name, accuracies in found.items():
-        print(f"{name:>13}: {sum(accuracies) / seeds:.1f} % on the test, of each seed", *(f"{a:.1f}" for a in accuracies))
+        print(
+            f"{name:>13}: {sum(accuracies) / seeds:.1f} % on the test, of each seed",
+            *(f"{a:.1f}" for a in accuracies),
+        )
     assert steps < 800 or sum(found["weight net"]) > sum(found["equal weights"]), "the weights help"
     return found
 

@@ -1,10 +1,12 @@
-"""Learn one weight decay for every parameter of a logistic regression, exactly and by the implicit function theorem.
+"""Learn one weight decay for every parameter of a logistic regression, exactly and by the implicit
+function theorem.
 
     python examples/weight_decay.py --seeds 3
 
-The lower level minimises BCE(w) + 1/2 sum_i lam_i w_i^2 on 500 examples, by 100 steps from 0; the upper level moves lam to lower
-the loss on 500 others. Two rules differentiate the response of w: `Backprop` through all steps, which is exact, and
-`Implicit(ConjugateGradient(max_steps=3))`, which looks only at where the steps ended.
+The lower level minimises BCE(w) + 1/2 sum_i lam_i w_i^2 on 500 examples, by 100 steps from 0; the
+upper level moves lam to lower the loss on 500 others. Two rules differentiate the response of w:
+`Backprop` through all steps, which is exact, and `Implicit(ConjugateGradient(max_steps=3))`, which
+looks only at where the steps ended.
 """
 
 from __future__ import annotations
@@ -89,19 +91,29 @@ def validation_losses(rule: Any, seed: int, steps: int) -> list[float]:
     outer = AtLeast(1e-8, SGD(1.0, momentum=0.9))
     decay = mo.Level("decay", Linear(1.0), validation_loss, outer, data=[(x[half:], y[half:])])
     graph = mo.LevelGraph([mo.Edge(decay, model, steps=100, start="restart", differentiate=rule)])
-    mo.Trainer(graph, max_steps=steps, logger=losses, label=f"{type(rule).__name__}, seed {seed}").fit()
+    mo.Trainer(
+        graph, max_steps=steps, logger=losses, label=f"{type(rule).__name__}, seed {seed}"
+    ).fit()
     return losses
 
 
 def main(seeds: int = 3, steps: int = 20) -> dict[str, list[float]]:
-    """Return the validation loss in the last of so many outer steps, of each rule for each of so many data sets."""
+    """Return the validation loss in the last of so many outer steps, of each rule for each of so
+    many data sets.
+    """
     found: dict[str, list[float]] = {}
     for name, rule in RULES.items():
         runs = [validation_losses(rule, seed, steps) for seed in range(seeds)]
-        assert all(run[-1] < run[0] for run in runs), "learning the weight decay lowers the validation loss"
+        assert all(run[-1] < run[0] for run in runs), (
+            "learning the weight decay lowers the validation loss"
+        )
         found[name] = [run[-1] for run in runs]
     headers = [f"loss in outer step {steps}", *(f"data {seed}" for seed in range(seeds))]
-    print(tabulate([[name, *losses] for name, losses in found.items()], headers=headers, floatfmt=".4f"))
+    print(
+        tabulate(
+            [[name, *losses] for name, losses in found.items()], headers=headers, floatfmt=".4f"
+        )
+    )
     return found
 
 

@@ -1,4 +1,6 @@
-"""Optimisation that learns: differentiable inner loops, meta-gradients and learned optimizers on top of `torch.func`."""
+"""Optimisation that learns: differentiable inner loops, meta-gradients and learned optimizers on
+top of `torch.func`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,17 @@ from metaopt.differentiate import (
 from metaopt.errors import NonFiniteError
 from metaopt.functional import Functional, functional
 from metaopt.implicit import implicit
-from metaopt.linear_solve import GMRES, BiCGStab, ConjugateGradient, Direct, Neumann, NormalCG, Nystrom, NystromCG, Solution
+from metaopt.linear_solve import (
+    GMRES,
+    BiCGStab,
+    ConjugateGradient,
+    Direct,
+    Neumann,
+    NormalCG,
+    Nystrom,
+    NystromCG,
+    Solution,
+)
 from metaopt.meta_grad import assign_grads, meta_grad
 from metaopt.minimize import Minimized, minimize
 from metaopt.optimizer import Optimizer, apply_updates
@@ -101,7 +113,8 @@ __all__ = [
     "tune",
 ]
 
-# The core is imported with the package, what stands on it when it is asked for: a program pays for what it uses.
+# The core is imported with the package, what stands on it when it is asked for: a program pays for
+# what it uses.
 ON_DEMAND = {
     "diagnostics": [
         "HypergradientCheck",
@@ -130,7 +143,9 @@ ON_DEMAND = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for (PEP 562): `metaopt.levels` and `metaopt.Level` import the module `metaopt.levels`."""
+    """Import what is asked for (PEP 562): `metaopt.levels` and `metaopt.Level` import the module
+    `metaopt.levels`.
+    """
     for module, names in ON_DEMAND.items():
         if name == module:
             return import_module(f"metaopt.{module}")

@@ -13,28 +13,37 @@ from metaopt import tree
 from metaopt.kernels import any_order
 from metaopt.tree import Tree
 
-MOST_ENTRIES = 2**18  # parameters of a task, from which on a CPU's caches no longer hold a batch of them
+# parameters of a task, from which on a CPU's caches no longer hold a batch of them
+MOST_ENTRIES = 2**18
 
 
 def prefers_loop(batched: Callable[[Tree, Tree], Any], params: Tree, tasks: Tree) -> bool:
-    """Say whether `batched(params, tasks)`, which maps over tasks by `vmap`, is slower than one task after another.
+    """Say whether `batched(params, tasks)`, which maps over tasks by `vmap`, is slower than one
+    task after another.
 
-    So it is on a CPU for convolutions, whose batched form is a grouped convolution, and for large models. Measured with torch
-    2.13 on one thread, time of `vmap` over time of the loop, 8 tasks of 16 examples, 3 inner steps of an MLP with three square
-    layers: width 16 .19, 64 .27, 128 .46, 256 (197,000 parameters) .79, 512 (786,000) 1.33; with 128 examples,
-    width 64 .32, 256 .85. Accelerators always take the batch.
+    So it is on a CPU for convolutions, whose batched form is a grouped convolution, and for large
+    models. Measured with torch 2.13 on one thread, time of `vmap` over time of the loop, 8 tasks of
+    16 examples, 3 inner steps of an MLP with three square layers: width 16 .19, 64 .27, 128 .46,
+    256 (197,000 parameters) .79, 512 (786,000) 1.33; with 128 examples, width 64 .32, 256 .85.
+    Accelerators always take the batch.
 
     Cost:
-        One evaluation of `batched` (two tasks are enough), up to the first convolution. What it draws at random is put back.
+        One evaluation of `batched` (two tasks are enough), up to the first convolution. What it
+        draws at random is put back.
     """
-    sizes = [leaf.numel() for leaf in tree.leaves(params) if isinstance(leaf, Tensor) and leaf.device.type == "cpu"]
+    sizes = [
+        leaf.numel()
+        for leaf in tree.leaves(params)
+        if isinstance(leaf, Tensor) and leaf.device.type == "cpu"
+    ]
     if not sizes:
         return False
     if sum(sizes) > MOST_ENTRIES:
         return True
     with torch.random.fork_rng(devices=[]):
         try:
-            with any_order(), _StopAtConvolution():  # in this order: `any_order` has to see the calls last
+            # in this order: `any_order` has to see the calls last
+            with any_order(), _StopAtConvolution():
                 batched(params, tasks)
         except _ConvolutionFound:
             return True
@@ -42,12 +51,18 @@ def prefers_loop(batched: Callable[[Tree, Tree], Any], params: Tree, tasks: Tree
 
 
 def widened(memory: Tree, like: Tree) -> Tree:
-    """Return `memory` with every batch axis of a `vmap` that is in `like`, so that batched values can be written into it."""
+    """Return `memory` with every batch axis of a `vmap` that is in `like`, so that batched values
+    can be written into it.
+    """
     known = [leaf for leaf in tree.leaves(like) if isinstance(leaf, Tensor)]
     zero = tree.sum_leaves(lambda leaf: leaf.new_zeros(()), known)
 
     def widen(leaf: Any) -> Any:
-        return leaf + zero.to(leaf.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        return (
+            leaf + zero.to(leaf.dtype)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            else leaf
+        )
 
     return tree.map(widen, memory)
 
@@ -57,7 +72,13 @@ class _ConvolutionFound(Exception):
 
 
 class _StopAtConvolution(TorchFunctionMode):
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if func in _CONVOLUTIONS:
             raise _ConvolutionFound
         return func(*args, **(kwargs or {}))

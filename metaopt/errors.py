@@ -1,4 +1,7 @@
-"""The one exception of our own. Everything else that is wrong is a `ValueError` or a `TypeError`."""
+"""The one exception of our own.
+
+Everything else that is wrong is a `ValueError` or a `TypeError`.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,31 @@ class NonFiniteError(FloatingPointError):
     """
 
     def __init__(
-        self, where: str, step: int, value: float, last_finite: float | None = None, *, unit: str = "step", what: str = "loss"
+        self,
+        where: str,
+        step: int,
+        value: float,
+        last_finite: float | None = None,
+        *,
+        unit: str = "step",
+        what: str = "loss",
     ):
-        self.where, self.step, self.value, self.last_finite, self.unit = where, step, value, last_finite, unit
-        before = f" The last finite loss was {last_finite:.6g} at {unit} {step - 1}." if last_finite is not None else ""
+        self.where, self.step, self.value, self.last_finite, self.unit = (
+            where,
+            step,
+            value,
+            last_finite,
+            unit,
+        )
+        before = (
+            f" The last finite loss was {last_finite:.6g} at {unit} {step - 1}."
+            if last_finite is not None
+            else ""
+        )
         first = unit == "step" and step == 0
-        mend = "Check the batch (is it empty?) and the parameters." if first else "Lower the learning rate or clip the gradients."
+        mend = (
+            "Check the batch (is it empty?) and the parameters."
+            if first
+            else "Lower the learning rate or clip the gradients."
+        )
         super().__init__(f"{where}, {unit} {step}: the {what} is {value}.{before} {mend}")

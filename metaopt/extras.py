@@ -31,6 +31,7 @@ def extra(user: str) -> Iterator[None]:
         if package is None:
             raise
         raise ModuleNotFoundError(
-            f'{user} needs {package}, which is not installed. It comes with the extra: pip install "torch-metaopt[scripts]".',
+            f"{user} needs {package}, which is not installed. It comes with the extra: pip install "
+            f'"torch-metaopt[scripts]".',
             name=error.name,
         ) from error

@@ -14,35 +14,42 @@ from metaopt.kernels import any_order
 from metaopt.transforms import is_tracked
 
 Params = dict[str, Tensor]
-_Path = tuple[tuple[str, ...], str]  # the names of the modules that lead to a parameter or buffer, and its own in the last
+# the names of the modules that lead to a parameter or buffer, and its own in the last
+_Path = tuple[tuple[str, ...], str]
 
 
 def functional(model: nn.Module) -> Functional:
-    """Return `model` as a pure function: `net(params, x)` computes f(x; params) and changes nothing.
+    """Return `model` as a pure function: `net(params, x)` computes f(x; params) and changes
+    nothing.
 
     Args:
-        model: any module. It is read, never written: buffers that its forward updates in place are updated on copies.
+        model: any module. It is read, never written: buffers that its forward updates in place are
+            updated on copies.
 
     Returns:
-        A `Functional`. Its `params` are the model's own trainable parameters, one entry per distinct tensor, so that
-        `loss.backward()` fills the model's `.grad` and an outer `torch.optim` optimizer is seen at once. Parameters with
-        `requires_grad=False` are constants; what is frozen is read here, once. Gradients of an embedding with `sparse=True` are
-        dense.
+        A `Functional`. Its `params` are the model's own trainable parameters, one entry per
+        distinct tensor, so that `loss.backward()` fills the model's `.grad` and an outer
+        `torch.optim` optimizer is seen at once. Parameters with `requires_grad=False` are
+        constants; what is frozen is read here, once. Gradients of an embedding with `sparse=True`
+        are dense.
 
-    A module that calls `torch.utils.checkpoint` itself, or sets other hooks on saved tensors, is refused when it does so: what is
-    computed again on the way back would be computed with the module's own parameters, as silently happens under `functional_call`
-    of torch. (The reentrant variant cannot be seen, and gives no gradient: parameters must be inputs of what it runs.) Nor may two
-    threads call one net at the same time: the module is lent the tensors.
+    A module that calls `torch.utils.checkpoint` itself, or sets other hooks on saved tensors, is
+    refused when it does so: what is computed again on the way back would be computed with the
+    module's own parameters, as silently happens under `functional_call` of torch. (The reentrant
+    variant cannot be seen, and gives no gradient: parameters must be inputs of what it runs.) Nor
+    may two threads call one net at the same time: the module is lent the tensors.
     """
     return Functional(model)
 
 
 def aliases(module: nn.Module) -> dict[str, list[str]]:
-    """Return, for each distinct parameter and buffer, its first name -> all its names; those as a parameter come first.
+    """Return, for each distinct parameter and buffer, its first name -> all its names; those as a
+    parameter come first.
 
-    A parameter that is a buffer too, of whichever module, goes by the name that `named_parameters` gives it.
-    Unlike in `named_parameters(remove_duplicate=False)`, a module that stands in several places counts once: given two names
-    of one attribute, it would be lent to twice, and the wrong tensor would be put back.
+    A parameter that is a buffer too, of whichever module, goes by the name that `named_parameters`
+    gives it. Unlike in `named_parameters(remove_duplicate=False)`, a module that stands in several
+    places counts once: given two names of one attribute, it would be lent to twice, and the wrong
+    tensor would be put back.
     """
     names: dict[Tensor, list[str]] = {}
     for members in (nn.Module.named_parameters, nn.Module.named_buffers):
@@ -52,9 +59,18 @@ def aliases(module: nn.Module) -> dict[str, list[str]]:
     return {same[0]: same for same in names.values()}
 
 
-def lent(module: nn.Module, tensors: Params, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return `function(*args, **kwargs)` while the module has other tensors, given by their first names, in place of its own."""
-    everywhere = {alias: tensors[name] for name, same in aliases(module).items() if name in tensors for alias in same}
+def lent(
+    module: nn.Module, tensors: Params, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Return `function(*args, **kwargs)` while the module has other tensors, given by their first
+    names, in place of its own.
+    """
+    everywhere = {
+        alias: tensors[name]
+        for name, same in aliases(module).items()
+        if name in tensors
+        for alias in same
+    }
     return _lend(module, _paths(everywhere), everywhere, function, args, kwargs)
 
 
@@ -63,24 +79,39 @@ class Functional:
 
     def __init__(self, model: nn.Module):
         if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}. Pass the module, not its output.")
+            raise TypeError(
+                f"`model` must be an nn.Module, got {type(model).__name__}. Pass the module, not "
+                f"its output."
+            )
         self.model = model
-        self._trainable = _paths(name for name, parameter in model.named_parameters() if is_tracked(parameter))
-        embeddings = [layer for layer in model.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)]
+        self._trainable = _paths(
+            name for name, parameter in model.named_parameters() if is_tracked(parameter)
+        )
+        embeddings = [
+            layer for layer in model.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)
+        ]
         if any(layer.max_norm is not None for layer in embeddings):
             raise ValueError(
-                "`model` must leave its parameters alone, got an embedding with `max_norm`, which rewrites its weight in every "
-                "call. Leave `max_norm` out; to bound the weight, clip it in a loss or after each step."
+                "`model` must leave its parameters alone, got an embedding with `max_norm`, which "
+                "rewrites its weight in every call. Leave `max_norm` out; to bound the weight, "
+                "clip it in a loss or after each step."
             )
         self._run = self._run_in_any_order if any(layer.sparse for layer in embeddings) else model
         shared = {first: same for first, same in aliases(model).items() if len(same) > 1}
-        self._shared = {name: same for same in shared.values() for name in same}  # any of the names -> all
-        self._not_buffers = {name for first, same in shared.items() if first in self._trainable for name in same}
-        self._norms = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)]
+        # any of the names -> all
+        self._shared = {name: same for same in shared.values() for name in same}
+        self._not_buffers = {
+            name for first, same in shared.items() if first in self._trainable for name in same
+        }
+        self._norms = [
+            (name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)
+        ]
 
     @property
     def params(self) -> Params:
-        """The trainable parameters, live: name of the first use -> tensor; tied ones stand once. While others are lent, those."""
+        """The trainable parameters, live: name of the first use -> tensor; tied ones stand once.
+        While others are lent, those.
+        """
         found: Params = {}
         for name, (modules, key) in self._trainable.items():
             at = self.model
@@ -92,16 +123,23 @@ class Functional:
 
     @property
     def buffers(self) -> Params:
-        """The buffers, live: name -> tensor. A trainable parameter that some module holds as a buffer is none of them."""
+        """The buffers, live: name -> tensor. A trainable parameter that some module holds as a
+        buffer is none of them.
+        """
         if not self._not_buffers:
             return dict(self.model.named_buffers())
-        return {name: buffer for name, buffer in self.model.named_buffers() if name not in self._not_buffers}
+        return {
+            name: buffer
+            for name, buffer in self.model.named_buffers()
+            if name not in self._not_buffers
+        }
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """Return f(args; params).
 
-        Buffers keep their values. A norm layer in training mode uses the statistics of its batch and does not touch
-        its running ones, so this works under `vmap`; to carry them, call `with_buffers`.
+        Buffers keep their values. A norm layer in training mode uses the statistics of its batch
+        and does not touch its running ones, so this works under `vmap`; to carry them, call
+        `with_buffers`.
 
         Raises:
             ValueError: `params` has other names or shapes than the model.
@@ -109,21 +147,29 @@ class Functional:
         return self.frozen(params, self.buffers, *args, **kwargs)
 
     def frozen(self, params: Params, buffers: Params, *args: Any, **kwargs: Any) -> Any:
-        """Return f(args; params, buffers) as `__call__` does, with other buffers than the model's, which keep their values."""
+        """Return f(args; params, buffers) as `__call__` does, with other buffers than the model's,
+        which keep their values.
+        """
         if not buffers:
             return self._call(params, {}, args, kwargs)
         given: dict[str, Tensor | None] = {name: buffer.clone() for name, buffer in buffers.items()}
         for name, layer in self._norms:
             if layer.training and layer.track_running_stats:
                 prefix = f"{name}." if name else ""
-                given |= {f"{prefix}{statistic}": None for statistic, _ in layer.named_buffers(recurse=False)}
+                given |= {
+                    f"{prefix}{statistic}": None
+                    for statistic, _ in layer.named_buffers(recurse=False)
+                }
         return self._call(params, given, args, kwargs)
 
-    def with_buffers(self, params: Params, buffers: Params, *args: Any, **kwargs: Any) -> tuple[Any, Params]:
-        """Return (f(args; params, buffers), the buffers after the call); the given buffers are not changed.
+    def with_buffers(
+        self, params: Params, buffers: Params, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Params]:
+        """Return (f(args; params, buffers), the buffers after the call); the given buffers are not
+        changed.
 
-        Under `vmap` give batched buffers (`tree.map(lambda b: b.expand(n, *b.shape), net.buffers)`): every element of the
-        batch has its own statistics.
+        Under `vmap` give batched buffers (`tree.map(lambda b: b.expand(n, *b.shape),
+        net.buffers)`): every element of the batch has its own statistics.
 
         Raises:
             ValueError: `params` or `buffers` have other names or shapes than the model.
@@ -144,7 +190,9 @@ class Functional:
         with torch.no_grad():
             torch._foreach_copy_(list(own.values()), [params[name] for name in own])
 
-    def _call(self, params: Params, buffers: dict[str, Tensor | None], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _call(
+        self, params: Params, buffers: dict[str, Tensor | None], args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
         """Run the model with these tensors; `buffers` then holds what the forward left in them."""
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
@@ -153,10 +201,14 @@ class Functional:
         given: dict[str, Any] = {**params, **buffers}
         for name in self._shared.keys() & given.keys():
             given |= dict.fromkeys(self._shared[name], given[name])
-        return _lend(self.model, _paths(given), given, self._run, args, kwargs, exact=params, left=buffers)
+        return _lend(
+            self.model, _paths(given), given, self._run, args, kwargs, exact=params, left=buffers
+        )
 
     def _run_in_any_order(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model so that gradients are dense: a sparse one could not be passed on to a loop that led to `params`."""
+        """Call the model so that gradients are dense: a sparse one could not be passed on to a loop
+        that led to `params`.
+        """
         with any_order():
             return self.model(*args, **kwargs)
 
@@ -164,10 +216,11 @@ class Functional:
         if given.keys() != own.keys():
             missing, unknown = own.keys() - given.keys(), given.keys() - own.keys()
             raise ValueError(
-                f"`{what}` must have the names of the model's {what}; missing {sorted(missing)}, unknown {sorted(unknown)}. "
-                f"Start from `net.{what}`."
+                f"`{what}` must have the names of the model's {what}; missing {sorted(missing)}, "
+                f"unknown {sorted(unknown)}. Start from `net.{what}`."
             )
-        with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
+        # under a mode every look at a shape is a call of its own
+        with torch._C.DisableTorchFunction():
             for name, tensor in own.items():
                 if given[name].shape != tensor.shape:
                     raise _misshapen(what, name, given[name], tensor)
@@ -193,7 +246,8 @@ def _lend(
 ) -> Any:
     """Return `function(*args, **kwargs)` while the module has these tensors in these places.
 
-    As `torch.func.functional_call`, which takes 17 us more for four tensors: it looks at structures first.
+    As `torch.func.functional_call`, which takes 17 us more for four tensors: it looks at structures
+    first.
 
     Args:
         module: that is lent to.
@@ -208,12 +262,16 @@ def _lend(
     lent: list[tuple[str, dict[str, Any], str, Any]] = []
     refuses = _may_refuse_hooks()
     try:
-        with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
+        # under a mode every look at a shape is a call of its own
+        with torch._C.DisableTorchFunction():
             for name, (modules, key) in paths.items():
                 at = module
-                for part in modules:  # not by a function: these lines run for every tensor of every call
+                # not by a function: these lines run for every tensor of every call
+                for part in modules:
                     at = at._modules[part]  # type: ignore[assignment]
-                members: Any = at._parameters if key in at._parameters else _of_buffers(at, key, name)
+                members: Any = (
+                    at._parameters if key in at._parameters else _of_buffers(at, key, name)
+                )
                 own, tensor = members[key], tensors[name]
                 if name in exact and tensor.shape != own.shape:
                     raise _misshapen("params", name, tensor, own)
@@ -232,7 +290,9 @@ def _lend(
 
 
 def _may_refuse_hooks() -> bool:
-    """Say whether nobody else has set hooks on saved tensors, or refuses them; `torch.func` does, and a compiler sees through."""
+    """Say whether nobody else has set hooks on saved tensors, or refuses them; `torch.func` does,
+    and a compiler sees through.
+    """
     return (
         not torch.compiler.is_compiling()
         and autograd._saved_tensors_hooks_get_disabled_error_message() is None
@@ -241,8 +301,9 @@ def _may_refuse_hooks() -> bool:
 
 
 _RECOMPUTED = (
-    "A module that is called with other parameters than its own must not call torch.utils.checkpoint, nor set other hooks on saved "
-    "tensors: what is computed again on the way back would be computed with its own parameters. Take the checkpoint out of its "
+    "A module that is called with other parameters than its own must not call "
+    "torch.utils.checkpoint, nor set other hooks on saved tensors: what is computed again on the "
+    "way back would be computed with its own parameters. Take the checkpoint out of its "
     'forward; for long loops there are Backprop(memory="steps") and Revolve(snapshots).'
 )
 
@@ -253,9 +314,12 @@ def _paths(names: Iterable[str]) -> dict[str, _Path]:
 
 
 def _of_buffers(module: nn.Module, key: str, name: str) -> Any:
-    """Return the buffers of a module that has no such parameter now, and so must have such a buffer."""
+    """Return the buffers of a module that has no such parameter now, and so must have such a
+    buffer.
+    """
     if key not in module._buffers:
         raise ValueError(
-            f"The model has no tensor {name!r} any more, which it had when `functional` saw it. Call `functional` again."
+            f"The model has no tensor {name!r} any more, which it had when `functional` saw it. "
+            f"Call `functional` again."
         )
     return module._buffers

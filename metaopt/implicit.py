@@ -27,63 +27,78 @@ def implicit(
     meta: Tree = None,
     solver: LinearSolver | PointRule = ConjugateGradient(),  # noqa: B008
 ) -> Tree:
-    """Return w with the derivative dw/dl = -H^-1 d_l grad_w L that grad_w L(w, batch, l) = 0 gives it.
+    """Return w with the derivative dw/dl = -H^-1 d_l grad_w L that grad_w L(w, batch, l) = 0 gives
+    it.
 
-    w may come from anywhere: `torch.optim.LBFGS`, scipy, scikit-learn (made a tensor by `torch.as_tensor`). What `minimize` with
-    `Implicit` does at the end of its own loop:
+    w may come from anywhere: `torch.optim.LBFGS`, scipy, scikit-learn (made a tensor by
+    `torch.as_tensor`). What `minimize` with `Implicit` does at the end of its own loop:
 
         solution = fit(weights.detach())  # any solver
         w = mo.implicit(loss_fn, solution, batch, meta=weights)
         validation_loss(w).backward()  # fills weights.grad
 
     Args:
-        loss_fn: `loss_fn(params, batch)`, or `loss_fn(params, batch, meta)` if `meta` is given, returns the scalar L whose minimum
-            (or other stationary point) w is. If it is an `nn.Module`, its trainable parameters are differentiated too.
-        solution: w, a tree of floating-point tensors; a constant. How near grad_w L is to zero is not looked at: the
-            derivative's error is of the order of the distance to the solution.
+        loss_fn: `loss_fn(params, batch)`, or `loss_fn(params, batch, meta)` if `meta` is given,
+            returns the scalar L whose minimum (or other stationary point) w is. If it is an
+            `nn.Module`, its trainable parameters are differentiated too.
+        solution: w, a tree of floating-point tensors; a constant. How near grad_w L is to zero is
+            not looked at: the derivative's error is of the order of the distance to the solution.
         batch: what the loss gets, None if it needs none; floating-point tensors are differentiated.
         meta: l, a tree of tensors.
-        solver: of the systems H x = v with the Hessian of L in w; or a rule that puts something else for H^-1, such as `T1T2()`,
-            `FiniteDifference()` or `Penalty()`.
+        solver: of the systems H x = v with the Hessian of L in w; or a rule that puts something
+            else for H^-1, such as `T1T2()`, `FiniteDifference()` or `Penalty()`.
 
     Returns:
-        A tree like `solution`. It can be differentiated any number of times, under autograd, `torch.func.grad` and `vmap`.
+        A tree like `solution`. It can be differentiated any number of times, under autograd,
+        `torch.func.grad` and `vmap`.
 
     Raises:
-        ValueError: `solution` holds something else; it is itself what is differentiated; the loss is no scalar, or reaches a tensor
-            that requires grad through its closure; a rule needs an optimizer (`SAMA`, `scale="lr"`).
+        ValueError: `solution` holds something else; it is itself what is differentiated; the loss
+            is no scalar, or reaches a tensor that requires grad through its closure; a rule needs
+            an optimizer (`SAMA`, `scale="lr"`).
         TypeError: `solver` is neither a linear solver nor a rule that looks at one point.
 
     Cost:
-        One forward pass of the loss that looks for closures. On the way back that of the rule, see `Implicit`.
+        One forward pass of the loss that looks for closures. On the way back that of the rule, see
+        `Implicit`.
 
     Reference:
         Blondel et al. 2022, arXiv:2105.15183, equation 2.
     """
     if not isinstance(solver, LinearSolver | PointRule):
         raise TypeError(
-            f"implicit: `solver` must be a linear solver, or a rule that looks at one point, got {solver!r}. Use for example "
+            f"implicit: `solver` must be a linear solver, or a rule that looks at one point, got "
+            f"{solver!r}. Use for example "
             "`ConjugateGradient(max_steps=20)` or `Penalty()`."
         )
     for name, leaf in tree.named_leaves(solution):
         if not is_differentiable(leaf):
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(
-                f"implicit: `solution` must be floating-point tensors, got {kind} at {name}. Convert it: `torch.as_tensor(w)`."
+                f"implicit: `solution` must be floating-point tensors, got {kind} at {name}. "
+                f"Convert it: `torch.as_tensor(w)`."
             )
     rule = solver if isinstance(solver, PointRule) else Implicit(solver)
     module = functional(loss_fn) if isinstance(loss_fn, nn.Module) else None
-    inputs = {"optimizer": {}, "loss": {} if module is None else module.params, "meta": meta, "batch": batch}
+    inputs = {
+        "optimizer": {},
+        "loss": {} if module is None else module.params,
+        "meta": meta,
+        "batch": batch,
+    }
 
     def loss(inputs: Tree, params: Tree, *_: Any) -> tuple[Tensor, tuple[()]]:
-        arguments = (params, inputs["batch"]) if meta is None else (params, inputs["batch"], inputs["meta"])
+        arguments = (
+            (params, inputs["batch"]) if meta is None else (params, inputs["batch"], inputs["meta"])
+        )
         with any_order():
             value = loss_fn(*arguments) if module is None else module(inputs["loss"], *arguments)
         return check_scalar(value), ()
 
     def update(*_: Any) -> tuple[Tree, Any]:
         raise ValueError(
-            f"implicit: `solver` must do without an optimizer, got {rule!r}, which asks for its update. Use a linear solver, "
+            f"implicit: `solver` must do without an optimizer, got {rule!r}, which asks for its "
+            f"update. Use a linear solver, "
             "`FiniteDifference(scale=...)` or `Penalty()`."
         )
 
@@ -91,4 +106,6 @@ def implicit(
     check_closure(lambda *given: loss(*given)[0], loss_fn, inputs, solution)
     refuse_zeros(rule, "solution", solution, read)
     loop = InnerLoop(loss, update, inputs, solution, (), (), 0)
-    return with_refusal(rule, attach(rule, loop, End(solution, (), ())), {"solution": solution}, read)
+    return with_refusal(
+        rule, attach(rule, loop, End(solution, (), ())), {"solution": solution}, read
+    )

@@ -22,8 +22,8 @@ Unused = Literal["zero", "skip"]
 class InnerProblem:
     """A loss, an optimizer and an observer as functions of explicit tensors.
 
-    The state of a step is that of the optimizer, or, with buffers, {"optimizer", "buffers"}. What a loss says beside its value
-    is {"aux", "buffers"}, with those of the two that there are.
+    The state of a step is that of the optimizer, or, with buffers, {"optimizer", "buffers"}. What a
+    loss says beside its value is {"aux", "buffers"}, with those of the two that there are.
 
     Args:
         loss_fn: as for `minimize`.
@@ -32,7 +32,8 @@ class InnerProblem:
         same_batch: whether every step sees the same batch, which is then among the inputs.
         has_meta: whether `loss_fn` takes `meta`.
         has_buffers: whether it takes and returns buffers.
-        inputs: {"optimizer", "loss", "meta", "batch"} as they are given; whoever gives others is lending them.
+        inputs: {"optimizer", "loss", "meta", "batch"} as they are given; whoever gives others is
+            lending them.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class InnerProblem:
             result = self._called(self._loss_with(inputs), inputs, params, state, x)
         return self._parted(result, state)  # outside: in it every look at a tensor takes longer
 
-    def update(self, inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree) -> tuple[Tree, Any]:
+    def update(
+        self, inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree
+    ) -> tuple[Tree, Any]:
         """Return (parameters, state) after one application of the optimizer."""
         before = state["optimizer"] if self.has_buffers else state
         move, tensors = self.optimizer.moved, inputs["optimizer"]
@@ -66,12 +69,17 @@ class InnerProblem:
             params, after = move(grads, before, params, loss=loss)
         else:
             params, after = lent(self.optimizer, tensors, move, grads, before, params, loss=loss)
-        return params, {"optimizer": after, "buffers": aux["buffers"]} if self.has_buffers else after
+        return params, {
+            "optimizer": after,
+            "buffers": aux["buffers"],
+        } if self.has_buffers else after
 
     def rate(self, inputs: Tree, state: Any, params: Tree, observe: Observe) -> Value:
         """Return the optimizer's present step size."""
         memory = state["optimizer"] if self.has_buffers else state
-        return lent(self.optimizer, inputs["optimizer"], self.optimizer.rate, memory, params, observe)  # type: ignore[no-any-return]
+        return lent(
+            self.optimizer, inputs["optimizer"], self.optimizer.rate, memory, params, observe
+        )  # type: ignore[no-any-return]
 
     def emit(self, inputs: Tree, after: tuple[Tree, Any], x: Tree, loss: Tensor, aux: Tree) -> Tree:
         """Return {"loss", "aux", "observed"}, or the loss alone if it is all there is."""
@@ -85,7 +93,9 @@ class InnerProblem:
         return loss if len(emitted) == 1 else emitted
 
     def evaluate(self, inputs: Tree, params: Tree, state: Any, x: Tree) -> Tree:
-        """Return all that the loss and the observer compute in one place, to see what it depends on."""
+        """Return all that the loss and the observer compute in one place, to see what it depends
+        on.
+        """
         loss, aux = self.loss(inputs, params, state, x)
         after = {**state, "buffers": aux["buffers"]} if self.has_buffers else state
         return self.emit(inputs, (params, after), x, loss, aux), aux
@@ -103,7 +113,9 @@ class InnerProblem:
         own = inputs["loss"]
         return lambda *args, **kwargs: self.module(own, *args, **kwargs)  # type: ignore[misc]
 
-    def _called(self, function: Callable[..., Any], inputs: Tree, params: Tree, state: Any, x: Tree) -> Any:
+    def _called(
+        self, function: Callable[..., Any], inputs: Tree, params: Tree, state: Any, x: Tree
+    ) -> Any:
         batch = inputs["batch"] if self.same_batch else x
         arguments = (params, batch, inputs["meta"]) if self.has_meta else (params, batch)
         if not self.has_buffers:
@@ -112,8 +124,8 @@ class InnerProblem:
         result = function(*arguments, buffers=state["buffers"])
         if [_version(leaf) for leaf in tree.leaves(state["buffers"])] != before:
             raise ValueError(
-                "`buffers` must not be changed in place, by `loss_fn` or `observe`. Return new ones: `net.with_buffers(params, "
-                "buffers, x)` works on copies."
+                "`buffers` must not be changed in place, by `loss_fn` or `observe`. Return new "
+                "ones: `net.with_buffers(params, buffers, x)` works on copies."
             )
         return result
 
@@ -123,8 +135,10 @@ class InnerProblem:
         if self.has_buffers:
             if type(result) is not tuple or len(result) not in (2, 3):
                 raise ValueError(
-                    "`loss_fn` must return (loss, buffers) or (loss, buffers, aux) where `minimize` is given `buffers`, got "
-                    f"{_kind(result)}. For example `output, buffers = net.with_buffers(params, buffers, x)`."
+                    "`loss_fn` must return (loss, buffers) or (loss, buffers, aux) where "
+                    "`minimize` is given `buffers`, got "
+                    f"{_kind(result)}. For example `output, buffers = net.with_buffers(params, "
+                    f"buffers, x)`."
                 )
             value, named["buffers"], *rest = result
             _check_buffers(state["buffers"], named["buffers"])
@@ -138,19 +152,26 @@ class InnerProblem:
 
 def _check_buffers(before: Tree, after: Tree) -> None:
     """Raise ValueError unless these buffers can take the place of the ones before."""
-    old, new = tree.leaves(before), tree.leaves_like(before, after, "buffers, as `loss_fn` returns them,")
+    old, new = (
+        tree.leaves(before),
+        tree.leaves_like(before, after, "buffers, as `loss_fn` returns them,"),
+    )
     for place, (was, now) in enumerate(zip(old, new, strict=True)):
         if not isinstance(now, Tensor) or now.dtype != was.dtype or now.shape != was.shape:
             path = tree.named_leaves(before)[place][0]
             raise ValueError(
-                f"`loss_fn` must return buffers of the dtype and shape that they had, got {_kind(now)} at {path} after "
-                f"{_kind(was)}."
+                f"`loss_fn` must return buffers of the dtype and shape that they had, got "
+                f"{_kind(now)} at {path} after {_kind(was)}."
             )
 
 
 def _version(buffer: Any) -> int:
     """Return how often a tensor was written to, as far as that is counted."""
-    is_counted = isinstance(buffer, Tensor) and not torch.compiler.is_compiling() and not buffer.is_inference()
+    is_counted = (
+        isinstance(buffer, Tensor)
+        and not torch.compiler.is_compiling()
+        and not buffer.is_inference()
+    )
     return buffer._version if is_counted else 0
 
 
@@ -161,7 +182,10 @@ def check_scalar(value: Any, where: str = "loss_fn") -> Tensor:
         ValueError: it is not a floating-point scalar; `where` says who returned it.
     """
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-        raise ValueError(f"`{where}` must return a floating-point scalar, got a {_kind(value)}. Take the mean or the sum.")
+        raise ValueError(
+            f"`{where}` must return a floating-point scalar, got a {_kind(value)}. Take the mean "
+            f"or the sum."
+        )
     return value
 
 
@@ -176,7 +200,8 @@ def as_tensor(leaf: Any, where: str, like: Tensor) -> Tensor:
     if isinstance(leaf, bool | int | float):
         return torch.as_tensor(leaf, device=like.device)
     raise TypeError(
-        f"What `{where}` returns must be a tree of tensors, got a {type(leaf).__name__} in it. It is stacked over steps: "
+        f"What `{where}` returns must be a tree of tensors, got a {type(leaf).__name__} in it. It "
+        f"is stacked over steps: "
         "leave out what cannot be."
     )
 
@@ -184,4 +209,8 @@ def as_tensor(leaf: Any, where: str, like: Tensor) -> Tensor:
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} tensor of shape {tuple(value.shape)}"
-    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple) else type(value).__name__
+    return (
+        f"{type(value).__name__} of {len(value)}"
+        if isinstance(value, tuple)
+        else type(value).__name__
+    )

@@ -58,57 +58,77 @@ def minimize(
     unused: Unused = "zero",
     compile: bool = False,
 ) -> Minimized:
-    """Run w_{t+1} = w_t + u(grad L(w_t, batch_t), s_t, w_t) and return w_T, s_T and [L(w_0), ..., L(w_{T-1})].
+    """Run w_{t+1} = w_t + u(grad L(w_t, batch_t), s_t, w_t) and return w_T, s_T and [L(w_0), ...,
+    L(w_{T-1})].
 
-    The result is differentiable in the initial parameters, the optimizer's parameters and tensors, `meta`, `buffers`, a given
-    `opt_state` and floating-point batches, in the way that `differentiate` says. Nothing is changed in place.
+    The result is differentiable in the initial parameters, the optimizer's parameters and tensors,
+    `meta`, `buffers`, a given `opt_state` and floating-point batches, in the way that
+    `differentiate` says. Nothing is changed in place.
 
     Args:
-        loss_fn: `loss_fn(params, batch)`, or `loss_fn(params, batch, meta)` if `meta` is given, returns a scalar, or (a scalar,
-            aux) with a tree of tensors. If `buffers` are given, it also gets `buffers=` by name, and returns (a scalar, the next
-            buffers) or (a scalar, the next buffers, aux). If it is an `nn.Module`, its trainable parameters are
-            differentiated too; its own buffers stay as they are.
+        loss_fn: `loss_fn(params, batch)`, or `loss_fn(params, batch, meta)` if `meta` is given,
+            returns a scalar, or (a scalar, aux) with a tree of tensors. If `buffers` are given, it
+            also gets `buffers=` by name, and returns (a scalar, the next buffers) or (a scalar, the
+            next buffers, aux). If it is an `nn.Module`, its trainable parameters are differentiated
+            too; its own buffers stay as they are.
         optimizer: any `Optimizer`.
         params: initial parameters, a tree of floating-point tensors.
-        batches: with `steps`, the one batch that every step sees (or None); without, a tree whose leaves all have time as
-            their leading axis, one row a step. Or a list of batches, or an iterator (a generator, a DataLoader) that
-            yields the batch of each step when it comes to it; the loop ends when it does. Except for "full", and where
-            no gradients are enabled, all batches of an iterator are kept until the backward pass has run.
+        batches: with `steps`, the one batch that every step sees (or None); without, a tree whose
+            leaves all have time as their leading axis, one row a step. Or a list of batches, or an
+            iterator (a generator, a DataLoader) that yields the batch of each step when it comes to
+            it; the loop ends when it does. Except for "full", and where no gradients are enabled,
+            all batches of an iterator are kept until the backward pass has run.
         steps: number of steps T.
         meta: what the outer level owns, a tree of tensors.
-        buffers: what the loss reads and changes from step to step, a tree of tensors: running statistics, for example
-            `functional(model).buffers` for `with_buffers`. (Those of batch norm are constants, as in torch.)
+        buffers: what the loss reads and changes from step to step, a tree of tensors: running
+            statistics, for example `functional(model).buffers` for `with_buffers`. (Those of batch
+            norm are constants, as in torch.)
         opt_state: state to go on from; by default `optimizer.init(params)`.
-        observe: called after each step as `loss_fn` is, with the parameters and buffers then and the batch of that step; returns
-            a tree of tensors. `(weights * out.observed).sum()` is a loss over the whole loop.
+        observe: called after each step as `loss_fn` is, with the parameters and buffers then and
+            the batch of that step; returns a tree of tensors. `(weights * out.observed).sum()` is a
+            loss over the whole loop.
         differentiate: how gradients pass through the loop: `Backprop()`, `FirstOrder()`, ...
-        unused: what happens to a parameter that the loss of a step does not depend on. "zero": its gradient is zero, so weight
-            decay and momentum still move it. "skip": it stays, its memory stays, and the step does not count for it, as in
-            `torch.optim` where `.grad` is None. (What a loop inside the loss is given counts as used, unless its memory is "full".)
-        compile: compile one step and its derivative, for any number of steps; see `compiled`. Inside another compiled function
-            this changes nothing: there the loop is unrolled.
+        unused: what happens to a parameter that the loss of a step does not depend on. "zero": its
+            gradient is zero, so weight decay and momentum still move it. "skip": it stays, its
+            memory stays, and the step does not count for it, as in `torch.optim` where `.grad` is
+            None. (What a loop inside the loss is given counts as used, unless its memory is
+            "full".)
+        compile: compile one step and its derivative, for any number of steps; see `compiled`.
+            Inside another compiled function this changes nothing: there the loop is unrolled.
 
     Raises:
-        ValueError: the batches' leading axes differ, `steps` is missing, the loss returns something else, or `loss_fn` reaches a
-            tensor that requires grad through its closure; or `compile` inside a transform of `torch.func`. On the way back: a
-            step that is made again is not the step that was taken.
-        NonFiniteError: a loss is not finite. (Inside `vmap`, `grad` or a compiled function values cannot be read; there
-            the value is passed on as it is.)
+        ValueError: the batches' leading axes differ, `steps` is missing, the loss returns something
+            else, or `loss_fn` reaches a tensor that requires grad through its closure; or `compile`
+            inside a transform of `torch.func`. On the way back: a step that is made again is not
+            the step that was taken.
+        NonFiniteError: a loss is not finite. (Inside `vmap`, `grad` or a compiled function values
+            cannot be read; there the value is passed on as it is.)
 
     Cost:
-        That of the rule, and one forward pass of the loss (and of `observe`) that looks for closures while gradients are enabled.
+        That of the rule, and one forward pass of the loss (and of `observe`) that looks for
+        closures while gradients are enabled.
         `observe`: one forward pass a step more. "skip": each parameter is updated by itself.
     """
     _check_arguments(optimizer, params, unused, compile)
     if compile and not torch.compiler.is_compiling() and not values_are_readable():
         raise ValueError(
-            "`compile=True` was given to a `minimize` inside a torch.func transform, which torch cannot compile from within. "
-            "Compile the outermost function instead: `meta_grad(task_loss, compile=True)`, or your own with `torch.compile`."
+            "`compile=True` was given to a `minimize` inside a torch.func transform, which torch "
+            "cannot compile from within. Compile the outermost function instead: "
+            "`meta_grad(task_loss, compile=True)`, or your own with `torch.compile`."
         )
     xs, constant, length = rows_of(batches, steps)
-    options = {"same_batch": steps is not None, "has_meta": meta is not None, "has_buffers": buffers is not None}
+    options = {
+        "same_batch": steps is not None,
+        "has_meta": meta is not None,
+        "has_buffers": buffers is not None,
+    }
     problem, skips = InnerProblem(loss_fn, optimizer, observe, **options), unused == "skip"
-    inputs = {"optimizer": problem.own_tensors, "loss": problem.own_params, "meta": meta, "batch": constant}
+    inputs = {
+        "optimizer": problem.own_tensors,
+        "loss": problem.own_params,
+        "meta": meta,
+        "batch": constant,
+    }
     if opt_state is None:
         opt_state = optimizer.init(params)
     if skips:
@@ -117,7 +137,9 @@ def minimize(
     if buffers is not None:
         state = {
             "optimizer": opt_state,
-            "buffers": buffers if values_are_readable() else widened(buffers, (params, inputs, first_row(xs))),
+            "buffers": buffers
+            if values_are_readable()
+            else widened(buffers, (params, inputs, first_row(xs))),
         }
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         first = first_row(xs)
@@ -126,7 +148,9 @@ def minimize(
             with explain_first_row(batches, steps, first):
                 return problem.evaluate(*arguments)
 
-        check_closure(evaluate, (loss_fn, observe), {**inputs, "optimizer": {}}, params, state, first)
+        check_closure(
+            evaluate, (loss_fn, observe), {**inputs, "optimizer": {}}, params, state, first
+        )
     loop = InnerLoop(
         problem.loss,
         problem.update,
@@ -152,38 +176,53 @@ def minimize(
     if values_are_readable():
         check_finite(emitted["loss"], "minimize")
     memory, moved = (last["optimizer"], last["buffers"]) if buffers is not None else (last, ())
-    return Minimized(after, memory, emitted["loss"], emitted.get("aux", ()), moved, emitted.get("observed", ()))
+    return Minimized(
+        after, memory, emitted["loss"], emitted.get("aux", ()), moved, emitted.get("observed", ())
+    )
 
 
 def _check_arguments(optimizer: Any, params: Any, unused: Any, compile: bool) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"`optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}.{type(optimizer).__name__}. "
+            f"`optimizer` must be a metaopt Optimizer, got "
+            f"{type(optimizer).__module__}.{type(optimizer).__name__}. "
             "Use one from `metaopt.optimizers`, for example `metaopt.optimizers.SGD(lr=0.1)`."
         )
     if isinstance(params, nn.Module | Functional):
         raise TypeError(
-            f"`params` must be a tree of tensors, got a {type(params).__name__}. Pass `net.params` of `net = functional(model)`."
+            f"`params` must be a tree of tensors, got a {type(params).__name__}. Pass `net.params` "
+            f"of `net = functional(model)`."
         )
     if unused not in get_args(Unused):
         raise ValueError(f'`unused` must be "zero" or "skip", got {unused!r}.')
     if unused == "skip" and compile:
         raise ValueError(
-            'unused="skip" cannot be had with `compile=True`: a compiler does not see what a loss depends on. Leave one out.'
+            'unused="skip" cannot be had with `compile=True`: a compiler does not see what a loss '
+            "depends on. Leave one out."
         )
     if torch.compiler.is_compiling():  # a compiler cannot be asked who tracks a tensor
         return
-    hidden = [f"{name}.{key}".lstrip(".") for name, module in optimizer.named_modules() for key in _find_tracked(module)]
+    hidden = [
+        f"{name}.{key}".lstrip(".")
+        for name, module in optimizer.named_modules()
+        for key in _find_tracked(module)
+    ]
     if hidden:
         raise ValueError(
-            f"{type(optimizer).__name__} has tensors that require grad and are neither parameters nor buffers, {hidden}: they "
-            "would get no derivative. Make each an `nn.Parameter`, or store it with `set_hyperparameter`."
+            f"{type(optimizer).__name__} has tensors that require grad and are neither parameters "
+            f"nor buffers, {hidden}: they "
+            "would get no derivative. Make each an `nn.Parameter`, or store it with "
+            "`set_hyperparameter`."
         )
 
 
 def _find_tracked(module: nn.Module) -> list[str]:
     """Return the names of plain attributes that require grad."""
-    return [key for key, value in vars(module).items() if isinstance(value, Tensor) and is_tracked(value)]
+    return [
+        key
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor) and is_tracked(value)
+    ]
 
 
 def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:
@@ -193,4 +232,10 @@ def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:
     values = losses.detach().tolist()
     first = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
     if first is not None:
-        raise NonFiniteError(where, first, values[first], values[first - 1] if first and unit == "step" else None, unit=unit)
+        raise NonFiniteError(
+            where,
+            first,
+            values[first],
+            values[first - 1] if first and unit == "step" else None,
+            unit=unit,
+        )

@@ -15,28 +15,34 @@ from metaopt import tree
 from metaopt.functional import functional
 from metaopt.kernels import any_order
 
-_TOLERANCE = 1e-4  # of the derivatives' size: central differences in float64 come within 1e-7, wrong formulas are off by 1e-3
+# of the derivatives' size: central differences in float64 come within 1e-7, wrong formulas are off
+# by 1e-3
+_TOLERANCE = 1e-4
 _Problem = tuple[str, str, str]  # (operator, path of the submodule, what is wrong)
 
 
-def check_second_order(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor] | None = None) -> None:
-    """Raise if the second derivative of L(w) along a random line does not exist, or is not d/dt of grad L(w + t v).
+def check_second_order(
+    model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
+) -> None:
+    """Raise if the second derivative of L(w) along a random line does not exist, or is not d/dt of
+    grad L(w + t v).
 
-    Inner loops with `Backprop` need it. The check runs as they do (norms, attention and recurrent layers are computed by
-    `any_order`), on a copy of the model in float64: the model itself, its buffers and the random state stay as they are. Where
-    the whole fails, every call of a torch function is examined by itself. Piecewise linear functions are no problem:
-    their second derivative is rightly zero.
+    Inner loops with `Backprop` need it. The check runs as they do (norms, attention and recurrent
+    layers are computed by `any_order`), on a copy of the model in float64: the model itself, its
+    buffers and the random state stay as they are. Where the whole fails, every call of a torch
+    function is examined by itself. Piecewise linear functions are no problem: their second
+    derivative is rightly zero.
 
     Args:
         model: any module, in training or in evaluation mode.
-        batch: what the model is called with: a tuple or a list stands for several arguments, a dict (or any mapping, a tokenizer's
-            output for example) for arguments by name.
-        loss_fn: `loss_fn(model, batch)` returns a scalar, with the batch as it was given; by default the mean square of all that
-            the model returns.
+        batch: what the model is called with: a tuple or a list stands for several arguments, a dict
+            (or any mapping, a tokenizer's output for example) for arguments by name.
+        loss_fn: `loss_fn(model, batch)` returns a scalar, with the batch as it was given; by
+            default the mean square of all that the model returns.
 
     Raises:
-        ValueError: an operator cannot be differentiated twice, or its second derivative is wrong. The message names each, the
-            submodule that calls it, and what to do.
+        ValueError: an operator cannot be differentiated twice, or its second derivative is wrong.
+            The message names each, the submodule that calls it, and what to do.
 
     Cost:
         Some ten gradients and a copy of the model; more if something is wrong.
@@ -45,7 +51,8 @@ def check_second_order(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Modul
     net = functional(_Loss(exact, loss_fn or _mean_square))
     if not net.params:
         raise ValueError("`model` must have a trainable parameter, got none. Is everything frozen?")
-    batch = dict(batch) if isinstance(batch, Mapping) else batch  # torch takes other mappings for a leaf
+    # torch takes other mappings for a leaf
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
     batch = tree.map(lambda leaf: leaf.detach().double() if _is_float(leaf) else leaf, batch)
     names, params = list(net.params), [p.detach() for p in net.params.values()]
 
@@ -62,9 +69,16 @@ def check_second_order(model: nn.Module, batch: Any, loss_fn: Callable[[nn.Modul
     found = dict.fromkeys(examination.problems) or {("the loss", "", wrong): None}
     raise ValueError(
         "The model cannot be differentiated twice: "
-        + "; ".join(f"{operator}{f' in submodule {where!r}' if where else ''}: {why}" for operator, where, why in found)
+        + "; ".join(
+            f"{operator}{f' in submodule {where!r}' if where else ''}: {why}"
+            for operator, where, why in found
+        )
         + ". Write it with elementary operations or a twice differentiable autograd.Function, or use `FirstOrder()`."
-        + ("" if examination.problems else " Every torch function by itself is fine: look for an autograd.Function or a `detach`.")
+        + (
+            ""
+            if examination.problems
+            else " Every torch function by itself is fine: look for an autograd.Function or a `detach`."
+        )
     )
 
 
@@ -90,7 +104,8 @@ def _mean_square(model: nn.Module, batch: Any) -> Tensor:
     outputs = [leaf for leaf in tree.leaves(output) if _is_float(leaf)]
     if not outputs:
         raise ValueError(
-            f"`model` must return a floating-point tensor, or a tree of some, got {type(output).__name__}. Give `loss_fn(model, "
+            f"`model` must return a floating-point tensor, or a tree of some, got "
+            f"{type(output).__name__}. Give `loss_fn(model, "
             "batch)`, which returns a scalar."
         )
     return torch.stack([leaf.square().mean() for leaf in outputs]).sum()
@@ -108,12 +123,15 @@ def _random_state_kept(leaves: Sequence[Any]) -> AbstractContextManager[None]:
 def _compare(fn: Callable[[Sequence[Tensor]], Tensor], point: Sequence[Tensor]) -> str | None:
     """Say what is wrong with the second derivative of a scalar `fn`, or None.
 
-    A difference that steps over a kink says nothing: smaller steps are tried, and another point, in case this one lies on it.
+    A difference that steps over a kink says nothing: smaller steps are tried, and another point, in
+    case this one lies on it.
     """
     generator = torch.Generator().manual_seed(0)
 
     def noise() -> list[Tensor]:
-        return [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in point]
+        return [
+            torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in point
+        ]
 
     def gradient(at: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with _random_state_kept(at):  # the same dropout every time
@@ -122,24 +140,40 @@ def _compare(fn: Callable[[Sequence[Tensor]], Tensor], point: Sequence[Tensor]) 
     smallest = torch.tensor(torch.inf, dtype=torch.float64)
     direction = noise()
     for jitter in (0.0, 1e-3):
-        here = [(x + jitter * e).detach().requires_grad_() for x, e in zip(point, noise(), strict=True)]
+        here = [
+            (x + jitter * e).detach().requires_grad_() for x, e in zip(point, noise(), strict=True)
+        ]
         with _random_state_kept(here):
             value = fn(here)
         try:
             first = torch.autograd.grad(value, here, create_graph=True, materialize_grads=True)
-            along = torch.stack([(g * v).sum() for g, v in zip(first, direction, strict=True)]).sum()
+            along = torch.stack(
+                [(g * v).sum() for g, v in zip(first, direction, strict=True)]
+            ).sum()
             linear = not along.requires_grad
-            second = [torch.zeros_like(x) for x in here] if linear else torch.autograd.grad(along, here, materialize_grads=True)
+            second = (
+                [torch.zeros_like(x) for x in here]
+                if linear
+                else torch.autograd.grad(along, here, materialize_grads=True)
+            )
         except (RuntimeError, NotImplementedError) as error:
             return str(error).splitlines()[0].rstrip(".")
         if not jitter and not all(x.isfinite().all() for x in second):
             return "its second derivative is not finite (a root or a norm at zero?)"
         for h in (1e-5, 1e-6, 1e-7, 1e-8):
-            ends = [[(x + s * h * v).detach().requires_grad_() for x, v in zip(here, direction, strict=True)] for s in (1, -1)]
+            ends = [
+                [
+                    (x + s * h * v).detach().requires_grad_()
+                    for x, v in zip(here, direction, strict=True)
+                ]
+                for s in (1, -1)
+            ]
             after, before = (gradient(at) for at in ends)
             slopes = [(a - b) / (2 * h) for a, b in zip(after, before, strict=True)]
             gap = tree.norm(tree.map(torch.sub, list(second), slopes))
-            size = tree.norm(slopes) + tree.norm(list(second)) + tree.norm([g.detach() for g in first])
+            size = (
+                tree.norm(slopes) + tree.norm(list(second)) + tree.norm([g.detach() for g in first])
+            )
             smallest = torch.fmin(smallest, gap / size.clamp_min(1e-12))
             if not smallest > _TOLERANCE:
                 return None
@@ -166,17 +200,30 @@ def _paths(model: nn.Module) -> Iterator[list[str]]:
 
 
 class _Examination(TorchFunctionMode):
-    """Compares, for each torch function that is called, its second derivative with finite differences."""
+    """Compares, for each torch function that is called, its second derivative with finite
+    differences.
+    """
 
     def __init__(self, path: list[str]):
         super().__init__()
         self.path = path
         self.problems: list[_Problem] = []
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         leaves, structure = tree.flatten((args, kwargs or {}))
-        before = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # it may work in place
-        places = [i for i, leaf in enumerate(leaves) if torch.is_grad_enabled() and _is_float(leaf) and leaf.requires_grad]
+        # it may work in place
+        before = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        places = [
+            i
+            for i, leaf in enumerate(leaves)
+            if torch.is_grad_enabled() and _is_float(leaf) and leaf.requires_grad
+        ]
         with _random_state_kept(leaves):
             wrong = self._examine(func, structure, before, places)
         if wrong is not None:
@@ -185,13 +232,19 @@ class _Examination(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     @staticmethod
-    def _examine(func: Callable[..., Any], structure: tree.Structure, leaves: list[Any], places: list[int]) -> str | None:
+    def _examine(
+        func: Callable[..., Any], structure: tree.Structure, leaves: list[Any], places: list[int]
+    ) -> str | None:
         def value(at: Sequence[Tensor]) -> Tensor:
             given = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             for place, tensor in zip(places, at, strict=True):
                 given[place] = tensor.clone()
             args, kwargs = tree.unflatten(structure, given)
-            results = [leaf for leaf in tree.leaves(func(*args, **kwargs)) if _is_float(leaf) and leaf.requires_grad]
+            results = [
+                leaf
+                for leaf in tree.leaves(func(*args, **kwargs))
+                if _is_float(leaf) and leaf.requires_grad
+            ]
             finite = [torch.where(leaf.isfinite(), leaf, 0) for leaf in results]
             nothing = torch.where(at[0].isfinite(), at[0], 0).sum() * 0
             return sum(((leaf + 0.5 * leaf.square()).sum() for leaf in finite), nothing)

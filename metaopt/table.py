@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def write_table(headers: Sequence[str], rows: Sequence[Sequence[str | float]], formats: Sequence[str]) -> str:
+def write_table(
+    headers: Sequence[str], rows: Sequence[Sequence[str | float]], formats: Sequence[str]
+) -> str:
     """Return a line of headers, a rule, and a line per row; numbers stand to the right.
 
     Args:

@@ -9,14 +9,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
+from torch._functorch.pyfunctorch import (
+    retrieve_all_functorch_interpreters,
+    temporarily_clear_interpreter_stack,
+)
 from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_tracked(tensor: Tensor) -> bool:
-    """Say whether autograd, at the top level or at any level of `torch.func.grad`, differentiates through `tensor`."""
+    """Say whether autograd, at the top level or at any level of `torch.func.grad`, differentiates
+    through `tensor`.
+    """
     while not tensor.requires_grad:
         if not functorch.is_functorch_wrapped_tensor(tensor):
             return False
@@ -25,14 +30,19 @@ def is_tracked(tensor: Tensor) -> bool:
 
 
 def constant(leaf: Any) -> Any:
-    """Return a tensor that nobody differentiates, or what is no tensor. To see that it is one already is faster than `detach`."""
+    """Return a tensor that nobody differentiates, or what is no tensor.
+
+    To see that it is one already is faster than `detach`.
+    """
     if not isinstance(leaf, Tensor) or not (torch.compiler.is_compiling() or is_tracked(leaf)):
         return leaf
     return leaf.detach()
 
 
 def innermost(tensor: Tensor) -> Tensor:
-    """Return the plain tensor inside the wrappers of every level of `torch.func`; that of a `vmap` has all its rows."""
+    """Return the plain tensor inside the wrappers of every level of `torch.func`; that of a `vmap`
+    has all its rows.
+    """
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
@@ -49,7 +59,9 @@ def is_differentiable(leaf: Any) -> bool:
 
 
 def tracking_levels(tensor: Tensor) -> set[int]:
-    """Return the levels of `torch.func.grad` that differentiate through `tensor`; plain autograd is level 0."""
+    """Return the levels of `torch.func.grad` that differentiate through `tensor`; plain autograd is
+    level 0.
+    """
     levels = set()
     while True:
         wrapped = functorch.is_functorch_wrapped_tensor(tensor)
@@ -61,12 +73,16 @@ def tracking_levels(tensor: Tensor) -> set[int]:
 
 
 def values_are_readable() -> bool:
-    """Say whether a tensor's value may decide what Python does next: not under vmap, grad, jvp or compile."""
+    """Say whether a tensor's value may decide what Python does next: not under vmap, grad, jvp or
+    compile.
+    """
     return not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is None
 
 
 def is_last() -> bool:
-    """Say whether nobody differentiates what is computed now: no graph, no forward mode, no transform and no compiler."""
+    """Say whether nobody differentiates what is computed now: no graph, no forward mode, no
+    transform and no compiler.
+    """
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -77,14 +93,20 @@ def is_last() -> bool:
 
 def inside_jvp() -> bool:
     """Say whether `torch.func.jvp` is active."""
-    return any(level.key() == functorch.TransformType.Jvp for level in retrieve_all_functorch_interpreters())
+    return any(
+        level.key() == functorch.TransformType.Jvp
+        for level in retrieve_all_functorch_interpreters()
+    )
 
 
 def has_tangent(leaf: Any) -> bool:
-    """Say whether forward mode, of `torch.func.jvp` or by dual numbers, differentiates through a tensor."""
+    """Say whether forward mode, of `torch.func.jvp` or by dual numbers, differentiates through a
+    tensor.
+    """
     if forward_ad._current_level < 0 or not is_differentiable(leaf):
         return False
-    while functorch.is_batchedtensor(leaf) or forward_ad.unpack_dual(leaf).tangent is None:  # a batched one cannot be asked
+    # a batched one cannot be asked
+    while functorch.is_batchedtensor(leaf) or forward_ad.unpack_dual(leaf).tangent is None:
         if not functorch.is_functorch_wrapped_tensor(leaf):
             return False
         leaf = functorch.get_unwrapped(leaf)
@@ -105,8 +127,9 @@ def without_levels(tensor: Tensor) -> Tensor:
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             raise ValueError(
-                'A loop with Revolve(store="disk") cannot run under `vmap` (nor `jacrev`), which hides the values that are to be '
-                'written. Go through the batch in a loop (`meta_grad(..., chunk_size=1)`), or use store="cpu".'
+                'A loop with Revolve(store="disk") cannot run under `vmap` (nor `jacrev`), which '
+                "hides the values that are to be written. Go through the batch in a loop "
+                '(`meta_grad(..., chunk_size=1)`), or use store="cpu".'
             )
         tensor = functorch.get_unwrapped(tensor)
     return tensor
@@ -120,8 +143,9 @@ def is_functorch_wrapped(tensor: Tensor) -> bool:
 def alive(tensor: Tensor | None) -> Tensor | None:
     """Return the tensor, or None, without the wrappers of `torch.func` levels that have ended.
 
-    When `torch.func.vjp` has returned, its level is over, but what an `autograd.Function` saved there is still wrapped in it
-    while the pullback runs. Operations see through that; a transform started inside `backward` fails ("escaped?").
+    When `torch.func.vjp` has returned, its level is over, but what an `autograd.Function` saved
+    there is still wrapped in it while the pullback runs. Operations see through that; a transform
+    started inside `backward` fails ("escaped?").
     """
     return None if tensor is None else functorch.unwrap_if_dead(tensor)
 

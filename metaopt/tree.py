@@ -1,4 +1,6 @@
-"""Arithmetic on trees of tensors: nested dicts, lists, tuples and named tuples with tensors at the leaves."""
+"""Arithmetic on trees of tensors: nested dicts, lists, tuples and named tuples with tensors at the
+leaves.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ flatten = pytree.tree_flatten
 
 _HALF = {torch.float16, torch.bfloat16}  # whose norms would be rounded one by one
 _LEAVES = {Tensor, Parameter, bool, int, float, str, type(None)}
-_all_leaves = _LEAVES.issuperset  # of the types of some values; a loop in Python took three times as long
+# of the types of some values; a loop in Python took three times as long
+_all_leaves = _LEAVES.issuperset
 
 
-def map(fn: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: Callable[[Tree], bool] | None = None) -> Tree:
-    """Return the tree of fn(leaf, *leaves at the same place in the `rest`); these begin with the structure of the first.
+def map(
+    fn: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: Callable[[Tree], bool] | None = None
+) -> Tree:
+    """Return the tree of fn(leaf, *leaves at the same place in the `rest`); these begin with the
+    structure of the first.
 
-    As torch's `tree_map`, which makes a description of the structure first: on dicts, lists and tuples this takes a quarter of the
-    time.
+    As torch's `tree_map`, which makes a description of the structure first: on dicts, lists and
+    tuples this takes a quarter of the time.
     """
     if torch.compiler.is_compiling() or is_leaf is not None:
         return pytree.tree_map(fn, tree, *rest, is_leaf=is_leaf)
@@ -39,7 +45,8 @@ def _map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     kind = type(tree)
     if kind in _LEAVES:
         return fn(tree, *rest)
-    if kind is dict:  # the leaves in it by themselves: to call this function for each is half of the time
+    # the leaves in it by themselves: to call this function for each is half of the time
+    if kind is dict:
         if not rest:
             if _all_leaves(builtins.map(type, tree.values())):
                 return {key: fn(value) for key, value in tree.items()}
@@ -48,10 +55,14 @@ def _map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
             if len(rest) == 1:
                 (other,) = rest
                 return {
-                    key: fn(value, other[key]) if type(value) in _LEAVES else _map(fn, value, other[key])
+                    key: fn(value, other[key])
+                    if type(value) in _LEAVES
+                    else _map(fn, value, other[key])
                     for key, value in tree.items()
                 }
-            return {key: _map(fn, value, *[other[key] for other in rest]) for key, value in tree.items()}
+            return {
+                key: _map(fn, value, *[other[key] for other in rest]) for key, value in tree.items()
+            }
     elif not rest and (kind is list or kind is tuple):
         return kind([fn(value) if type(value) in _LEAVES else _map(fn, value) for value in tree])
     elif _is_row(kind) and all(type(other) is kind and len(other) == len(tree) for other in rest):
@@ -87,8 +98,14 @@ def _collect(tree: Tree, found: list[Any]) -> None:
 
 
 def _is_row(kind: type) -> bool:
-    """Say whether it is that of lists, tuples or named tuples, unless torch was told another way to take these apart."""
-    return kind is list or kind is tuple or (pytree.is_namedtuple_class(kind) and kind not in pytree.SUPPORTED_NODES)
+    """Say whether it is that of lists, tuples or named tuples, unless torch was told another way to
+    take these apart.
+    """
+    return (
+        kind is list
+        or kind is tuple
+        or (pytree.is_namedtuple_class(kind) and kind not in pytree.SUPPORTED_NODES)
+    )
 
 
 def unflatten(structure: Structure, leaves: Sequence[Any]) -> Tree:
@@ -97,7 +114,9 @@ def unflatten(structure: Structure, leaves: Sequence[Any]) -> Tree:
 
 
 def with_leaves(tree: Tree, leaves: Iterable[Any]) -> Tree:
-    """Return the tree with other leaves, in their order; in a third of the time that torch's flattening and unflattening take."""
+    """Return the tree with other leaves, in their order; in a third of the time that torch's
+    flattening and unflattening take.
+    """
     if torch.compiler.is_compiling():
         return pytree.tree_unflatten(list(leaves), pytree.tree_structure(tree))
     if type(tree) is dict and _all_leaves(builtins.map(type, tree.values())):
@@ -117,7 +136,9 @@ def leaves_like(like: Tree, tree: Tree, what: str) -> list[Any]:
     if not torch.compiler.is_compiling():
         if type(like) is type(tree) is dict and [*like] == [*tree]:
             found = [*tree.values()]
-            if _all_leaves(builtins.map(type, found)) and _all_leaves(builtins.map(type, like.values())):
+            if _all_leaves(builtins.map(type, found)) and _all_leaves(
+                builtins.map(type, like.values())
+            ):
                 return found
         if is_alike(like, tree):
             return leaves(tree)
@@ -132,14 +153,17 @@ def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
     """
     found, own = pytree.tree_flatten(tree)
     if own != structure:
-        expected = {name for name, _ in named_leaves(unflatten(structure, range(structure.num_leaves)))}
+        expected = {
+            name for name, _ in named_leaves(unflatten(structure, range(structure.num_leaves)))
+        }
         given = {name for name, _ in named_leaves(tree)}
         missing, unknown = sorted(expected - given), sorted(given - expected)
         differs = f"missing {missing}, unknown {unknown}"
         if not missing and not unknown:
             differs = "the same names in another order, or other kinds of nodes"
         raise ValueError(
-            f"`{what}` does not have the expected structure: {differs}. Build it from the same tree, in the same order."
+            f"`{what}` does not have the expected structure: {differs}. Build it from the same "
+            f"tree, in the same order."
         )
     return found
 
@@ -153,16 +177,26 @@ def is_alike(one: Tree, other: Tree) -> bool:
         if type(other) is not dict or list(one) != list(other):
             return False
         return all(
-            (type(value) in _LEAVES and type(other[key]) in _LEAVES) or is_alike(value, other[key]) for key, value in one.items()
+            (type(value) in _LEAVES and type(other[key]) in _LEAVES) or is_alike(value, other[key])
+            for key, value in one.items()
         )
     if _is_row(kind):
-        return type(other) is kind and len(one) == len(other) and all(is_alike(*pair) for pair in zip(one, other, strict=True))
+        return (
+            type(other) is kind
+            and len(one) == len(other)
+            and all(is_alike(*pair) for pair in zip(one, other, strict=True))
+        )
     return bool(flatten(one)[1] == flatten(other)[1])
 
 
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
-    """Return (path, leaf) pairs; the path reads like Python indexing, for example `['net.0.weight']`."""
-    return [(pytree.keystr(path) or "the tensor itself", leaf) for path, leaf in pytree.tree_flatten_with_path(tree)[0]]
+    """Return (path, leaf) pairs; the path reads like Python indexing, for example
+    `['net.0.weight']`.
+    """
+    return [
+        (pytree.keystr(path) or "the tensor itself", leaf)
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]
+    ]
 
 
 def leading_axis(tree: Tree) -> int | None:
@@ -173,8 +207,13 @@ def leading_axis(tree: Tree) -> int | None:
 
 
 def leading_axes(tree: Tree) -> dict[str, int]:
-    """Return path -> length of the leading axis for every leaf; -1 for a leaf that has none or is no tensor."""
-    return {path: len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else -1 for path, leaf in named_leaves(tree)}
+    """Return path -> length of the leading axis for every leaf; -1 for a leaf that has none or is
+    no tensor.
+    """
+    return {
+        path: len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else -1
+        for path, leaf in named_leaves(tree)
+    }
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
@@ -188,7 +227,9 @@ def index(tree: Tree, i: Any) -> Tree:
 
 
 def ravel(tree: Tree) -> Tensor:
-    """Return all entries in a row, [n], in the promoted dtype of the leaves; a complex one as two real ones."""
+    """Return all entries in a row, [n], in the promoted dtype of the leaves; a complex one as two
+    real ones.
+    """
     return torch.cat([as_real(leaf).reshape(-1) for leaf in leaves(tree)])
 
 
@@ -196,13 +237,18 @@ def unravel(vector: Tensor, like: Tree) -> Tree:
     """Return the tree with these entries, and the structure, shapes and dtypes of `like`."""
     template = leaves(like)
     parts = vector.split([leaf.numel() * (1 + leaf.is_complex()) for leaf in template])
-    return with_leaves(like, [_shaped(part, leaf) for part, leaf in zip(parts, template, strict=True)])
+    return with_leaves(
+        like, [_shaped(part, leaf) for part, leaf in zip(parts, template, strict=True)]
+    )
 
 
 def norm(tree: Tree) -> Tensor:
-    """Return the Euclidean norm of all entries together, real also of complex ones, with derivative 0 where the norm is 0."""
+    """Return the Euclidean norm of all entries together, real also of complex ones, with derivative
+    0 where the norm is 0.
+    """
     found = leaves(tree)
-    if is_last() and not any(leaf.dtype in _HALF for leaf in found):  # in one pass and without a copy
+    # in one pass and without a copy
+    if is_last() and not any(leaf.dtype in _HALF for leaf in found):
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
     return safe_sqrt(sum_leaves(lambda leaf: as_real(leaf).square().sum(), tree))
 
@@ -218,7 +264,8 @@ def sum_leaves(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tensor:
 def scaled_sum(x: Tensor, scale: float | Tensor, y: Tensor) -> Tensor:
     """Return x + scale y, in one operation where the scale is a number.
 
-    Not under a compiler: inductor makes `addmm` of a sum with a matrix product, and forgets `alpha` (torch before 2.15).
+    Not under a compiler: inductor makes `addmm` of a sum with a matrix product, and forgets `alpha`
+    (torch before 2.15).
     """
     if isinstance(scale, Tensor) or torch.compiler.is_compiling():
         return x + scale * y
@@ -244,15 +291,19 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 
 def as_real(leaf: Tensor) -> Tensor:
-    """Return a complex tensor as a real one with a last axis for (real, imaginary); a real one as it is.
+    """Return a complex tensor as a real one with a last axis for (real, imaginary); a real one as
+    it is.
 
-    No view of it: torch's derivative of `view_as_real` refuses a cotangent that begins at an odd place, as one out of `cat` may.
+    No view of it: torch's derivative of `view_as_real` refuses a cotangent that begins at an odd
+    place, as one out of `cat` may.
     """
     return torch.stack([leaf.real, leaf.imag], -1) if leaf.is_complex() else leaf
 
 
 def _shaped(part: Tensor, like: Tensor) -> Tensor:
-    return (as_complex(part.reshape(*like.shape, 2)) if like.is_complex() else part.reshape(like.shape)).to(like.dtype)
+    return (
+        as_complex(part.reshape(*like.shape, 2)) if like.is_complex() else part.reshape(like.shape)
+    ).to(like.dtype)
 
 
 def as_complex(leaf: Tensor) -> Tensor:

@@ -43,7 +43,15 @@ from .schedules import (
     WarmupStableDecay,
 )
 from .sgd import SGD
-from .transforms import ClipNorm, ClipValue, DecoupledWeightDecay, Grouped, Masked, Transform, WeightDecay
+from .transforms import (
+    ClipNorm,
+    ClipValue,
+    DecoupledWeightDecay,
+    Grouped,
+    Masked,
+    Transform,
+    WeightDecay,
+)
 
 register_equals()
 

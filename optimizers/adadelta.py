@@ -13,7 +13,8 @@ from .weight_decay import penalized
 
 
 class Adadelta(Optimizer):
-    """v = rho v + (1 - rho) g^2;  d = sqrt(a + eps) / sqrt(v + eps) g;  a = rho a + (1 - rho) d^2;  u = -lr d.
+    """v = rho v + (1 - rho) g^2;  d = sqrt(a + eps) / sqrt(v + eps) g;  a = rho a + (1 - rho) d^2;
+    u = -lr d.
 
     Equal to `torch.optim.Adadelta`.
 
@@ -53,9 +54,17 @@ class Adadelta(Optimizer):
     def slots(self, params: Leaves) -> Slots:
         return {name: [torch.zeros_like(p) for p in params] for name in ("square", "moved")}
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
         lr, rho, eps, decay = (hyper[name] for name in self.hyperparameters)
         grads = penalized(self, grads, params, decay)
         square = averages_of_squares(slots["square"], grads, rho)
-        delta = [(a + eps).sqrt() / (v + eps).sqrt() * g for a, v, g in zip(slots["moved"], square, grads, strict=True)]
-        return [-lr * d for d in delta], {"square": square, "moved": averages_of_squares(slots["moved"], delta, rho)}
+        delta = [
+            (a + eps).sqrt() / (v + eps).sqrt() * g
+            for a, v, g in zip(slots["moved"], square, grads, strict=True)
+        ]
+        return [-lr * d for d in delta], {
+            "square": square,
+            "moved": averages_of_squares(slots["moved"], delta, rho),
+        }

@@ -16,8 +16,9 @@ from .weight_decay import penalized
 class Adagrad(Optimizer):
     """v = v + g^2;  u = -lr / (1 + (t - 1) lr_decay) g / (sqrt(v + initial) + eps).
 
-    Equal to `torch.optim.Adagrad`; `initial` is its `initial_accumulator_value`, kept out of the memory so that it can be
-    learned. The derivative is finite where v + initial = 0 (there sqrt has derivative 0).
+    Equal to `torch.optim.Adagrad`; `initial` is its `initial_accumulator_value`, kept out of the
+    memory so that it can be learned. The derivative is finite where v + initial = 0 (there sqrt has
+    derivative 0).
 
     Args:
         lr: step size.
@@ -58,11 +59,15 @@ class Adagrad(Optimizer):
     def slots(self, params: Leaves) -> Slots:
         return {"square": [torch.zeros_like(p) for p in params]}
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
         lr, lr_decay, decay, initial, eps = (hyper[name] for name in self.hyperparameters)
         grads = penalized(self, grads, params, decay)
         if not is_zero(lr_decay):
             lr = lr / (1 + (step - 1).to(scalar_dtype(grads[0])) * lr_decay)
         square = [v + g * g for v, g in zip(slots["square"], grads, strict=True)]
         spread = square if is_zero(initial) else [v + initial for v in square]
-        return [-lr * g / root for g, root in zip(grads, roots(spread, 0.0, eps), strict=True)], {"square": square}
+        return [-lr * g / root for g, root in zip(grads, roots(spread, 0.0, eps), strict=True)], {
+            "square": square
+        }

@@ -18,11 +18,13 @@ from .weight_decay import decayed, penalized
 
 
 class Adam(WithBetas):
-    """m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  u = -lr m^ / (sqrt(v^ + eps_root) + eps).
+    """m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  u = -lr m^ / (sqrt(v^ +
+    eps_root) + eps).
 
-    m^ = m / (1 - beta1^t) and v^ = v / (1 - beta2^t); with `amsgrad`, v^ = max(v_1, ..., v_t) / (1 - beta2^t). Equal to
-    `torch.optim.Adam`; unlike it, the derivative with respect to the gradient is finite where v = 0 (there sqrt has
-    derivative 0, and what remains is the exact 1 / eps at the first step).
+    m^ = m / (1 - beta1^t) and v^ = v / (1 - beta2^t); with `amsgrad`, v^ = max(v_1, ..., v_t) / (1
+    - beta2^t). Equal to `torch.optim.Adam`; unlike it, the derivative with respect to the gradient
+    is finite where v = 0 (there sqrt has derivative 0, and what remains is the exact 1 / eps at the
+    first step).
 
     Args:
         lr: step size.
@@ -39,7 +41,8 @@ class Adam(WithBetas):
         Two copies of the parameters, three with `amsgrad`.
 
     Reference:
-        Kingma and Ba, ICLR 2015, arXiv:1412.6980, algorithm 1; `amsgrad`: Reddi, Kale, Kumar, ICLR 2018, arXiv:1904.09237.
+        Kingma and Ba, ICLR 2015, arXiv:1412.6980, algorithm 1; `amsgrad`: Reddi, Kale, Kumar, ICLR
+        2018, arXiv:1904.09237.
     """
 
     hyperparameters: tuple[str, ...] = ("lr", "beta1", "beta2", "eps", "eps_root", "weight_decay")
@@ -72,16 +75,21 @@ class Adam(WithBetas):
     ) -> tuple[Value, Leaves, Slots]:
         return self._adam(penalized(self, grads, params, hyper["weight_decay"]), slots, hyper, step)
 
-    def _adam(self, grads: Leaves, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Value, Leaves, Slots]:
+    def _adam(
+        self, grads: Leaves, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Value, Leaves, Slots]:
         """Return (scale, directions, next slots), without any decay of the weights."""
         after = moments(grads, slots, hyper)
         spread = after["square"]
         if self.amsgrad:
-            spread = after["largest"] = [torch.maximum(old, v) for old, v in zip(slots["largest"], spread, strict=True)]
+            spread = after["largest"] = [
+                torch.maximum(old, v) for old, v in zip(slots["largest"], spread, strict=True)
+            ]
         step = step.to(scalar_dtype(grads[0]))  # once for both
         scale = -hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])
         bias = bias_correction(hyper["beta2"], step, grads[0])
-        if is_zero(hyper["eps_root"]):  # sqrt(v / bias) + eps = (sqrt(v) + eps sqrt(bias)) / sqrt(bias)
+        # sqrt(v / bias) + eps = (sqrt(v) + eps sqrt(bias)) / sqrt(bias)
+        if is_zero(hyper["eps_root"]):
             root = bias.sqrt()
             scale = scale * root
             spread = roots(spread, 0.0, hyper["eps"] * root)
@@ -91,7 +99,8 @@ class Adam(WithBetas):
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay: u = -lr (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay w).
+    """Adam with decoupled weight decay: u = -lr (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay
+    w).
 
     Equal to `torch.optim.AdamW`. Arguments, cost and errors as for `Adam`.
 
@@ -111,15 +120,24 @@ class AdamW(Adam):
         weight_decay: Hyperparameter = 1e-2,
         amsgrad: bool = False,
     ):
-        super().__init__(lr, betas, eps=eps, eps_root=eps_root, weight_decay=weight_decay, amsgrad=amsgrad)
+        super().__init__(
+            lr, betas, eps=eps, eps_root=eps_root, weight_decay=weight_decay, amsgrad=amsgrad
+        )
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
         scale, directions, after = self._adam(grads, slots, hyper, step)
-        return decayed(self, [scale * d for d in directions], params, hyper["lr"], hyper["weight_decay"]), after
+        return decayed(
+            self, [scale * d for d in directions], params, hyper["lr"], hyper["weight_decay"]
+        ), after
 
 
 def moments(grads: Leaves, slots: Slots, hyper: Hyper) -> Slots:
-    """Return the moving averages {"mean": beta1 m + (1 - beta1) g, "square": beta2 v + (1 - beta2) g^2}."""
+    """Return the moving averages {"mean":
+
+    beta1 m + (1 - beta1) g, "square": beta2 v + (1 - beta2) g^2}.
+    """
     return {
         "mean": averages(slots["mean"], grads, hyper["beta1"]),
         "square": averages_of_squares(slots["square"], grads, hyper["beta2"]),
@@ -129,7 +147,8 @@ def moments(grads: Leaves, slots: Slots, hyper: Hyper) -> Slots:
 def bias_correction(beta: Value, step: Tensor, like: Tensor) -> Tensor:
     """Return 1 - beta^step in float64 if `like` is, else in float32; differentiable in beta.
 
-    For a number as -expm1(step log beta): in float32 the difference of 1 and .999 would be off by 5e-5 of its size.
+    For a number as -expm1(step log beta): in float32 the difference of 1 and .999 would be off by
+    5e-5 of its size.
     """
     dtype = scalar_dtype(like)
     if not isinstance(beta, Tensor) and beta > 0:

@@ -55,10 +55,18 @@ class Adamax(WithBetas):
     def slots(self, params: Leaves) -> Slots:
         return {name: [torch.zeros_like(p) for p in params] for name in ("mean", "largest")}
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
         lr, beta1, beta2, eps, decay = (hyper[name] for name in self.hyperparameters)
         grads = penalized(self, grads, params, decay)
         mean = averages(slots["mean"], grads, beta1)
-        largest = [torch.maximum(beta2 * n, g.abs() + eps) for n, g in zip(slots["largest"], grads, strict=True)]
+        largest = [
+            torch.maximum(beta2 * n, g.abs() + eps)
+            for n, g in zip(slots["largest"], grads, strict=True)
+        ]
         rate = lr / bias_correction(beta1, step, grads[0])
-        return [-rate * m / n for m, n in zip(mean, largest, strict=True)], {"mean": mean, "largest": largest}
+        return [-rate * m / n for m, n in zip(mean, largest, strict=True)], {
+            "mean": mean,
+            "largest": largest,
+        }

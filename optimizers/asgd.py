@@ -35,7 +35,8 @@ class ASGD(Optimizer):
         One copy of the parameters.
 
     Reference:
-        Polyak and Juditsky, SIAM J. Control and Optimization 30, 1992; step size: Bottou, COMPSTAT 2010.
+        Polyak and Juditsky, SIAM J. Control and Optimization 30, 1992; step size: Bottou, COMPSTAT
+        2010.
     """
 
     lr: Hyperparameter
@@ -62,7 +63,9 @@ class ASGD(Optimizer):
         eta = torch.zeros(shape, dtype=scalar_dtype(params[0]), device=params[0].device)
         return {"average": [torch.zeros_like(p) for p in params], "eta": eta}
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
         lr, lambd, alpha, t0, decay = (hyper[name] for name in self.hyperparameters)
         weights = self._require_params(params, "it averages them")
         grads = penalized(self, grads, weights, decay)
@@ -71,5 +74,7 @@ class ASGD(Optimizer):
         mu = 1 / (done - t0).clamp(min=1)
         shrink = eta * lambd
         updates = [-eta * g - shrink * w for g, w in zip(grads, weights, strict=True)]
-        average = [a + mu * (w + u - a) for a, w, u in zip(slots["average"], weights, updates, strict=True)]
+        average = [
+            a + mu * (w + u - a) for a, w, u in zip(slots["average"], weights, updates, strict=True)
+        ]
         return updates, {"average": average, "eta": lr / (1 + lambd * lr * (done + 1)) ** alpha}

@@ -11,7 +11,9 @@ Pair = tuple[Hyperparameter, Hyperparameter]
 
 
 class WithBetas(Optimizer):
-    """An optimizer with `betas`, the decays of two moving averages; they are the hyperparameters `beta1` and `beta2`."""
+    """An optimizer with `betas`, the decays of two moving averages; they are the hyperparameters
+    `beta1` and `beta2`.
+    """
 
     beta1: Hyperparameter
     beta2: Hyperparameter
@@ -34,5 +36,8 @@ def as_pair(owner: Optimizer, name: str, value: Any, example: str) -> Pair:
         ValueError: it is no pair.
     """
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise ValueError(f"{type(owner).__name__}: `{name}` must be a pair, got {value!r}. Write {name}={example}.")
+        raise ValueError(
+            f"{type(owner).__name__}: `{name}` must be a pair, got {value!r}. Write "
+            f"{name}={example}."
+        )
     return value[0], value[1]

@@ -9,28 +9,35 @@ from torch import Tensor, nn
 
 
 class LSTMCell(nn.Module):
-    """[i; f; g; o] = W [x; h] + b;  c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o) tanh(c').
+    """[i; f; g; o] = W [x; h] + b;  c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o)
+    tanh(c').
 
-    One matrix product for all n columns. Plain operations only, so it can be differentiated any number of times.
+    One matrix product for all n columns. Plain operations only, so it can be differentiated any
+    number of times.
 
     Args:
         inputs: number of rows of x.
         hidden: number of rows of h and c.
-        generator: draws W from U(-1/sqrt(hidden), 1/sqrt(hidden)); b starts at 0, with 1 for the forget gate.
+        generator: draws W from U(-1/sqrt(hidden), 1/sqrt(hidden)); b starts at 0, with 1 for the
+            forget gate.
 
     Reference:
-        Hochreiter and Schmidhuber 1997; forget gate bias: Jozefowicz, Zaremba, Sutskever, ICML 2015.
+        Hochreiter and Schmidhuber 1997; forget gate bias: Jozefowicz, Zaremba, Sutskever, ICML
+        2015.
     """
 
     def __init__(self, inputs: int, hidden: int, generator: torch.Generator):
         super().__init__()
         self.weight = uniform((4 * hidden, inputs + hidden), hidden, generator)
-        self.bias = nn.Parameter(torch.cat([torch.zeros(hidden), torch.ones(hidden), torch.zeros(2 * hidden)]))
+        self.bias = nn.Parameter(
+            torch.cat([torch.zeros(hidden), torch.ones(hidden), torch.zeros(2 * hidden)])
+        )
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Return (h', c') for x [inputs, n], h and c [hidden, n]."""
         i, f, g, o = torch.addmm(self.bias[:, None], self.weight, torch.cat([x, h])).chunk(4)
-        # tanh(x) = 2 sigmoid(2 x) - 1, whose error is absolute: torch's sigmoid takes a seventh of the time of its tanh on CPU
+        # tanh(x) = 2 sigmoid(2 x) - 1, whose error is absolute: torch's sigmoid takes a seventh of
+        # the time of its tanh on CPU
         i, o = i.sigmoid(), o.sigmoid()
         c = torch.addcmul(f.sigmoid() * c - i, i, (2 * g).sigmoid(), value=2)
         return torch.addcmul(-o, o, (2 * c).sigmoid(), value=2), c
@@ -38,4 +45,6 @@ class LSTMCell(nn.Module):
 
 def uniform(shape: tuple[int, ...], fan: int, generator: torch.Generator) -> nn.Parameter:
     """Return a parameter drawn from U(-1/sqrt(fan), 1/sqrt(fan))."""
-    return nn.Parameter(torch.empty(shape).uniform_(-1 / math.sqrt(fan), 1 / math.sqrt(fan), generator=generator))
+    return nn.Parameter(
+        torch.empty(shape).uniform_(-1 / math.sqrt(fan), 1 / math.sqrt(fan), generator=generator)
+    )

@@ -29,7 +29,10 @@ EQUALS: dict[str, tuple[type[Optimizer], dict[str, str]]] = {
     "NAdam": (NAdam, ADAM | {"product": "mu_product"}),
     "Adagrad": (Adagrad, {"square": "sum"}),
     "Adadelta": (Adadelta, {"square": "square_avg", "moved": "acc_delta"}),
-    "RMSprop": (RMSprop, {"square": "square_avg", "mean": "grad_avg", "velocity": "momentum_buffer"}),
+    "RMSprop": (
+        RMSprop,
+        {"square": "square_avg", "mean": "grad_avg", "velocity": "momentum_buffer"},
+    ),
     "ASGD": (ASGD, {"average": "ax", "eta": "eta"}),
     "Rprop": (Rprop, {"previous": "prev", "size": "step_size"}),
     "Muon": (Muon, {"mean": "momentum_buffer"}),

@@ -16,8 +16,9 @@ from .weight_decay import decayed
 class Lion(WithBetas):
     """u = -lr (sign(beta1 m + (1 - beta1) g) + weight_decay w);  m = beta2 m + (1 - beta2) g.
 
-    The sign is piecewise constant: its derivative is 0, also at its jump. So the derivatives with respect to the gradient, the
-    memory and the betas are 0; those with respect to lr, weight_decay and the parameters are exact.
+    The sign is piecewise constant: its derivative is 0, also at its jump. So the derivatives with
+    respect to the gradient, the memory and the betas are 0; those with respect to lr, weight_decay
+    and the parameters are exact.
 
     Args:
         lr: step size; a third to a tenth of Adam's.
@@ -37,7 +38,13 @@ class Lion(WithBetas):
     hyperparameters = ("lr", "beta1", "beta2", "weight_decay")
     joinable = True
 
-    def __init__(self, lr: Hyperparameter = 1e-4, betas: Pair = (0.9, 0.99), *, weight_decay: Hyperparameter = 0.0):
+    def __init__(
+        self,
+        lr: Hyperparameter = 1e-4,
+        betas: Pair = (0.9, 0.99),
+        *,
+        weight_decay: Hyperparameter = 0.0,
+    ):
         super().__init__()
         set_hyperparameter(self, "lr", lr)
         self._set_betas(betas)
@@ -46,7 +53,11 @@ class Lion(WithBetas):
     def slots(self, params: Leaves) -> Slots:
         return {"mean": [torch.zeros_like(p) for p in params]}
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
         lr, beta1, beta2, decay = (hyper[name] for name in self.hyperparameters)
         updates = [-lr * m.sign() for m in averages(slots["mean"], grads, beta1)]
-        return decayed(self, updates, params, lr, decay), {"mean": averages(slots["mean"], grads, beta2)}
+        return decayed(self, updates, params, lr, decay), {
+            "mean": averages(slots["mean"], grads, beta2)
+        }

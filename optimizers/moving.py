@@ -1,4 +1,6 @@
-"""Moving averages and their roots, of lists of tensors: by torch's kernels for lists where nobody differentiates them."""
+"""Moving averages and their roots, of lists of tensors: by torch's kernels for lists where nobody
+differentiates them.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def roots(squares: Leaves, eps_root: Value, eps: Value) -> Leaves:
     raised = squares if is_zero(eps_root) else [v + eps_root for v in squares]
     if is_last():
         positive = torch._foreach_sqrt(raised)
-        return [root + eps for root in positive] if isinstance(eps, Tensor) else list(torch._foreach_add(positive, eps))
+        return (
+            [root + eps for root in positive]
+            if isinstance(eps, Tensor)
+            else list(torch._foreach_add(positive, eps))
+        )
     return [safe_sqrt(v) + eps for v in raised]
 
 

@@ -28,14 +28,14 @@ Coefficients = tuple[Hyperparameter, Hyperparameter, Hyperparameter]
 class Muon(Optimizer):
     """m = momentum m + (1 - momentum) g;  u = -lr (s NS(m) + weight_decay w), for matrices.
 
-    NS(X) replaces the singular values of X by numbers near 1: X / max(|X|, eps), then `ns_steps` times
-    X = a X + (b G + c G^2) X with G = X X^T. With `nesterov`, m in u is replaced by momentum m + (1 - momentum) g. The factor s is
-    sqrt(max(1, rows / columns)), or 0.2 sqrt(max(rows, columns)) for "match_rms_adamw", or sqrt(rows / columns) for
-    "spectral_unclamped".
+    NS(X) replaces the singular values of X by numbers near 1: X / max(|X|, eps), then `ns_steps`
+    times X = a X + (b G + c G^2) X with G = X X^T. With `nesterov`, m in u is replaced by momentum
+    m + (1 - momentum) g. The factor s is sqrt(max(1, rows / columns)), or 0.2 sqrt(max(rows,
+    columns)) for "match_rms_adamw", or sqrt(rows / columns) for "spectral_unclamped".
 
-    Equal to `torch.optim.Muon` but for its rounding: it iterates in bfloat16, this in the dtype of the parameters, so that the
-    derivative (exact, also in a, b, c) can be trusted. Other parameters than matrices need another optimizer:
-    `Grouped({"*.weight": Muon(), "*": AdamW()})`.
+    Equal to `torch.optim.Muon` but for its rounding: it iterates in bfloat16, this in the dtype of
+    the parameters, so that the derivative (exact, also in a, b, c) can be trusted. Other parameters
+    than matrices need another optimizer: `Grouped({"*.weight": Muon(), "*": AdamW()})`.
 
     Args:
         lr: step size.
@@ -54,7 +54,8 @@ class Muon(Optimizer):
         One copy of the parameters; 3 `ns_steps` matrix products a step.
 
     Reference:
-        Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; "match_rms_adamw": Liu et al. 2025, arXiv:2502.16982, eq. 4;
+        Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; "match_rms_adamw": Liu et al.
+        2025, arXiv:2502.16982, eq. 4;
         "spectral_unclamped": Bernstein 2025, https://jeremybernste.in/writing/deriving-muon.
     """
 
@@ -77,14 +78,19 @@ class Muon(Optimizer):
     ):
         super().__init__()
         if not isinstance(ns_coefficients, tuple | list) or len(ns_coefficients) != 3:
-            raise ValueError(f"Muon: `ns_coefficients` must be three numbers (a, b, c), got {ns_coefficients!r}.")
+            raise ValueError(
+                f"Muon: `ns_coefficients` must be three numbers (a, b, c), got {ns_coefficients!r}."
+            )
         set_hyperparameter(self, "lr", lr)
         set_hyperparameter(self, "weight_decay", weight_decay)
         set_hyperparameter(self, "momentum", momentum, below=1.0)
         for name, value in zip("abc", ns_coefficients, strict=True):
             set_hyperparameter(self, name, value, low=-math.inf)
         set_hyperparameter(self, "eps", eps)
-        self.nesterov, self.ns_steps = check_flag(self, "nesterov", nesterov), check_count(self, "ns_steps", ns_steps)
+        self.nesterov, self.ns_steps = (
+            check_flag(self, "nesterov", nesterov),
+            check_count(self, "ns_steps", ns_steps),
+        )
         self.adjust_lr_fn = check_choice(self, "adjust_lr_fn", adjust_lr_fn, tuple(FACTORS))
 
     @property
@@ -96,16 +102,23 @@ class Muon(Optimizer):
         for p in params:
             if p.ndim != 2:
                 raise ValueError(
-                    f"Muon: `params` must be matrices, got shape {tuple(p.shape)}. Only matrices have singular values. Give "
-                    'the others to another optimizer: `Grouped({"*.weight": Muon(), "*": AdamW()})`.'
+                    f"Muon: `params` must be matrices, got shape {tuple(p.shape)}. Only matrices "
+                    f"have singular values. Give "
+                    'the others to another optimizer: `Grouped({"*.weight": Muon(), "*": '
+                    "AdamW()})`."
                 )
         return {"mean": [torch.zeros_like(p) for p in params]}
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
         lr, decay, momentum, *coefficients, eps = (hyper[name] for name in self.hyperparameters)
         mean = averages(slots["mean"], grads, momentum)
         ahead = averages(mean, grads, momentum) if self.nesterov else mean
-        updates = [-lr * self._factor(x) * orthogonalized(x, coefficients, eps, self.ns_steps) for x in ahead]
+        updates = [
+            -lr * self._factor(x) * orthogonalized(x, coefficients, eps, self.ns_steps)
+            for x in ahead
+        ]
         return decayed(self, updates, params, lr, decay), {"mean": mean}
 
     def _factor(self, matrix: Tensor) -> float:

@@ -17,17 +17,19 @@ from .weight_decay import decayed, penalized
 
 
 class NAdam(Adam):
-    """u = -lr (c g + d m) / (sqrt(v^ + eps_root) + eps),  c = (1 - mu_t) / (1 - M_t),  d = mu_{t+1} / (1 - M_t mu_{t+1}).
+    """u = -lr (c g + d m) / (sqrt(v^ + eps_root) + eps),  c = (1 - mu_t) / (1 - M_t),  d = mu_{t+1}
+    / (1 - M_t mu_{t+1}).
 
-    m, v and v^ as in `Adam`; mu_t = beta1 (1 - 0.96^(t momentum_decay) / 2) and M_t = mu_1 ... mu_t. Equal to
-    `torch.optim.NAdam`.
+    m, v and v^ as in `Adam`; mu_t = beta1 (1 - 0.96^(t momentum_decay) / 2) and M_t = mu_1 ...
+    mu_t. Equal to `torch.optim.NAdam`.
 
     Args:
         lr: step size.
         betas: decay of the two moments, each in [0, 1).
         eps: added to the denominator.
         eps_root: added under the root; a positive value smooths the meta-gradient.
-        weight_decay: coefficient of 1/2 |w|^2, added to the gradient, or, if decoupled, u = ... - lr weight_decay w.
+        weight_decay: coefficient of 1/2 |w|^2, added to the gradient, or, if decoupled, u = ... -
+            lr weight_decay w.
         momentum_decay: how fast the momentum grows to beta1.
         decoupled_weight_decay: decay the weights as `AdamW` does.
 
@@ -57,14 +59,20 @@ class NAdam(Adam):
     ):
         super().__init__(lr, betas, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
         set_hyperparameter(self, "momentum_decay", momentum_decay)
-        self.decoupled_weight_decay = check_flag(self, "decoupled_weight_decay", decoupled_weight_decay)
+        self.decoupled_weight_decay = check_flag(
+            self, "decoupled_weight_decay", decoupled_weight_decay
+        )
 
     def slots(self, params: Leaves) -> Slots:
         product = torch.ones((), dtype=scalar_dtype(params[0]), device=params[0].device)
         return {**super().slots(params), "product": product}
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
-        lr, beta1, beta2, eps, eps_root, decay, momentum_decay = (hyper[name] for name in self.hyperparameters)
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
+        lr, beta1, beta2, eps, eps_root, decay, momentum_decay = (
+            hyper[name] for name in self.hyperparameters
+        )
         if not self.decoupled_weight_decay:
             grads = penalized(self, grads, params, decay)
         after = moments(grads, slots, hyper)
@@ -76,7 +84,10 @@ class NAdam(Adam):
         of_mean = -lr * following / (1 - product * following)
         unbias = 1 / bias_correction(beta2, step, grads[0])
         spread = roots([v * unbias for v in after["square"]], eps_root, eps)
-        updates = [(of_grad * g + of_mean * m) / root for g, m, root in zip(grads, after["mean"], spread, strict=True)]
+        updates = [
+            (of_grad * g + of_mean * m) / root
+            for g, m, root in zip(grads, after["mean"], spread, strict=True)
+        ]
         if self.decoupled_weight_decay:
             updates = decayed(self, updates, params, lr, decay)
         return updates, {**after, "product": product}

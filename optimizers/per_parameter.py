@@ -15,13 +15,15 @@ from metaopt.tree import Tree
 
 
 class PerParameter(ByName):
-    """One `nn.Parameter` of the shape of each parameter: `SGD(lr=PerParameter(net.params, 0.1))` is Meta-SGD.
+    """One `nn.Parameter` of the shape of each parameter: `SGD(lr=PerParameter(net.params, 0.1))` is
+    Meta-SGD.
 
-    The update of w is that with the rates of w, entry by entry; all rates are learned, saved and loaded. A complex parameter has
-    two rates for each entry, those of its real and imaginary part.
+    The update of w is that with the rates of w, entry by entry; all rates are learned, saved and
+    loaded. A complex parameter has two rates for each entry, those of its real and imaginary part.
 
     Args:
-        params: the tree of parameters that will be updated, for names, shapes, precision and devices.
+        params: the tree of parameters that will be updated, for names, shapes, precision and
+            devices.
         value: of every entry at the start.
 
     Raises:
@@ -40,8 +42,16 @@ class PerParameter(ByName):
         for name, leaf in named.items():
             if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
                 kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise TypeError(f"PerParameter: `params` must be floating-point or complex tensors, got {kind} at {name!r}.")
-        super().__init__({name: nn.Parameter(torch.full_like(tree.as_real(leaf), value)) for name, leaf in named.items()})
+                raise TypeError(
+                    f"PerParameter: `params` must be floating-point or complex tensors, got {kind} "
+                    f"at {name!r}."
+                )
+        super().__init__(
+            {
+                name: nn.Parameter(torch.full_like(tree.as_real(leaf), value))
+                for name, leaf in named.items()
+            }
+        )
         self.value = value
 
     @property
@@ -56,9 +66,13 @@ class PerParameter(ByName):
             ValueError: they are others than those of `params`.
         """
         if sorted(names) != sorted(self.patterns):
-            missing, unknown = sorted(set(self.patterns) - set(names)), sorted(set(names) - set(self.patterns))
+            missing, unknown = (
+                sorted(set(self.patterns) - set(names)),
+                sorted(set(names) - set(self.patterns)),
+            )
             raise ValueError(
-                f"{type(owner).__name__}: `{what}` must be for the parameters that are updated, missing {missing}, unknown "
-                f"{unknown}. Write {what}=PerParameter(params, 0.1) with their tree."
+                f"{type(owner).__name__}: `{what}` must be for the parameters that are updated, "
+                f"missing {missing}, unknown {unknown}. Write {what}=PerParameter(params, 0.1) "
+                f"with their tree."
             )
         return [[name] for name in self.patterns]

@@ -18,16 +18,18 @@ from .weight_decay import decayed, penalized
 class RAdam(Adam):
     """u = -lr m^ r sqrt(1 - beta2^t) / (sqrt(v + eps_root) + eps) where rho_t > 5, else u = -lr m^.
 
-    m, m^ and v as in `Adam`; rho = 2 / (1 - beta2) - 1, rho_t = rho - 2 t beta2^t / (1 - beta2^t), and the rectification
-    r^2 = (rho_t - 4) (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t). Equal to `torch.optim.RAdam`. The jump at rho_t = 5 is
-    not differentiated; on each side of it the derivative is exact.
+    m, m^ and v as in `Adam`; rho = 2 / (1 - beta2) - 1, rho_t = rho - 2 t beta2^t / (1 - beta2^t),
+    and the rectification r^2 = (rho_t - 4) (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t). Equal to
+    `torch.optim.RAdam`. The jump at rho_t = 5 is not differentiated; on each side of it the
+    derivative is exact.
 
     Args:
         lr: step size.
         betas: decay of the two moments, each in [0, 1).
         eps: added to the denominator.
         eps_root: added under the root; a positive value smooths the meta-gradient.
-        weight_decay: coefficient of 1/2 |w|^2, added to the gradient, or, if decoupled, u = ... - lr weight_decay w.
+        weight_decay: coefficient of 1/2 |w|^2, added to the gradient, or, if decoupled, u = ... -
+            lr weight_decay w.
         decoupled_weight_decay: decay the weights as `AdamW` does.
 
     Raises:
@@ -37,8 +39,8 @@ class RAdam(Adam):
         Two copies of the parameters.
 
     Reference:
-        Liu, Jiang, He, Chen, Liu, Gao, Han, ICLR 2020, arXiv:1908.03265, algorithm 2 (threshold 5 in place of 4, as in the
-        authors' program and in torch).
+        Liu, Jiang, He, Chen, Liu, Gao, Han, ICLR 2020, arXiv:1908.03265, algorithm 2 (threshold 5
+        in place of 4, as in the authors' program and in torch).
     """
 
     joinable = True
@@ -54,9 +56,13 @@ class RAdam(Adam):
         decoupled_weight_decay: bool = False,
     ):
         super().__init__(lr, betas, eps=eps, eps_root=eps_root, weight_decay=weight_decay)
-        self.decoupled_weight_decay = check_flag(self, "decoupled_weight_decay", decoupled_weight_decay)
+        self.decoupled_weight_decay = check_flag(
+            self, "decoupled_weight_decay", decoupled_weight_decay
+        )
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
         lr, beta1, beta2, eps, eps_root, decay = (hyper[name] for name in self.hyperparameters)
         if not self.decoupled_weight_decay:
             grads = penalized(self, grads, params, decay)
@@ -73,7 +79,9 @@ class RAdam(Adam):
 
 
 def rectification(beta: Value, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (rho_t > 5, r sqrt(1 - beta^t)), in float64: rho_t of about 5 is a difference of numbers of about 2000."""
+    """Return (rho_t > 5, r sqrt(1 - beta^t)), in float64: rho_t of about 5 is a difference of
+    numbers of about 2000.
+    """
     base, t = torch.as_tensor(beta, dtype=torch.float64, device=step.device), step.double()
     power = base**t
     limit = 2 / (1 - base) - 1

@@ -17,8 +17,9 @@ from .weight_decay import penalized
 class RMSprop(Optimizer):
     """v = alpha v + (1 - alpha) g^2;  u = -lr g / (sqrt(v) + eps).
 
-    With `centered`, v is replaced by v - a^2, where a = alpha a + (1 - alpha) g. With momentum,
-    b = momentum b + g / (sqrt(v) + eps) and u = -lr b. Equal to `torch.optim.RMSprop`; finite derivatives where v = 0.
+    With `centered`, v is replaced by v - a^2, where a = alpha a + (1 - alpha) g. With momentum, b =
+    momentum b + g / (sqrt(v) + eps) and u = -lr b. Equal to `torch.optim.RMSprop`; finite
+    derivatives where v = 0.
 
     Args:
         lr: step size.
@@ -35,7 +36,8 @@ class RMSprop(Optimizer):
         One to three copies of the parameters.
 
     Reference:
-        Tieleman and Hinton, Neural Networks for Machine Learning, lecture 6.5, 2012; centred: Graves, arXiv:1308.0850, eq. 38-45.
+        Tieleman and Hinton, Neural Networks for Machine Learning, lecture 6.5, 2012; centred:
+        Graves, arXiv:1308.0850, eq. 38-45.
     """
 
     hyperparameters = ("lr", "alpha", "eps", "weight_decay", "momentum")
@@ -64,19 +66,26 @@ class RMSprop(Optimizer):
         names = ["square", *["mean"] * self.centered, *["velocity"] * (not is_zero(self.momentum))]
         return {name: [torch.zeros_like(p) for p in params] for name in names}
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
         lr, alpha, eps, decay, momentum = (hyper[name] for name in self.hyperparameters)
         grads = penalized(self, grads, params, decay)
         after = {"square": averages_of_squares(slots["square"], grads, alpha)}
         spread = after["square"]
         if self.centered:
             after["mean"] = averages(slots["mean"], grads, alpha)
-            spread = [(v - a * a).clamp_min(0) for v, a in zip(spread, after["mean"], strict=True)]  # below 0 by rounding
+            # below 0 by rounding
+            spread = [(v - a * a).clamp_min(0) for v, a in zip(spread, after["mean"], strict=True)]
         direction = [g / root for g, root in zip(grads, roots(spread, 0.0, eps), strict=True)]
         if "velocity" in slots:
             after["velocity"] = slots["velocity"]
-        if not is_zero(momentum):  # one that was turned off leaves its memory alone, as torch's does
+        # one that was turned off leaves its memory alone, as torch's does
+        if not is_zero(momentum):
             if "velocity" not in slots:
-                raise ValueError(f"RMSprop: momentum={momentum}, but `state` was made without. Call `init` again.")
+                raise ValueError(
+                    f"RMSprop: momentum={momentum}, but `state` was made without. Call `init` "
+                    f"again."
+                )
             direction = after["velocity"] = scaled_sums(direction, momentum, slots["velocity"])
         return [-lr * d for d in direction], after

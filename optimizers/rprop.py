@@ -14,9 +14,10 @@ from .betas import Pair, as_pair
 class Rprop(Optimizer):
     """d = clip(d eta, step_min, step_max),  u = -d sign(g): only the sign of the gradient counts.
 
-    eta is eta_plus where the gradient kept its sign, eta_minus where it changed it (there u = 0, and the next step counts as
-    neither), else 1; d starts at lr. Equal to `torch.optim.Rprop`. Signs are piecewise constant: the derivative with respect
-    to the gradient is 0, also at its jumps; with respect to lr, etas and step sizes it is exact.
+    eta is eta_plus where the gradient kept its sign, eta_minus where it changed it (there u = 0,
+    and the next step counts as neither), else 1; d starts at lr. Equal to `torch.optim.Rprop`.
+    Signs are piecewise constant: the derivative with respect to the gradient is 0, also at its
+    jumps; with respect to lr, etas and step sizes it is exact.
 
     Args:
         lr: the first step size.
@@ -30,7 +31,8 @@ class Rprop(Optimizer):
         Two copies of the parameters.
 
     Reference:
-        Riedmiller and Braun, IEEE ICNN 1993; without going back, as in Igel and Husken, NC 2000 (iRprop-).
+        Riedmiller and Braun, IEEE ICNN 1993; without going back, as in Igel and Husken, NC 2000
+        (iRprop-).
     """
 
     hyperparameters = ("lr", "eta_minus", "eta_plus", "step_min", "step_max")
@@ -40,7 +42,9 @@ class Rprop(Optimizer):
     step_min: Hyperparameter
     step_max: Hyperparameter
 
-    def __init__(self, lr: Hyperparameter = 1e-2, *, etas: Pair = (0.5, 1.2), step_sizes: Pair = (1e-6, 50.0)):
+    def __init__(
+        self, lr: Hyperparameter = 1e-2, *, etas: Pair = (0.5, 1.2), step_sizes: Pair = (1e-6, 50.0)
+    ):
         super().__init__()
         set_hyperparameter(self, "lr", lr)
         minus, plus = as_pair(self, "etas", etas, "(0.5, 1.2)")
@@ -63,7 +67,9 @@ class Rprop(Optimizer):
     def slots(self, params: Leaves) -> Slots:
         return {name: [torch.zeros_like(p) for p in params] for name in ("previous", "size")}
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
         lr, minus, plus, smallest, largest = (hyper[name] for name in self.hyperparameters)
         first = step == 1
         previous, sizes, updates = [], [], []

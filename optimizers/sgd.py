@@ -7,17 +7,24 @@ from torch import Tensor
 
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 from metaopt.optimizer.arguments import check_flag
-from metaopt.optimizer.hyperparameter import Hyperparameter, Value, is_zero, is_zero_anywhere, set_hyperparameter
+from metaopt.optimizer.hyperparameter import (
+    Hyperparameter,
+    Value,
+    is_zero,
+    is_zero_anywhere,
+    set_hyperparameter,
+)
 from metaopt.tree import scaled_sums
 
 from .weight_decay import penalized
 
 
 class SGD(Optimizer):
-    """g = grad + weight_decay w;  b = momentum b + (1 - dampening) g  (b = g at the first step);  u = -lr b.
+    """g = grad + weight_decay w;  b = momentum b + (1 - dampening) g  (b = g at the first step);  u
+    = -lr b.
 
-    With `nesterov`, u = -lr (g + momentum b). A momentum that is turned off, to 0, leaves b in the state as it is. Equal to
-    `torch.optim.SGD` and differentiable in every hyperparameter.
+    With `nesterov`, u = -lr (g + momentum b). A momentum that is turned off, to 0, leaves b in the
+    state as it is. Equal to `torch.optim.SGD` and differentiable in every hyperparameter.
 
     Args:
         lr: step size.
@@ -58,7 +65,10 @@ class SGD(Optimizer):
         set_hyperparameter(self, "weight_decay", weight_decay)
         self.nesterov = check_flag(self, "nesterov", nesterov)
         if nesterov and (is_zero_anywhere(self.momentum) or not is_zero(self.dampening)):
-            raise ValueError(f"SGD: `nesterov` needs momentum > 0 and dampening = 0, got {momentum} and {dampening}.")
+            raise ValueError(
+                f"SGD: `nesterov` needs momentum > 0 and dampening = 0, got {momentum} and "
+                f"{dampening}."
+            )
 
     def slots(self, params: Leaves) -> Slots:
         return {} if is_zero(self.momentum) else {"velocity": [torch.zeros_like(p) for p in params]}
@@ -71,8 +81,12 @@ class SGD(Optimizer):
         if is_zero(momentum):  # one that was turned off leaves its memory alone, as torch's does
             return -lr, grads, {name: slot for name, slot in slots.items() if name == "velocity"}
         if "velocity" not in slots:
-            raise ValueError(f"SGD: momentum={momentum}, but `state` was made without. Call `init` again.")
-        velocity = scaled_sums([self._damp(g, dampening, step) for g in grads], momentum, slots["velocity"])
+            raise ValueError(
+                f"SGD: momentum={momentum}, but `state` was made without. Call `init` again."
+            )
+        velocity = scaled_sums(
+            [self._damp(g, dampening, step) for g in grads], momentum, slots["velocity"]
+        )
         ahead = scaled_sums(grads, momentum, velocity) if self.nesterov else velocity
         return -lr, ahead, {"velocity": velocity}
 

@@ -19,7 +19,9 @@ def penalized(owner: Optimizer, grads: Leaves, params: Leaves | None, decay: Val
     return scaled_sums(grads, decay, weights)
 
 
-def decayed(owner: Optimizer, updates: Leaves, params: Leaves | None, lr: Value, decay: Value) -> Leaves:
+def decayed(
+    owner: Optimizer, updates: Leaves, params: Leaves | None, lr: Value, decay: Value
+) -> Leaves:
     """Return u - lr decay w: decoupled from the gradient, so not divided by its size.
 
     Raises:

@@ -3,8 +3,8 @@
 python scripts/bench.py sinusoid omniglot --threads 2
 python scripts/bench.py lstm transformer --write-readme
 
-Before anything is timed, every side's gradient is compared with that of the first; a difference ends the run. Results go to
-`--out`, where later runs add theirs; the tables show all that is there.
+Before anything is timed, every side's gradient is compared with that of the first; a difference
+ends the run. Results go to `--out`, where later runs add theirs; the tables show all that is there.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Config:
     repeats: int = 20
     """timings of each side; each lasts a tenth of a second or one run"""
     longest: int = 256
-    """inner steps up to which memory is measured; 0 leaves memory out, 2000 takes half an hour for the transformer"""
+    """inner steps up to which memory is measured; 0 leaves memory out, 2000 takes half an hour for
+    the transformer
+    """
     max_gib: float = 10.0
     """runs that would need more memory are left out"""
     out: Path = Path("runs/bench")
@@ -60,12 +62,19 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.repeats < 1:
-            raise ValueError(f"`threads` and `repeats` must be positive, got {self.threads} and {self.repeats}.")
+            raise ValueError(
+                f"`threads` and `repeats` must be positive, got {self.threads} and {self.repeats}."
+            )
         if self.threads > len(os.sched_getaffinity(0)):
-            raise ValueError(f"`threads` must be at most {len(os.sched_getaffinity(0))}, the cores at hand, got {self.threads}.")
+            raise ValueError(
+                f"`threads` must be at most {len(os.sched_getaffinity(0))}, the cores at hand, got "
+                f"{self.threads}."
+            )
 
 
-def compare(function: str, sides: Sequence[Side], problem: Any, threads: int, repeats: int, tolerance: float) -> list[Times]:
+def compare(
+    function: str, sides: Sequence[Side], problem: Any, threads: int, repeats: int, tolerance: float
+) -> list[Times]:
     """Time the sides in turns.
 
     Raises:
@@ -82,7 +91,10 @@ def compare(function: str, sides: Sequence[Side], problem: Any, threads: int, re
         for _ in tqdm(range(repeats), desc=f"{function}: timing", leave=False):
             for contender in contenders:
                 times[contender.name].append(contender.seconds())
-        return [Times(contender.name, contender.first, times[contender.name]) for contender in contenders]
+        return [
+            Times(contender.name, contender.first, times[contender.name])
+            for contender in contenders
+        ]
 
 
 def check_equal(results: dict[str, dict[str, np.ndarray]], tolerance: float) -> None:
@@ -94,25 +106,38 @@ def check_equal(results: dict[str, dict[str, np.ndarray]], tolerance: float) -> 
     (first, expected), *others = results.items()
     whole = np.sqrt(sum(np.square(value, dtype=np.float64).sum() for value in expected.values()))
     for name, result in others:
-        shapes, own = ({key: value.shape for key, value in arrays.items()} for arrays in (expected, result))
+        shapes, own = (
+            {key: value.shape for key, value in arrays.items()} for arrays in (expected, result)
+        )
         if shapes != own:
-            raise ValueError(f"{name} and {first} do not compute the same tensors: {own} and {shapes}.")
+            raise ValueError(
+                f"{name} and {first} do not compute the same tensors: {own} and {shapes}."
+            )
         for key, value in expected.items():
             # some are zero but for rounding, such as those of biases before batch norm
             scale = max(np.linalg.norm(value), 1e-2 * whole)
             error = np.linalg.norm(result[key].astype(np.float64) - value) / scale
             if not error <= tolerance:
-                raise ValueError(f"{name} and {first} differ in {key!r} by {error:.1e} of its norm, more than {tolerance}.")
+                raise ValueError(
+                    f"{name} and {first} differ in {key!r} by {error:.1e} of its norm, more than "
+                    f"{tolerance}."
+                )
 
 
-def measure(function: str, side: Side, problem: Any, lengths: Sequence[int], threads: int, limit: float) -> list[Memory]:
-    """Return the memory that loops of these lengths need, each in a fresh process; an estimate where that exceeds the limit."""
+def measure(
+    function: str, side: Side, problem: Any, lengths: Sequence[int], threads: int, limit: float
+) -> list[Memory]:
+    """Return the memory that loops of these lengths need, each in a fresh process; an estimate
+    where that exceeds the limit.
+    """
     done: list[Memory] = []
     for steps in lengths:
         expected = _extrapolated(done, steps)
         if expected > limit:
             return [*done, Memory(side.name, steps, expected, None, None)]
-        with Contender(side, function, replace(problem, steps=steps), threads, exact_memory=True) as contender:
+        with Contender(
+            side, function, replace(problem, steps=steps), threads, exact_memory=True
+        ) as contender:
             done.append(Memory(side.name, steps, contender.grown, contender.peak, contender.first))
     return done
 
@@ -129,7 +154,8 @@ def _extrapolated(points: list[Memory], steps: int) -> int:
 def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as cold:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold  # what earlier runs compiled would hide the time that it takes
+        # what earlier runs compiled would hide the time that it takes
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold
         for name in config.comparisons or tuple(COMPARISONS):
             comparison = COMPARISONS[name]
             problem, function = comparison.problem, function_of(name)
@@ -137,12 +163,18 @@ def main(config: Config) -> None:
             for side in comparison.sides:
                 if side.missing is not None:
                     print(f"{side.name} is left out of {name}: {side.missing}")
-            times = compare(function, sides, problem, config.threads, config.repeats, comparison.tolerance)
+            times = compare(
+                function, sides, problem, config.threads, config.repeats, comparison.tolerance
+            )
             write(config.out, name, config.threads, problem, times)
             rows: list[Memory] = []
-            for side in tqdm([side for side in sides if side.lengths], desc=f"{name}: memory", leave=False):
+            for side in tqdm(
+                [side for side in sides if side.lengths], desc=f"{name}: memory", leave=False
+            ):
                 lengths = [steps for steps in side.lengths if steps <= config.longest]
-                rows += measure(function, side, problem, lengths, config.threads, config.max_gib * 2**30)
+                rows += measure(
+                    function, side, problem, lengths, config.threads, config.max_gib * 2**30
+                )
                 if rows:  # what is there is kept if a later side takes too long
                     write(config.out, name, config.threads, problem, rows)
     text = tables(config.out)

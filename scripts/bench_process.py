@@ -31,11 +31,15 @@ class Contender:
         peak: largest resident size in bytes.
     """
 
-    def __init__(self, side: Side, function: str, problem: Any, threads: int, *, exact_memory: bool = False):
+    def __init__(
+        self, side: Side, function: str, problem: Any, threads: int, *, exact_memory: bool = False
+    ):
         self.name = side.name
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, side, function, problem, threads), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, side, function, problem, threads), daemon=True
+        )
         with _environment(threads, exact_memory=exact_memory):
             self._process.start()
         theirs.close()
@@ -52,7 +56,12 @@ class Contender:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._process.kill()
         self._process.join()
         self._pipe.close()
@@ -112,7 +121,9 @@ def array(value: Any) -> np.ndarray:
 
 def resident(what: str) -> int:
     """Return this process's resident bytes now ("VmRSS") or at most so far ("VmHWM")."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)
+    )
     return 1024 * int(line.split()[1])
 
 
@@ -120,12 +131,19 @@ def resident(what: str) -> int:
 def _environment(threads: int, *, exact_memory: bool) -> Iterator[None]:
     """While entered, processes that start are limited to `threads`.
 
-    With `exact_memory` glibc gives large blocks back at once. Otherwise it keeps them all, as allocators for GPUs do: by itself it
-    gives some back depending on the order in which they come and go, and to page them in again is up to a third of a run's time.
+    With `exact_memory` glibc gives large blocks back at once. Otherwise it keeps them all, as
+    allocators for GPUs do: by itself it gives some back depending on the order in which they come
+    and go, and to page them in again is up to a third of a run's time.
     """
     before = dict(os.environ)
-    os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536"} if exact_memory else dict.fromkeys(KEEP, str(2**40))
+    os.environ |= {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "JAX_PLATFORMS": "cpu",
+    }
+    os.environ |= (
+        {"MALLOC_MMAP_THRESHOLD_": "65536"} if exact_memory else dict.fromkeys(KEEP, str(2**40))
+    )
     try:
         yield
     finally:

@@ -49,7 +49,9 @@ class Memory:
     seconds: float | None
 
 
-def write(out: Path, comparison: str, threads: int, problem: Any, rows: Sequence[Times] | Sequence[Memory]) -> None:
+def write(
+    out: Path, comparison: str, threads: int, problem: Any, rows: Sequence[Times] | Sequence[Memory]
+) -> None:
     """Write one table's rows, and what they were measured with, into `out`."""
     kind = type(rows[0]).__name__.lower()
     found = {
@@ -70,14 +72,18 @@ def tables(out: Path) -> str:
     parts = []
     for table in found:
         threads = f"{table['threads']} thread{'s' if table['threads'] > 1 else ''}"
-        sizes = ", ".join(f"{name} {value}" for name, value in table["problem"].items() if name != "about")
+        sizes = ", ".join(
+            f"{name} {value}" for name, value in table["problem"].items() if name != "about"
+        )
         build = _times if table["kind"] == "times" else _memory
         head = f"**{table['comparison']}**, {threads}. {table['problem']['about']} ({sizes})"
         parts.append(f"{head}\n\n{build(table['rows'])}")
     numbers: dict[str, set[str]] = {}
     for name, number in [pair for table in found for pair in table["versions"].items()]:
         numbers.setdefault(name, set()).add(number)
-    with_these = ", ".join(f"{name} {' and '.join(sorted(of_it))}" for name, of_it in numbers.items())
+    with_these = ", ".join(
+        f"{name} {' and '.join(sorted(of_it))}" for name, of_it in numbers.items()
+    )
     machines = " and ".join(sorted({table["machine"] for table in found}))
     return "\n\n".join([*parts, f"Measured with {with_these} on {machines}."])
 
@@ -91,7 +97,9 @@ def readme_with(readme: str, text: str) -> str:
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"The README has no place for the tables. Put `{BEGIN}` and `{END}` where they belong.")
+        raise ValueError(
+            f"The README has no place for the tables. Put `{BEGIN}` and `{END}` where they belong."
+        )
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
@@ -121,7 +129,10 @@ def _memory(rows: list[dict[str, Any]]) -> str:
         per_step = (
             ""
             if len(measured) < 2
-            else _size((measured[-1].grown - measured[-2].grown) / (measured[-1].steps - measured[-2].steps))
+            else _size(
+                (measured[-1].grown - measured[-2].grown)
+                / (measured[-1].steps - measured[-2].steps)
+            )
         )
         cells.append([name, *(_point(own.get(steps)) for steps in lengths), per_step])
     headers = ["side", *(f"{steps} steps" for steps in lengths), "each further step"]
@@ -159,5 +170,9 @@ def _versions() -> dict[str, str]:
 
 def _machine() -> str:
     """Return the processor's name and Python's version."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return f"{names[0] if names else platform.machine()}, Python {platform.python_version()}"

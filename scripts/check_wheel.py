@@ -23,7 +23,13 @@ PROGRAM = ROOT / "tests/wheel_program.py"
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
     """Run a command and return what it prints; if it fails, end with that."""
-    done = subprocess.run([str(part) for part in command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
         sys.exit(f"check_wheel: {' '.join(map(str, command))} failed:\n{done.stdout}")
     return done.stdout
@@ -40,15 +46,28 @@ def build(folder: Path) -> Path:
 def check_files(wheel: Path) -> None:
     """End if a file of the two packages is not in the wheel: data files are easily forgotten."""
     packed = set(zipfile.ZipFile(wheel).namelist())
-    files = [path.relative_to(ROOT) for package in ("metaopt", "optimizers") for path in (ROOT / package).rglob("*")]
-    missing = {path.as_posix() for path in files if (ROOT / path).is_file() and "__pycache__" not in path.parts} - packed
+    files = [
+        path.relative_to(ROOT)
+        for package in ("metaopt", "optimizers")
+        for path in (ROOT / package).rglob("*")
+    ]
+    missing = {
+        path.as_posix()
+        for path in files
+        if (ROOT / path).is_file() and "__pycache__" not in path.parts
+    } - packed
     if missing:
-        sys.exit(f"check_wheel: the wheel lacks {sorted(missing)}. Add them to [tool.setuptools.package-data].")
+        sys.exit(
+            f"check_wheel: the wheel lacks {sorted(missing)}. Add them to "
+            f"[tool.setuptools.package-data]."
+        )
 
 
 def requirements(wheel: Path) -> list[str]:
     """Return what the wheel says that it requires."""
-    (metadata,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
+    (metadata,) = [
+        name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")
+    ]
     return PathDistribution(zipfile.Path(wheel, metadata.removesuffix("METADATA"))).requires or []
 
 
@@ -60,18 +79,27 @@ def closure(lines: list[str]) -> dict[str, Distribution]:
     while pending:
         line, extra = pending.pop()
         needed = Requirement(line)
-        if (line, extra) in seen or (needed.marker is not None and not needed.marker.evaluate({"extra": extra})):
+        if (line, extra) in seen or (
+            needed.marker is not None and not needed.marker.evaluate({"extra": extra})
+        ):
             continue
         seen.add((line, extra))
         found[needed.name] = distribution(needed.name)
-        pending += [(other, name) for other in found[needed.name].requires or [] for name in ("", *needed.extras)]
+        pending += [
+            (other, name)
+            for other in found[needed.name].requires or []
+            for name in ("", *needed.extras)
+        ]
     return found
 
 
 def link(packages: dict[str, Distribution], site: Path) -> None:
     """Make the packages importable from another environment."""
     for package in packages.values():
-        for top in {PurePosixPath(str(file)).parts[0] for file in package.files or []} - {"..", "__pycache__"}:
+        for top in {PurePosixPath(str(file)).parts[0] for file in package.files or []} - {
+            "..",
+            "__pycache__",
+        }:
             if not (site / top).exists():
                 (site / top).symlink_to(Path(str(package.locate_file(top))))
 
@@ -84,7 +112,9 @@ def main() -> None:
         check_files(wheel)
         run(sys.executable, "-m", "venv", "--without-pip", folder / "env")
         python = folder / "env/bin/python"
-        site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+        site = Path(
+            run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+        )
         link(closure(requirements(wheel)), site)
         run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", wheel)
         run(python, "-I", "-W", "error", PROGRAM, cwd=folder)

@@ -31,7 +31,9 @@ HAND_DESIGNED: dict[str, Callable[[float], mo.Optimizer]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Tune hand-designed optimizers on validation tasks, then run them and the learned ones on the same test tasks."""
+    """Tune hand-designed optimizers on validation tasks, then run them and the learned ones on the
+    same test tasks.
+    """
 
     weights: tuple[Path, ...] = ()
     """Files that train_optimizer.py or train_schedule.py wrote."""
@@ -43,7 +45,22 @@ class Config:
     """Test tasks."""
     tuning_seeds: int = 32
     """Validation tasks on which learning rates are chosen."""
-    grid: tuple[float, ...] = (0.001, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
+    grid: tuple[float, ...] = (
+        0.001,
+        0.003,
+        0.005,
+        0.01,
+        0.02,
+        0.03,
+        0.05,
+        0.07,
+        0.1,
+        0.2,
+        0.3,
+        0.5,
+        1.0,
+        2.0,
+    )
     """Learning rates tried."""
     threads: int = 1
     """Threads for torch."""
@@ -66,7 +83,9 @@ def main(config: Config) -> None:
     optimizers: dict[str, mo.Optimizer] = {}
     for path in config.weights:
         learned = mo.Optimizer.load(path)
-        optimizers[f"learned: {type(learned).__name__}" + (f" ({path})" if len(config.weights) > 1 else "")] = learned
+        optimizers[
+            f"learned: {type(learned).__name__}" + (f" ({path})" if len(config.weights) > 1 else "")
+        ] = learned
     for name, make in tqdm(HAND_DESIGNED.items(), desc="tuning", mininterval=0.5):
         lr, _ = mo.tune(make, config.grid, family, horizon=horizon, seeds=config.tuning_seeds)
         optimizers[f"{name}, lr {lr:g}"] = make(lr)
@@ -78,7 +97,9 @@ def main(config: Config) -> None:
     print(f"\n{title}, none seen in training or tuning\n{report.table()}")
     (config.out / f"{config.task}.txt").write_text(report.table() + "\n")
     for name, losses in report.curves.items():
-        logger = mo.TensorBoardLogger(config.out / "evaluation" / name.replace(" ", "-").replace("/", "-"))
+        logger = mo.TensorBoardLogger(
+            config.out / "evaluation" / name.replace(" ", "-").replace("/", "-")
+        )
         for step, loss in enumerate(losses.mean(0).tolist()):
             logger.log(step, {f"{config.task}/loss": loss})
         logger.close()

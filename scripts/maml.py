@@ -120,7 +120,12 @@ class MetaLearning:
     """Descends the average of `task_loss` over sampled tasks with Adam."""
 
     def __init__(
-        self, model: nn.Module, task_loss: Callable, sample: Callable[[torch.Generator], Any], config: Config, **batching: Any
+        self,
+        model: nn.Module,
+        task_loss: Callable,
+        sample: Callable[[torch.Generator], Any],
+        config: Config,
+        **batching: Any,
     ):
         self.model, self.sample = model, sample
         self.net = mo.functional(model)
@@ -137,7 +142,11 @@ class MetaLearning:
         return {"query loss": self.losses[-1]}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "outer": self.outer.state_dict(), "generator": self.generator.get_state()}
+        return {
+            "model": self.model.state_dict(),
+            "outer": self.outer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -146,9 +155,17 @@ class MetaLearning:
 
     def fit(self, name: str, steps: int, config: Config) -> None:
         """Train, with events and weights in `config.out`."""
-        Trainer(self, max_steps=steps, logger=TensorBoardLogger(config.out / name), label=name).fit()
-        weights = {key: tensor.contiguous().clone() for key, tensor in self.model.state_dict().items()}
-        save_file(weights, config.out / f"{name}.safetensors", metadata={"config": json.dumps(asdict(config), default=str)})
+        Trainer(
+            self, max_steps=steps, logger=TensorBoardLogger(config.out / name), label=name
+        ).fit()
+        weights = {
+            key: tensor.contiguous().clone() for key, tensor in self.model.state_dict().items()
+        }
+        save_file(
+            weights,
+            config.out / f"{name}.safetensors",
+            metadata={"config": json.dumps(asdict(config), default=str)},
+        )
 
 
 def maml_loss(loss: Loss, config: Config) -> Callable[[Params, Episode], Tensor]:
@@ -157,14 +174,18 @@ def maml_loss(loss: Loss, config: Config) -> Callable[[Params, Episode], Tensor]
     optimizer = SGD(lr=config.inner_lr)
 
     def task_loss(params: Params, task: Episode) -> Tensor:
-        adapted = mo.minimize(loss, optimizer, params, task.support, steps=config.inner_steps, differentiate=rule).params
+        adapted = mo.minimize(
+            loss, optimizer, params, task.support, steps=config.inner_steps, differentiate=rule
+        ).params
         return loss(adapted, task.query)
 
     return task_loss
 
 
 @torch.no_grad()
-def adapt(loss: Loss, lr: float, steps: Sequence[int], params: Params, task: Episode) -> list[Params]:
+def adapt(
+    loss: Loss, lr: float, steps: Sequence[int], params: Params, task: Episode
+) -> list[Params]:
     """Return the parameters after each of these numbers of gradient steps on the support set."""
     path = []
     for done, wanted in zip((0, *steps), steps, strict=False):
@@ -182,15 +203,21 @@ def fine_tune(
     *,
     larger_is_better: bool,
 ) -> tuple[Tensor, list[float]]:
-    """Return (scores [test tasks, steps], learning rates): for each number of steps the rate that does best on validation tasks."""
-    means = torch.stack([curves(rate, validation).mean(0) for rate in rates]) * (1 if larger_is_better else -1)
+    """Return (scores [test tasks, steps], learning rates): for each number of steps the rate that
+    does best on validation tasks.
+    """
+    means = torch.stack([curves(rate, validation).mean(0) for rate in rates]) * (
+        1 if larger_is_better else -1
+    )
     best = [rates[row] for row in means.nan_to_num(nan=-math.inf).argmax(0).tolist()]
     scores = {rate: curves(rate, test) for rate in set(best)}
     return torch.stack([scores[rate][:, column] for column, rate in enumerate(best)], dim=1), best
 
 
 def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
-    """Train, test, and write everything into `config.out`; return squared errors [test tasks, steps] by method."""
+    """Train, test, and write everything into `config.out`; return squared errors [test tasks,
+    steps] by method.
+    """
     torch.manual_seed(config.seed)
     model, pretrained, waves = sinusoid_mlp(), sinusoid_mlp(), Sinusoids()
     net = mo.functional(model)
@@ -201,23 +228,43 @@ def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
 
     def curves(params: Params, lr: float, tasks: Episode) -> Tensor:
         def one(task: Episode) -> Tensor:
-            return torch.stack([loss(adapted, task.query) for adapted in adapt(loss, lr, config.test_steps, params, task)])
+            return torch.stack(
+                [
+                    loss(adapted, task.query)
+                    for adapted in adapt(loss, lr, config.test_steps, params, task)
+                ]
+            )
 
         with torch.no_grad():
             return torch.func.vmap(one)(tasks)
 
-    sample = partial(waves.sample, tasks=config.meta_batch, shots=config.shots, queries=config.queries)
-    MetaLearning(model, maml_loss(loss, config), sample, config, compile=config.compile).fit("maml", config.max_steps, config)
+    sample = partial(
+        waves.sample, tasks=config.meta_batch, shots=config.shots, queries=config.queries
+    )
+    MetaLearning(model, maml_loss(loss, config), sample, config, compile=config.compile).fit(
+        "maml", config.max_steps, config
+    )
 
     def joint(params: Params, task: Episode) -> Tensor:
         return loss(params, task.query)
 
-    MetaLearning(pretrained, joint, sample, config, compile=config.compile).fit("pretrained", config.pretrain_steps, config)
-    draw = partial(waves.sample, tasks=config.test_tasks, shots=config.shots, queries=config.test_queries)
-    validation, test = (draw(torch.Generator().manual_seed(seed)) for seed in (VALIDATION_SEED, TEST_SEED))
+    MetaLearning(pretrained, joint, sample, config, compile=config.compile).fit(
+        "pretrained", config.pretrain_steps, config
+    )
+    draw = partial(
+        waves.sample, tasks=config.test_tasks, shots=config.shots, queries=config.test_queries
+    )
+    validation, test = (
+        draw(torch.Generator().manual_seed(seed)) for seed in (VALIDATION_SEED, TEST_SEED)
+    )
     start = mo.functional(pretrained).params
-    fine_tuned, best = fine_tune(partial(curves, start), FINE_TUNING_RATES, validation, test, larger_is_better=False)
-    scores = {"MAML": curves(net.params, config.inner_lr, test), "pretrained, rate tuned": fine_tuned}
+    fine_tuned, best = fine_tune(
+        partial(curves, start), FINE_TUNING_RATES, validation, test, larger_is_better=False
+    )
+    scores = {
+        "MAML": curves(net.params, config.inner_lr, test),
+        "pretrained, rate tuned": fine_tuned,
+    }
     report("mean squared error", scores, config, {"pretrained, rate tuned": best})
     starts = {"MAML": (net.params, config.inner_lr), "pretrained": (start, best[-1])}
     steps = (0, 1, config.test_steps[-1])
@@ -227,22 +274,38 @@ def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
         for task in (tree.index(test, index) for index in range(2)):
             path = adapt(loss, lr, steps, params, task)
             waves.append(
-                (task, {f"gradient steps: {n}": net(at, task.query[0]).detach() for n, at in zip(steps, path, strict=True)})
+                (
+                    task,
+                    {
+                        f"gradient steps: {n}": net(at, task.query[0]).detach()
+                        for n, at in zip(steps, path, strict=True)
+                    },
+                )
             )
     plot_sinusoid(config.out / "maml.png", scores, config.test_steps, adapted)
     return scores
 
 
 def run_omniglot(config: OmniglotConfig) -> dict[str, Tensor]:
-    """Train, test, and write everything into `config.out`; return accuracies [test tasks, steps] by method."""
+    """Train, test, and write everything into `config.out`; return accuracies [test tasks, steps] by
+    method.
+    """
     torch.manual_seed(config.seed)
     seen, unseen = split_alphabets(read_omniglot(config.data), config.test_alphabets)
-    train, validate_on, test_on = CharacterTasks(seen, rotations=True), CharacterTasks(seen), CharacterTasks(unseen)
-    print(f"training on {train.characters} characters of {', '.join(seen)}; test on {test_on.characters} of {', '.join(unseen)}")
+    train, validate_on, test_on = (
+        CharacterTasks(seen, rotations=True),
+        CharacterTasks(seen),
+        CharacterTasks(unseen),
+    )
+    print(
+        f"training on {train.characters} characters of {', '.join(seen)}; test on "
+        f"{test_on.characters} of {', '.join(unseen)}"
+    )
     counts = {"ways": config.ways, "shots": config.shots, "queries": config.test_queries}
     validation = validate_on.sample(torch.Generator().manual_seed(VALIDATION_SEED), 40, **counts)
     test = test_on.sample(torch.Generator().manual_seed(TEST_SEED), config.test_tasks, **counts)
-    # channels last is a third faster on CPU through both derivatives; `vmap` cannot take it, hence chunk_size=1 below
+    # channels last is a third faster on CPU through both derivatives; `vmap` cannot take it, hence
+    # chunk_size=1 below
     model = conv4(config.ways, config.filters).to(memory_format=torch.channels_last)
     net = mo.functional(model)
     untrained = tree.map(lambda tensor: tensor.detach().clone(), net.params)
@@ -255,29 +318,47 @@ def run_omniglot(config: OmniglotConfig) -> dict[str, Tensor]:
         def one(task: Episode) -> Tensor:
             images, labels = task.query
             return torch.stack(
-                [accuracy(net(adapted, images), labels) for adapted in adapt(loss, lr, config.test_steps, params, task)]
+                [
+                    accuracy(net(adapted, images), labels)
+                    for adapted in adapt(loss, lr, config.test_steps, params, task)
+                ]
             )
 
         with torch.no_grad():
             return torch.stack([one(task) for task in each(tasks, "adapting")])
 
-    sample = partial(train.sample, tasks=config.meta_batch, ways=config.ways, shots=config.shots, queries=config.queries)
+    sample = partial(
+        train.sample,
+        tasks=config.meta_batch,
+        ways=config.ways,
+        shots=config.shots,
+        queries=config.queries,
+    )
     training = MetaLearning(model, maml_loss(loss, config), sample, config, chunk_size=1)
     training.fit("maml", config.max_steps, config)
-    fine_tuned, best = fine_tune(partial(curves, untrained), FINE_TUNING_RATES, validation, test, larger_is_better=True)
-    scores = {"MAML": curves(net.params, config.inner_lr, test), "random initialisation, rate tuned": fine_tuned}
+    fine_tuned, best = fine_tune(
+        partial(curves, untrained), FINE_TUNING_RATES, validation, test, larger_is_better=True
+    )
+    scores = {
+        "MAML": curves(net.params, config.inner_lr, test),
+        "random initialisation, rate tuned": fine_tuned,
+    }
     scores["pretrained features, nearest centroid"] = nearest_centroid(train, test, config)
     report("accuracy", scores, config, {"random initialisation, rate tuned": best})
     task = tree.index(test, 0)
     (adapted,) = adapt(loss, config.inner_lr, config.test_steps[-1:], net.params, task)
     right = net(adapted, task.query[0]).argmax(-1) == task.query[1]
     title = f"Omniglot, {config.ways}-way {config.shots}-shot, on alphabets never seen in training: {', '.join(unseen)}"
-    plot_omniglot(config.out / "maml.png", scores, config.test_steps, task, right, training.losses, title)
+    plot_omniglot(
+        config.out / "maml.png", scores, config.test_steps, task, right, training.losses, title
+    )
     return scores
 
 
 def nearest_centroid(train: CharacterTasks, test: Episode, config: OmniglotConfig) -> Tensor:
-    """Return accuracies [test tasks, 1] by the nearest class mean, with features trained to tell all training characters apart."""
+    """Return accuracies [test tasks, 1] by the nearest class mean, with features trained to tell
+    all training characters apart.
+    """
     model = conv4(len(train.classes), config.filters)
     net = mo.functional(model)
 
@@ -289,12 +370,19 @@ def nearest_centroid(train: CharacterTasks, test: Episode, config: OmniglotConfi
         images, labels = train.batch(generator, 64)
         return images[None], labels[None]  # one task without an inner loop
 
-    MetaLearning(model, loss, sample, config, chunk_size=1).fit("pretrained", config.pretrain_steps, config)
+    MetaLearning(model, loss, sample, config, chunk_size=1).fit(
+        "pretrained", config.pretrain_steps, config
+    )
     features = nn.Sequential(*list(model)[:-1])
 
     def one(task: Episode) -> Tensor:
-        support, query = F.normalize(features(task.support[0])), F.normalize(features(task.query[0]))
-        centroids = torch.stack([support[task.support[1] == label].mean(0) for label in range(config.ways)])
+        support, query = (
+            F.normalize(features(task.support[0])),
+            F.normalize(features(task.query[0])),
+        )
+        centroids = torch.stack(
+            [support[task.support[1] == label].mean(0) for label in range(config.ways)]
+        )
         return accuracy(-torch.cdist(query, centroids), task.query[1])
 
     with torch.no_grad():
@@ -312,27 +400,44 @@ def each(tasks: Episode, label: str) -> Iterator[Episode]:
         yield tree.index(tasks, index)
 
 
-def report(what: str, scores: dict[str, Tensor], config: Config, rates: dict[str, list[float]]) -> None:
+def report(
+    what: str, scores: dict[str, Tensor], config: Config, rates: dict[str, list[float]]
+) -> None:
     """Print the table, and write it into `config.out`."""
     rows = [
-        [name, *(f"{mean:.3f} ± {margin:.3f}" for mean, margin in zip(*mean_and_margin(s), strict=True))]
+        [
+            name,
+            *(
+                f"{mean:.3f} ± {margin:.3f}"
+                for mean, margin in zip(*mean_and_margin(s), strict=True)
+            ),
+        ]
         for name, s in scores.items()
     ]
-    table = tabulate(rows, headers=[f"gradient steps (inner lr {config.inner_lr})", *config.test_steps], tablefmt="github")
+    table = tabulate(
+        rows,
+        headers=[f"gradient steps (inner lr {config.inner_lr})", *config.test_steps],
+        tablefmt="github",
+    )
     tuned = [
         f"{name}: best on other tasks were "
-        + ", ".join(f"{rate:g} for {n}" for n, rate in zip(config.test_steps, best, strict=True) if n)
+        + ", ".join(
+            f"{rate:g} for {n}" for n, rate in zip(config.test_steps, best, strict=True) if n
+        )
         + " steps."
         for name, best in rates.items()
     ]
-    text = "\n\n".join([f"{what} on {config.test_tasks} new tasks, mean ± 95 % interval", table, *tuned])
+    text = "\n\n".join(
+        [f"{what} on {config.test_tasks} new tasks, mean ± 95 % interval", table, *tuned]
+    )
     print(f"\n{text}")
     (config.out / "report.md").write_text(text + "\n")
 
 
 def main() -> None:
     config = tyro.cli(
-        Annotated[SinusoidConfig, tyro.conf.subcommand("sinusoid")] | Annotated[OmniglotConfig, tyro.conf.subcommand("omniglot")],
+        Annotated[SinusoidConfig, tyro.conf.subcommand("sinusoid")]
+        | Annotated[OmniglotConfig, tyro.conf.subcommand("omniglot")],
         description=__doc__,
     )
     config.out.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,24 @@
-"""Learning from damaged data: plain training, clean data only, meta-weight-net and an oracle on the handwritten digits.
+"""Learning from damaged data: plain training, clean data only, meta-weight-net and an oracle on the
+handwritten digits.
 
     python scripts/meta_weight_net.py --noise 0.4                      # 40 % of the labels are wrong
     python scripts/meta_weight_net.py --noise 0 --imbalance 50         # long-tailed classes, from 100 examples down to 2
     python scripts/meta_weight_net.py --noise 0 --imbalance 50 --weight-input "loss and class"
 
-Every method makes SGD steps with momentum on minibatches; they differ in where these come from and how they are weighted:
+Every method makes SGD steps with momentum on minibatches; they differ in where these come from and
+how they are weighted:
 
 - plain: the damaged training set, as it is;
 - clean only: the 100 clean, balanced examples (10 of each class);
-- meta-weight-net: the damaged set, example i weighted by V(loss_i; theta); theta is learned so that one step of the learner
-  lowers the loss on the 100 clean examples (Shu et al. 2019, arXiv:1902.07379, equations 3 to 5);
-- oracle: the damaged set by one who knows the damage: wrong labels are never drawn, the classes equally often.
+- meta-weight-net: the damaged set, example i weighted by V(loss_i; theta); theta is learned so that
+  one step of the learner lowers the loss on the 100 clean examples (Shu et al. 2019,
+  arXiv:1902.07379, equations 3 to 5);
+- oracle: the damaged set by one who knows the damage: wrong labels are never drawn, the classes
+equally often.
 
-The learning rate and the number of steps are chosen for each method and seed from one grid, by the accuracy on the clean examples
-(ties by the loss); clean only is chosen by 5-fold cross-validation within them, then trained on all 100. All seeds, rates and
-folds train side by side under `vmap`.
+The learning rate and the number of steps are chosen for each method and seed from one grid, by the
+accuracy on the clean examples (ties by the loss); clean only is chosen by 5-fold cross-validation
+within them, then trained on all 100. All seeds, rates and folds train side by side under `vmap`.
 """
 
 from __future__ import annotations
@@ -47,7 +51,8 @@ with extra("scripts/meta_weight_net.py"):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-CLASSES, CLEAN, TRAIN, FOLDS, MOMENTUM = 10, 10, 100, 5, 0.9  # CLEAN and TRAIN: examples of each class
+# CLEAN and TRAIN: examples of each class
+CLASSES, CLEAN, TRAIN, FOLDS, MOMENTUM = 10, 10, 100, 5, 0.9
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ class Config:
             if not values or min(values) <= 0 or sorted(set(values)) != list(values):
                 raise ValueError(f"`{name}` must be positive and rising, got {values}.")
         if self.seeds < 2:
-            raise ValueError(f"`seeds` must be at least 2, got {self.seeds}. One seed has no standard error.")
+            raise ValueError(
+                f"`seeds` must be at least 2, got {self.seeds}. One seed has no standard error."
+            )
         damaged_digits(self, self.seed)  # says here and now if noise or imbalance is impossible
 
 
@@ -92,7 +99,9 @@ METHODS = ("plain", "clean only", "meta-weight-net", "oracle")
 
 
 class Data(NamedTuple):
-    """One seed's split, or a stack of them; the pool is the damaged training set, then the clean examples."""
+    """One seed's split, or a stack of them; the pool is the damaged training set, then the clean
+    examples.
+    """
 
     images: Tensor  # [pool, 64]
     labels: Tensor  # [pool], as given
@@ -107,7 +116,9 @@ class Data(NamedTuple):
 
 
 def damaged_digits(config: Config, seed: int) -> Data:
-    """Split the digits afresh into clean, training and test, and damage the training set: first its classes, then its labels."""
+    """Split the digits afresh into clean, training and test, and damage the training set: first its
+    classes, then its labels.
+    """
     generator = torch.Generator().manual_seed(seed)
     images, truth = digits()
     clean, train, test = stratified_split(truth, (CLEAN, TRAIN), generator)
@@ -118,18 +129,22 @@ def damaged_digits(config: Config, seed: int) -> Data:
     right = given == truth[train]
     counts = torch.bincount(given[right], minlength=CLASSES)
     ideal = F.pad(right / counts[given].clamp(min=1), (0, len(clean)))
-    return Data(images[pool], labels, labels != truth[pool], ideal / ideal.sum(), images[test], truth[test])
+    return Data(
+        images[pool], labels, labels != truth[pool], ideal / ideal.sum(), images[test], truth[test]
+    )
 
 
 def sampling(method: str, data: Data) -> Tensor:
     """Return the probability of drawing each example of the pool, [seeds, trainings, pool].
 
-    There is one training, but for "clean only", where training k = 0 ... FOLDS - 1 leaves out fold k and the last one nothing.
+    There is one training, but for "clean only", where training k = 0 ... FOLDS - 1 leaves out fold
+    k and the last one nothing.
     """
     seeds, pool = data.labels.shape
     clean = torch.arange(pool) - (pool - CLEAN * CLASSES)
     if method == "clean only":
-        fold = torch.arange(FOLDS + 1)[:, None]  # the clean examples are grouped by class: every fold is balanced
+        # the clean examples are grouped by class: every fold is balanced
+        fold = torch.arange(FOLDS + 1)[:, None]
         drawn = (clean >= 0) & (clean % FOLDS != fold)
     else:
         drawn = (clean < 0)[None]
@@ -138,7 +153,9 @@ def sampling(method: str, data: Data) -> Tensor:
 
 
 class Learner:
-    """The learner's step: SGD with momentum on the mean cross-entropy of a minibatch. The state is a dict of trees."""
+    """The learner's step: SGD with momentum on the mean cross-entropy of a minibatch. The state is
+    a dict of trees.
+    """
 
     def __init__(self, net: mo.Functional):
         self.net = net
@@ -153,22 +170,33 @@ class Learner:
 
     def step(self, state: Tree, lr: Tensor, batch: Batch, clean: Batch) -> Tree:
         """Return the next state; this learner does not look at the clean examples."""
-        out = mo.minimize(self.loss, SGD(lr, MOMENTUM), state["params"], batch, steps=1, opt_state=state["opt_state"])
+        out = mo.minimize(
+            self.loss,
+            SGD(lr, MOMENTUM),
+            state["params"],
+            batch,
+            steps=1,
+            opt_state=state["opt_state"],
+        )
         return {"params": out.params, "opt_state": out.opt_state}
 
 
 class MetaWeightNet(Learner):
-    """A learner whose minibatch loss is sum_i v_i l_i / sum_i v_i, v_i = V(l_i; theta), with theta learned on the way.
+    """A learner whose minibatch loss is sum_i v_i l_i / sum_i v_i, v_i = V(l_i; theta), with theta
+    learned on the way.
 
-    Two differences from the paper. It looks ahead with a plain gradient step, we with the learner's own optimizer and state:
-    the step that the learner is going to make. And it takes mean_i v_i l_i. There the common scale of the weights acts as a
-    learning rate: early in training, when every example lowers the clean loss, all weights rise together, and with a fast
-    weight net (Adam at 1e-3) they saturate at 1, which is plain training. Dividing by the sum leaves only the choice between
-    examples. It too can saturate if the weight net learns fast; hence the default rate, 3e-4.
+    Two differences from the paper. It looks ahead with a plain gradient step, we with the learner's
+    own optimizer and state: the step that the learner is going to make. And it takes mean_i v_i
+    l_i. There the common scale of the weights acts as a learning rate: early in training, when
+    every example lowers the clean loss, all weights rise together, and with a fast weight net (Adam
+    at 1e-3) they saturate at 1, which is plain training. Dividing by the sum leaves only the choice
+    between examples. It too can saturate if the weight net learns fast; hence the default rate,
+    3e-4.
 
     Args:
         net: the learner.
-        weight_net: V, from [n, 1] (losses) or [n, 1 + CLASSES] (losses and one-hot labels) to weights [n, 1] in (0, 1).
+        weight_net: V, from [n, 1] (losses) or [n, 1 + CLASSES] (losses and one-hot labels) to
+            weights [n, 1] in (0, 1).
         optimizer: for theta.
 
     Reference:
@@ -182,7 +210,10 @@ class MetaWeightNet(Learner):
 
     def start(self, params: Tree) -> Tree:
         weights = self.weight_net.params
-        return super().start(params) | {"weights": weights, "weights_opt_state": self.optimizer.init(weights)}
+        return super().start(params) | {
+            "weights": weights,
+            "weights_opt_state": self.optimizer.init(weights),
+        }
 
     def weigh(self, weights: Tree, losses: Tensor, labels: Tensor) -> Tensor:
         """Return V(losses; theta), [n]; the losses count as constants."""
@@ -200,30 +231,51 @@ class MetaWeightNet(Learner):
     def ahead(self, weights: Tree, state: Tree, lr: Tensor, batch: Batch) -> mo.Minimized:
         """Make the step that the learner would make with these weights."""
         params, opt_state = state["params"], state["opt_state"]
-        return mo.minimize(self.weighted_loss, SGD(lr, MOMENTUM), params, batch, steps=1, meta=weights, opt_state=opt_state)
+        return mo.minimize(
+            self.weighted_loss,
+            SGD(lr, MOMENTUM),
+            params,
+            batch,
+            steps=1,
+            meta=weights,
+            opt_state=opt_state,
+        )
 
-    def meta_loss(self, weights: Tree, state: Tree, lr: Tensor, batch: Batch, clean: Batch) -> Tensor:
+    def meta_loss(
+        self, weights: Tree, state: Tree, lr: Tensor, batch: Batch, clean: Batch
+    ) -> Tensor:
         """Return the loss on the clean examples after that step."""
         return self.loss(self.ahead(weights, state, lr, batch).params, clean)
 
     def step(self, state: Tree, lr: Tensor, batch: Batch, clean: Batch) -> Tree:
         """Improve the weight net, then make the learner's step with the new weights."""
         hypergradient = grad(self.meta_loss)(state["weights"], state, lr, batch, clean)
-        updates, weights_opt_state = self.optimizer(hypergradient, state["weights_opt_state"], state["weights"])
+        updates, weights_opt_state = self.optimizer(
+            hypergradient, state["weights_opt_state"], state["weights"]
+        )
         weights = mo.apply_updates(state["weights"], updates)
         out = self.ahead(weights, state, lr, batch)
-        return {"params": out.params, "opt_state": out.opt_state, "weights": weights, "weights_opt_state": weights_opt_state}
+        return {
+            "params": out.params,
+            "opt_state": out.opt_state,
+            "weights": weights,
+            "weights_opt_state": weights_opt_state,
+        }
 
 
 class Result(NamedTuple):
     """What a method's trainings give on the grid."""
 
     test_accuracy: Tensor  # [seeds, rates, lengths]
-    score: Tensor  # [seeds, rates, lengths]: correct clean examples, plus a fraction for their loss that breaks ties
+    # [seeds, rates, lengths]: correct clean examples, plus a fraction for their loss that breaks
+    # ties
+    score: Tensor
     states: list[Tree]  # for each length, leaves [seeds, rates, ...]
 
     def choose(self, *, longest: bool) -> Tensor:
-        """Return the index of the best score on the grid of each seed, [seeds, 2]: rate, length; `longest` fixes the length."""
+        """Return the index of the best score on the grid of each seed, [seeds, 2]: rate, length;
+        `longest` fixes the length.
+        """
         rates, lengths = self.score.shape[1:]
         score = self.score.clone()
         score[:, :, : lengths - 1 if longest else 0] = -torch.inf
@@ -248,7 +300,9 @@ def train(method: str, config: Config, data: Data, logger: TensorBoardLogger) ->
     def per_run(leaf: Tensor) -> Tensor:  # [seeds, ...] -> [runs, ...]
         return leaf[:, None, None].expand(*grid, *leaf.shape[1:]).flatten(0, 2)
 
-    images, labels, clean, state = tree.map(per_run, (data.images, data.labels, data.clean(), starts))
+    images, labels, clean, state = tree.map(
+        per_run, (data.images, data.labels, data.clean(), starts)
+    )
     rates = torch.tensor(config.learning_rates)[:, None].expand(grid).flatten()
     runs = torch.arange(len(rates))[:, None]
     step, forward = vmap(learner.step), vmap(learner.net)
@@ -256,7 +310,9 @@ def train(method: str, config: Config, data: Data, logger: TensorBoardLogger) ->
 
     accuracies, scores, states = [], [], []
     for length in tqdm(range(1, config.lengths[-1] + 1), desc=method, mininterval=0.5):
-        drawn = torch.multinomial(probabilities.flatten(0, 1), config.batch_size, replacement=True, generator=generator)
+        drawn = torch.multinomial(
+            probabilities.flatten(0, 1), config.batch_size, replacement=True, generator=generator
+        )
         index = drawn.view(seeds, 1, trainings, -1).expand(*grid, -1).flatten(0, 2)
         state = step(state, rates, (images[runs, index], labels[runs, index]), clean)
         if length in config.lengths:
@@ -266,29 +322,49 @@ def train(method: str, config: Config, data: Data, logger: TensorBoardLogger) ->
             accuracies.append(accuracy)
             scores.append(score(forward(state["params"], clean[0]).unflatten(0, grid), data))
             states.append(last)
-            logger.log(length, {f"{method}/rate {rate:g}": a for rate, a in zip(config.learning_rates, accuracy.mean(0).tolist())})
+            logger.log(
+                length,
+                {
+                    f"{method}/rate {rate:g}": a
+                    for rate, a in zip(config.learning_rates, accuracy.mean(0).tolist())
+                },
+            )
     return Result(torch.stack(accuracies, -1), torch.stack(scores, -1), states)
 
 
 def make_learner(method: str, config: Config) -> tuple[Learner, Tree]:
-    """Return the method's learner, and for every seed a state before the first step; methods start from the same networks."""
+    """Return the method's learner, and for every seed a state before the first step; methods start
+    from the same networks.
+    """
     classes = CLASSES if config.weight_input == "loss and class" else 0
     starts = []
     for seed in range(config.seed, config.seed + config.seeds):
         torch.manual_seed(seed)
-        net = mo.functional(nn.Sequential(nn.Linear(64, config.hidden), nn.ReLU(), nn.Linear(config.hidden, CLASSES)))
-        weight_net = mo.functional(nn.Sequential(nn.Linear(1 + classes, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid()))
-        learner = MetaWeightNet(net, weight_net, Adam(config.weight_lr)) if method == "meta-weight-net" else Learner(net)
+        net = mo.functional(
+            nn.Sequential(
+                nn.Linear(64, config.hidden), nn.ReLU(), nn.Linear(config.hidden, CLASSES)
+            )
+        )
+        weight_net = mo.functional(
+            nn.Sequential(nn.Linear(1 + classes, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid())
+        )
+        learner = (
+            MetaWeightNet(net, weight_net, Adam(config.weight_lr))
+            if method == "meta-weight-net"
+            else Learner(net)
+        )
         starts.append(tree.map(torch.Tensor.detach, learner.start(net.params)))
     return learner, tree.stack(starts)
 
 
 def score(logits: Tensor, data: Data) -> Tensor:
-    """Return how many clean examples are right, plus exp(-their mean loss) to break ties, [seeds, rates].
+    """Return how many clean examples are right, plus exp(-their mean loss) to break ties, [seeds,
+    rates].
 
     Args:
-        logits: [seeds, rates, trainings, clean examples, classes]. With one training all examples count; with FOLDS + 1
-            training k is judged on fold k, which it has not seen, and the last one not at all.
+        logits: [seeds, rates, trainings, clean examples, classes]. With one training all examples
+            count; with FOLDS + 1 training k is judged on fold k, which it has not seen, and the
+            last one not at all.
         data: the splits.
     """
     labels = data.clean()[1][:, None, None].expand(logits.shape[:-1])
@@ -303,20 +379,38 @@ def score(logits: Tensor, data: Data) -> Tensor:
 
 
 def report(config: Config, results: Mapping[str, Result]) -> str:
-    """Return the tables: the tuned and the long training with the paired differences, and the long training at every rate."""
+    """Return the tables: the tuned and the long training with the paired differences, and the long
+    training at every rate.
+    """
     ours, steps = results["meta-weight-net"], f"{config.lengths[-1]} steps"
     rows, fixed = [], []
     for method, result in results.items():
         row = [method]
         for longest in (False, True):
             accuracy = result.chosen(longest=longest)
-            row += [percent(accuracy), "" if result is ours else percent(ours.chosen(longest=longest) - accuracy, signed=True)]
+            row += [
+                percent(accuracy),
+                ""
+                if result is ours
+                else percent(ours.chosen(longest=longest) - accuracy, signed=True),
+            ]
         rows.append(row)
         fixed.append([method, *map(percent, result.test_accuracy[:, :, -1].T)])
     for method in ("plain", "clean only"):
         difference = (ours.test_accuracy - results[method].test_accuracy)[:, :, -1].T
-        fixed.append([f"meta-weight-net - {method}", *(percent(values, signed=True) for values in difference)])
-    tuned = ["method", "tuned rate and length", "meta-weight-net - it", f"tuned rate, {steps}", "meta-weight-net - it"]
+        fixed.append(
+            [
+                f"meta-weight-net - {method}",
+                *(percent(values, signed=True) for values in difference),
+            ]
+        )
+    tuned = [
+        "method",
+        "tuned rate and length",
+        "meta-weight-net - it",
+        f"tuned rate, {steps}",
+        "meta-weight-net - it",
+    ]
     rates = [f"rate {rate:g}, {steps}" for rate in config.learning_rates]
     return (
         f"{title(config)}; test accuracy in %, mean ± standard error over {config.seeds} seeds\n"
@@ -327,9 +421,15 @@ def report(config: Config, results: Mapping[str, Result]) -> str:
 
 
 def percent(values: Tensor, *, signed: bool = False) -> str:
-    """Return 'mean ± standard error' in per cent; a signed mean more than two standard errors from 0 gets a star."""
+    """Return 'mean ± standard error' in per cent; a signed mean more than two standard errors from
+    0 gets a star.
+    """
     mean, error = 100 * values.mean().item(), 100 * values.std().item() / len(values) ** 0.5
-    return f"{mean:+.1f} ± {error:.1f}{' *' if abs(mean) > 2 * error else ''}" if signed else f"{mean:.1f} ± {error:.1f}"
+    return (
+        f"{mean:+.1f} ± {error:.1f}{' *' if abs(mean) > 2 * error else ''}"
+        if signed
+        else f"{mean:.1f} ± {error:.1f}"
+    )
 
 
 def title(config: Config) -> str:
@@ -339,37 +439,57 @@ def title(config: Config) -> str:
     return "Digits, " + (" and ".join(filter(None, (noise, tail))) or "undamaged")
 
 
-def learned_weights(config: Config, data: Data, result: Result) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return for every seed, after the long training at its tuned rate, (losses, weights, group) of the training set.
+def learned_weights(
+    config: Config, data: Data, result: Result
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return for every seed, after the long training at its tuned rate, (losses, weights, group) of
+    the training set.
 
-    The weights are divided by their mean, as in the learner's loss. Group 1 is what should be treated apart: wrong labels or,
-    if there is no noise, the five rarest classes.
+    The weights are divided by their mean, as in the learner's loss. Group 1 is what should be
+    treated apart: wrong labels or, if there is no noise, the five rarest classes.
     """
     learner, _ = make_learner("meta-weight-net", config)
     assert isinstance(learner, MetaWeightNet)
     found = []
     for seed, (rate, length) in enumerate(result.choose(longest=True).tolist()):
         state = tree.index(result.states[length], (seed, rate))
-        images, labels, wrong, *_ = [leaf[: -CLEAN * CLASSES] for leaf in tree.index(tuple(data), seed)]
+        images, labels, wrong, *_ = [
+            leaf[: -CLEAN * CLASSES] for leaf in tree.index(tuple(data), seed)
+        ]
         losses = F.cross_entropy(learner.net(state["params"], images), labels, reduction="none")
         weights = learner.weigh(state["weights"], losses, labels)
         rare = torch.bincount(labels, minlength=CLASSES).argsort()[: CLASSES // 2]
-        found.append((losses, weights / weights.mean(), wrong if config.noise else torch.isin(labels, rare)))
+        found.append(
+            (losses, weights / weights.mean(), wrong if config.noise else torch.isin(labels, rare))
+        )
     return found
 
 
 def plot(config: Config, data: Data, results: Mapping[str, Result], path: Path) -> None:
-    """Draw test accuracy over training at every learning rate, and the learned weight over the loss."""
+    """Draw test accuracy over training at every learning rate, and the learned weight over the
+    loss.
+    """
     figure = plt.figure(figsize=(14, 8), layout="constrained")
-    figure.suptitle(f"{title(config)}: test accuracy over training, and what the weight net learned")
+    figure.suptitle(
+        f"{title(config)}: test accuracy over training, and what the weight net learned"
+    )
     above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     axes = above.subplots(1, len(config.learning_rates), sharey=True, squeeze=False)[0]
     for i, (axis, rate) in enumerate(zip(axes, config.learning_rates)):
         for colour, (method, result) in enumerate(results.items()):
             accuracy = 100 * result.test_accuracy[:, i]
             mean, error = accuracy.mean(0), accuracy.std(0) / config.seeds**0.5
-            axis.plot(config.lengths, mean, marker="o", markersize=3, color=f"C{colour}", label=method)
-            axis.fill_between(config.lengths, mean - error, mean + error, color=f"C{colour}", alpha=0.2, linewidth=0)
+            axis.plot(
+                config.lengths, mean, marker="o", markersize=3, color=f"C{colour}", label=method
+            )
+            axis.fill_between(
+                config.lengths,
+                mean - error,
+                mean + error,
+                color=f"C{colour}",
+                alpha=0.2,
+                linewidth=0,
+            )
         axis.set(xlabel="steps", title=f"learning rate {rate:g}", ylim=(40, 100))
         axis.set_xscale("log", base=2)
         axis.set_xticks(config.lengths, labels=[str(length) for length in config.lengths])
@@ -379,18 +499,30 @@ def plot(config: Config, data: Data, results: Mapping[str, Result], path: Path) 
 
     found = learned_weights(config, data, results["meta-weight-net"])
     losses, weights, group = (torch.cat(parts) for parts in zip(*found))
-    names = ("right labels", "wrong labels") if config.noise else ("five largest classes", "five rarest classes")
+    names = (
+        ("right labels", "wrong labels")
+        if config.noise
+        else ("five largest classes", "five rarest classes")
+    )
     scatter, histogram = below.subplots(1, 2)
     bins = torch.linspace(0, weights.max(), 41).tolist()
     for name, shade, chosen in zip(names, ("C0", "C3"), (~group, group)):
-        scatter.scatter(losses[chosen], weights[chosen], s=6, color=shade, alpha=0.5, linewidths=0, label=name)
+        scatter.scatter(
+            losses[chosen], weights[chosen], s=6, color=shade, alpha=0.5, linewidths=0, label=name
+        )
         histogram.hist(weights[chosen], bins=bins, density=True, color=shade, alpha=0.5, label=name)
     relative = "learned weight / mean weight"
-    scatter.set(xlabel="loss of the training example (nats)", ylabel=relative, title="Learned weight over the loss")
+    scatter.set(
+        xlabel="loss of the training example (nats)",
+        ylabel=relative,
+        title="Learned weight over the loss",
+    )
     scatter.set(xscale="log", xlim=(1e-4, None))
     histogram.set(xlabel=relative, ylabel="density", title="Distribution of the learned weight")
     for axis in (scatter, histogram):
-        axis.legend(title=f"{config.seeds} seeds, tuned rate, {config.lengths[-1]} steps", markerscale=3)
+        axis.legend(
+            title=f"{config.seeds} seeds, tuned rate, {config.lengths[-1]} steps", markerscale=3
+        )
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -399,7 +531,9 @@ def plot(config: Config, data: Data, results: Mapping[str, Result], path: Path) 
 def main(config: Config) -> Mapping[str, Result]:
     """Train every method, print the tables, and write plot and events."""
     torch.set_num_threads(1)
-    data = tree.stack([damaged_digits(config, seed) for seed in range(config.seed, config.seed + config.seeds)])
+    data = tree.stack(
+        [damaged_digits(config, seed) for seed in range(config.seed, config.seed + config.seeds)]
+    )
     logger = TensorBoardLogger(config.out)
     with torch.no_grad():
         results = {method: train(method, config, data, logger) for method in METHODS}

@@ -62,7 +62,16 @@ class Config:
     """Folder for the weights, the configuration and TensorBoard events."""
 
     def __post_init__(self) -> None:
-        for name in ("horizon", "window", "batch", "hidden_size", "steps", "outer_lr", "validate_every", "threads"):
+        for name in (
+            "horizon",
+            "window",
+            "batch",
+            "hidden_size",
+            "steps",
+            "outer_lr",
+            "validate_every",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
@@ -76,17 +85,26 @@ def main(config: Config) -> None:
     optimizer = OPTIMIZERS[config.optimizer](**width, seed=config.seed)
     rule = mo.Backprop() if config.second_order else mo.FirstOrder()
     estimator = (
-        mo.FullUnroll(config.batch, rule) if config.window is None else mo.TruncatedBackprop(config.window, config.batch, rule)
+        mo.FullUnroll(config.batch, rule)
+        if config.window is None
+        else mo.TruncatedBackprop(config.window, config.batch, rule)
     )
     outer = Adam(lr=Cosine(config.outer_lr, config.steps, final=config.outer_lr / 10))
-    training = mo.MetaTraining(optimizer, family, estimator=estimator, outer=outer, horizon=horizon, seed=config.seed)
+    training = mo.MetaTraining(
+        optimizer, family, estimator=estimator, outer=outer, horizon=horizon, seed=config.seed
+    )
 
     def validate() -> float:
-        return mo.evaluate({"": optimizer}, family, horizon=horizon, seeds=32, seed=VALIDATION_SEED).mean("")
+        return mo.evaluate(
+            {"": optimizer}, family, horizon=horizon, seeds=32, seed=VALIDATION_SEED
+        ).mean("")
 
     weights = sum(p.numel() for p in optimizer.parameters())
     name = type(optimizer).__name__
-    print(f"Training {name} ({weights} weights) on {config.task}, {config.batch} episodes of {horizon} steps at a time.")
+    print(
+        f"Training {name} ({weights} weights) on {config.task}, {config.batch} episodes of "
+        f"{horizon} steps at a time."
+    )
     started = time.perf_counter()
     trainer = mo.Trainer(
         training,
@@ -101,9 +119,12 @@ def main(config: Config) -> None:
         optimizer.save(config.out / "weights.safetensors")
     (config.out / "config.json").write_text(json.dumps(asdict(config), default=str, indent=2))
     print(
-        f"Trained for {time.perf_counter() - started:.0f} s; mean validation loss {trainer.best:.4f} at step {trainer.best_step}."
+        f"Trained for {time.perf_counter() - started:.0f} s; mean validation loss "
+        f"{trainer.best:.4f} at step {trainer.best_step}."
     )
-    print(f"Weights: {config.out / 'weights.safetensors'}   Curves: tensorboard --logdir {config.out}")
+    print(
+        f"Weights: {config.out / 'weights.safetensors'}   Curves: tensorboard --logdir {config.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Train an LSTM learning-rate schedule through the inner loop, and compare it with tuned constant and cosine rates.
+"""Train an LSTM learning-rate schedule through the inner loop, and compare it with tuned constant
+and cosine rates.
 
 python scripts/train_schedule.py
 """
@@ -43,7 +44,23 @@ class Config:
     """Outer steps between validations; the schedule that validates best is kept."""
     seeds: int = 64
     """Test tasks."""
-    grid: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 3.0)
+    grid: tuple[float, ...] = (
+        0.02,
+        0.05,
+        0.1,
+        0.15,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+        0.6,
+        0.8,
+        1.0,
+        1.3,
+        1.6,
+        2.0,
+        3.0,
+    )
     """Rates tried for the constant and the cosine schedule."""
     seed: int = 0
     """Of the initial weights and of the training tasks."""
@@ -53,7 +70,16 @@ class Config:
     """Folder for the weights, the plot and TensorBoard events."""
 
     def __post_init__(self) -> None:
-        for name in ("horizon", "initial", "steps", "outer_lr", "batch", "validate_every", "seeds", "threads"):
+        for name in (
+            "horizon",
+            "initial",
+            "steps",
+            "outer_lr",
+            "batch",
+            "validate_every",
+            "seeds",
+            "threads",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if not self.grid or min(self.grid) <= 0:
@@ -74,10 +100,18 @@ def main(config: Config) -> None:
     )
 
     def validate() -> float:
-        return mo.evaluate({"": learned}, family, horizon=config.horizon, seeds=32, seed=VALIDATION_SEED).mean("")
+        return mo.evaluate(
+            {"": learned}, family, horizon=config.horizon, seeds=32, seed=VALIDATION_SEED
+        ).mean("")
 
     logger = mo.TensorBoardLogger(config.out)
-    trainer = mo.Trainer(training, max_steps=config.steps, logger=logger, validate=validate, validate_every=config.validate_every)
+    trainer = mo.Trainer(
+        training,
+        max_steps=config.steps,
+        logger=logger,
+        validate=validate,
+        validate_every=config.validate_every,
+    )
     try:
         trainer.fit()
     finally:  # also if interrupted: the best so far
@@ -94,15 +128,23 @@ def main(config: Config) -> None:
         lr, _ = mo.tune(make, config.grid, family, horizon=config.horizon)
         optimizers[f"{name}, best of {len(config.grid)}: {lr:g}"] = make(lr)
     report = mo.evaluate(optimizers, family, horizon=config.horizon, seeds=config.seeds)
-    print(f"\nSGD on digits, {config.horizon} steps from {config.seeds} fresh initialisations none of which was seen before")
+    print(
+        f"\nSGD on digits, {config.horizon} steps from {config.seeds} fresh initialisations none "
+        f"of which was seen before"
+    )
     print(report.table())
-    rates = {name: observed_rates(optimizer, family, config.horizon) for name, optimizer in optimizers.items()}
+    rates = {
+        name: observed_rates(optimizer, family, config.horizon)
+        for name, optimizer in optimizers.items()
+    }
     plot(report, rates, config.out / "schedule.png")
     print(f"Plot: {config.out / 'schedule.png'}   Curves: tensorboard --logdir {config.out}")
 
 
 def observed_rates(optimizer: SGD, family: mo.TaskFamily, horizon: int, seeds: int = 16) -> Tensor:
-    """Return the learning rate used at each step of `seeds` test runs, [seeds, horizon], as -update / gradient."""
+    """Return the learning rate used at each step of `seeds` test runs, [seeds, horizon], as -update
+    / gradient.
+    """
     schedule, rates = optimizer.lr, []
 
     def run(params: mo.tree.Tree, batches: mo.tree.Tree) -> Tensor:
@@ -110,7 +152,12 @@ def observed_rates(optimizer: SGD, family: mo.TaskFamily, horizon: int, seeds: i
         for t in range(horizon):
             grads, loss = torch.func.grad_and_value(family.loss)(params, mo.tree.index(batches, t))
             if isinstance(schedule, mo.Schedule):
-                rate, _ = schedule(state["schedules"]["lr"], step=state["step"], loss=loss, grads=mo.tree.leaves(grads))
+                rate, _ = schedule(
+                    state["schedules"]["lr"],
+                    step=state["step"],
+                    loss=loss,
+                    grads=mo.tree.leaves(grads),
+                )
             else:
                 rate = schedule
             rates.append(torch.as_tensor(rate))
@@ -132,8 +179,15 @@ def plot(report: mo.Report, rates: dict[str, Tensor], path: Path) -> None:
         for run in rates[name]:
             rate_axes.plot(run, color=line.get_color(), alpha=0.25, linewidth=0.8)
         rate_axes.plot(rates[name].mean(0), color=line.get_color(), label=name)
-    loss_axes.set(xlabel="inner step", ylabel="training loss", yscale="log", title="Loss on held-out runs")
-    rate_axes.set(xlabel="inner step", ylabel="learning rate", title="Learning rate (thin: single runs)", ylim=(0, None))
+    loss_axes.set(
+        xlabel="inner step", ylabel="training loss", yscale="log", title="Loss on held-out runs"
+    )
+    rate_axes.set(
+        xlabel="inner step",
+        ylabel="learning rate",
+        title="Learning rate (thin: single runs)",
+        ylim=(0, None),
+    )
     for axes in (loss_axes, rate_axes):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -1,4 +1,6 @@
-"""Bilevel problems with known hypergradients, and what each rule says it gives, by dense linear algebra."""
+"""Bilevel problems with known hypergradients, and what each rule says it gives, by dense linear
+algebra.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class Bilevel:
     """Inner loss(w, batch, meta), descended from `start`; outer loss of the last parameters.
 
     Attributes:
-        exact: hypergradient by a closed form; of the steps taken, or where those converge, of the solution.
+        exact: hypergradient by a closed form; of the steps taken, or where those converge, of the
+            solution.
         converges: whether the steps reach the solution.
     """
 
@@ -36,7 +39,15 @@ class Bilevel:
 
     def value(self, rule: Any, meta: Any) -> Tensor:
         """Return the outer loss after `minimize`."""
-        out = mo.minimize(self.loss, SGD(self.lr), self.start, self.batch, steps=self.steps, meta=meta, differentiate=rule)
+        out = mo.minimize(
+            self.loss,
+            SGD(self.lr),
+            self.start,
+            self.batch,
+            steps=self.steps,
+            meta=meta,
+            differentiate=rule,
+        )
         return self.outer(out.params)
 
     def end(self) -> Any:
@@ -59,37 +70,63 @@ def quadratic() -> Bilevel:
     def loss(w: Tensor, _: Any, l: Tensor) -> Tensor:
         return w @ H @ w / 2 - w @ B @ l
 
-    return Bilevel(loss, torch.zeros(5), None, l, lambda w: (w - c).square().sum() / 2, 0.4, 110, exact, True)
+    return Bilevel(
+        loss, torch.zeros(5), None, l, lambda w: (w - c).square().sum() / 2, 0.4, 110, exact, True
+    )
 
 
 def ridge() -> Bilevel:
-    """Least squares in two leaves, a penalty on each: w* = (X'X/n + k P)^-1 X'Y/n, normal equations; 0.7^80 = 4e-13 is left."""
+    """Least squares in two leaves, a penalty on each: w* = (X'X/n + k P)^-1 X'Y/n, normal
+    equations; 0.7^80 = 4e-13 is left.
+    """
     torch.manual_seed(1)
     x, y = torch.randn(12, 3), torch.randn(12, 2)
     meta = {"w": torch.rand(3, 1), "b": torch.rand(1)}
 
     def loss(w: dict[str, Tensor], batch: tuple[Tensor, Tensor], meta: dict[str, Tensor]) -> Tensor:
         x, y = batch
-        return (x @ w["w"] + w["b"] - y).square().mean() + sum((meta[k].exp() * p**2).sum() for k, p in w.items())
+        return (x @ w["w"] + w["b"] - y).square().mean() + sum(
+            (meta[k].exp() * p**2).sum() for k, p in w.items()
+        )
 
     def outer(w: dict[str, Tensor]) -> Tensor:
         return (w["w"] ** 3).sum() + (w["b"].sin() * torch.tensor([1.0, 2.0])).sum()
 
     def solution(meta: dict[str, Tensor]) -> dict[str, Tensor]:
         X = torch.cat([x, torch.ones(12, 1)], 1)
-        w = torch.linalg.solve(X.T @ X / 12 + 2 * torch.cat([meta["w"][:, 0], meta["b"]]).exp().diag(), X.T @ y / 12)
+        w = torch.linalg.solve(
+            X.T @ X / 12 + 2 * torch.cat([meta["w"][:, 0], meta["b"]]).exp().diag(), X.T @ y / 12
+        )
         return {"w": w[:-1], "b": w[-1]}
 
     at = leaf(meta)
     grads = torch.autograd.grad(outer(solution(at)), list(at.values()))
     exact = dict(zip(at, grads, strict=True))
-    return Bilevel(loss, {"w": torch.zeros(3, 2), "b": torch.zeros(2)}, (x, y), meta, outer, 0.15, 80, exact, True)
+    return Bilevel(
+        loss,
+        {"w": torch.zeros(3, 2), "b": torch.zeros(2)},
+        (x, y),
+        meta,
+        outer,
+        0.15,
+        80,
+        exact,
+        True,
+    )
 
 
 def dynamics() -> Bilevel:
-    """w_{t+1} = A w_t + lr B l with A = I - lr H, four steps: dw_T/dl = lr (I + A + A^2 + A^3) B. Far from converged."""
+    """w_{t+1} = A w_t + lr B l with A = I - lr H, four steps: dw_T/dl = lr (I + A + A^2 + A^3) B.
+    Far from converged.
+    """
     torch.manual_seed(2)
-    root, B, c, l, start = torch.randn(4, 4), torch.randn(4, 3), torch.randn(4), torch.randn(3), torch.randn(4)
+    root, B, c, l, start = (
+        torch.randn(4, 4),
+        torch.randn(4, 3),
+        torch.randn(4),
+        torch.randn(3),
+        torch.randn(4),
+    )
     H, lr = root @ root.T / 4 + torch.eye(4), 0.1
     A = torch.eye(4) - lr * H
     powers = sum(torch.linalg.matrix_power(A, t) for t in range(4))
@@ -103,27 +140,40 @@ def dynamics() -> Bilevel:
 
 
 def logistic() -> Bilevel:
-    """Weighted logistic regression, whose third derivatives give differences and tilts a bias. Exact: of the solution."""
+    """Weighted logistic regression, whose third derivatives give differences and tilts a bias.
+
+    Exact: of the solution.
+    """
     torch.manual_seed(3)
     x, y, meta = torch.randn(10, 3), (torch.rand(10) < 0.5).double(), torch.randn(10)
 
     def loss(w: Tensor, batch: tuple[Tensor, Tensor], meta: Tensor) -> Tensor:
         x, y = batch
         logits = x @ w
-        return ((torch.nn.functional.softplus(logits) - y * logits) * meta.sigmoid()).sum() + w.square().sum() / 2
+        return (
+            (torch.nn.functional.softplus(logits) - y * logits) * meta.sigmoid()
+        ).sum() + w.square().sum() / 2
 
-    problem = Bilevel(loss, torch.zeros(3), (x, y), meta, lambda w: (w - 1).square().sum(), 0.3, 70, None, True)
+    problem = Bilevel(
+        loss, torch.zeros(3), (x, y), meta, lambda w: (w - 1).square().sum(), 0.3, 70, None, True
+    )
     return Bilevel(**{**vars(problem), "exact": stated(problem, "inverse")})
 
 
 def stated(problem: Bilevel, x: str | Tensor) -> Any:
-    """Return -[d grad_w L]' X v at the end of the loop, dense, for X = "inverse" of H, "identity", or a given matrix."""
+    """Return -[d grad_w L]' X v at the end of the loop, dense, for X = "inverse" of H, "identity",
+    or a given matrix.
+    """
     w, meta = problem.end(), leaf(problem.meta)
     leaves = mo.tree.leaves(w)
     v = flat(torch.autograd.grad(problem.outer(w), leaves))
-    slope = flat(torch.autograd.grad(problem.loss(w, problem.batch, meta), leaves, create_graph=True))
+    slope = flat(
+        torch.autograd.grad(problem.loss(w, problem.batch, meta), leaves, create_graph=True)
+    )
     if x == "inverse":
-        H = torch.stack([flat(torch.autograd.grad(entry, leaves, retain_graph=True)) for entry in slope])
+        H = torch.stack(
+            [flat(torch.autograd.grad(entry, leaves, retain_graph=True)) for entry in slope]
+        )
         v = torch.linalg.solve(H, v)
     elif isinstance(x, Tensor):
         v = x @ v

@@ -15,7 +15,8 @@ from metaopt.autodiff.forward import load_formulas
 sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves it out
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
-# By default torch starts a pool of processes that compile, each of which imports torch, for programs of a few lines.
+# By default torch starts a pool of processes that compile, each of which imports torch, for
+# programs of a few lines.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 load_formulas()  # some tests call `torch.func.jvp` themselves
 

@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 
-# Not getrusage: its maximum survives `exec`, so a child of a large process starts with that of its parent.
+# Not getrusage: its maximum survives `exec`, so a child of a large process starts with that of its
+# parent.
 PEAK = """
 def peak():
     with open("/proc/self/status") as status:
@@ -15,9 +16,11 @@ def peak():
 
 
 def printed(program: str, *arguments: object) -> int:
-    """Return the number that `program`, which may call `peak()` for its largest size so far in KiB, prints.
+    """Return the number that `program`, which may call `peak()` for its largest size so far in KiB,
+    prints.
 
-    glibc is told to give large blocks back at once: by default it keeps them, and small ones between hide what is needed.
+    glibc is told to give large blocks back at once: by default it keeps them, and small ones
+    between hide what is needed.
     """
     command = [sys.executable, "-c", PEAK + program, *map(str, arguments)]
     exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}

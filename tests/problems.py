@@ -1,4 +1,6 @@
-"""An inner problem and the update rules written out by hand: the witness that `minimize` and the optimizers must agree with."""
+"""An inner problem and the update rules written out by hand: the witness that `minimize` and the
+optimizers must agree with.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def adam(t: int, w: Tensor, g: Tensor, h: Hyper, m: Slots) -> tuple[Tensor, Slot
     mean = h["beta1"] * m["mean"] + (1 - h["beta1"]) * g
     square = h["beta2"] * m["square"] + (1 - h["beta2"]) * g**2
     denominator = (square / (1 - h["beta2"] ** t) + h["eps_root"]) ** 0.5 + h["eps"]
-    return w - h["lr"] * (mean / (1 - h["beta1"] ** t)) / denominator, {"mean": mean, "square": square}
+    return w - h["lr"] * (mean / (1 - h["beta1"] ** t)) / denominator, {
+        "mean": mean,
+        "square": square,
+    }
 
 
 def adamw(t: int, w: Tensor, g: Tensor, h: Hyper, m: Slots) -> tuple[Tensor, Slots]:
@@ -86,13 +91,33 @@ VARIANTS = [
     Variant("sgd", SGD, sgd, {"lr": 0.1}),
     Variant("sgd-decay", SGD, sgd, {"lr": 0.1, "weight_decay": 0.05}),
     Variant("sgd-momentum", SGD, sgd, {"lr": 0.1, "momentum": 0.8}, ("velocity",)),
-    Variant("sgd-dampening", SGD, sgd, {"lr": 0.1, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.05}, ("velocity",)),
-    Variant("sgd-nesterov", SGD, nesterov, {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05}, ("velocity",), {"nesterov": True}),
+    Variant(
+        "sgd-dampening",
+        SGD,
+        sgd,
+        {"lr": 0.1, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.05},
+        ("velocity",),
+    ),
+    Variant(
+        "sgd-nesterov",
+        SGD,
+        nesterov,
+        {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.05},
+        ("velocity",),
+        {"nesterov": True},
+    ),
     Variant("adam", Adam, adam, _ADAM, ("mean", "square")),
     Variant("adam-decay", Adam, adam, _ADAM | {"weight_decay": 0.05}, ("mean", "square")),
     Variant("adamw", AdamW, adamw, _ADAM | {"weight_decay": 0.05}, ("mean", "square")),
     Variant("rmsprop", RMSprop, rmsprop, _RMS, ("square",)),
-    Variant("rmsprop-centered", RMSprop, rmsprop, _RMS | {"weight_decay": 0.05}, ("square", "mean"), {"centered": True}),
+    Variant(
+        "rmsprop-centered",
+        RMSprop,
+        rmsprop,
+        _RMS | {"weight_decay": 0.05},
+        ("square", "mean"),
+        {"centered": True},
+    ),
     Variant("rmsprop-momentum", RMSprop, rmsprop, _RMS | {"momentum": 0.7}, ("square", "velocity")),
     Variant(
         "rmsprop-all",
@@ -106,7 +131,9 @@ VARIANTS = [
 
 
 def regression(params: dict[str, Tensor], batch: tuple[Tensor, Tensor], meta: Tensor) -> Tensor:
-    """Squared error of a small nonlinear model with a learned penalty: every input matters, at second order too."""
+    """Squared error of a small nonlinear model with a learned penalty: every input matters, at
+    second order too.
+    """
     x, y = batch
     prediction = torch.tanh(x @ params["w"] + params["b"]).sum(-1) * params["scale"]
     return ((prediction - y) ** 2).mean() + meta.exp() * sum((p**2).sum() for p in params.values())
@@ -121,7 +148,10 @@ def start() -> tuple[dict[str, Tensor], tuple[Tensor, Tensor], Tensor]:
 def memory(params: dict[str, Tensor], slots: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Return an optimizer's memory in the middle of a run: squares well above the squared means."""
     return {
-        name: {k: torch.rand_like(p) + 1 if name == "square" else 0.1 * torch.randn_like(p) for k, p in params.items()}
+        name: {
+            k: torch.rand_like(p) + 1 if name == "square" else 0.1 * torch.randn_like(p)
+            for k, p in params.items()
+        }
         for name in slots
     }
 
@@ -138,13 +168,27 @@ def by_hand(
     done: int = 0,
     first_order: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], Tensor]:
-    """Return (parameters, memory, losses [T]) of the loop written out, for `torch.autograd` to differentiate."""
+    """Return (parameters, memory, losses [T]) of the loop written out, for `torch.autograd` to
+    differentiate.
+    """
     losses = []
     for t, batch in enumerate(batches, start=done + 1):
         losses.append(loss(params, batch, meta))
-        grads = dict(zip(params, torch.autograd.grad(losses[-1], list(params.values()), create_graph=True), strict=True))
+        grads = dict(
+            zip(
+                params,
+                torch.autograd.grad(losses[-1], list(params.values()), create_graph=True),
+                strict=True,
+            )
+        )
         moved = {
-            k: formula(t, w, grads[k].detach() if first_order else grads[k], h, {s: slots[s][k] for s in slots})
+            k: formula(
+                t,
+                w,
+                grads[k].detach() if first_order else grads[k],
+                h,
+                {s: slots[s][k] for s in slots},
+            )
             for k, w in params.items()
         }
         params = {k: w for k, (w, _) in moved.items()}
@@ -157,7 +201,11 @@ def outer(params: Any, slots: Any, losses: Tensor) -> Tensor:
     """Return a scalar in which every result of a loop has a weight and curvature of its own."""
     leaves = [*mo.tree.leaves(params), *mo.tree.leaves(slots), losses]
     return sum(
-        ((i + 1) * (leaf + 0.3 * leaf**2) * torch.linspace(0.5, 1.5, leaf.numel()).reshape(leaf.shape)).sum()
+        (
+            (i + 1)
+            * (leaf + 0.3 * leaf**2)
+            * torch.linspace(0.5, 1.5, leaf.numel()).reshape(leaf.shape)
+        ).sum()
         for i, leaf in enumerate(leaves)
     )
 
@@ -171,7 +219,9 @@ def two_derivatives(value: Tensor, inputs: Sequence[Tensor]) -> tuple[list[Tenso
 
 def leaf(value: Any) -> Any:
     """Return the tree with fresh tensors that require grad."""
-    return mo.tree.map(lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point()), value)
+    return mo.tree.map(
+        lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point()), value
+    )
 
 
 def as_parameters(tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:

@@ -1,6 +1,8 @@
-"""Random graphs of levels against a simulation: hand-written loops, plain autograd, and each rule's formula written out.
+"""Random graphs of levels against a simulation: hand-written loops, plain autograd, and each rule's
+formula written out.
 
-Of the library only the order of execution is taken (`graph.program.order`). More graphs than the suite runs:
+Of the library only the order of execution is taken (`graph.program.order`). More graphs than the
+suite runs:
 
     python tests/random_level_graphs.py 0 300
 """
@@ -45,7 +47,9 @@ class Vector(nn.Module):
 
 @dataclass
 class Spec:
-    """A level as numbers: its loss, optimizer, data and what it reads; of the levels in `averages` their averages."""
+    """A level as numbers: its loss, optimizer, data and what it reads; of the levels in `averages`
+    their averages.
+    """
 
     name: str
     start: Tensor
@@ -58,7 +62,10 @@ class Spec:
     matrices: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
 
     def loss(self, w: Tensor, others: dict[str, Tensor], x: Tensor) -> Tensor:
-        total = 0.6 * (w - torch.tanh(x.sum() * self.start)).square().sum() + 0.1 * (w * x.sum().cos()).sin().sum()
+        total = (
+            0.6 * (w - torch.tanh(x.sum() * self.start)).square().sum()
+            + 0.1 * (w * x.sum().cos()).sin().sum()
+        )
         for name, value in others.items():
             matrix, kind = self.matrices[name]
             z = matrix @ value
@@ -144,11 +151,15 @@ def generate(seed: int) -> tuple[dict[str, Spec], list[Link]]:
     sizes = [size] * n if rng.random() < 0.3 else [rng.choice([2, 3, 4]) for _ in names]
     rules = {i: draw_rule(rng) for i in range(n)}
     # Averages of levels whose rule looks at a point are refused; a few such graphs are enough.
-    averaged = {i for i in range(n) if rng.random() < (0.03 if i and isinstance(rules[i], POINT) else 0.4)}
+    averaged = {
+        i for i in range(n) if rng.random() < (0.03 if i and isinstance(rules[i], POINT) else 0.4)
+    }
     specs = {}
     for i, name in enumerate(names):
         g = torch.Generator().manual_seed(rng.randrange(1 << 30))
-        reads = {a for a, b in edges if b == i} | {j for j in range(n) if i in below[j] and rng.random() < 0.3}
+        reads = {a for a, b in edges if b == i} | {
+            j for j in range(n) if i in below[j] and rng.random() < 0.3
+        }
         reads |= {j for j in below[i] if rng.random() < (0.85 if (i, j) in edges else 0.25)}
         seen = [names[j] for j in sorted(reads)]
         kind = rng.choice(["sgd", "momentum", "adam", "rmsprop"])
@@ -156,7 +167,11 @@ def generate(seed: int) -> tuple[dict[str, Spec], list[Link]]:
             name,
             torch.randn(sizes[i], generator=g) * 0.7,
             seen,
-            {names[j] for j in (reads | {i}) & averaged if (j, i) not in edges and rng.random() < 0.5},
+            {
+                names[j]
+                for j in (reads | {i}) & averaged
+                if (j, i) not in edges and rng.random() < 0.5
+            },
             (kind, rng.choice([0.05, 0.1, 0.2] if kind in ("sgd", "momentum") else [0.02, 0.05])),
             [torch.randn(3, generator=g) for _ in range(rng.choice([1, 2, 3, 5]))],
             2 if rng.random() < 0.12 else 1,
@@ -171,7 +186,9 @@ def generate(seed: int) -> tuple[dict[str, Spec], list[Link]]:
         start = "continue"
         if sum(lower == b for _, lower in edges) == 1 and rng.random() < 0.35:
             start = rng.choice(["restart", "upper"]) if sizes[a] == sizes[b] else "restart"
-        links.append(Link(names[a], names[b], rates[b] // rates[a], rules[b], start, look_ahead and a == 0))
+        links.append(
+            Link(names[a], names[b], rates[b] // rates[a], rules[b], start, look_ahead and a == 0)
+        )
     return specs, links
 
 
@@ -182,7 +199,9 @@ def build(specs: dict[str, Spec], links: list[Link]) -> mo.LevelGraph:
         def loss(levels: Any, x: Tensor, spec: Spec = spec) -> Tensor:
             w = getattr(levels, spec.name)()
             others = {
-                other: getattr(levels, other).buffers["ema"] if other in spec.averages else getattr(levels, other)()
+                other: getattr(levels, other).buffers["ema"]
+                if other in spec.averages
+                else getattr(levels, other)()
                 for other in [*spec.reads, *spec.averages & {spec.name}]
             }
             return spec.loss(w, others, x)
@@ -240,21 +259,32 @@ class AtPoint(torch.autograd.Function):
                 return None, *nothing
 
             def slopes(at: Tensor, variables: list[Tensor]) -> Any:
-                return torch.autograd.grad(ctx.total(at, leaves), variables, create_graph=True, allow_unused=True)
+                return torch.autograd.grad(
+                    ctx.total(at, leaves), variables, create_graph=True, allow_unused=True
+                )
 
             if isinstance(rule, mo.FiniteDifference | mo.SAMA):
                 x = v
                 if isinstance(rule, mo.SAMA):
-                    # Apart from the leaves below: a slope in these is at a displacement that does not depend on them.
-                    apart, here = [leaf.clone() if leaf.requires_grad else leaf for leaf in given], w.clone()
+                    # Apart from the leaves below: a slope in these is at a displacement that does
+                    # not depend on them.
+                    apart, here = (
+                        [leaf.clone() if leaf.requires_grad else leaf for leaf in given],
+                        w.clone(),
+                    )
                     (grad,) = torch.autograd.grad(ctx.total(here, apart), here, create_graph=True)
                     grad = grad.clone() if grad.requires_grad else grad.detach().requires_grad_()
-                    (x,) = torch.autograd.grad(ctx.move(grad, here), grad, v, create_graph=True, allow_unused=True)
+                    (x,) = torch.autograd.grad(
+                        ctx.move(grad, here), grad, v, create_graph=True, allow_unused=True
+                    )
                 if x is None or x.norm() == 0:
                     return None, *nothing
                 e, sign = rule.radius / x.norm(), 1 if isinstance(rule, mo.SAMA) else -1
                 sides = [slopes(w + s * e * x, [leaves[i] for i in needed]) for s in (1, -1)]
-                bars = [None if a is None else sign * (a - b) / (2 * e) for a, b in zip(*sides, strict=True)]
+                bars = [
+                    None if a is None else sign * (a - b) / (2 * e)
+                    for a, b in zip(*sides, strict=True)
+                ]
             else:
                 (grad,) = slopes(w, [w])
                 x = v
@@ -287,7 +317,8 @@ class Simulation:
 
     def __init__(self, specs: dict[str, Spec], links: list[Link], order: Any):
         self.specs, self.links, self.order = specs, links, order
-        self.above = {link.lower: link for link in links}  # for its rule, and its start if it is the only one
+        # for its rule, and its start if it is the only one
+        self.above = {link.lower: link for link in links}
         self.states = {name: self.fresh(name) for name in order.members[None]}
         self.position = dict.fromkeys(specs, 0)
 
@@ -295,12 +326,20 @@ class Simulation:
         start = self.specs[name].start
         below = {lower: self.fresh(lower) for lower in self.order.members.get(name, ())}
         zeros = torch.zeros_like(start)
-        return {"w": start.clone(), "ema": zeros, "memory": self.specs[name].fresh(), "n": 0, "below": below}
+        return {
+            "w": start.clone(),
+            "ema": zeros,
+            "memory": self.specs[name].fresh(),
+            "n": 0,
+            "below": below,
+        }
 
     def shown(self, states: Any, deep: bool = True) -> Scene:
         scene: Scene = {}
         for name, state in states.items():
-            scene |= {name: state["w"], f"{name}.ema": state["ema"]} | (self.shown(state["below"]) if deep else {})
+            scene |= {name: state["w"], f"{name}.ema": state["ema"]} | (
+                self.shown(state["below"]) if deep else {}
+            )
         return scene
 
     def moved(self, position: dict[str, int], name: str, steps: int) -> dict[str, int]:
@@ -317,11 +356,17 @@ class Simulation:
         for i in range(spec.accumulate):
             scene[f"{name}.ema"] = (scene[f"{name}.ema"] + scene[name]) / 2
             names = [*spec.reads, *spec.averages & {name}]
-            others = {other: scene[f"{other}.ema" if other in spec.averages else other] for other in names}
-            losses.append(spec.loss(scene[name], others, spec.data[(position[name] + i) % len(spec.data)]))
+            others = {
+                other: scene[f"{other}.ema" if other in spec.averages else other] for other in names
+            }
+            losses.append(
+                spec.loss(scene[name], others, spec.data[(position[name] + i) % len(spec.data)])
+            )
         return sum(losses) / spec.accumulate, scene[f"{name}.ema"]
 
-    def turn(self, owner: Any, scene: Scene, states: Any, position: Any, at_point: bool = False) -> tuple[Scene, Any, Any, list]:
+    def turn(
+        self, owner: Any, scene: Scene, states: Any, position: Any, at_point: bool = False
+    ) -> tuple[Scene, Any, Any, list]:
         """Let the levels inside one step of `owner` move."""
         states, scene = dict(states), {**scene, **self.shown(states, deep=owner is None)}
         history: list[Event] = []
@@ -330,19 +375,32 @@ class Simulation:
             begins = taken[name] % self.above[name].steps == 0 if name in self.above else True
             taken[name] += steps
             before, stood, at = dict(scene), dict(states), dict(position)
-            states[name] = self.advance(owner, name, steps, scene, states, at, begins, at_point, history)
+            states[name] = self.advance(
+                owner, name, steps, scene, states, at, begins, at_point, history
+            )
             position = self.moved(at, name, steps)
-            scene = {**scene, **self.exposed(owner, name, scene, states[name], self.moved(at, name, steps - 1))}
+            scene = {
+                **scene,
+                **self.exposed(owner, name, scene, states[name], self.moved(at, name, steps - 1)),
+            }
             history.append(Event(name, steps, before, stood, at, states[name], begins))
         return scene, states, position, history
 
     def exposed(self, viewpoint: Any, name: str, scene: Scene, state: Any, position: Any) -> Scene:
         inside = self.order.inside[name]
-        outside = [self.specs[other] for other in self.specs if other not in inside and other != name]
+        outside = [
+            self.specs[other] for other in self.specs if other not in inside and other != name
+        ]
         if not any(inside & set(spec.reads) for spec in outside):
             return self.shown({name: state}, deep=False)
         if viewpoint is not None and isinstance(self.above[name].rule, POINT):
-            scene = self.turn(name, {**scene, **self.shown({name: state}, deep=False)}, state["below"], position, True)[0]
+            scene = self.turn(
+                name,
+                {**scene, **self.shown({name: state}, deep=False)},
+                state["below"],
+                position,
+                True,
+            )[0]
             return {key: scene[key] for other in inside | {name} for key in (other, f"{other}.ema")}
         return self.shown({name: state})
 
@@ -354,7 +412,16 @@ class Simulation:
         w = first["w"] if link.start == "restart" else scene[link.upper]
         return {**state, "w": w, "memory": first["memory"], "ema": first["ema"]}
 
-    def total(self, name: str, w: Tensor, scene: Scene, state: Any, position: Any, history: Any, at_point: bool) -> Any:
+    def total(
+        self,
+        name: str,
+        w: Tensor,
+        scene: Scene,
+        state: Any,
+        position: Any,
+        history: Any,
+        at_point: bool,
+    ) -> Any:
         """Return (T(w), states below, average) after the levels below have moved."""
         scene, below = {**scene, name: w, f"{name}.ema": state["ema"]}, state["below"]
         if self.order.shared[name]:
@@ -365,7 +432,9 @@ class Simulation:
         return loss, below, ema
 
     def replayed(self, name: str, w: Tensor, scene: Scene, history: list[Event]) -> Scene:
-        """Let what the level shares move again as it did since its last step, now as functions of w."""
+        """Let what the level shares move again as it did since its last step, now as functions of
+        w.
+        """
         shared = self.order.shared[name]
         last = max((i for i, event in enumerate(history) if event.level == name), default=-1)
         again, states, scene = list(history[: last + 1]), None, dict(scene)
@@ -375,13 +444,35 @@ class Simulation:
                 continue
             states = states or {other: event.states[other] for other in shared}
             here = {**event.states, **states}
-            seen = {**event.scene, **self.shown({other: here[other] for other in shared}, deep=False), name: w}
+            seen = {
+                **event.scene,
+                **self.shown({other: here[other] for other in shared}, deep=False),
+                name: w,
+            }
             is_point = isinstance(self.above[event.level].rule, POINT)
             stand = {**here, event.level: event.after} if is_point else here
-            state = self.advance(name, event.level, event.steps, seen, stand, event.position, event.begins, is_point, again)
+            state = self.advance(
+                name,
+                event.level,
+                event.steps,
+                seen,
+                stand,
+                event.position,
+                event.begins,
+                is_point,
+                again,
+            )
             states[event.level] = state
-            scene |= self.exposed(name, event.level, seen, state, self.moved(event.position, event.level, event.steps - 1))
-            again.append(Event(event.level, event.steps, seen, here, event.position, state, event.begins))
+            scene |= self.exposed(
+                name,
+                event.level,
+                seen,
+                state,
+                self.moved(event.position, event.level, event.steps - 1),
+            )
+            again.append(
+                Event(event.level, event.steps, seen, here, event.position, state, event.begins)
+            )
         return scene
 
     def advance(
@@ -416,10 +507,15 @@ class Simulation:
                 state = self.one(name, scene, state, at, history, rule)
         if is_point:
             last = self.moved(position, name, steps - 1)
-            return {**constant(state), "w": self.attached(name, rule, scene, constant(state), last, history)}
+            return {
+                **constant(state),
+                "w": self.attached(name, rule, scene, constant(state), last, history),
+            }
         return state
 
-    def one(self, name: str, scene: Scene, state: Any, position: Any, history: Any, rule: Any) -> Any:
+    def one(
+        self, name: str, scene: Scene, state: Any, position: Any, history: Any, rule: Any
+    ) -> Any:
         """Return the state after one step."""
         spec, w = self.specs[name], state["w"]
         with torch.enable_grad():
@@ -428,14 +524,20 @@ class Simulation:
             loss, below, ema = self.total(name, at, scene, state, position, history, False)
             (grad,) = torch.autograd.grad(loss, at, create_graph=True, allow_unused=True)
             grad = torch.zeros_like(at) if grad is None else grad
-            new, memory = spec.move(grad.detach() if isinstance(rule, mo.FirstOrder) else grad, state["memory"], w)
+            new, memory = spec.move(
+                grad.detach() if isinstance(rule, mo.FirstOrder) else grad, state["memory"], w
+            )
             # the average is one of `at`, whose graph goes on to w
             if state["n"] < spec.warmup:
                 new, memory = w, state["memory"]
         return {"w": new, "ema": ema, "memory": memory, "n": state["n"] + 1, "below": below}
 
-    def attached(self, name: str, rule: Any, scene: Scene, end: Any, position: Any, history: Any) -> Tensor:
-        leaves, structure = pytree.tree_flatten(({key: leaf for key, leaf in scene.items() if key != name}, history))
+    def attached(
+        self, name: str, rule: Any, scene: Scene, end: Any, position: Any, history: Any
+    ) -> Tensor:
+        leaves, structure = pytree.tree_flatten(
+            ({key: leaf for key, leaf in scene.items() if key != name}, history)
+        )
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
         def total(w: Tensor, tensors: list[Tensor]) -> Tensor:
@@ -446,7 +548,11 @@ class Simulation:
             return self.total(name, w, seen, end, position, events, True)[0]
 
         def move(grad: Tensor, w: Tensor) -> Tensor:
-            return w if end["n"] < self.specs[name].warmup else self.specs[name].move(grad, end["memory"], w)[0]
+            return (
+                w
+                if end["n"] < self.specs[name].warmup
+                else self.specs[name].move(grad, end["memory"], w)[0]
+            )
 
         return AtPoint.apply(end["w"], rule, total, move, *[leaves[i] for i in places])
 
@@ -479,25 +585,42 @@ class Simulation:
         """Return that of a level that shares none."""
         state = self.state(name, self.states)
         w = state["w"].clone().requires_grad_()
-        loss, *_ = self.total(name, w, self.shown(self.states), state, dict(self.position), [], not after_steps)
+        loss, *_ = self.total(
+            name, w, self.shown(self.states), state, dict(self.position), [], not after_steps
+        )
         (grad,) = torch.autograd.grad(loss, w, allow_unused=True)
         return torch.zeros_like(w) if grad is None else grad
 
     def state(self, name: str, states: Any) -> Any:
         if name in states:
             return states[name]
-        return next((found for state in states.values() if (found := self.state(name, state["below"])) is not None), None)
+        return next(
+            (
+                found
+                for state in states.values()
+                if (found := self.state(name, state["below"])) is not None
+            ),
+            None,
+        )
 
 
 pytree.register_pytree_node(
     Event,
-    lambda event: ([event.scene, event.states, event.after], (event.level, event.steps, event.position, event.begins)),
-    lambda parts, fixed: Event(fixed[0], fixed[1], parts[0], parts[1], fixed[2], parts[2], fixed[3]),
+    lambda event: (
+        [event.scene, event.states, event.after],
+        (event.level, event.steps, event.position, event.begins),
+    ),
+    lambda parts, fixed: Event(
+        fixed[0], fixed[1], parts[0], parts[1], fixed[2], parts[2], fixed[3]
+    ),
 )
 
 
 def compare(seed: int, steps: int = 3) -> str:
-    """Return "same" or why the graph is refused; raise if a number differs from the simulation's."""
+    """Return "same" or why the graph is refused;
+
+    raise if a number differs from the simulation's.
+    """
     specs, links = generate(seed)
     try:
         graph = build(specs, links)
@@ -505,14 +628,17 @@ def compare(seed: int, steps: int = 3) -> str:
     except ValueError as error:
         return str(error)
     simulation = Simulation(specs, links, graph.program.order)
-    # A difference with radius 1e-4 makes 1e-12 of a rounding error of 1e-16, and one of another difference 1e-8 of that.
+    # A difference with radius 1e-4 makes 1e-12 of a rounding error of 1e-16, and one of another
+    # difference 1e-8 of that.
     differences = sum(isinstance(link.rule, mo.FiniteDifference | mo.SAMA) for link in links)
     tolerance = (1e-7, 1e-5, 1e-3)[min(differences, 2)]
 
     def check(found: Any, expected: Tensor, what: str) -> None:
         row = torch.cat([found["a"], found["b"][None]])
         error = ((row - expected).abs().max() / (1e-3 + expected.abs().max())).item()
-        assert error < tolerance, f"seed {seed}, {what}: {row.tolist()}, expected {expected.tolist()}"
+        assert error < tolerance, (
+            f"seed {seed}, {what}: {row.tolist()}, expected {expected.tolist()}"
+        )
 
     for step in range(steps):
         for name in specs:
@@ -520,11 +646,19 @@ def compare(seed: int, steps: int = 3) -> str:
                 for after in (False, True):
                     expected = simulation.hypergradient(name, after)
                     found = graph.hypergradient(name, after_steps=after)
-                    check(found, expected, f"hypergradient of {name} after {step} steps, after_steps={after}")
+                    check(
+                        found,
+                        expected,
+                        f"hypergradient of {name} after {step} steps, after_steps={after}",
+                    )
         graph.step()
         simulation.step()
         for name in specs:
-            check(graph.params(name), simulation.state(name, simulation.states)["w"], f"{name} after step {step}")
+            check(
+                graph.params(name),
+                simulation.state(name, simulation.states)["w"],
+                f"{name} after step {step}",
+            )
     return "same"
 
 

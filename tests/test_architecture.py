@@ -16,7 +16,8 @@ import metaopt
 import optimizers
 
 ROOT = Path(__file__).parents[1]
-# Inside metaopt a module imports only from lower layers; what stands in one line does not know its neighbours.
+# Inside metaopt a module imports only from lower layers; what stands in one line does not know its
+# neighbours.
 LAYERS = [
     ["errors", "extras", "table", "transforms"],
     ["tree"],
@@ -41,15 +42,26 @@ LAZY = {  # may import what is slow to load when it is asked for
     "metaopt/tasks/digits.py",  # scikit-learn, for its data
     "metaopt/tasks/omniglot.py",  # pillow, to read drawings
     "metaopt/interop/torchopt.py",  # torchopt, 0.13 s
-    "metaopt/interop/torch.py",  # our optimizers, which most programs that never ask for them do without
+    # our optimizers, which most programs that never ask for them do without
+    "metaopt/interop/torch.py",
     "metaopt/interop/scheduler.py",  # the same
 }
 FORBIDDEN_NAMES = {"utils", "misc", "common", "helpers"}
 FORBIDDEN_ATTRIBUTES = {"item", "data"}
-FORBIDDEN_CALLS = {"torch.manual_seed", "torch.random.manual_seed", "torch.seed", "torch.load", "torch.set_default_dtype"}
+FORBIDDEN_CALLS = {
+    "torch.manual_seed",
+    "torch.random.manual_seed",
+    "torch.seed",
+    "torch.load",
+    "torch.set_default_dtype",
+}
 
-FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-TREES = {".".join(path.with_suffix("").parts): ast.parse((ROOT / path).read_text()) for path in FILES}
+FILES = sorted(
+    path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")
+)
+TREES = {
+    ".".join(path.with_suffix("").parts): ast.parse((ROOT / path).read_text()) for path in FILES
+}
 
 
 def absolute(name: str, source: ast.Module) -> ast.Module:
@@ -95,33 +107,55 @@ def test_imports_point_downwards(name: str) -> None:
         if package == other == "metaopt" and unit(imported) != unit(name):
             assert RANK[unit(imported)] < RANK[unit(name)], f"{name} imports {imported}"
         if package == "optimizers" and other == "metaopt" and name != "optimizers.__init__":
-            assert RANK[unit(imported)] < RANK["optimizers"], f"{name} imports {imported}, which may import `metaopt.optimizers`"
+            assert RANK[unit(imported)] < RANK["optimizers"], (
+                f"{name} imports {imported}, which may import `metaopt.optimizers`"
+            )
 
 
 @each_module
-def test_imports_are_relative_in_the_package_with_two_names_and_absolute_elsewhere(name: str) -> None:
-    """The modules of `optimizers` are loaded as `metaopt.optimizers`; what they call by its first name may be a user's file."""
+def test_imports_are_relative_in_the_package_with_two_names_and_absolute_elsewhere(
+    name: str,
+) -> None:
+    """The modules of `optimizers` are loaded as `metaopt.optimizers`; what they call by its first
+    name may be a user's file.
+    """
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.ImportFrom):
             if name.startswith("optimizers."):
-                assert node.module is None or node.module.split(".")[0] != "optimizers" or node.level, f"{name}:{node.lineno}"
+                assert (
+                    node.module is None or node.module.split(".")[0] != "optimizers" or node.level
+                ), f"{name}:{node.lineno}"
             else:
                 assert not node.level, f"{name}:{node.lineno}: imports are absolute"
         if isinstance(node, ast.Import) and name.startswith("optimizers."):
-            assert not [alias for alias in node.names if alias.name.split(".")[0] == "optimizers"], f"{name}:{node.lineno}"
+            assert not [
+                alias for alias in node.names if alias.name.split(".")[0] == "optimizers"
+            ], f"{name}:{node.lineno}"
 
 
 def test_there_are_no_cycles_and_rules_do_not_know_each_other() -> None:
-    graph = {name.removesuffix(".__init__"): {i for i in imports(source) if i in MODULES} for name, source in SOURCES.items()}
+    graph = {
+        name.removesuffix(".__init__"): {i for i in imports(source) if i in MODULES}
+        for name, source in SOURCES.items()
+    }
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
-    rules = {name for name in MODULES if name.startswith("metaopt.differentiate.")} - {"metaopt.differentiate.base"}
+    rules = {name for name in MODULES if name.startswith("metaopt.differentiate.")} - {
+        "metaopt.differentiate.base"
+    }
     assert not {(rule, other) for rule in rules for other in graph[rule] & rules}
 
 
 @each_module
 def test_functions_import_nothing(name: str) -> None:
-    inside = [i for node in ast.walk(SOURCES[name]) if isinstance(node, ast.FunctionDef) for i in imports(node)]
-    assert not inside or f"{name.replace('.', '/')}.py" in LAZY, f"{name} imports {inside} inside a function"
+    inside = [
+        i
+        for node in ast.walk(SOURCES[name])
+        if isinstance(node, ast.FunctionDef)
+        for i in imports(node)
+    ]
+    assert not inside or f"{name.replace('.', '/')}.py" in LAZY, (
+        f"{name} imports {inside} inside a function"
+    )
 
 
 @each_module
@@ -139,29 +173,42 @@ def test_the_core_is_pure(name: str) -> None:
         if isinstance(node, ast.Attribute):
             assert node.attr not in FORBIDDEN_ATTRIBUTES, f"{name}:{node.lineno} reads .{node.attr}"
         if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, f"{name}:{node.lineno} calls {ast.unparse(node.func)}"
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, (
+                f"{name}:{node.lineno} calls {ast.unparse(node.func)}"
+            )
     assert not {"pickle", "random", "numpy.random"} & set(imports(SOURCES[name]))
 
 
 def test_one_file_each_knows_distribution_and_logging_backends() -> None:
     users = {
-        name for name in SOURCES for i in imports(SOURCES[name]) if i.startswith(("torch.distributed", "torch.utils.tensorboard"))
+        name
+        for name in SOURCES
+        for i in imports(SOURCES[name])
+        if i.startswith(("torch.distributed", "torch.utils.tensorboard"))
     }
     assert users <= {"metaopt.train.distributed", "metaopt.train.loggers"}
 
 
-@pytest.mark.parametrize(("package", "name"), [(package, name) for package in (metaopt, optimizers) for name in package.__all__])
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [(package, name) for package in (metaopt, optimizers) for name in package.__all__],
+)
 def test_what_is_public_is_documented(package: object, name: str) -> None:
-    """By hand: a dataclass or a named tuple without a docstring is given one that starts with its own name."""
+    """By hand: a dataclass or a named tuple without a docstring is given one that starts with its
+    own name.
+    """
     doc = getattr(package, name).__doc__
     assert doc
     assert not doc.startswith(f"{name}(")
 
 
 def test_importing_the_library_has_no_side_effect_on_torch() -> None:
-    """A fresh interpreter: the random state, the default dtype and the thread count are as torch leaves them."""
+    """A fresh interpreter: the random state, the default dtype and the thread count are as torch
+    leaves them.
+    """
     program = (
-        "import torch; state = lambda: (torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.is_grad_enabled());"
-        "before = state(); import metaopt, optimizers; assert before == state()"
+        "import torch; state = lambda: (torch.get_rng_state().tolist(), torch.get_default_dtype(), "
+        "torch.is_grad_enabled());before = state(); import metaopt, optimizers; assert before == "
+        "state()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -14,7 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaopt.kernels import any_order
 
-MASK = torch.tensor([[True, False, True, False], [False, False, False, False], [True, True, True, True]])
+MASK = torch.tensor(
+    [[True, False, True, False], [False, False, False, False], [True, True, True, True]]
+)
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"is_causal": True},
@@ -77,7 +79,9 @@ def test_two_derivatives_are_those_of_torchs_plain_kernel(form: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_multi_head_attention(training: bool, masked: str, need_weights: bool) -> None:
     """In evaluation mode too, where torch has a fused path of its own."""
-    layer = nn.MultiheadAttention(4, 2, dropout=0.3, batch_first=True, dtype=torch.float64).train(training)
+    layer = nn.MultiheadAttention(4, 2, dropout=0.3, batch_first=True, dtype=torch.float64).train(
+        training
+    )
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     causal = torch.ones(3, 3, dtype=torch.bool).triu(1)
     given: dict[str, Any] = {"need_weights": need_weights}
@@ -96,13 +100,19 @@ def test_multi_head_attention(training: bool, masked: str, need_weights: bool) -
 
 def test_causal_with_a_mask_is_torchs_error() -> None:
     x = torch.ones(1, 2, 2)
-    with any_order(), pytest.raises(RuntimeError, match="attn_mask should not be set when is_causal"):
+    with (
+        any_order(),
+        pytest.raises(RuntimeError, match="attn_mask should not be set when is_causal"),
+    ):
         F.scaled_dot_product_attention(x, x, x, torch.ones(2, 2), is_causal=True)
 
 
 def test_a_compiler_sees_through_it() -> None:
     """This backend needs no C++ compiler."""
-    layer, x = nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
+    layer, x = (
+        nn.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64),
+        torch.randn(2, 3, 4, dtype=torch.float64),
+    )
 
     def gradient(x: Tensor) -> Tensor:
         with any_order():

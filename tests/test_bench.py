@@ -1,4 +1,6 @@
-"""The benchmarks: every side computes the same numbers, in a small form; how fast is no matter of a test."""
+"""The benchmarks: every side computes the same numbers, in a small form; how fast is no matter of a
+test.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,13 @@ def small(comparison: str) -> Any:
         "transformer": lambda: problems.Transformer(steps=2, batch=2, length=5, width=8, heads=2),
         "meta-weight-net": lambda: problems.MetaWeightNet(batch=6, sizes=(5, 4, 3), hidden=4),
         "imaml": lambda: problems.IMAML(shots=4, queries=3, steps=2, hidden=5, cg_steps=3),
-        "regression-darts": lambda: problems.LogisticRegression("darts", examples=9, features=4, steps=3),
+        "regression-darts": lambda: problems.LogisticRegression(
+            "darts", examples=9, features=4, steps=3
+        ),
         "regression-cg": lambda: problems.LogisticRegression("cg", examples=9, features=4, steps=3),
-        "regression-neumann": lambda: problems.LogisticRegression("neumann", examples=9, features=4, steps=3),
+        "regression-neumann": lambda: problems.LogisticRegression(
+            "neumann", examples=9, features=4, steps=3
+        ),
         "many-tensors": lambda: problems.ManyTensors(layers=8, width=3, batch=4, steps=3),
     }[comparison]()
 
@@ -55,7 +61,9 @@ NAMES = [
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # Betty imports what calls it
 @pytest.mark.parametrize("comparison", NAMES)
 def test_all_sides_compute_the_same(comparison: str) -> None:
-    """Here, not in processes of their own; compiled sides are left to the benchmark, which compares them too."""
+    """Here, not in processes of their own; compiled sides are left to the benchmark, which compares
+    them too.
+    """
     import bench
     import bench_process
     from contenders.sides import COMPARISONS, function_of
@@ -63,9 +71,14 @@ def test_all_sides_compute_the_same(comparison: str) -> None:
     results = {}
     for side in COMPARISONS[comparison].sides:
         if side.missing is None and not side.options.get("compile"):
-            build = getattr(importlib.import_module(f"contenders.{side.module}"), function_of(comparison))
+            build = getattr(
+                importlib.import_module(f"contenders.{side.module}"), function_of(comparison)
+            )
             run = build(small(comparison), **side.options)
-            first, second = ({name: bench_process.array(value) for name, value in run().items()} for _ in range(2))
+            first, second = (
+                {name: bench_process.array(value) for name, value in run().items()}
+                for _ in range(2)
+            )
             assert all(np.abs(value).max() > 0 or "conv" in name for name, value in first.items())
             bench.check_equal({"a run": first, "another": second}, 1e-4)  # running changes nothing
             results[side.name] = first
@@ -84,11 +97,16 @@ def test_every_comparison_can_be_asked_for() -> None:
     ("found", "message"),
     [
         (None, "betty is not installed. `pip install --no-deps .* betty-ml==0.2.1` brings it."),
-        ("0.1.1", "betty-ml must be 0.2.1, got 0.1.1: .* `pip install --no-deps .* betty-ml==0.2.1`"),
+        (
+            "0.1.1",
+            "betty-ml must be 0.2.1, got 0.1.1: .* `pip install --no-deps .* betty-ml==0.2.1`",
+        ),
         ("0.2.1", None),
     ],
 )
-def test_a_library_that_is_missing_or_too_old_is_named(monkeypatch, found: str | None, message: str | None) -> None:
+def test_a_library_that_is_missing_or_too_old_is_named(
+    monkeypatch, found: str | None, message: str | None
+) -> None:
     from contenders import sides
 
     monkeypatch.setattr(sides, "find_spec", lambda library: found)
@@ -103,7 +121,10 @@ def test_a_difference_ends_the_run() -> None:
 
     right = {"a": np.ones(3), "b": np.full(2, 1e-2)}
     bench.check_equal({"one": right, "other": {"a": np.ones(3) + 1e-6, "b": right["b"]}}, 1e-4)
-    for wrong in ({"a": np.ones(3), "b": np.full(2, 1.01e-2)}, {"a": np.ones(3) * np.nan, "b": right["b"]}):
+    for wrong in (
+        {"a": np.ones(3), "b": np.full(2, 1.01e-2)},
+        {"a": np.ones(3) * np.nan, "b": right["b"]},
+    ):
         with pytest.raises(ValueError, match=r"other and one differ in '[ab]' by .* of its norm"):
             bench.check_equal({"one": right, "other": wrong}, 1e-4)
     with pytest.raises(ValueError, match="other and one do not compute the same tensors"):
@@ -118,7 +139,9 @@ def test_a_process_runs_answers_and_says_what_went_wrong() -> None:
         assert contender.result()["readout"].shape == (1, 4)
         assert 0 < contender.seconds() < 10
         assert 0 <= contender.grown <= contender.peak
-    with pytest.raises(RuntimeError, match=r"(?s)broken failed\..*unexpected keyword argument 'nonsense'"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)broken failed\..*unexpected keyword argument 'nonsense'"
+    ):
         Contender(Side("broken", "by_hand", {"nonsense": 1}), "lstm", small("lstm"), 1)
 
 
@@ -137,7 +160,9 @@ def test_memory_that_would_not_fit_is_estimated(monkeypatch) -> None:
             pass
 
     monkeypatch.setattr(bench, "Contender", Fake)
-    found = bench.measure("lstm", Side("side", "by_hand"), small("lstm"), (10, 20, 40, 80), 1, limit=500)
+    found = bench.measure(
+        "lstm", Side("side", "by_hand"), small("lstm"), (10, 20, 40, 80), 1, limit=500
+    )
     assert [(point.steps, point.grown, point.seconds) for point in found] == [
         (10, 200, 1.5),
         (20, 300, 1.5),
@@ -149,13 +174,27 @@ def test_memory_that_would_not_fit_is_estimated(monkeypatch) -> None:
 def test_tables_go_between_the_markers_of_the_readme(tmp_path) -> None:
     from bench_report import Memory, Times, readme_with, tables, write
 
-    write(tmp_path, "lstm", 1, small("lstm"), [Times("slow", 3.0, [0.2, 0.1, 0.4]), Times("fast", 60.0, [0.05])])
-    points = [Memory("slow", 10, 10 * 2**20, 1, 1.0), Memory("slow", 20, 30 * 2**20, 1, 2.0), Memory("slow", 40, 2**31, None, None)]
+    write(
+        tmp_path,
+        "lstm",
+        1,
+        small("lstm"),
+        [Times("slow", 3.0, [0.2, 0.1, 0.4]), Times("fast", 60.0, [0.05])],
+    )
+    points = [
+        Memory("slow", 10, 10 * 2**20, 1, 1.0),
+        Memory("slow", 20, 30 * 2**20, 1, 2.0),
+        Memory("slow", 40, 2**31, None, None),
+    ]
     write(tmp_path, "lstm", 1, small("lstm"), points)
     versions = json.loads((tmp_path / "lstm-times-1.json").read_text())["versions"]
     assert {"torch", "metaopt"} <= versions.keys()
     text = tables(tmp_path)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     assert ["slow", "200 ms", "100 ms to 400 ms", "1", "3 s"] in rows
     assert ["fast", "50 ms", "50 ms to 50 ms", "4", "60 s"] in rows
     assert ["slow", "10 MiB, 1 s", "30 MiB, 2 s", "(would be 2 GiB)", "2 MiB"] in rows
@@ -172,7 +211,9 @@ def test_the_readme_has_the_place() -> None:
 
 
 def test_help_lists_the_options() -> None:
-    done = subprocess.run([sys.executable, SCRIPTS / "bench.py", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "bench.py", "--help"], capture_output=True, text=True, check=True
+    )
     assert "--write-readme" in done.stdout
 
 

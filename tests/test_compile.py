@@ -1,4 +1,6 @@
-"""`compile=True` against the eager loop: equal values, one compilation for every length, and a warning without a compiler."""
+"""`compile=True` against the eager loop: equal values, one compilation for every length, and a
+warning without a compiler.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def needs_compiler(cls: type) -> type:
     for mark in (
         pytest.mark.slow,
         pytest.mark.skipif(has_none, reason="needs a C++ compiler"),
-        pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
+        pytest.mark.filterwarnings(
+            "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+        ),
     ):
         cls = mark(cls)
     return cls
@@ -55,7 +59,9 @@ def no_recompilation() -> Iterator[Callable[[], None]]:
 def made(dropout: float = 0.0) -> Made:
     """Return a new loss function and new parameters of the same network."""
     torch.manual_seed(0)
-    net = mo.functional(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 2)))
+    net = mo.functional(
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 2))
+    )
 
     def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(net(params, batch[0]), batch[1])
@@ -70,16 +76,28 @@ def batches(steps: int) -> tuple[Tensor, Tensor]:
 
 
 def gradients(
-    optimizer: mo.Optimizer, rule: Rule, steps: int, *, compile: bool, dropout: float = 0.0, create_graph: bool = False
+    optimizer: mo.Optimizer,
+    rule: Rule,
+    steps: int,
+    *,
+    compile: bool,
+    dropout: float = 0.0,
+    create_graph: bool = False,
 ) -> list:
-    """Return the losses and the derivative of their sum with respect to all parameters, of optimizer and network."""
+    """Return the losses and the derivative of their sum with respect to all parameters, of
+    optimizer and network.
+    """
     loss_fn, params = made(dropout)
     torch.manual_seed(2)
-    out = mo.minimize(loss_fn, optimizer, params, batches(steps), differentiate=rule, compile=compile)
+    out = mo.minimize(
+        loss_fn, optimizer, params, batches(steps), differentiate=rule, compile=compile
+    )
     value = out.losses.sum() + sum(p.square().sum() for p in out.params.values())
     return [
         out.losses.detach(),
-        *torch.autograd.grad(value, [*optimizer.parameters(), *params.values()], create_graph=create_graph),
+        *torch.autograd.grad(
+            value, [*optimizer.parameters(), *params.values()], create_graph=create_graph
+        ),
     ]
 
 
@@ -102,7 +120,11 @@ class TestEquality:
     ) -> None:
         optimizer = LSTMOptimizer(hidden_size=3).double()
         for steps in (3, 7):
-            assert_equal(gradients(optimizer, rule, steps, compile=True), gradients(optimizer, rule, steps, compile=False), 1e-12)
+            assert_equal(
+                gradients(optimizer, rule, steps, compile=True),
+                gradients(optimizer, rule, steps, compile=False),
+                1e-12,
+            )
             no_recompilation()
 
     @pytest.mark.parametrize(
@@ -111,10 +133,15 @@ class TestEquality:
         ids=["momentum-contiguous", "adam-channels-last"],
     )
     def test_one_compiled_step_is_for_all(
-        self, layout: torch.memory_format, optimizer: mo.Optimizer, no_recompilation: Callable[[], None]
+        self,
+        layout: torch.memory_format,
+        optimizer: mo.Optimizer,
+        no_recompilation: Callable[[], None],
     ) -> None:
         """The first step meets parameters and a state without a graph, the later ones do not."""
-        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)).to(memory_format=layout)
+        model = nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)
+        ).to(memory_format=layout)
         net = mo.functional(model)
         x, y = torch.randn(5, 2, 4, 4).to(memory_format=layout), torch.tensor([0, 1, 1, 0, 1])
 
@@ -130,30 +157,52 @@ class TestEquality:
         gradient(True)
 
     def test_a_sum_with_a_scaled_product_of_matrices(self) -> None:
-        """Before 2.15 torch makes `addmm` of it and forgets the scale, the reason for the second way in `scaled_sum`."""
+        """Before 2.15 torch makes `addmm` of it and forgets the scale, the reason for the second
+        way in `scaled_sum`.
+        """
         x, y = torch.randn(3, 3), torch.randn(3, 3)
-        assert_equal([compiled(lambda x, y: tree.scaled_sum(x, -0.1, x @ y))(x, y)], [x - 0.1 * (x @ y)], 1e-5)
+        assert_equal(
+            [compiled(lambda x, y: tree.scaled_sum(x, -0.1, x @ y))(x, y)],
+            [x - 0.1 * (x @ y)],
+            1e-5,
+        )
         torch_s = torch.compile(lambda x, y: torch.add(x, x @ y, alpha=-0.1), fullgraph=True)
         mended = is_mended("the compiler forgets the scale of a sum with a product of matrices")
         assert_equal([torch_s(x, y)], [x + (-0.1 if mended else 1.0) * (x @ y)], 1e-5)
 
     @pytest.mark.parametrize("whole", [True, False], ids=["meta-gradient", "inner-step"])
-    def test_a_loop_over_tasks_is_compiled_once(self, whole: bool, no_recompilation: Callable[[], None]) -> None:
-        """For all tasks, for every call with other episodes, and for parameters of a module as for plain tensors."""
+    def test_a_loop_over_tasks_is_compiled_once(
+        self, whole: bool, no_recompilation: Callable[[], None]
+    ) -> None:
+        """For all tasks, for every call with other episodes, and for parameters of a module as for
+        plain tensors.
+        """
         torch.manual_seed(0)
-        net = mo.functional(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)))
+        net = mo.functional(
+            nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+        )
 
         def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
             return F.cross_entropy(net(params, batch[0]), batch[1])
 
         def task_loss(params: dict[str, Tensor], task: Episode, compile: bool = False) -> Tensor:
-            return loss_fn(mo.minimize(loss_fn, SGD(lr=0.4), params, task.support, steps=2, compile=compile).params, task.query)
+            return loss_fn(
+                mo.minimize(
+                    loss_fn, SGD(lr=0.4), params, task.support, steps=2, compile=compile
+                ).params,
+                task.query,
+            )
 
         inner = functools.partial(task_loss, compile=True)
         meta_gradient = mo.meta_grad(task_loss if whole else inner, compile=whole, chunk_size=1)
         plain = {name: param.detach().clone() for name, param in net.params.items()}
         no_recompilation()
-        for params in (net.params, net.params, plain, {name: param.clone() for name, param in net.params.items()}):
+        for params in (
+            net.params,
+            net.params,
+            plain,
+            {name: param.clone() for name, param in net.params.items()},
+        ):
             tasks = Episode(support=batches(3), query=batches(3))
             tasks = Episode(*((torch.randn_like(x), y) for x, y in tasks))
             found, losses = meta_gradient(params, tasks)
@@ -161,26 +210,43 @@ class TestEquality:
             assert_equal([*found.values()], [*expected.values()], 1e-5)
             assert losses.shape == (3,)
 
-    def test_the_lstm_step_and_its_pullback_in_float32(self, no_recompilation: Callable[[], None]) -> None:
+    def test_the_lstm_step_and_its_pullback_in_float32(
+        self, no_recompilation: Callable[[], None]
+    ) -> None:
         """Wide enough for vector instructions; once for every length too."""
         optimizer = LSTMOptimizer(hidden_size=20)
         rule = mo.FirstOrder("steps")
         for steps in (3, 5):
-            assert_equal(gradients(optimizer, rule, steps, compile=True), gradients(optimizer, rule, steps, compile=False), 1e-5)
+            assert_equal(
+                gradients(optimizer, rule, steps, compile=True),
+                gradients(optimizer, rule, steps, compile=False),
+                1e-5,
+            )
             no_recompilation()
 
     def test_adam_and_a_learned_schedule(self) -> None:
         optimizer = Adam(lr=LSTMSchedule())
         rule = mo.Backprop()
-        assert_equal(gradients(optimizer, rule, 4, compile=True), gradients(optimizer, rule, 4, compile=False), 1e-5)
+        assert_equal(
+            gradients(optimizer, rule, 4, compile=True),
+            gradients(optimizer, rule, 4, compile=False),
+            1e-5,
+        )
 
     @pytest.mark.parametrize("memory", ["steps", mo.Revolve(2)], ids=["steps", "revolve"])
-    def test_second_derivatives_through_a_compiled_loop(self, memory: object, float64: None) -> None:
+    def test_second_derivatives_through_a_compiled_loop(
+        self, memory: object, float64: None
+    ) -> None:
         optimizer = Adam(lr=nn.Parameter(torch.tensor(0.1)))
 
         def seconds(*, compile: bool) -> list[Tensor]:
             first = gradients(optimizer, mo.Backprop(memory), 4, compile=compile, create_graph=True)
-            return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first[1:]), [*optimizer.parameters()])]
+            return [
+                *first,
+                *torch.autograd.grad(
+                    sum(g.square().sum() for g in first[1:]), [*optimizer.parameters()]
+                ),
+            ]
 
         assert_equal(seconds(compile=True), seconds(compile=False), 1e-11)
 
@@ -191,7 +257,9 @@ class TestEquality:
             torch.autograd.grad(first[1], [*optimizer.parameters()])
 
     def test_a_whole_loop_is_one_graph_for_an_outer_compiler(self) -> None:
-        """With Adam and a learnable schedule, the derivative in the schedule and in the initial parameters included."""
+        """With Adam and a learnable schedule, the derivative in the schedule and in the initial
+        parameters included.
+        """
         optimizer = Adam(lr=Cosine(nn.Parameter(torch.tensor(0.1)), steps=4))
         loss_fn, params, rows = *made(), batches(4)
 
@@ -199,7 +267,9 @@ class TestEquality:
             return mo.minimize(loss_fn, optimizer, params, rows).losses.sum()
 
         learned = [*optimizer.parameters(), *params.values()]
-        found, expected = (torch.autograd.grad(f(), learned) for f in (torch.compile(value, fullgraph=True), value))
+        found, expected = (
+            torch.autograd.grad(f(), learned) for f in (torch.compile(value, fullgraph=True), value)
+        )
         assert_equal([*found], [*expected], 1e-5)
 
     def test_dropout_draws_what_it_draws_uncompiled(self) -> None:
@@ -217,14 +287,21 @@ class TestEquality:
         def task_loss(w: Tensor, shift: Tensor) -> Tensor:
             return loss_fn(mo.minimize(loss_fn, SGD(lr=0.1), w + shift, None, steps=2).params, None)
 
-        found, expected = (mo.meta_grad(task_loss, compile=c)(params, torch.stack(shifts)) for c in (True, False))
+        found, expected = (
+            mo.meta_grad(task_loss, compile=c)(params, torch.stack(shifts)) for c in (True, False)
+        )
         assert_equal(list(found), list(expected), 1e-12)
 
-    def test_without_gradients_one_step_is_compiled(self, no_recompilation: Callable[[], None]) -> None:
+    def test_without_gradients_one_step_is_compiled(
+        self, no_recompilation: Callable[[], None]
+    ) -> None:
         for steps in (2, 5):
             loss_fn, params = made()
             with torch.no_grad():
-                found, expected = [mo.minimize(loss_fn, Adam(), params, batches(steps), compile=c).losses for c in (True, False)]
+                found, expected = [
+                    mo.minimize(loss_fn, Adam(), params, batches(steps), compile=c).losses
+                    for c in (True, False)
+                ]
             assert_equal([found], [expected], 1e-5)
             no_recompilation()
 
@@ -236,13 +313,22 @@ class TestEquality:
             return params["0.weight"].sum()
 
         with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
-            mo.minimize(loss_fn, SGD(lr=0.1), params, batches(3), differentiate=mo.Backprop("steps"), compile=True)
+            mo.minimize(
+                loss_fn,
+                SGD(lr=0.1),
+                params,
+                batches(3),
+                differentiate=mo.Backprop("steps"),
+                compile=True,
+            )
 
 
 def test_what_calls_the_kernels_is_compiled_for_real_tensors_on_a_cpu() -> None:
     kinds: dict[bool, list[object]] = {native: [] for native in (True, False)}
 
-    def pretend(fn: Callable[..., Tensor], *, options: dict[str, Any], **_: object) -> Callable[..., Tensor]:
+    def pretend(
+        fn: Callable[..., Tensor], *, options: dict[str, Any], **_: object
+    ) -> Callable[..., Tensor]:
         def call(*args: Any) -> Tensor:
             kinds[options.get("cpp_wrapper", False)].append(args)
             return fn(*args)
@@ -286,4 +372,6 @@ messages = [str(w.message) for w in caught if w.category is RuntimeWarning]
 assert len(messages) == 1 and "found no compiler" in messages[0] and "g++" in messages[0], messages
 assert torch.equal(found[0], run(False).losses) and torch.equal(found[1], found[0])
 """
-    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "CXX": "/nonexistent"})
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env={**os.environ, "CXX": "/nonexistent"}
+    )

@@ -35,13 +35,34 @@ KINDS = {
     "sgd": (lambda: SGD(0.05, 0.9), lambda p: torch.optim.SGD(p, 0.05, 0.9)),
     "adam": (lambda: Adam(0.05), lambda p: torch.optim.Adam(p, 0.05)),
     "adamw": (lambda: AdamW(0.05), lambda p: torch.optim.AdamW(p, 0.05)),
-    "rmsprop": (lambda: RMSprop(0.01, momentum=0.5), lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5)),
-    "adamax": (lambda: Adamax(0.05, weight_decay=0.1), lambda p: torch.optim.Adamax(p, 0.05, weight_decay=0.1)),
-    "nadam": (lambda: NAdam(0.05, weight_decay=0.1), lambda p: torch.optim.NAdam(p, 0.05, weight_decay=0.1)),
-    "radam": (lambda: RAdam(0.05, weight_decay=0.1), lambda p: torch.optim.RAdam(p, 0.05, weight_decay=0.1)),
-    "adagrad": (lambda: Adagrad(0.05, weight_decay=0.1), lambda p: torch.optim.Adagrad(p, 0.05, weight_decay=0.1)),
-    "adadelta": (lambda: Adadelta(0.05, weight_decay=0.1), lambda p: torch.optim.Adadelta(p, 0.05, weight_decay=0.1)),
-    "asgd": (lambda: ASGD(0.05, lambd=0.3, weight_decay=0.1), lambda p: torch.optim.ASGD(p, 0.05, lambd=0.3, weight_decay=0.1)),
+    "rmsprop": (
+        lambda: RMSprop(0.01, momentum=0.5),
+        lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5),
+    ),
+    "adamax": (
+        lambda: Adamax(0.05, weight_decay=0.1),
+        lambda p: torch.optim.Adamax(p, 0.05, weight_decay=0.1),
+    ),
+    "nadam": (
+        lambda: NAdam(0.05, weight_decay=0.1),
+        lambda p: torch.optim.NAdam(p, 0.05, weight_decay=0.1),
+    ),
+    "radam": (
+        lambda: RAdam(0.05, weight_decay=0.1),
+        lambda p: torch.optim.RAdam(p, 0.05, weight_decay=0.1),
+    ),
+    "adagrad": (
+        lambda: Adagrad(0.05, weight_decay=0.1),
+        lambda p: torch.optim.Adagrad(p, 0.05, weight_decay=0.1),
+    ),
+    "adadelta": (
+        lambda: Adadelta(0.05, weight_decay=0.1),
+        lambda p: torch.optim.Adadelta(p, 0.05, weight_decay=0.1),
+    ),
+    "asgd": (
+        lambda: ASGD(0.05, lambd=0.3, weight_decay=0.1),
+        lambda p: torch.optim.ASGD(p, 0.05, lambd=0.3, weight_decay=0.1),
+    ),
     "rprop": (lambda: Rprop(0.01), lambda p: torch.optim.Rprop(p, 0.01)),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -57,7 +78,12 @@ def model_and_data() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int, scheduler: Any = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
+    scheduler: Any = None,
 ) -> list[float]:
     losses = []
     for _ in range(steps):
@@ -76,7 +102,9 @@ def train(
 SCHEDULERS = {
     "step": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 12),
-    "one-cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=12, cycle_momentum=False),
+    "one-cycle": lambda o: lr_scheduler.OneCycleLR(
+        o, max_lr=0.1, total_steps=12, cycle_momentum=False
+    ),
     "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=0.5),
     "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.8),
     "multi-step": lambda o: lr_scheduler.MultiStepLR(o, [3, 7], 0.5),
@@ -86,16 +114,21 @@ SCHEDULERS = {
     "multiplicative": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.9),
     "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3, 2),
     "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 3, cycle_momentum=False),
-    "chained": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o, 0.5, 4), lr_scheduler.ExponentialLR(o, 0.9)]),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5, 4), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
     "average": lambda o: swa_utils.SWALR(o, swa_lr=0.02, anneal_epochs=5),
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 1 / (epoch + 1)),
     "warmup": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.ExponentialLR(o, 0.9)], milestones=[4]
+        o,
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.ExponentialLR(o, 0.9)],
+        milestones=[4],
     ),
 }
 
 
-@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # torch's own SequentialLR passes it
+# torch's own SequentialLR passes it
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
 @each_kind
 @pytest.mark.parametrize("schedule", SCHEDULERS)
 def test_learning_rate_schedulers_act_as_on_torchs_own(kind: str, schedule: str) -> None:
@@ -117,14 +150,22 @@ CYCLES = {
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "adamax", "nadam", "radam", "rmsprop"])
 @pytest.mark.parametrize("cycle", CYCLES)
 def test_the_momentum_may_be_cycled(kind: str, cycle: str) -> None:
-    """A case of groups that said `beta1` where schedulers look for `betas`: OneCycleLR's default refused every Adam."""
+    """A case of groups that said `beta1` where schedulers look for `betas`: OneCycleLR's default
+    refused every Adam.
+    """
     ends = []
     for build in (KINDS[kind][0]().as_torch, KINDS[kind][1]):
         model, x, y = model_and_data()
         optimizer = build(model.parameters())
         train(model, optimizer, x, y, 12, CYCLES[cycle](optimizer))
         group = optimizer.param_groups[0]
-        ends.append(([p.detach() for p in model.parameters()], group["lr"], group.get("betas", group.get("momentum"))))
+        ends.append(
+            (
+                [p.detach() for p in model.parameters()],
+                group["lr"],
+                group.get("betas", group.get("momentum")),
+            )
+        )
     assert_close(ends[0], ends[1], 1e-12)
 
 
@@ -137,16 +178,30 @@ def test_without_momentum_there_is_nothing_to_cycle(kind: str) -> None:
 
 
 def test_every_scheduler_of_torch_is_tried() -> None:
-    names = {"LRScheduler", "Optimizer", "ReduceLROnPlateau", "CyclicLR", "OneCycleLR", "SequentialLR"}
+    names = {
+        "LRScheduler",
+        "Optimizer",
+        "ReduceLROnPlateau",
+        "CyclicLR",
+        "OneCycleLR",
+        "SequentialLR",
+    }
     public = {name for name in lr_scheduler.__all__ if name not in names}
-    tried = {type(make(SGD(0.1, 0.9).as_torch([nn.Parameter(torch.ones(1))]))).__name__ for make in SCHEDULERS.values()}
+    tried = {
+        type(make(SGD(0.1, 0.9).as_torch([nn.Parameter(torch.ones(1))]))).__name__
+        for make in SCHEDULERS.values()
+    }
     assert public <= tried
 
 
 def test_a_pair_and_its_items_are_the_same() -> None:
     weights = [nn.Parameter(torch.ones(1)) for _ in range(4)]
     optimizer = Adam(0.1, (0.8, 0.9)).as_torch(
-        [{"params": weights[0], "betas": (0.5, 0.6)}, {"params": weights[1], "beta1": 0.7}, {"params": weights[2]}]
+        [
+            {"params": weights[0], "betas": (0.5, 0.6)},
+            {"params": weights[1], "beta1": 0.7},
+            {"params": weights[2]},
+        ]
     )
     first, second, third = optimizer.param_groups
     assert (first["beta1"], first["beta2"], first["betas"]) == (0.5, 0.6, (0.5, 0.6))
@@ -173,10 +228,14 @@ def test_a_pair_and_its_items_are_the_same() -> None:
     assert Rprop(0.1, etas=(0.4, 1.3)).as_torch(weights).defaults["etas"] == (0.4, 1.3)
     assert "betas" not in Adam(0.1, (Cosine(0.9, 5), 0.9)).as_torch(weights).defaults
     with pytest.raises(
-        ValueError, match=r"A parameter group has betas=\(0.5, 0.6\) and beta1=0.4, which is one of them. Give it once"
+        ValueError,
+        match=r"A parameter group has betas=\(0.5, 0.6\) and beta1=0.4, which is one of them. Give it once",
     ):
         optimizer.add_param_group({"params": weights[3], "betas": (0.5, 0.6), "beta1": 0.4})
-    with pytest.raises(ValueError, match=r"`betas` of a parameter group must be 2 numbers \(beta1, beta2\), got 0.5"):
+    with pytest.raises(
+        ValueError,
+        match=r"`betas` of a parameter group must be 2 numbers \(beta1, beta2\), got 0.5",
+    ):
         optimizer.add_param_group({"params": weights[3], "betas": 0.5})
 
 
@@ -202,7 +261,9 @@ def test_a_group_may_say_where_a_scheduler_began() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sparse_gradients_act_as_dense_ones(kind: str) -> None:
-    """A case of an embedding with sparse=True: all but SGD failed inside of torch. torch's SGD and Adagrad take them."""
+    """A case of an embedding with sparse=True: all but SGD failed inside of torch. torch's SGD and
+    Adagrad take them.
+    """
     x = torch.tensor([[0, 2, 2], [4, 0, 2]])
     ends = []
     for sparse, build in ((True, KINDS[kind][0]().as_torch), (False, KINDS[kind][1])):
@@ -220,7 +281,13 @@ def test_torchs_own_sparse_sgd_is_equal() -> None:
     for build in (SGD(0.1, 0.9).as_torch, lambda p: torch.optim.SGD(p, 0.1, 0.9)):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(9, 1))
-        train(model, build(model.parameters()), torch.tensor([[0, 2, 2], [4, 0, 2]]), torch.ones(2, 1), 8)
+        train(
+            model,
+            build(model.parameters()),
+            torch.tensor([[0, 2, 2], [4, 0, 2]]),
+            torch.ones(2, 1),
+            8,
+        )
         ends.append([p.detach() for p in model.parameters()])
     assert_close(ends[0], ends[1], 1e-12)
 
@@ -231,7 +298,9 @@ def test_groups_have_options_of_their_own(kind: str) -> None:
     for build in (KINDS[kind][0]().as_torch, KINDS[kind][1]):
         model, x, y = model_and_data()
         decay = {} if kind == "rprop" else {"weight_decay": 0.1}
-        optimizer = build([{"params": model[0].parameters(), "lr": 0.02, **decay}, {"params": [model[2].weight]}])
+        optimizer = build(
+            [{"params": model[0].parameters(), "lr": 0.02, **decay}, {"params": [model[2].weight]}]
+        )
         train(model, optimizer, x, y, 3)
         optimizer.add_param_group({"params": model[2].bias, "lr": 0.001})
         train(model, optimizer, x, y, 3)
@@ -246,7 +315,14 @@ def test_resuming_from_a_file_is_bit_for_bit(kind: str) -> None:
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 20)
     train(model, optimizer, x, y, 5, scheduler)
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        },
+        file,
+    )
     file.seek(0)
     train(model, optimizer, x, y, 5, scheduler)
 
@@ -258,11 +334,15 @@ def test_resuming_from_a_file_is_bit_for_bit(kind: str) -> None:
     resumed_scheduler.load_state_dict(saved["scheduler"])
     resumed.load_state_dict(saved["optimizer"])
     train(again, resumed, x, y, 5, resumed_scheduler)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_float32_memory_resumes_on_a_model_of_another_dtype_as_it_was() -> None:
-    """Torch casts a state to the dtype of its parameter; ours is per group and keeps what was saved, the int64 step too."""
+    """Torch casts a state to the dtype of its parameter; ours is per group and keeps what was
+    saved, the int64 step too.
+    """
     model = nn.Linear(2, 1)
     optimizer = Adam(0.1).as_torch(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
@@ -270,7 +350,9 @@ def test_float32_memory_resumes_on_a_model_of_another_dtype_as_it_was() -> None:
     resumed = Adam(0.1).as_torch(model.parameters())
     resumed.load_state_dict(optimizer.state_dict())
     leaves = [mo.tree.leaves(o.state_dict()["state"]) for o in (optimizer, resumed)]
-    assert [(leaf.dtype, leaf.tolist()) for leaf in leaves[0]] == [(leaf.dtype, leaf.tolist()) for leaf in leaves[1]]
+    assert [(leaf.dtype, leaf.tolist()) for leaf in leaves[0]] == [
+        (leaf.dtype, leaf.tolist()) for leaf in leaves[1]
+    ]
 
 
 def test_a_loaded_state_is_a_copy() -> None:
@@ -405,7 +487,10 @@ def test_zero_grad_sets_to_none() -> None:
 
 def test_an_unknown_group_option_is_an_error() -> None:
     w = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match=r"SGD has no option \['beta1'\] for a parameter group; it has \['dampening', 'lr'"):
+    with pytest.raises(
+        ValueError,
+        match=r"SGD has no option \['beta1'\] for a parameter group; it has \['dampening', 'lr'",
+    ):
         SGD(0.1).as_torch([{"params": [w], "beta1": 0.5}])
 
 
@@ -420,12 +505,18 @@ def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing() -> None:
             SGD(0.07).as_torch(model.parameters()),
             r"saved from another optimizer: group 0 lacks \['dampening', 'momentum'\], which SGD has",
         ),
-        (Adam(0.07).as_torch([model[0].weight]), r"`state_dict\['state'\]\['group 0'\]` does not have the expected structure"),
+        (
+            Adam(0.07).as_torch([model[0].weight]),
+            r"`state_dict\['state'\]\['group 0'\]` does not have the expected structure",
+        ),
         (
             Adam(0.07).as_torch(narrow.parameters()),
             r"another model: the memory of group 0 has a tensor of shape \(4, 3\), expected \(4, 2\)",
         ),
-        (Adam(0.07).as_torch([{"params": [p]} for p in model.parameters()]), "different number of parameter groups|structure"),
+        (
+            Adam(0.07).as_torch([{"params": [p]} for p in model.parameters()]),
+            "different number of parameter groups|structure",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(state)
@@ -465,7 +556,9 @@ def test_momentum_that_starts_later_needs_memory() -> None:
         weight.grad = torch.ones(2)
         optimizer.step()
         optimizer.param_groups[0]["momentum"] = 0.9
-        with pytest.raises(ValueError, match=f"{kind.__name__}: momentum=0.9, but `state` was made without"):
+        with pytest.raises(
+            ValueError, match=f"{kind.__name__}: momentum=0.9, but `state` was made without"
+        ):
             optimizer.step()
 
 
@@ -478,4 +571,6 @@ def test_computed_and_shaped_rates_deploy() -> None:
     assert shaped.param_groups[0]["lr"] == 1.0
     lr_scheduler.StepLR(shaped, 1, gamma=0.5)
     shaped.step()
-    torch.testing.assert_close(weight.detach(), torch.tensor([-1.0, -2.0]) - torch.tensor(-1.0).exp())
+    torch.testing.assert_close(
+        weight.detach(), torch.tensor([-1.0, -2.0]) - torch.tensor(-1.0).exp()
+    )

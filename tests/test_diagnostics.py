@@ -24,10 +24,18 @@ CURVATURE = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
 
 
 def quadratic(rule: Any = CG, steps: int = 1, **options: Any) -> mo.LevelGraph:
-    """Inner 1/2 w'Hw - w'lam with H = diag(1, 2, 5), from its solution; outer 1/2 |w - 3|^2: dF/dlam = H^-1 (w - 3)."""
+    """Inner 1/2 w'Hw - w'lam with H = diag(1, 2, 5), from its solution; outer 1/2 |w - 3|^2:
+    dF/dlam = H^-1 (w - 3).
+    """
     lam = torch.tensor([1.0, -2.0, 0.5])
     outer = level("lam", lam, lambda s, _: 0.5 * (s.w() - 3).square().sum(), 1.0)
-    inner = level("w", lam / CURVATURE, lambda s, _: 0.5 * (CURVATURE * s.w() ** 2).sum() - s.w() @ s.lam(), 0.1, **options)
+    inner = level(
+        "w",
+        lam / CURVATURE,
+        lambda s, _: 0.5 * (CURVATURE * s.w() ** 2).sum() - s.w() @ s.lam(),
+        0.1,
+        **options,
+    )
     return mo.LevelGraph([mo.Edge(outer, inner, steps=steps, differentiate=rule)])
 
 
@@ -40,8 +48,12 @@ def mixed_tower() -> mo.LevelGraph:
 
 
 def test_rules_beside_the_closed_form() -> None:
-    """T1T2 takes H for 1: x = w - 3 beside H^-1 (w - 3); ten steps of Backprop give (1 - (1 - .1 H)^10) H^-1 (w - 3)."""
-    report = mo.compare_rules(quadratic(steps=10), [mo.T1T2(), mo.Backprop()], "lam", exact=CG, repeats=1)
+    """T1T2 takes H for 1: x = w - 3 beside H^-1 (w - 3); ten steps of Backprop give (1 - (1 - .1
+    H)^10) H^-1 (w - 3).
+    """
+    report = mo.compare_rules(
+        quadratic(steps=10), [mo.T1T2(), mo.Backprop()], "lam", exact=CG, repeats=1
+    )
     v = torch.tensor([1.0, -1.0, 0.1]) - 3
     exact, identity, unrolled = v / CURVATURE, v, (1 - (1 - 0.1 * CURVATURE) ** 10) * v / CURVATURE
     assert report.rules[0].relative_error == 0
@@ -49,8 +61,14 @@ def test_rules_beside_the_closed_form() -> None:
     for one, expected in zip(report.rules, (exact, identity, unrolled), strict=True):
         assert_close(one.hypergradient["value"], expected, 1e-10)
         cosine = F.cosine_similarity(expected, exact, dim=0)
-        expected_numbers = (cosine, expected.norm() / exact.norm(), (expected - exact).norm() / exact.norm())
-        assert (one.cosine, one.norm_ratio, one.relative_error) == pytest.approx([float(x) for x in expected_numbers], rel=1e-9)
+        expected_numbers = (
+            cosine,
+            expected.norm() / exact.norm(),
+            (expected - exact).norm() / exact.norm(),
+        )
+        assert (one.cosine, one.norm_ratio, one.relative_error) == pytest.approx(
+            [float(x) for x in expected_numbers], rel=1e-9
+        )
         assert 0 < one.seconds < 10
         assert one.memory > 0
     table = report.table()
@@ -61,19 +79,25 @@ def test_rules_beside_the_closed_form() -> None:
 
 @pytest.mark.parametrize("rule", [mo.Backprop(), mo.T1T2(), CG])
 def test_the_hypergradient_is_that_of_the_next_step(rule: Any) -> None:
-    """The upper level makes a step of plain SGD with rate 1; comparing changes neither state nor data."""
+    """The upper level makes a step of plain SGD with rate 1; comparing changes neither state nor
+    data.
+    """
     graph = quadratic(rule, steps=3)
     graph.step()
     before = graph.params("lam")["value"].clone()
     report = mo.compare_rules(graph, [rule], "lam", repeats=1)
     assert torch.equal(graph.params("lam")["value"], before)
     graph.step()
-    assert_close(before - graph.params("lam")["value"], report.rules[1].hypergradient["value"], 1e-14)
+    assert_close(
+        before - graph.params("lam")["value"], report.rules[1].hypergradient["value"], 1e-14
+    )
 
 
 def test_all_edges_below_the_level_get_the_rule() -> None:
     graph = mixed_tower()
-    report = mo.compare_rules(graph, [mo.Backprop(memory="steps"), mo.FirstOrder()], "v0", repeats=1)
+    report = mo.compare_rules(
+        graph, [mo.Backprop(memory="steps"), mo.FirstOrder()], "v0", repeats=1
+    )
     assert report.rules[1].relative_error < 1e-12  # the same derivative, in another order of sums
     assert report.rules[2].relative_error > 1e-3
     with pytest.raises(ValueError, match=r"`level` must have levels below it, got 'v2'"):
@@ -84,7 +108,12 @@ def test_memory_grows_with_the_graph_of_the_steps_only_where_it_is_kept() -> Non
     """Sixty steps over 20000 numbers: Backprop keeps several of 160 kB each a step, Implicit none."""
     n = 20000
     outer = level("lam", torch.ones(n), lambda s, _: s.w().square().mean())
-    inner = level("w", torch.zeros(n), lambda s, _: ((s.w() - s.lam()) ** 4).mean() + s.w().square().mean(), 1.0)
+    inner = level(
+        "w",
+        torch.zeros(n),
+        lambda s, _: ((s.w() - s.lam()) ** 4).mean() + s.w().square().mean(),
+        1.0,
+    )
     graph = mo.LevelGraph([mo.Edge(outer, inner, steps=60)])
     full, point = mo.compare_rules(graph, [mo.T1T2()], "lam", repeats=1).rules
     assert full.memory > 60 * 8 * n
@@ -96,9 +125,17 @@ def test_dropout_masks_are_those_of_the_other_rules() -> None:
         return ((F.dropout(s.w(), 0.5) - s.lam()) ** 2).sum()
 
     torch.manual_seed(0)
-    outer, inner = level("lam", torch.ones(8), lambda s, _: s.w().square().sum()), level("w", torch.ones(8), loss)
+    outer, inner = (
+        level("lam", torch.ones(8), lambda s, _: s.w().square().sum()),
+        level("w", torch.ones(8), loss),
+    )
     graph, state = mo.LevelGraph([mo.Edge(outer, inner, steps=3)]), torch.get_rng_state()
-    assert mo.compare_rules(graph, [mo.Backprop(memory="steps")], "lam", repeats=1).rules[1].relative_error < 1e-12
+    assert (
+        mo.compare_rules(graph, [mo.Backprop(memory="steps")], "lam", repeats=1)
+        .rules[1]
+        .relative_error
+        < 1e-12
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -163,24 +200,32 @@ def test_an_implicit_rule_agrees_once_the_lower_level_has_converged() -> None:
     """Slowest factor 1 - 0.1 a step: after 200 steps 7e-10 is missing."""
     mo.hypergradient_check(quadratic(CG, steps=200), "lam", tolerance=1e-6)
     with pytest.raises(
-        ValueError, match=r"(?s)level 'lam' must agree with finite differences to 1e-05, got.*relative error.*Implicit"
+        ValueError,
+        match=r"(?s)level 'lam' must agree with finite differences to 1e-05, got.*relative error.*Implicit",
     ):
         mo.hypergradient_check(quadratic(CG, steps=5), "lam")
 
 
 def test_a_biased_rule_fails_by_its_bias() -> None:
-    """T1T2 along d: <w - 3, d> beside <H^-1 (w - 3), d>; with a tolerance of None it says so without raising."""
-    check = mo.hypergradient_check(quadratic(mo.T1T2(), steps=200), "lam", tolerance=None, directions=50)
+    """T1T2 along d: <w - 3, d> beside <H^-1 (w - 3), d>; with a tolerance of None it says so
+    without raising.
+    """
+    check = mo.hypergradient_check(
+        quadratic(mo.T1T2(), steps=200), "lam", tolerance=None, directions=50
+    )
     exact = mo.hypergradient_check(quadratic(CG, steps=200), "lam", directions=50)
     assert check.differences == exact.differences
     v = torch.tensor([1.0, -1.0, 0.1]) - 3
     for slopes, expected in ((check.slopes, v), (exact.slopes, v / CURVATURE)):
         mean_square = torch.tensor(slopes).square().mean()
-        assert_close(mean_square, expected.square().mean(), 0.5)  # 50 draws of something with relative variance 4/5: 3 sigma
+        # 50 draws of something with relative variance 4/5: 3 sigma
+        assert_close(mean_square, expected.square().mean(), 0.5)
     assert max(check.relative_errors) > 0.1
 
 
-def test_levels_in_float32_with_modules_data_dropout_and_frozen_parameters_are_checked_in_float64() -> None:
+def test_levels_in_float32_with_modules_data_dropout_and_frozen_parameters_are_checked_in_float64() -> (
+    None
+):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 1)).float()
     model[0].bias.requires_grad_(False)
@@ -201,7 +246,8 @@ def test_levels_in_float32_with_modules_data_dropout_and_frozen_parameters_are_c
     graph, state = mo.LevelGraph([mo.Edge(upper, lower)]), torch.get_rng_state()
     graph.step()
     state = torch.get_rng_state()
-    mo.hypergradient_check(graph, "weights", tolerance=1e-6)  # one step, so that `detach` changes nothing
+    # one step, so that `detach` changes nothing
+    mo.hypergradient_check(graph, "weights", tolerance=1e-6)
     assert torch.equal(torch.get_rng_state(), state)
     assert {param.dtype for param in graph.params("weights").values()} == {torch.float32}
     assert model[3].weight.dtype == weights[0].weight.dtype == torch.float32
@@ -225,19 +271,25 @@ def test_silly_checks(options: dict, message: str) -> None:
 
 
 def test_smoothness_of_known_functions() -> None:
-    """theta = z goes on: 1. theta = (z - h)^2 comes back with no distance but in the second entry, which goes on. A zigzag: -1."""
+    """theta = z goes on: 1. theta = (z - h)^2 comes back with no distance but in the second entry,
+    which goes on. A zigzag: -1.
+    """
     z, v = {"z": torch.zeros(3)}, {"z": torch.ones(3)}
     assert mo.metasmoothness(lambda z: 2 * z["z"], z, v, 0.1) == 1
     bent = mo.metasmoothness(lambda z: [(z["z"] - 0.1) ** 2, z["z"]], z, v, 0.1)
     assert bent == pytest.approx(1, abs=1e-12)
 
     def zigzag(z: Any) -> Tensor:
-        """0, 3, 2 in the first entry: d = 2, signs opposite; 0, 1, 2 in the others: d = 2 each. S = (-2 + 2 + 2) / 6."""
+        """0, 3, 2 in the first entry: d = 2, signs opposite; 0, 1, 2 in the others: d = 2 each. S =
+        (-2 + 2 + 2) / 6.
+        """
         t = (z["z"] * 10).round()
         return torch.where(torch.arange(3) == 0, torch.where(t == 1, 3.0, t), t)
 
     assert mo.metasmoothness(zigzag, z, v, 0.1) == pytest.approx(1 / 3)
-    back = mo.metasmoothness(lambda z: torch.where(z["z"] > 0.15, 1.0, torch.where(z["z"] > 0.05, 3.0, 0.0)), z, v, 0.1)
+    back = mo.metasmoothness(
+        lambda z: torch.where(z["z"] > 0.15, 1.0, torch.where(z["z"] > 0.05, 3.0, 0.0)), z, v, 0.1
+    )
     assert back == -1
 
 

@@ -1,4 +1,6 @@
-"""Snapshots on disk: a loop that is killed goes on where it was, and gives the same gradient bit for bit."""
+"""Snapshots on disk: a loop that is killed goes on where it was, and gives the same gradient bit
+for bit.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,15 @@ class Killed(BaseException):
 
 
 class Run:
-    """One program: a loop with dropout, Adam and a gradient for everything, whose loss can end it at any call."""
+    """One program: a loop with dropout, Adam and a gradient for everything, whose loss can end it
+    at any call.
+    """
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(5)
         draw = lambda *shape: torch.randn(*shape, generator=generator)
-        self.params = {"w": draw(3, 2).T.requires_grad_(), "b": draw(2, 1).requires_grad_()}  # a transposed layout
+        # a transposed layout
+        self.params = {"w": draw(3, 2).T.requires_grad_(), "b": draw(2, 1).requires_grad_()}
         self.meta, self.lr = torch.tensor(-0.5, requires_grad=True), nn.Parameter(torch.tensor(0.1))
         self.x = draw(STEPS, 3, 5).requires_grad_()
         self.calls = 0
@@ -55,15 +60,29 @@ class Run:
         def loss(params: dict[str, Tensor], x: Tensor, meta: Tensor) -> Tensor:
             self.calls += 1
             at_call(self.calls)
-            return (F.dropout(params["w"] @ x, 0.3) + params["b"]).square().mean() * meta.exp() * factor
+            return (
+                (F.dropout(params["w"] @ x, 0.3) + params["b"]).square().mean()
+                * meta.exp()
+                * factor
+            )
 
         torch.manual_seed(changes.get("seed", 3))
         rule = mo.Backprop(memory=mo.Revolve(snapshots, store="disk", directory=directory))
-        batches = iter(self.x) if changes.get("streamed") else self.x[: changes.get("steps", STEPS)] * changes.get("scale", 1.0)
-        out = mo.minimize(loss, Adam(self.lr), self.params, batches, meta=self.meta, differentiate=rule)
+        batches = (
+            iter(self.x)
+            if changes.get("streamed")
+            else self.x[: changes.get("steps", STEPS)] * changes.get("scale", 1.0)
+        )
+        out = mo.minimize(
+            loss, Adam(self.lr), self.params, batches, meta=self.meta, differentiate=rule
+        )
         value = out.losses.sum() + sum(p.sin().sum() for p in out.params.values())
         inputs = [*self.params.values(), self.meta, self.lr, self.x][: changes.get("inputs", 5)]
-        return [value, torch.rand(2), *torch.autograd.grad(value * changes.get("weight", 1.0), inputs)]
+        return [
+            value,
+            torch.rand(2),
+            *torch.autograd.grad(value * changes.get("weight", 1.0), inputs),
+        ]
 
 
 def at(call: int) -> Callable[[int], None]:
@@ -75,7 +94,9 @@ def at(call: int) -> Callable[[int], None]:
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for a, b in zip(one, other, strict=True)
+    )
 
 
 @pytest.fixture
@@ -97,15 +118,28 @@ def test_equals_snapshots_in_memory(tmp_path: Path, snapshots: int, streamed: bo
         def loss(params: dict[str, Tensor], x: Tensor, meta: Tensor) -> Tensor:
             return (F.dropout(params["w"] @ x, 0.3) + params["b"]).square().mean() * meta.exp()
 
-        out = mo.minimize(loss, Adam(run.lr), run.params, run.x, meta=run.meta, differentiate=mo.Backprop(memory=memory))
+        out = mo.minimize(
+            loss,
+            Adam(run.lr),
+            run.params,
+            run.x,
+            meta=run.meta,
+            differentiate=mo.Backprop(memory=memory),
+        )
         value = out.losses.sum() + sum(p.sin().sum() for p in out.params.values())
-        return [value, torch.rand(2), *torch.autograd.grad(value, [*run.params.values(), run.meta, run.lr, run.x])]
+        return [
+            value,
+            torch.rand(2),
+            *torch.autograd.grad(value, [*run.params.values(), run.meta, run.lr, run.x]),
+        ]
 
     torch.testing.assert_close(found, gradients("full"), rtol=1e-12, atol=1e-14)
 
 
 def test_a_run_that_ends_at_any_call_goes_on_there(tmp_path: Path, unkilled: list[Tensor]) -> None:
-    """All calls of the loss, forward and backward; each time a fresh program goes on, and ends once more three calls later."""
+    """All calls of the loss, forward and backward; each time a fresh program goes on, and ends once
+    more three calls later.
+    """
     run = Run()
     run(tmp_path)
     total = run.calls
@@ -117,19 +151,23 @@ def test_a_run_that_ends_at_any_call_goes_on_there(tmp_path: Path, unkilled: lis
             Run()(directory, at_call=at(call))
         run = Run()
         try:
-            found = run(directory, at_call=at(4))  # the search for closures, the first step again, one more
+            # the search for closures, the first step again, one more
+            found = run(directory, at_call=at(4))
         except Killed:
             run = Run()
             found = run(directory)
         assert same(found, unkilled), call
         assert list(directory.iterdir()) == []
-        # What lies before the last snapshot is not run again; backward at most one gap of the schedule is.
+        # What lies before the last snapshot is not run again; backward at most one gap of the
+        # schedule is.
         assert run.calls <= 2 + total - call + STEPS
     assert run.calls < 8
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_within_any_write_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_ends_within_any_write_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fsync, replace = os.fsync, Path.replace
     writes, end = 0, 0
 
@@ -148,7 +186,8 @@ def test_a_run_that_ends_within_any_write_goes_on(tmp_path: Path, monkeypatch: p
         patch.setattr(Path, "replace", counted(replace))
         unkilled = Run()(tmp_path, steps=4)
         total = writes
-        assert total > 3 * 12  # a state at each of 4 times, its steps, and rows and cotangents on the way back
+        # a state at each of 4 times, its steps, and rows and cotangents on the way back
+        assert total > 3 * 12
         for end in range(1, total + 1):
             directory = tmp_path / str(end)
             directory.mkdir()
@@ -175,7 +214,9 @@ print("the same bits")
 
 
 def test_sigkill(tmp_path: Path) -> None:
-    """Processes that kill themselves, one on the way forward and one half-way back; a third one ends what they began."""
+    """Processes that kill themselves, one on the way forward and one half-way back; a third one
+    ends what they began.
+    """
 
     def process(call: int) -> subprocess.CompletedProcess:
         here = Path(__file__).parent
@@ -195,7 +236,12 @@ def interrupted(directory: Path) -> None:
     """Leave what a program that is killed on the way back leaves."""
     with pytest.raises(Killed):
         Run()(directory, at_call=at(1 + STEPS + 6))
-    assert {path.stem.split("-")[0] for path in directory.iterdir()} == {"state", "steps", "pulled", "row"}
+    assert {path.stem.split("-")[0] for path in directory.iterdir()} == {
+        "state",
+        "steps",
+        "pulled",
+        "row",
+    }
 
 
 def cut(content: bytes) -> bytes:
@@ -206,8 +252,12 @@ def flip(content: bytes) -> bytes:
     return content[:-3] + bytes([content[-3] ^ 4]) + content[-2:]
 
 
-@pytest.mark.parametrize("damage", [cut, flip, lambda content: b""], ids=["truncated", "one bit", "empty"])
-def test_a_damaged_file_is_named_and_can_be_deleted(tmp_path: Path, unkilled: list[Tensor], damage: Any) -> None:
+@pytest.mark.parametrize(
+    "damage", [cut, flip, lambda content: b""], ids=["truncated", "one bit", "empty"]
+)
+def test_a_damaged_file_is_named_and_can_be_deleted(
+    tmp_path: Path, unkilled: list[Tensor], damage: Any
+) -> None:
     (tmp_path / "whole").mkdir()
     interrupted(tmp_path / "whole")
     for name in sorted(path.name for path in (tmp_path / "whole").iterdir()):
@@ -216,7 +266,10 @@ def test_a_damaged_file_is_named_and_can_be_deleted(tmp_path: Path, unkilled: li
         path = directory / name
         content = damage(path.read_bytes())
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{path} must be as it was written, got a damaged file: .* Delete it and run"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{path} must be as it was written, got a damaged file: .* Delete it and run",
+        ):
             Run()(directory)
         assert path.read_bytes() == content
         path.unlink()
@@ -235,7 +288,9 @@ def test_any_file_may_be_missing(tmp_path: Path, unkilled: list[Tensor], name: s
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
 @pytest.mark.parametrize("call", [3, STEPS + 6], ids=["forward", "backward"])
 def test_a_full_disk_loses_nothing(tmp_path: Path, unkilled: list[Tensor], call: int) -> None:
-    """ENOSPC of the system: the file that would be written next is a link to /dev/full, where every write fails."""
+    """ENOSPC of the system: the file that would be written next is a link to /dev/full, where every
+    write fails.
+    """
 
     def fill(now: int) -> None:
         if now == call:
@@ -252,7 +307,9 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, unkilled: list[Tensor], call:
 
 def test_a_directory_that_is_missing_or_vanishes(tmp_path: Path, unkilled: list[Tensor]) -> None:
     directory = tmp_path / "snapshots"
-    with pytest.raises(FileNotFoundError, match=rf"`directory` must exist, got '{directory}'.*mkdir -p {directory}"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"`directory` must exist, got '{directory}'.*mkdir -p {directory}"
+    ):
         Run()(directory)
     directory.mkdir()
     with pytest.raises(FileNotFoundError, match=r"The directory is gone: make it again"):
@@ -269,8 +326,15 @@ def test_a_directory_that_is_missing_or_vanishes(tmp_path: Path, unkilled: list[
         ({"scale": 2.0}, "inputs .* instead of"),
         ({"factor": 2.0}, "first step .* instead of"),
         ({"seed": 4}, "first step .* instead of"),
-        ({"weight": 2.0}, "The backward pass must be the one that was interrupted, got other cotangents"),
-        ({"inputs": 3}, "The backward pass must be the one that was interrupted, got .* other tensors that require grad"),
+        (
+            {"weight": 2.0},
+            "The backward pass must be the one that was interrupted, got other cotangents",
+        ),
+        (
+            {"inputs": 3},
+            "The backward pass must be the one that was interrupted, got .* other tensors that "
+            "require grad",
+        ),
     ],
     ids=str,
 )
@@ -314,7 +378,9 @@ def test_first_derivatives_by_transforms(tmp_path: Path) -> None:
     full, disk = parabola(tmp_path, "full"), parabola(tmp_path)
     torch.testing.assert_close(grad(disk)(meta), grad(full)(meta), rtol=1e-13, atol=0)
     tasks = torch.arange(3.0)
-    found, losses = (mo.meta_grad(lambda p, t, f=f: f(p * t), chunk_size=1)(meta, tasks)[0] for f in (disk, full))
+    found, losses = (
+        mo.meta_grad(lambda p, t, f=f: f(p * t), chunk_size=1)(meta, tasks)[0] for f in (disk, full)
+    )
     torch.testing.assert_close(found, losses, rtol=1e-13, atol=0)
     assert list(tmp_path.iterdir()) == []
 
@@ -332,7 +398,9 @@ def test_an_interrupted_transform_goes_on(tmp_path: Path) -> None:
             return ((w - meta) ** 4).sum()
 
         rule = mo.Backprop(memory=memory)
-        return mo.minimize(loss, SGD(0.01), torch.ones(2), None, steps=6, meta=meta, differentiate=rule).losses.sum()
+        return mo.minimize(
+            loss, SGD(0.01), torch.ones(2), None, steps=6, meta=meta, differentiate=rule
+        ).losses.sum()
 
     memory = mo.Revolve(2, store="disk", directory=tmp_path)
     with pytest.raises(Killed):
@@ -349,10 +417,15 @@ def test_an_interrupted_transform_goes_on(tmp_path: Path) -> None:
     [
         (lambda f: grad(grad(f))(torch.tensor(0.3)), "has first derivatives only"),
         (
-            lambda f: torch.autograd.grad(f(m := torch.tensor(0.3, requires_grad=True)), m, create_graph=True),
+            lambda f: torch.autograd.grad(
+                f(m := torch.tensor(0.3, requires_grad=True)), m, create_graph=True
+            ),
             "has first derivatives only",
         ),
-        (lambda f: torch.autograd.grad(grad(f)(m := torch.tensor(0.3, requires_grad=True)), m), "has first derivatives only"),
+        (
+            lambda f: torch.autograd.grad(grad(f)(m := torch.tensor(0.3, requires_grad=True)), m),
+            "has first derivatives only",
+        ),
         (lambda f: vmap(grad(f))(torch.ones(2)), "cannot run under `vmap`"),
         (lambda f: jacrev(lambda m: f(m).expand(2))(torch.tensor(0.3)), "cannot run under `vmap`"),
     ],
@@ -365,7 +438,10 @@ def test_derivatives_that_disk_has_not(tmp_path: Path, derivative: Any, message:
 def test_a_directory_serves_one_loop_at_a_time(tmp_path: Path) -> None:
     meta = torch.tensor(0.3, requires_grad=True)
     first = parabola(tmp_path)(meta)
-    with pytest.raises(ValueError, match=r"must serve one loop at a time, got .* a loop that waits for its backward pass"):
+    with pytest.raises(
+        ValueError,
+        match=r"must serve one loop at a time, got .* a loop that waits for its backward pass",
+    ):
         parabola(tmp_path)(meta)
     (expected,) = torch.autograd.grad(first, meta, retain_graph=True)
     with pytest.raises(ValueError, match="can be reversed once, got a second backward pass"):
@@ -377,7 +453,12 @@ def test_a_directory_serves_one_loop_at_a_time(tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_ours_stay(tmp_path: Path) -> None:
-    for name in ("notes.txt", "notes.partial", "weights.safetensors", "state-of-affairs.safetensors"):
+    for name in (
+        "notes.txt",
+        "notes.partial",
+        "weights.safetensors",
+        "state-of-affairs.safetensors",
+    ):
         (tmp_path / name).write_text("mine")
     grad(parabola(tmp_path))(torch.tensor(0.3))
     assert len(list(tmp_path.iterdir())) == 4
@@ -403,7 +484,10 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_states_on_disk_need_no_memory() -> None:
-    """50 states of 2 MB, none of which has to be computed again; "steps" needs 100,000 KiB for them."""
+    """50 states of 2 MB, none of which has to be computed again;
+
+    "steps" needs 100,000 KiB for them.
+    """
     assert printed(MEMORY_PROGRAM, 50) < 20_000
 
 
@@ -415,7 +499,9 @@ def test_without_gradients_nothing_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_any_kind_of_tensor(tmp_path: Path) -> None:
-    """One tensor twice, a view, an expanded one, integers, bfloat16, booleans, complex and empty ones in the carry."""
+    """One tensor twice, a view, an expanded one, integers, bfloat16, booleans, complex and empty
+    ones in the carry.
+    """
     a = torch.tensor(0.7, requires_grad=True)
     w, scale = torch.randn(4, 3), torch.randn(5, dtype=torch.complex128)
     carry = (
@@ -436,13 +522,23 @@ def test_any_kind_of_tensor(tmp_path: Path) -> None:
             ended.pop()
             raise Killed
         after = torch.sin(a * one) + z.real.sum() * 0.1
-        return (after, after, view * a, (wide[0] * a).expand(2), count + 1, half * 0.5 + a.bfloat16(), ~flag, z * a * 1j, empty), (
-            two.sum() + view.sum() + wide.sum() + half.sum() * count
-        )
+        return (
+            after,
+            after,
+            view * a,
+            (wide[0] * a).expand(2),
+            count + 1,
+            half * 0.5 + a.bfloat16(),
+            ~flag,
+            z * a * 1j,
+            empty,
+        ), (two.sum() + view.sum() + wide.sum() + half.sum() * count)
 
     def gradient(memory: Any) -> Tensor:
         last, outs = scan(step, a, carry, (), 7, memory)
-        value = outs.sum() + sum(x.abs().sum() for x in last if x.is_floating_point() or x.is_complex())
+        value = outs.sum() + sum(
+            x.abs().sum() for x in last if x.is_floating_point() or x.is_complex()
+        )
         return torch.autograd.grad(value, a)[0]
 
     ended: list[int] = []
@@ -457,7 +553,16 @@ def test_any_kind_of_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.complex128]
+    "dtype",
+    [
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int8,
+        torch.bool,
+        torch.complex64,
+        torch.complex128,
+    ],
 )
 def test_files_give_back_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {
@@ -469,7 +574,9 @@ def test_files_give_back_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     found, facts = tensor_file.read(tmp_path / "x.safetensors", "")
     assert facts == {"name": "value"}
     assert tensor_file.digest(found.items()) == tensor_file.digest(tensors.items())
-    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == dtype for name in tensors)
+    assert all(
+        torch.equal(found[name], tensors[name]) and found[name].dtype == dtype for name in tensors
+    )
 
 
 def test_a_file_without_a_checksum(tmp_path: Path) -> None:
@@ -477,7 +584,8 @@ def test_a_file_without_a_checksum(tmp_path: Path) -> None:
 
     save_file({"0": torch.zeros(2)}, tmp_path / "state-00000003.safetensors")
     with pytest.raises(
-        ValueError, match=r"state-00000003.safetensors must be as it was written, got a damaged file: it has no checksum"
+        ValueError,
+        match=r"state-00000003.safetensors must be as it was written, got a damaged file: it has no checksum",
     ):
         parabola(tmp_path)(torch.tensor(0.3, requires_grad=True))
 
@@ -491,14 +599,26 @@ def batches() -> Iterator[Tensor]:
 def test_a_stream_that_writes_over_its_batches(tmp_path: Path) -> None:
     rule = mo.Backprop(memory=mo.Revolve(2, store="disk", directory=tmp_path))
     with pytest.raises(ValueError, match="must not change a batch after yielding it"):
-        mo.minimize(lambda w, b: (w - b).square().sum(), SGD(0.1), torch.ones(2, requires_grad=True), batches(), differentiate=rule)
+        mo.minimize(
+            lambda w, b: (w - b).square().sum(),
+            SGD(0.1),
+            torch.ones(2, requires_grad=True),
+            batches(),
+            differentiate=rule,
+        )
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: mo.Revolve(3, store="disk"), '`directory` must be a path for store="disk".* got None'),
-        (lambda: mo.Revolve(3, directory="x"), "`directory` must be a path .* got 'x' for store='device'"),
+        (
+            lambda: mo.Revolve(3, store="disk"),
+            '`directory` must be a path for store="disk".* got None',
+        ),
+        (
+            lambda: mo.Revolve(3, directory="x"),
+            "`directory` must be a path .* got 'x' for store='device'",
+        ),
         (lambda: mo.Revolve(3, store="disk", directory=3), "`directory` must be a path .* got 3"),  # type: ignore[arg-type]
     ],
 )

@@ -96,7 +96,8 @@ def test_complex_parameters_move_as_with_torch_optim(name: str) -> None:
         energy(twin, x).backward()
         optimizer.step()
     found = mo.minimize(energy, ours(), params, xs).params
-    assert_close(found, {key: p.detach() for key, p in twin.items()}, 1e-12)  # 50 steps of rounding 1e-16, amplified some 1e2
+    # 50 steps of rounding 1e-16, amplified some 1e2
+    assert_close(found, {key: p.detach() for key, p in twin.items()}, 1e-12)
     deployed = {key: nn.Parameter(p.clone()) for key, p in params.items()}
     live = ours().as_torch(list(deployed.values()))
     for x in xs:
@@ -106,16 +107,26 @@ def test_complex_parameters_move_as_with_torch_optim(name: str) -> None:
     assert_close({key: p.detach() for key, p in deployed.items()}, found, 1e-12)
 
 
-@pytest.mark.parametrize("make", [LSTMOptimizer, MLPOptimizer, lambda: Lion(0.01)], ids=["lstm", "mlp", "lion"])
+@pytest.mark.parametrize(
+    "make", [LSTMOptimizer, MLPOptimizer, lambda: Lion(0.01)], ids=["lstm", "mlp", "lion"]
+)
 def test_the_others_see_a_complex_number_as_two(make: Callable[[], mo.Optimizer]) -> None:
     optimizer, params = make(), start(torch.complex64)
     grads = tree.map(torch.randn_like, params)
     updates, state = optimizer(grads, optimizer.init(params), params, loss=torch.ones(()))
     real_params, real_grads = (tree.map(tree.as_real, t) for t in (params, grads))
-    expected, after = optimizer(real_grads, optimizer.init(real_params), real_params, loss=torch.ones(()))
-    assert_close(tree.map(lambda u: tree.as_real(u).detach(), updates), tree.map(torch.Tensor.detach, expected), 1e-6)
+    expected, after = optimizer(
+        real_grads, optimizer.init(real_params), real_params, loss=torch.ones(())
+    )
+    assert_close(
+        tree.map(lambda u: tree.as_real(u).detach(), updates),
+        tree.map(torch.Tensor.detach, expected),
+        1e-6,
+    )
     assert tree.flatten(state)[1] == tree.flatten(after)[1]
-    assert {key: u.dtype for key, u in updates.items()} == {key: p.dtype for key, p in params.items()}
+    assert {key: u.dtype for key, u in updates.items()} == {
+        key: p.dtype for key, p in params.items()
+    }
 
 
 def test_clipping_bounds_the_parts_and_the_modulus() -> None:
@@ -142,14 +153,20 @@ def test_func_grad_has_the_convention_of_autograd() -> None:
     expected = torch.autograd.grad(energy(leaves, x), list(leaves.values()))
     assert_close(list(found.values()), list(expected), 1e-14)
     real = {key: tree.as_real(p) for key, p in params.items()}
-    parts = grad(lambda q: energy({k: tree.as_complex(v) if k != "real" else v for k, v in q.items()}, x))(real)
+    parts = grad(
+        lambda q: energy({k: tree.as_complex(v) if k != "real" else v for k, v in q.items()}, x)
+    )(real)
     assert_close(tree.map(tree.as_real, found), parts, 1e-14)
 
 
 @each_rule
 def test_meta_gradients_of_complex_parameters(rule: str) -> None:
     """Against the same loop over real and imaginary parts, written out."""
-    params, xs, lr = start(), torch.randn(5, 4, 3, dtype=torch.complex128), torch.tensor(0.03, dtype=torch.float64)
+    params, xs, lr = (
+        start(),
+        torch.randn(5, 4, 3, dtype=torch.complex128),
+        torch.tensor(0.03, dtype=torch.float64),
+    )
     kinds = {key: p.is_complex() for key, p in params.items()}
 
     def whole(parts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -163,7 +180,13 @@ def test_meta_gradients_of_complex_parameters(rule: str) -> None:
         velocity = {key: torch.zeros_like(p) for key, p in parts.items()}
         for t, x in enumerate(xs):
             loss = energy(whole(parts), x)
-            g = dict(zip(parts, torch.autograd.grad(loss, list(parts.values()), create_graph=True), strict=True))
+            g = dict(
+                zip(
+                    parts,
+                    torch.autograd.grad(loss, list(parts.values()), create_graph=True),
+                    strict=True,
+                )
+            )
             if rule == "first-order":
                 g = {key: value.detach() for key, value in g.items()}
             velocity = {key: 0.5 * v + g[key] for key, v in velocity.items()} if t else g
@@ -188,13 +211,26 @@ def test_complex_meta_gradients_are_batched_over_tasks(memory: Any) -> None:
 
     def task_loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
         rule = mo.Backprop(memory)
-        return energy(mo.minimize(energy, Adam(0.05, eps_root=1e-3), params, x, steps=3, differentiate=rule).params, x)
+        return energy(
+            mo.minimize(
+                energy, Adam(0.05, eps_root=1e-3), params, x, steps=3, differentiate=rule
+            ).params,
+            x,
+        )
 
     batched, loop = (mo.meta_grad(task_loss, chunk_size=size)(params, tasks) for size in (None, 1))
     assert_close(batched, loop, 1e-12)
     h, v = 1e-6, tree.map(torch.randn_like, params)
-    ends = [mo.meta_grad(task_loss)(tree.map(lambda p, v, s=s: p + s * h * v, params, v), tasks)[1].mean() for s in (1, -1)]
-    slope = sum((tree.as_real(g) * tree.as_real(d)).sum() for g, d in zip(batched[0].values(), v.values(), strict=True))
+    ends = [
+        mo.meta_grad(task_loss)(tree.map(lambda p, v, s=s: p + s * h * v, params, v), tasks)[
+            1
+        ].mean()
+        for s in (1, -1)
+    ]
+    slope = sum(
+        (tree.as_real(g) * tree.as_real(d)).sum()
+        for g, d in zip(batched[0].values(), v.values(), strict=True)
+    )
     assert_close(slope, (ends[0] - ends[1]) / (2 * h), 1e-7)
 
 
@@ -207,7 +243,11 @@ def mixed_loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 @each_rule
-@pytest.mark.parametrize("make", [lambda lr: SGD(lr, 0.9), lambda lr: Adam(lr), lambda lr: AdamW(lr)], ids=["sgd", "adam", "adamw"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda lr: SGD(lr, 0.9), lambda lr: Adam(lr), lambda lr: AdamW(lr)],
+    ids=["sgd", "adam", "adamw"],
+)
 def test_every_leaf_keeps_its_own_dtype(make: Callable[[Any], mo.Optimizer], rule: str) -> None:
     x = torch.randn(4, 3, dtype=torch.float64)
     exact = {"a": torch.randn(3, 2), "b": torch.randn(2), "c": torch.randn(2)}
@@ -243,9 +283,15 @@ class First(nn.Module):
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "layer-norm": lambda: nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4)),
-    "batch-norm": lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 4)),
-    "convolution": lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4)),
+    "layer-norm": lambda: nn.Sequential(
+        nn.Linear(4, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4)
+    ),
+    "batch-norm": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 4)
+    ),
+    "convolution": lambda: nn.Sequential(
+        nn.Conv1d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4)
+    ),
     "lstm": lambda: nn.Sequential(nn.Linear(4, 4), First(nn.LSTM(4, 4, batch_first=True))),
     "attention": lambda: First(nn.MultiheadAttention(4, 2, batch_first=True), times=3),
     "transformer": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
@@ -256,7 +302,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("chunk_size", [None, 1])
 @pytest.mark.parametrize("rule", ["full", "steps", "revolve"])
 @pytest.mark.parametrize("name", MODELS)
-def test_autocast_inside_the_loss_with_float32_state(name: str, rule: str, chunk_size: int | None) -> None:
+def test_autocast_inside_the_loss_with_float32_state(
+    name: str, rule: str, chunk_size: int | None
+) -> None:
     net, tasks = mo.functional(MODELS[name]()), torch.randn(3, 2, 5, 3, 4)
 
     def gradient(autocast: bool) -> tuple[dict[str, Tensor], list[torch.dtype]]:
@@ -269,7 +317,9 @@ def test_autocast_inside_the_loss_with_float32_state(name: str, rule: str, chunk
             return (y.float() - 1).square().mean()
 
         def task_loss(params: dict[str, Tensor], task: Tensor) -> Tensor:
-            out = mo.minimize(loss_fn, SGD(0.1), params, task[0], steps=3, differentiate=RULES[rule])
+            out = mo.minimize(
+                loss_fn, SGD(0.1), params, task[0], steps=3, differentiate=RULES[rule]
+            )
             return loss_fn(out.params, task[1])
 
         return mo.meta_grad(task_loss, chunk_size=chunk_size)(net.params, tasks)[0], dtypes

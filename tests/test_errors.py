@@ -56,13 +56,25 @@ def closures() -> dict[str, tuple[Callable[..., Tensor], str]]:
         "local": (lambda w, _: (w * gain).sum(), r"`gain` \(shape \(2,\)\)"),
         "computed": (lambda w, _: (w * product).sum(), r"`product` \(shape \(2,\)\)"),
         "two-deep": (two_deep, r"`gain` \(shape \(2,\)\)"),
-        "container": (lambda w, _: (w * table["a"][1]).sum(), r"`table\['a'\]\[1\]` \(shape \(2,\)\)"),
+        "container": (
+            lambda w, _: (w * table["a"][1]).sum(),
+            r"`table\['a'\]\[1\]` \(shape \(2,\)\)",
+        ),
         "global": (uses_a_global, r"`GLOBAL` \(shape \(\)\)"),
         "method": (holder.loss, r"`self.inner.gain` \(shape \(\)\)"),
         "object": (holder, r"`inner.gain` \(shape \(\)\)"),
-        "attribute": (lambda w, _: (w * holder.inner.gain).sum(), r"`holder.inner.gain` \(shape \(\)\)"),
-        "partial": (functools.partial(lambda g, w, _: (w * g).sum(), gain), r"`0` \(shape \(2,\)\)"),
-        "keyword": (functools.partial(lambda w, _, g: (w * g).sum(), g=gain), r"`g` \(shape \(2,\)\)"),
+        "attribute": (
+            lambda w, _: (w * holder.inner.gain).sum(),
+            r"`holder.inner.gain` \(shape \(\)\)",
+        ),
+        "partial": (
+            functools.partial(lambda g, w, _: (w * g).sum(), gain),
+            r"`0` \(shape \(2,\)\)",
+        ),
+        "keyword": (
+            functools.partial(lambda w, _, g: (w * g).sum(), g=gain),
+            r"`g` \(shape \(2,\)\)",
+        ),
         "module": (lambda w, _: model(w).sum(), r"`model.weight` \(shape \(1, 2\)\)"),
     }
 
@@ -79,7 +91,9 @@ def test_a_tensor_reached_through_the_closure_is_named(kind: str, rule: Any) -> 
         mo.minimize(loss, SGD(0.1), torch.ones(2), None, steps=2, differentiate=rule)
 
 
-OUTER: dict[str, tuple[Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]], tuple[int, ...]]] = {
+OUTER: dict[
+    str, tuple[Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]], tuple[int, ...]]
+] = {
     "grad": (grad, ()),
     "vmap-grad": (lambda f: vmap(grad(f)), (3,)),
     "grad-vmap": (lambda f: grad(lambda x: vmap(f)(x).sum()), (3,)),
@@ -90,12 +104,25 @@ OUTER: dict[str, tuple[Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor],
 
 @pytest.mark.parametrize("transform", OUTER)
 @each_rule
-def test_a_tensor_that_an_outer_transform_differentiates_is_named(rule: Any, transform: str) -> None:
+def test_a_tensor_that_an_outer_transform_differentiates_is_named(
+    rule: Any, transform: str
+) -> None:
     def value(gain: Tensor) -> Tensor:
-        return square(mo.minimize(lambda w, _: (w * gain).sum(), SGD(0.1), torch.ones(2), None, steps=2, differentiate=rule).params)
+        return square(
+            mo.minimize(
+                lambda w, _: (w * gain).sum(),
+                SGD(0.1),
+                torch.ones(2),
+                None,
+                steps=2,
+                differentiate=rule,
+            ).params
+        )
 
     outer, shape = OUTER[transform]
-    with pytest.raises(ValueError, match=r"`loss_fn` reaches `gain` \(shape \(\)\) through its closure"):
+    with pytest.raises(
+        ValueError, match=r"`loss_fn` reaches `gain` \(shape \(\)\) through its closure"
+    ):
         outer(value)(torch.ones(shape))
 
 
@@ -103,11 +130,34 @@ def test_a_tensor_that_an_outer_transform_differentiates_is_named(rule: Any, tra
 def test_a_closure_that_needs_no_gradient_is_fine(rule: Any) -> None:
     gain, model = torch.tensor([2.0, 3.0]), nn.Linear(2, 1).requires_grad_(False)
     unused = torch.ones(1, requires_grad=True)
-    mo.minimize(lambda w, _: (model(w * gain).sum(), unused)[0], SGD(0.1), torch.ones(2), None, steps=2, differentiate=rule)
+    mo.minimize(
+        lambda w, _: (model(w * gain).sum(), unused)[0],
+        SGD(0.1),
+        torch.ones(2),
+        None,
+        steps=2,
+        differentiate=rule,
+    )
     with torch.no_grad():  # nothing is differentiated here
-        mo.minimize(lambda w, _: (w * GLOBAL).sum(), SGD(0.1), torch.ones(2), None, steps=2, differentiate=rule)
+        mo.minimize(
+            lambda w, _: (w * GLOBAL).sum(),
+            SGD(0.1),
+            torch.ones(2),
+            None,
+            steps=2,
+            differentiate=rule,
+        )
     vmap(
-        lambda gain: mo.minimize(lambda w, _: (w * gain).sum(), SGD(0.1), torch.ones(2), None, steps=2, differentiate=rule).params
+        lambda gain: (
+            mo.minimize(
+                lambda w, _: (w * gain).sum(),
+                SGD(0.1),
+                torch.ones(2),
+                None,
+                steps=2,
+                differentiate=rule,
+            ).params
+        )
     )(torch.ones(3))
 
 
@@ -124,15 +174,30 @@ def test_a_generator_of_ones_own_is_refused(rule: Any) -> None:
             ValueError,
             match=r"`loss_fn` draws from a torch.Generator of its own \(`(rand|normal_|randperm)`\).*pass the numbers in `batches`",
         ):
-            mo.minimize(lambda w, _, draw=draw: (w * draw(w)).sum(), SGD(0.1), torch.ones(2), None, steps=2, differentiate=rule)
+            mo.minimize(
+                lambda w, _, draw=draw: (w * draw(w)).sum(),
+                SGD(0.1),
+                torch.ones(2),
+                None,
+                steps=2,
+                differentiate=rule,
+            )
 
 
-MISSING = r"`steps` is missing: without it every leaf of `batches` needs the leading axis time, which"
+MISSING = (
+    r"`steps` is missing: without it every leaf of `batches` needs the leading axis time, which"
+)
 BATCHES = {
-    "missing": (None, rf"{MISSING} \['the tensor itself'\] has not. Pass `steps=` to use the same batch at every step"),
+    "missing": (
+        None,
+        rf"{MISSING} \['the tensor itself'\] has not. Pass `steps=` to use the same batch at every step",
+    ),
     "empty": ((), rf"{MISSING} an empty tree has not"),
     "scalar": ((torch.ones(3), torch.tensor(1.0)), rf"{MISSING} \['\[1\]'\] has not"),
-    "not-a-tensor": ({"x": torch.ones(3), "name": "digits"}, rf"{MISSING} \[\"\['name'\]\"\] has not"),
+    "not-a-tensor": (
+        {"x": torch.ones(3), "name": "digits"},
+        rf"{MISSING} \[\"\['name'\]\"\] has not",
+    ),
     "mismatch": (
         {"x": torch.ones(3), "y": torch.ones(4)},
         r"leading axis of every leaf of `batches` must be the number of steps, got \{\"\['x'\]\": 3, \"\['y'\]\": 4\}",
@@ -172,45 +237,76 @@ LOSSES = {
 def test_a_loss_is_a_floating_point_scalar(kind: str, rule: Any) -> None:
     loss, message = LOSSES[kind]
     for context in (torch.enable_grad, torch.no_grad):
-        with context(), pytest.raises(ValueError, match=rf"`loss_fn` {message}" if message.startswith("must") else message):
+        with (
+            context(),
+            pytest.raises(
+                ValueError, match=rf"`loss_fn` {message}" if message.startswith("must") else message
+            ),
+        ):
             mo.minimize(loss, SGD(0.1), torch.ones(2), None, steps=2, differentiate=rule)
 
 
 @each_rule
 def test_a_loss_that_is_not_finite_names_step_and_last_value(rule: Any) -> None:
     with pytest.raises(
-        mo.NonFiniteError, match=r"minimize, step 3: the loss is nan. The last finite loss was 4 at step 2. Lower the learning rate"
+        mo.NonFiniteError,
+        match=r"minimize, step 3: the loss is nan. The last finite loss was 4 at step 2. Lower the learning rate",
     ) as info:
         mo.minimize(
-            lambda w, x: w.sum() * 0 + x, SGD(0.1), torch.ones(2), torch.tensor([1.0, 2.0, 4.0, torch.nan, 5.0]), differentiate=rule
+            lambda w, x: w.sum() * 0 + x,
+            SGD(0.1),
+            torch.ones(2),
+            torch.tensor([1.0, 2.0, 4.0, torch.nan, 5.0]),
+            differentiate=rule,
         )
     assert (info.value.step, info.value.last_finite) == (3, 4.0)
-    with pytest.raises(mo.NonFiniteError, match=r"minimize, step 0: the loss is inf. Check the batch"):
-        mo.minimize(lambda w, x: w.sum() * 0 + x, SGD(0.1), torch.ones(2), torch.tensor([torch.inf, 1.0]), differentiate=rule)
     with pytest.raises(
-        mo.NonFiniteError, match=r"step \d+: the loss is (inf|nan). The last finite loss was [0-9.]+e\+\d+ at step \d+"
+        mo.NonFiniteError, match=r"minimize, step 0: the loss is inf. Check the batch"
     ):
-        mo.minimize(square, SGD(lr=10.0), torch.ones(2), None, steps=40, differentiate=rule)  # diverges by itself
+        mo.minimize(
+            lambda w, x: w.sum() * 0 + x,
+            SGD(0.1),
+            torch.ones(2),
+            torch.tensor([torch.inf, 1.0]),
+            differentiate=rule,
+        )
+    with pytest.raises(
+        mo.NonFiniteError,
+        match=r"step \d+: the loss is (inf|nan). The last finite loss was [0-9.]+e\+\d+ at step \d+",
+    ):
+        # diverges by itself
+        mo.minimize(square, SGD(lr=10.0), torch.ones(2), None, steps=40, differentiate=rule)
     with torch.no_grad(), pytest.raises(mo.NonFiniteError, match="step 0: the loss is nan"):
-        mo.minimize(square, SGD(0.1), torch.full((2,), torch.nan), None, steps=1, differentiate=rule)
+        mo.minimize(
+            square, SGD(0.1), torch.full((2,), torch.nan), None, steps=1, differentiate=rule
+        )
 
 
 def test_values_inside_transforms_are_passed_on_as_they_are() -> None:
-    out = vmap(lambda w: mo.minimize(square, SGD(0.1), w, None, steps=2).losses)(torch.tensor([[1.0], [torch.nan]]))
+    out = vmap(lambda w: mo.minimize(square, SGD(0.1), w, None, steps=2).losses)(
+        torch.tensor([[1.0], [torch.nan]])
+    )
     assert out[0].isfinite().all()
     assert out[1].isnan().all()
 
 
 def test_a_task_whose_loss_is_not_finite_is_named() -> None:
-    with pytest.raises(mo.NonFiniteError, match=r"meta_grad, task 2: the loss is nan. Lower") as info:
+    with pytest.raises(
+        mo.NonFiniteError, match=r"meta_grad, task 2: the loss is nan. Lower"
+    ) as info:
         mo.meta_grad(lambda w, x: (w * x).sum())(torch.ones(2), torch.tensor([1.0, 2.0, torch.nan]))
     assert info.value.step == 2
     assert info.value.last_finite is None
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD([torch.ones(1)], 0.1), SGD, "sgd", 0.1, None])
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.SGD([torch.ones(1)], 0.1), SGD, "sgd", 0.1, None]
+)
 def test_only_our_optimizers_minimize(optimizer: Any) -> None:
-    with pytest.raises(TypeError, match=r"`optimizer` must be a metaopt Optimizer, got .*Use one from `metaopt.optimizers`"):
+    with pytest.raises(
+        TypeError,
+        match=r"`optimizer` must be a metaopt Optimizer, got .*Use one from `metaopt.optimizers`",
+    ):
         mo.minimize(square, optimizer, torch.ones(2), None, steps=1)
 
 
@@ -219,9 +315,15 @@ PARAMETERS = {
         {"w": torch.ones(2), "n": torch.tensor(3)},
         r"`params` must be floating-point or complex tensors, got torch.int64 at \['n'\]",
     ),
-    "number": ({"w": 1.0}, r"`params` must be floating-point or complex tensors, got float at \['w'\]"),
+    "number": (
+        {"w": 1.0},
+        r"`params` must be floating-point or complex tensors, got float at \['w'\]",
+    ),
     "boolean": (torch.ones(1, dtype=torch.bool), r"got torch.bool at the tensor itself"),
-    "empty": ({}, r"`params` must hold at least one tensor, got an empty tree. Is every parameter frozen\?"),
+    "empty": (
+        {},
+        r"`params` must hold at least one tensor, got an empty tree. Is every parameter frozen\?",
+    ),
 }
 
 
@@ -237,15 +339,29 @@ def test_gradients_params_and_state_must_have_one_structure() -> None:
     params = {"a": torch.ones(1), "b": torch.ones(2)}
     state, differs = optimizer.init(params), "does not have the expected structure"
     with pytest.raises(
-        ValueError, match=rf"`params` {differs}: missing \[\"\['b'\]\"\], unknown \[\]. Build it from the same tree"
+        ValueError,
+        match=rf"`params` {differs}: missing \[\"\['b'\]\"\], unknown \[\]. Build it from the same tree",
     ):
         optimizer(params, state, {"a": torch.ones(1)})
-    with pytest.raises(ValueError, match=rf"`params` {differs}: the same names in another order.* in the same order"):
+    with pytest.raises(
+        ValueError,
+        match=rf"`params` {differs}: the same names in another order.* in the same order",
+    ):
         optimizer(params, state, {"b": torch.ones(2), "a": torch.ones(1)})
-    with pytest.raises(ValueError, match=rf"`state\['slots'\]\['mean'\]` {differs}: missing \[\], unknown \[\"\['b'\]\"\]"):
+    with pytest.raises(
+        ValueError,
+        match=rf"`state\['slots'\]\['mean'\]` {differs}: missing \[\], unknown \[\"\['b'\]\"\]",
+    ):
         optimizer({"a": torch.ones(1)}, state, {"a": torch.ones(1)})
     with pytest.raises(ValueError, match=rf"`state\['slots'\]\['mean'\]` {differs}"):
-        mo.minimize(lambda p, _: p["c"].sum(), optimizer, {"c": torch.ones(1)}, None, steps=1, opt_state=state)
+        mo.minimize(
+            lambda p, _: p["c"].sum(),
+            optimizer,
+            {"c": torch.ones(1)},
+            None,
+            steps=1,
+            opt_state=state,
+        )
 
 
 @pytest.mark.parametrize(
@@ -253,13 +369,21 @@ def test_gradients_params_and_state_must_have_one_structure() -> None:
     [
         (Adam(), SGD(0.1, 0.9), r"Adam, with the memory \['mean', 'square'\], got \['velocity'\]"),
         (SGD(0.1), Adam(), r"SGD, with the memory \[\], got \['mean', 'square'\]"),
-        (NAdam(), Adam(), r"NAdam, with the memory \['mean', 'product', 'square'\], got \['mean', 'square'\]"),
+        (
+            NAdam(),
+            Adam(),
+            r"NAdam, with the memory \['mean', 'product', 'square'\], got \['mean', 'square'\]",
+        ),
     ],
 )
-def test_the_state_of_another_optimizer(optimizer: mo.Optimizer, other: mo.Optimizer, names: str) -> None:
+def test_the_state_of_another_optimizer(
+    optimizer: mo.Optimizer, other: mo.Optimizer, names: str
+) -> None:
     params = {"w": torch.ones(2)}
     state = other.init(params)
-    with pytest.raises(ValueError, match=rf"`state` must be that of this {names}. Pass what its own `init`"):
+    with pytest.raises(
+        ValueError, match=rf"`state` must be that of this {names}. Pass what its own `init`"
+    ):
         mo.minimize(lambda p, _: p["w"].sum(), optimizer, params, None, steps=2, opt_state=state)
 
 
@@ -273,7 +397,9 @@ def test_a_missing_key_in_an_update_is_not_blamed_on_the_state() -> None:
 
 
 @pytest.mark.parametrize(
-    "optimizer", [SGD(0.1, weight_decay=0.01), Adam(weight_decay=0.01), AdamW(), RMSprop(weight_decay=0.01)], ids=repr
+    "optimizer",
+    [SGD(0.1, weight_decay=0.01), Adam(weight_decay=0.01), AdamW(), RMSprop(weight_decay=0.01)],
+    ids=repr,
 )
 def test_weight_decay_needs_params(optimizer: mo.Optimizer) -> None:
     message = rf"`{type(optimizer).__name__}` needs `params` because weight_decay=0.01. Call `optimizer\(grads, state, params\)`"
@@ -291,49 +417,88 @@ def test_memory_modes(rule: Any, memory: Any) -> None:
 HYPERPARAMETERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: SGD(-0.1), ValueError, r"SGD: `lr` must lie in \[0.0, inf\], got -0.1"),
     (lambda: SGD(float("nan")), ValueError, r"SGD: `lr` must lie in \[0.0, inf\], got nan"),
-    (lambda: SGD("0.1"), TypeError, r"SGD: `lr` must be a number, a tensor, an nn.Parameter or a Schedule, got str"),
+    (
+        lambda: SGD("0.1"),
+        TypeError,
+        r"SGD: `lr` must be a number, a tensor, an nn.Parameter or a Schedule, got str",
+    ),
     (lambda: SGD(None), TypeError, r"SGD: `lr` must be a number, .* got NoneType"),
     (lambda: SGD(True), TypeError, r"SGD: `lr` must be a number, .* got bool"),
     (lambda: SGD(nn.Linear(1, 1)), TypeError, r"SGD: `lr` must be a number, .* got Linear"),
     (lambda: SGD(0.1, -0.5), ValueError, r"SGD: `momentum` must lie in"),
-    (lambda: SGD(0.1, dampening=1.5), ValueError, r"SGD: `dampening` must lie in \[0.0, 1.0\], got 1.5"),
+    (
+        lambda: SGD(0.1, dampening=1.5),
+        ValueError,
+        r"SGD: `dampening` must lie in \[0.0, 1.0\], got 1.5",
+    ),
     (lambda: SGD(0.1, weight_decay=-1.0), ValueError, r"SGD: `weight_decay` must lie in"),
-    (lambda: SGD(0.1, nesterov=True), ValueError, r"SGD: `nesterov` needs momentum > 0 and dampening = 0, got 0.0 and 0.0"),
-    (lambda: SGD(0.1, 0.9, dampening=0.1, nesterov=True), ValueError, r"SGD: `nesterov` needs .* got 0.9 and 0.1"),
-    (lambda: Adam(betas=(1.0, 0.9)), ValueError, r"Adam: `beta1` must lie in \[0.0, 1.0\), got 1.0"),
-    (lambda: Adam(betas=(0.9, -0.1)), ValueError, r"Adam: `beta2` must lie in \[0.0, 1.0\), got -0.1"),
-    (lambda: Adam(betas=0.9), ValueError, r"Adam: `betas` must be a pair, got 0.9. Write betas=\(0.9, 0.999\)"),
+    (
+        lambda: SGD(0.1, nesterov=True),
+        ValueError,
+        r"SGD: `nesterov` needs momentum > 0 and dampening = 0, got 0.0 and 0.0",
+    ),
+    (
+        lambda: SGD(0.1, 0.9, dampening=0.1, nesterov=True),
+        ValueError,
+        r"SGD: `nesterov` needs .* got 0.9 and 0.1",
+    ),
+    (
+        lambda: Adam(betas=(1.0, 0.9)),
+        ValueError,
+        r"Adam: `beta1` must lie in \[0.0, 1.0\), got 1.0",
+    ),
+    (
+        lambda: Adam(betas=(0.9, -0.1)),
+        ValueError,
+        r"Adam: `beta2` must lie in \[0.0, 1.0\), got -0.1",
+    ),
+    (
+        lambda: Adam(betas=0.9),
+        ValueError,
+        r"Adam: `betas` must be a pair, got 0.9. Write betas=\(0.9, 0.999\)",
+    ),
     (lambda: AdamW(betas=(0.9,)), ValueError, r"AdamW: `betas` must be a pair, got \(0.9,\)"),
     (lambda: Adam(eps=-1e-8), ValueError, r"Adam: `eps` must lie in"),
     (lambda: RMSprop(alpha=1.0), ValueError, r"RMSprop: `alpha` must lie in \[0.0, 1.0\), got 1.0"),
-    (lambda: Adam(1e-3, (0.9, 0.999), 1e-8), TypeError, r"positional argument"),  # eps by keyword only
+    # eps by keyword only
+    (lambda: Adam(1e-3, (0.9, 0.999), 1e-8), TypeError, r"positional argument"),
     (lambda: mo.Backprop("steps", 3), TypeError, r"positional argument"),
 ]
 
 
 @pytest.mark.parametrize(("build", "error", "message"), HYPERPARAMETERS)
-def test_hyperparameters_are_checked_when_given(build: Callable[[], Any], error: type[Exception], message: str) -> None:
+def test_hyperparameters_are_checked_when_given(
+    build: Callable[[], Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         build()
 
 
 def test_what_a_subclass_must_define() -> None:
     bare, w = mo.Optimizer(), torch.ones(1)
-    with pytest.raises(TypeError, match=r"Optimizer must define `update\(grads, params, slots, hyper, step\)`"):
+    with pytest.raises(
+        TypeError, match=r"Optimizer must define `update\(grads, params, slots, hyper, step\)`"
+    ):
         bare(w, bare.init(w))
     scheduled = SGD(mo.Schedule())
-    with pytest.raises(TypeError, match=r"Schedule must define `forward\(state, \*, step, loss, grads\)`"):
+    with pytest.raises(
+        TypeError, match=r"Schedule must define `forward\(state, \*, step, loss, grads\)`"
+    ):
         scheduled(w, scheduled.init(w))
 
 
 def test_params_that_are_not_the_models() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     net, x = mo.functional(model), torch.ones(4, 2)
-    missing = {name: p for name, p in net.params.items() if name != "0.bias"} | {"extra": torch.ones(1)}
-    message = (
-        r"`params` must have the names of the model's params; missing \['0.bias'\], unknown \['extra'\]. Start from `net.params`"
-    )
-    for call in (lambda: net(missing, x), lambda: net.load(missing), lambda: net.with_buffers(missing, net.buffers, x)):
+    missing = {name: p for name, p in net.params.items() if name != "0.bias"} | {
+        "extra": torch.ones(1)
+    }
+    message = r"`params` must have the names of the model's params; missing \['0.bias'\], unknown \['extra'\]. Start from `net.params`"
+    for call in (
+        lambda: net(missing, x),
+        lambda: net.load(missing),
+        lambda: net.with_buffers(missing, net.buffers, x),
+    ):
         with pytest.raises(ValueError, match=message):
             call()
     batched = tree.map(lambda p: p.expand(5, *p.shape), net.params)
@@ -343,10 +508,14 @@ def test_params_that_are_not_the_models() -> None:
     ):
         net(batched, x)
     with pytest.raises(
-        ValueError, match=r"`buffers` must have the names of the model's buffers; missing \['1.num_batches_tracked', "
+        ValueError,
+        match=r"`buffers` must have the names of the model's buffers; missing \['1.num_batches_tracked', ",
     ):
         net.with_buffers(net.params, {}, x)
-    with pytest.raises(TypeError, match=r"`model` must be an nn.Module, got Tensor. Pass the module, not its output"):
+    with pytest.raises(
+        TypeError,
+        match=r"`model` must be an nn.Module, got Tensor. Pass the module, not its output",
+    ):
         mo.functional(model(x))  # type: ignore[arg-type]
 
 
@@ -359,9 +528,15 @@ TASKS = {
         torch.tensor(1.0),
         r"Every leaf of `tasks` must have .* got \{'the tensor itself': -1\} \(-1: none\). Stack the tasks first",
     ),
-    "none": (torch.ones(0, 2), r"Every leaf of `tasks` must have the number of tasks \(at least 1\)"),
+    "none": (
+        torch.ones(0, 2),
+        r"Every leaf of `tasks` must have the number of tasks \(at least 1\)",
+    ),
     "empty": ({}, r"Every leaf of `tasks` must have .* got \{\}"),
-    "number": ((torch.ones(3), 5), r"Every leaf of `tasks` must have .* got \{'\[0\]': 3, '\[1\]': -1\}"),
+    "number": (
+        (torch.ones(3), 5),
+        r"Every leaf of `tasks` must have .* got \{'\[0\]': 3, '\[1\]': -1\}",
+    ),
 }
 
 
@@ -374,7 +549,9 @@ def test_tasks_without_a_common_axis(kind: str) -> None:
 
 @pytest.mark.parametrize("chunk_size", [0, -1])
 def test_chunks_hold_a_task_at_least(chunk_size: int) -> None:
-    with pytest.raises(ValueError, match=rf"`chunk_size` must be a positive integer or None, got {chunk_size}"):
+    with pytest.raises(
+        ValueError, match=rf"`chunk_size` must be a positive integer or None, got {chunk_size}"
+    ):
         mo.meta_grad(lambda w, task: square(w), chunk_size=chunk_size)
 
 
@@ -382,10 +559,13 @@ def test_gradients_that_are_not_the_models() -> None:
     model = nn.Linear(2, 1)
     model.bias.requires_grad_(False)
     with pytest.raises(
-        ValueError, match=r"`grads` must name the model's trainable parameters; missing \['weight'\], unknown \['bias'\]"
+        ValueError,
+        match=r"`grads` must name the model's trainable parameters; missing \['weight'\], unknown \['bias'\]",
     ):
         mo.assign_grads(model, {"bias": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"`grads\['weight'\]` must have shape \(1, 2\), got \(2, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"`grads\['weight'\]` must have shape \(1, 2\), got \(2, 1\)"
+    ):
         mo.assign_grads(model, {"weight": torch.ones(2, 1)})
     assert model.weight.grad is None
 
@@ -399,9 +579,15 @@ def test_options_are_keywords() -> None:
 
 def test_shapes_do_not_grow_silently() -> None:
     w = torch.ones(3)
-    with pytest.raises(ValueError, match=r"`lr` must be a scalar, or have the shape of .*, got shape \(2, 3\) .* `Grouped`"):
+    with pytest.raises(
+        ValueError,
+        match=r"`lr` must be a scalar, or have the shape of .*, got shape \(2, 3\) .* `Grouped`",
+    ):
         mo.minimize(lambda p, _: p.square().sum(), SGD(torch.full((2, 3), 0.1)), w, None, steps=1)
-    with pytest.raises(ValueError, match=r"Adam: the memory 'mean' of shape \(1,\) became \(3,\). The state is that of other"):
+    with pytest.raises(
+        ValueError,
+        match=r"Adam: the memory 'mean' of shape \(1,\) became \(3,\). The state is that of other",
+    ):
         Adam()(w, Adam().init(torch.ones(1)), w)
 
 
@@ -411,5 +597,7 @@ def test_a_slot_that_was_not_declared_is_an_error() -> None:
             return grads, {"memory": grads}
 
     optimizer = Undeclared()
-    with pytest.raises(ValueError, match=r"Undeclared: `update` must return the slots \[\], got \['memory'\]"):
+    with pytest.raises(
+        ValueError, match=r"Undeclared: `update` must return the slots \[\], got \['memory'\]"
+    ):
         optimizer(torch.ones(1), optimizer.init(torch.ones(1)))

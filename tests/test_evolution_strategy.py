@@ -32,7 +32,13 @@ def test_rules_are_equal_if_they_are_given_the_same_numbers() -> None:
 def slope(rule: Any) -> Tensor:
     at = torch.tensor([0.3, -0.2, 0.8], requires_grad=True)
     end = mo.minimize(
-        lambda w, _, v: (w - v.sin()).square().sum(), SGD(0.1), torch.zeros(3), None, steps=2, meta=at, differentiate=rule
+        lambda w, _, v: (w - v.sin()).square().sum(),
+        SGD(0.1),
+        torch.zeros(3),
+        None,
+        steps=2,
+        meta=at,
+        differentiate=rule,
     )
     end.params.sum().backward()
     return at.grad
@@ -61,7 +67,9 @@ def triangle(rule: Any) -> mo.LevelGraph:
     a = level("a", torch.tensor(0.5), lambda s, _: (s.a() - s.b() - s.c()).square())
     b = level("b", torch.tensor(0.2), lambda s, _: (s.b() - s.a()).square() + (s.b() * s.c()).sin())
     c = level("c", torch.tensor(0.1), lambda s, _: (s.c() - s.a() * s.b()).square())
-    return mo.LevelGraph([mo.Edge(upper, lower, differentiate=rule()) for upper, lower in ((a, b), (b, c), (a, c))])
+    return mo.LevelGraph(
+        [mo.Edge(upper, lower, differentiate=rule()) for upper, lower in ((a, b), (b, c), (a, c))]
+    )
 
 
 def test_each_edge_may_have_one_of_its_own() -> None:
@@ -102,7 +110,9 @@ def test_no_number_depends_on_the_order_of_a_set() -> None:
 
     def printed(seed: int) -> str:
         env = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": path}
-        return subprocess.run([sys.executable, "-c", DIAMOND], env=env, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            [sys.executable, "-c", DIAMOND], env=env, check=True, capture_output=True, text=True
+        ).stdout
 
     first = printed(0)
     assert "nan" not in first
@@ -110,7 +120,9 @@ def test_no_number_depends_on_the_order_of_a_set() -> None:
 
 
 def test_running_statistics_are_those_of_each_run() -> None:
-    """Batch norm in training mode: the perturbed runs update statistics of their own, which vmap refused for common ones."""
+    """Batch norm in training mode: the perturbed runs update statistics of their own, which vmap
+    refused for common ones.
+    """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()
     x, y = torch.randn(8, 3).double(), torch.randn(8, 1).double()
@@ -118,7 +130,9 @@ def test_running_statistics_are_those_of_each_run() -> None:
     up = level("up", torch.tensor(0.5).double(), lambda s, _: (s.low(x) - y).square().mean())
 
     def hypergradient(rule: Any) -> Tensor:
-        return mo.LevelGraph([mo.Edge(up, low, steps=2, differentiate=rule)]).hypergradient("up")["value"]
+        return mo.LevelGraph([mo.Edge(up, low, steps=2, differentiate=rule)]).hypergradient("up")[
+            "value"
+        ]
 
     exact = hypergradient(mo.Backprop())
     assert (hypergradient(mo.EvolutionStrategy(1e-3, 400)) - exact).abs() < 0.3 * exact.abs()

@@ -1,4 +1,6 @@
-"""Every example runs in a small form, where its own assertions hold too; those with fixed figures print these."""
+"""Every example runs in a small form, where its own assertions hold too; those with fixed figures
+print these.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples"
-EXAMPLES: list[tuple[str, dict[str, Any]]] = [  # name, and the arguments of its small form; "out" is set to a fresh folder
+# name, and the arguments of its small form; "out" is set to a fresh folder
+EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("architecture_search", {"seeds": 1, "rivals": 2, "steps": 40}),
     ("learning_by_ignoring", {"seeds": 1, "steps": 15}),
     ("maml_plus_plus", {"steps": 4, "tasks": 4, "test_tasks": 10}),
@@ -24,9 +27,15 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [  # name, and the arguments of its
 
 COMMANDS = {  # arguments of the small form, and a phrase of what it prints
     "implicit_maml": (["--steps", "10", "--tasks", "8", "--test-tasks", "50"], "implicit MAML: 0."),
-    "data_distillation": (["--steps", "40", "--learners", "4", "--out", "{out}/images.png"], "synthetic images: 0."),
+    "data_distillation": (
+        ["--steps", "40", "--learners", "4", "--out", "{out}/images.png"],
+        "synthetic images: 0.",
+    ),
     "learning_rate_of_learning_rate": (["--steps", "4"], "learned rate of learned rate: test loss"),
-    "implicit_middle": (["--steps", "1", "--copies", "4", "--test-tasks", "10"], "learned start: test loss 0."),
+    "implicit_middle": (
+        ["--steps", "1", "--copies", "4", "--test-tasks", "10"],
+        "learned start: test loss 0.",
+    ),
 }
 
 
@@ -50,17 +59,28 @@ def test_the_small_form_runs(name: str, small: dict[str, Any], tmp_path: Path, c
 SLOW = {"implicit_middle"}  # its check solves to rounding
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COMMANDS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COMMANDS],
+)
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
     arguments, phrase = COMMANDS[name]
-    command = [sys.executable, "-W", "error", f"examples/{name}.py", *(part.format(out=tmp_path) for part in arguments)]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        f"examples/{name}.py",
+        *(part.format(out=tmp_path) for part in arguments),
+    ]
     done = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert phrase in done.stdout
 
 
 def test_every_example_is_in_the_table_and_opens_with_its_command() -> None:
-    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted([*COMMANDS, *(name for name, _ in EXAMPLES)])
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted(
+        [*COMMANDS, *(name for name, _ in EXAMPLES)]
+    )
     for name in [*COMMANDS, *(name for name, _ in EXAMPLES)]:
         lines = (FOLDER / f"{name}.py").read_text().splitlines()
         assert lines[0].startswith('"""')

@@ -36,7 +36,9 @@ def without_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def report() -> Report:
-    return Report({"SGD, lr 0.1": torch.tensor([[2.0, 1.0], [1.0, 0.5]]), "x": torch.full((2, 2), torch.nan)})
+    return Report(
+        {"SGD, lr 0.1": torch.tensor([[2.0, 1.0], [1.0, 0.5]]), "x": torch.full((2, 2), torch.nan)}
+    )
 
 
 def read(folder: Path) -> None:
@@ -58,22 +60,29 @@ def draw(folder: Path) -> None:
     ("use", "message"),
     [
         (lambda folder: digits(), "`digits` needs scikit-learn"),
-        (lambda folder: mo.tasks.DigitsMLP().sample(torch.Generator(), 1), "`digits` needs scikit-learn"),
+        (
+            lambda folder: mo.tasks.DigitsMLP().sample(torch.Generator(), 1),
+            "`digits` needs scikit-learn",
+        ),
         (read, "`read_omniglot` needs pillow"),
         (lambda folder: report().plot(folder / "plot.png"), "`Report.plot` needs matplotlib"),
         (draw, "`LevelGraph.draw` needs matplotlib"),
     ],
 )
-def test_what_needs_a_package_of_the_extra_names_both(use: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+def test_what_needs_a_package_of_the_extra_names_both(
+    use: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ModuleNotFoundError, match=f"{message}, which is {INSTALL}"):
         use(tmp_path)
 
 
-@pytest.mark.parametrize("script", ["train_optimizer", "evaluate", "train_schedule", "maml", "meta_weight_net"])
+@pytest.mark.parametrize(
+    "script", ["train_optimizer", "evaluate", "train_schedule", "maml", "meta_weight_net"]
+)
 def test_so_does_each_script(script: str) -> None:
     program = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); sys.modules.update(dict.fromkeys({sorted(PACKAGES)!r}));"
-        f"import {script}"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); "
+        f"sys.modules.update(dict.fromkeys({sorted(PACKAGES)!r}));import {script}"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert f"ModuleNotFoundError: scripts/{script}.py needs " in done.stderr
@@ -87,7 +96,9 @@ def test_another_missing_package_is_not_ours_to_explain() -> None:
 
 def test_the_extra_is_what_the_messages_speak_of() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {line.split(">")[0] for line in project["optional-dependencies"]["scripts"]} == set(PACKAGES.values())
+    assert {line.split(">")[0] for line in project["optional-dependencies"]["scripts"]} == set(
+        PACKAGES.values()
+    )
     assert project["name"] == "torch-metaopt"
     assert not {line.split(">")[0] for line in project["dependencies"]} & set(PACKAGES.values())
 

@@ -1,4 +1,6 @@
-"""Updates on tensors joined to one: the same numbers and derivatives as one tensor after another, in every transform."""
+"""Updates on tensors joined to one: the same numbers and derivatives as one tensor after another,
+in every transform.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +54,15 @@ CASES: dict[str, tuple[type[mo.Optimizer], dict[str, Any]]] = {
     "radam": (RAdam, _ADAM),
     "radam-decoupled": (RAdam, _ADAM | {"betas": (0.8, 0.9), "decoupled_weight_decay": True}),
     "rmsprop": (RMSprop, {"lr": 0.02, "alpha": 0.9, "eps": 1e-2}),
-    "rmsprop-all": (RMSprop, {"lr": 0.02, "alpha": 0.9, "eps": 1e-2, "momentum": 0.7, "centered": True, **_DECAY}),
+    "rmsprop-all": (
+        RMSprop,
+        {"lr": 0.02, "alpha": 0.9, "eps": 1e-2, "momentum": 0.7, "centered": True, **_DECAY},
+    ),
     "adagrad": (Adagrad, {"lr": 0.1, "eps": 1e-2}),
-    "adagrad-all": (Adagrad, {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 1e-2, **_DECAY}),
+    "adagrad-all": (
+        Adagrad,
+        {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 1e-2, **_DECAY},
+    ),
     "adadelta": (Adadelta, {"lr": 1.0, "rho": 0.8, "eps": 1e-2, **_DECAY}),
     "adamax": (Adamax, {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-2, **_DECAY}),
     "rprop": (Rprop, {"lr": 0.1, "etas": (0.5, 1.2), "step_sizes": (0.03, 0.2)}),
@@ -77,17 +85,31 @@ def _as_tensor(value: Any) -> Any:
 
 
 def start() -> dict[str, Tensor]:
-    """Return parameters of many kinds: matrices, a transposed one, vectors, a scalar, an empty and a complex one."""
+    """Return parameters of many kinds: matrices, a transposed one, vectors, a scalar, an empty and
+    a complex one.
+    """
     params = {str(i): torch.randn(2, i + 1) for i in range(5)}
-    params |= {"transposed": torch.randn(2, 3).T, "vector": torch.randn(4), "scalar": torch.randn(()), "empty": torch.randn(0, 3)}
+    params |= {
+        "transposed": torch.randn(2, 3).T,
+        "vector": torch.randn(4),
+        "scalar": torch.randn(()),
+        "empty": torch.randn(0, 3),
+    }
     return params | {"complex": torch.randn(2, dtype=torch.complex128)}
 
 
 def curve(params: dict[str, Tensor], shift: Tensor) -> Tensor:
-    """A loss that couples all parameters, whose gradient is 0 in the first entry of the vector all the time."""
+    """A loss that couples all parameters, whose gradient is 0 in the first entry of the vector all
+    the time.
+    """
     real = {name: torch.view_as_real(p) if p.is_complex() else p for name, p in params.items()}
-    reach = sum(p.sin().sum() for name, p in real.items() if name != "vector") + real["vector"][1:].sin().sum()
-    return (reach - shift).square() + sum(((p - shift) ** 2).sum() for name, p in real.items() if name != "vector")
+    reach = (
+        sum(p.sin().sum() for name, p in real.items() if name != "vector")
+        + real["vector"][1:].sin().sum()
+    )
+    return (reach - shift).square() + sum(
+        ((p - shift) ** 2).sum() for name, p in real.items() if name != "vector"
+    )
 
 
 @contextmanager
@@ -126,7 +148,8 @@ def real(leaves: Any) -> list[Tensor]:
     return [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in tree.leaves(leaves)]
 
 
-# Sums over all entries, in other orders: some 2^-53 for each, and the roots of Adam divide by numbers down to 0.03.
+# Sums over all entries, in other orders: some 2^-53 for each, and the roots of Adam divide by
+# numbers down to 0.03.
 TOLERANCE = 1e-12
 
 
@@ -148,14 +171,24 @@ class TestEquality:
             hyper, params, state = inputs
             for shift in shifts:
                 grads = dict(
-                    zip(params, torch.autograd.grad(curve(params, shift), list(params.values()), create_graph=True), strict=True)
+                    zip(
+                        params,
+                        torch.autograd.grad(
+                            curve(params, shift), list(params.values()), create_graph=True
+                        ),
+                        strict=True,
+                    )
                 )
                 updates, state = functional_call(optimizer, hyper, (grads, state, params))
                 params = mo.apply_updates(params, updates)
             value = sum((w * leaf).sum() for w, leaf in zip(weights, real(params), strict=True))
-            value = value + sum(leaf.square().sum() for leaf in real(state) if leaf.is_floating_point())
+            value = value + sum(
+                leaf.square().sum() for leaf in real(state) if leaf.is_floating_point()
+            )
             once = torch.autograd.grad(value, variables, create_graph=True, materialize_grads=True)
-            twice = torch.autograd.grad(sum(g.square().sum() for g in real(list(once))), variables, materialize_grads=True)
+            twice = torch.autograd.grad(
+                sum(g.square().sum() for g in real(list(once))), variables, materialize_grads=True
+            )
             return (params, state, once), twice
 
         (found, again), (expected, expected_again) = both(run)
@@ -168,7 +201,10 @@ class TestEquality:
 
         def task(shifts: Tensor) -> Tensor:
             out = mo.minimize(curve, optimizer, first, shifts)
-            return sum(leaf.square().sum() for leaf in real((out.params, out.opt_state["slots"]))) + out.losses.sum()
+            return (
+                sum(leaf.square().sum() for leaf in real((out.params, out.opt_state["slots"])))
+                + out.losses.sum()
+            )
 
         def task_gradient(shifts: Tensor) -> tuple[Tensor, Tensor]:
             return grad(task)(shifts), jvp(task, (shifts,), (torch.ones_like(shifts),))[1]
@@ -193,13 +229,17 @@ class TestEquality:
         params, state = first, None
         for i, joined in enumerate((True, False, True)):
             with ways(joined) as seen:
-                params, state, *_ = mo.minimize(curve, Adam(0.1), params, shifts[2 * i : 2 * i + 2], opt_state=state)
+                params, state, *_ = mo.minimize(
+                    curve, Adam(0.1), params, shifts[2 * i : 2 * i + 2], opt_state=state
+                )
             assert seen == [1 if joined else len(first)] * 2
         assert_close((params, state), (expected.params, expected.opt_state), TOLERANCE)
 
     def test_deployed(self) -> None:
         """As `torch.optim` does, on its own tensors."""
-        found, expected = ([torch.linspace(-1, 1, i + 1).requires_grad_() for i in range(9)] for _ in range(2))
+        found, expected = (
+            [torch.linspace(-1, 1, i + 1).requires_grad_() for i in range(9)] for _ in range(2)
+        )
         ours, theirs = AdamW(0.1).as_torch(found), torch.optim.AdamW(expected, 0.1)
         with ways(joined=True) as seen:
             for params, optimizer in ((found, ours), (expected, theirs)):
@@ -276,7 +316,10 @@ class TestWhere:
             assert not prefers_joined(different)
 
     def test_mixed_precision_goes_one_by_one(self) -> None:
-        params = {str(i): torch.full((3,), i + 1.0, dtype=[torch.float32, torch.float64][i % 2]) for i in range(10)}
+        params = {
+            str(i): torch.full((3,), i + 1.0, dtype=[torch.float32, torch.float64][i % 2])
+            for i in range(10)
+        }
         optimizer = Adam(0.1)
         with ways(joined=True) as seen:
             updates, after = optimizer(params, optimizer.init(params), params)
@@ -303,31 +346,41 @@ class TestWhere:
             with ways(joined=True) as seen:
                 updates, _ = optimizer(params, optimizer.init(params))
             assert seen == [10]
-            assert_close(updates["9"], -torch.tensor([0.1, 0.2, 0.3]), 1e-5)  # the first step of Adam is lr
+            # the first step of Adam is lr
+            assert_close(updates["9"], -torch.tensor([0.1, 0.2, 0.3]), 1e-5)
 
     def test_a_state_of_other_parameters_is_a_clear_error(self) -> None:
         params = {str(i): torch.ones(3, 2) for i in range(10)}
         optimizer = Adam()
         state = optimizer.init(tree.map(torch.t, params))
         with pytest.raises(
-            ValueError, match=r"this Adam for these parameters, with the memory 'mean' of shape \(3, 2\), got \(2, 3\)"
+            ValueError,
+            match=r"this Adam for these parameters, with the memory 'mean' of shape \(3, 2\), got \(2, 3\)",
         ):
             optimizer(params, state)
 
     def test_behind_transforms_each_part_by_itself(self) -> None:
         params = {f"{kind}{i}": torch.ones(2) for kind in "ab" for i in range(9)}
-        optimizer = ClipNorm(1.0, WeightDecay(0.1, Grouped({"a*": Adam(), "*": Masked(Lion(), "*")})))
+        optimizer = ClipNorm(
+            1.0, WeightDecay(0.1, Grouped({"a*": Adam(), "*": Masked(Lion(), "*")}))
+        )
         with ways(joined=True) as seen:
             optimizer(params, optimizer.init(params), params)
         assert seen == [1, 1]
 
-    @pytest.mark.parametrize("kind", [SGD, ASGD, Muon, LSTMOptimizer, MLPOptimizer, ClipNorm, Grouped, Masked, Doubled])
-    def test_not_by_optimizers_that_look_at_tensors_or_gain_nothing(self, kind: type[mo.Optimizer]) -> None:
+    @pytest.mark.parametrize(
+        "kind", [SGD, ASGD, Muon, LSTMOptimizer, MLPOptimizer, ClipNorm, Grouped, Masked, Doubled]
+    )
+    def test_not_by_optimizers_that_look_at_tensors_or_gain_nothing(
+        self, kind: type[mo.Optimizer]
+    ) -> None:
         assert not kind.joinable
 
     def test_all_others_were_compared(self) -> None:
         known = {
-            kind for kind in vars(__import__("optimizers")).values() if isinstance(kind, type) and getattr(kind, "joinable", False)
+            kind
+            for kind in vars(__import__("optimizers")).values()
+            if isinstance(kind, type) and getattr(kind, "joinable", False)
         }
         assert known == {kind for kind, _ in CASES.values()}
 
@@ -346,8 +399,13 @@ def test_a_subclass_says_for_itself_that_it_is_joinable() -> None:
         def _adam(self, grads: list[Tensor], *rest: Any) -> Any:
             return super()._adam([g / g.norm() for g in grads], *rest)
 
-    params = [torch.randn(3, 2, generator=torch.Generator().manual_seed(i)) for i in range(LEAST_TENSORS)]
+    params = [
+        torch.randn(3, 2, generator=torch.Generator().manual_seed(i)) for i in range(LEAST_TENSORS)
+    ]
     for kind in (Mixed, Helped):
         optimizer = kind(0.1, eps=1.0)
-        several, one = [optimizer(leaves, optimizer.init(leaves), leaves)[0][0] for leaves in (params, params[:1])]
+        several, one = [
+            optimizer(leaves, optimizer.init(leaves), leaves)[0][0]
+            for leaves in (params, params[:1])
+        ]
         assert_close(several, one, 1e-7)

@@ -23,22 +23,49 @@ pytestmark = pytest.mark.usefixtures("float64")
 CASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),
     "sgd-momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
-    "sgd-dampening": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.02}),
-    "sgd-nesterov": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.02}),
-    "sgd-maximize": (torch.optim.SGD, {"lr": 0.01, "momentum": 0.5, "maximize": True, "weight_decay": 0.02}),
+    "sgd-dampening": (
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.02},
+    ),
+    "sgd-nesterov": (
+        torch.optim.SGD,
+        {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.02},
+    ),
+    "sgd-maximize": (
+        torch.optim.SGD,
+        {"lr": 0.01, "momentum": 0.5, "maximize": True, "weight_decay": 0.02},
+    ),
     "adam": (torch.optim.Adam, {"lr": 0.02}),
-    "adam-all": (torch.optim.Adam, {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.02, "amsgrad": True}),
+    "adam-all": (
+        torch.optim.Adam,
+        {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.02, "amsgrad": True},
+    ),
     "adam-maximize": (torch.optim.Adam, {"lr": 0.02, "maximize": True}),
-    "adam-decoupled": (torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "adam-decoupled": (
+        torch.optim.Adam,
+        {"lr": 0.02, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
     "adamw": (torch.optim.AdamW, {"lr": 0.02, "amsgrad": True}),
     "adamax": (torch.optim.Adamax, {"lr": 0.02, "weight_decay": 0.02}),
-    "radam": (torch.optim.RAdam, {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "radam": (
+        torch.optim.RAdam,
+        {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
     "nadam": (torch.optim.NAdam, {"lr": 0.02, "weight_decay": 0.02, "momentum_decay": 0.01}),
-    "nadam-decoupled": (torch.optim.NAdam, {"lr": 0.02, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    "adagrad": (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.02, "initial_accumulator_value": 0.3}),
+    "nadam-decoupled": (
+        torch.optim.NAdam,
+        {"lr": 0.02, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
+    "adagrad": (
+        torch.optim.Adagrad,
+        {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.02, "initial_accumulator_value": 0.3},
+    ),
     "adadelta": (torch.optim.Adadelta, {"lr": 1.0, "rho": 0.8, "weight_decay": 0.02}),
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}),
-    "rmsprop-all": (torch.optim.RMSprop, {"lr": 0.01, "alpha": 0.9, "weight_decay": 0.02, "momentum": 0.7, "centered": True}),
+    "rmsprop-all": (
+        torch.optim.RMSprop,
+        {"lr": 0.01, "alpha": 0.9, "weight_decay": 0.02, "momentum": 0.7, "centered": True},
+    ),
     "asgd": (torch.optim.ASGD, {"lr": 0.1, "lambd": 0.01, "t0": 3, "weight_decay": 0.02}),
     "rprop": (torch.optim.Rprop, {"lr": 0.01, "etas": (0.4, 1.3), "step_sizes": (1e-4, 0.1)}),
 }
@@ -65,7 +92,10 @@ def train(model: nn.Module, live: torch.optim.Optimizer, data: tuple[Tensor, Ten
 
 
 def outer(params: dict[str, Tensor]) -> Tensor:
-    return sum((p.sin() * torch.linspace(0.5, 1.5, p.numel()).reshape(p.shape)).sum() for p in params.values())
+    return sum(
+        (p.sin() * torch.linspace(0.5, 1.5, p.numel()).reshape(p.shape)).sum()
+        for p in params.values()
+    )
 
 
 # 20 steps of 2^-53, through Adam's division by sqrt(v) in the worst case.
@@ -86,7 +116,9 @@ def test_it_goes_on_as_the_live_optimizer_does(kind: Any, options: Any, done: in
 
 @each_case
 def test_its_meta_gradients_under_every_transform(kind: Any, options: Any) -> None:
-    """Autograd, `func.grad`, rebuilt steps and a batch of tasks agree; finite differences say with what."""
+    """Autograd, `func.grad`, rebuilt steps and a batch of tasks agree; finite differences say with
+    what.
+    """
     model = network()
     net, live = mo.functional(model), kind(model.parameters(), **options)
     train(model, live, batches(3))
@@ -96,24 +128,40 @@ def test_its_meta_gradients_under_every_transform(kind: Any, options: Any) -> No
 
     def value(params: Any, task: Any, memory: Any = "full") -> Tensor:
         rule = mo.Backprop(memory=memory)
-        return outer(mo.minimize(objective(net), optimizer, params, task, steps=3, differentiate=rule).params)
+        return outer(
+            mo.minimize(objective(net), optimizer, params, task, steps=3, differentiate=rule).params
+        )
 
     batched = vmap(grad(value), (None, 0))(start, tasks)
     for i in range(3):
         task = mo.tree.index(tasks, i)
-        expected = dict(zip(start, torch.autograd.grad(value(net.params, task), list(net.params.values())), strict=True))
+        expected = dict(
+            zip(
+                start,
+                torch.autograd.grad(value(net.params, task), list(net.params.values())),
+                strict=True,
+            )
+        )
         for memory in ("full", "steps"):
             assert_close(grad(value)(start, task, memory), expected, 1e-12)
-        assert_close(mo.tree.index(batched, i), expected, 1e-10)  # batched products sum in another order
-    if kind is not torch.optim.Rprop:  # the derivative of a sign is 0, but not its difference at a jump
+        # batched products sum in another order
+        assert_close(mo.tree.index(batched, i), expected, 1e-10)
+    # the derivative of a sign is 0, but not its difference at a jump
+    if kind is not torch.optim.Rprop:
         direction = {name: torch.randn_like(p) for name, p in start.items()}
-        moved = [value({k: p + size * direction[k] for k, p in start.items()}, task) for size in (1e-6, -1e-6)]
+        moved = [
+            value({k: p + size * direction[k] for k, p in start.items()}, task)
+            for size in (1e-6, -1e-6)
+        ]
         slope = sum((expected[k] * direction[k]).sum() for k in start)
-        assert_close(slope, (moved[0] - moved[1]) / 2e-6, 1e-5)  # h^2 times third derivatives at small sqrt(v), 1e-16 / h
+        # h^2 times third derivatives at small sqrt(v), 1e-16 / h
+        assert_close(slope, (moved[0] - moved[1]) / 2e-6, 1e-5)
 
 
 def test_muon_goes_on_with_its_memory() -> None:
-    """torch iterates in bfloat16: a step agrees to 2^-8 of its entries, which are at most 1.2; the memory is exact."""
+    """torch iterates in bfloat16: a step agrees to 2^-8 of its entries, which are at most 1.2; the
+    memory is exact.
+    """
     weight = nn.Parameter(torch.randn(4, 3))
     live = torch.optim.Muon([weight], lr=0.02, weight_decay=0.1)
     gradients = torch.randn(10, 4, 3)
@@ -123,15 +171,22 @@ def test_muon_goes_on_with_its_memory() -> None:
     optimizer, w = mo.from_torch(live), weight.detach().clone()
     state = optimizer.init(w)
     fresh = optimizer.optimizers[0].init([w])
-    assert_close(state["shared"]["parts"][0]["slots"]["mean"], [live.state[weight]["momentum_buffer"]], 0)
-    assert not torch.equal(state["shared"]["parts"][0]["slots"]["mean"][0], fresh["slots"]["mean"][0])
+    assert_close(
+        state["shared"]["parts"][0]["slots"]["mean"], [live.state[weight]["momentum_buffer"]], 0
+    )
+    assert not torch.equal(
+        state["shared"]["parts"][0]["slots"]["mean"][0], fresh["slots"]["mean"][0]
+    )
     for g in gradients[5:]:
         weight.grad = g.clone()
         live.step()
         updates, state = optimizer(g, state, w)
         w = w + updates
-    assert (w - weight.detach()).abs().max() < 5 * 0.02 * 1.2 * 2 * 2**-6  # 5 steps, factor sqrt(4/3), five roundings each
-    assert_close(state["shared"]["parts"][0]["slots"]["mean"], [live.state[weight]["momentum_buffer"]], 1e-14)
+    # 5 steps, factor sqrt(4/3), five roundings each
+    assert (w - weight.detach()).abs().max() < 5 * 0.02 * 1.2 * 2 * 2**-6
+    assert_close(
+        state["shared"]["parts"][0]["slots"]["mean"], [live.state[weight]["momentum_buffer"]], 1e-14
+    )
 
 
 @pytest.mark.parametrize("done", [0, 4])
@@ -142,7 +197,13 @@ def test_groups_in_another_order_than_the_names(done: int) -> None:
         [layer.bias for layer in model if hasattr(layer, "bias")],
         [layer.weight for layer in model if hasattr(layer, "weight")],
     ]
-    live = torch.optim.Adam([{"params": kinds[0], "lr": 0.01}, {"params": kinds[1], "weight_decay": 0.1, "amsgrad": True}], lr=0.03)
+    live = torch.optim.Adam(
+        [
+            {"params": kinds[0], "lr": 0.01},
+            {"params": kinds[1], "weight_decay": 0.1, "amsgrad": True},
+        ],
+        lr=0.03,
+    )
     train(model, live, batches(done))
     optimizer = mo.from_torch(live, net.params)
     start, data = {name: p.detach().clone() for name, p in net.params.items()}, batches(20)
@@ -197,7 +258,11 @@ def test_frozen_parameters_are_left_out() -> None:
     net, data = mo.functional(model), batches(3)
     out = mo.minimize(objective(net), mo.from_torch(live), net.params, data)
     train(model, live, data)
-    assert_close(mo.tree.map(torch.detach, out.params), {name: p.detach() for name, p in net.params.items()}, 1e-14)
+    assert_close(
+        mo.tree.map(torch.detach, out.params),
+        {name: p.detach() for name, p in net.params.items()},
+        1e-14,
+    )
 
 
 def test_hyperparameters_stay_tensors_and_can_be_learned() -> None:
@@ -236,7 +301,10 @@ def test_a_schedule_goes_on_from_the_live_step_count() -> None:
 
 def test_the_kind_follows_the_decoupled_flag() -> None:
     weight = nn.Parameter(torch.ones(2))
-    assert type(mo.from_torch(torch.optim.Adam([weight], decoupled_weight_decay=True)).optimizers[0]) is AdamW
+    assert (
+        type(mo.from_torch(torch.optim.Adam([weight], decoupled_weight_decay=True)).optimizers[0])
+        is AdamW
+    )
     assert type(mo.from_torch(torch.optim.AdamW([weight])).optimizers[0]) is AdamW
 
 
@@ -247,7 +315,10 @@ def test_the_learning_rate_is_that_of_now() -> None:
     weight.grad = torch.ones(2)
     live.step()
     scheduler.step()
-    with pytest.warns(UserWarning, match=r"the rate stays 0\.05, what it is now\. Pass it, `from_torch\(optimizer, scheduler="):
+    with pytest.warns(
+        UserWarning,
+        match=r"the rate stays 0\.05, what it is now\. Pass it, `from_torch\(optimizer, scheduler=",
+    ):
         optimizer = mo.from_torch(live)
     assert optimizer.optimizers[0].lr == 0.05
 
@@ -266,7 +337,9 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("schedule", SCHEDULERS)
 @pytest.mark.parametrize("kind", ["sgd-momentum", "adamw", "asgd"])
 def test_a_scheduler_goes_on_where_it_stands(kind: str, schedule: str) -> None:
-    """A case of a scheduler without effect, without a word: relative difference 2.1. Two groups, four live steps, then eight."""
+    """A case of a scheduler without effect, without a word: relative difference 2.1. Two groups,
+    four live steps, then eight.
+    """
     make, options = CASES[kind]
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2))]
@@ -291,31 +364,47 @@ def test_a_scheduler_goes_on_where_it_stands(kind: str, schedule: str) -> None:
 
 
 def test_a_carried_schedule_is_learned() -> None:
-    """w - lr (1 + gamma + gamma^2): by gamma the derivative is -lr (1 + 2 gamma), by lr -(1 + gamma + gamma^2)."""
+    """w - lr (1 + gamma + gamma^2): by gamma the derivative is -lr (1 + 2 gamma), by lr -(1 + gamma
+    + gamma^2).
+    """
     weight = nn.Parameter(torch.zeros(()))
     live = torch.optim.SGD([weight], lr=0.1)
     pure = mo.from_torch(live, scheduler=lr_scheduler.ExponentialLR(live, 0.5))
     schedule: Any = pure.optimizers[0].lr
-    schedule.gamma, schedule.initial = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.1))
+    schedule.gamma, schedule.initial = (
+        nn.Parameter(torch.tensor(0.5)),
+        nn.Parameter(torch.tensor(0.1)),
+    )
     mo.minimize(lambda p, _: p, pure, weight, None, steps=3).params.backward()
     assert_close(schedule.gamma.grad, torch.tensor(-0.2), 1e-12)
     assert_close(schedule.initial.grad, torch.tensor(-1.75), 1e-12)
 
 
-@pytest.mark.parametrize("make", [lambda o: lr_scheduler.LambdaLR(o, lambda t: 1.0), lr_scheduler.ReduceLROnPlateau])
+@pytest.mark.parametrize(
+    "make", [lambda o: lr_scheduler.LambdaLR(o, lambda t: 1.0), lr_scheduler.ReduceLROnPlateau]
+)
 def test_a_scheduler_that_is_not_known_is_refused(make: Callable[[Any], Any]) -> None:
     live = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
-    with pytest.raises(ValueError, match=r"`scheduler` must be one of ConstantLR, .*StepLR, got .*\. Others are not carried over"):
+    with pytest.raises(
+        ValueError,
+        match=r"`scheduler` must be one of ConstantLR, .*StepLR, got .*\. Others are not carried over",
+    ):
         mo.from_torch(live, scheduler=make(live))
 
 
 def test_a_scheduler_that_does_not_fit_is_refused() -> None:
     live, other = (torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1) for _ in range(2))
-    with pytest.raises(ValueError, match="`scheduler` must be a scheduler of `optimizer`, got StepLR of another one"):
+    with pytest.raises(
+        ValueError,
+        match="`scheduler` must be a scheduler of `optimizer`, got StepLR of another one",
+    ):
         mo.from_torch(live, scheduler=lr_scheduler.StepLR(other, 3))
     scheduler = lr_scheduler.StepLR(live, 3)
     live.param_groups[0]["lr"] = 0.3
-    with pytest.raises(ValueError, match=r"The rate of group 0 must be that of `scheduler`, 0\.1 after its 0 steps, got 0\.3"):
+    with pytest.raises(
+        ValueError,
+        match=r"The rate of group 0 must be that of `scheduler`, 0\.1 after its 0 steps, got 0\.3",
+    ):
         mo.from_torch(live, scheduler=scheduler)
 
 
@@ -324,12 +413,22 @@ def test_updates_are_pure_and_the_optimizer_can_be_copied_and_shown() -> None:
     net, live = mo.functional(model), torch.optim.Adam(model.parameters(), lr=0.1)
     train(model, live, batches(2))
     optimizer = copy.deepcopy(mo.from_torch(live))
-    grads, params = mo.tree.map(torch.randn_like, net.params), {name: p.detach() for name, p in net.params.items()}
+    grads, params = (
+        mo.tree.map(torch.randn_like, net.params),
+        {name: p.detach() for name, p in net.params.items()},
+    )
     state = optimizer.init(params)
     before = mo.tree.map(torch.clone, (params, grads, state))
     first, second = optimizer(grads, state, params), optimizer(grads, state, params)
-    for one, other in [(before, (params, grads, state)), (first, second), (state, optimizer.init(params))]:
-        assert all(torch.equal(*pair) for pair in zip(mo.tree.leaves(one), mo.tree.leaves(other), strict=True))
+    for one, other in [
+        (before, (params, grads, state)),
+        (first, second),
+        (state, optimizer.init(params)),
+    ]:
+        assert all(
+            torch.equal(*pair)
+            for pair in zip(mo.tree.leaves(one), mo.tree.leaves(other), strict=True)
+        )
     assert "Adam(lr=0.1, " in repr(optimizer)
 
 
@@ -349,7 +448,10 @@ class Homemade(torch.optim.SGD):
 
 
 def two_groups() -> torch.optim.Optimizer:
-    return torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))]}, {"params": [nn.Parameter(torch.ones(1))]}], lr=0.1)
+    return torch.optim.SGD(
+        [{"params": [nn.Parameter(torch.ones(1))]}, {"params": [nn.Parameter(torch.ones(1))]}],
+        lr=0.1,
+    )
 
 
 def swapped() -> Any:
@@ -366,22 +468,36 @@ def swapped() -> Any:
             TypeError,
             r"one of torch.optim's \['ASGD', .*LBFGS",
         ),
-        (lambda: mo.from_torch(torch.optim.SparseAdam([nn.Parameter(torch.ones(1))])), TypeError, "got torch.optim.*SparseAdam"),
+        (
+            lambda: mo.from_torch(torch.optim.SparseAdam([nn.Parameter(torch.ones(1))])),
+            TypeError,
+            "got torch.optim.*SparseAdam",
+        ),
         (
             lambda: mo.from_torch(Homemade([nn.Parameter(torch.ones(1))], 0.1)),
             TypeError,
             "Homemade.*subclasses, have no known equal",
         ),
         (lambda: mo.from_torch(SGD(0.1)), TypeError, "got metaopt.optimizers.sgd.SGD"),
-        (lambda: mo.from_torch(two_groups()), ValueError, "`params` is needed where there are several groups, got 2"),
-        (lambda: mo.from_torch(two_groups(), {"w": torch.ones(1)}), ValueError, r"got another tensor at \['w'\]"),
+        (
+            lambda: mo.from_torch(two_groups()),
+            ValueError,
+            "`params` is needed where there are several groups, got 2",
+        ),
+        (
+            lambda: mo.from_torch(two_groups(), {"w": torch.ones(1)}),
+            ValueError,
+            r"got another tensor at \['w'\]",
+        ),
         (
             lambda: mo.from_torch(torch.optim.SGD([torch.ones(1)], 0.1)),
             ValueError,
             "must have a parameter that requires grad, got none",
         ),
         (
-            lambda: mo.from_torch(torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1)).init(torch.ones(3)),
+            lambda: mo.from_torch(torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1)).init(
+                torch.ones(3)
+            ),
             ValueError,
             r"`params` must hold the trainable parameters of the torch optimizer in its order, shapes \[\(2,\)\], got \[\(3,\)\]",
         ),
@@ -399,13 +515,17 @@ def test_a_compiler_sees_through_it() -> None:
     train(model, live, batches(2))
     optimizer = mo.from_torch(live, net.params)
     start = {name: p.detach() for name, p in net.params.items()}
-    slope = grad(lambda params: outer(mo.minimize(objective(net), optimizer, params, task, steps=2).params))
+    slope = grad(
+        lambda params: outer(mo.minimize(objective(net), optimizer, params, task, steps=2).params)
+    )
     assert_close(torch.compile(slope, fullgraph=True, backend="eager")(start), slope(start), 1e-12)
 
 
 def test_saving_is_refused(tmp_path: Any) -> None:
     optimizer = mo.from_torch(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1))
-    with pytest.raises(TypeError, match=r"`from_torch` returns cannot be saved: .*Save that one's `state_dict"):
+    with pytest.raises(
+        TypeError, match=r"`from_torch` returns cannot be saved: .*Save that one's `state_dict"
+    ):
         optimizer.save(tmp_path / "w.safetensors")
 
 
@@ -413,15 +533,19 @@ def test_a_known_tree_must_come_again() -> None:
     model = network()
     params = mo.functional(model).params
     optimizer = mo.from_torch(torch.optim.SGD(model.parameters(), 0.1), params)
-    with pytest.raises(ValueError, match=r"`params` does not have the expected structure: missing \[\"\['0.bias'\]\"\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"`params` does not have the expected structure: missing \[\"\['0.bias'\]\"\]",
+    ):
         optimizer.init({name: p for name, p in params.items() if name != "0.bias"})
 
 
 def test_it_works_for_those_who_never_imported_our_optimizers() -> None:
     program = (
-        "import sys, torch, metaopt as mo; assert 'optimizers' not in sys.modules; model = torch.nn.Linear(2, 1);"
-        "o = mo.from_torch(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)); net = mo.functional(model);"
-        "out = mo.minimize(lambda p, x: net(p, x).square().mean(), o, net.params, torch.ones(3, 2), steps=2);"
-        "out.losses.sum().backward(); assert model.weight.grad.abs().min() > 0"
+        "import sys, torch, metaopt as mo; assert 'optimizers' not in sys.modules; model = "
+        "torch.nn.Linear(2, 1);o = mo.from_torch(torch.optim.SGD(model.parameters(), lr=0.1, "
+        "momentum=0.9)); net = mo.functional(model);out = mo.minimize(lambda p, x: net(p, "
+        "x).square().mean(), o, net.params, torch.ones(3, 2), "
+        "steps=2);out.losses.sum().backward(); assert model.weight.grad.abs().min() > 0"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -43,10 +43,18 @@ class Tied(nn.Module):
 
 def snapshot(model: nn.Module) -> tuple:
     """Everything a module holds: the identity and the bits of its tensors, and its modes."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     return (
         {
-            name: (id(tensor), tensor.detach().clone().tolist(), tensor.requires_grad, tensor._version)
+            name: (
+                id(tensor),
+                tensor.detach().clone().tolist(),
+                tensor.requires_grad,
+                tensor._version,
+            )
             for name, tensor in tensors.items()
         },
         {name: module.training for name, module in model.named_modules()},
@@ -73,7 +81,9 @@ def test_tied_weights_stand_once_and_frozen_ones_not_at_all() -> None:
 def test_the_gradient_of_a_tied_weight_is_the_sum_over_its_uses() -> None:
     model, tokens = Tied(), torch.tensor([[0, 3], [4, 1]])
     net = mo.functional(model)
-    found = grad(lambda params: net(params, tokens).square().sum())(tree.map(torch.Tensor.detach, net.params))
+    found = grad(lambda params: net(params, tokens).square().sum())(
+        tree.map(torch.Tensor.detach, net.params)
+    )
     model(tokens).square().sum().backward()
     assert_close(found, {name: parameter.grad for name, parameter in net.params.items()}, 1e-12)
 
@@ -88,7 +98,9 @@ def test_params_are_live_and_backward_fills_grad() -> None:
 
 
 def test_a_module_in_several_places_is_restored() -> None:
-    """`functional_call` given both names of one module would swap it twice and put the wrong tensor back."""
+    """`functional_call` given both names of one module would swap it twice and put the wrong tensor
+    back.
+    """
     model = Tied()
     before, net = snapshot(model), mo.functional(model)
     net({name: torch.randn_like(p) for name, p in net.params.items()}, torch.tensor([1, 2]))
@@ -111,7 +123,11 @@ def test_a_buffer_in_several_places_is_replaced_everywhere() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_the_module_is_never_changed(training: bool) -> None:
     model = nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.3), nn.Flatten(), nn.BatchNorm1d(8, momentum=None)
+        nn.Conv2d(1, 2, 3),
+        nn.BatchNorm2d(2),
+        nn.Dropout(0.3),
+        nn.Flatten(),
+        nn.BatchNorm1d(8, momentum=None),
     ).train(training)
     net, x = mo.functional(model), torch.randn(4, 1, 4, 4)
     before = snapshot(model)
@@ -124,7 +140,9 @@ def test_the_module_is_never_changed(training: bool) -> None:
 
 
 class Held(nn.Module):
-    """A parameter that other modules hold as a buffer, before or after it; a buffer of its own, a frozen parameter held too."""
+    """A parameter that other modules hold as a buffer, before or after it; a buffer of its own, a
+    frozen parameter held too.
+    """
 
     def __init__(self, order: str) -> None:
         super().__init__()
@@ -155,7 +173,9 @@ class Held(nn.Module):
 
 @pytest.mark.parametrize("order", ["bp", "pb", "bm", "mb", "bbpb", "bnm", "n", "bpmm"])
 def test_a_parameter_that_is_a_buffer_elsewhere_is_lent_as_torch_lends_it(order: str) -> None:
-    """It was never lent where an earlier module holds it as a buffer: value and gradient were those of the module's own."""
+    """It was never lent where an earlier module holds it as a buffer: value and gradient were those
+    of the module's own.
+    """
     model, x = Held(order), torch.randn(3, 2)
     net = mo.functional(model)
     assert net.params.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -170,14 +190,19 @@ def test_a_parameter_that_is_a_buffer_elsewhere_is_lent_as_torch_lends_it(order:
         return net.with_buffers(p, net.buffers, x)[0].sin().sum()
 
     def of_torch(p: Any) -> Tensor:
-        return torch.func.functional_call(copy.deepcopy(model), p, (x,)).sin().sum()  # it leaves a module of two places changed
+        # it leaves a module of two places changed
+        return torch.func.functional_call(copy.deepcopy(model), p, (x,)).sin().sum()
 
     for function in (ours, with_buffers):
         assert_close(function(params), of_torch(params), 1e-13)
         assert_close(grad(function)(params), grad(of_torch)(params), 1e-13)
-    assert all(one is own[name] for name, one in [*model.named_parameters(), *model.named_buffers()])
+    assert all(
+        one is own[name] for name, one in [*model.named_parameters(), *model.named_buffers()]
+    )
     shifted, _ = net.with_buffers(params, {**net.buffers, "held": torch.zeros(2)}, x)
-    assert_close(shifted, torch.func.functional_call(model, {**params, "held": torch.zeros(2)}, (x,)), 1e-13)
+    assert_close(
+        shifted, torch.func.functional_call(model, {**params, "held": torch.zeros(2)}, (x,)), 1e-13
+    )
 
 
 def test_an_exception_inside_forward_leaves_the_module_whole() -> None:
@@ -197,7 +222,10 @@ def test_an_exception_inside_forward_leaves_the_module_whole() -> None:
     net = mo.functional(model)
     before = snapshot(model)
     params = {name: torch.zeros_like(p) for name, p in net.params.items()}
-    for call in (lambda: net(params, torch.randn(4, 3)), lambda: net.with_buffers(params, net.buffers, torch.randn(4, 3))):
+    for call in (
+        lambda: net(params, torch.randn(4, 3)),
+        lambda: net.with_buffers(params, net.buffers, torch.randn(4, 3)),
+    ):
         with pytest.raises(RuntimeError, match="in the middle"):
             call()
         assert snapshot(model) == before
@@ -260,15 +288,25 @@ def test_buffers_that_forward_rebinds_or_adds_to() -> None:
     buffers = net.buffers
     for _ in range(3):
         y, buffers = net.with_buffers(net.params, buffers, torch.ones(2))
-    assert_close((y, buffers), (torch.full((2,), 8.0), {"calls": torch.tensor(3), "total": torch.tensor(6.0)}), 0)
+    assert_close(
+        (y, buffers),
+        (torch.full((2,), 8.0), {"calls": torch.tensor(3), "total": torch.tensor(6.0)}),
+        0,
+    )
     assert snapshot(model) == before
 
 
 def test_parametrized_weights_are_differentiated_through_their_parametrization() -> None:
     model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
     net, x = mo.functional(model), torch.randn(4, 3)
-    assert set(net.params) == {"bias", "parametrizations.weight.original0", "parametrizations.weight.original1"}
-    found = grad(lambda params: net(params, x).square().sum())(tree.map(torch.Tensor.detach, net.params))
+    assert set(net.params) == {
+        "bias",
+        "parametrizations.weight.original0",
+        "parametrizations.weight.original1",
+    }
+    found = grad(lambda params: net(params, x).square().sum())(
+        tree.map(torch.Tensor.detach, net.params)
+    )
     model(x).square().sum().backward()
     assert_close(found, {name: parameter.grad for name, parameter in net.params.items()}, 1e-12)
 
@@ -297,7 +335,11 @@ def test_copies_and_pickles_stand_on_their_own() -> None:
     file = io.BytesIO()
     torch.save(net, file)
     file.seek(0)
-    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(file, weights_only=False)):
+    for twin in (
+        copy.deepcopy(net),
+        pickle.loads(pickle.dumps(net)),
+        torch.load(file, weights_only=False),
+    ):
         assert list(twin.params) == list(net.params)
         assert twin.params["embed.weight"] is not net.params["embed.weight"]
         twin.load(tree.map(torch.zeros_like, twin.params))
@@ -322,7 +364,9 @@ def test_a_parameter_that_is_gone_is_named() -> None:
     net = mo.functional(model)
     params = tree.map(torch.Tensor.detach, net.params)
     nn.utils.parametrizations.weight_norm(model)
-    with pytest.raises(ValueError, match="no tensor 'weight' any more, which it had when `functional` saw it"):
+    with pytest.raises(
+        ValueError, match="no tensor 'weight' any more, which it had when `functional` saw it"
+    ):
         net(params, torch.ones(1, 3))
 
 
@@ -346,7 +390,9 @@ def test_a_module_that_is_called_inside_another_function_transform() -> None:
     for i, x in enumerate(xs):
         twin = copy.deepcopy(model)
         twin(x).square().mean().backward()
-        assert_close(tree.index(found, i), {name: p.grad for name, p in twin.named_parameters()}, 1e-12)
+        assert_close(
+            tree.index(found, i), {name: p.grad for name, p in twin.named_parameters()}, 1e-12
+        )
 
 
 def test_nested_functionals_and_lazy_names_of_the_root() -> None:
@@ -359,8 +405,13 @@ def test_nested_functionals_and_lazy_names_of_the_root() -> None:
 
 
 def test_running_statistics_can_be_carried_through_an_inner_loop() -> None:
-    """Step by step: in training mode the loss does not depend on them, and they depend on the parameters before each step."""
-    model, xs = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(5, 6, 3)
+    """Step by step: in training mode the loss does not depend on them, and they depend on the
+    parameters before each step.
+    """
+    model, xs = (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)),
+        torch.randn(5, 6, 3),
+    )
     net, twin = mo.functional(model), copy.deepcopy(model)
 
     def loss_fn(params: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -373,7 +424,10 @@ def test_running_statistics_can_be_carried_through_an_inner_loop() -> None:
         params, state, *_ = mo.minimize(loss_fn, sgd, params, x, steps=1, opt_state=state)
     whole = mo.minimize(loss_fn, sgd, net.params, xs)
     assert_close(params, whole.params, 1e-14)
-    gradients = [torch.autograd.grad(loss_fn(end, xs[0]), list(net.params.values())) for end in (params, whole.params)]
+    gradients = [
+        torch.autograd.grad(loss_fn(end, xs[0]), list(net.params.values()))
+        for end in (params, whole.params)
+    ]
     assert_close(gradients[0], gradients[1], 1e-12)
 
     optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
@@ -392,7 +446,10 @@ class TestRecomputation:
     class Checkpointed(nn.Module):
         def __init__(self, **options: Any):
             super().__init__()
-            self.layers, self.options = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), options
+            self.layers, self.options = (
+                nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)),
+                options,
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(self.layers, x, **self.options)
@@ -400,7 +457,9 @@ class TestRecomputation:
     def test_a_checkpoint_in_the_model_is_refused(self) -> None:
         model = self.Checkpointed(use_reentrant=False)
         net, before = mo.functional(model), model.layers[0].weight
-        with pytest.raises(RuntimeError, match=r"must not call torch.utils.checkpoint.*Take the checkpoint out"):
+        with pytest.raises(
+            RuntimeError, match=r"must not call torch.utils.checkpoint.*Take the checkpoint out"
+        ):
             net(net.params, torch.randn(2, 3))
         assert model.layers[0].weight is before
         model(torch.randn(2, 3)).sum().backward()  # by itself it may still
@@ -408,10 +467,15 @@ class TestRecomputation:
     def test_torch_itself_answers_with_a_wrong_gradient(self) -> None:
         """The reason for the refusal. If this fails, torch has mended it: simplify."""
         model, x = self.Checkpointed(use_reentrant=False), torch.randn(2, 3)
-        other = {name: torch.randn_like(param).requires_grad_() for name, param in model.named_parameters()}
+        other = {
+            name: torch.randn_like(param).requires_grad_()
+            for name, param in model.named_parameters()
+        }
 
         def gradient(call: nn.Module) -> Tensor:
-            return torch.autograd.grad(torch.func.functional_call(call, other, (x,)).sum(), other["layers.0.weight"])[0]
+            return torch.autograd.grad(
+                torch.func.functional_call(call, other, (x,)).sum(), other["layers.0.weight"]
+            )[0]
 
         found = gradient(model)
         model.forward = lambda x: model.layers(x)  # type: ignore[method-assign]

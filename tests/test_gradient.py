@@ -14,7 +14,10 @@ from metaopt.autodiff.pullback import Linearized, chosen, pull_back, put, spread
 from metaopt.kernels import any_order
 
 torch.manual_seed(0)
-W = {"a": torch.randn(3, dtype=torch.float64), "b": [torch.randn(2, 2, dtype=torch.float64), torch.randn((), dtype=torch.float64)]}
+W = {
+    "a": torch.randn(3, dtype=torch.float64),
+    "b": [torch.randn(2, 2, dtype=torch.float64), torch.randn((), dtype=torch.float64)],
+}
 
 
 def bowl(w: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -30,8 +33,13 @@ class TestGradient:
     @pytest.mark.parametrize("is_under_a_mode", [False, True])
     @pytest.mark.parametrize("again", [False, True])
     def test_it_is_that_of_torch(self, again: bool, is_under_a_mode: bool) -> None:
-        """Directly from the engine, or, under a mode for torch's functions, from `torch.autograd.grad`."""
-        at = {"a": W["a"].clone().requires_grad_(), "b": [leaf.clone().requires_grad_() for leaf in W["b"]]}
+        """Directly from the engine, or, under a mode for torch's functions, from
+        `torch.autograd.grad`.
+        """
+        at = {
+            "a": W["a"].clone().requires_grad_(),
+            "b": [leaf.clone().requires_grad_() for leaf in W["b"]],
+        }
         expected = torch.autograd.grad(bowl(at)[0], leaves(at), create_graph=True)
         with torch.set_grad_enabled(again):
             if is_under_a_mode:
@@ -41,9 +49,14 @@ class TestGradient:
                 grads, value, aux = gradient(bowl, at)
         assert_close(leaves(grads), [*expected], 1e-14)
         assert_close(value, bowl(at)[0], 0.0)
-        assert [value.requires_grad, aux["shift"].requires_grad, grads["a"].requires_grad] == [again] * 3
+        assert [value.requires_grad, aux["shift"].requires_grad, grads["a"].requires_grad] == [
+            again
+        ] * 3
         if again:
-            second, wanted = (torch.autograd.grad(sum(g.sum() for g in one), leaves(at)) for one in (leaves(grads), expected))
+            second, wanted = (
+                torch.autograd.grad(sum(g.sum() for g in one), leaves(at))
+                for one in (leaves(grads), expected)
+            )
             assert_close([*second], [*wanted], 1e-13)
 
     def test_what_f_does_not_depend_on_gets_zeros_or_none(self) -> None:
@@ -57,7 +70,10 @@ class TestGradient:
         for again in (False, True):
             with torch.set_grad_enabled(again):
                 with pytest.raises(ZeroDivisionError):
-                    gradient(lambda w: (w["a"].sum() / (1 // 0), ()), {"a": torch.ones(2, requires_grad=True)})
+                    gradient(
+                        lambda w: (w["a"].sum() / (1 // 0), ()),
+                        {"a": torch.ones(2, requires_grad=True)},
+                    )
                 assert torch.is_grad_enabled() == again
 
     def test_no_graph_begins_where_nobody_asked_for_one(self) -> None:
@@ -66,10 +82,16 @@ class TestGradient:
         meta = torch.tensor(2.0, requires_grad=True)
 
         def through(*names: str, scale: Any = 1.0, other: Any = 0.0) -> list[bool]:
-            """Return of which results (grads of a and b, value, aux that reads a, aux that reads meta) a graph goes on."""
+            """Return of which results (grads of a and b, value, aux that reads a, aux that reads
+            meta) a graph goes on.
+            """
             at = {name: w[name] for name in names}
             grads, value, aux = gradient(
-                lambda at: (sum((p**2).sum() for p in at.values()) * scale + other, (at["a"] * 2, meta * 3)), at
+                lambda at: (
+                    sum((p**2).sum() for p in at.values()) * scale + other,
+                    (at["a"] * 2, meta * 3),
+                ),
+                at,
             )
             return [result.requires_grad for result in (*grads.values(), value, *aux)]
 
@@ -79,7 +101,9 @@ class TestGradient:
         assert through("a", "b") == [False, True, True, False, True]
 
     def test_a_gradient_inside_another_knows_its_variables(self) -> None:
-        """Both at what autograd does not track, the inner one reading the outer one's variable: d/dv of dL/dw at w = 1 is 2 v."""
+        """Both at what autograd does not track, the inner one reading the outer one's variable:
+        d/dv of dL/dw at w = 1 is 2 v.
+        """
         w, v = torch.tensor(1.0), torch.tensor(3.0)
 
         def inner(v: Tensor) -> tuple[Tensor, Any]:
@@ -100,7 +124,9 @@ class TestGradient:
             for again in (False, True):
                 with torch.set_grad_enabled(again):
                     slope = gradient(lambda w: (w**3, ()), w)[0]
-                assert_close(torch.autograd.forward_ad.unpack_dual(slope).tangent, torch.tensor(12.0), 1e-6)
+                assert_close(
+                    torch.autograd.forward_ad.unpack_dual(slope).tangent, torch.tensor(12.0), 1e-6
+                )
 
     def test_the_gradient_is_constant_and_the_value_is_not(self) -> None:
         w, meta = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
@@ -110,9 +136,16 @@ class TestGradient:
             assert not grad.requires_grad
             assert_close(torch.autograd.grad(value + aux, meta)[0], torch.tensor(6.0), 0.0)
         with torch.no_grad():
-            assert not any(leaf.requires_grad for leaf in constant_gradient(lambda w: (meta * w**2, w * meta), w))
+            assert not any(
+                leaf.requires_grad
+                for leaf in constant_gradient(lambda w: (meta * w**2, w * meta), w)
+            )
         assert not constant_gradient(lambda w: (w**2, w), w.detach())[1].requires_grad
-        assert_close(constant_gradient(lambda w: (w["a"] ** 2, ()), {"a": w, "b": w})[0]["b"], torch.tensor(0.0), 0.0)
+        assert_close(
+            constant_gradient(lambda w: (w["a"] ** 2, ()), {"a": w, "b": w})[0]["b"],
+            torch.tensor(0.0),
+            0.0,
+        )
 
     def test_a_complex_value_is_refused(self) -> None:
         with torch.no_grad(), pytest.raises(RuntimeError, match="real scalar"):
@@ -135,11 +168,16 @@ class TestParts:
         fresh = [leaf + 1 for leaf in chosen(W, full)]
         assert_close(leaves(put(fresh, W, short)), leaves(put(fresh, W, full)), 0.0)
         short_bars, full_bars = (
-            pull_back(lambda w: bowl(w)[0], (W,), torch.tensor(2.0).double(), (one,))[0] for one in (short, full)
+            pull_back(lambda w: bowl(w)[0], (W,), torch.tensor(2.0).double(), (one,))[0]
+            for one in (short, full)
         )
         expected = gradient(bowl, W)[0]
         for bars in (short_bars, full_bars):
-            found = [(bar, 2 * grad) for bar, grad in zip(leaves(bars), leaves(expected), strict=True) if bar is not None]
+            found = [
+                (bar, 2 * grad)
+                for bar, grad in zip(leaves(bars), leaves(expected), strict=True)
+                if bar is not None
+            ]
             assert len(found) == len(fresh)
             for bar, grad in found:
                 assert_close(bar, grad, 1e-14)
@@ -166,6 +204,8 @@ def test_a_linearized_function_is_pulled_back_as_often_as_one_likes() -> None:
             seeds = [torch.tensor(c), torch.tensor(1.0), torch.tensor(1.0)]
             assert point.pull_back(seeds, 0) == {"a": 3 * c}
             assert point.pull_back(seeds, 1) == [2 * c, 8.0, None]
-        rows = torch.func.vmap(lambda c: point.pull_back([c, c, c], 0)["a"])(torch.tensor([1.0, 5.0]))
+        rows = torch.func.vmap(lambda c: point.pull_back([c, c, c], 0)["a"])(
+            torch.tensor([1.0, 5.0])
+        )
     assert_close(rows, torch.tensor([3.0, 15.0]), 0.0)
     assert len(calls) == 1

@@ -1,4 +1,6 @@
-"""BERT and GPT-2 of Hugging Face, small and with random weights, in inner loops and levels, against plain torch by hand."""
+"""BERT and GPT-2 of Hugging Face, small and with random weights, in inner loops and levels, against
+plain torch by hand.
+"""
 
 from __future__ import annotations
 
@@ -24,37 +26,60 @@ VOCABULARY, LENGTH, STEPS = 30, 8, 2
 KINDS = ["bert", "gpt2"]
 
 
-def build(kind: str, *, dropout: float = 0.0, attention: str = "sdpa", hooked: bool = False) -> nn.Module:
+def build(
+    kind: str, *, dropout: float = 0.0, attention: str = "sdpa", hooked: bool = False
+) -> nn.Module:
     """Return a model of 2 layers, width 32, in training mode.
 
     Args:
         kind: "bert" classifies into 3, "gpt2" predicts the next token.
         dropout: wherever there is any.
         attention: "sdpa", torch's fused kernels, or "eager".
-        hooked: switch gradient checkpointing on and off: a hook stays that asks activations to require grad.
+        hooked: switch gradient checkpointing on and off: a hook stays that asks activations to
+            require grad.
     """
     if kind == "bert":
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        }
         rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        config = transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=16, num_labels=3, **sizes, **rates)
+        config = transformers.BertConfig(
+            vocab_size=VOCABULARY, max_position_embeddings=16, num_labels=3, **sizes, **rates
+        )
         model = transformers.BertForSequenceClassification(config)
     else:
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+        sizes = {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 16,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
         rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCABULARY, **sizes, **rates))
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=VOCABULARY, **sizes, **rates)
+        )
     model.set_attn_implementation(attention)
     if hooked:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # version 5.24 gives them new names
             model.gradient_checkpointing_enable()
             model.gradient_checkpointing_disable()
-        model.enable_input_require_grads()  # what PEFT calls, and older versions in `gradient_checkpointing_enable`
+        # what PEFT calls, and older versions in `gradient_checkpointing_enable`
+        model.enable_input_require_grads()
     return model.double().train()
 
 
 def batch_of(kind: str, rows: int = 3) -> dict[str, Tensor]:
     """Return sequences of different lengths, and labels."""
-    ids, mask = torch.randint(VOCABULARY, (rows, LENGTH)), torch.ones(rows, LENGTH, dtype=torch.int64)
+    ids, mask = (
+        torch.randint(VOCABULARY, (rows, LENGTH)),
+        torch.ones(rows, LENGTH, dtype=torch.int64),
+    )
     mask[0, 5:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
     if kind == "bert":
@@ -70,7 +95,10 @@ def loss_of(output: Any, batch: Any) -> Tensor:
 
 
 def inputs_of(batch: Any) -> Any:
-    return {**{name: values for name, values in batch.items() if name != "targets"}, "use_cache": False}
+    return {
+        **{name: values for name, values in batch.items() if name != "targets"},
+        "use_cache": False,
+    }
 
 
 def plain_loss(model: nn.Module, params: Any, batch: Any) -> Tensor:
@@ -82,12 +110,26 @@ def net_loss(net: mo.Functional) -> Any:
     return lambda params, batch: loss_of(net(params, **inputs_of(batch)), batch)
 
 
-def descend(model: nn.Module, params: Any, batch: Any, lr: Any, *, first_order: bool = False, momentum: float = 0.0) -> Any:
+def descend(
+    model: nn.Module,
+    params: Any,
+    batch: Any,
+    lr: Any,
+    *,
+    first_order: bool = False,
+    momentum: float = 0.0,
+) -> Any:
     """Return the parameters after some steps, by hand."""
     velocity = None
     for _ in range(STEPS):
-        found = torch.autograd.grad(plain_loss(model, params, batch), list(params.values()), create_graph=not first_order)
-        velocity = found if velocity is None else [momentum * v + g for v, g in zip(velocity, found, strict=True)]
+        found = torch.autograd.grad(
+            plain_loss(model, params, batch), list(params.values()), create_graph=not first_order
+        )
+        velocity = (
+            found
+            if velocity is None
+            else [momentum * v + g for v, g in zip(velocity, found, strict=True)]
+        )
         params = {name: p - lr * v for (name, p), v in zip(params.items(), velocity, strict=True)}
     return params
 
@@ -102,17 +144,26 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{}, {"attention": "eager"}, {"hooked": True}], ids=["sdpa", "eager", "hooked"])
+@pytest.mark.parametrize(
+    "options", [{}, {"attention": "eager"}, {"hooked": True}], ids=["sdpa", "eager", "hooked"]
+)
 def test_the_derivative_through_a_loop_is_that_by_hand(kind: str, rule: str, options: Any) -> None:
-    """With the hook every loop was refused: "reaches a tensor through its closure", which it does not."""
+    """With the hook every loop was refused:
+
+    "reaches a tensor through its closure", which it does not.
+    """
     model, batch, query = build(kind, **options), batch_of(kind), batch_of(kind)
     net, lr = mo.functional(model), torch.tensor(0.1, requires_grad=True)
     loss = net_loss(net)
-    out = mo.minimize(loss, SGD(lr, momentum=0.9), net.params, batch, steps=STEPS, differentiate=RULES[rule])
+    out = mo.minimize(
+        loss, SGD(lr, momentum=0.9), net.params, batch, steps=STEPS, differentiate=RULES[rule]
+    )
     leaves = [lr, *net.params.values()]
     with sdpa_kernel(SDPBackend.MATH):
         found = torch.autograd.grad(loss(out.params, query), leaves)
-    params = descend(model, dict(net.params), batch, lr, first_order=rule.startswith("first"), momentum=0.9)
+    params = descend(
+        model, dict(net.params), batch, lr, first_order=rule.startswith("first"), momentum=0.9
+    )
     expected = torch.autograd.grad(plain_loss(model, params, query), leaves)
     assert expected[0].abs() > 1e-4
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -151,7 +202,9 @@ def tasks_of(kind: str, count: int = 3) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
 def test_meta_gradients_are_those_by_hand(kind: str, options: Any, hooked: bool) -> None:
-    """A mask check that reads values, which vmap cannot, ended in torch's own text; now in the loop, with one warning."""
+    """A mask check that reads values, which vmap cannot, ended in torch's own text; now in the
+    loop, with one warning.
+    """
     model = build(kind, hooked=hooked)
     net, tasks, inner = mo.functional(model), tasks_of(kind), SGD(nn.Parameter(torch.tensor(0.1)))
     loss = net_loss(net)
@@ -166,7 +219,9 @@ def test_meta_gradients_are_those_by_hand(kind: str, options: Any, hooked: bool)
         meta_gradient(net.params, tasks)
     told = [str(one.message) for one in caught if issubclass(one.category, RuntimeWarning)]
     assert len(told) <= (0 if options else 1)
-    assert all("cannot be batched by vmap, so they are gone through one by one" in text for text in told)
+    assert all(
+        "cannot be batched by vmap, so they are gone through one by one" in text for text in told
+    )
     leaves, values = [inner.lr, *net.params.values()], []
     for index in range(3):
         support, query = mo.tree.index(tasks, index)
@@ -178,7 +233,9 @@ def test_meta_gradients_are_those_by_hand(kind: str, options: Any, hooked: bool)
 
 
 def weighing(kind: str, rule: Any, optimizer: Any, **options: Any) -> Any:
-    """Return (graph, model, weights, support, query) of a level that weighs the examples of another, a Hugging Face model."""
+    """Return (graph, model, weights, support, query) of a level that weighs the examples of
+    another, a Hugging Face model.
+    """
     model, weights = build(kind, attention="eager", **options), nn.Linear(LENGTH, 1)
     support, query = batch_of(kind), batch_of(kind)
 
@@ -191,40 +248,61 @@ def weighing(kind: str, rule: Any, optimizer: Any, **options: Any) -> Any:
 
     lower = mo.Level("model", model, lower_loss, optimizer, data=[support])
     upper = mo.Level("weights", weights, upper_loss, Adam(0.1), data=[query], allow_unused=True)
-    return mo.LevelGraph([mo.Edge(upper, lower, steps=1, differentiate=rule)]), model, weights, support, query
+    return (
+        mo.LevelGraph([mo.Edge(upper, lower, steps=1, differentiate=rule)]),
+        model,
+        weights,
+        support,
+        query,
+    )
 
 
-@pytest.mark.parametrize("rule", [mo.Backprop(), mo.T1T2(), mo.SAMA(radius=1e-5)], ids=["backprop", "t1t2", "sama"])
+@pytest.mark.parametrize(
+    "rule", [mo.Backprop(), mo.T1T2(), mo.SAMA(radius=1e-5)], ids=["backprop", "t1t2", "sama"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
 def test_hypergradients_are_those_by_hand(kind: str, rule: Any, hooked: bool) -> None:
-    """T1T2 is -d(g . v)/dm at the end, g the lower gradient and v the upper one; SAMA the same times lr, by differences."""
+    """T1T2 is -d(g .
+
+    v)/dm at the end, g the lower gradient and v the upper one; SAMA the same times lr, by
+    differences.
+    """
     graph, model, weights, support, query = weighing(kind, rule, SGD(0.1), hooked=hooked)
     start, outer = dict(mo.functional(model).params), list(weights.parameters())
 
     def lower(params: Any) -> Tensor:
-        return weights(support["input_ids"] / VOCABULARY).sigmoid().mean() * plain_loss(model, params, support)
+        return weights(support["input_ids"] / VOCABULARY).sigmoid().mean() * plain_loss(
+            model, params, support
+        )
 
     grads = torch.autograd.grad(lower(start), list(start.values()), create_graph=True)
     after = {name: p - 0.1 * g for (name, p), g in zip(start.items(), grads, strict=True)}
     if isinstance(rule, mo.Backprop):
         expected = torch.autograd.grad(plain_loss(model, after, query), outer)
     else:
-        v = torch.autograd.grad(plain_loss(model, start, query), list(start.values()))  # these rules look at where it stands
+        # these rules look at where it stands
+        v = torch.autograd.grad(plain_loss(model, start, query), list(start.values()))
         g = torch.autograd.grad(lower(start), list(start.values()), create_graph=True)
         scale = 0.1 if isinstance(rule, mo.SAMA) else 1.0
-        expected = torch.autograd.grad(-scale * sum((a * b).sum() for a, b in zip(g, v, strict=True)), outer)
+        expected = torch.autograd.grad(
+            -scale * sum((a * b).sum() for a, b in zip(g, v, strict=True)), outer
+        )
     found = graph.hypergradient("weights")
     for (name, _), own in zip(weights.named_parameters(), expected, strict=True):
         assert own.abs().max() > 1e-6
         assert_close(found[name], own, 1e-7 if isinstance(rule, mo.SAMA) else 1e-9)
 
 
-@pytest.mark.parametrize("rule", [mo.Backprop(), mo.T1T2(), mo.SAMA()], ids=["backprop", "t1t2", "sama"])
+@pytest.mark.parametrize(
+    "rule", [mo.Backprop(), mo.T1T2(), mo.SAMA()], ids=["backprop", "t1t2", "sama"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_level_steps_with_dropout(kind: str, rule: Any) -> None:
     graph, model, weights, *_ = weighing(kind, rule, Adam(1e-3), dropout=0.2, hooked=True)
     before = [p.detach().clone() for p in [*model.parameters(), *weights.parameters()]]
-    assert all(torch.as_tensor(value).isfinite().all() for _ in range(2) for value in graph.step().values())
+    assert all(
+        torch.as_tensor(value).isfinite().all() for _ in range(2) for value in graph.step().values()
+    )
     after = [*model.parameters(), *weights.parameters()]
     assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) >= len(after) - 1

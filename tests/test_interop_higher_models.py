@@ -1,4 +1,6 @@
-"""The bridge for programs written for `higher`: models that higher gets wrong, exceptions, copies, and what it refuses."""
+"""The bridge for programs written for `higher`: models that higher gets wrong, exceptions, copies,
+and what it refuses.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,12 @@ def snapshot(model: nn.Module) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
 
 
-def unrolled(model: nn.Module, x: Tensor, y: Tensor, steps: int = 3, rate: float = 0.1) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss after plain gradient steps and its derivative in the initial parameters, with `functional_call` by hand."""
+def unrolled(
+    model: nn.Module, x: Tensor, y: Tensor, steps: int = 3, rate: float = 0.1
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss after plain gradient steps and its derivative in the initial parameters, with
+    `functional_call` by hand.
+    """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     own = dict(model.named_parameters())
     first = [own[name].detach().clone().requires_grad_() for name in names]
@@ -56,7 +62,9 @@ def unrolled(model: nn.Module, x: Tensor, y: Tensor, steps: int = 3, rate: float
     return last, list(torch.autograd.grad(last, first, materialize_grads=True))
 
 
-def patched(model: nn.Module, x: Tensor, y: Tensor, steps: int = 3, rate: float = 0.1) -> tuple[Tensor, list[Tensor]]:
+def patched(
+    model: nn.Module, x: Tensor, y: Tensor, steps: int = 3, rate: float = 0.1
+) -> tuple[Tensor, list[Tensor]]:
     """The same by the bridge."""
     with higher.innerloop_ctx(model, sgd(model, lr=rate)) as (fmodel, diffopt):
         for _ in range(steps):
@@ -66,7 +74,8 @@ def patched(model: nn.Module, x: Tensor, y: Tensor, steps: int = 3, rate: float 
     return last, list(torch.autograd.grad(last, first, materialize_grads=True))
 
 
-# ------------------------------------------------------------------------------------------------------------------------- models
+# -------------------------------------------------------------------------------------------------------------------------
+# models
 
 
 class Tied(nn.Module):
@@ -154,7 +163,9 @@ def normed() -> nn.Module:
 
 
 def weight_normed() -> nn.Module:
-    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)), nn.Tanh(), nn.Linear(5, 2))
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)), nn.Tanh(), nn.Linear(5, 2)
+    )
 
 
 def hooked() -> nn.Module:
@@ -170,7 +181,9 @@ MODELS: list[Callable[[], nn.Module]] = [
 
 @pytest.mark.parametrize("build", MODELS)
 def test_models_as_they_are(build: Callable[[], nn.Module]) -> None:
-    """Tied, frozen, unused and normalised parameters, recurrence, attention, hooks, layers reached by detours; nothing leaks."""
+    """Tied, frozen, unused and normalised parameters, recurrence, attention, hooks, layers reached
+    by detours; nothing leaks.
+    """
     torch.manual_seed(0)
     model = build()
     before = snapshot(model)
@@ -207,7 +220,9 @@ def test_frozen_and_unused_parameters_stay_what_they_are() -> None:
             seen.append([grad is None for grad in grads])
             return grads
 
-        with higher.innerloop_ctx(model, sgd(model, weight_decay=0.1, momentum=0.9), track_higher_grads=track) as (fmodel, diffopt):
+        with higher.innerloop_ctx(
+            model, sgd(model, weight_decay=0.1, momentum=0.9), track_higher_grads=track
+        ) as (fmodel, diffopt):
             for _ in range(2):
                 diffopt.step(F.mse_loss(fmodel(X), Y), grad_callback=look)
         assert [p.requires_grad for p in fmodel.parameters()] == [True, False, False, True]
@@ -216,10 +231,14 @@ def test_frozen_and_unused_parameters_stay_what_they_are() -> None:
         assert seen == [[False, True, True, False]] * 2  # no gradient is not a gradient of zero
         assert sorted(diffopt.state[0]) == [0, 3]
     model = Unused()
-    with higher.innerloop_ctx(model, torch.optim.Adam(model.parameters(), weight_decay=0.1)) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, torch.optim.Adam(model.parameters(), weight_decay=0.1)) as (
+        fmodel,
+        diffopt,
+    ):
         diffopt.step(F.mse_loss(fmodel(X), Y))
         assert torch.equal(fmodel.unused.weight, model.unused.weight)
-        both = F.mse_loss(fmodel(X) + fmodel.unused(X), Y)  # now it is used: its first step, the others' second
+        # now it is used: its first step, the others' second
+        both = F.mse_loss(fmodel(X) + fmodel.unused(X), Y)
         diffopt.step(both)
     assert [diffopt.state[0][i]["step"] for i in range(4)] == [2, 2, 1, 1]
     assert not torch.equal(fmodel.unused.weight, model.unused.weight)
@@ -232,7 +251,9 @@ def test_buffers_are_carried_by_the_patched_model_only() -> None:
     for _ in range(3):
         fmodel(X)
         twin(X)
-    torch.testing.assert_close(dict(fmodel.named_buffers()), dict(twin.named_buffers()), rtol=0, atol=0)
+    torch.testing.assert_close(
+        dict(fmodel.named_buffers()), dict(twin.named_buffers()), rtol=0, atol=0
+    )
     assert not model[1].running_mean.any()
     assert model[1].num_batches_tracked == 0
     fmodel.eval()
@@ -246,7 +267,9 @@ def test_buffers_are_carried_by_the_patched_model_only() -> None:
 
 
 def test_every_call_of_a_program_is_differentiable_twice() -> None:
-    """A third derivative through a norm is that of elementary operations; torch's own is wrong by per cents."""
+    """A third derivative through a norm is that of elementary operations; torch's own is wrong by
+    per cents.
+    """
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1))
     fmodel = higher.monkeypatch(model)
 
@@ -303,27 +326,38 @@ def test_a_patched_model_is_one_of_its_class() -> None:
     assert {b.dtype for b in converted.buffers()} == {torch.float32, torch.int64}
 
 
-# ------------------------------------------------------------------------------------------------------------ time, copies, failure
+# ------------------------------------------------------------------------------------------------------------
+# time, copies, failure
 
 
 def test_gradients_reach_the_original_only_if_asked() -> None:
     for copied in (True, False):
         model = mlp()
-        with higher.innerloop_ctx(model, sgd(model), copy_initial_weights=copied) as (fmodel, diffopt):
+        with higher.innerloop_ctx(model, sgd(model), copy_initial_weights=copied) as (
+            fmodel,
+            diffopt,
+        ):
             diffopt.step(F.mse_loss(fmodel(X), Y))
             F.mse_loss(fmodel(X), Y).backward()
         assert all((p.grad is None) == copied for p in model.parameters())
         assert all(p.is_leaf == copied for p in fmodel.parameters(time=0))
-        assert all(p is q for p, q in zip(fmodel.init_fast_params, fmodel.parameters(time=0), strict=True))
+        assert all(
+            p is q for p, q in zip(fmodel.init_fast_params, fmodel.parameters(time=0), strict=True)
+        )
     _, expected = unrolled(model, X, Y, steps=1)
-    torch.testing.assert_close([p.grad for p in model.parameters()], expected, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(
+        [p.grad for p in model.parameters()], expected, rtol=1e-10, atol=1e-13
+    )
 
 
 def test_without_tracking_nothing_is_kept() -> None:
     model = mlp()
     lr = torch.tensor(0.1, requires_grad=True)
     opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
-    with higher.innerloop_ctx(model, opt, override={"lr": [lr]}, track_higher_grads=False) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, opt, override={"lr": [lr]}, track_higher_grads=False) as (
+        fmodel,
+        diffopt,
+    ):
         past = [weakref.ref(p) for p in fmodel.parameters()]
         for _ in range(3):
             diffopt.step(F.mse_loss(fmodel(X), Y))
@@ -334,7 +368,9 @@ def test_without_tracking_nothing_is_kept() -> None:
     with higher.innerloop_ctx(model, opt) as (tracked, diffopt):
         for _ in range(3):
             diffopt.step(F.mse_loss(tracked(X), Y))
-    torch.testing.assert_close(list(fmodel.parameters()), list(tracked.parameters()), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        list(fmodel.parameters()), list(tracked.parameters()), rtol=1e-12, atol=1e-14
+    )
     assert list(fmodel.parameters(time=0)) == list(fmodel.parameters())
     with pytest.raises(ValueError, match="`time` must be 0 or -1, got 1"):
         fmodel.parameters(time=1)
@@ -368,7 +404,9 @@ def test_a_call_that_raises_changes_nothing() -> None:
         with pytest.raises(ValueError, match="must hold the 6 parameters"):
             fmodel(X, params=list(fmodel.parameters())[1:])
         assert all(p is q for p, q in zip(fmodel.parameters(), reference.parameters(), strict=True))
-        torch.testing.assert_close(dict(fmodel.named_buffers()), dict(reference.named_buffers()), rtol=0, atol=0)
+        torch.testing.assert_close(
+            dict(fmodel.named_buffers()), dict(reference.named_buffers()), rtol=0, atol=0
+        )
         assert torch.equal(fmodel.second(fmodel.first(X)), reference.second(reference.first(X)))
         assert torch.equal(fmodel(X), reference(X))
         with pytest.raises(ValueError, match="`time` must be at most 1"):
@@ -391,9 +429,13 @@ def test_copies_go_their_own_way() -> None:
         branch.train()
         diffopt.param_groups[0]["lr"] = 0.5
         diffopt.step(F.mse_loss(fmodel(X), Y))
-        torch.testing.assert_close(list(branch.parameters()), list(fmodel.parameters()), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            list(branch.parameters()), list(fmodel.parameters()), rtol=1e-12, atol=1e-14
+        )
         grads = [
-            torch.autograd.grad(F.mse_loss(net(X), Y), list(fmodel.parameters(time=0)), retain_graph=True)
+            torch.autograd.grad(
+                F.mse_loss(net(X), Y), list(fmodel.parameters(time=0)), retain_graph=True
+            )
             for net in (fmodel, branch)
         ]  # both go back to the same beginning
         torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
@@ -409,7 +451,9 @@ def test_copies_go_their_own_way() -> None:
 def test_a_model_without_parameters_of_its_own() -> None:
     model = mlp()
     given: list[Any] = []
-    fmodel = higher.make_functional(model, lambda patched, original: given.extend([patched, original]))
+    fmodel = higher.make_functional(
+        model, lambda patched, original: given.extend([patched, original])
+    )
     assert given == [fmodel, model]
     assert fmodel.fast_params is None
     for action in (lambda: fmodel(X), lambda: list(fmodel.parameters())):
@@ -420,12 +464,16 @@ def test_a_model_without_parameters_of_its_own() -> None:
         diffopt.step(torch.zeros(()))
     params = higher.utils.get_func_params(model, device="cpu")
     assert all(p.is_leaf and p.requires_grad for p in params)
-    assert higher.utils.get_func_params(model, safe_copy=False)[0].data_ptr() == model[0].weight.data_ptr()
+    assert (
+        higher.utils.get_func_params(model, safe_copy=False)[0].data_ptr()
+        == model[0].weight.data_ptr()
+    )
     assert torch.equal(fmodel(X, params=params), model(X))
     assert fmodel.fast_params == params
 
 
-# ------------------------------------------------------------------------------------------------------------------- optimizers
+# -------------------------------------------------------------------------------------------------------------------
+# optimizers
 
 
 def test_an_optimizer_without_a_patched_model() -> None:
@@ -449,23 +497,31 @@ def test_an_optimizer_made_for_groups() -> None:
     loss = F.mse_loss(fmodel(X), Y)
     with pytest.raises(ValueError, match="must hold the 4 parameters"):
         fmodel.update_params(diffopt.step(loss, params=params[:3]))
-    alone = higher.create_diff_optim(torch.optim.Adam, fmodel=fmodel, override={"lr": [0.5]}, track_higher_grads=False)
+    alone = higher.create_diff_optim(
+        torch.optim.Adam, fmodel=fmodel, override={"lr": [0.5]}, track_higher_grads=False
+    )
     alone.step(F.mse_loss(fmodel(X), Y))
-    assert (fmodel[0].weight - params[0]).abs().max() > 0.49  # Adam's first step is that of the rate
+    # Adam's first step is that of the rate
+    assert (fmodel[0].weight - params[0]).abs().max() > 0.49
     with pytest.raises(ValueError, match="`params` or `fmodel` is needed"):
         higher.create_diff_optim(torch.optim.Adam)
 
 
 def test_groups_have_their_own_options_and_may_leave_parameters_out() -> None:
     model = mlp()
-    groups = [{"params": [model[2].bias, model[0].weight]}, {"params": [model[2].weight], "lr": 0.3}]
+    groups = [
+        {"params": [model[2].bias, model[0].weight]},
+        {"params": [model[2].weight], "lr": 0.3},
+    ]
     opt = torch.optim.SGD(groups, lr=0.1)
     before = [p.detach().clone() for p in model.parameters()]
     with higher.innerloop_ctx(model, opt) as (fmodel, diffopt):
         loss = F.mse_loss(fmodel(X), Y)
         grads = torch.autograd.grad(loss, list(fmodel.parameters()), retain_graph=True)
         new = diffopt.step(loss, override={"lr": [torch.tensor(0.2), torch.tensor(0.4)]})
-    expected = [p - rate * g for p, rate, g in zip(before, [0.2, 0.0, 0.4, 0.2], grads, strict=True)]
+    expected = [
+        p - rate * g for p, rate, g in zip(before, [0.2, 0.0, 0.4, 0.2], grads, strict=True)
+    ]
     torch.testing.assert_close(new, expected, rtol=1e-12, atol=1e-14)
     assert diffopt.param_groups[0]["params"] == [new[3], new[0]]
     assert [group["lr"] for group in opt.param_groups] == [0.1, 0.3]
@@ -476,7 +532,12 @@ def test_gradients_pass_through_the_callback() -> None:
     model = mlp()
     opt = sgd(model)
     halve = lambda grads: (grad / 2 for grad in grads)
-    for constructor, step, factor in [(None, None, 1.0), (halve, None, 0.5), (None, halve, 0.5), (halve, lambda g: g, 1.0)]:
+    for constructor, step, factor in [
+        (None, None, 1.0),
+        (halve, None, 0.5),
+        (None, halve, 0.5),
+        (halve, lambda g: g, 1.0),
+    ]:
         fmodel = higher.monkeypatch(model)
         diffopt = higher.get_diff_optim(opt, model.parameters(), fmodel, grad_callback=constructor)
         loss = F.mse_loss(fmodel(X), Y)
@@ -485,7 +546,10 @@ def test_gradients_pass_through_the_callback() -> None:
         after = diffopt.step(loss, grad_callback=step)
         expected = [p - factor * 0.1 * g for p, g in zip(before, grads, strict=True)]
         torch.testing.assert_close(after, expected, rtol=1e-12, atol=1e-14)
-    with pytest.raises(ValueError, match="`grad_callback` must return 4 gradients, one for each that it is given, got 1"):
+    with pytest.raises(
+        ValueError,
+        match="`grad_callback` must return 4 gradients, one for each that it is given, got 1",
+    ):
         diffopt.step(F.mse_loss(fmodel(X), Y), grad_callback=lambda grads: grads[:1])
 
 
@@ -511,7 +575,9 @@ def test_an_optimizer_of_ones_own() -> None:
 
     class DifferentiableSign(higher.optim.DifferentiableOptimizer):
         def _update(self, grouped_grads: list[list[Tensor | None]]) -> None:
-            for index, (group, grads) in enumerate(zip(self.param_groups, grouped_grads, strict=True)):
+            for index, (group, grads) in enumerate(
+                zip(self.param_groups, grouped_grads, strict=True)
+            ):
                 for i, (p, g) in enumerate(zip(group["params"], grads, strict=True)):
                     if g is not None:
                         self.state[index][i]["steps"] = self.state[index][i].get("steps", 0) + 1
@@ -519,7 +585,9 @@ def test_an_optimizer_of_ones_own() -> None:
 
     model = mlp()
     opt = Sign(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"no differentiable counterpart of .*Sign; there is one of .*'SGD'"):
+    with pytest.raises(
+        ValueError, match=r"no differentiable counterpart of .*Sign; there is one of .*'SGD'"
+    ):
         higher.get_diff_optim(opt, model.parameters())
     higher.register_optim(Sign, DifferentiableSign)
     with higher.innerloop_ctx(model, opt) as (fmodel, diffopt):
@@ -539,7 +607,9 @@ def test_trainable_options_are_the_numbers() -> None:
         for _ in range(2):
             diffopt.step(F.mse_loss(fmodel(X), Y))
         F.mse_loss(fmodel(X), Y).backward()
-    assert all(tensor.grad is not None and tensor.grad != 0 for tensor in higher.utils.flatten(override))
+    assert all(
+        tensor.grad is not None and tensor.grad != 0 for tensor in higher.utils.flatten(override)
+    )
     betas = higher.get_trainable_opt_params(torch.optim.Adam(model.parameters()))["betas"]
     assert [beta.tolist() for beta in betas[0]] == [0.9, 0.999]
 
@@ -550,7 +620,12 @@ def test_learned_options_are_written_back() -> None:
     lr = torch.tensor(0.2, requires_grad=True)
     higher.apply_trainable_opt_params(
         opt,
-        {"lr": [lr], "betas": [(lr, 0.5)], "weight_decay": [0.01 * i for i in range(4)], "amsgrad": [torch.tensor(1.0)]},
+        {
+            "lr": [lr],
+            "betas": [(lr, 0.5)],
+            "weight_decay": [0.01 * i for i in range(4)],
+            "amsgrad": [torch.tensor(1.0)],
+        },
     )
     assert [group["lr"] for group in opt.param_groups] == [0.2] * 4
     assert opt.param_groups[1]["betas"] == (0.2, 0.5)
@@ -561,13 +636,19 @@ def test_learned_options_are_written_back() -> None:
     higher.apply_trainable_opt_params(tensor, {"lr": [lr]})
     assert tensor.param_groups[0]["lr"].dtype == torch.float32
     assert not tensor.param_groups[0]["lr"].requires_grad
-    with pytest.raises(ValueError, match="override of 'betas' must have the form of the optimizer's own value"):
+    with pytest.raises(
+        ValueError, match="override of 'betas' must have the form of the optimizer's own value"
+    ):
         higher.apply_trainable_opt_params(opt, {"betas": [lr]})
-    with pytest.raises(ValueError, match="override of 'lr' must be a list with one value, or with one for each of the 4 groups"):
+    with pytest.raises(
+        ValueError,
+        match="override of 'lr' must be a list with one value, or with one for each of the 4 groups",
+    ):
         higher.apply_trainable_opt_params(opt, {"lr": [lr, lr]})
 
 
-# --------------------------------------------------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------------------------------------------------
+# refusals
 
 
 def test_a_step_that_would_do_nothing_is_an_error() -> None:
@@ -577,7 +658,9 @@ def test_a_step_that_would_do_nothing_is_an_error() -> None:
             diffopt.step(F.mse_loss(model(X), Y))  # the original in place of the patched one
         with pytest.raises(ValueError, match="`loss` must depend on a trainable fast weight"):
             diffopt.step(torch.zeros(()))
-    with pytest.raises(ValueError, match=r"`reference_params` must hold every parameter of the optimizer.*\(8, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"`reference_params` must hold every parameter of the optimizer.*\(8, 3\)"
+    ):
         higher.get_diff_optim(sgd(model), list(model.parameters())[1:])
 
 
@@ -594,9 +677,13 @@ def test_what_cannot_be_patched_is_refused() -> None:
     for attribute in (lambda p: (p,), lambda p: lambda: p):
         model = mlp()
         model[0].kept = attribute(model[0].weight)
-        with pytest.raises(ValueError, match=r"keeps a parameter of shape \(8, 3\) in a tuple or in the closure"):
+        with pytest.raises(
+            ValueError, match=r"keeps a parameter of shape \(8, 3\) in a tuple or in the closure"
+        ):
             higher.monkeypatch(model)
-    with pytest.raises(TypeError, match="`weight` of a patched module must be a tensor, got NoneType"):
+    with pytest.raises(
+        TypeError, match="`weight` of a patched module must be a tensor, got NoneType"
+    ):
         fmodel[0].weight = None
     with pytest.raises(TypeError, match="`params` must be tensors, got float"):
         fmodel.update_params([1.0] * 4)
@@ -633,11 +720,21 @@ def test_an_option_changed_between_steps_counts() -> None:
             loss, before = F.mse_loss(fmodel(X), Y), list(fmodel.parameters())
             grads = torch.autograd.grad(loss, before, retain_graph=True)
             after = diffopt.step(loss)
-            torch.testing.assert_close(after, [p - rate * g for p, g in zip(before, grads, strict=True)], rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(
+                after,
+                [p - rate * g for p, g in zip(before, grads, strict=True)],
+                rtol=1e-12,
+                atol=1e-14,
+            )
         diffopt.param_groups[0]["lr"] = rate = torch.tensor(0.3)
         for _ in range(2):
             loss, before = F.mse_loss(fmodel(X), Y), list(fmodel.parameters())
             grads = torch.autograd.grad(loss, before, retain_graph=True)
             after = diffopt.step(loss)
-            torch.testing.assert_close(after, [p - rate * g for p, g in zip(before, grads, strict=True)], rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(
+                after,
+                [p - rate * g for p, g in zip(before, grads, strict=True)],
+                rtol=1e-12,
+                atol=1e-14,
+            )
             rate += 0.1  # in place, as torch's schedulers do

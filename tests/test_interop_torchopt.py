@@ -21,13 +21,16 @@ from optimizers import SGD, Adagrad, Adam, AdamW, ClipNorm, Grouped, Linear, RAd
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # torch batches TorchOpt's addcmul_ in a loop
+    # torch batches TorchOpt's addcmul_ in a loop
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]
 STEPS = 7  # radam is rectified from step 6 on where beta2 = 0.9
 
 
 def matrices(params: Any) -> Any:
-    """A mask: TorchOpt's own containers and ours have different names, but the same numbers of axes."""
+    """A mask: TorchOpt's own containers and ours have different names, but the same numbers of
+    axes.
+    """
     return torchopt.pytree.tree_map(lambda p: p.ndim > 1, params)
 
 
@@ -43,38 +46,78 @@ def plain(make: Callable[[], Any]) -> tuple[Any, Any]:
     return make, meta(make)
 
 
-# eps is large enough for the derivatives to be well conditioned, eps_root keeps them finite where a gradient is 0.
+# eps is large enough for the derivatives to be well conditioned, eps_root keeps them finite where a
+# gradient is 0.
 EVERY: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], torchopt.MetaOptimizer]]] = {
     "sgd": kind(torchopt.sgd, torchopt.MetaSGD, lr=0.1),
     "sgd-momentum": kind(torchopt.sgd, torchopt.MetaSGD, lr=0.1, momentum=0.9, weight_decay=0.02),
     "sgd-dampening": kind(torchopt.sgd, torchopt.MetaSGD, lr=0.1, momentum=0.9, dampening=0.3),
     "sgd-nesterov": kind(torchopt.sgd, torchopt.MetaSGD, lr=0.1, momentum=0.9, nesterov=True),
     "sgd-maximize": kind(torchopt.sgd, torchopt.MetaSGD, lr=0.1, maximize=True, weight_decay=0.02),
-    "sgd-moment-requires-grad": kind(torchopt.sgd, torchopt.MetaSGD, lr=0.1, momentum=0.9, moment_requires_grad=True),
+    "sgd-moment-requires-grad": kind(
+        torchopt.sgd, torchopt.MetaSGD, lr=0.1, momentum=0.9, moment_requires_grad=True
+    ),
     "adam": kind(torchopt.adam, torchopt.MetaAdam, lr=0.05, eps=1e-2, eps_root=1e-4),
-    "adam-decay": kind(torchopt.adam, torchopt.MetaAdam, lr=0.05, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.1),
+    "adam-decay": kind(
+        torchopt.adam, torchopt.MetaAdam, lr=0.05, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.1
+    ),
     "adamw": kind(torchopt.adamw, torchopt.MetaAdamW, lr=0.05, eps=1e-2, weight_decay=0.1),
     "adamax": kind(torchopt.adamax, torchopt.MetaAdaMax, lr=0.05, eps=1e-2),
     "radam": kind(torchopt.radam, torchopt.MetaRAdam, lr=0.05, betas=(0.9, 0.9), eps=1e-2),
     "radam-not-yet-rectified": kind(torchopt.radam, torchopt.MetaRAdam, lr=0.05, eps=1e-2),
-    "adagrad": kind(torchopt.adagrad, torchopt.MetaAdaGrad, lr=0.05, lr_decay=0.1, eps=1e-2, initial_accumulator_value=0.1),
+    "adagrad": kind(
+        torchopt.adagrad,
+        torchopt.MetaAdaGrad,
+        lr=0.05,
+        lr_decay=0.1,
+        eps=1e-2,
+        initial_accumulator_value=0.1,
+    ),
     "adadelta": kind(torchopt.adadelta, torchopt.MetaAdaDelta, lr=0.5, eps=1e-2),
     "rmsprop": kind(torchopt.rmsprop, torchopt.MetaRMSProp, lr=0.05, eps=1e-2),
     "rmsprop-all": kind(
-        torchopt.rmsprop, torchopt.MetaRMSProp, lr=0.02, eps=1e-2, centered=True, momentum=0.7, nesterov=True, weight_decay=0.02
+        torchopt.rmsprop,
+        torchopt.MetaRMSProp,
+        lr=0.02,
+        eps=1e-2,
+        centered=True,
+        momentum=0.7,
+        nesterov=True,
+        weight_decay=0.02,
     ),
-    "accelerated-adam": kind(torchopt.adam, torchopt.MetaAdam, lr=0.05, eps=1e-2, eps_root=1e-4, use_accelerated_op=True),
+    "accelerated-adam": kind(
+        torchopt.adam, torchopt.MetaAdam, lr=0.05, eps=1e-2, eps_root=1e-4, use_accelerated_op=True
+    ),
     "linear": kind(torchopt.sgd, torchopt.MetaSGD, lr=schedule.linear_schedule(0.1, 0.01, 3)),
-    "polynomial": kind(torchopt.sgd, torchopt.MetaSGD, lr=schedule.polynomial_schedule(0.1, 0.01, 2, 3, 1)),
-    "exponential": kind(
-        torchopt.adam, torchopt.MetaAdam, lr=schedule.exponential_decay(0.1, 0.5, transition_begin=1, end_value=0.02), eps=1e-2
+    "polynomial": kind(
+        torchopt.sgd, torchopt.MetaSGD, lr=schedule.polynomial_schedule(0.1, 0.01, 2, 3, 1)
     ),
-    "staircase": kind(torchopt.sgd, torchopt.MetaSGD, lr=schedule.exponential_decay(0.1, 0.5, transition_steps=2, staircase=True)),
+    "exponential": kind(
+        torchopt.adam,
+        torchopt.MetaAdam,
+        lr=schedule.exponential_decay(0.1, 0.5, transition_begin=1, end_value=0.02),
+        eps=1e-2,
+    ),
+    "staircase": kind(
+        torchopt.sgd,
+        torchopt.MetaSGD,
+        lr=schedule.exponential_decay(0.1, 0.5, transition_steps=2, staircase=True),
+    ),
     "clip": plain(lambda: torchopt.chain(torchopt.clip_grad_norm(0.5), torchopt.sgd(0.1))),
-    "clip-inf": plain(lambda: torchopt.clip_grad_norm(0.5, norm_type=torch.inf).chain(torchopt.sgd(0.1))),
-    "nan-to-num": plain(lambda: torchopt.chain(torchopt.nan_to_num(0.0, 1.0, -1.0), torchopt.sgd(0.1))),
-    "hook": plain(lambda: torchopt.chain(torchopt.register_hook(lambda g: 2 * g), torchopt.sgd(0.1))),
-    "masked": plain(lambda: torchopt.chain(transform.masked(torchopt.sgd(2.0, momentum=0.5), matrices), torchopt.sgd(0.05))),
+    "clip-inf": plain(
+        lambda: torchopt.clip_grad_norm(0.5, norm_type=torch.inf).chain(torchopt.sgd(0.1))
+    ),
+    "nan-to-num": plain(
+        lambda: torchopt.chain(torchopt.nan_to_num(0.0, 1.0, -1.0), torchopt.sgd(0.1))
+    ),
+    "hook": plain(
+        lambda: torchopt.chain(torchopt.register_hook(lambda g: 2 * g), torchopt.sgd(0.1))
+    ),
+    "masked": plain(
+        lambda: torchopt.chain(
+            transform.masked(torchopt.sgd(2.0, momentum=0.5), matrices), torchopt.sgd(0.05)
+        )
+    ),
     "trace": plain(lambda: torchopt.chain(transform.trace(0.9, 0.2), transform.scale(-0.1))),
     "scale-by": plain(
         lambda: torchopt.chain(
@@ -84,11 +127,16 @@ EVERY: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], torchopt.MetaOpt
         )
     ),
     "scale-by-adam": plain(
-        lambda: torchopt.chain(transform.scale_by_adam(eps=0.1), transform.scale_by_rms(eps=0.5), transform.scale(-0.1))
+        lambda: torchopt.chain(
+            transform.scale_by_adam(eps=0.1), transform.scale_by_rms(eps=0.5), transform.scale(-0.1)
+        )
     ),
-    "scale-by-rss": plain(lambda: torchopt.chain(transform.scale_by_rss(eps=1e-2), transform.scale(-0.1))),
+    "scale-by-rss": plain(
+        lambda: torchopt.chain(transform.scale_by_rss(eps=1e-2), transform.scale(-0.1))
+    ),
 }
-CONSTANT_NORM = {"clip", "clip-inf"}  # reads the norm's value: no vmap, and its derivative is left out
+# reads the norm's value: no vmap, and its derivative is left out
+CONSTANT_NORM = {"clip", "clip-inf"}
 NEEDS_AUTOGRAD = {"accelerated-adam", "hook"}
 each = pytest.mark.parametrize("name", EVERY)
 
@@ -114,7 +162,9 @@ def objective(net: mo.Functional) -> Callable[[Any, Any], Tensor]:
 
 def outer(params: Any) -> Tensor:
     """Weighs every entry of the last parameters differently."""
-    return sum((p.sin() * torch.linspace(0.5, 1.5, p.numel()).reshape(p.shape)).sum() for p in params)
+    return sum(
+        (p.sin() * torch.linspace(0.5, 1.5, p.numel()).reshape(p.shape)).sum() for p in params
+    )
 
 
 @each
@@ -130,7 +180,8 @@ def test_meta_gradients_equal_those_of_torchopts_meta_optimizer(name: str) -> No
         theirs.step((model(data[0][t]) - data[1][t]).square().mean())
     moved = [p for layer in model.modules() for p in layer._parameters.values() if p is not None]
     expected = torch.autograd.grad(outer(moved), starts)
-    assert_close(list(last.values()), moved, 1e-12)  # the same operations, but for the order of a few
+    # the same operations, but for the order of a few
+    assert_close(list(last.values()), moved, 1e-12)
     assert_close(list(ours), list(expected), 1e-9)
     assert all(g.abs().max() > 1e-3 for g in ours)
 
@@ -149,12 +200,15 @@ def test_meta_gradients_equal_finite_differences(name: str) -> None:
     last = mo.minimize(objective(net), optimizer, net.params, data).params
     slopes = torch.autograd.grad(outer(last.values()), list(net.params.values()))
     slope = sum((g * d).sum() for g, d in zip(slopes, direction.values(), strict=True))
-    # Rounding 1e-16 / h and the third derivative times h^2; one of 10^3 is what the smallest eps gives.
+    # Rounding 1e-16 / h and the third derivative times h^2; one of 10^3 is what the smallest eps
+    # gives.
     assert_close(slope, (value(1e-5) - value(-1e-5)) / 2e-5, 1e-6)
 
 
 def test_clipping_takes_the_norm_for_a_constant_as_promised() -> None:
-    """du/dg of -g / max(|g|, 1) is -I / |g| instead of -(I - g g' / |g|^2) / |g|; the 1e-6 is TorchOpt's."""
+    """du/dg of -g / max(|g|, 1) is -I / |g| instead of -(I - g g' / |g|^2) / |g|; the 1e-6 is
+    TorchOpt's.
+    """
     optimizer = mo.from_torchopt(torchopt.chain(torchopt.clip_grad_norm(1.0), torchopt.sgd(1.0)))
     g = torch.tensor([3.0, 4.0])
 
@@ -163,7 +217,9 @@ def test_clipping_takes_the_norm_for_a_constant_as_promised() -> None:
 
     rows = [grad(lambda g, row=row: update(g)[row])(g) for row in range(2)]
     assert_close(torch.stack(rows), -torch.eye(2) / 5.000001, 1e-12)
-    with pytest.raises(ValueError, match=r"reads the value of a tensor that differs over a `vmap`.*use `ClipNorm"):
+    with pytest.raises(
+        ValueError, match=r"reads the value of a tensor that differs over a `vmap`.*use `ClipNorm"
+    ):
         vmap(update)(torch.stack([g, g]))
 
 
@@ -175,11 +231,17 @@ def test_memory_modes_and_func_grad_agree(name: str, memory: Any) -> None:
 
     def value(params: Any, memory: Any) -> Tensor:
         rule = mo.Backprop(memory=memory)
-        return outer(mo.minimize(objective(net), optimizer, params, data, differentiate=rule).params.values())
+        return outer(
+            mo.minimize(objective(net), optimizer, params, data, differentiate=rule).params.values()
+        )
 
     start = {key: p.detach() for key, p in net.params.items()}
     expected = torch.autograd.grad(value(net.params, "full"), list(net.params.values()))
-    assert_close(list(torch.autograd.grad(value(net.params, memory), list(net.params.values()))), list(expected), 1e-12)
+    assert_close(
+        list(torch.autograd.grad(value(net.params, memory), list(net.params.values()))),
+        list(expected),
+        1e-12,
+    )
     assert_close(list(grad(value)(start, memory).values()), list(expected), 1e-12)
 
 
@@ -192,7 +254,11 @@ def test_vmap_from_shared_initial_parameters_equals_a_loop(name: str, memory: An
 
     def value(params: Any, task: Any) -> Tensor:
         rule = mo.Backprop(memory=memory)
-        return outer(mo.minimize(objective(net), optimizer, params, task, steps=3, differentiate=rule).params.values())
+        return outer(
+            mo.minimize(
+                objective(net), optimizer, params, task, steps=3, differentiate=rule
+            ).params.values()
+        )
 
     batched = vmap(grad(value), (None, 0))(start, tasks)
     for i in range(3):
@@ -201,13 +267,21 @@ def test_vmap_from_shared_initial_parameters_equals_a_loop(name: str, memory: An
 
 LEARNABLE = {
     "sgd": (torchopt.sgd, {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.02}, ["lr", "momentum"]),
-    "adam": (torchopt.adam, {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-2, "eps_root": 1e-3}, ["lr", "eps", "eps_root"]),
+    "adam": (
+        torchopt.adam,
+        {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-2, "eps_root": 1e-3},
+        ["lr", "eps", "eps_root"],
+    ),
     "adamw": (torchopt.adamw, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}, ["lr", "eps"]),
     "adamax": (torchopt.adamax, {"lr": 0.05, "eps": 1e-2}, ["lr", "eps"]),
     "radam": (torchopt.radam, {"lr": 0.05, "betas": (0.9, 0.9), "eps": 1e-2}, ["lr", "eps"]),
     "adagrad": (torchopt.adagrad, {"lr": 0.05, "eps": 1e-2}, ["lr", "eps"]),
     "adadelta": (torchopt.adadelta, {"lr": 0.5, "eps": 1e-2}, ["lr", "eps"]),
-    "rmsprop": (torchopt.rmsprop, {"lr": 0.02, "eps": 1e-2, "momentum": 0.7}, ["lr", "eps", "momentum"]),
+    "rmsprop": (
+        torchopt.rmsprop,
+        {"lr": 0.02, "eps": 1e-2, "momentum": 0.7},
+        ["lr", "eps", "momentum"],
+    ),
     "clip": (
         lambda max_norm, lr: torchopt.chain(torchopt.clip_grad_norm(max_norm), torchopt.sgd(lr)),
         {"max_norm": 0.05, "lr": 0.1},
@@ -222,18 +296,25 @@ def test_learned_hyperparameters(name: str, memory: Any) -> None:
     """As plain tensors under `func.grad`, and as parameters in plain autograd."""
     make, numbers, learned = LEARNABLE[name]
     net, data = mo.functional(network()), batches()
-    steps = 1 if name == "clip" else STEPS  # at a later step the norm of the gradient, a constant to TorchOpt, depends on both
-    data, start = mo.tree.index(data, slice(steps)), {key: p.detach() for key, p in net.params.items()}
+    # at a later step the norm of the gradient, a constant to TorchOpt, depends on both
+    steps = 1 if name == "clip" else STEPS
+    data, start = (
+        mo.tree.index(data, slice(steps)),
+        {key: p.detach() for key, p in net.params.items()},
+    )
 
     def value(at: dict[str, Tensor]) -> Tensor:
         rule = mo.Backprop(memory=memory)
         optimizer = mo.from_torchopt(make, **{**numbers, **at})
-        return outer(mo.minimize(objective(net), optimizer, start, data, differentiate=rule).params.values())
+        return outer(
+            mo.minimize(objective(net), optimizer, start, data, differentiate=rule).params.values()
+        )
 
     at = {key: torch.tensor(numbers[key]) for key in learned}
     slopes = grad(value)(at)
     for key in learned:
-        size = 1e-4 * numbers[key]  # the difference is off by 1e-8 of the third derivative in log(value), and by 1e-16 / size
+        # the difference is off by 1e-8 of the third derivative in log(value), and by 1e-16 / size
+        size = 1e-4 * numbers[key]
         above, below = ({**at, key: at[key] + sign * size} for sign in (1, -1))
         assert_close(slopes[key], (value(above) - value(below)) / (2 * size), 1e-6)
     parameters = {key: nn.Parameter(tensor) for key, tensor in at.items()}
@@ -242,8 +323,13 @@ def test_learned_hyperparameters(name: str, memory: Any) -> None:
 
 
 def test_a_step_rebuilt_from_its_function_keeps_its_momentum() -> None:
-    """Trap: the transformation counts its first call itself. w = -(.1 + .15 + .175) g with momentum 1/2."""
-    for optimizer in (mo.from_torchopt(torchopt.sgd, lr=0.1, momentum=0.5), mo.from_torchopt(torchopt.sgd(0.1, momentum=0.5))):
+    """Trap: the transformation counts its first call itself. w = -(.1 + .15 + .175) g with momentum
+    1/2.
+    """
+    for optimizer in (
+        mo.from_torchopt(torchopt.sgd, lr=0.1, momentum=0.5),
+        mo.from_torchopt(torchopt.sgd(0.1, momentum=0.5)),
+    ):
         for _ in range(2):  # a second run starts afresh
             w, g = torch.zeros(2), torch.ones(2)
             state = optimizer.init(w)
@@ -278,8 +364,16 @@ def test_an_update_is_pure(name: str) -> None:
         before = mo.tree.map(torch.clone, (params, grads, state))
         first = optimizer(grads, state, params)
         second = optimizer(grads, state, params)
-        assert all(torch.equal(*pair) for pair in zip(mo.tree.leaves(before), mo.tree.leaves((params, grads, state)), strict=True))
-        assert all(torch.equal(*pair) for pair in zip(mo.tree.leaves(first), mo.tree.leaves(second), strict=True))
+        assert all(
+            torch.equal(*pair)
+            for pair in zip(
+                mo.tree.leaves(before), mo.tree.leaves((params, grads, state)), strict=True
+            )
+        )
+        assert all(
+            torch.equal(*pair)
+            for pair in zip(mo.tree.leaves(first), mo.tree.leaves(second), strict=True)
+        )
         assert list(first[0]) == ["b", "a"]
         assert first[0]["a"].shape == (2, 2)
         state = first[1]
@@ -293,7 +387,9 @@ def test_integers_in_a_state_are_tensors_from_step_to_step() -> None:
 def test_it_composes_with_transforms_and_groups() -> None:
     params = {"w": torch.zeros(2), "b": torch.zeros(2)}
     grads = {"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0, 1.0])}
-    optimizer = Grouped({"w": ClipNorm(1.0, mo.from_torchopt(torchopt.sgd(1.0, momentum=0.5))), "*": SGD(0.1)})
+    optimizer = Grouped(
+        {"w": ClipNorm(1.0, mo.from_torchopt(torchopt.sgd(1.0, momentum=0.5))), "*": SGD(0.1)}
+    )
     state = optimizer.init(params)
     _, state = optimizer(grads, state, params)
     updates, _ = optimizer(grads, state, params)
@@ -301,7 +397,9 @@ def test_it_composes_with_transforms_and_groups() -> None:
 
 
 def test_our_schedules_and_deployment() -> None:
-    """TorchOpt's sgd with our linear rate: w = -(.1 + .075 + .05) g; a copy does not share a step count."""
+    """TorchOpt's sgd with our linear rate: w = -(.1 + .075 + .05) g; a copy does not share a step
+    count.
+    """
     weight = nn.Parameter(torch.zeros(2))
     deployed = mo.from_torchopt(torchopt.sgd, lr=Linear(0.1, 4, final=0.0)).as_torch([weight])
     for _ in range(3):
@@ -318,18 +416,34 @@ def test_a_copy_makes_the_same_steps() -> None:
 
 
 def test_it_says_what_it_is() -> None:
-    assert repr(mo.from_torchopt(torchopt.adam, lr=0.1, betas=(0.8, 0.9))) == "FromTorchOpt(adam, betas=(0.8, 0.9), lr=0.1)"
+    assert (
+        repr(mo.from_torchopt(torchopt.adam, lr=0.1, betas=(0.8, 0.9)))
+        == "FromTorchOpt(adam, betas=(0.8, 0.9), lr=0.1)"
+    )
     assert repr(mo.from_torchopt(torchopt.adam(0.1))) == "FromTorchOpt(GradientTransformation)"
 
 
-ZERO_CASES = [("adam", {}), ("adamw", {}), ("radam", {}), ("rmsprop", {}), ("rmsprop", {"centered": True}), ("adagrad", {})]
+ZERO_CASES = [
+    ("adam", {}),
+    ("adamw", {}),
+    ("radam", {}),
+    ("rmsprop", {}),
+    ("rmsprop", {"centered": True}),
+    ("adagrad", {}),
+]
 
 
 @pytest.mark.parametrize(("name", "options"), ZERO_CASES)
-def test_gradients_that_are_zero_have_the_derivative_of_our_optimizers(name: str, options: dict[str, Any]) -> None:
-    """A case of sqrt'(0) = inf times 0: TorchOpt's derivatives were not a number, without a word. Values are TorchOpt's."""
+def test_gradients_that_are_zero_have_the_derivative_of_our_optimizers(
+    name: str, options: dict[str, Any]
+) -> None:
+    """A case of sqrt'(0) = inf times 0: TorchOpt's derivatives were not a number, without a word.
+    Values are TorchOpt's.
+    """
     options = {"lr": 0.1, "eps": 1e-8, **options}
-    ours = {"adam": Adam, "adamw": AdamW, "radam": RAdam, "rmsprop": RMSprop, "adagrad": Adagrad}[name]
+    ours = {"adam": Adam, "adamw": AdamW, "radam": RAdam, "rmsprop": RMSprop, "adagrad": Adagrad}[
+        name
+    ]
 
     def slope(optimizer: mo.Optimizer) -> Tensor:
         def last(g: Tensor) -> Tensor:
@@ -348,9 +462,18 @@ def test_gradients_that_are_zero_have_the_derivative_of_our_optimizers(name: str
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "adagrad"])
 def test_a_meta_gradient_through_a_dead_unit_is_finite(name: str) -> None:
-    """Linear -> BatchNorm -> ReLU with a dead unit: entries of a gradient are exactly zero. It equals a finite difference."""
+    """Linear -> BatchNorm -> ReLU with a dead unit: entries of a gradient are exactly zero. It
+    equals a finite difference.
+    """
     torch.manual_seed(0)
-    net = mo.functional(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.ReLU(), nn.Linear(4, 1)))
+    net = mo.functional(
+        nn.Sequential(
+            nn.Linear(3, 4),
+            nn.BatchNorm1d(4, track_running_stats=False),
+            nn.ReLU(),
+            nn.Linear(4, 1),
+        )
+    )
     start = {name: p.detach().clone() for name, p in net.params.items()}
     start["1.bias"][0] = -9.0  # below every normalized value: dead
     x, y = torch.randn(6, 3), torch.randn(6, 1)
@@ -360,7 +483,11 @@ def test_a_meta_gradient_through_a_dead_unit_is_finite(name: str) -> None:
         def loss(p: Any, batch: Any, weight: Tensor) -> Tensor:
             return weight * (net(p, x) - y).square().mean() + 0.1 * p["3.weight"].square().sum()
 
-        return (net(mo.minimize(loss, optimizer, start, None, steps=3, meta=weight).params, x) - y).square().mean()
+        return (
+            (net(mo.minimize(loss, optimizer, start, None, steps=3, meta=weight).params, x) - y)
+            .square()
+            .mean()
+        )
 
     weight = torch.tensor(1.3, requires_grad=True)
     (found,) = torch.autograd.grad(outer(weight), weight)
@@ -370,10 +497,19 @@ def test_a_meta_gradient_through_a_dead_unit_is_finite(name: str) -> None:
 
 
 def test_a_missing_gradient_is_refused() -> None:
-    optimizer, params = mo.from_torchopt(torchopt.sgd(0.1, momentum=0.9)), {"a": torch.ones(2), "b": torch.ones(2)}
-    with pytest.raises(ValueError, match=r"`grads` must hold a gradient for every parameter, got None at \['b'\]. Give zeros"):
+    optimizer, params = (
+        mo.from_torchopt(torchopt.sgd(0.1, momentum=0.9)),
+        {"a": torch.ones(2), "b": torch.ones(2)},
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"`grads` must hold a gradient for every parameter, got None at \['b'\]. Give zeros",
+    ):
         optimizer({"a": torch.ones(2), "b": None}, optimizer.init(params), params)
-    with pytest.raises(ValueError, match="`from_torchopt`: every parameter needs a gradient, got None, or a state with a step"):
+    with pytest.raises(
+        ValueError,
+        match="`from_torchopt`: every parameter needs a gradient, got None, or a state with a step",
+    ):
         optimizer.init(params, per_parameter=True)
 
 
@@ -405,24 +541,44 @@ def test_a_batch_of_learning_rates() -> None:
 
         return updated
 
-    with pytest.raises(ValueError, match=r"for an lr with a batch, give TorchOpt a function: .*lambda count: lr"):
+    with pytest.raises(
+        ValueError, match=r"for an lr with a batch, give TorchOpt a function: .*lambda count: lr"
+    ):
         vmap(run(torchopt.sgd))(rates)
-    assert_close(vmap(run(lambda lr: torchopt.sgd(lambda count: lr)))(rates), -rates[:, None].expand(2, 3), 1e-15)
+    assert_close(
+        vmap(run(lambda lr: torchopt.sgd(lambda count: lr)))(rates),
+        -rates[:, None].expand(2, 3),
+        1e-15,
+    )
 
 
 @pytest.mark.parametrize("name", sorted(NEEDS_AUTOGRAD))
 def test_what_needs_plain_autograd_says_so(name: str) -> None:
     optimizer, g = mo.from_torchopt(EVERY[name][0]()), torch.ones(3, 2)
-    with pytest.raises(ValueError, match="accelerated operators and its hooks work in plain autograd only"):
+    with pytest.raises(
+        ValueError, match="accelerated operators and its hooks work in plain autograd only"
+    ):
         vmap(lambda g: optimizer(g, optimizer.init(g), g)[0])(g)
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: mo.from_torchopt(torchopt.adam), TypeError, "must be a TorchOpt gradient transformation, got function"),
-        (lambda: mo.from_torchopt(Adam()), TypeError, "must be a TorchOpt gradient transformation, got Adam"),
-        (lambda: mo.from_torchopt(torchopt.adam(0.1), lr=0.1), TypeError, "must be the function that makes a transformation"),
+        (
+            lambda: mo.from_torchopt(torchopt.adam),
+            TypeError,
+            "must be a TorchOpt gradient transformation, got function",
+        ),
+        (
+            lambda: mo.from_torchopt(Adam()),
+            TypeError,
+            "must be a TorchOpt gradient transformation, got Adam",
+        ),
+        (
+            lambda: mo.from_torchopt(torchopt.adam(0.1), lr=0.1),
+            TypeError,
+            "must be the function that makes a transformation",
+        ),
         (
             lambda: mo.from_torchopt(torchopt.sgd(nn.Parameter(torch.tensor(0.1)))),
             ValueError,
@@ -443,15 +599,39 @@ def test_bad_arguments(make: Any, error: type[Exception], message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "options", "error", "message"),
     [
-        (torchopt.sgd, {"lr": 0.1, "weight_decay": 0.1}, TypeError, "TorchOpt needs a number where a tensor that requires grad"),
-        (lambda b: torchopt.adam(0.1, (b, 0.9)), {"b": 0.8}, TypeError, "Those in `metaopt.optimizers` can all be"),
-        (torchopt.sgd, {"lr": 0.1, "momentum": 0.0}, ValueError, "`momentum` must not be 0 where it is a tensor"),
-        (torchopt.sgd, {"lr": 0.1, "weight_decay": 0.0}, ValueError, "`weight_decay` must not be 0 where it is a tensor"),
+        (
+            torchopt.sgd,
+            {"lr": 0.1, "weight_decay": 0.1},
+            TypeError,
+            "TorchOpt needs a number where a tensor that requires grad",
+        ),
+        (
+            lambda b: torchopt.adam(0.1, (b, 0.9)),
+            {"b": 0.8},
+            TypeError,
+            "Those in `metaopt.optimizers` can all be",
+        ),
+        (
+            torchopt.sgd,
+            {"lr": 0.1, "momentum": 0.0},
+            ValueError,
+            "`momentum` must not be 0 where it is a tensor",
+        ),
+        (
+            torchopt.sgd,
+            {"lr": 0.1, "weight_decay": 0.0},
+            ValueError,
+            "`weight_decay` must not be 0 where it is a tensor",
+        ),
     ],
 )
-def test_what_cannot_be_learned_is_an_error(make: Any, options: Any, error: type[Exception], message: str) -> None:
+def test_what_cannot_be_learned_is_an_error(
+    make: Any, options: Any, error: type[Exception], message: str
+) -> None:
     """TorchOpt turns these into numbers, or leaves them out: their gradient would be lost."""
-    optimizer = mo.from_torchopt(make, **{name: nn.Parameter(torch.tensor(value)) for name, value in options.items()})
+    optimizer = mo.from_torchopt(
+        make, **{name: nn.Parameter(torch.tensor(value)) for name, value in options.items()}
+    )
     g = torch.ones(2)
     with pytest.raises(error, match=message):
         optimizer(g, optimizer.init(g), g)

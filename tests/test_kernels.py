@@ -24,7 +24,10 @@ LAYERS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "layer-two-axes": (lambda x: F.layer_norm(x, (2, 4), eps=0.1), (3, 2, 4)),
     "layer-weight-only": (lambda x: F.layer_norm(x, [4], weight=WEIGHT), (3, 4)),
     "batch": (lambda x: F.batch_norm(x, None, None, WEIGHT, BIAS, training=True), (5, 4)),
-    "batch-2d": (lambda x: F.batch_norm(x, None, None, WEIGHT, training=True, eps=0.1), (2, 4, 2, 2)),
+    "batch-2d": (
+        lambda x: F.batch_norm(x, None, None, WEIGHT, training=True, eps=0.1),
+        (2, 4, 2, 2),
+    ),
     "batch-eval": (lambda x: F.batch_norm(x, BIAS, WEIGHT, WEIGHT, BIAS), (5, 4)),
     "instance": (lambda x: F.instance_norm(x, weight=WEIGHT, bias=BIAS), (2, 4, 3)),
     "instance-eval": (lambda x: F.instance_norm(x, BIAS, WEIGHT, use_input_stats=False), (2, 4, 3)),
@@ -44,8 +47,14 @@ LAYERS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
         ),
         (5, 4),
     ),
-    "torch.batch": (lambda x: torch.batch_norm(x, WEIGHT, BIAS, None, None, True, 0.1, 1e-5, False), (5, 4)),
-    "torch.instance": (lambda x: torch.instance_norm(x, WEIGHT, BIAS, None, None, True, 0.1, 1e-5, False), (2, 4, 3)),
+    "torch.batch": (
+        lambda x: torch.batch_norm(x, WEIGHT, BIAS, None, None, True, 0.1, 1e-5, False),
+        (5, 4),
+    ),
+    "torch.instance": (
+        lambda x: torch.instance_norm(x, WEIGHT, BIAS, None, None, True, 0.1, 1e-5, False),
+        (2, 4, 3),
+    ),
     "weight": (lambda x: torch._weight_norm(x, 1.5 + x[:, :1].sin(), 0), (3, 4)),
     "weight-last": (lambda x: torch._weight_norm(x, 1.5 + x[:1].sin(), 1), (3, 4)),
     "weight-whole": (lambda x: torch._weight_norm(x, x[0, 0].exp(), -1), (3, 4)),
@@ -57,21 +66,26 @@ FUSED = ["layer", "layer-two-axes", "layer-weight-only", "batch", "batch-2d", "i
 
 
 def directional(name: str, order: int, inside: bool = True) -> tuple[Tensor, Tensor]:
-    """Return (the derivative of that order along a line by autograd, by a central difference of the order below)."""
+    """Return (the derivative of that order along a line by autograd, by a central difference of the
+    order below).
+    """
     layer, shape = LAYERS[name]
     torch.manual_seed(0)
     x, v, w = torch.randn(3, *shape, dtype=torch.float64)
 
     def derivative(t: Tensor, order: int) -> Tensor:
         t = t.detach().requires_grad_()
-        value = (layer(x + torch.sin(t) * v) * w).sum()  # a curve, so that affine layers have every derivative
+        # a curve, so that affine layers have every derivative
+        value = (layer(x + torch.sin(t) * v) * w).sum()
         for _ in range(order):
             (value,) = torch.autograd.grad(value, t, create_graph=True)
         return value.detach()
 
     def both() -> tuple[Tensor, Tensor]:
         h, zero = 1e-5, torch.zeros((), dtype=torch.float64)
-        return derivative(zero, order), (derivative(zero + h, order - 1) - derivative(zero - h, order - 1)) / (2 * h)
+        return derivative(zero, order), (
+            derivative(zero + h, order - 1) - derivative(zero - h, order - 1)
+        ) / (2 * h)
 
     if not inside:
         return both()
@@ -83,15 +97,23 @@ def directional(name: str, order: int, inside: bool = True) -> tuple[Tensor, Ten
 @each_layer
 def test_derivatives_of_every_order(name: str, order: int) -> None:
     exact, difference = directional(name, order)
-    assert_close(exact, difference, 1e-6)  # the difference errs by h^2 = 1e-10 times two orders more, some 1e3
+    # the difference errs by h^2 = 1e-10 times two orders more, some 1e3
+    assert_close(exact, difference, 1e-6)
 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_the_third_derivative_of_fused_norms_is_still_wrong_in_torch(name: str) -> None:
-    """The cause of trap 1 and the reason for `any_order`. If this fails, torch has mended it: simplify `metaopt/kernels.py`."""
+    """The cause of trap 1 and the reason for `any_order`.
+
+    If this fails, torch has mended it: simplify `metaopt/kernels.py`.
+    """
     assert_close(*directional(name, 2, inside=False), 1e-6)
-    if not name.startswith("layer") and is_mended("the third derivative of batch and instance norm is wrong"):
-        with pytest.raises(RuntimeError, match=r"batch_norm does not support 3rd\+ order derivatives"):
+    if not name.startswith("layer") and is_mended(
+        "the third derivative of batch and instance norm is wrong"
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"batch_norm does not support 3rd\+ order derivatives"
+        ):
             directional(name, 3, inside=False)
         return
     wrong, difference = directional(name, 3, inside=False)
@@ -127,11 +149,20 @@ def test_values_and_dtypes_are_torchs(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.BatchNorm1d(4), nn.BatchNorm1d(4, momentum=None), nn.InstanceNorm1d(4, track_running_stats=True)], ids=repr
+    "layer",
+    [
+        nn.BatchNorm1d(4),
+        nn.BatchNorm1d(4, momentum=None),
+        nn.InstanceNorm1d(4, track_running_stats=True),
+    ],
+    ids=repr,
 )
 def test_running_statistics_are_updated_as_by_torch(layer: nn.Module) -> None:
     layer.double()
-    x, twin = torch.randn(5, 4, 3, dtype=torch.float64), type(layer)(4, momentum=layer.momentum, track_running_stats=True).double()
+    x, twin = (
+        torch.randn(5, 4, 3, dtype=torch.float64),
+        type(layer)(4, momentum=layer.momentum, track_running_stats=True).double(),
+    )
     for _ in range(2):
         expected = twin(x)
         with any_order():
@@ -148,7 +179,9 @@ def test_a_single_value_per_channel_is_torchs_error() -> None:
 
 
 def test_entering_it_again_adds_nothing_except_where_torch_has_left_it() -> None:
-    """Torch takes a mode off its stack for the time of a backward pass: a step that runs again there needs it again."""
+    """Torch takes a mode off its stack for the time of a backward pass: a step that runs again
+    there needs it again.
+    """
     depths: list[int] = []
 
     class Probe(torch.autograd.Function):
@@ -174,7 +207,9 @@ def test_entering_it_again_adds_nothing_except_where_torch_has_left_it() -> None
 
 RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda x: F.dropout(x, 0.4),
-    "dropout in place": lambda x: F.dropout(x.transpose(0, 1).clone().transpose(0, 1), 0.4, inplace=True),
+    "dropout in place": lambda x: F.dropout(
+        x.transpose(0, 1).clone().transpose(0, 1), 0.4, inplace=True
+    ),
     "torch.dropout": lambda x: torch.dropout(x, 0.4, True),
     "dropout1d": lambda x: F.dropout1d(x, 0.4),
     "alpha dropout": lambda x: F.alpha_dropout(x, 0.4, True),
@@ -188,7 +223,9 @@ RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_plain_autograd_and_torch_func_draw_the_same_numbers(name: str) -> None:
-    """A step may run first in one and then in the other: torch's own dropout then draws other masks for what is transposed."""
+    """A step may run first in one and then in the other: torch's own dropout then draws other masks
+    for what is transposed.
+    """
     x = torch.randn(4, 3, 5).transpose(0, 1)
 
     def value(x: Tensor) -> Tensor:
@@ -204,7 +241,9 @@ def test_plain_autograd_and_torch_func_draw_the_same_numbers(name: str) -> None:
 
 @pytest.mark.parametrize("form", ["method", "attribute"])
 def test_a_hook_that_marks_activations_does_no_harm_inside_a_transform(form: str) -> None:
-    """Hugging Face leaves one after `gradient_checkpointing_enable(); ..._disable()`; under `vmap` it was torch's error."""
+    """Hugging Face leaves one after `gradient_checkpointing_enable(); ..._disable()`; under `vmap`
+    it was torch's error.
+    """
 
     def mark(module: nn.Module, _: Any, output: Tensor) -> None:
         if form == "method":

@@ -1,4 +1,6 @@
-"""Learned optimizers and schedules: against networks written out coordinate by coordinate, and their meta-gradients."""
+"""Learned optimizers and schedules: against networks written out coordinate by coordinate, and
+their meta-gradients.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,10 @@ def test_lstm_equals_torch_cells_run_coordinate_by_coordinate() -> None:
         )
         cells.append(reference)
     params, state = tensors(0), optimizer.init(tensors(0))
-    memory = {name: [[(torch.zeros(5), torch.zeros(5))] * 2 for _ in range(p.numel())] for name, p in params.items()}
+    memory = {
+        name: [[(torch.zeros(5), torch.zeros(5))] * 2 for _ in range(p.numel())]
+        for name, p in params.items()
+    }
     for step in range(3):
         grads = tensors(step + 1)
         updates, state = optimizer(grads, state, params)
@@ -60,16 +65,22 @@ def test_lstm_equals_torch_cells_run_coordinate_by_coordinate() -> None:
             expected = []
             for i, g in enumerate(grad.flatten().tolist()):
                 big = abs(g) >= math.exp(-10)
-                signal = torch.tensor([math.log(abs(g)) / 10, math.copysign(1, g)] if big else [-1, math.exp(10) * g])
+                signal = torch.tensor(
+                    [math.log(abs(g)) / 10, math.copysign(1, g)] if big else [-1, math.exp(10) * g]
+                )
                 for layer, reference in enumerate(cells):
                     memory[name][i][layer] = reference(signal, memory[name][i][layer])
                     signal = memory[name][i][layer][0]
                 expected.append(0.1 * (optimizer.readout[0] @ signal))
             # 1e-12: the same sums in another order
-            torch.testing.assert_close(updates[name], torch.stack(expected).view(grad.shape), rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(
+                updates[name], torch.stack(expected).view(grad.shape), rtol=1e-12, atol=1e-14
+            )
 
 
-def mlp_by_hand(optimizer: MLPOptimizer, t: int, g: Tensor, w: Tensor, memory: dict[str, Any]) -> Tensor:
+def mlp_by_hand(
+    optimizer: MLPOptimizer, t: int, g: Tensor, w: Tensor, memory: dict[str, Any]
+) -> Tensor:
     """The update of one tensor, from the equations in the docstring of `MLPOptimizer`."""
     memory["m"] = [d * m + (1 - d) * g for d, m in zip((0.5, 0.9, 0.99), memory["m"], strict=True)]
     memory["v"] = 0.999 * memory["v"] + 0.001 * g**2
@@ -89,13 +100,17 @@ def test_mlp_equals_its_equations_and_has_578_weights() -> None:
     optimizer = MLPOptimizer(hidden_size=16, seed=3)
     assert sum(p.numel() for p in optimizer.parameters()) == 578
     params, state = tensors(0), optimizer.init(tensors(0))
-    memory = {name: {"m": [torch.zeros_like(p)] * 3, "v": torch.zeros_like(p)} for name, p in params.items()}
+    memory = {
+        name: {"m": [torch.zeros_like(p)] * 3, "v": torch.zeros_like(p)}
+        for name, p in params.items()
+    }
     for t in (1, 2, 3):
         grads = tensors(t)
         updates, state = optimizer(grads, state, params)
         for name in SHAPES:
             expected = mlp_by_hand(optimizer, t, grads[name], params[name], memory[name])
-            torch.testing.assert_close(updates[name], expected, rtol=1e-11, atol=1e-14)  # 1e-11: sums in another order
+            # 1e-11: sums in another order
+            torch.testing.assert_close(updates[name], expected, rtol=1e-11, atol=1e-14)
 
 
 def test_log_and_sign_is_continuous_and_has_finite_derivatives_at_zero() -> None:
@@ -114,7 +129,9 @@ OPTIMIZERS = {
     "mlp": lambda: MLPOptimizer(hidden_size=4),
     "sgd-schedule": lambda: SGD(busy_schedule(), 0.5),
     "adam-schedule": lambda: Adam(busy_schedule(), eps=1e-2),
-    "cosine": lambda: SGD(Cosine(nn.Parameter(torch.tensor(0.3)), 4, final=nn.Parameter(torch.tensor(0.1)))),
+    "cosine": lambda: SGD(
+        Cosine(nn.Parameter(torch.tensor(0.3)), 4, final=nn.Parameter(torch.tensor(0.1)))
+    ),
 }
 
 
@@ -130,14 +147,22 @@ def test_meta_gradients_equal_brute_force_and_finite_differences(name: str, memo
         return (net(params, batch[0]) - batch[1]).square().mean()
 
     def by_minimize() -> Tensor:
-        out = mo.minimize(loss_fn, optimizer, start, (x, y), differentiate=mo.Backprop(memory=memory))
+        out = mo.minimize(
+            loss_fn, optimizer, start, (x, y), differentiate=mo.Backprop(memory=memory)
+        )
         return out.losses.sum() + loss_fn(out.params, (x[0], y[0]))
 
     def by_hand() -> Tensor:
         params, state, total = start, optimizer.init(start), 0
         for t in range(3):
             loss = loss_fn(params, (x[t], y[t]))
-            grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), create_graph=True), strict=True))
+            grads = dict(
+                zip(
+                    params,
+                    torch.autograd.grad(loss, list(params.values()), create_graph=True),
+                    strict=True,
+                )
+            )
             updates, state = optimizer(grads, state, params, loss=loss)
             params, total = {k: params[k] + updates[k] for k in params}, total + loss
         return total + loss_fn(params, (x[0], y[0]))
@@ -151,9 +176,13 @@ def test_meta_gradients_equal_brute_force_and_finite_differences(name: str, memo
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
         assert ours.isfinite().all()
 
-    # Central differences along one random direction: error O(1e-10) from the step, O(1e-10) from rounding.
+    # Central differences along one random direction: error O(1e-10) from the step, O(1e-10) from
+    # rounding.
     direction = [torch.randn_like(p) for p in inputs]
-    slope = sum((g * d).sum() for g, d in zip(torch.autograd.grad(by_minimize(), inputs), direction, strict=True))
+    slope = sum(
+        (g * d).sum()
+        for g, d in zip(torch.autograd.grad(by_minimize(), inputs), direction, strict=True)
+    )
     values = []
     for sign in (1, -2):
         with torch.no_grad():
@@ -170,7 +199,10 @@ def test_learned_optimizers_work_on_tied_frozen_scalar_and_empty_parameters(name
             super().__init__()
             self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5)
             self.head.weight = self.embed.weight
-            self.scale, self.empty = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.zeros(0, 3))
+            self.scale, self.empty = (
+                nn.Parameter(torch.tensor(1.0)),
+                nn.Parameter(torch.zeros(0, 3)),
+            )
             self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
 
         def forward(self, tokens):
@@ -193,14 +225,18 @@ def test_lstm_treats_coordinates_alike_however_they_are_shaped() -> None:
     parts = {"a": flat[:6].view(2, 3), "b": flat[6:].view(3, 2, 1)}
     split, _ = optimizer(parts, optimizer.init(parts), parts)
     # products of a column do not depend on its neighbours
-    torch.testing.assert_close(torch.cat([split["a"].flatten(), split["b"].flatten()]), whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.cat([split["a"].flatten(), split["b"].flatten()]), whole, rtol=1e-12, atol=0
+    )
 
 
 def test_an_untrained_schedule_is_the_constant_rate() -> None:
     net, x, y = inner_problem()
 
     def run(lr: Any) -> Tensor:
-        return mo.minimize(lambda p, b: (net(p, b[0]) - b[1]).square().mean(), SGD(lr), net.params, (x, y)).losses
+        return mo.minimize(
+            lambda p, b: (net(p, b[0]) - b[1]).square().mean(), SGD(lr), net.params, (x, y)
+        ).losses
 
     torch.testing.assert_close(run(LSTMSchedule(0.3)), run(0.3), rtol=1e-14, atol=0)
     torch.testing.assert_close(run(Constant(0.3)), run(0.3), rtol=0, atol=0)
@@ -212,13 +248,17 @@ def test_a_schedule_changes_the_rate_by_a_bounded_factor() -> None:
         schedule.readout.fill_(1e6)
     state, rate = schedule.init(torch.ones(1)), 0.3
     for step in range(5):
-        value, state = schedule(state, step=torch.tensor(step), loss=torch.tensor(2.0), grads=[torch.ones(3)])
+        value, state = schedule(
+            state, step=torch.tensor(step), loss=torch.tensor(2.0), grads=[torch.ones(3)]
+        )
         assert abs(math.log(value.item() / rate)) == pytest.approx(0.25)
         rate = value.item()
 
 
 def test_the_schedule_under_no_grad_never_learns_and_ours_does() -> None:
-    """The widespread recipe computes the rate under `no_grad` from a schedule that then gets no gradient at all."""
+    """The widespread recipe computes the rate under `no_grad` from a schedule that then gets no
+    gradient at all.
+    """
     net, x, y = inner_problem()
     schedule = busy_schedule()
 
@@ -233,7 +273,10 @@ def test_the_schedule_under_no_grad_never_learns_and_ours_does() -> None:
             rate, state = schedule(state, step=torch.tensor(t), loss=loss, grads=list(grads))
         params = {k: p - rate * g for (k, p), g in zip(params.items(), grads, strict=True)}
     assert all(
-        g is None for g in torch.autograd.grad(loss_fn(params, (x[0], y[0])), list(schedule.parameters()), allow_unused=True)
+        g is None
+        for g in torch.autograd.grad(
+            loss_fn(params, (x[0], y[0])), list(schedule.parameters()), allow_unused=True
+        )
     )
 
     out = mo.minimize(loss_fn, SGD(schedule), net.params, (x, y))
@@ -260,7 +303,9 @@ def test_cosine_equals_torch() -> None:
 def test_deployed_equals_minimize(name: str) -> None:
     optimizer = OPTIMIZERS[name]()
     net, x, y = inner_problem()
-    out = mo.minimize(lambda p, b: (net(p, b[0]) - b[1]).square().mean(), optimizer, net.params, (x, y))
+    out = mo.minimize(
+        lambda p, b: (net(p, b[0]) - b[1]).square().mean(), optimizer, net.params, (x, y)
+    )
     deployed = optimizer.as_torch(net.model.parameters())
     for t in range(3):
 
@@ -303,7 +348,10 @@ def test_bad_arguments(make: Any, message: str) -> None:
 
 def test_what_learned_parts_need_is_asked_for() -> None:
     grads = {"w": torch.ones(3)}
-    with pytest.raises(ValueError, match="`MLPOptimizer` needs `params` because the parameter is one of its features"):
+    with pytest.raises(
+        ValueError,
+        match="`MLPOptimizer` needs `params` because the parameter is one of its features",
+    ):
         MLPOptimizer()(grads, MLPOptimizer().init(grads))
     optimizer = SGD(LSTMSchedule())
     with pytest.raises(ValueError, match="LSTMSchedule observes the loss, got None"):

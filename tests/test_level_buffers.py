@@ -1,4 +1,6 @@
-"""Derivatives through the buffers of a level: averages of weights that losses read, against autograd through loops by hand."""
+"""Derivatives through the buffers of a level: averages of weights that losses read, against
+autograd through loops by hand.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +46,21 @@ READERS = {"above": (True, False), "itself": (False, True), "both": (True, True)
 
 
 def problem(
-    reader: str, rule: Any, *, steps: int = 3, accumulate: int = 1, copies: int | None = None, **edge: Any
+    reader: str,
+    rule: Any,
+    *,
+    steps: int = 3,
+    accumulate: int = 1,
+    copies: int | None = None,
+    **edge: Any,
 ) -> mo.LevelGraph:
     above, itself = READERS[reader]
     rows, tests = batches(5, 1), batches(4, 2)
     if copies:
-        rows, tests = [torch.stack([row, 0.5 - row]) for row in rows], [torch.stack([row, row.cos()]) for row in tests]
+        rows, tests = (
+            [torch.stack([row, 0.5 - row]) for row in rows],
+            [torch.stack([row, row.cos()]) for row in tests],
+        )
 
     def of_low(levels: Any, x: Tensor) -> Tensor:
         w = levels.low()
@@ -60,15 +71,25 @@ def problem(
         return up_loss(levels.up(), seen, x)
 
     start = batches(2, 3)
-    low = mo.Level("low", Averaged(start[0]), of_low, SGD(LR), data=rows, accumulate=accumulate, copies=copies)
+    low = mo.Level(
+        "low", Averaged(start[0]), of_low, SGD(LR), data=rows, accumulate=accumulate, copies=copies
+    )
     up = level("up", start[1], of_up, 0.1, data=tests)
     return mo.LevelGraph([mo.Edge(up, low, steps=steps, differentiate=rule, **edge)])
 
 
 def by_hand(
-    reader: str, *, steps: int = 3, accumulate: int = 1, outer: int = 2, first_order: bool = False, window: int | None = None
+    reader: str,
+    *,
+    steps: int = 3,
+    accumulate: int = 1,
+    outer: int = 2,
+    first_order: bool = False,
+    window: int | None = None,
 ) -> list[Tensor]:
-    """Return the hypergradients of several steps of the upper level, by autograd through everything."""
+    """Return the hypergradients of several steps of the upper level, by autograd through
+    everything.
+    """
     above, itself = READERS[reader]
     rows, tests = batches(5, 1), batches(4, 2)
     w, v = batches(2, 3)
@@ -108,7 +129,9 @@ RULES: list[tuple[Any, dict[str, Any]]] = [
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(("rule", "by"), RULES, ids=str)
 @pytest.mark.parametrize("reader", READERS)
-def test_a_loss_that_depends_on_an_average_of_weights(reader: str, rule: Any, by: dict[str, Any], accumulate: int) -> None:
+def test_a_loss_that_depends_on_an_average_of_weights(
+    reader: str, rule: Any, by: dict[str, Any], accumulate: int
+) -> None:
     """Its derivative was dropped between two evaluations of the lower loss."""
     graph = problem(reader, rule, accumulate=accumulate)
     for expected in by_hand(reader, accumulate=accumulate, **by):
@@ -131,7 +154,9 @@ def test_the_derivative_is_that_of_differences(reader: str) -> None:
 
 def test_an_evolution_strategy_sees_it_too() -> None:
     (expected,) = by_hand("above", outer=1)
-    found = problem("above", mo.EvolutionStrategy(1e-3, 4000)).hypergradient("up", after_steps=True)["value"]
+    found = problem("above", mo.EvolutionStrategy(1e-3, 4000)).hypergradient(
+        "up", after_steps=True
+    )["value"]
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
@@ -146,7 +171,9 @@ def test_each_copy_has_an_average_of_its_own(rule: Any) -> None:
         at, ema = w.clone().requires_grad_(), torch.zeros_like(w)
         for row in batches(5, 1)[:3]:
             ema = 0.5 * ema + 0.5 * at
-            (grad,) = torch.autograd.grad(low_loss(at, ema, v, [row, 0.5 - row][i]), at, create_graph=True)
+            (grad,) = torch.autograd.grad(
+                low_loss(at, ema, v, [row, 0.5 - row][i]), at, create_graph=True
+            )
             at = at - LR * grad
         test = batches(4, 2)[0]
         totals.append(up_loss(v, ema, [test, test.cos()][i]))
@@ -159,49 +186,84 @@ def graph_of(rules: tuple[Any, Any], reads: str) -> mo.LevelGraph:
     start = batches(3, 5)
 
     def seen(levels: Any, reader: str, name: str) -> Tensor:
-        return getattr(levels, name).buffers["ema"] if f"{reader}:{name}" in reads else getattr(levels, name)()
+        return (
+            getattr(levels, name).buffers["ema"]
+            if f"{reader}:{name}" in reads
+            else getattr(levels, name)()
+        )
 
     def of_low(levels: Any, x: Tensor) -> Tensor:
         return low_loss(levels.low(), None, levels.mid() + 0.5 * seen(levels, "low", "mid"), x)
 
     def of_mid(levels: Any, x: Tensor) -> Tensor:
-        return low_loss(levels.mid(), None, levels.top(), x) + up_loss(levels.top(), seen(levels, "mid", "low"), x)
+        return low_loss(levels.mid(), None, levels.top(), x) + up_loss(
+            levels.top(), seen(levels, "mid", "low"), x
+        )
 
     def of_top(levels: Any, x: Tensor) -> Tensor:
         return (
-            up_loss(levels.top(), seen(levels, "top", "mid"), x) + (seen(levels, "top", "low") if "top:low" in reads else x).sum()
+            up_loss(levels.top(), seen(levels, "top", "mid"), x)
+            + (seen(levels, "top", "low") if "top:low" in reads else x).sum()
         )
 
     low = mo.Level("low", Averaged(start[0]), of_low, SGD(LR), data=batches(2, 6))
-    mid = mo.Level("mid", Averaged(start[1]), of_mid, SGD(LR), data=batches(3, 7), allow_unused=True)
+    mid = mo.Level(
+        "mid", Averaged(start[1]), of_mid, SGD(LR), data=batches(3, 7), allow_unused=True
+    )
     top = mo.Level("top", Value(start[2]), of_top, SGD(0.1), data=batches(4, 8))
-    return mo.LevelGraph([mo.Edge(top, mid, differentiate=rules[0]), mo.Edge(mid, low, differentiate=rules[1])])
+    return mo.LevelGraph(
+        [mo.Edge(top, mid, differentiate=rules[0]), mo.Edge(mid, low, differentiate=rules[1])]
+    )
 
 
 REFUSED = {
-    "read from above": ((mo.Backprop(), mo.T1T2()), "mid:low", "mid -> low: the loss of 'mid' .* 'ema' of 'low'"),
-    "read from far above": ((mo.Backprop(), CG), "top:low", "mid -> low: the loss of 'top' .* 'ema' of 'low'"),
-    "read from below": ((mo.SAMA(), mo.Backprop()), "low:mid", "top -> mid: the loss of 'low' .* 'ema' of 'mid'"),
+    "read from above": (
+        (mo.Backprop(), mo.T1T2()),
+        "mid:low",
+        "mid -> low: the loss of 'mid' .* 'ema' of 'low'",
+    ),
+    "read from far above": (
+        (mo.Backprop(), CG),
+        "top:low",
+        "mid -> low: the loss of 'top' .* 'ema' of 'low'",
+    ),
+    "read from below": (
+        (mo.SAMA(), mo.Backprop()),
+        "low:mid",
+        "top -> mid: the loss of 'low' .* 'ema' of 'mid'",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_rules_that_look_at_a_point_refuse_a_buffer_whose_derivative_they_would_drop(kind: str) -> None:
+def test_rules_that_look_at_a_point_refuse_a_buffer_whose_derivative_they_would_drop(
+    kind: str,
+) -> None:
     rules, reads, message = REFUSED[kind]
     with pytest.raises(ValueError, match=message + r".*levels\.\w+\.buffers\['ema'\]\.detach\(\)"):
         graph_of(rules, reads)
 
 
 def test_an_own_average_is_refused_too() -> None:
-    with pytest.raises(ValueError, match="up -> low: the loss of 'low' depends on the buffer 'ema' of 'low'"):
+    with pytest.raises(
+        ValueError, match="up -> low: the loss of 'low' depends on the buffer 'ema' of 'low'"
+    ):
         problem("itself", CG)
 
 
 @pytest.mark.parametrize(
-    ("rules", "reads"), [((mo.T1T2(), mo.Backprop()), "mid:low"), ((mo.Backprop(), mo.T1T2()), "low:mid"), ((CG, CG), "")], ids=str
+    ("rules", "reads"),
+    [
+        ((mo.T1T2(), mo.Backprop()), "mid:low"),
+        ((mo.Backprop(), mo.T1T2()), "low:mid"),
+        ((CG, CG), ""),
+    ],
+    ids=str,
 )
 def test_nothing_else_is_refused(rules: tuple[Any, Any], reads: str) -> None:
-    """A point below what reads the average, or above what has it, loses no derivative; nor does an average that nobody reads."""
+    """A point below what reads the average, or above what has it, loses no derivative; nor does an
+    average that nobody reads.
+    """
     graph = graph_of(rules, reads)
     graph.step()
     assert all(value.isfinite() for value in graph.step().values())
@@ -209,21 +271,37 @@ def test_nothing_else_is_refused(rules: tuple[Any, Any], reads: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    "rule", [mo.Backprop(), mo.Backprop(memory="steps"), mo.Backprop(memory=mo.Revolve(1)), mo.ForwardMode(), CG], ids=str
+    "rule",
+    [
+        mo.Backprop(),
+        mo.Backprop(memory="steps"),
+        mo.Backprop(memory=mo.Revolve(1)),
+        mo.ForwardMode(),
+        CG,
+    ],
+    ids=str,
 )
 def test_running_statistics_are_constants(rule: Any, training: bool) -> None:
-    """They have no derivative in torch, which refused them where they came out of a loop that is one Function."""
+    """They have no derivative in torch, which refused them where they came out of a loop that is
+    one Function.
+    """
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double().train(training)
+    net = (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double().train(training)
+    )
     x, y = torch.randn(8, 3).double(), torch.randn(8, 1).double()
 
     def of_low(levels: Any, _: Any) -> Tensor:
-        return (levels.low(x) - y * levels.up()).square().mean() + 0.1 * sum(p.square().sum() for p in levels.low.params.values())
+        return (levels.low(x) - y * levels.up()).square().mean() + 0.1 * sum(
+            p.square().sum() for p in levels.low.params.values()
+        )
 
     def of_up(levels: Any, _: Any) -> Tensor:
         params, buffers = levels.low.params, levels.low.buffers
         hidden = torch.nn.functional.linear(x, params["0.weight"])
-        normed = torch.nn.functional.batch_norm(hidden, buffers["1.running_mean"], buffers["1.running_var"])
+        normed = torch.nn.functional.batch_norm(
+            hidden, buffers["1.running_mean"], buffers["1.running_var"]
+        )
         return normed.square().mean() + (levels.low(x) - y).square().mean()
 
     low = mo.Level("low", net, of_low, SGD(0.1))
@@ -234,4 +312,6 @@ def test_running_statistics_are_constants(rule: Any, training: bool) -> None:
     graph.step()
     found = graph.hypergradient("up", after_steps=True)["value"]
     other = mo.LevelGraph([mo.Edge(up, low, steps=2, differentiate=expected)])
-    torch.testing.assert_close(found, other.hypergradient("up", after_steps=True)["value"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        found, other.hypergradient("up", after_steps=True)["value"], rtol=1e-9, atol=1e-12
+    )

@@ -17,15 +17,21 @@ from optimizers import SGD, Adam
 BACKPROP = mo.Backprop()
 
 
-def two(upper: dict[str, Any] | None = None, lower: dict[str, Any] | None = None, **edge: Any) -> mo.LevelGraph:
+def two(
+    upper: dict[str, Any] | None = None, lower: dict[str, Any] | None = None, **edge: Any
+) -> mo.LevelGraph:
     """Return a small graph "top" -> "low", with other arguments where given."""
     top = {"value": torch.ones(2), "loss": lambda s, _: (s.low() * s.top()).sum()} | (upper or {})
-    low = {"value": torch.ones(2), "loss": lambda s, _: ((s.low() - s.top()) ** 2).sum()} | (lower or {})
+    low = {"value": torch.ones(2), "loss": lambda s, _: ((s.low() - s.top()) ** 2).sum()} | (
+        lower or {}
+    )
     return mo.LevelGraph([mo.Edge(level("top", **top), level("low", **low), **edge)])
 
 
 def named(*names: str, reads: dict[str, str] | None = None) -> list[mo.Level]:
-    """Return levels whose losses are the squared sum of their own value and of those of the levels in `reads`."""
+    """Return levels whose losses are the squared sum of their own value and of those of the levels
+    in `reads`.
+    """
 
     def loss(name: str) -> Callable[..., Tensor]:
         seen = [name, *(reads or {}).get(name, "").split()]
@@ -45,41 +51,73 @@ def one_name() -> mo.LevelGraph:
 
 def one_module() -> mo.LevelGraph:
     model = Value(torch.ones(2))
-    levels = [mo.Level(name, model, lambda s, _: s.a().sum() * s.b().sum(), SGD(0.1)) for name in "ab"]
+    levels = [
+        mo.Level(name, model, lambda s, _: s.a().sum() * s.b().sum(), SGD(0.1)) for name in "ab"
+    ]
     return mo.LevelGraph([mo.Edge(*levels)])
 
 
 def unrelated() -> mo.LevelGraph:
-    top, left, right = named("top", "left", "right", reads={"top": "left right", "left": "top right", "right": "top"})
+    top, left, right = named(
+        "top", "left", "right", reads={"top": "left right", "left": "top right", "right": "top"}
+    )
     return mo.LevelGraph([mo.Edge(top, left), mo.Edge(top, right)])
 
 
 def contradicting_steps() -> mo.LevelGraph:
     top, left, right, low = named(
-        "top", "left", "right", "low", reads={"top": "low", "left": "top", "right": "top", "low": "left right"}
+        "top",
+        "left",
+        "right",
+        "low",
+        reads={"top": "low", "left": "top", "right": "top", "low": "left right"},
     )
-    return mo.LevelGraph([mo.Edge(top, left), mo.Edge(top, right), mo.Edge(left, low, steps=2), mo.Edge(right, low, steps=3)])
+    return mo.LevelGraph(
+        [
+            mo.Edge(top, left),
+            mo.Edge(top, right),
+            mo.Edge(left, low, steps=2),
+            mo.Edge(right, low, steps=3),
+        ]
+    )
 
 
 def contradicting_rules() -> mo.LevelGraph:
     top, left, right, low = named(
-        "top", "left", "right", "low", reads={"top": "low", "left": "top", "right": "top", "low": "left right"}
+        "top",
+        "left",
+        "right",
+        "low",
+        reads={"top": "low", "left": "top", "right": "top", "low": "left right"},
     )
-    edges = [mo.Edge(top, left), mo.Edge(top, right), mo.Edge(left, low), mo.Edge(right, low, differentiate=CG)]
+    edges = [
+        mo.Edge(top, left),
+        mo.Edge(top, right),
+        mo.Edge(left, low),
+        mo.Edge(right, low, differentiate=CG),
+    ]
     return mo.LevelGraph(edges)
 
 
 def deep_sharing() -> mo.LevelGraph:
     top, mid, low, deep = named(
-        "top", "mid", "low", "deep", reads={"top": "mid deep", "mid": "top low", "low": "mid deep", "deep": "low top"}
+        "top",
+        "mid",
+        "low",
+        "deep",
+        reads={"top": "mid deep", "mid": "top low", "low": "mid deep", "deep": "low top"},
     )
-    return mo.LevelGraph([mo.Edge(top, mid), mo.Edge(mid, low), mo.Edge(low, deep), mo.Edge(top, deep)])
+    return mo.LevelGraph(
+        [mo.Edge(top, mid), mo.Edge(mid, low), mo.Edge(low, deep), mo.Edge(top, deep)]
+    )
 
 
 def hidden_response() -> mo.LevelGraph:
     reads = {"top": "low", "mid": "top solved", "solved": "mid low", "low": "solved"}
     top, mid, solved, low = named("top", "mid", "solved", "low", reads=reads)
-    return mo.LevelGraph([mo.Edge(top, mid), mo.Edge(mid, solved, differentiate=CG), mo.Edge(solved, low)])
+    return mo.LevelGraph(
+        [mo.Edge(top, mid), mo.Edge(mid, solved, differentiate=CG), mo.Edge(solved, low)]
+    )
 
 
 def two_starts() -> mo.LevelGraph:
@@ -89,7 +127,10 @@ def two_starts() -> mo.LevelGraph:
 
 def mixed_copies() -> mo.LevelGraph:
     loss = lambda s, _: (s.top() * s.left() * s.right()).sum()
-    top, left = level("top", torch.ones(2), loss), level("left", torch.ones(2), lambda s, _: (s.left() * s.top()).sum(), copies=2)
+    top, left = (
+        level("top", torch.ones(2), loss),
+        level("left", torch.ones(2), lambda s, _: (s.left() * s.top()).sum(), copies=2),
+    )
     right = level("right", torch.ones(2), lambda s, _: (s.right() * s.top()).sum(), copies=3)
     return mo.LevelGraph([mo.Edge(top, left), mo.Edge(top, right)])
 
@@ -129,16 +170,24 @@ def closure() -> mo.LevelGraph:
 
 
 def unused_bias() -> mo.LevelGraph:
-    top = mo.Level("top", nn.Linear(2, 2), lambda s, _: (s.low() @ s.top.params["weight"]).sum(), SGD(0.1))
+    top = mo.Level(
+        "top", nn.Linear(2, 2), lambda s, _: (s.low() @ s.top.params["weight"]).sum(), SGD(0.1)
+    )
     low = level("low", torch.ones(2), lambda s, _: (s.low() @ s.top.params["weight"]).sum())
     return mo.LevelGraph([mo.Edge(top, low)])
 
 
 X = [torch.ones(2)]
 GRAPHS: dict[str, tuple[Callable[[], mo.LevelGraph], str]] = {
-    "circle": (circle, r"must not form a circle, got . -> . -> . -> .\. Take one of these edges out"),
+    "circle": (
+        circle,
+        r"must not form a circle, got . -> . -> . -> .\. Take one of these edges out",
+    ),
     "no edges": (lambda: mo.LevelGraph([]), r"`edges` must hold at least one Edge, got none"),
-    "twice": (lambda: mo.LevelGraph([edge := mo.Edge(*named("a", "b", reads={"b": "a"})), edge]), "Edge a -> b stands twice"),
+    "twice": (
+        lambda: mo.LevelGraph([edge := mo.Edge(*named("a", "b", reads={"b": "a"})), edge]),
+        "Edge a -> b stands twice",
+    ),
     "one name": (one_name, "Two levels have the name 'a'"),
     "one module": (one_module, r"levels 'a' and 'b' share a parameter of shape \(2,\)"),
     "unknown level": (
@@ -166,8 +215,14 @@ GRAPHS: dict[str, tuple[Callable[[], mo.LevelGraph], str]] = {
         lambda: two(upper={"loss": lambda s, _: torch.zeros(())}),
         r"Edge top -> low: the loss of 'top' does not depend on its parameter 'value'.*pass `allow_unused=True`",
     ),
-    "unused bias": (unused_bias, r"Edge top -> low: the loss of 'top' does not depend on its parameter 'bias'"),
-    "closure": (closure, r"level 'low': its loss reaches `model.bias` \(shape \(1,\)\), `model.weight` .* through its closure"),
+    "unused bias": (
+        unused_bias,
+        r"Edge top -> low: the loss of 'top' does not depend on its parameter 'bias'",
+    ),
+    "closure": (
+        closure,
+        r"level 'low': its loss reaches `model.bias` \(shape \(1,\)\), `model.weight` .* through its closure",
+    ),
     "vector": (
         lambda: two(lower={"loss": lambda s, _: s.low() * s.top()}),
         r"level 'low': the loss must return .* scalars, got for 'loss' a torch.float32 tensor of shape \(2,\). Take the mean",
@@ -204,9 +259,18 @@ GRAPHS: dict[str, tuple[Callable[[], mo.LevelGraph], str]] = {
         hidden_response,
         r"level 'top': its loss reads 'low', which runs inside the steps of 'solved'. Implicit there and Backprop for 'mid'",
     ),
-    "copies": (mixed_copies, r"all levels inside a step of 'top' need the same `copies`, got \[2, 3\]"),
-    "shared copies": (shared_copies, r"Edge a -> low: a level with `copies` needs one upper level whose loss reads it"),
-    "look ahead": (look_ahead_in_the_middle, r"Edge mid -> low: look_ahead=True needs an upper level that is at the top"),
+    "copies": (
+        mixed_copies,
+        r"all levels inside a step of 'top' need the same `copies`, got \[2, 3\]",
+    ),
+    "shared copies": (
+        shared_copies,
+        r"Edge a -> low: a level with `copies` needs one upper level whose loss reads it",
+    ),
+    "look ahead": (
+        look_ahead_in_the_middle,
+        r"Edge mid -> low: look_ahead=True needs an upper level that is at the top",
+    ),
     "optimizer beside": (
         optimizer_of_a_level_beside,
         r"level 'low': its optimizer's parameter 'lr' belongs to the level 'rate'.*Edge\(upper=rate, lower=low\)",
@@ -226,8 +290,16 @@ def test_a_bad_graph_says_what_is_wrong_with_which_level(kind: str) -> None:
 
 
 LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "name": (lambda: level("my level", 1.0, None), ValueError, r"Level: `name` must be an identifier, got 'my level'"),
-    "model": (lambda: mo.Level("a", "model", None, SGD(0.1)), TypeError, r"level 'a': `model` must be an nn.Module, got str"),
+    "name": (
+        lambda: level("my level", 1.0, None),
+        ValueError,
+        r"Level: `name` must be an identifier, got 'my level'",
+    ),
+    "model": (
+        lambda: mo.Level("a", "model", None, SGD(0.1)),
+        TypeError,
+        r"level 'a': `model` must be an nn.Module, got str",
+    ),
     "optimizer": (
         lambda: mo.Level("a", (m := nn.Linear(1, 1)), None, torch.optim.SGD(m.parameters(), 0.1)),
         TypeError,
@@ -248,13 +320,21 @@ LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"level 'a': `warmup` must be an integer of at least 0, got 1.5",
     ),
-    "nowhere": (lambda: mo.Edge(level("a", 1.0, abs), None), TypeError, r"Edge: `lower` must be a Level, got None"),
+    "nowhere": (
+        lambda: mo.Edge(level("a", 1.0, abs), None),
+        TypeError,
+        r"Edge: `lower` must be a Level, got None",
+    ),
     "edge steps": (
         lambda: mo.Edge(*named("a", "b"), steps=0),
         ValueError,
         r"Edge a -> b: `steps` must be a positive integer, got 0",
     ),
-    "start": (lambda: mo.Edge(*named("a", "b"), start="anew"), ValueError, r"Edge a -> b: `start` must be .* got 'anew'"),
+    "start": (
+        lambda: mo.Edge(*named("a", "b"), start="anew"),
+        ValueError,
+        r"Edge a -> b: `start` must be .* got 'anew'",
+    ),
     "rule": (
         lambda: mo.Edge(*named("a", "b"), differentiate=mo.Implicit),
         TypeError,
@@ -265,7 +345,11 @@ LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"Edge a -> b: `look_ahead` must be True, False, or the metaopt Optimizer of the virtual steps, got 'SGD'",
     ),
-    "loss": (lambda: level("a", 1.0, None), TypeError, r"level 'a': `loss` must be a function loss\(levels, batch\), got NoneType"),
+    "loss": (
+        lambda: level("a", 1.0, None),
+        TypeError,
+        r"level 'a': `loss` must be a function loss\(levels, batch\), got NoneType",
+    ),
     "unused": (
         lambda: level("a", 1.0, abs, allow_unused="yes"),
         TypeError,
@@ -286,7 +370,11 @@ LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"level 'low': `data` must be an iterable of batches, got a ndarray, which looks like one batch",
     ),
-    "no edge": (lambda: mo.LevelGraph(named("a", "b")), TypeError, r"`edges` must be a list of Edge, got a Level in it"),
+    "no edge": (
+        lambda: mo.LevelGraph(named("a", "b")),
+        TypeError,
+        r"`edges` must be a list of Edge, got a Level in it",
+    ),
     "one batch": (
         lambda: two(lower={"data": (torch.ones(2), torch.ones(2))}),
         TypeError,
@@ -314,21 +402,37 @@ def test_a_bad_part_says_what_is_wrong(kind: str) -> None:
 
 def test_data_that_ends() -> None:
     """A generator cannot begin again; batches of one step of the level above must have one shape."""
-    once = two(lower={"data": (x for x in [torch.ones(2)] * 3), "loss": lambda s, x: ((s.low() - s.top() * x) ** 2).sum()}, steps=2)
+    once = two(
+        lower={
+            "data": (x for x in [torch.ones(2)] * 3),
+            "loss": lambda s, x: ((s.low() - s.top() * x) ** 2).sum(),
+        },
+        steps=2,
+    )
     once.step()
-    with pytest.raises(ValueError, match=r"level 'low': `data` ended after 3 batches and cannot begin again: it is an iterator"):
+    with pytest.raises(
+        ValueError,
+        match=r"level 'low': `data` ended after 3 batches and cannot begin again: it is an iterator",
+    ):
         once.step()
     ragged = two(
-        lower={"data": [torch.ones(2, 2), torch.ones(1, 2)], "loss": lambda s, x: ((s.low() - s.top() * x) ** 2).sum()}, steps=2
+        lower={
+            "data": [torch.ones(2, 2), torch.ones(1, 2)],
+            "loss": lambda s, x: ((s.low() - s.top() * x) ** 2).sum(),
+        },
+        steps=2,
     )
     with pytest.raises(
-        ValueError, match=r"level 'low': the 2 batches of one step of the level above must have the same.*`drop_last=True`"
+        ValueError,
+        match=r"level 'low': the 2 batches of one step of the level above must have the same.*`drop_last=True`",
     ):
         ragged.step()
 
 
 def test_what_a_loss_reads_must_not_change() -> None:
-    """And what it depends on neither: a derivative that was there and no longer arrives is an error, not zeros."""
+    """And what it depends on neither: a derivative that was there and no longer arrives is an
+    error, not zeros.
+    """
     flag = [False]
 
     def loss(levels: Any, _: Any) -> Tensor:
@@ -336,20 +440,34 @@ def test_what_a_loss_reads_must_not_change() -> None:
 
     graph = two(upper={"loss": loss})
     flag[0] = True
-    with pytest.raises(ValueError, match=r"level 'top': its loss reads `levels.low` now, but did not when the graph was built"):
+    with pytest.raises(
+        ValueError,
+        match=r"level 'top': its loss reads `levels.low` now, but did not when the graph was built",
+    ):
         graph.step()
     for after in (lambda s: torch.ones(()), lambda s: torch.ones((), requires_grad=True) * 2):
         flag[0] = False
-        changed = two(upper={"loss": lambda s, _, after=after: after(s) if flag[0] else (s.low() * s.top()).sum()})
+        changed = two(
+            upper={
+                "loss": lambda s, _, after=after: after(s) if flag[0] else (s.low() * s.top()).sum()
+            }
+        )
         flag[0] = True
         with pytest.raises(
-            ValueError, match=r"level 'top': no derivative arrives at its parameter 'value'.*pass `allow_unused=True`"
+            ValueError,
+            match=r"level 'top': no derivative arrives at its parameter 'value'.*pass `allow_unused=True`",
         ):
             changed.step()
 
 
 def test_allow_unused_gives_zeros() -> None:
-    top = mo.Level("top", nn.Linear(2, 2), lambda s, _: (s.low() @ s.top.params["weight"]).sum(), SGD(0.1), allow_unused=True)
+    top = mo.Level(
+        "top",
+        nn.Linear(2, 2),
+        lambda s, _: (s.low() @ s.top.params["weight"]).sum(),
+        SGD(0.1),
+        allow_unused=True,
+    )
     low = level("low", torch.ones(2), lambda s, _: (s.low() @ s.top.params["weight"]).sum())
     grads = mo.LevelGraph([mo.Edge(top, low)]).hypergradient("top")
     assert grads["bias"].abs().max() == 0 < grads["weight"].abs().max()
@@ -358,7 +476,9 @@ def test_allow_unused_gives_zeros() -> None:
 def test_a_hypergradient_of_no_level() -> None:
     with pytest.raises(ValueError, match=r"`level` must be one of \['top', 'low'\], got 'weights'"):
         two().hypergradient("weights")
-    with pytest.raises(ValueError, match=r"level 'low' has `copies`, each with a gradient of its own"):
+    with pytest.raises(
+        ValueError, match=r"level 'low' has `copies`, each with a gradient of its own"
+    ):
         two(lower={"copies": 2}).hypergradient("low")
 
 
@@ -369,11 +489,17 @@ def test_a_loss_that_is_not_finite_names_level_and_step(bad: str, rule: Any) -> 
     data[bad] = [torch.ones(2)] * 3 + [torch.full((2,), torch.inf)] * 2
     losses = {
         "top": lambda s, x: ((s.mid() - x) ** 2).sum(),
-        "mid": lambda s, x: ((s.mid() - s.top()) ** 2 + 0.1 * s.low() ** 2 + (s.mid() - x) ** 2).sum(),
+        "mid": lambda s, x: (
+            (s.mid() - s.top()) ** 2 + 0.1 * s.low() ** 2 + (s.mid() - x) ** 2
+        ).sum(),
         "low": lambda s, x: ((s.low() - s.mid() * x) ** 2).sum(),
     }
-    top, mid, low = [level(name, torch.ones(2), loss, data=data[name]) for name, loss in losses.items()]
-    graph = mo.LevelGraph([mo.Edge(top, mid, differentiate=rule), mo.Edge(mid, low, differentiate=rule)])
+    top, mid, low = [
+        level(name, torch.ones(2), loss, data=data[name]) for name, loss in losses.items()
+    ]
+    graph = mo.LevelGraph(
+        [mo.Edge(top, mid, differentiate=rule), mo.Edge(mid, low, differentiate=rule)]
+    )
     for _ in range(3):
         graph.step()
     with pytest.raises(mo.NonFiniteError, match=rf"level '{bad}', step 3: the loss is (inf|nan)"):
@@ -384,8 +510,12 @@ def test_steps_are_counted_on_after_a_state_is_loaded() -> None:
     data = [torch.tensor(x) for x in (1.0, 1.0, 1.0, torch.nan)]
 
     def graph() -> mo.LevelGraph:
-        low = level("low", torch.ones(2), lambda s, x: ((s.low() - s.top()) ** 2).sum() + x, data=data)
-        top = level("top", torch.ones(2), lambda s, _: ((s.low() - 3) ** 2).sum(), data=[torch.zeros(2)])
+        low = level(
+            "low", torch.ones(2), lambda s, x: ((s.low() - s.top()) ** 2).sum() + x, data=data
+        )
+        top = level(
+            "top", torch.ones(2), lambda s, _: ((s.low() - 3) ** 2).sum(), data=[torch.zeros(2)]
+        )
         return mo.LevelGraph([mo.Edge(top, low, differentiate=mo.FiniteDifference())])
 
     one, other = graph(), graph()
@@ -400,7 +530,10 @@ def test_steps_are_counted_on_after_a_state_is_loaded() -> None:
 def test_where_derivatives_would_be_lost_it_is_refused() -> None:
     graph = two()
     for method in (graph.step, lambda: graph.hypergradient("top")):
-        with torch.inference_mode(), pytest.raises(ValueError, match=r"inside torch.inference_mode\(\).*Call it outside"):
+        with (
+            torch.inference_mode(),
+            pytest.raises(ValueError, match=r"inside torch.inference_mode\(\).*Call it outside"),
+        ):
             method()
         with pytest.raises(ValueError, match=r"inside a transform of torch.func.*Call it outside"):
             torch.func.vmap(lambda x, method=method: (method(), x)[1])(torch.ones(2))
@@ -411,27 +544,38 @@ def test_the_first_loss_that_is_not_finite_is_named_though_later_ones_are() -> N
     """With a derivative of zero the level goes on as if nothing had happened."""
     data = [torch.tensor(x) for x in (1.0, torch.inf, 1.0, 1.0)]
     low = level("low", torch.ones(2), lambda s, x: ((s.low() - s.top()) ** 2).sum() + x, data=data)
-    top = level("top", torch.ones(2), lambda s, _: ((s.low() - 3) ** 2).sum(), data=[torch.zeros(2)])
+    top = level(
+        "top", torch.ones(2), lambda s, _: ((s.low() - 3) ** 2).sum(), data=[torch.zeros(2)]
+    )
     with pytest.raises(mo.NonFiniteError, match="level 'low', step 1: the loss is inf"):
         mo.LevelGraph([mo.Edge(top, low, steps=4)]).step()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_compiled_step_sees_it_too(bad: float) -> None:
     """A compiler must not take 0 times the loss for 0."""
     data = [torch.tensor(x) for x in (1.0, bad, 1.0)]
     low = level("low", torch.ones(2), lambda s, x: ((s.low() - s.top()) ** 2).sum() + x, data=data)
-    top = level("top", torch.ones(2), lambda s, _: ((s.low() - 3) ** 2).sum(), data=[torch.zeros(2)])
-    graph = mo.LevelGraph([mo.Edge(top, low, steps=3, differentiate=mo.FiniteDifference())], compile=True)
+    top = level(
+        "top", torch.ones(2), lambda s, _: ((s.low() - 3) ** 2).sum(), data=[torch.zeros(2)]
+    )
+    graph = mo.LevelGraph(
+        [mo.Edge(top, low, steps=3, differentiate=mo.FiniteDifference())], compile=True
+    )
     with pytest.raises(mo.NonFiniteError, match=f"level 'low', step 1: the loss is {bad}"):
         graph.step()
 
 
 STATES: dict[str, tuple[Callable[[], Any], str]] = {
-    "a list": (lambda: [], r"a state must have the parts \['data', 'draws', 'initial', 'levels', 'steps'\], got a list"),
+    "a list": (
+        lambda: [],
+        r"a state must have the parts \['data', 'draws', 'initial', 'levels', 'steps'\], got a list",
+    ),
     "a part": (lambda: {"levels": {}}, r"a state must have the parts .*, got \['levels'\]"),
     "another optimizer": (
         lambda: two(lower={"optimizer": Adam(0.1)}).state_dict(),
@@ -442,7 +586,9 @@ STATES: dict[str, tuple[Callable[[], Any], str]] = {
         r"it has a torch.float\d+ of shape \(3,\), where this graph has a torch.float\d+ of shape \(2,\)",
     ),
     "another level": (
-        lambda: mo.LevelGraph([mo.Edge(*named("top", "other", reads={"top": "other", "other": "top"}))]).state_dict(),
+        lambda: mo.LevelGraph(
+            [mo.Edge(*named("top", "other", reads={"top": "other", "other": "top"}))]
+        ).state_dict(),
         r"At levels\['top'\]\['below'\]\['low'\].* it has nothing, where this graph has a torch",
     ),
 }
@@ -462,8 +608,12 @@ def test_a_state_of_another_graph_is_refused_and_nothing_is_changed(kind: str) -
 
 def test_a_gradient_that_is_not_finite_is_named_before_it_spoils_the_parameters() -> None:
     """The loss is finite where the square root has no derivative."""
-    graph = two(upper={"loss": lambda s, _: (s.top() - s.top().detach()).sqrt().sum() + s.low().sum()})
+    graph = two(
+        upper={"loss": lambda s, _: (s.top() - s.top().detach()).sqrt().sum() + s.low().sum()}
+    )
     before = graph.params("top")["value"].clone()
-    with pytest.raises(mo.NonFiniteError, match=r"level 'top', step 0: the gradient norm is (inf|nan)"):
+    with pytest.raises(
+        mo.NonFiniteError, match=r"level 'top', step 0: the gradient norm is (inf|nan)"
+    ):
         graph.step()
     assert torch.equal(graph.params("top")["value"], before)

@@ -1,4 +1,6 @@
-"""Losses of levels with what torch.func refuses: an old-style autograd.Function, a hook that lets activations require grad."""
+"""Losses of levels with what torch.func refuses: an old-style autograd.Function, a hook that lets
+activations require grad.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,13 @@ def hypergradient(rule: Any, *, hooked: bool = False, reverse: Any = None) -> Te
         return (weights * features.sum(1, keepdim=True)).square().mean() + features.square().mean()
 
     low = mo.Level("low", model, of_low, SGD(0.1, momentum=0.5))
-    up = mo.Level("up", nn.Linear(2, 1).double(), lambda s, _: (s.low(words) - 1).square().mean(), SGD(0.1), allow_unused=True)
+    up = mo.Level(
+        "up",
+        nn.Linear(2, 1).double(),
+        lambda s, _: (s.low(words) - 1).square().mean(),
+        SGD(0.1),
+        allow_unused=True,
+    )
     graph = mo.LevelGraph([mo.Edge(up, low, steps=2, differentiate=rule)])
     graph.step()
     return graph.hypergradient("up", after_steps=True)["weight"]
@@ -62,16 +70,25 @@ def hypergradient(rule: Any, *, hooked: bool = False, reverse: Any = None) -> Te
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_an_old_style_function_under_every_rule_that_needs_only_gradients(rule: Any) -> None:
     found = hypergradient(rule, reverse=Reversal.apply)
-    torch.testing.assert_close(found, hypergradient(rule, reverse=lambda x: 2 * x.detach() - x), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        found, hypergradient(rule, reverse=lambda x: 2 * x.detach() - x), rtol=1e-9, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_hook_that_lets_activations_require_grad(rule: Any) -> None:
-    """Hugging Face models have one after `gradient_checkpointing_enable(); gradient_checkpointing_disable()`."""
-    torch.testing.assert_close(hypergradient(rule, hooked=True), hypergradient(rule), rtol=1e-9, atol=1e-10)
+    """Hugging Face models have one after `gradient_checkpointing_enable();
+    gradient_checkpointing_disable()`.
+    """
+    torch.testing.assert_close(
+        hypergradient(rule, hooked=True), hypergradient(rule), rtol=1e-9, atol=1e-10
+    )
 
 
 def test_a_tensor_of_the_closure_is_found_behind_such_a_hook() -> None:
     hidden = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ValueError, match="level 'low': its loss reaches `hidden` \\(shape \\(2,\\)\\) through its closure"):
+    with pytest.raises(
+        ValueError,
+        match="level 'low': its loss reaches `hidden` \\(shape \\(2,\\)\\) through its closure",
+    ):
         hypergradient(mo.Backprop(), hooked=True, reverse=lambda x: x * hidden)

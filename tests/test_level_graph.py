@@ -1,4 +1,6 @@
-"""What a level graph does besides nesting: real models, optimizers as levels, shared levels, copies, starts, statistics."""
+"""What a level graph does besides nesting: real models, optimizers as levels, shared levels,
+copies, starts, statistics.
+"""
 
 from __future__ import annotations
 
@@ -42,19 +44,26 @@ def learner_loss(levels: Any, batch: Any) -> Tensor:
 def meta_loss(levels: Any, batch: Any) -> dict[str, Tensor]:
     x, y = batch
     logits = levels.learner(x)
-    return {"loss": F.cross_entropy(logits, y), "accuracy": (logits.argmax(-1) == y).double().mean()}
+    return {
+        "loss": F.cross_entropy(logits, y),
+        "accuracy": (logits.argmax(-1) == y).double().mean(),
+    }
 
 
 def examples(count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(6, 4, generator=g), torch.randint(3, (6,), generator=g)) for _ in range(count)]
+    return [
+        (torch.randn(6, 4, generator=g), torch.randint(3, (6,), generator=g)) for _ in range(count)
+    ]
 
 
 def meta_weight_net(**options: Any) -> mo.LevelGraph:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     weight_net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1), nn.Sigmoid())
-    learner = mo.Level("learner", model, learner_loss, SGD(lr=0.3, momentum=0.9), data=examples(5, 1))
+    learner = mo.Level(
+        "learner", model, learner_loss, SGD(lr=0.3, momentum=0.9), data=examples(5, 1)
+    )
     weights = mo.Level("weights", weight_net, meta_loss, Adam(lr=0.05), data=examples(4, 2))
     return mo.LevelGraph([mo.Edge(upper=weights, lower=learner, **options)])
 
@@ -62,7 +71,9 @@ def meta_weight_net(**options: Any) -> mo.LevelGraph:
 @pytest.mark.parametrize("look_ahead", [False, True])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_meta_weight_net_equals_a_loop_by_hand(steps: int, look_ahead: bool) -> None:
-    """Three rounds with torch.optim's formulas; 1e-10: float64 rounding of some thousand operations."""
+    """Three rounds with torch.optim's formulas; 1e-10: float64 rounding of some thousand
+    operations.
+    """
     graph = meta_weight_net(steps=steps, look_ahead=look_ahead)
     model, weight_net = (graph.program.levels[name].model for name in ("learner", "weights"))
     params, theta = leaf(dict(model.named_parameters())), leaf(dict(weight_net.named_parameters()))
@@ -74,9 +85,15 @@ def test_meta_weight_net_equals_a_loop_by_hand(steps: int, look_ahead: bool) -> 
         for x, y in rows:
             losses = F.cross_entropy(functional_call(model, params, (x,)), y, reduction="none")
             w = functional_call(weight_net, theta, (losses.detach()[:, None],))[:, 0]
-            grads = torch.autograd.grad((w * losses).mean(), list(params.values()), create_graph=True)
-            velocity = [g if v is None else 0.9 * v + g for v, g in zip(velocity, grads, strict=True)]
-            params = {name: p - 0.3 * v for (name, p), v in zip(params.items(), velocity, strict=True)}
+            grads = torch.autograd.grad(
+                (w * losses).mean(), list(params.values()), create_graph=True
+            )
+            velocity = [
+                g if v is None else 0.9 * v + g for v, g in zip(velocity, grads, strict=True)
+            ]
+            params = {
+                name: p - 0.3 * v for (name, p), v in zip(params.items(), velocity, strict=True)
+            }
         return params, velocity
 
     for _ in range(3):
@@ -94,15 +111,22 @@ def test_meta_weight_net_equals_a_loop_by_hand(steps: int, look_ahead: bool) -> 
         params, velocity = leaf(after), [v.detach() for v in memory]
         metrics = graph.step()
         assert_close(metrics["weights/loss"], loss.detach(), 1e-10)
-        assert set(metrics) == {"learner/loss", "weights/loss", "weights/accuracy", "weights/gradient norm"}
+        assert set(metrics) == {
+            "learner/loss",
+            "weights/loss",
+            "weights/accuracy",
+            "weights/gradient norm",
+        }
         assert_close(dict(model.named_parameters()), params, 1e-10)
         assert_close(dict(weight_net.named_parameters()), theta, 1e-10)
 
 
 def test_the_virtual_step_of_the_official_meta_weight_net() -> None:
-    """It is one of plain SGD on a copy of the learner; the real step is by SGD with momentum and weight decay.
+    """It is one of plain SGD on a copy of the learner; the real step is by SGD with momentum and
+    weight decay.
 
-    As in the authors' program: virtual step, meta-step of the weight net by Adam, real step with the new weights.
+    As in the authors' program: virtual step, meta-step of the weight net by Adam, real step with
+    the new weights.
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -117,7 +141,9 @@ def test_the_virtual_step_of_the_official_meta_weight_net() -> None:
 
     def loss_of(params: Any, x: Tensor, y: Tensor) -> Tensor:
         losses = F.cross_entropy(functional_call(model, params, (x,)), y, reduction="none")
-        return (functional_call(weight_net, theta, (losses.detach()[:, None],))[:, 0] * losses).mean()
+        return (
+            functional_call(weight_net, theta, (losses.detach()[:, None],))[:, 0] * losses
+        ).mean()
 
     for (x, y), (clean, target) in zip(examples(5, 1), examples(4, 2), strict=False):
         grads = torch.autograd.grad(loss_of(params, x, y), list(params.values()), create_graph=True)
@@ -126,7 +152,9 @@ def test_the_virtual_step_of_the_official_meta_weight_net() -> None:
         loss = F.cross_entropy(functional_call(model, virtual, (clean,)), target)
         loss.backward(inputs=list(theta.values()))
         at = {name: p.detach().clone() for name, p in theta.items()}
-        assert_close(graph.hypergradient("weights"), {name: p.grad for name, p in theta.items()}, 1e-12)
+        assert_close(
+            graph.hypergradient("weights"), {name: p.grad for name, p in theta.items()}, 1e-12
+        )
         assert_close(graph.objective("weights", at), loss.detach(), 1e-12)
         adam.step()
         sgd.zero_grad()
@@ -139,7 +167,9 @@ def test_the_virtual_step_of_the_official_meta_weight_net() -> None:
 
 
 def test_a_level_learns_the_rate_of_the_virtual_step() -> None:
-    """T(a) = (w - a w)^2 / 2 from w = 2: dT/da = -w^2 (1 - a). The real step is the lower level's own, by half."""
+    """T(a) = (w - a w)^2 / 2 from w = 2: dT/da = -w^2 (1 - a). The real step is the lower level's
+    own, by half.
+    """
     virtual = SGD(nn.Parameter(torch.tensor(0.1)))
     rate = mo.Level("rate", virtual, lambda s, _: s.low().square() / 2, SGD(0.01))
     low = level("low", torch.tensor(2.0), lambda s, _: s.low().square() / 2, 0.5)
@@ -192,15 +222,30 @@ def test_the_learning_rate_of_the_learning_rate() -> None:
 
 def shared(steps: tuple[int, int], rules: tuple[Any, Any]) -> mo.LevelGraph:
     start = batches(3, 5)
-    a = level("a", start[0], lambda s, x: coupled(s.a(), [], [s.low()], x), 0.05, data=batches(2, 1))
-    b = level("b", start[1], lambda s, x: coupled(s.b(), [], [s.low()], 2 * x), 0.05, data=batches(3, 2))
-    low = level("low", start[2], lambda s, x: coupled(s.low(), [s.a(), s.b()], [], x), 0.05, data=batches(5, 3), momentum=0.5)
+    a = level(
+        "a", start[0], lambda s, x: coupled(s.a(), [], [s.low()], x), 0.05, data=batches(2, 1)
+    )
+    b = level(
+        "b", start[1], lambda s, x: coupled(s.b(), [], [s.low()], 2 * x), 0.05, data=batches(3, 2)
+    )
+    low = level(
+        "low",
+        start[2],
+        lambda s, x: coupled(s.low(), [s.a(), s.b()], [], x),
+        0.05,
+        data=batches(5, 3),
+        momentum=0.5,
+    )
     ends = zip((a, b), steps, rules, strict=True)
-    return mo.LevelGraph([mo.Edge(upper, low, steps=count, differentiate=rule) for upper, count, rule in ends])
+    return mo.LevelGraph(
+        [mo.Edge(upper, low, steps=count, differentiate=rule) for upper, count, rule in ends]
+    )
 
 
 def three_steps_ahead() -> Tensor:
-    """Return the first hypergradient of "a" in `shared((3, 2), ...)`, with the other upper level as it stands."""
+    """Return the first hypergradient of "a" in `shared((3, 2), ...)`, with the other upper level as
+    it stands.
+    """
     a, b, w = batches(3, 5)
     at, v = a.clone().requires_grad_(), torch.zeros(3)
     for x in batches(5, 3)[:3]:
@@ -211,9 +256,15 @@ def three_steps_ahead() -> Tensor:
 
 
 def test_two_uppers_of_one_level_see_the_steps_since_their_own_last_one() -> None:
-    """ "a" every 3 steps of the lower level, "b" every 2: in six of these, "a" moves twice and "b" three times."""
+    """ "a" every 3 steps of the lower level, "b" every 2:
+
+    in six of these, "a" moves twice and "b" three times.
+    """
     graph = shared((3, 2), (mo.Backprop(), mo.FirstOrder()))
-    start, rows = batches(3, 5), [itertools.cycle(batches(n, n - 1 if n < 5 else 3)) for n in (2, 3, 5)]
+    start, rows = (
+        batches(3, 5),
+        [itertools.cycle(batches(n, n - 1 if n < 5 else 3)) for n in (2, 3, 5)],
+    )
     a, b, low = start
     history, velocity = [], torch.zeros(3)
 
@@ -222,7 +273,14 @@ def test_two_uppers_of_one_level_see_the_steps_since_their_own_last_one() -> Non
         for _, _, a_then, b_then, x in history[since:]:
             w = w.clone() if w.requires_grad else w.clone().requires_grad_()
             (g,) = torch.autograd.grad(
-                coupled(w, [a_then if a_now is None else a_now, b_then if b_now is None else b_now], [], x), w, create_graph=True
+                coupled(
+                    w,
+                    [a_then if a_now is None else a_now, b_then if b_now is None else b_now],
+                    [],
+                    x,
+                ),
+                w,
+                create_graph=True,
             )
             v = 0.5 * v + (g.detach() if first_order else g)
             w = w - 0.05 * v
@@ -261,26 +319,41 @@ def test_shared_levels_are_attached_once_and_each_upper_gets_its_own_part() -> N
     for name, own, scale, row in (("a", a, 1, batches(2, 1)[0]), ("b", b, 2, batches(3, 2)[0])):
 
         def gradient(w: Tensor, at: Tensor, name: str = name) -> Tensor:
-            return torch.func.grad(lambda w: coupled(w, [at, b] if name == "a" else [a, at], [], x))(w)
+            return torch.func.grad(
+                lambda w: coupled(w, [at, b] if name == "a" else [a, at], [], x)
+            )(w)
 
         hessian, mixed = torch.func.jacrev(gradient, (0, 1))(low, own)
         response = -torch.linalg.solve(hessian, mixed)
-        direct, through = torch.func.grad(lambda at, w, x: coupled(at, [], [w], x), (0, 1))(own, low, scale * row)
+        direct, through = torch.func.grad(lambda at, w, x: coupled(at, [], [w], x), (0, 1))(
+            own, low, scale * row
+        )
         assert_close(graph.hypergradient(name)["value"], direct + response.T @ through, 1e-9)
 
 
 def test_a_layered_graph_costs_as_much_as_it_has_edges_not_paths(monkeypatch: Any) -> None:
-    """16 levels wide and 4 deep: 528 edges below each top level, 4096 paths. What is counted is pullbacks: one a level below."""
+    """16 levels wide and 4 deep: 528 edges below each top level, 4096 paths. What is counted is
+    pullbacks: one a level below.
+    """
     calls = []
     original = mo.Implicit.pull_back
-    monkeypatch.setattr(mo.Implicit, "pull_back", lambda self, *args: calls.append(1) or original(self, *args))
+    monkeypatch.setattr(
+        mo.Implicit, "pull_back", lambda self, *args: calls.append(1) or original(self, *args)
+    )
 
     def graph(wide: int, deep: int) -> mo.LevelGraph:
         layers = [
-            [level(f"v{i}_{j}", 0.1 * (i + j), layer_loss(i, j, wide, deep), optimizer=SGD(0.01)) for j in range(wide)]
+            [
+                level(f"v{i}_{j}", 0.1 * (i + j), layer_loss(i, j, wide, deep), optimizer=SGD(0.01))
+                for j in range(wide)
+            ]
             for i in range(deep)
         ]
-        pairs = [pair for upper, lower in itertools.pairwise(layers) for pair in itertools.product(upper, lower)]
+        pairs = [
+            pair
+            for upper, lower in itertools.pairwise(layers)
+            for pair in itertools.product(upper, lower)
+        ]
         return mo.LevelGraph([mo.Edge(*pair, differentiate=CG) for pair in pairs])
 
     def layer_loss(i: int, j: int, wide: int, deep: int) -> Any:
@@ -315,8 +388,17 @@ def test_a_layered_graph_costs_as_much_as_it_has_edges_not_paths(monkeypatch: An
 def test_where_the_lower_level_starts(start: Any) -> None:
     """Two rounds of three steps with momentum; a fresh start forgets the momentum too."""
     a, w0 = batches(2, 5)
-    upper = level("upper", a, lambda s, x: coupled(s.upper(), [], [s.low()], x), 0.05, data=batches(2, 1))
-    low = level("low", w0, lambda s, x: coupled(s.low(), [s.upper()], [], x), 0.05, data=batches(4, 2), momentum=0.5)
+    upper = level(
+        "upper", a, lambda s, x: coupled(s.upper(), [], [s.low()], x), 0.05, data=batches(2, 1)
+    )
+    low = level(
+        "low",
+        w0,
+        lambda s, x: coupled(s.low(), [s.upper()], [], x),
+        0.05,
+        data=batches(4, 2),
+        momentum=0.5,
+    )
     graph = mo.LevelGraph([mo.Edge(upper, low, steps=3, start=start)])
     rows, w, v = itertools.cycle(batches(4, 2)), w0, torch.zeros(3)
     for k in range(2):
@@ -338,7 +420,9 @@ def test_where_the_lower_level_starts(start: Any) -> None:
 # Copies
 
 
-def copies(count: int, *, loop: bool = False, norm: bool = False) -> tuple[mo.LevelGraph, list[Any], list[Any]]:
+def copies(
+    count: int, *, loop: bool = False, norm: bool = False
+) -> tuple[mo.LevelGraph, list[Any], list[Any]]:
     torch.manual_seed(0)
     layers = [nn.Linear(4, 5), *([nn.LayerNorm(5)] * norm), nn.Tanh(), nn.Linear(5, 3)]
     model = nn.Sequential(*layers)
@@ -346,15 +430,24 @@ def copies(count: int, *, loop: bool = False, norm: bool = False) -> tuple[mo.Le
     stacked = [[mo.tree.stack(row) for row in part] for part in rows]
     options = {"start": "upper", "steps": 2}
     task = mo.Level(
-        "task", copy.deepcopy(model), lambda s, b: F.cross_entropy(s.task(b[0]), b[1]), SGD(0.4), stacked[0], copies=count
+        "task",
+        copy.deepcopy(model),
+        lambda s, b: F.cross_entropy(s.task(b[0]), b[1]),
+        SGD(0.4),
+        stacked[0],
+        copies=count,
     )
-    meta = mo.Level("meta", model, lambda s, b: F.cross_entropy(s.task(b[0]), b[1]), SGD(0.1), stacked[1])
+    meta = mo.Level(
+        "meta", model, lambda s, b: F.cross_entropy(s.task(b[0]), b[1]), SGD(0.1), stacked[1]
+    )
     return mo.LevelGraph([mo.Edge(meta, task, **options)]), *rows
 
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_copies_are_maml(norm: bool) -> None:
-    """The mean over tasks of the gradient of each; with a norm layer, where torch's derivative of a vmapped mean is wrong."""
+    """The mean over tasks of the gradient of each; with a norm layer, where torch's derivative of a
+    vmapped mean is wrong.
+    """
     graph, support, query = copies(4, norm=norm)
     net = mo.functional(graph.program.levels["meta"].model)
 
@@ -370,13 +463,20 @@ def test_copies_are_maml(norm: bool) -> None:
     assert_close(graph.hypergradient("meta"), expected, 1e-10)
     metrics = graph.step()
     assert_close(
-        metrics["meta/loss"], torch.stack([task_loss(net_params(graph, expected), task) for task in tasks]).mean().detach(), 1e-10
+        metrics["meta/loss"],
+        torch.stack([task_loss(net_params(graph, expected), task) for task in tasks])
+        .mean()
+        .detach(),
+        1e-10,
     )
 
 
 def net_params(graph: mo.LevelGraph, grads: Any) -> Any:
     """Return the meta level's parameters before the step that was just made."""
-    return {name: p.detach() + 0.1 * grads[name] for name, p in graph.program.levels["meta"].model.named_parameters()}
+    return {
+        name: p.detach() + 0.1 * grads[name]
+        for name, p in graph.program.levels["meta"].model.named_parameters()
+    }
 
 
 def test_copies_have_running_statistics_of_their_own() -> None:
@@ -384,9 +484,25 @@ def test_copies_have_running_statistics_of_their_own() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     rows = [examples(3, seed) for seed in range(2)]
     data = [mo.tree.stack(row) for row in rows]
-    task = mo.Level("task", copy.deepcopy(model), lambda s, b: F.cross_entropy(s.task(b[0]), b[1]), SGD(0.1), data, copies=3)
+    task = mo.Level(
+        "task",
+        copy.deepcopy(model),
+        lambda s, b: F.cross_entropy(s.task(b[0]), b[1]),
+        SGD(0.1),
+        data,
+        copies=3,
+    )
     query = lambda s, b: F.cross_entropy(s.task(b[0]), b[1])
-    graph = mo.LevelGraph([mo.Edge(mo.Level("meta", copy.deepcopy(model), query, SGD(0.1), data), task, steps=2, start="upper")])
+    graph = mo.LevelGraph(
+        [
+            mo.Edge(
+                mo.Level("meta", copy.deepcopy(model), query, SGD(0.1), data),
+                task,
+                steps=2,
+                start="upper",
+            )
+        ]
+    )
     graph.step()
     found = graph.state_dict()["levels"]["meta"]["below"]["task"]["buffers"]
     for i in range(3):
@@ -406,12 +522,19 @@ def test_copies_with_convolutions_run_one_after_the_other() -> None:
 
     def loss(levels: Any, batch: Any) -> Tensor:
         return F.cross_entropy(levels.task(batch[0]), batch[1]) + 0.1 * sum(
-            (p - q).square().sum() for p, q in zip(levels.task.params.values(), levels.meta.params.values(), strict=True)
+            (p - q).square().sum()
+            for p, q in zip(levels.task.params.values(), levels.meta.params.values(), strict=True)
         )
 
     def build() -> mo.LevelGraph:
         task = mo.Level("task", copy.deepcopy(model), loss, SGD(0.1), data, copies=3)
-        meta = mo.Level("meta", copy.deepcopy(model), lambda s, b: F.cross_entropy(s.task(b[0]), b[1]), SGD(0.1), data)
+        meta = mo.Level(
+            "meta",
+            copy.deepcopy(model),
+            lambda s, b: F.cross_entropy(s.task(b[0]), b[1]),
+            SGD(0.1),
+            data,
+        )
         return mo.LevelGraph([mo.Edge(meta, task, steps=2, differentiate=CG)])
 
     graph = build()
@@ -428,9 +551,21 @@ def test_copies_with_convolutions_run_one_after_the_other() -> None:
 def test_accumulation_is_the_mean_over_batches() -> None:
     """On both levels: the lower one sees 2 batches a step, the upper one 3."""
     a, w = batches(2, 5)
-    upper = level("upper", a, lambda s, x: coupled(s.upper(), [], [s.low()], x), 0.05, data=batches(6, 1), accumulate=3)
+    upper = level(
+        "upper",
+        a,
+        lambda s, x: coupled(s.upper(), [], [s.low()], x),
+        0.05,
+        data=batches(6, 1),
+        accumulate=3,
+    )
     low = level(
-        "low", w, lambda s, x: {"loss": coupled(s.low(), [s.upper()], [], x), "x": x.sum()}, 0.05, data=batches(4, 2), accumulate=2
+        "low",
+        w,
+        lambda s, x: {"loss": coupled(s.low(), [s.upper()], [], x), "x": x.sum()},
+        0.05,
+        data=batches(4, 2),
+        accumulate=2,
     )
     graph = mo.LevelGraph([mo.Edge(upper, low, steps=2)])
     at, rows = a.clone().requires_grad_(), batches(4, 2)
@@ -441,16 +576,28 @@ def test_accumulation_is_the_mean_over_batches() -> None:
     total = sum(coupled(at, [], [w], x) for x in batches(6, 1)[:3]) / 3
     assert_close(graph.hypergradient("upper")["value"], torch.autograd.grad(total, at)[0], 1e-10)
     metrics = graph.step()
-    assert_close([metrics["upper/loss"], metrics["low/x"]], [total.detach(), (rows[2].sum() + rows[3].sum()) / 2], 1e-12)
+    assert_close(
+        [metrics["upper/loss"], metrics["low/x"]],
+        [total.detach(), (rows[2].sum() + rows[3].sum()) / 2],
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize(
     "rule",
-    [mo.Backprop(), mo.Backprop(memory="steps"), mo.T1T2(), mo.FiniteDifference(1e-5), mo.Implicit(mo.Direct())],
+    [
+        mo.Backprop(),
+        mo.Backprop(memory="steps"),
+        mo.T1T2(),
+        mo.FiniteDifference(1e-5),
+        mo.Implicit(mo.Direct()),
+    ],
     ids=lambda rule: type(rule).__name__,
 )
 def test_accumulation_carries_statistics_and_differentiates_as_one_loss(rule: Any) -> None:
-    """Running statistics pass from batch to batch; the mean over two batches has the derivatives of one loss that does so."""
+    """Running statistics pass from batch to batch; the mean over two batches has the derivatives of
+    one loss that does so.
+    """
     torch.manual_seed(0)
     x, y = torch.randn(2, 6, 3), torch.randn(2, 6, 1)
 
@@ -461,16 +608,23 @@ def test_accumulation_carries_statistics_and_differentiates_as_one_loss(rule: An
 
         def loss(levels: Any, batch: Any) -> Any:
             pairs = zip(*batch, strict=True) if whole else [batch]
-            losses = torch.stack([(levels.top.params["scale"] * levels.low(x) - y).square().mean() for x, y in pairs])
+            losses = torch.stack(
+                [(levels.top.params["scale"] * levels.low(x) - y).square().mean() for x, y in pairs]
+            )
             return {
-                "loss": losses.mean() + 0.01 * sum(p.square().sum() for p in levels.low.params.values()),
+                "loss": losses.mean()
+                + 0.01 * sum(p.square().sum() for p in levels.low.params.values()),
                 "half": losses.mean() / 2,
             }
 
         def outer(levels: Any, batch: Any) -> Tensor:
-            return (levels.low(batch[0]) - batch[1]).abs().mean() + levels.top.params["scale"].square()
+            return (levels.low(batch[0]) - batch[1]).abs().mean() + levels.top.params[
+                "scale"
+            ].square()
 
-        options = {"data": [(x, y)]} if whole else {"data": list(zip(x, y, strict=True)), "accumulate": 2}
+        options = (
+            {"data": [(x, y)]} if whole else {"data": list(zip(x, y, strict=True)), "accumulate": 2}
+        )
         low = mo.Level("low", model, loss, SGD(0.1, momentum=0.5), **options)
         top = mo.Level("top", scale, outer, SGD(0.1), data=[(x[0], y[0])])
         return mo.LevelGraph([mo.Edge(top, low, steps=2, differentiate=rule)])
@@ -506,18 +660,39 @@ print(peak() - before - 2 * count * 10_000 * 50 * 4 // 1024)  # the stacked batc
 
 @pytest.mark.slow
 def test_accumulation_takes_the_memory_of_one_batch() -> None:
-    """In KiB. The graph of one, 20 layers of 2 MB, was there when the graph of levels was built; with all it is 140 MB more."""
+    """In KiB.
+
+    The graph of one, 20 layers of 2 MB, was there when the graph of levels was built; with all it
+    is 140 MB more.
+    """
     assert printed(ACCUMULATING, 8) - printed(ACCUMULATING, 1) < 20_000
 
 
 def test_a_level_warms_up() -> None:
-    """The top level stays for two of its steps, the middle one for three of its: its state of momentum too."""
+    """The top level stays for two of its steps, the middle one for three of its: its state of
+    momentum too.
+    """
     start = batches(3, 5)
-    top = level("top", start[0], lambda s, x: coupled(s.top(), [], [s.mid()], x), 0.05, data=batches(3, 1), warmup=2)
-    mid = level(
-        "mid", start[1], lambda s, x: coupled(s.mid(), [s.top()], [s.low()], x), 0.05, data=batches(3, 2), momentum=0.9, warmup=3
+    top = level(
+        "top",
+        start[0],
+        lambda s, x: coupled(s.top(), [], [s.mid()], x),
+        0.05,
+        data=batches(3, 1),
+        warmup=2,
     )
-    low = level("low", start[2], lambda s, x: coupled(s.low(), [s.mid()], [], x), 0.05, data=batches(3, 3))
+    mid = level(
+        "mid",
+        start[1],
+        lambda s, x: coupled(s.mid(), [s.top()], [s.low()], x),
+        0.05,
+        data=batches(3, 2),
+        momentum=0.9,
+        warmup=3,
+    )
+    low = level(
+        "low", start[2], lambda s, x: coupled(s.low(), [s.mid()], [], x), 0.05, data=batches(3, 3)
+    )
     graph = mo.LevelGraph([mo.Edge(top, mid, steps=2), mo.Edge(mid, low)])
     moved = []
     for _ in range(3):
@@ -563,7 +738,19 @@ def test_frozen_and_tied_parameters_clipping_and_schedules() -> None:
     loss = lambda s, b: F.cross_entropy(s.learner(b[0]) * s.scale(), b[1])
     learner = mo.Level("learner", model, loss, ClipNorm(0.1, SGD(lr=Cosine(0.5, steps=4))), data)
     graph = mo.LevelGraph(
-        [mo.Edge(level("scale", 1.0, lambda s, b: F.cross_entropy(s.learner(b[0]), b[1]), 0.0, data=data), learner, steps=3)]
+        [
+            mo.Edge(
+                level(
+                    "scale",
+                    1.0,
+                    lambda s, b: F.cross_entropy(s.learner(b[0]), b[1]),
+                    0.0,
+                    data=data,
+                ),
+                learner,
+                steps=3,
+            )
+        ]
     )
     graph.step()
     params = [p for p in twin.parameters() if p.requires_grad]
@@ -591,7 +778,9 @@ def test_precision_is_an_autocast_of_the_loss() -> None:
 
     model = nn.Linear(4, 2, dtype=torch.float32)
     learner = mo.Level("learner", model, loss, SGD(0.1), precision=torch.bfloat16)
-    scale = level("scale", torch.tensor(1.0, dtype=torch.float32), lambda s, _: s.learner(x).square().mean())
+    scale = level(
+        "scale", torch.tensor(1.0, dtype=torch.float32), lambda s, _: s.learner(x).square().mean()
+    )
     graph = mo.LevelGraph([mo.Edge(scale, learner, steps=2)])
     graph.step()
     assert set(seen) == {torch.bfloat16}
@@ -647,9 +836,15 @@ def test_a_state_is_all_that_the_next_steps_depend_on() -> None:
 
 def test_a_step_that_fails_changes_nothing() -> None:
     data = [torch.ones(3), torch.full((3,), torch.nan)]
-    top = level("top", torch.ones(3), lambda s, x: coupled(s.top(), [], [s.mid()], x), data=batches(2, 1))
-    mid = level("mid", torch.ones(3), lambda s, x: coupled(s.mid(), [s.top()], [s.low()], x), data=data)
-    low = level("low", torch.ones(3), lambda s, x: coupled(s.low(), [s.mid()], [], x), data=batches(2, 2))
+    top = level(
+        "top", torch.ones(3), lambda s, x: coupled(s.top(), [], [s.mid()], x), data=batches(2, 1)
+    )
+    mid = level(
+        "mid", torch.ones(3), lambda s, x: coupled(s.mid(), [s.top()], [s.low()], x), data=data
+    )
+    low = level(
+        "low", torch.ones(3), lambda s, x: coupled(s.low(), [s.mid()], [], x), data=batches(2, 2)
+    )
     graph = mo.LevelGraph([mo.Edge(top, mid), mo.Edge(mid, low)])
     graph.step()
     before = {name: value(graph, name) for name in ("top", "mid", "low")}
@@ -678,14 +873,24 @@ def test_a_step_leaves_no_circles() -> None:
 
 
 def test_a_step_and_a_hypergradient_leave_the_random_state_where_a_loop_would() -> None:
-    """Dropout: the same numbers under "full" and "steps" memory, and other ones in the next step."""
+    """Dropout:
+
+    the same numbers under "full" and "steps" memory, and other ones in the next step.
+    """
 
     def run(memory: Any) -> list[Tensor]:
         torch.manual_seed(3)
         drop = lambda s, x: coupled(F.dropout(s.low(), 0.5), [s.top()], [], x)
         low = level("low", torch.ones(3), drop, data=batches(2, 1))
-        top = level("top", torch.ones(3), lambda s, x: coupled(s.top(), [], [s.low()], x), data=batches(2, 2))
-        graph = mo.LevelGraph([mo.Edge(top, low, steps=2, differentiate=mo.Backprop(memory=memory))])
+        top = level(
+            "top",
+            torch.ones(3),
+            lambda s, x: coupled(s.top(), [], [s.low()], x),
+            data=batches(2, 2),
+        )
+        graph = mo.LevelGraph(
+            [mo.Edge(top, low, steps=2, differentiate=mo.Backprop(memory=memory))]
+        )
         return [graph.step()["low/loss"] for _ in range(3)] + [value(graph, "top")]
 
     assert_close(run("full"), run("steps"), 1e-12)
@@ -711,18 +916,24 @@ def test_a_graph_as_text() -> None:
 
 
 def test_the_present_values_of_schedules_and_learned_rates_can_be_read() -> None:
-    """A cosine over 4 steps from 0.4, two steps of the lower level for one of the upper, which learns the rate of the third."""
+    """A cosine over 4 steps from 0.4, two steps of the lower level for one of the upper, which
+    learns the rate of the third.
+    """
     rate = SGD(nn.Parameter(torch.tensor(0.1)))
     top = mo.Level("top", rate, lambda s, _: s.low().square().sum(), SGD(0.5))
     low = level("low", torch.ones(2), lambda s, _: s.low().square().sum(), optimizer=rate)
     other = level(
-        "other", torch.ones(2), lambda s, _: (s.other() - s.top.params["lr"]).square().sum(), optimizer=SGD(Cosine(0.4, steps=4))
+        "other",
+        torch.ones(2),
+        lambda s, _: (s.other() - s.top.params["lr"]).square().sum(),
+        optimizer=SGD(Cosine(0.4, steps=4)),
     )
     graph = mo.LevelGraph([mo.Edge(top, low), mo.Edge(top, other, steps=2)])
     assert "lr is now 0.1" in str(graph)
     graph.step()
     values = graph.values()
-    torch.testing.assert_close(values["other/lr"], torch.tensor(0.2), rtol=1e-12, atol=0)  # half-way
+    # half-way
+    torch.testing.assert_close(values["other/lr"], torch.tensor(0.2), rtol=1e-12, atol=0)
     torch.testing.assert_close(values["low/lr"], graph.params("top")["lr"], rtol=0, atol=0)
     assert values["top/lr"] == 0.5
     assert values["low/lr"] != 0.1
@@ -741,9 +952,16 @@ def test_a_trainer_logs_them() -> None:
         def close(self) -> None:
             return None
 
-    low = level("low", torch.ones(2), lambda s, _: (s.low() - s.top()).square().sum(), optimizer=SGD(Cosine(0.4, steps=2)))
+    low = level(
+        "low",
+        torch.ones(2),
+        lambda s, _: (s.low() - s.top()).square().sum(),
+        optimizer=SGD(Cosine(0.4, steps=2)),
+    )
     top = level("top", torch.ones(2), lambda s, _: s.low().square().sum(), 0.1)
-    mo.Trainer(mo.LevelGraph([mo.Edge(top, low)]), max_steps=2, logger=Memory(), progress=False).fit()
+    mo.Trainer(
+        mo.LevelGraph([mo.Edge(top, low)]), max_steps=2, logger=Memory(), progress=False
+    ).fit()
     assert logged[1]["low/lr"] == pytest.approx(0.4)
     assert logged[2]["low/lr"] == pytest.approx(0.2)
     assert logged[2]["top/lr"] == 0.1
@@ -751,7 +969,11 @@ def test_a_trainer_logs_them() -> None:
 
 def test_values_of_copies_are_their_mean() -> None:
     low = level(
-        "low", torch.ones(2), lambda s, x: (s.low() - s.top() * x).square().sum(), optimizer=SGD(Cosine(0.4, steps=2)), copies=3
+        "low",
+        torch.ones(2),
+        lambda s, x: (s.low() - s.top() * x).square().sum(),
+        optimizer=SGD(Cosine(0.4, steps=2)),
+        copies=3,
     )
     top = level("top", torch.ones(2), lambda s, _: s.low().square().sum(), 0.1)
     low.batches = [torch.ones(3, 2)]
@@ -779,7 +1001,9 @@ def test_going_back_winds_the_data_to_where_it_was() -> None:
     assert [float(graph.step()["learner/loss"]) for _ in range(3)] == after
     assert len({*losses, *after}) == 7
     endless = ((torch.ones(()) * k) for k in itertools.count())
-    low = level("low", 1.0, lambda s, x: {"loss": (s.low() - s.top() * x) ** 2, "x": x.sum()}, data=endless)
+    low = level(
+        "low", 1.0, lambda s, x: {"loss": (s.low() - s.top() * x) ** 2, "x": x.sum()}, data=endless
+    )
     graph = mo.LevelGraph([mo.Edge(level("top", 1.0, lambda s, _: s.low() ** 2, 0.0), low)])
     state = graph.state_dict()
     assert [float(graph.step()["low/x"]) for _ in range(2)] == [0, 1]
@@ -790,8 +1014,15 @@ def test_going_back_winds_the_data_to_where_it_was() -> None:
 def test_a_data_loader_feeds_a_level() -> None:
     """Its batches are lists, and the last one would be smaller."""
     x = torch.randn(10, 3)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4, drop_last=True)
-    low = level("low", torch.ones(3), lambda s, b: coupled(s.low(), [s.top()], [], b[0].mean(0)), data=loader)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x), batch_size=4, drop_last=True
+    )
+    low = level(
+        "low",
+        torch.ones(3),
+        lambda s, b: coupled(s.low(), [s.top()], [], b[0].mean(0)),
+        data=loader,
+    )
     top = level("top", torch.ones(3), lambda s, _: coupled(s.top(), [], [s.low()], torch.ones(3)))
     graph = mo.LevelGraph([mo.Edge(top, low, steps=3)])
     other_low = level("low", torch.ones(3), low.loss, data=[[x[:4]], [x[4:8]]])
@@ -801,13 +1032,30 @@ def test_a_data_loader_feeds_a_level() -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_derivative_that_does_not_arrive_is_missed_also_when_batches_accumulate(accumulate: int) -> None:
-    """The optimizer's observations are constants, so nothing of the lower level's steps depends on the upper one."""
-    low = mo.Level("low", nn.Linear(2, 1), lambda s, x: ((s.low(x) - s.up(x)) ** 2).mean(), SGD(0.1), data=[torch.ones(3, 2)])
-    up = mo.Level(
-        "up", nn.Linear(2, 1), lambda s, x: (s.low(x) ** 2).mean(), SGD(0.1), data=[torch.ones(3, 2)], accumulate=accumulate
+def test_a_derivative_that_does_not_arrive_is_missed_also_when_batches_accumulate(
+    accumulate: int,
+) -> None:
+    """The optimizer's observations are constants, so nothing of the lower level's steps depends on
+    the upper one.
+    """
+    low = mo.Level(
+        "low",
+        nn.Linear(2, 1),
+        lambda s, x: ((s.low(x) - s.up(x)) ** 2).mean(),
+        SGD(0.1),
+        data=[torch.ones(3, 2)],
     )
-    with pytest.raises(ValueError, match="level 'up': no derivative arrives at its parameter 'weight'"):
+    up = mo.Level(
+        "up",
+        nn.Linear(2, 1),
+        lambda s, x: (s.low(x) ** 2).mean(),
+        SGD(0.1),
+        data=[torch.ones(3, 2)],
+        accumulate=accumulate,
+    )
+    with pytest.raises(
+        ValueError, match="level 'up': no derivative arrives at its parameter 'weight'"
+    ):
         mo.LevelGraph([mo.Edge(up, low, differentiate=mo.FirstOrder())]).step()
 
 

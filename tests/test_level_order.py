@@ -1,5 +1,6 @@
-"""Small graphs of every shape, against one definition: a level's gradient is that of its loss now, as a function of its parameters
-since its last step, through all steps that the levels below it have made since."""
+"""Small graphs of every shape, against one definition: a level's gradient is that of its loss now,
+as a function of its parameters since its last step, through all steps that the levels below it have
+made since."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ NAMES = ("top", "a", "b", "c")
 LR = 0.1
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch's own forward mode uses it
+    # torch's own forward mode uses it
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
 ]
 
 
@@ -28,11 +30,15 @@ def loss(name: str, reads: list[str], value: Callable[[str], Tensor]) -> Tensor:
     for other in reads:
         k = 1 + 0.3 * NAMES.index(other)
         v = k * value(other)
-        total = total + 0.6 * torch.sin(v + w) + 0.3 * (w - v).square() + 0.2 * torch.tanh(v).square()
+        total = (
+            total + 0.6 * torch.sin(v + w) + 0.3 * (w - v).square() + 0.2 * torch.tanh(v).square()
+        )
     return total
 
 
-def build(reads: dict[str, list[str]], edges: list[tuple[str, str, int]], start: dict[str, Tensor]) -> mo.LevelGraph:
+def build(
+    reads: dict[str, list[str]], edges: list[tuple[str, str, int]], start: dict[str, Tensor]
+) -> mo.LevelGraph:
     levels = {
         name: level(
             name,
@@ -43,7 +49,9 @@ def build(reads: dict[str, list[str]], edges: list[tuple[str, str, int]], start:
         )
         for name in NAMES
     }
-    return mo.LevelGraph([mo.Edge(levels[upper], levels[lower], steps=steps) for upper, lower, steps in edges])
+    return mo.LevelGraph(
+        [mo.Edge(levels[upper], levels[lower], steps=steps) for upper, lower, steps in edges]
+    )
 
 
 def timeline(order: Any, owner: str | None = None) -> Iterator[str]:
@@ -54,7 +62,13 @@ def timeline(order: Any, owner: str | None = None) -> Iterator[str]:
             yield event.level
 
 
-def slope(name: str, past: list[tuple[str, dict[str, Tensor]]], now: dict[str, Tensor], reads: Any, below: Any) -> Tensor:
+def slope(
+    name: str,
+    past: list[tuple[str, dict[str, Tensor]]],
+    now: dict[str, Tensor],
+    reads: Any,
+    below: Any,
+) -> Tensor:
     """Return dT/dw of a level, given every step so far and what stood before it."""
     last = max((i for i, (other, _) in enumerate(past) if other == name), default=-1)
     w = now[name].clone() if now[name].requires_grad else now[name].clone().requires_grad_()
@@ -97,10 +111,14 @@ def test_a_level_that_steps_twice_while_one_it_shares_has_not_moved(kind: str) -
     for _ in range(2):
         graph.step()
     for name, value in by_hand(graph.program.order, reads, start, 2).items():
-        torch.testing.assert_close(graph.params(name)["value"], value, rtol=1e-13, atol=1e-14, msg=name)
+        torch.testing.assert_close(
+            graph.params(name)["value"], value, rtol=1e-13, atol=1e-14, msg=name
+        )
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_random_graph_equals_its_simulation(seed: int) -> None:
-    """Rules, starts, shared and nested levels, several batches a step, warm-up, virtual steps, averages in buffers."""
+    """Rules, starts, shared and nested levels, several batches a step, warm-up, virtual steps,
+    averages in buffers.
+    """
     random_level_graphs.compare(seed, steps=2)

@@ -1,4 +1,6 @@
-"""The gradient above point rules, put together from pullbacks: equal to autograd's way, and compiled as one function."""
+"""The gradient above point rules, put together from pullbacks: equal to autograd's way, and
+compiled as one function.
+"""
 
 from __future__ import annotations
 
@@ -25,29 +27,74 @@ each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule)._
 
 
 def diamond(rule: Any, **options: Any) -> mo.LevelGraph:
-    """Return a top level that reads its lowest one alone, by two ways, each level nonlinear; the ways differ in their rule."""
+    """Return a top level that reads its lowest one alone, by two ways, each level nonlinear; the
+    ways differ in their rule.
+    """
     start, x = batches(4, 5), [batches(3, seed) for seed in range(4)]
-    top = level("top", start[0], lambda s, x: coupled(s.top(), [], [s.low()], x), data=x[0], optimizer=Adam(0.05))
-    left = level("left", start[1], lambda s, x: coupled(s.left(), [s.top()], [], x), 0.05, data=x[1])
-    right = level("right", start[2], lambda s, x: coupled(s.right(), [s.top()], [], 2 * x), 0.05, data=x[2], momentum=0.5)
-    low = level("low", start[3], lambda s, x: coupled(s.low(), [s.left(), s.right(), s.top()], [], x), 0.05, data=x[3])
+    top = level(
+        "top",
+        start[0],
+        lambda s, x: coupled(s.top(), [], [s.low()], x),
+        data=x[0],
+        optimizer=Adam(0.05),
+    )
+    left = level(
+        "left", start[1], lambda s, x: coupled(s.left(), [s.top()], [], x), 0.05, data=x[1]
+    )
+    right = level(
+        "right",
+        start[2],
+        lambda s, x: coupled(s.right(), [s.top()], [], 2 * x),
+        0.05,
+        data=x[2],
+        momentum=0.5,
+    )
+    low = level(
+        "low",
+        start[3],
+        lambda s, x: coupled(s.low(), [s.left(), s.right(), s.top()], [], x),
+        0.05,
+        data=x[3],
+    )
     others = [mo.Edge(upper, low, steps=2, differentiate=rule) for upper in (top, right)]
-    edges = [mo.Edge(top, left, differentiate=rule), mo.Edge(top, right, differentiate=rule), *others]
+    edges = [
+        mo.Edge(top, left, differentiate=rule),
+        mo.Edge(top, right, differentiate=rule),
+        *others,
+    ]
     return mo.LevelGraph([*edges, mo.Edge(left, low, steps=2, differentiate=mo.T1T2())], **options)
 
 
 def shared(rule: Any, **options: Any) -> mo.LevelGraph:
-    """Return two top levels of different rates above one level: each waits for several of its steps, in turns."""
+    """Return two top levels of different rates above one level: each waits for several of its
+    steps, in turns.
+    """
     start = batches(3, 5)
-    a = level("a", start[0], lambda s, x: coupled(s.a(), [], [s.low()], x), 0.05, data=batches(2, 1))
-    b = level("b", start[1], lambda s, x: coupled(s.b(), [], [s.low()], 2 * x), 0.05, data=batches(3, 2))
-    low = level("low", start[2], lambda s, x: coupled(s.low(), [s.a(), s.b()], [], x), 0.05, data=batches(5, 3), momentum=0.5)
-    edges = [mo.Edge(a, low, steps=3, differentiate=rule), mo.Edge(b, low, steps=2, differentiate=rule)]
+    a = level(
+        "a", start[0], lambda s, x: coupled(s.a(), [], [s.low()], x), 0.05, data=batches(2, 1)
+    )
+    b = level(
+        "b", start[1], lambda s, x: coupled(s.b(), [], [s.low()], 2 * x), 0.05, data=batches(3, 2)
+    )
+    low = level(
+        "low",
+        start[2],
+        lambda s, x: coupled(s.low(), [s.a(), s.b()], [], x),
+        0.05,
+        data=batches(5, 3),
+        momentum=0.5,
+    )
+    edges = [
+        mo.Edge(a, low, steps=3, differentiate=rule),
+        mo.Edge(b, low, steps=2, differentiate=rule),
+    ]
     return mo.LevelGraph(edges, **options)
 
 
 def two_layers(rule: Any, **options: Any) -> mo.LevelGraph:
-    """Return two top levels above two levels that read each other's uppers and one another's follower."""
+    """Return two top levels above two levels that read each other's uppers and one another's
+    follower.
+    """
     start = batches(6, 7)
 
     def loss(i: int, j: int) -> Callable[[Any, Tensor], Tensor]:
@@ -59,9 +106,17 @@ def two_layers(rule: Any, **options: Any) -> mo.LevelGraph:
         return of
 
     layers = [
-        [level(f"v{i}{j}", start[2 * i + j], loss(i, j), 0.05, data=batches(3, 2 * i + j)) for j in range(2)] for i in range(3)
+        [
+            level(f"v{i}{j}", start[2 * i + j], loss(i, j), 0.05, data=batches(3, 2 * i + j))
+            for j in range(2)
+        ]
+        for i in range(3)
     ]
-    pairs = [pair for upper, lower in itertools.pairwise(layers) for pair in itertools.product(upper, lower)]
+    pairs = [
+        pair
+        for upper, lower in itertools.pairwise(layers)
+        for pair in itertools.product(upper, lower)
+    ]
     return mo.LevelGraph([mo.Edge(*pair, differentiate=rule) for pair in pairs], **options)
 
 
@@ -80,14 +135,26 @@ def tops(graph: mo.LevelGraph) -> list[str]:
 
 @each_graph
 @each_rule
-def test_it_equals_autograd_through_attached_responses(make: Any, rule: Any, monkeypatch: Any) -> None:
-    """The other way, which also serves nested responses: each response is a Function. 1e-10: the order of the sums."""
+def test_it_equals_autograd_through_attached_responses(
+    make: Any, rule: Any, monkeypatch: Any
+) -> None:
+    """The other way, which also serves nested responses: each response is a Function. 1e-10: the
+    order of the sums.
+    """
     graph, other = make(rule), make(rule)
     assert all(graph.program.responds_at_points(name) for name in tops(graph))
-    found = [graph.hypergradient(name, after_steps=after) for name in tops(graph) for after in (False, True)]
+    found = [
+        graph.hypergradient(name, after_steps=after)
+        for name in tops(graph)
+        for after in (False, True)
+    ]
     steps = [graph.step() for _ in range(3)]
     monkeypatch.setattr(Program, "responds_at_points", lambda self, name: False)
-    expected = [other.hypergradient(name, after_steps=after) for name in tops(other) for after in (False, True)]
+    expected = [
+        other.hypergradient(name, after_steps=after)
+        for name in tops(other)
+        for after in (False, True)
+    ]
     assert_close(found, expected, 1e-10)
     assert_close(steps, [other.step() for _ in range(3)], 1e-10)
     assert_close(graph.state_dict()["levels"], other.state_dict()["levels"], 1e-10)
@@ -99,23 +166,44 @@ def test_what_is_put_together_and_what_is_not() -> None:
     assert diamond(CG).program.responds_at_points("top")
     assert not plain(mo.Backprop()).program.responds_at_points("v0")
     three = tower(3, [2, 2], [CG, CG], [batches(3, i) for i in range(3)], [1, 2])
-    assert [three.program.responds_at_points(name) for name in ("v0", "v1", "v2")] == [False, True, True]
+    assert [three.program.responds_at_points(name) for name in ("v0", "v1", "v2")] == [
+        False,
+        True,
+        True,
+    ]
     row = torch.stack(batches(3, 0))
-    task = level("task", batches(1, 0)[0], lambda s, x: coupled(s.task(), [s.meta()], [], x), data=[row], copies=3)
-    meta = level("meta", batches(1, 1)[0], lambda s, x: coupled(s.meta(), [], [s.task()], x), data=[row])
-    assert not mo.LevelGraph([mo.Edge(meta, task, differentiate=CG)]).program.responds_at_points("meta")
+    task = level(
+        "task",
+        batches(1, 0)[0],
+        lambda s, x: coupled(s.task(), [s.meta()], [], x),
+        data=[row],
+        copies=3,
+    )
+    meta = level(
+        "meta", batches(1, 1)[0], lambda s, x: coupled(s.meta(), [], [s.task()], x), data=[row]
+    )
+    assert not mo.LevelGraph([mo.Edge(meta, task, differentiate=CG)]).program.responds_at_points(
+        "meta"
+    )
 
 
 def noisy(rule: Any, **options: Any) -> mo.LevelGraph:
     drop = lambda s, x: coupled(F.dropout(s.low(), 0.4), [s.top()], [], x)
     low = level("low", torch.ones(3), drop, data=batches(2, 1))
-    top = level("top", torch.ones(3), lambda s, x: coupled(F.dropout(s.top(), 0.4), [], [s.low()], x), data=batches(2, 2))
+    top = level(
+        "top",
+        torch.ones(3),
+        lambda s, x: coupled(F.dropout(s.top(), 0.4), [], [s.low()], x),
+        data=batches(2, 2),
+    )
     return mo.LevelGraph([mo.Edge(top, low, steps=2, differentiate=rule)], **options)
 
 
 @each_rule
 def test_random_numbers_are_those_of_attached_responses(rule: Any, monkeypatch: Any) -> None:
-    """A pullback sees the numbers that follow the steps, and leaves no trace; so the next step draws the same too."""
+    """A pullback sees the numbers that follow the steps, and leaves no trace; so the next step
+    draws the same too.
+    """
 
     def run() -> tuple[Any, Tensor]:
         torch.manual_seed(3)
@@ -137,7 +225,9 @@ def test_a_parameter_that_matters_through_a_response_alone_is_not_missing() -> N
     graph = mo.LevelGraph([mo.Edge(top, low, differentiate=CG)])
     assert graph.hypergradient("top")["value"] != 0
     reads[0] = False
-    with pytest.raises(ValueError, match=r"level 'top': no derivative arrives at its parameter 'value'"):
+    with pytest.raises(
+        ValueError, match=r"level 'top': no derivative arrives at its parameter 'value'"
+    ):
         graph.hypergradient("top")
     graph.program.levels["top"].allow_unused = True
     assert graph.hypergradient("top")["value"] == 0
@@ -157,19 +247,29 @@ def counted() -> Iterator[Callable[[], int]]:
 
 needs_compiler = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),  # of the compiler
+    # of the compiler
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+    ),
 ]
 slow = pytest.mark.slow
 COMPILED = [
     pytest.param(plain, mo.FiniteDifference(), marks=[*needs_compiler, slow]),
     *[pytest.param(plain, rule, marks=[*needs_compiler, slow]) for rule in (mo.T1T2(), mo.SAMA())],
-    pytest.param(plain, mo.Implicit(mo.ConjugateGradient(max_steps=3)), marks=[*needs_compiler, slow]),
-    *[pytest.param(make, mo.FiniteDifference(), marks=[*needs_compiler, slow]) for make in (diamond, shared)],
+    pytest.param(
+        plain, mo.Implicit(mo.ConjugateGradient(max_steps=3)), marks=[*needs_compiler, slow]
+    ),
+    *[
+        pytest.param(make, mo.FiniteDifference(), marks=[*needs_compiler, slow])
+        for make in (diamond, shared)
+    ],
 ]
 
 
 @pytest.mark.parametrize(("make", "rule"), COMPILED)
-def test_a_whole_step_is_one_compiled_function(make: Any, rule: Any, counted: Callable[[], int]) -> None:
+def test_a_whole_step_is_one_compiled_function(
+    make: Any, rule: Any, counted: Callable[[], int]
+) -> None:
     """Compiled once, not again at later steps. 1e-10: the order of the sums."""
     eager, fast = make(rule), make(rule, compile=True)
     assert fast.program.is_one_function
@@ -180,7 +280,9 @@ def test_a_whole_step_is_one_compiled_function(make: Any, rule: Any, counted: Ca
 
 
 def test_what_is_compiled_as_one_function_and_what_is_not() -> None:
-    """A compiler cannot wind random numbers back, which a pullback needs; nor compile Penalty, or a response inside of one."""
+    """A compiler cannot wind random numbers back, which a pullback needs; nor compile Penalty, or a
+    response inside of one.
+    """
     assert all(make(mo.FiniteDifference()).program.is_one_function for make in GRAPHS)
     assert not noisy(mo.FiniteDifference()).program.is_one_function
     assert noisy(mo.Backprop()).program.is_one_function

@@ -18,7 +18,8 @@ LR = 0.05
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch's own: forward derivatives, the compiler
+    # torch's own: forward derivatives, the compiler
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
 ]
 
 
@@ -37,7 +38,12 @@ def diamond(rule: Any) -> mo.LevelGraph:
     left = level("left", 0.5, lambda s, _: 0.5 * (s.left() - 5 * s.t()) ** 2)
     right = level("right", 0.5, lambda s, _: 0.5 * (s.right() - 11 * s.t()) ** 2)
     m = level("m", 0.2, lambda s, _: 0.5 * (s.m() - 2 * s.left() - 7 * s.right()) ** 2)
-    return mo.LevelGraph([mo.Edge(*ends, differentiate=rule) for ends in ((t, left), (t, right), (left, m), (right, m))])
+    return mo.LevelGraph(
+        [
+            mo.Edge(*ends, differentiate=rule)
+            for ends in ((t, left), (t, right), (left, m), (right, m))
+        ]
+    )
 
 
 def nested(rule: Any) -> mo.LevelGraph:
@@ -49,30 +55,46 @@ def nested(rule: Any) -> mo.LevelGraph:
 
 @pytest.mark.parametrize(("graph", "expected"), [(chain, -28.0), (diamond, -243.6), (nested, -1.4)])
 def test_every_path_counts(graph: Any, expected: float) -> None:
-    """-2.8 x 2 x 5;  -2.8 x (2 x 5 + 7 x 11);  -2.8 / 2, since the middle level's curvature includes the response below it."""
+    """-2.8 x 2 x 5; -2.8 x (2 x 5 + 7 x 11);  -2.8 / 2, since the middle level's curvature includes
+    the response below it.
+    """
     assert_close(graph(CG).hypergradient("t")["value"], torch.tensor(expected), 1e-12)
 
 
 def test_each_edge_into_a_shared_level_has_its_own_rule() -> None:
-    """The diamond with H = 4 in its lowest level: T1T2 takes it for 1 on one side, -2.8 x (2 x 5 + 4 x 7 x 11)."""
+    """The diamond with H = 4 in its lowest level: T1T2 takes it for 1 on one side, -2.8 x (2 x 5 +
+    4 x 7 x 11).
+    """
     t = level("t", 0.7, lambda s, _: 0.5 * (s.m() - 3) ** 2)
     left = level("left", 0.5, lambda s, _: 0.5 * (s.left() - 5 * s.t()) ** 2)
     right = level("right", 0.5, lambda s, _: 0.5 * (s.right() - 11 * s.t()) ** 2)
     m = level("m", 0.2, lambda s, _: 2 * (s.m() - 2 * s.left() - 7 * s.right()) ** 2)
-    edges = [mo.Edge(t, left, differentiate=CG), mo.Edge(t, right, differentiate=CG), mo.Edge(left, m, differentiate=CG)]
+    edges = [
+        mo.Edge(t, left, differentiate=CG),
+        mo.Edge(t, right, differentiate=CG),
+        mo.Edge(left, m, differentiate=CG),
+    ]
     graph = mo.LevelGraph([*edges, mo.Edge(right, m, differentiate=mo.T1T2())])
-    assert_close(graph.hypergradient("t")["value"], torch.tensor(-2.8 * (2 * 5 + 4 * 7 * 11)), 1e-12)
+    assert_close(
+        graph.hypergradient("t")["value"], torch.tensor(-2.8 * (2 * 5 + 4 * 7 * 11)), 1e-12
+    )
 
 
 # Towers of levels against autograd through everything
 
 
 def brute_force(
-    depth: int, steps: list[int], data: list[list[Tensor]], top_reads: list[int], solve: int | None = None
+    depth: int,
+    steps: list[int],
+    data: list[list[Tensor]],
+    top_reads: list[int],
+    solve: int | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return (the top level's hypergradient, the values after one turn below it), everything unrolled by hand.
+    """Return (the top level's hypergradient, the values after one turn below it), everything
+    unrolled by hand.
 
-    The level `solve` is not unrolled but differentiated where it ended, by a dense system with the Hessian of its total loss.
+    The level `solve` is not unrolled but differentiated where it ended, by a dense system with the
+    Hessian of its total loss.
     """
     losses = tower_losses(depth, top_reads)
 
@@ -98,18 +120,26 @@ def brute_force(
         ended, last = [value.detach() for value in values], feeds
         for _ in range(steps[i - 1]):
             seen: list[list[Tensor]] = [[] for _ in range(depth)]
-            ended = [value.detach() for value in step(i, ended, [noting(*pair) for pair in zip(feeds, seen, strict=True)])]
+            ended = [
+                value.detach()
+                for value in step(
+                    i, ended, [noting(*pair) for pair in zip(feeds, seen, strict=True)]
+                )
+            ]
             last = seen
 
         def again(w: Tensor) -> tuple[Tensor, list[Tensor]]:
             return total(i, [*values[:i], w, *ended[i + 1 :]], [iter(rows) for rows in last])
 
         response, target = ended[i], None
-        for _ in range(2):  # two Newton steps that go nowhere have the solution's first and second derivative
+        # two Newton steps that go nowhere have the solution's first and second derivative
+        for _ in range(2):
             w = response.clone()
             w = w if w.requires_grad else w.requires_grad_()
             (g,) = torch.autograd.grad(again(w)[0], w, create_graph=True)
-            hessian = torch.stack([torch.autograd.grad(entry, w, create_graph=True)[0] for entry in g])
+            hessian = torch.stack(
+                [torch.autograd.grad(entry, w, create_graph=True)[0] for entry in g]
+            )
             target = g.detach() if target is None else target
             response = w - torch.linalg.solve(hessian, g - target)
         if any(read > i for read in top_reads):  # what is below responds to the solution
@@ -133,7 +163,8 @@ MEMORIES = [mo.Backprop(), mo.Backprop(memory="steps"), mo.Backprop(memory=mo.Re
 
 @pytest.mark.parametrize("rule", MEMORIES, ids=str)
 @pytest.mark.parametrize(
-    ("depth", "steps", "top_reads"), [(2, [4], [1]), (3, [3, 2], [1, 2]), (4, [2, 1, 3], [1, 3]), (3, [2, 2], [2])]
+    ("depth", "steps", "top_reads"),
+    [(2, [4], [1]), (3, [3, 2], [1, 2]), (4, [2, 1, 3], [1, 3]), (3, [2, 2], [2])],
 )
 def test_levels_of_backprop_equal_autograd_through_everything(
     depth: int, steps: list[int], top_reads: list[int], rule: Any
@@ -146,18 +177,30 @@ def test_levels_of_backprop_equal_autograd_through_everything(
     graph.step()
     for i in range(1, depth):
         assert_close(graph.program.levels[f"v{i}"].model.value.detach(), after[i], 1e-12)
-    assert_close(graph.program.levels["v0"].model.value.detach(), batches(depth, 99)[0] - LR * expected, 1e-12)
+    assert_close(
+        graph.program.levels["v0"].model.value.detach(),
+        batches(depth, 99)[0] - LR * expected,
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize("memory", ["full", "steps"])
 @pytest.mark.parametrize(
     ("depth", "steps", "top_reads", "solve"),
-    [(2, [3], [1], 1), (3, [2, 3], [1], 2), (3, [3, 2], [1], 1), (3, [3, 2], [1, 2], 1), (4, [2, 2, 2], [1], 2)],
+    [
+        (2, [3], [1], 1),
+        (3, [2, 3], [1], 2),
+        (3, [3, 2], [1], 1),
+        (3, [3, 2], [1, 2], 1),
+        (4, [2, 2, 2], [1], 2),
+    ],
 )
 def test_implicit_among_backprop_equals_its_brute_force(
     depth: int, steps: list[int], top_reads: list[int], solve: int, memory: Any
 ) -> None:
-    """The last one: Backprop below Implicit below Backprop. 1e-8: conjugate gradients on systems of condition about ten."""
+    """The last one: Backprop below Implicit below Backprop. 1e-8: conjugate gradients on systems of
+    condition about ten.
+    """
     data = [batches(3 + i, i) for i in range(depth)]
     rules = [CG if i + 1 == solve else mo.Backprop(memory=memory) for i in range(depth - 1)]
     graph = tower(depth, steps, rules, data, top_reads)
@@ -167,11 +210,15 @@ def test_implicit_among_backprop_equals_its_brute_force(
     assert_close((before - graph.program.levels["v0"].model.value.detach()) / LR, expected, 1e-8)
 
 
-@pytest.mark.parametrize("rules", [(mo.ForwardMode(), mo.Backprop()), (mo.Backprop(), mo.ForwardMode())], ids=str)
+@pytest.mark.parametrize(
+    "rules", [(mo.ForwardMode(), mo.Backprop()), (mo.Backprop(), mo.ForwardMode())], ids=str
+)
 def test_forward_mode_on_an_edge_is_exact(rules: Any) -> None:
     data = [batches(3 + i, i) for i in range(3)]
     expected, _ = brute_force(3, [2, 2], data, [1, 2])
-    assert_close(tower(3, [2, 2], rules, data, [1, 2]).hypergradient("v0")["value"], expected, 1e-10)
+    assert_close(
+        tower(3, [2, 2], rules, data, [1, 2]).hypergradient("v0")["value"], expected, 1e-10
+    )
 
 
 RULES = [
@@ -189,11 +236,17 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_an_edge_is_an_inner_loop(rule: Any) -> None:
-    """What a rule makes of `minimize` it makes of an edge: with momentum, after three steps of it, in the second round."""
+    """What a rule makes of `minimize` it makes of an edge: with momentum, after three steps of it,
+    in the second round.
+    """
     a, w = batches(2, 5)
     rows, outer_rows = batches(6, 2), batches(2, 1)
-    upper = level("upper", a, lambda s, x: coupled(s.upper(), [], [s.low()], x), LR, data=outer_rows)
-    low = level("low", w, lambda s, x: coupled(s.low(), [s.upper()], [], x), 0.05, data=rows, momentum=0.5)
+    upper = level(
+        "upper", a, lambda s, x: coupled(s.upper(), [], [s.low()], x), LR, data=outer_rows
+    )
+    low = level(
+        "low", w, lambda s, x: coupled(s.low(), [s.upper()], [], x), 0.05, data=rows, momentum=0.5
+    )
     graph = mo.LevelGraph([mo.Edge(upper, low, steps=3, differentiate=rule)])
     params, state = {"value": w}, None
     for k in range(2):
@@ -216,18 +269,26 @@ def test_an_edge_is_an_inner_loop(rule: Any) -> None:
 
 
 def test_an_evolution_strategy_on_an_edge() -> None:
-    """Within four standard errors, |g| sqrt(2 / pairs) each, of the exact hypergradient; the smoothing is of order std^2."""
+    """Within four standard errors, |g| sqrt(2 / pairs) each, of the exact hypergradient; the
+    smoothing is of order std^2.
+    """
     data, pairs = [batches(3 + i, i) for i in range(2)], 2000
     exact = tower(2, [3], [mo.Backprop()], data, [1]).hypergradient("v0")["value"]
-    found = tower(2, [3], [mo.EvolutionStrategy(std=1e-3, pairs=pairs)], data, [1]).hypergradient("v0")["value"]
+    found = tower(2, [3], [mo.EvolutionStrategy(std=1e-3, pairs=pairs)], data, [1]).hypergradient(
+        "v0"
+    )["value"]
     assert (found - exact).abs().max() < 4 * exact.norm() * (2 / pairs) ** 0.5
     assert (found - exact).abs().max() > 1e-6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Backprop(memory="steps")], ids=["full", "steps"])
+@pytest.mark.parametrize(
+    "rule", [mo.Backprop(), mo.Backprop(memory="steps")], ids=["full", "steps"]
+)
 def test_a_compiled_graph_steps_as_an_eager_one(rule: Any) -> None:
-    """Of rules that go back along the path; `test_level_responses` has those that look at one point."""
+    """Of rules that go back along the path; `test_level_responses` has those that look at one
+    point.
+    """
     data = [batches(2, 1), batches(4, 2)]
     eager, fast = tower(2, [2], [rule], data, [1]), tower(2, [2], [rule], data, [1])
     fast = mo.LevelGraph(fast.program.edges, compile=True)

@@ -28,7 +28,9 @@ EXACT: list[LinearSolver] = [  # for symmetric positive definite systems
     mo.Direct(),
 ]
 APPROXIMATE: list[LinearSolver] = [mo.Neumann(0.2, terms=7), mo.Nystrom(rank=3, damping=0.1)]
-ANY: list[LinearSolver] = [solver for solver in EXACT if not isinstance(solver, mo.ConjugateGradient)]
+ANY: list[LinearSolver] = [
+    solver for solver in EXACT if not isinstance(solver, mo.ConjugateGradient)
+]
 
 
 def named(solvers: list[LinearSolver]) -> Any:
@@ -48,7 +50,8 @@ def relative(x: Tensor, true: Tensor) -> Tensor:
     return (x - true).norm() / true.norm()
 
 
-# --- the seeded quadratic: inner 1/2 w'Hw - w'B lam, outer 1/2 |w - c|^2, hypergradient B'H^-1 (w* - c)
+# --- the seeded quadratic: inner 1/2 w'Hw - w'B lam, outer 1/2 |w - c|^2, hypergradient B'H^-1 (w*
+# - c)
 
 
 def quadratic() -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +68,8 @@ HYPERGRADIENT = [-11.528753, 10.934745, -1.423259, -24.644045, -3.153058]
 def test_the_seeded_quadratic(solver: LinearSolver) -> None:
     H, B, v = quadratic()
     expected = torch.tensor(HYPERGRADIENT)
-    assert_close(B.T @ v, torch.tensor([-5.881346, 6.578753, -0.461856, -17.62542, 0.585752]), 1e-6)  # printed to six digits
+    # printed to six digits
+    assert_close(B.T @ v, torch.tensor([-5.881346, 6.578753, -0.461856, -17.62542, 0.585752]), 1e-6)
     out = solver(matvec(H), v)
     assert_close(B.T @ out.value, expected, 1e-6)
     assert_close(out.value, torch.linalg.solve(H, v), 1e-11)  # the condition number is 8
@@ -130,7 +134,8 @@ def test_gmres_and_normal_cg_have_the_least_residual_of_their_spaces(steps: int)
         V = torch.stack(krylov, 1)
         least = (b - A @ V @ torch.linalg.lstsq(A @ V, b[:, None]).solution[:, 0]).norm() / b.norm()
         out = solver(max_steps=steps, rtol=0)(matvec(A), b)
-        assert_close(out.residual, least, 1e-8)  # the squared condition number, 1e5 and more, times 1e-16, in 6 steps
+        # the squared condition number, 1e5 and more, times 1e-16, in 6 steps
+        assert_close(out.residual, least, 1e-8)
         assert_close((b - A @ out.value).norm() / b.norm(), out.residual, 1e-10)
 
 
@@ -147,7 +152,9 @@ def test_neumann_leaves_one_minus_eta_mu_to_the_terms(terms: int) -> None:
 
 @pytest.mark.parametrize("rank", [1, 10, 20, 50])
 def test_nystrom_equals_its_formula(rank: int) -> None:
-    """x = b / rho - C (W + C'C / rho)^-1 C'b / rho^2, with the columns C that the seed chooses; (H + rho)^-1 b for all of them."""
+    """x = b / rho - C (W + C'C / rho)^-1 C'b / rho^2, with the columns C that the seed chooses; (H
+    + rho)^-1 b for all of them.
+    """
     H, b, _ = stiff()
     rho, k = 0.1, min(rank, 20)
     K = torch.randperm(20, generator=torch.Generator().manual_seed(3))[:k]
@@ -173,7 +180,9 @@ def test_nystrom_with_columns_of_zeros() -> None:
 
 
 def test_a_sketch_of_the_large_eigenvalues_saves_steps() -> None:
-    """Rank 30 and damping, as of a Hessian on little data: a sketch of 40 columns takes all there is, to rounding."""
+    """Rank 30 and damping, as of a Hessian on little data: a sketch of 40 columns takes all there
+    is, to rounding.
+    """
     eigenvalues = torch.cat([torch.logspace(1, 4, 30), torch.zeros(370)])
     Q, _ = torch.linalg.qr(torch.randn(400, 400))
     A, b = (Q * eigenvalues) @ Q.T, torch.randn(400)
@@ -199,7 +208,9 @@ def test_several_leaves_equal_the_dense_solve(solver: LinearSolver) -> None:
 
     out = solver(on_trees, b)
     assert tree.flatten(out.value)[1] == tree.flatten(b)[1]
-    assert [leaf.shape for leaf in tree.leaves(out.value)] == [leaf.shape for leaf in tree.leaves(b)]
+    assert [leaf.shape for leaf in tree.leaves(out.value)] == [
+        leaf.shape for leaf in tree.leaves(b)
+    ]
     assert_close(tree.ravel(out.value), solver(matvec(A), tree.ravel(b)).value, 0)
     if solver in EXACT:
         assert_close(tree.ravel(out.value), torch.linalg.solve(A, tree.ravel(b)), 1e-11)
@@ -214,7 +225,9 @@ def test_damping_is_added_to_the_diagonal(solver: LinearSolver) -> None:
     shifted = A + 0.7 * torch.eye(6)
     out = solver(matvec(A), b)
     if isinstance(solver, mo.Neumann):
-        expected = sum(0.2 * torch.linalg.matrix_power(torch.eye(6) - 0.2 * shifted, i) @ b for i in range(7))
+        expected = sum(
+            0.2 * torch.linalg.matrix_power(torch.eye(6) - 0.2 * shifted, i) @ b for i in range(7)
+        )
         assert_close(out.value, expected, 1e-11)
     elif not isinstance(solver, mo.Nystrom):
         assert_close(out.value, torch.linalg.solve(shifted, b), 1e-11)
@@ -232,7 +245,15 @@ def test_results_scale_with_the_right_hand_side(solver: LinearSolver, scale: flo
     assert scaled.steps == one.steps
 
 
-@named([*EXACT, mo.ConjugateGradient(max_steps=3), mo.NormalCG(max_steps=3), mo.GMRES(max_steps=3), mo.BiCGStab(max_steps=3)])
+@named(
+    [
+        *EXACT,
+        mo.ConjugateGradient(max_steps=3),
+        mo.NormalCG(max_steps=3),
+        mo.GMRES(max_steps=3),
+        mo.BiCGStab(max_steps=3),
+    ]
+)
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**-10, 2.0**23, 2.0**100])
 def test_results_scale_with_the_operator(solver: LinearSolver, scale: float) -> None:
     """Also when the method has not converged yet: there is no step size in it."""
@@ -283,7 +304,13 @@ def test_a_right_hand_side_of_zeros(solver: LinearSolver) -> None:
 
 
 @named(
-    [mo.ConjugateGradient(**TIGHT), mo.NormalCG(**TIGHT), mo.GMRES(**TIGHT), mo.BiCGStab(**TIGHT), mo.NystromCG(**TIGHT, rank=2)]
+    [
+        mo.ConjugateGradient(**TIGHT),
+        mo.NormalCG(**TIGHT),
+        mo.GMRES(**TIGHT),
+        mo.BiCGStab(**TIGHT),
+        mo.NystromCG(**TIGHT, rank=2),
+    ]
 )
 def test_a_start_saves_steps(solver: LinearSolver) -> None:
     A, b = spd(12), torch.randn(12)
@@ -301,18 +328,23 @@ def test_neumann_goes_on_from_a_start() -> None:
     A, b = spd(6), torch.randn(6)
     half = mo.Neumann(0.2, terms=4)(matvec(A), b)
     assert_close(
-        mo.Neumann(0.2, terms=3)(matvec(A), b, start=half.value).value, mo.Neumann(0.2, terms=7)(matvec(A), b).value, 1e-13
+        mo.Neumann(0.2, terms=3)(matvec(A), b, start=half.value).value,
+        mo.Neumann(0.2, terms=7)(matvec(A), b).value,
+        1e-13,
     )
 
 
 @named([*EXACT, *APPROXIMATE])
 def test_batches_equal_a_loop(solver: LinearSolver) -> None:
     """Elements that converge at once, in two steps, late, and one that is zero."""
-    A = torch.stack([torch.eye(6), torch.diag(torch.tensor([1.0, 1, 1, 2, 2, 2])), spd(6), spd(6), spd(6)])
+    A = torch.stack(
+        [torch.eye(6), torch.diag(torch.tensor([1.0, 1, 1, 2, 2, 2])), spd(6), spd(6), spd(6)]
+    )
     b = torch.randn(5, 6)
     b[4] = 0
     if hasattr(solver, "rtol"):
-        solver = replace(solver, rtol=1e-9)  # apart from rounding, which would change the number of steps
+        # apart from rounding, which would change the number of steps
+        solver = replace(solver, rtol=1e-9)
     batched = vmap(lambda A, b: solver(matvec(A), b))(A, b)
     looped = [solver(matvec(A[i]), b[i]) for i in range(5)]
     assert_close(batched.value, torch.stack([one.value for one in looped]), 1e-12)
@@ -322,7 +354,13 @@ def test_batches_equal_a_loop(solver: LinearSolver) -> None:
     assert_close(shared.value, torch.stack([solver(matvec(A[3]), one).value for one in b]), 1e-12)
 
 
-@named([solver for solver in EXACT if isinstance(solver, mo.ConjugateGradient | mo.NormalCG | mo.GMRES)])
+@named(
+    [
+        solver
+        for solver in EXACT
+        if isinstance(solver, mo.ConjugateGradient | mo.NormalCG | mo.GMRES)
+    ]
+)
 def test_what_has_converged_stays_as_it_is(solver: LinearSolver) -> None:
     """Nothing drifts, whatever the number of masked steps."""
     A, b = torch.stack([torch.eye(6), spd(6)]), torch.randn(2, 6)
@@ -336,7 +374,9 @@ def test_what_has_converged_stays_as_it_is(solver: LinearSolver) -> None:
 
 @named([*EXACT, *APPROXIMATE])
 def test_derivatives_through_a_solver(solver: LinearSolver) -> None:
-    """Of <g, A(t)^-1 b(t)>: through the iterations, which for exact methods is the derivative of the inverse."""
+    """Of <g, A(t)^-1 b(t)>: through the iterations, which for exact methods is the derivative of
+    the inverse.
+    """
     A, D, b, g = spd(4), torch.randn(4, 4), torch.randn(4), torch.randn(4)
     D = D + D.T
 
@@ -373,7 +413,8 @@ def test_single_precision(solver: LinearSolver) -> None:
     out = solver(matvec(A), b)
     exact = solver(matvec(A.double()), b.double())
     assert out.value.dtype == torch.float32
-    assert (out.value - exact.value).norm() < 2e-5 * exact.value.norm()  # condition 8, eps 1.2e-7, 40 steps
+    # condition 8, eps 1.2e-7, 40 steps
+    assert (out.value - exact.value).norm() < 2e-5 * exact.value.norm()
     mixed = {"low": b[:2].half(), "high": b[2:].double()}
     found = solver(lambda x: tree.unravel(A.double() @ tree.ravel(x), mixed), mixed).value
     assert [leaf.dtype for leaf in found.values()] == [torch.float16, torch.float64]
@@ -401,15 +442,25 @@ def test_randomness_in_the_operator_is_the_same_for_all_columns() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="ConjugateGradient: `max_steps` must be a positive integer, got 0"):
+    with pytest.raises(
+        ValueError, match="ConjugateGradient: `max_steps` must be a positive integer, got 0"
+    ):
         mo.ConjugateGradient(max_steps=0)
-    with pytest.raises(ValueError, match="GMRES: `rtol` must be a finite number, at least 0, got -1"):
+    with pytest.raises(
+        ValueError, match="GMRES: `rtol` must be a finite number, at least 0, got -1"
+    ):
         mo.GMRES(rtol=-1)
-    with pytest.raises(ValueError, match="Direct: `damping` must be a finite number, at least 0, got nan"):
+    with pytest.raises(
+        ValueError, match="Direct: `damping` must be a finite number, at least 0, got nan"
+    ):
         mo.Direct(damping=float("nan"))
-    with pytest.raises(ValueError, match="Nystrom: `damping` must be a finite number, positive, got 0"):
+    with pytest.raises(
+        ValueError, match="Nystrom: `damping` must be a finite number, positive, got 0"
+    ):
         mo.Nystrom(damping=0)
-    with pytest.raises(ValueError, match="Neumann: `step_size` must be a finite number, positive, got '1'"):
+    with pytest.raises(
+        ValueError, match="Neumann: `step_size` must be a finite number, positive, got '1'"
+    ):
         mo.Neumann("1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="NystromCG: `rank` must be a positive integer, got 2"):
         mo.NystromCG(rank=2.5)  # type: ignore[arg-type]
@@ -417,7 +468,10 @@ def test_bad_arguments() -> None:
 
 def test_trees_that_do_not_fit() -> None:
     b = {"a": torch.ones(2)}
-    with pytest.raises(ValueError, match=r"`start` does not have the expected structure: missing .*'a'.*, unknown .*'c'"):
+    with pytest.raises(
+        ValueError,
+        match=r"`start` does not have the expected structure: missing .*'a'.*, unknown .*'c'",
+    ):
         mo.Direct()(lambda x: x, b, start={"c": torch.ones(2)})
     with pytest.raises(ValueError, match=r"`matvec\(x\)` does not have the expected structure"):
         mo.ConjugateGradient()(lambda x: x["a"], b)

@@ -1,4 +1,6 @@
-"""Losses that contain second derivatives of a norm: one more, and torch's own kernels are wrong by per cents."""
+"""Losses that contain second derivatives of a norm: one more, and torch's own kernels are wrong by
+per cents.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule)._
 class WrittenOut(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias
+        return (
+            centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight
+            + self.bias
+        )
 
 
 def network(norm: type) -> nn.Module:
@@ -47,16 +52,22 @@ def points() -> Tensor:
 
 @each_rule
 def test_in_an_inner_loop(rule: Rule) -> None:
-    """1e-8: the finite difference divides rounding by its radius; torch's kernels are off by 5e-3 and more."""
+    """1e-8: the finite difference divides rounding by its radius; torch's kernels are off by 5e-3
+    and more.
+    """
 
     def hypergradient(norm: type) -> Any:
         net, weight = mo.functional(network(norm)), torch.ones((), requires_grad=True)
 
         def loss(params: Any, x: Tensor, weight: Tensor) -> Tensor:
-            return (weight * net(params, x).square()).mean() + roughness(lambda row: net(params, row), x)
+            return (weight * net(params, x).square()).mean() + roughness(
+                lambda row: net(params, row), x
+            )
 
         start = {name: param.detach() for name, param in net.params.items()}
-        params = mo.minimize(loss, SGD(0.1), start, points(), steps=3, meta=weight, differentiate=rule).params
+        params = mo.minimize(
+            loss, SGD(0.1), start, points(), steps=3, meta=weight, differentiate=rule
+        ).params
         value = net(params, points() + 1).square().mean()
         return value.detach(), torch.autograd.grad(value, weight)[0]
 
@@ -73,7 +84,9 @@ def test_of_the_first_order() -> None:
         def loss(params: Any, x: Tensor) -> Tensor:
             return roughness(lambda row: net(params, row), x)
 
-        losses = mo.minimize(loss, SGD(rate), start, points(), steps=3, differentiate=mo.FirstOrder()).losses
+        losses = mo.minimize(
+            loss, SGD(rate), start, points(), steps=3, differentiate=mo.FirstOrder()
+        ).losses
         return losses.detach(), torch.autograd.grad(losses.sum(), rate)[0]
 
     assert_close(of_rate(nn.LayerNorm), of_rate(WrittenOut), 1e-8)
@@ -99,14 +112,27 @@ def test_above_and_below_in_a_graph(rule: Rule) -> None:
 
 
 @pytest.mark.parametrize("memory", ["steps", mo.Revolve(1)], ids=["steps", "revolve"])
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d, lambda size: nn.InstanceNorm1d(size, track_running_stats=True)])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d, lambda size: nn.InstanceNorm1d(size, track_running_stats=True)]
+)
 def test_running_statistics_below_a_rule_that_rebuilds_steps(norm: Any, memory: Any) -> None:
     def graph(memory: Any) -> mo.LevelGraph:
         torch.manual_seed(0)
-        low_model, top_model = nn.Sequential(nn.Conv1d(2, 4, 1), norm(4), nn.Conv1d(4, 2, 1)), nn.Conv1d(2, 2, 1)
+        low_model, top_model = (
+            nn.Sequential(nn.Conv1d(2, 4, 1), norm(4), nn.Conv1d(4, 2, 1)),
+            nn.Conv1d(2, 2, 1),
+        )
         data = [torch.randn(5, 2, 3) for _ in range(3)]
-        low = mo.Level("low", low_model, lambda s, x: (s.low(x) - s.top(x)).square().mean(), SGD(0.1), data=data)
-        top = mo.Level("top", top_model, lambda s, x: (s.low(x) - x).square().mean(), SGD(0.1), data=data)
+        low = mo.Level(
+            "low",
+            low_model,
+            lambda s, x: (s.low(x) - s.top(x)).square().mean(),
+            SGD(0.1),
+            data=data,
+        )
+        top = mo.Level(
+            "top", top_model, lambda s, x: (s.low(x) - x).square().mean(), SGD(0.1), data=data
+        )
         return mo.LevelGraph([mo.Edge(top, low, steps=2, differentiate=mo.Backprop(memory))])
 
     assert_close(graph(memory).hypergradient("top"), graph("full").hypergradient("top"), 1e-12)
@@ -114,11 +140,15 @@ def test_running_statistics_below_a_rule_that_rebuilds_steps(norm: Any, memory: 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.Identity])
 def test_a_level_whose_loss_calls_nothing_delicate_pays_nothing(norm: type) -> None:
-    """`any_order` costs a microsecond for each call; a graph finds out when it is built who needs it."""
+    """`any_order` costs a microsecond for each call; a graph finds out when it is built who needs
+    it.
+    """
     entered: list[bool] = []
 
     def loss(levels: Any, x: Tensor) -> Tensor:
-        entered.append(any(isinstance(mode, AnyOrder) for mode in _get_current_function_mode_stack()))
+        entered.append(
+            any(isinstance(mode, AnyOrder) for mode in _get_current_function_mode_stack())
+        )
         return (levels.top.params["weight"] * levels.low(x).square()).mean()
 
     weight = nn.ParameterDict({"weight": nn.Parameter(torch.ones(()))})
@@ -133,23 +163,31 @@ def test_a_level_whose_loss_calls_nothing_delicate_pays_nothing(norm: type) -> N
 
 
 SQUARES = [F.mse_loss, F.huber_loss]  # torch has no forward derivative of their gradients
-each_square = pytest.mark.parametrize("criterion", SQUARES, ids=lambda criterion: criterion.__name__)
+each_square = pytest.mark.parametrize(
+    "criterion", SQUARES, ids=lambda criterion: criterion.__name__
+)
 
 
 @each_square
 def test_squares_pay_nothing_but_where_derivatives_are_forward(criterion: Any) -> None:
-    """A third of what iMAML took beyond PyTorch by hand was a mode that only forward derivatives need."""
+    """A third of what iMAML took beyond PyTorch by hand was a mode that only forward derivatives
+    need.
+    """
     entered: list[bool] = []
 
     def hypergradient(rule: Rule) -> Any:
         torch.manual_seed(0)
 
         def loss(levels: Any, x: Tensor) -> Tensor:
-            entered.append(any(isinstance(mode, AnyOrder) for mode in _get_current_function_mode_stack()))
+            entered.append(
+                any(isinstance(mode, AnyOrder) for mode in _get_current_function_mode_stack())
+            )
             return criterion(levels.low(x), levels.top(x))
 
         low = mo.Level("low", nn.Linear(3, 2), loss, SGD(0.1), data=[points()])
-        top = mo.Level("top", nn.Linear(3, 2), lambda s, x: s.low(x).square().mean(), SGD(0.1), data=[points()])
+        top = mo.Level(
+            "top", nn.Linear(3, 2), lambda s, x: s.low(x).square().mean(), SGD(0.1), data=[points()]
+        )
         graph = mo.LevelGraph([mo.Edge(top, low, steps=2, differentiate=rule)])
         entered.clear()
         return graph.hypergradient("top")
@@ -163,17 +201,28 @@ def test_squares_pay_nothing_but_where_derivatives_are_forward(criterion: Any) -
 
 @each_square
 def test_squares_whose_forward_derivative_is_part_of_the_loss(criterion: Any) -> None:
-    """A product with a Hessian, forward over reverse: here the loss itself asks for the derivative that torch lacks."""
+    """A product with a Hessian, forward over reverse: here the loss itself asks for the derivative
+    that torch lacks.
+    """
 
     def after_a_step(of: Any) -> Any:
         def loss(levels: Any, x: Tensor) -> Tensor:
             def slope(x: Tensor) -> Tensor:
                 return grad(lambda x: of(levels.low(x), points()[:, :1]))(x)
 
-            return jvp(slope, (x,), (x,))[1].square().sum() + (levels.top(x) - levels.low(x)).square().mean()
+            return (
+                jvp(slope, (x,), (x,))[1].square().sum()
+                + (levels.top(x) - levels.low(x)).square().mean()
+            )
 
         low = mo.Level("low", network(nn.Identity), loss, SGD(0.1), data=[points()])
-        top = mo.Level("top", network(nn.Identity), lambda s, x: s.low(x).square().mean(), SGD(0.1), data=[points()])
+        top = mo.Level(
+            "top",
+            network(nn.Identity),
+            lambda s, x: s.low(x).square().mean(),
+            SGD(0.1),
+            data=[points()],
+        )
         graph = mo.LevelGraph([mo.Edge(top, low, differentiate=mo.T1T2())])
         graph.step()
         return graph.params("low"), graph.params("top")

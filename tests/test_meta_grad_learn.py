@@ -1,4 +1,6 @@
-"""What `meta_grad` learns beside the parameters, what it tells, and how it goes through tasks that are not alike."""
+"""What `meta_grad` learns beside the parameters, what it tells, and how it goes through tasks that
+are not alike.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +35,25 @@ def start() -> dict[str, Tensor]:
 
 
 def by_hand(params: Any, tasks: Any, adapt: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return the derivatives of the mean loss over tasks in the leaves, by autograd through everything."""
+    """Return the derivatives of the mean loss over tasks in the leaves, by autograd through
+    everything.
+    """
     (xs, ys), (queries, targets) = tasks
-    losses = [line(adapt(params, (x, y)), (q, t)) for x, y, q, t in zip(xs, ys, queries, targets, strict=True)]
+    losses = [
+        line(adapt(params, (x, y)), (q, t))
+        for x, y, q, t in zip(xs, ys, queries, targets, strict=True)
+    ]
     return torch.autograd.grad(torch.stack(losses).mean(), leaves)
 
 
 @pytest.mark.parametrize("options", LOOPS)
 def test_an_inner_rate_is_learned(options: dict[str, Any]) -> None:
     """It was silently left out: `inner.lr.grad` stayed None and an outer optimizer skipped it."""
-    inner, tasks, params = SGD(lr=nn.Parameter(torch.tensor(0.1)), momentum=nn.Parameter(torch.tensor(0.5))), tasks_of(), start()
+    inner, tasks, params = (
+        SGD(lr=nn.Parameter(torch.tensor(0.1)), momentum=nn.Parameter(torch.tensor(0.5))),
+        tasks_of(),
+        start(),
+    )
 
     def task_loss(params: Any, task: Any) -> Tensor:
         return line(mo.minimize(line, inner, params, task[0], steps=3).params, task[1])
@@ -51,13 +62,22 @@ def test_an_inner_rate_is_learned(options: dict[str, Any]) -> None:
     (grads, of_inner), losses = meta_gradient(params, tasks)
     assert losses.shape == (4,)
     assert of_inner.keys() == {"lr", "momentum"}
-    leaves = {**{name: p.clone().requires_grad_() for name, p in params.items()}, **dict(inner.named_parameters())}
+    leaves = {
+        **{name: p.clone().requires_grad_() for name, p in params.items()},
+        **dict(inner.named_parameters()),
+    }
 
     def adapt(params: Any, batch: Any) -> Any:
         velocity = dict.fromkeys(params, 0.0)
         for _ in range(3):
             found = dict(
-                zip(params, torch.autograd.grad(line(params, batch), list(params.values()), create_graph=True), strict=True)
+                zip(
+                    params,
+                    torch.autograd.grad(
+                        line(params, batch), list(params.values()), create_graph=True
+                    ),
+                    strict=True,
+                )
             )
             velocity = {name: leaves["momentum"] * velocity[name] + g for name, g in found.items()}
             params = {name: p - leaves["lr"] * velocity[name] for name, p in params.items()}
@@ -85,7 +105,10 @@ def test_a_learned_loss_and_a_learned_schedule_together() -> None:
             x, y = batch
             return own(weights, torch.stack([x @ params["w"] + params["b"], y], -1)).square().mean()
 
-        return line(mo.minimize(inner_loss, inner, params, task[0], steps=3, meta=own.params).params, task[1])
+        return line(
+            mo.minimize(inner_loss, inner, params, task[0], steps=3, meta=own.params).params,
+            task[1],
+        )
 
     (_, learned_grads), _ = mo.meta_grad(task_loss, learn=both)(params, tasks)
     value = mo.meta_grad(task_loss, learn=both)
@@ -114,7 +137,9 @@ def test_it_can_be_differentiated_again() -> None:
 
     found = grad(size)(params)["b"]
     h = torch.tensor(1e-5)
-    expected = (size({**params, "b": params["b"] + h}) - size({**params, "b": params["b"] - h})) / (2 * h)
+    expected = (size({**params, "b": params["b"] + h}) - size({**params, "b": params["b"] - h})) / (
+        2 * h
+    )
     assert_close(found, expected, 1e-6)
 
 
@@ -125,7 +150,11 @@ def test_aux_is_stacked_over_tasks(options: dict[str, Any]) -> None:
     def task_loss(params: Any, task: Any) -> Any:
         out = mo.minimize(line, SGD(0.1), params, task[0], steps=2)
         x, y = task[1]
-        return line(out.params, task[1]), {"residual": x @ out.params["w"] - y, "inner": out.losses, "shots": 5}
+        return line(out.params, task[1]), {
+            "residual": x @ out.params["w"] - y,
+            "inner": out.losses,
+            "shots": 5,
+        }
 
     grads, losses, aux = mo.meta_grad(task_loss, has_aux=True, **options)(params, tasks)
     plain, _ = mo.meta_grad(lambda p, t: task_loss(p, t)[0])(params, tasks)
@@ -139,7 +168,10 @@ def test_aux_is_stacked_over_tasks(options: dict[str, Any]) -> None:
 
 def test_a_list_of_ragged_tasks_is_gone_through_one_by_one() -> None:
     params = start()
-    tasks = [((torch.randn(n, 3), torch.randn(n)), (torch.randn(4, 3), torch.randn(4))) for n in (2, 5, 3)]
+    tasks = [
+        ((torch.randn(n, 3), torch.randn(n)), (torch.randn(4, 3), torch.randn(4)))
+        for n in (2, 5, 3)
+    ]
 
     def task_loss(params: Any, task: Any) -> Any:
         out = mo.minimize(line, SGD(0.1), params, task[0], steps=2)
@@ -153,7 +185,10 @@ def test_a_list_of_ragged_tasks_is_gone_through_one_by_one() -> None:
 
 
 def test_a_list_of_bare_tensors_is_ambiguous() -> None:
-    with pytest.raises(ValueError, match=r"`tasks` must be a list of tasks, such as \[\(x, y\), \(x, y\)\], got 2 bare tensors"):
+    with pytest.raises(
+        ValueError,
+        match=r"`tasks` must be a list of tasks, such as \[\(x, y\), \(x, y\)\], got 2 bare tensors",
+    ):
         mo.meta_grad(line)(start(), [torch.randn(4, 3), torch.randn(4)])
     with pytest.raises(ValueError, match="Stack the tasks first, or pass them as a list"):
         mo.meta_grad(line)(start(), (torch.randn(4, 3), torch.randn(3)))
@@ -199,7 +234,10 @@ def test_what_vmap_cannot_do_falls_back_to_the_loop_with_one_warning(task_loss: 
     tasks, params = tasks_of(), start()
     expected = mo.meta_grad(task_loss, chunk_size=1)(params, tasks)
     meta_gradient = mo.meta_grad(task_loss)
-    with pytest.warns(RuntimeWarning, match=r"cannot be batched by vmap.*gone through one by one.*Pass `chunk_size=1`"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"cannot be batched by vmap.*gone through one by one.*Pass `chunk_size=1`",
+    ):
         found = meta_gradient(params, tasks)
     assert_close(found[0]["w"], expected[0]["w"], 0)
     with warnings.catch_warnings():
@@ -212,16 +250,26 @@ def test_what_vmap_cannot_do_falls_back_to_the_loop_with_one_warning(task_loss: 
 
 def test_a_loss_that_is_wrong_by_itself_says_so() -> None:
     with pytest.raises(RuntimeError, match="size mismatch"):
-        mo.meta_grad(lambda p, t: line({"w": torch.randn(7), "b": p["b"]}, t[0]))(start(), tasks_of())
+        mo.meta_grad(lambda p, t: line({"w": torch.randn(7), "b": p["b"]}, t[0]))(
+            start(), tasks_of()
+        )
 
 
-RULES = [mo.Implicit(mo.ConjugateGradient()), mo.T1T2(), mo.FiniteDifference(), mo.SAMA(), mo.Penalty()]
+RULES = [
+    mo.Implicit(mo.ConjugateGradient()),
+    mo.T1T2(),
+    mo.FiniteDifference(),
+    mo.SAMA(),
+    mo.Penalty(),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("options", [*LOOPS, {"count": 1}, {"conv": True}])
 def test_rules_that_look_at_the_end_never_answer_zero(rule: Any, options: dict[str, Any]) -> None:
-    """Wherever tasks were gone through in a loop, and so by default for convolutions, the gradient was zero, silently."""
+    """Wherever tasks were gone through in a loop, and so by default for convolutions, the gradient
+    was zero, silently.
+    """
     options = dict(options)
     count, conv = options.pop("count", 4), options.pop("conv", False)
     if conv:
@@ -236,20 +284,32 @@ def test_rules_that_look_at_the_end_never_answer_zero(rule: Any, options: dict[s
     def task_loss(p: Any, t: Any) -> Tensor:
         return loss(mo.minimize(loss, SGD(0.1), p, t, steps=2, differentiate=rule).params, t)
 
-    with pytest.raises(ValueError, match=r"the initial parameters must not be differentiated.*the answer would be zeros"):
+    with pytest.raises(
+        ValueError,
+        match=r"the initial parameters must not be differentiated.*the answer would be zeros",
+    ):
         mo.meta_grad(task_loss, **options)(params, tasks)
 
 
 @pytest.mark.parametrize("options", LOOPS)
 def test_what_is_not_used_is_named(options: dict[str, Any]) -> None:
     inner = Adam(lr=nn.Parameter(torch.tensor(0.1)))
-    with pytest.raises(ValueError, match=r"must depend on all that is learned, but does not on \['lr'\] of `learn`"):
+    with pytest.raises(
+        ValueError, match=r"must depend on all that is learned, but does not on \['lr'\] of `learn`"
+    ):
         mo.meta_grad(lambda p, t: line(p, t[0]), learn=inner, **options)(start(), tasks_of())
     model = nn.Linear(3, 1)
-    with pytest.raises(ValueError, match=r"`task_loss` must depend on `params`, but its gradient would be zero"):
+    with pytest.raises(
+        ValueError, match=r"`task_loss` must depend on `params`, but its gradient would be zero"
+    ):
         mo.meta_grad(lambda p, t: t[0][0].sum(), **options)(start(), tasks_of())
-    with pytest.raises(ValueError, match=r"depends on `model.bias` \(shape \(1,\)\), `model.weight`.*`requires_grad_\(False\)`"):
-        mo.meta_grad(lambda p, t: line(p, t[0]) + model(t[0][0]).sum(), **options)(start(), tasks_of())
+    with pytest.raises(
+        ValueError,
+        match=r"depends on `model.bias` \(shape \(1,\)\), `model.weight`.*`requires_grad_\(False\)`",
+    ):
+        mo.meta_grad(lambda p, t: line(p, t[0]) + model(t[0][0]).sum(), **options)(
+            start(), tasks_of()
+        )
 
 
 def test_what_a_loss_makes_by_itself_is_no_hidden_tensor() -> None:
@@ -267,11 +327,23 @@ def test_what_a_loss_makes_by_itself_is_no_hidden_tensor() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"chunk_size": 1.5}, TypeError, r"`chunk_size` must be a positive integer or None, got 1\.5"),
-        ({"chunk_size": True}, TypeError, r"`chunk_size` must be a positive integer or None, got True"),
+        (
+            {"chunk_size": 1.5},
+            TypeError,
+            r"`chunk_size` must be a positive integer or None, got 1\.5",
+        ),
+        (
+            {"chunk_size": True},
+            TypeError,
+            r"`chunk_size` must be a positive integer or None, got True",
+        ),
         ({"chunk_size": 0}, ValueError, r"`chunk_size` must be a positive integer or None, got 0"),
         ({"learn": 3}, TypeError, r"`learn` must be an nn.Module, got a int.*nn.ModuleDict"),
-        ({"learn": SGD(0.1)}, ValueError, r"`learn` must have a parameter that requires grad, got a SGD without"),
+        (
+            {"learn": SGD(0.1)},
+            ValueError,
+            r"`learn` must have a parameter that requires grad, got a SGD without",
+        ),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -280,17 +352,23 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
 
 
 def test_aux_must_be_there_and_params_must_be_tensors() -> None:
-    with pytest.raises(ValueError, match=r"must return \(loss, aux\) because of has_aux=True, got a Tensor"):
+    with pytest.raises(
+        ValueError, match=r"must return \(loss, aux\) because of has_aux=True, got a Tensor"
+    ):
         mo.meta_grad(lambda p, t: line(p, t[0]), has_aux=True)(start(), tasks_of())
     with pytest.raises(TypeError, match=r"`params` must be a tree of tensors, got a Linear"):
         mo.meta_grad(line)(nn.Linear(3, 1), tasks_of()[0])
-    with pytest.raises(ValueError, match=r"`task_loss` must return a floating-point scalar, got a tuple of 2"):
+    with pytest.raises(
+        ValueError, match=r"`task_loss` must return a floating-point scalar, got a tuple of 2"
+    ):
         mo.meta_grad(lambda p, t: (line(p, t[0]), 1))(start(), tasks_of())
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 def test_it_is_differentiated_inside_a_loss(chunk_size: int | None) -> None:
-    """In a loss whose gradient plain autograd takes it thought itself outermost: its part of the gradient was zero."""
+    """In a loss whose gradient plain autograd takes it thought itself outermost: its part of the
+    gradient was zero.
+    """
     tasks = torch.arange(6.0).reshape(3, 2)
     inner = mo.meta_grad(lambda p, t: ((p - t) ** 3).sum(), chunk_size=chunk_size)
 
@@ -322,7 +400,9 @@ def test_tasks_of_a_list_may_use_different_parts() -> None:
     assert all(grad.abs().max() > 0 for grad in learned.values())
     hidden = torch.tensor(3.0, requires_grad=True)
     with pytest.raises(ValueError, match=r"depends on `hidden` \(shape \(\)\)"):
-        mo.meta_grad(lambda p, t: p * (hidden if t[0] else 1.0))(torch.tensor(2.0), [(0, x), (1, x)])
+        mo.meta_grad(lambda p, t: p * (hidden if t[0] else 1.0))(
+            torch.tensor(2.0), [(0, x), (1, x)]
+        )
 
 
 def test_parameters_made_in_a_loss_are_not_hidden() -> None:
@@ -330,7 +410,9 @@ def test_parameters_made_in_a_loss_are_not_hidden() -> None:
     make = lambda p, _: (nn.Parameter(torch.ones(2)) * p).sum() ** 2
     grads, _ = mo.meta_grad(make)(torch.ones(2), torch.zeros(2))
     assert_close(grads, torch.full((2,), 4.0), 0)
-    mo.minimize(lambda p, _: nn.Linear(2, 1)(p).square().sum(), SGD(0.1), torch.ones(2), None, steps=2)
+    mo.minimize(
+        lambda p, _: nn.Linear(2, 1)(p).square().sum(), SGD(0.1), torch.ones(2), None, steps=2
+    )
 
 
 def test_in_inference_mode_nothing_is_looked_for() -> None:
@@ -347,8 +429,13 @@ def test_aux_of_other_kinds_is_a_list() -> None:
 
 
 def test_integers_and_no_tasks_are_named() -> None:
-    with pytest.raises(ValueError, match=r"`params` must be floating-point or complex tensors, got torch.int64 at \['n'\]"):
-        mo.meta_grad(lambda p, t: p["w"].sum())({"w": torch.ones(2), "n": torch.tensor(1)}, torch.ones(3))
+    with pytest.raises(
+        ValueError,
+        match=r"`params` must be floating-point or complex tensors, got torch.int64 at \['n'\]",
+    ):
+        mo.meta_grad(lambda p, t: p["w"].sum())(
+            {"w": torch.ones(2), "n": torch.tensor(1)}, torch.ones(3)
+        )
     with pytest.raises(ValueError, match="`tasks` must hold at least one task, got an empty list"):
         mo.meta_grad(lambda p, t: p.sum())(torch.ones(2), [])
 
@@ -356,5 +443,8 @@ def test_integers_and_no_tasks_are_named() -> None:
 def test_a_tensor_that_an_optimizer_hides_is_named() -> None:
     optimizer = SGD(0.1)
     optimizer.secret = torch.tensor(1.0, requires_grad=True)
-    with pytest.raises(ValueError, match=r"SGD has tensors that require grad and are neither parameters nor buffers, \['secret'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"SGD has tensors that require grad and are neither parameters nor buffers, \['secret'\]",
+    ):
         mo.minimize(lambda p, _: p.sum(), optimizer, torch.ones(2), None, steps=1)

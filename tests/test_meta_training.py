@@ -19,8 +19,12 @@ from metaopt.transforms import values_are_readable
 from optimizers import SGD, Adam, LSTMOptimizer, MLPOptimizer
 
 
-def objective(optimizer: mo.Optimizer, family: mo.TaskFamily, task: mo.Task, rule: object) -> Tensor:
-    return mo.minimize(family.loss, optimizer, task.params, task.batches, differentiate=rule).losses.mean()
+def objective(
+    optimizer: mo.Optimizer, family: mo.TaskFamily, task: mo.Task, rule: object
+) -> Tensor:
+    return mo.minimize(
+        family.loss, optimizer, task.params, task.batches, differentiate=rule
+    ).losses.mean()
 
 
 @pytest.mark.usefixtures("float64")
@@ -29,13 +33,19 @@ def test_full_unroll_is_the_gradient_of_each_episode(rule) -> None:
     family, optimizer = mo.tasks.Quadratics(4), LSTMOptimizer(hidden_size=3)
     theta = dict(optimizer.named_parameters())
     estimator = mo.FullUnroll(tasks=3, differentiate=rule)
-    estimate = estimator(optimizer, theta, family, 6, estimator.init(), torch.Generator().manual_seed(5))
+    estimate = estimator(
+        optimizer, theta, family, 6, estimator.init(), torch.Generator().manual_seed(5)
+    )
     tasks = sample_tasks(family, torch.Generator().manual_seed(5), 3, 6)
     for i in range(3):
         loss = objective(optimizer, family, mo.Task(*mo.tree.index(tuple(tasks), i)), rule)
         torch.testing.assert_close(estimate.losses[i], loss, rtol=1e-12, atol=0)
-        for (name, value), grad in zip(theta.items(), torch.autograd.grad(loss, list(theta.values())), strict=True):
-            torch.testing.assert_close(estimate.grads[name][i], grad, rtol=1e-10, atol=1e-14, msg=name)
+        for (name, value), grad in zip(
+            theta.items(), torch.autograd.grad(loss, list(theta.values())), strict=True
+        ):
+            torch.testing.assert_close(
+                estimate.grads[name][i], grad, rtol=1e-10, atol=1e-14, msg=name
+            )
             assert value.grad is None
 
 
@@ -43,7 +53,9 @@ class Images:
     """Classification by a small convolution network, with noise in the loss."""
 
     def __init__(self) -> None:
-        self.net = mo.functional(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 2)))
+        self.net = mo.functional(
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 2))
+        )
         self.vmapped = 0
 
     def loss(self, params: Tensor, batch: Tensor) -> Tensor:
@@ -51,7 +63,9 @@ class Images:
         return (self.net(params, batch) - batch.sum((1, 2, 3))[:, None]).square().mean()
 
     def sample(self, generator: torch.Generator, steps: int) -> mo.Task:
-        params = {key: torch.randn(p.shape, generator=generator) for key, p in self.net.params.items()}
+        params = {
+            key: torch.randn(p.shape, generator=generator) for key, p in self.net.params.items()
+        }
         return mo.Task(params, torch.randn(steps, 3, 1, 4, 4, generator=generator))
 
 
@@ -59,7 +73,9 @@ class Images:
 @pytest.mark.parametrize("rule", [mo.FirstOrder(), mo.Backprop(), mo.Backprop(memory="steps")])
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_one_task_and_convolutions_go_without_vmap(tasks: int, rule) -> None:
-    """In a loop one task took 125 ms for 200; the values are those of each task by itself, its dropout masks too."""
+    """In a loop one task took 125 ms for 200; the values are those of each task by itself, its
+    dropout masks too.
+    """
     torch.manual_seed(0)
     family, optimizer = Images(), SGD(nn.Parameter(torch.tensor(0.01)))
     estimator = mo.FullUnroll(tasks=tasks, differentiate=rule)
@@ -96,22 +112,33 @@ def test_windows_go_on_where_they_stopped_and_start_afresh_at_the_horizon() -> N
     theta = dict(optimizer.named_parameters())
     estimator, generator = mo.TruncatedBackprop(window=3, tasks=2), torch.Generator().manual_seed(5)
     tasks = sample_tasks(family, torch.Generator().manual_seed(5), 2, horizon)
-    full = torch.stack([mo.minimize(family.loss, optimizer, *mo.tree.index(tuple(tasks), i)).losses for i in range(2)]).detach()
+    full = torch.stack(
+        [
+            mo.minimize(family.loss, optimizer, *mo.tree.index(tuple(tasks), i)).losses
+            for i in range(2)
+        ]
+    ).detach()
     state, losses = estimator.init(), []
     for length in (3, 3, 1):  # the last window is shorter
         _, loss, state = estimator(optimizer, theta, family, horizon, state, generator)
         losses.append(loss * length)
     assert state is None
     torch.testing.assert_close(sum(losses), full.sum(1), rtol=1e-12, atol=0)
-    whole = mo.TruncatedBackprop(window=horizon, tasks=2)(optimizer, theta, family, horizon, None, torch.Generator().manual_seed(5))
-    other = mo.FullUnroll(tasks=2)(optimizer, theta, family, horizon, None, torch.Generator().manual_seed(5))
+    whole = mo.TruncatedBackprop(window=horizon, tasks=2)(
+        optimizer, theta, family, horizon, None, torch.Generator().manual_seed(5)
+    )
+    other = mo.FullUnroll(tasks=2)(
+        optimizer, theta, family, horizon, None, torch.Generator().manual_seed(5)
+    )
     for name in theta:
         torch.testing.assert_close(whole.grads[name], other.grads[name], rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.usefixtures("float64")
 def test_a_window_holds_its_start_constant() -> None:
-    """Two windows of one step on L = (w - 1)^2 / 2 with SGD: dL_1/dlr through the state is left out."""
+    """Two windows of one step on L = (w - 1)^2 / 2 with SGD: dL_1/dlr through the state is left
+    out.
+    """
 
     @dataclass(frozen=True)
     class Parabola:
@@ -123,10 +150,14 @@ def test_a_window_holds_its_start_constant() -> None:
 
     optimizer = SGD(nn.Parameter(torch.tensor(0.1)))
     theta = {"lr": optimizer.lr}
-    two = mo.TruncatedBackprop(window=2, tasks=1)(optimizer, theta, Parabola(), 4, None, torch.Generator())
+    two = mo.TruncatedBackprop(window=2, tasks=1)(
+        optimizer, theta, Parabola(), 4, None, torch.Generator()
+    )
     # w_1 = lr, so the mean loss of the window is (1 + (lr - 1)^2) / 4, with derivative (lr - 1) / 2
     assert two.grads["lr"].item() == pytest.approx((0.1 - 1) / 2, rel=1e-12)
-    later = mo.TruncatedBackprop(window=2, tasks=1)(optimizer, theta, Parabola(), 4, two.state, torch.Generator())
+    later = mo.TruncatedBackprop(window=2, tasks=1)(
+        optimizer, theta, Parabola(), 4, two.state, torch.Generator()
+    )
     # r_2 = -(1 - lr)^2 is held constant; losses r_2^2 / 2 and ((1 - lr) r_2)^2 / 2
     assert later.grads["lr"].item() == pytest.approx(-(1 - 0.1) * (1 - 0.1) ** 4 / 2, rel=1e-12)
 
@@ -166,12 +197,15 @@ def test_training_leaves_the_global_random_state_alone() -> None:
 def test_training_improves_the_validation_loss() -> None:
     family = mo.tasks.Quadratics(3)
     optimizer = SGD(nn.Parameter(torch.tensor(0.001)))
-    training = mo.MetaTraining(optimizer, family, estimator=mo.FullUnroll(16, mo.Backprop()), outer=Adam(2e-3), horizon=10)
+    training = mo.MetaTraining(
+        optimizer, family, estimator=mo.FullUnroll(16, mo.Backprop()), outer=Adam(2e-3), horizon=10
+    )
     before = mo.evaluate({"sgd": optimizer}, family, horizon=10, seeds=64).mean("sgd")
     for _ in range(30):
         training.step()
     after = mo.evaluate({"sgd": optimizer}, family, horizon=10, seeds=64).mean("sgd")
-    assert after < 0.75 * before  # lr grows from .001 towards the best, near .05: the loss falls from 8.9 to about 5
+    # lr grows from .001 towards the best, near .05: the loss falls from 8.9 to about 5
+    assert after < 0.75 * before
 
 
 def test_a_diverged_task_is_left_out_and_counted() -> None:
@@ -185,7 +219,9 @@ def test_a_diverged_task_is_left_out_and_counted() -> None:
             return mo.Task(torch.ones(2), torch.full((steps, 2), scale))
 
     optimizer = SGD(nn.Parameter(torch.tensor(0.1)))
-    training = mo.MetaTraining(optimizer, Wild(), estimator=mo.FullUnroll(8, mo.Backprop()), outer=SGD(0.01), horizon=5)
+    training = mo.MetaTraining(
+        optimizer, Wild(), estimator=mo.FullUnroll(8, mo.Backprop()), outer=SGD(0.01), horizon=5
+    )
     metrics = training.step()
     assert 0 < int(metrics["tasks left out"]) < 8
     assert math.isfinite(float(metrics["loss"]))
@@ -203,7 +239,9 @@ def test_a_step_without_any_finite_task_changes_nothing() -> None:
             return mo.Task(torch.ones(2), torch.full((steps, 2), torch.nan))
 
     optimizer = SGD(nn.Parameter(torch.tensor(0.1)))
-    training = mo.MetaTraining(optimizer, Broken(), estimator=mo.FullUnroll(3), outer=SGD(0.5), horizon=5)
+    training = mo.MetaTraining(
+        optimizer, Broken(), estimator=mo.FullUnroll(3), outer=SGD(0.5), horizon=5
+    )
     metrics = training.step()
     assert int(metrics["tasks left out"]) == 3
     assert optimizer.lr.item() == pytest.approx(0.1)
@@ -220,19 +258,26 @@ def test_evaluate_equals_a_loop_and_tune_finds_the_best_of_the_grid() -> None:
             params, velocity = task.params, torch.zeros_like(task.params)
             for t in range(5):
                 residual = task.batches[0][t] @ params - task.batches[1][t]
-                torch.testing.assert_close(report.curves[name][i, t], residual.square().sum(), rtol=1e-12, atol=0)
-                velocity = (0.9 if name == "b" else 0.0) * velocity + 2 * task.batches[0][t].T @ residual
+                torch.testing.assert_close(
+                    report.curves[name][i, t], residual.square().sum(), rtol=1e-12, atol=0
+                )
+                velocity = (0.9 if name == "b" else 0.0) * velocity + 2 * task.batches[0][
+                    t
+                ].T @ residual
                 params = params - float(optimizer.lr) * velocity
     value, loss = mo.tune(SGD, [1e-4, 0.01, 0.02, 10.0], family, horizon=20, seeds=16)
     validation = {
-        lr: mo.evaluate({"": SGD(lr)}, family, horizon=20, seeds=16, seed=1_000_003).mean("") for lr in (1e-4, 0.01, 0.02)
+        lr: mo.evaluate({"": SGD(lr)}, family, horizon=20, seeds=16, seed=1_000_003).mean("")
+        for lr in (1e-4, 0.01, 0.02)
     }
     assert value == min(validation, key=validation.__getitem__)
     assert loss == min(validation.values())
 
 
 def test_the_report_shows_diverged_runs(tmp_path) -> None:
-    report = mo.evaluate({"good": SGD(0.01), "bad": SGD(1e9)}, mo.tasks.Quadratics(4), horizon=20, seeds=3)
+    report = mo.evaluate(
+        {"good": SGD(0.01), "bad": SGD(1e9)}, mo.tasks.Quadratics(4), horizon=20, seeds=3
+    )
     good, bad = report.table().splitlines()[-2:]
     assert good.split()[-1] == "0"
     assert bad.split()[-1] == "3"
@@ -279,22 +324,44 @@ def test_the_trainer_ends_with_what_validated_best() -> None:
     [
         (lambda: mo.FullUnroll(tasks=0), "`tasks` must be a positive integer, got 0"),
         (lambda: mo.TruncatedBackprop(window=0), "`window` must be a positive integer, got 0"),
-        (lambda: mo.tasks.DigitsMLP(batch_size=0), "`batch_size` and `hidden` must be positive, got 0"),
+        (
+            lambda: mo.tasks.DigitsMLP(batch_size=0),
+            "`batch_size` and `hidden` must be positive, got 0",
+        ),
         (lambda: mo.tasks.Quadratics(0), "`dimension` must be a positive integer, got 0"),
-        (lambda: mo.evaluate({}, mo.tasks.Quadratics(), horizon=5), "`evaluate` needs an optimizer"),
-        (lambda: mo.tune(SGD, [1e9], mo.tasks.Quadratics(), horizon=50, seeds=2), "Every value of the grid diverged"),
+        (
+            lambda: mo.evaluate({}, mo.tasks.Quadratics(), horizon=5),
+            "`evaluate` needs an optimizer",
+        ),
+        (
+            lambda: mo.tune(SGD, [1e9], mo.tasks.Quadratics(), horizon=50, seeds=2),
+            "Every value of the grid diverged",
+        ),
         (lambda: mo.Trainer(quick_training(), max_steps=0), "must be positive, got 0"),
         (
-            lambda: mo.MetaTraining(SGD(0.1), mo.tasks.Quadratics(), estimator=mo.FullUnroll(), outer=Adam(), horizon=5),
+            lambda: mo.MetaTraining(
+                SGD(0.1), mo.tasks.Quadratics(), estimator=mo.FullUnroll(), outer=Adam(), horizon=5
+            ),
             "SGD has nothing to train. Make a hyperparameter an nn.Parameter",
         ),
         (
-            lambda: mo.MetaTraining(MLPOptimizer(), mo.tasks.Quadratics(), estimator=mo.FullUnroll(), outer=Adam(), horizon=0),
+            lambda: mo.MetaTraining(
+                MLPOptimizer(),
+                mo.tasks.Quadratics(),
+                estimator=mo.FullUnroll(),
+                outer=Adam(),
+                horizon=0,
+            ),
             "`horizon` must be a positive integer, got 0",
         ),
         (
             lambda: mo.MetaTraining(
-                MLPOptimizer(), mo.tasks.Quadratics(), estimator=mo.FullUnroll(), outer=Adam(), horizon=5, clip=-1.0
+                MLPOptimizer(),
+                mo.tasks.Quadratics(),
+                estimator=mo.FullUnroll(),
+                outer=Adam(),
+                horizon=5,
+                clip=-1.0,
             ),
             "`clip` must be positive or None, got -1.0",
         ),
@@ -308,11 +375,16 @@ def test_bad_arguments(call, message: str) -> None:
 def test_functional_call_reaches_the_optimizer_inside_an_unroll() -> None:
     """Lending parameters to an optimizer changes the unroll and leaves the optimizer as it was."""
     optimizer, family = SGD(nn.Parameter(torch.tensor(0.01))), mo.tasks.Quadratics(3)
-    estimate = mo.FullUnroll(tasks=2)(optimizer, {"lr": torch.tensor(0.0)}, family, 4, None, torch.Generator().manual_seed(0))
+    estimate = mo.FullUnroll(tasks=2)(
+        optimizer, {"lr": torch.tensor(0.0)}, family, 4, None, torch.Generator().manual_seed(0)
+    )
     tasks = sample_tasks(family, torch.Generator().manual_seed(0), 2, 4)
-    torch.testing.assert_close(estimate.losses, tasks.batches[1][:, 0].square().sum(1))  # lr 0 stays at w = 0
+    # lr 0 stays at w = 0
+    torch.testing.assert_close(estimate.losses, tasks.batches[1][:, 0].square().sum(1))
     assert (
-        functional_call(optimizer, {}, ({"w": torch.ones(1)}, optimizer.init({"w": torch.ones(1)})))[0]["w"].item()
+        functional_call(
+            optimizer, {}, ({"w": torch.ones(1)}, optimizer.init({"w": torch.ones(1)}))
+        )[0]["w"].item()
         == -optimizer.lr.item()
     )
 
@@ -338,7 +410,9 @@ class Noisy:
 def test_dropout_in_a_loss_is_part_of_the_seed() -> None:
     def losses() -> list[float]:
         optimizer = SGD(nn.Parameter(torch.tensor(0.1)))
-        training = mo.MetaTraining(optimizer, Noisy(), estimator=mo.FullUnroll(2), outer=Adam(), horizon=3, seed=4)
+        training = mo.MetaTraining(
+            optimizer, Noisy(), estimator=mo.FullUnroll(2), outer=Adam(), horizon=3, seed=4
+        )
         return [float(training.step()["loss"]) for _ in range(3)]
 
     first = losses()
@@ -348,10 +422,14 @@ def test_dropout_in_a_loss_is_part_of_the_seed() -> None:
 
 
 def test_evaluation_with_dropout_is_decided_by_its_seed() -> None:
-    """Whatever was drawn before; every optimizer meets the same masks, every task and step others; nothing is drawn globally."""
+    """Whatever was drawn before; every optimizer meets the same masks, every task and step others;
+    nothing is drawn globally.
+    """
 
     def curves(seed: int) -> Tensor:
-        report = mo.evaluate({"a": SGD(0.01), "b": SGD(0.01)}, Noisy(), horizon=3, seeds=4, seed=seed)
+        report = mo.evaluate(
+            {"a": SGD(0.01), "b": SGD(0.01)}, Noisy(), horizon=3, seeds=4, seed=seed
+        )
         assert torch.equal(report.curves["a"], report.curves["b"])
         return report.curves["a"]
 
@@ -403,7 +481,13 @@ def test_an_interrupted_training_keeps_its_best() -> None:
             self.closed = True
 
     training, log = Interrupted(), Log()
-    trainer = mo.Trainer(training, max_steps=9, validate=lambda: abs(training.value - 2), validate_every=1, logger=log)
+    trainer = mo.Trainer(
+        training,
+        max_steps=9,
+        validate=lambda: abs(training.value - 2),
+        validate_every=1,
+        logger=log,
+    )
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     assert (training.value, trainer.best_step, log.closed) == (2, 2, True)
@@ -418,16 +502,26 @@ def test_batches_must_have_a_row_for_each_step() -> None:
         def sample(self, generator, steps):
             return mo.Task(torch.ones(2), torch.zeros(7))
 
-    with pytest.raises(ValueError, match=r"Short: every leaf of a task's batches must have 3 rows, .* got .*: 7"):
+    with pytest.raises(
+        ValueError, match=r"Short: every leaf of a task's batches must have 3 rows, .* got .*: 7"
+    ):
         mo.evaluate({"a": SGD(0.1)}, Short(), horizon=3, seeds=2)
 
 
 def test_a_report_of_one_run_plots(tmp_path) -> None:
-    mo.evaluate({"a": SGD(0.01)}, mo.tasks.Quadratics(3), horizon=4, seeds=1).plot(tmp_path / "one.png")
+    mo.evaluate({"a": SGD(0.01)}, mo.tasks.Quadratics(3), horizon=4, seeds=1).plot(
+        tmp_path / "one.png"
+    )
     assert (tmp_path / "one.png").exists()
 
 
 def test_the_outer_optimizer_is_ours() -> None:
     theirs = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
     with pytest.raises(TypeError, match="`outer` must be a metaopt Optimizer, got SGD"):
-        mo.MetaTraining(MLPOptimizer(), mo.tasks.Quadratics(), estimator=mo.FullUnroll(), outer=theirs, horizon=5)
+        mo.MetaTraining(
+            MLPOptimizer(),
+            mo.tasks.Quadratics(),
+            estimator=mo.FullUnroll(),
+            outer=theirs,
+            horizon=5,
+        )

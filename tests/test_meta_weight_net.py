@@ -42,22 +42,33 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(params=["loss", "loss and class"])
 def problem(request):
-    """Return (learner, learner module, weight module, batches of digits with their clean batches), in float64."""
+    """Return (learner, learner module, weight module, batches of digits with their clean batches),
+    in float64.
+    """
     torch.manual_seed(0)
     inputs = 1 if request.param == "loss" else 1 + script.CLASSES
     model = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10)).double()
-    weight_model = nn.Sequential(nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, 1), nn.Sigmoid()).double()
-    learner = script.MetaWeightNet(mo.functional(model), mo.functional(weight_model), Adam(WEIGHT_LR))
+    weight_model = nn.Sequential(
+        nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, 1), nn.Sigmoid()
+    ).double()
+    learner = script.MetaWeightNet(
+        mo.functional(model), mo.functional(weight_model), Adam(WEIGHT_LR)
+    )
     images, labels = digits()
     noisy = flip_labels(labels, 0.4, 10, generator())
     order = torch.randperm(len(labels), generator=generator()).view(-1, 1797 // 3)[:, :40]
-    batches = [((images[i[:30]].double(), noisy[i[:30]]), (images[i[30:]].double(), labels[i[30:]])) for i in order]
+    batches = [
+        ((images[i[:30]].double(), noisy[i[:30]]), (images[i[30:]].double(), labels[i[30:]]))
+        for i in order
+    ]
     return learner, model, weight_model, batches
 
 
 def by_hand(model, weight_model, params, velocity, theta, batch):
     """Return (next params, next velocity) as autograd functions of theta, without the library."""
-    losses = F.cross_entropy(functional_call(model, params, (batch[0],)), batch[1], reduction="none")
+    losses = F.cross_entropy(
+        functional_call(model, params, (batch[0],)), batch[1], reduction="none"
+    )
     seen = losses.detach()[:, None]
     if weight_model[0].in_features > 1:
         seen = torch.cat([seen, F.one_hot(batch[1], 10).double()], 1)
@@ -73,19 +84,24 @@ def leaf(tensors):
 
 
 def test_iterations_equal_a_hand_written_loop(problem):
-    # Three iterations: momentum carries over, and each learner step uses the weight net just improved.
+    # Three iterations: momentum carries over, and each learner step uses the weight net just
+    # improved.
     learner, model, weight_model, batches = problem
     params, velocity = leaf(dict(model.named_parameters())), [None] * 4
     theta = leaf(dict(weight_model.named_parameters()))
     adam = torch.optim.Adam(theta.values(), lr=WEIGHT_LR)
     state = tree.map(torch.Tensor.detach, learner.start(learner.net.params))
     for batch, clean in batches:
-        hypergradient = grad(learner.meta_loss)(state["weights"], state, torch.tensor(LR, dtype=torch.float64), batch, clean)
+        hypergradient = grad(learner.meta_loss)(
+            state["weights"], state, torch.tensor(LR, dtype=torch.float64), batch, clean
+        )
         state = learner.step(state, torch.tensor(LR, dtype=torch.float64), batch, clean)
 
         after, _ = by_hand(model, weight_model, params, velocity, theta, batch)
         meta_loss = F.cross_entropy(functional_call(model, after, (clean[0],)), clean[1])
-        for tensor, expected in zip(theta.values(), torch.autograd.grad(meta_loss, list(theta.values()))):
+        for tensor, expected in zip(
+            theta.values(), torch.autograd.grad(meta_loss, list(theta.values()))
+        ):
             tensor.grad = expected
         for name, tensor in theta.items():  # 1e-10: float64 rounding of a few thousand operations
             torch.testing.assert_close(hypergradient[name], tensor.grad, rtol=1e-10, atol=1e-10)
@@ -93,8 +109,12 @@ def test_iterations_equal_a_hand_written_loop(problem):
         adam.step()
         after, after_velocity = by_hand(model, weight_model, params, velocity, theta, batch)
         params, velocity = leaf(after), [v.detach() for v in after_velocity]
-        torch.testing.assert_close(state["params"], {k: v.detach() for k, v in params.items()}, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(state["weights"], {k: v.detach() for k, v in theta.items()}, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            state["params"], {k: v.detach() for k, v in params.items()}, rtol=1e-10, atol=1e-10
+        )
+        torch.testing.assert_close(
+            state["weights"], {k: v.detach() for k, v in theta.items()}, rtol=1e-10, atol=1e-10
+        )
 
 
 def test_hypergradient_equals_a_finite_difference(problem):
@@ -103,13 +123,16 @@ def test_hypergradient_equals_a_finite_difference(problem):
     state = tree.map(torch.Tensor.detach, learner.start(learner.net.params))
     state = learner.step(state, lr, other, clean)
     hypergradient = grad(learner.meta_loss)(state["weights"], state, lr, batch, clean)
-    direction = tree.map(lambda t: torch.randn(t.shape, generator=generator(1), dtype=t.dtype), state["weights"])
+    direction = tree.map(
+        lambda t: torch.randn(t.shape, generator=generator(1), dtype=t.dtype), state["weights"]
+    )
 
     def along(radius: float) -> torch.Tensor:
         moved = tree.map(lambda t, d: t + radius * d, state["weights"], direction)
         return learner.meta_loss(moved, state, lr, batch, clean).detach()
 
-    radius = 1e-4  # truncation radius^2 = 1e-8 and rounding 1e-16 / radius = 1e-12, of values about 1e-3
+    # truncation radius^2 = 1e-8 and rounding 1e-16 / radius = 1e-12, of values about 1e-3
+    radius = 1e-4
     difference = (along(radius) - along(-radius)) / (2 * radius)
     slope = sum((g * d).sum() for g, d in zip(tree.leaves(hypergradient), tree.leaves(direction)))
     torch.testing.assert_close(slope, difference, rtol=1e-5, atol=1e-9)
@@ -119,7 +142,10 @@ def test_hypergradient_equals_a_finite_difference(problem):
 def test_stacked_runs_equal_single_runs(problem):
     learner, _, _, batches = problem
     rates = torch.tensor([0.05, 0.1, 0.2], dtype=torch.float64)
-    states = [tree.map(lambda t, k=k: t.detach() * (1 + 0.1 * k), learner.start(learner.net.params)) for k in range(3)]
+    states = [
+        tree.map(lambda t, k=k: t.detach() * (1 + 0.1 * k), learner.start(learner.net.params))
+        for k in range(3)
+    ]
     for state in states:
         state["opt_state"]["step"] = torch.zeros((), dtype=torch.int64)
         state["weights_opt_state"]["step"] = torch.zeros((), dtype=torch.int64)
@@ -201,13 +227,18 @@ def test_clean_only_is_judged_on_examples_it_has_not_seen(data):
     labels = data.clean()[1][0]
     assert all(labels[seen].bincount().tolist() == [8] * 10 for seen in trained_on[:5])
 
-    def score(right):  # logits of a classifier that is sure, and right exactly where `right` [trainings, 100] says
+    # logits of a classifier that is sure, and right exactly where `right` [trainings, 100] says
+    def score(right):
         guess = torch.where(right, labels, (labels + 1) % 10)
-        return script.score(20 * F.one_hot(guess, 10).float().expand(2, 1, *right.shape, 10), clean_twice(data, labels))[0, 0]
+        return script.score(
+            20 * F.one_hot(guess, 10).float().expand(2, 1, *right.shape, 10),
+            clean_twice(data, labels),
+        )[0, 0]
 
     assert score(~trained_on) >= 100  # right on exactly what it has not seen, and wrong elsewhere
     assert score(trained_on) < 1
-    assert score(torch.ones(1, 100, dtype=torch.bool)) >= 100  # the other methods: one training, all examples
+    # the other methods: one training, all examples
+    assert score(torch.ones(1, 100, dtype=torch.bool)) >= 100
 
 
 def clean_twice(data, labels):
@@ -217,7 +248,9 @@ def clean_twice(data, labels):
 
 def test_choice_is_the_best_score_and_ties_go_to_the_lower_loss():
     accuracy = torch.arange(12.0).view(2, 2, 3)
-    score = torch.tensor([[[90.2, 91.1, 80.0], [91.3, 70.0, 85.0]], [[10.0, 20.0, 30.5], [0.0, 0.0, 30.4]]])
+    score = torch.tensor(
+        [[[90.2, 91.1, 80.0], [91.3, 70.0, 85.0]], [[10.0, 20.0, 30.5], [0.0, 0.0, 30.4]]]
+    )
     result = script.Result(accuracy, score, [])
     assert result.choose(longest=False).tolist() == [[1, 0], [0, 2]]
     assert result.choose(longest=True).tolist() == [[1, 2], [0, 2]]
@@ -300,7 +333,9 @@ def test_wrong_labels_are_uniform_over_the_other_classes():
     assert (others - 1000).abs().max() < 150
 
 
-@pytest.mark.parametrize(("ratio", "largest"), [(1, 100), (2, 100), (50, 100), (100, 100), (50, 150)])
+@pytest.mark.parametrize(
+    ("ratio", "largest"), [(1, 100), (2, 100), (50, 100), (100, 100), (50, 150)]
+)
 def test_long_tail_is_exact(ratio, largest):
     labels = (torch.arange(10 * largest) % 10)[torch.randperm(10 * largest, generator=generator(5))]
     kept = long_tail(labels, ratio, generator())
@@ -331,7 +366,11 @@ def test_corruption_errors():
     with pytest.raises(ValueError, match="`classes` must be at least 2, got 1"):
         flip_labels(labels, 0.1, 1, generator())
     for ratio in (0.9, 10.5, float("nan")):
-        with pytest.raises(ValueError, match=r"`ratio` of the largest to the smallest class must lie in \[1, 10\]"):
+        with pytest.raises(
+            ValueError, match=r"`ratio` of the largest to the smallest class must lie in \[1, 10\]"
+        ):
             long_tail(labels, ratio, generator())
-    with pytest.raises(ValueError, match="`sizes` must add up to at most the 10 examples of class 0"):
+    with pytest.raises(
+        ValueError, match="`sizes` must add up to at most the 10 examples of class 0"
+    ):
         stratified_split(labels, (5, 6), generator())

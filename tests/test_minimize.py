@@ -1,4 +1,6 @@
-"""Meta-gradients of `minimize`, first and second order, against loops written by hand and against finite differences."""
+"""Meta-gradients of `minimize`, first and second order, against loops written by hand and against
+finite differences.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from optimizers import SGD, Adam
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-EXACT = 1e-10  # two orders of summation in float64, after at most some ten steps and two derivatives
+# two orders of summation in float64, after at most some ten steps and two derivatives
+EXACT = 1e-10
 MODES = ["full", "steps"]
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 each_memory = pytest.mark.parametrize("mode", MODES)
@@ -46,19 +49,36 @@ def resumed(optimizer: mo.Optimizer, params: dict[str, Tensor], slots: dict, don
 @each_memory
 @each_variant
 @pytest.mark.parametrize("done", [0, 3], ids=["fresh", "resumed"])
-def test_both_derivatives_equal_autograd_through_the_loop_by_hand(variant: Variant, mode: str, done: int) -> None:
+def test_both_derivatives_equal_autograd_through_the_loop_by_hand(
+    variant: Variant, mode: str, done: int
+) -> None:
     params, batches, meta = start()
     slots = memory(params, variant.slots)
     params, batches, meta, slots = leaf((params, batches, meta, slots))
     h = as_parameters(variant.tensors())
-    # At the first step the velocity is replaced, not decayed: only later does its initial value matter.
-    inputs = [*tree.leaves((params, batches, meta)), *h.values(), *(tree.leaves(slots) if done else [])]
+    # At the first step the velocity is replaced, not decayed: only later does its initial value
+    # matter.
+    inputs = [
+        *tree.leaves((params, batches, meta)),
+        *h.values(),
+        *(tree.leaves(slots) if done else []),
+    ]
     known = slots if done else tree.map(torch.zeros_like, slots)
 
     optimizer = variant.build(h)
     state = resumed(optimizer, params, slots, done) if done else None
-    out = mo.minimize(regression, optimizer, params, batches, meta=meta, opt_state=state, differentiate=mo.Backprop(memory=mode))
-    expected = by_hand(regression, variant.formula, h, params, rows(batches), meta, known, done=done)
+    out = mo.minimize(
+        regression,
+        optimizer,
+        params,
+        batches,
+        meta=meta,
+        opt_state=state,
+        differentiate=mo.Backprop(memory=mode),
+    )
+    expected = by_hand(
+        regression, variant.formula, h, params, rows(batches), meta, known, done=done
+    )
 
     assert_close((out.params, out.opt_state["slots"], out.losses), expected, 1e-12)
     assert int(out.opt_state["step"]) == done + 4
@@ -75,8 +95,20 @@ def test_rebuilt_steps_equal_kept_ones(variant: Variant) -> None:
     results = []
     for mode in MODES:
         h, point = as_parameters(variant.tensors()), leaf((params, batches, meta))
-        out = mo.minimize(regression, variant.build(h), point[0], point[1], meta=point[2], differentiate=mo.Backprop(memory=mode))
-        results.append(two_derivatives(outer(out.params, out.opt_state["slots"], out.losses), [*tree.leaves(point), *h.values()]))
+        out = mo.minimize(
+            regression,
+            variant.build(h),
+            point[0],
+            point[1],
+            meta=point[2],
+            differentiate=mo.Backprop(memory=mode),
+        )
+        results.append(
+            two_derivatives(
+                outer(out.params, out.opt_state["slots"], out.losses),
+                [*tree.leaves(point), *h.values()],
+            )
+        )
     scale = max(tensor.abs().max() for tensor in tree.leaves(results[0]))
     assert_close(*[tree.map(lambda g: g / scale, result) for result in results], 1e-12)
 
@@ -87,12 +119,23 @@ def test_plain_tensors_as_hyperparameters_inside_func_grad(variant: Variant, mod
     params, batches, meta = start()
 
     def value(h: dict[str, Tensor], params: dict, batches: tuple, meta: Tensor) -> Tensor:
-        out = mo.minimize(regression, variant.build(h), params, batches, meta=meta, differentiate=mo.Backprop(memory=mode))
+        out = mo.minimize(
+            regression,
+            variant.build(h),
+            params,
+            batches,
+            meta=meta,
+            differentiate=mo.Backprop(memory=mode),
+        )
         return outer(out.params, out.opt_state["slots"], out.losses)
 
     inputs = leaf((variant.tensors(), params, batches, meta))
     zeros = tree.map(torch.zeros_like, memory(params, variant.slots))
-    wanted = outer(*by_hand(regression, variant.formula, inputs[0], inputs[1], rows(inputs[2]), inputs[3], zeros))
+    wanted = outer(
+        *by_hand(
+            regression, variant.formula, inputs[0], inputs[1], rows(inputs[2]), inputs[3], zeros
+        )
+    )
     first, second = two_derivatives(wanted, tree.leaves(inputs))
 
     arguments = (variant.tensors(), params, batches, meta)
@@ -102,7 +145,9 @@ def test_plain_tensors_as_hyperparameters_inside_func_grad(variant: Variant, mod
 
     def mixed(*arguments: object) -> Tensor:
         gradients = tree.leaves(grad(value, argnums=(0, 1, 2, 3))(*arguments))
-        return sum((g * torch.linspace(-1, 1.3, g.numel()).reshape(g.shape)).sum() for g in gradients)
+        return sum(
+            (g * torch.linspace(-1, 1.3, g.numel()).reshape(g.shape)).sum() for g in gradients
+        )
 
     found = grad(mixed, argnums=(0, 1, 2, 3))(*arguments)
     assert_close([g / scale for g in tree.leaves(found)], [g / scale for g in second], EXACT)
@@ -111,7 +156,9 @@ def test_plain_tensors_as_hyperparameters_inside_func_grad(variant: Variant, mod
 @each_memory
 @each_variant
 def test_finite_differences_agree(variant: Variant, mode: str) -> None:
-    """A witness that shares neither our code nor autograd: central differences of the values, then of the gradient."""
+    """A witness that shares neither our code nor autograd: central differences of the values, then
+    of the gradient.
+    """
     params, batches, meta = start()
     tensors = leaf((variant.tensors(), params, batches[1], meta))
     flat, structure = tree.flatten(tensors)
@@ -119,7 +166,14 @@ def test_finite_differences_agree(variant: Variant, mode: str) -> None:
     def value(*leaves: Tensor) -> Tensor:
         h, params, targets, meta = tree.unflatten(structure, leaves)
         rule = mo.Backprop(memory=mode)
-        out = mo.minimize(regression, variant.build(h), params, (batches[0], targets), meta=meta, differentiate=rule)
+        out = mo.minimize(
+            regression,
+            variant.build(h),
+            params,
+            (batches[0], targets),
+            meta=meta,
+            differentiate=rule,
+        )
         return out.params["w"].sum() + out.params["b"].square().sum() + out.losses.sum()
 
     # One random direction per input: the differences cost 2 runs each instead of 2 per entry.
@@ -135,21 +189,38 @@ def test_first_order_equals_a_loop_with_detached_gradients(variant: Variant, mod
     h = as_parameters(variant.tensors())
     inputs = [*tree.leaves((params, batches, meta)), *h.values()]
     zeros = tree.map(torch.zeros_like, memory(params, variant.slots))
-    out = mo.minimize(regression, variant.build(h), params, batches, meta=meta, differentiate=mo.FirstOrder(memory=mode))
-    expected = by_hand(regression, variant.formula, h, params, rows(batches), meta, zeros, first_order=True)
+    out = mo.minimize(
+        regression,
+        variant.build(h),
+        params,
+        batches,
+        meta=meta,
+        differentiate=mo.FirstOrder(memory=mode),
+    )
+    expected = by_hand(
+        regression, variant.formula, h, params, rows(batches), meta, zeros, first_order=True
+    )
 
     found = two_derivatives(outer(out.params, out.opt_state["slots"], out.losses), inputs)
     wanted = two_derivatives(outer(*expected), inputs)
     scale = max(tensor.abs().max() for tensor in [*wanted[0], *wanted[1]])
     assert_close(tree.map(lambda g: g / scale, found), tree.map(lambda g: g / scale, wanted), EXACT)
     exact = mo.minimize(regression, variant.build(h), params, batches, meta=meta)
-    exact_gradient = torch.autograd.grad(outer(exact.params, exact.opt_state["slots"], exact.losses), inputs)
-    difference = torch.cat([(a - b).flatten() for a, b in zip(exact_gradient, wanted[0], strict=True)]).norm()
-    assert difference > 1e-3 * scale, "the problem must tell the first order from the exact gradient"
+    exact_gradient = torch.autograd.grad(
+        outer(exact.params, exact.opt_state["slots"], exact.losses), inputs
+    )
+    difference = torch.cat(
+        [(a - b).flatten() for a, b in zip(exact_gradient, wanted[0], strict=True)]
+    ).norm()
+    assert difference > 1e-3 * scale, (
+        "the problem must tell the first order from the exact gradient"
+    )
 
 
 def test_first_order_needs_no_second_derivative() -> None:
-    """The backward pass of the loss is not recorded: an operator without a second derivative is fine."""
+    """The backward pass of the loss is not recorded: an operator without a second derivative is
+    fine.
+    """
 
     class Cube(torch.autograd.Function):
         generate_vmap_rule = True
@@ -170,7 +241,9 @@ def test_first_order_needs_no_second_derivative() -> None:
 
     lr = torch.tensor(0.1, requires_grad=True)
     w = torch.tensor(0.5)
-    mo.minimize(lambda w, _: Cube.apply(w), SGD(lr=lr), w, None, steps=1, differentiate=mo.FirstOrder()).params.backward()
+    mo.minimize(
+        lambda w, _: Cube.apply(w), SGD(lr=lr), w, None, steps=1, differentiate=mo.FirstOrder()
+    ).params.backward()
     torch.testing.assert_close(lr.grad, -torch.tensor(3 * 0.5**2))
 
 
@@ -179,7 +252,14 @@ def test_jacobian_and_vmap_over_the_step_size(mode: str) -> None:
     params, batches, meta = start()
 
     def final(lr: Tensor) -> Tensor:
-        return mo.minimize(regression, Adam(lr=lr), params, batches, meta=meta, differentiate=mo.Backprop(memory=mode)).params["w"]
+        return mo.minimize(
+            regression,
+            Adam(lr=lr),
+            params,
+            batches,
+            meta=meta,
+            differentiate=mo.Backprop(memory=mode),
+        ).params["w"]
 
     lr = torch.tensor(0.05, requires_grad=True)
     w, *_ = by_hand(
@@ -191,7 +271,9 @@ def test_jacobian_and_vmap_over_the_step_size(mode: str) -> None:
         meta,
         tree.map(torch.zeros_like, memory(params, ("mean", "square"))),
     )
-    wanted = torch.stack([torch.autograd.grad(entry, lr, retain_graph=True)[0] for entry in w["w"].flatten()]).reshape(3, 2)
+    wanted = torch.stack(
+        [torch.autograd.grad(entry, lr, retain_graph=True)[0] for entry in w["w"].flatten()]
+    ).reshape(3, 2)
     assert_close(jacrev(final)(lr.detach()), wanted, EXACT)
 
     rates = torch.tensor([0.01, 0.05, 0.1])
@@ -207,7 +289,9 @@ def test_forward_mode_passes_through_the_loop(mode: str) -> None:
 
     def final(lr: Tensor) -> Tensor:
         rule = mo.Backprop(memory=mode)  # type: ignore[arg-type]
-        return mo.minimize(regression, SGD(lr=lr, momentum=0.9), params, batches, meta=meta, differentiate=rule).params["w"]
+        return mo.minimize(
+            regression, SGD(lr=lr, momentum=0.9), params, batches, meta=meta, differentiate=rule
+        ).params["w"]
 
     assert_close(jacfwd(final)(torch.tensor(0.1)), jacrev(final)(torch.tensor(0.1)), EXACT)
     forward_over_reverse = jacfwd(jacrev(final))
@@ -215,7 +299,9 @@ def test_forward_mode_passes_through_the_loop(mode: str) -> None:
         with pytest.raises(NotImplementedError, match="must implement the jvp function"):
             forward_over_reverse(torch.tensor(0.1))
     else:
-        assert_close(forward_over_reverse(torch.tensor(0.1)), jacrev(jacrev(final))(torch.tensor(0.1)), EXACT)
+        assert_close(
+            forward_over_reverse(torch.tensor(0.1)), jacrev(jacrev(final))(torch.tensor(0.1)), EXACT
+        )
 
 
 class Penalised(nn.Module):
@@ -240,7 +326,9 @@ def test_a_loss_that_is_a_module_is_differentiated_in_its_parameters(mode: str, 
 
     weights, losses = w.clone().requires_grad_(), []
     for target in targets:
-        losses.append(((weights - target) ** 2).sum() + loss.strength.exp() * ((weights - 0.2) ** 4).sum())
+        losses.append(
+            ((weights - target) ** 2).sum() + loss.strength.exp() * ((weights - 0.2) ** 4).sum()
+        )
         (g,) = torch.autograd.grad(losses[-1], weights, create_graph=True)
         weights = weights - 0.05 * (g.detach() if rule is mo.FirstOrder else g)
     (wanted,) = torch.autograd.grad(outer(weights, (), torch.stack(losses)), loss.strength)
@@ -249,11 +337,15 @@ def test_a_loss_that_is_a_module_is_differentiated_in_its_parameters(mode: str, 
 
 @each_memory
 def test_a_loss_module_inside_func_grad(mode: str) -> None:
-    """`functional_call` on the loss puts other parameters in; they are seen through the closure check."""
+    """`functional_call` on the loss puts other parameters in; they are seen through the closure
+    check.
+    """
     loss, w, targets = Penalised(), torch.randn(3), torch.randn(6, 3)
 
     def value(strength: Tensor) -> Tensor:
-        return torch.func.functional_call(Runner(loss, mode), {"loss.strength": strength}, (w, targets))
+        return torch.func.functional_call(
+            Runner(loss, mode), {"loss.strength": strength}, (w, targets)
+        )
 
     found = grad(value)(loss.strength.detach())
     (wanted,) = torch.autograd.grad(Runner(loss, "full")(w, targets), loss.strength)
@@ -269,7 +361,11 @@ def test_a_loss_module_with_a_layer_in_several_places_and_tied_weights(mode: str
             super().__init__()
             layer, other = nn.Linear(2, 2), nn.Linear(2, 2)
             other.weight = layer.weight
-            self.layers, self.again, self.other = nn.ModuleList([layer, nn.Tanh(), layer]), layer, other
+            self.layers, self.again, self.other = (
+                nn.ModuleList([layer, nn.Tanh(), layer]),
+                layer,
+                other,
+            )
 
         def forward(self, w: Tensor, _: None) -> Tensor:
             for layer in (*self.layers, self.again, self.other):
@@ -318,11 +414,29 @@ def test_two_halves_joined_by_opt_state_equal_the_whole(mode: str) -> None:
     params = leaf(params)
     rule, optimizer = mo.Backprop(memory=mode), Adam(lr=0.05)
     whole = mo.minimize(regression, optimizer, params, batches, meta=meta, differentiate=rule)
-    first = mo.minimize(regression, optimizer, params, tree.index(batches, slice(0, 2)), meta=meta, differentiate=rule)
+    first = mo.minimize(
+        regression,
+        optimizer,
+        params,
+        tree.index(batches, slice(0, 2)),
+        meta=meta,
+        differentiate=rule,
+    )
     rest = tree.index(batches, slice(2, 4))
-    second = mo.minimize(regression, optimizer, first.params, rest, meta=meta, opt_state=first.opt_state, differentiate=rule)
+    second = mo.minimize(
+        regression,
+        optimizer,
+        first.params,
+        rest,
+        meta=meta,
+        opt_state=first.opt_state,
+        differentiate=rule,
+    )
     assert_close((second.params, second.opt_state), (whole.params, whole.opt_state), 1e-13)
-    gradients = [torch.autograd.grad(outer(run.params, (), run.losses[-1:]), list(params.values())) for run in (second, whole)]
+    gradients = [
+        torch.autograd.grad(outer(run.params, (), run.losses[-1:]), list(params.values()))
+        for run in (second, whole)
+    ]
     assert_close(*gradients, EXACT)
 
 
@@ -377,12 +491,25 @@ def test_a_rebuilt_step_draws_the_same_dropout_mask(rule: type) -> None:
     assert_close(*under_a_seed(backward), 1e-12)
     assert_close(*under_a_seed(lambda mode: grad(final)(rates[0], mode)), 1e-12)
     for randomness in ("same", "different"):
-        assert_close(*under_a_seed(lambda mode, r=randomness: vmap(lambda lr: grad(final)(lr, mode), randomness=r)(rates)), 1e-12)
+        assert_close(
+            *under_a_seed(
+                lambda mode, r=randomness: vmap(lambda lr: grad(final)(lr, mode), randomness=r)(
+                    rates
+                )
+            ),
+            1e-12,
+        )
 
 
 def test_going_back_leaves_the_random_stream_alone() -> None:
     lr = torch.tensor(0.1, requires_grad=True)
-    out = mo.minimize(noisy, SGD(lr=lr), torch.ones(8), torch.randn(5, 8), differentiate=mo.Backprop(memory="steps"))
+    out = mo.minimize(
+        noisy,
+        SGD(lr=lr),
+        torch.ones(8),
+        torch.randn(5, 8),
+        differentiate=mo.Backprop(memory="steps"),
+    )
     before = torch.get_rng_state()
     out.losses.sum().backward()
     assert torch.equal(before, torch.get_rng_state())
@@ -395,9 +522,13 @@ def test_inputs_are_left_as_they_were(mode: str) -> None:
     state = optimizer.init(params)
     before = tree.map(torch.clone, (params, batches, meta, state, optimizer.state_dict()))
     rule = mo.Backprop(memory=mode)
-    mo.minimize(regression, optimizer, params, batches, meta=meta, opt_state=state, differentiate=rule).losses.sum().backward()
+    mo.minimize(
+        regression, optimizer, params, batches, meta=meta, opt_state=state, differentiate=rule
+    ).losses.sum().backward()
     after = (params, batches, meta, state, optimizer.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(after), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(after), strict=True)
+    )
 
 
 def test_without_gradients_no_graph_is_built() -> None:
@@ -405,7 +536,14 @@ def test_without_gradients_no_graph_is_built() -> None:
     for context in (torch.no_grad, torch.inference_mode):
         for mode in MODES:
             with context():
-                out = mo.minimize(regression, SGD(lr=0.1), params, batches, meta=meta, differentiate=mo.Backprop(memory=mode))
+                out = mo.minimize(
+                    regression,
+                    SGD(lr=0.1),
+                    params,
+                    batches,
+                    meta=meta,
+                    differentiate=mo.Backprop(memory=mode),
+                )
             assert not any(tensor.requires_grad for tensor in tree.leaves(tuple(out)))
             assert out.losses[-1] < out.losses[0]
 
@@ -414,7 +552,14 @@ def test_without_gradients_no_graph_is_built() -> None:
 @each_memory
 def test_a_bare_tensor_of_any_shape(shape: tuple[int, ...], mode: str) -> None:
     w = torch.randn(shape, requires_grad=True)
-    out = mo.minimize(lambda w, _: (w**2).sum(), SGD(lr=0.1), w, None, steps=3, differentiate=mo.Backprop(memory=mode))
+    out = mo.minimize(
+        lambda w, _: (w**2).sum(),
+        SGD(lr=0.1),
+        w,
+        None,
+        steps=3,
+        differentiate=mo.Backprop(memory=mode),
+    )
     assert_close(out.params, 0.8**3 * w, 1e-12)
     (g,) = torch.autograd.grad(out.params.sum(), w)
     assert_close(g, torch.full(shape, 0.8**3), 1e-12)
@@ -431,7 +576,11 @@ def test_lists_tuples_and_nested_trees(mode: str) -> None:
         steps=3,
         differentiate=mo.Backprop(memory=mode),
     )
-    assert tree.flatten(out.params)[1] == tree.flatten(params)[1] == tree.flatten(out.opt_state["slots"]["mean"])[1]
+    assert (
+        tree.flatten(out.params)[1]
+        == tree.flatten(params)[1]
+        == tree.flatten(out.opt_state["slots"]["mean"])[1]
+    )
     assert isinstance(out.params, list)
     assert isinstance(out.params[1], tuple)
 
@@ -445,9 +594,14 @@ def test_the_parameters_keep_their_dtype(dtype: torch.dtype, mode: str) -> None:
     def loss(p: dict[str, Tensor], _: None) -> Tensor:
         return p["low"].double().square().sum() + p["high"].square().sum()
 
-    out = mo.minimize(loss, Adam(lr=lr), params, None, steps=3, differentiate=mo.Backprop(memory=mode))
+    out = mo.minimize(
+        loss, Adam(lr=lr), params, None, steps=3, differentiate=mo.Backprop(memory=mode)
+    )
     assert {k: p.dtype for k, p in out.params.items()} == {"low": dtype, "high": torch.float64}
-    assert {k: p.dtype for k, p in out.opt_state["slots"]["square"].items()} == {"low": dtype, "high": torch.float64}
+    assert {k: p.dtype for k, p in out.opt_state["slots"]["square"].items()} == {
+        "low": dtype,
+        "high": torch.float64,
+    }
     out.losses[-1].backward()
     assert torch.isfinite(lr.grad)
     assert lr.grad < 0
@@ -464,13 +618,16 @@ def test_autocast_holds_in_the_loop_and_on_the_way_back(mode: str) -> None:
         return (x @ w).float().square().mean()
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = mo.minimize(loss, SGD(lr=0.01), w, None, steps=3, differentiate=mo.Backprop(memory=mode))
+        out = mo.minimize(
+            loss, SGD(lr=0.01), w, None, steps=3, differentiate=mo.Backprop(memory=mode)
+        )
     (found,) = torch.autograd.grad(out.losses[-1], w)  # outside autocast, as torch recommends
     assert set(seen) == {torch.bfloat16}
     assert out.params.dtype == torch.float32
     plain = mo.minimize(loss, SGD(lr=0.01), w, None, steps=3)
     (exact,) = torch.autograd.grad(plain.losses[-1], w)
-    assert torch.linalg.norm(found - exact) < 0.05 * torch.linalg.norm(exact)  # bfloat16 rounds by 2^-8 a product
+    # bfloat16 rounds by 2^-8 a product
+    assert torch.linalg.norm(found - exact) < 0.05 * torch.linalg.norm(exact)
 
 
 def test_loops_in_threads_do_not_disturb_each_other() -> None:
@@ -479,7 +636,14 @@ def test_loops_in_threads_do_not_disturb_each_other() -> None:
 
     def run(mode: str) -> Tensor:
         optimizer = Adam(lr=nn.Parameter(torch.tensor(0.1)))
-        out = mo.minimize(regression, optimizer, params, batches, meta=meta, differentiate=mo.Backprop(memory=mode))
+        out = mo.minimize(
+            regression,
+            optimizer,
+            params,
+            batches,
+            meta=meta,
+            differentiate=mo.Backprop(memory=mode),
+        )
         return torch.autograd.grad(out.losses.sum(), optimizer.lr)[0]
 
     alone = run("full")
@@ -492,8 +656,13 @@ def test_one_optimizer_object_serves_several_loops() -> None:
     """Optimizers hold no state of a run: the gradient of two loops is the sum of theirs."""
     params, batches, meta = start()
     optimizer = Adam(lr=nn.Parameter(torch.tensor(0.1)))
-    first, second = [mo.minimize(regression, optimizer, params, batches, meta=meta + shift).losses.sum() for shift in (0, 1)]
-    apart = [torch.autograd.grad(value, optimizer.lr, retain_graph=True)[0] for value in (first, second)]
+    first, second = [
+        mo.minimize(regression, optimizer, params, batches, meta=meta + shift).losses.sum()
+        for shift in (0, 1)
+    ]
+    apart = [
+        torch.autograd.grad(value, optimizer.lr, retain_graph=True)[0] for value in (first, second)
+    ]
     assert_close(torch.autograd.grad(first + second, optimizer.lr)[0], apart[0] + apart[1], EXACT)
 
 
@@ -509,14 +678,28 @@ def test_a_batch_or_meta_may_hold_more_than_tensors(mode: str, rule: type) -> No
         return meta["gain"] * (w * x).square().sum()  # type: ignore[operator]
 
     batch = ("digits", torch.ones(3), None)
-    out = mo.minimize(loss, SGD(0.1), w, batch, steps=2, meta={"gain": 0.5, "power": 2}, differentiate=rule(memory=mode))
+    out = mo.minimize(
+        loss,
+        SGD(0.1),
+        w,
+        batch,
+        steps=2,
+        meta={"gain": 0.5, "power": 2},
+        differentiate=rule(memory=mode),
+    )
     assert_close(out.params, 0.81 * w, 1e-14)
     (g,) = torch.autograd.grad(out.params.sum(), w)
     assert_close(g, torch.full((3,), 0.81 if rule is mo.Backprop else 1.0), 1e-14)
     rows = vmap(
         grad(
             lambda w: mo.minimize(
-                loss, SGD(0.1), w, batch, steps=2, meta={"gain": 0.5}, differentiate=rule(memory=mode)
+                loss,
+                SGD(0.1),
+                w,
+                batch,
+                steps=2,
+                meta={"gain": 0.5},
+                differentiate=rule(memory=mode),
             ).params.sum()
         )
     )
@@ -543,10 +726,17 @@ class LossRate(mo.Schedule):
 @each_memory
 @pytest.mark.parametrize("rule", [mo.Backprop, mo.FirstOrder])
 def test_a_schedule_that_observes_the_loss(mode: str, rule: type) -> None:
-    """Exact through what the schedule sees and remembers; to first order that is a constant, as the gradient is."""
+    """Exact through what the schedule sees and remembers; to first order that is a constant, as the
+    gradient is.
+    """
     start, gain = torch.tensor([1.0, -0.5], requires_grad=True), nn.Parameter(torch.tensor(0.02))
     out = mo.minimize(
-        lambda w, _: (w**4).sum() + w.sum(), SGD(lr=LossRate(gain)), start, None, steps=4, differentiate=rule(memory=mode)
+        lambda w, _: (w**4).sum() + w.sum(),
+        SGD(lr=LossRate(gain)),
+        start,
+        None,
+        steps=4,
+        differentiate=rule(memory=mode),
     )
     found = two_derivatives(outer(out.params, (), out.losses), [start, gain])
 

@@ -1,4 +1,6 @@
-"""What `minimize` makes of batches, parameters and models as people write them, and the likely mistake that an error names."""
+"""What `minimize` makes of batches, parameters and models as people write them, and the likely
+mistake that an error names.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,13 @@ def test_nothing_is_added_where_it_would_mislead() -> None:
     net, _, batch = digits_like()
     for batches, steps in ((batch, 2), ([batch, batch], None), (iter([batch]), None)):
         with pytest.raises(RuntimeError) as caught:
-            mo.minimize(lambda p, b: (b[0] @ torch.ones(7)).sum(), SGD(0.1), net.params, batches, steps=steps)
+            mo.minimize(
+                lambda p, b: (b[0] @ torch.ones(7)).sum(),
+                SGD(0.1),
+                net.params,
+                batches,
+                steps=steps,
+            )
         assert note_of(caught.value) == ""
 
 
@@ -54,15 +62,25 @@ def test_a_list_of_batches_is_one_batch_a_step() -> None:
     stacked = mo.minimize(loss, SGD(0.1), net.params, mo.tree.stack([batch, other]))
     assert torch.equal(listed.losses, stacked.losses)
     ragged = mo.minimize(
-        loss, SGD(0.1), net.params, [batch, (other[0][:2], other[1][:2])], differentiate=mo.Backprop(memory="steps")
+        loss,
+        SGD(0.1),
+        net.params,
+        [batch, (other[0][:2], other[1][:2])],
+        differentiate=mo.Backprop(memory="steps"),
     )
     assert len(ragged.losses) == 2
     ragged.losses.sum().backward()
-    with pytest.raises(ValueError, match=r"`batches` must not be a list of tensors, got 2.*`torch.stack\(batches\)`"):
+    with pytest.raises(
+        ValueError,
+        match=r"`batches` must not be a list of tensors, got 2.*`torch.stack\(batches\)`",
+    ):
         mo.minimize(loss, SGD(0.1), net.params, [*batch])
-    with pytest.raises(ValueError, match="`batches` must hold at least one step, got an empty list"):
+    with pytest.raises(
+        ValueError, match="`batches` must hold at least one step, got an empty list"
+    ):
         mo.minimize(loss, SGD(0.1), net.params, [])
-    with_steps = mo.minimize(loss, SGD(0.1), net.params, [*batch], steps=2)  # a DataLoader's batches are lists
+    # a DataLoader's batches are lists
+    with_steps = mo.minimize(loss, SGD(0.1), net.params, [*batch], steps=2)
     assert_close(with_steps.losses[0], listed.losses[0], 0)
 
 
@@ -76,12 +94,16 @@ def test_a_data_loader_as_it_is() -> None:
 def test_a_model_is_no_tree_of_parameters() -> None:
     net, loss, batch = digits_like()
     for wrong in (net, net.model):
-        with pytest.raises(TypeError, match=r"`params` must be a tree of tensors, got a .*Pass `net.params`"):
+        with pytest.raises(
+            TypeError, match=r"`params` must be a tree of tensors, got a .*Pass `net.params`"
+        ):
             mo.minimize(loss, SGD(0.1), wrong, batch, steps=1)
 
 
 class _Asking(nn.Module):
-    """A model whose activations are asked to require grad by a hook, as Hugging Face's `enable_input_require_grads` leaves it."""
+    """A model whose activations are asked to require grad by a hook, as Hugging Face's
+    `enable_input_require_grads` leaves it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +114,12 @@ class _Asking(nn.Module):
         return self.head(self.embed(x).mean(1).tanh())
 
 
-RULES: list[Any] = [mo.Backprop(), mo.Backprop(memory="steps"), mo.Backprop(memory=mo.Revolve(2)), mo.FirstOrder()]
+RULES: list[Any] = [
+    mo.Backprop(),
+    mo.Backprop(memory="steps"),
+    mo.Backprop(memory=mo.Revolve(2)),
+    mo.FirstOrder(),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -105,9 +132,16 @@ def test_a_hook_that_asks_activations_to_require_grad_is_no_closure(rule: Any) -
         if not hooked:
             model.embed._forward_hooks.clear()
         out = mo.minimize(
-            lambda p, b: F.cross_entropy(net(p, b[0]), b[1]), SGD(0.3), net.params, batch, steps=3, differentiate=rule
+            lambda p, b: F.cross_entropy(net(p, b[0]), b[1]),
+            SGD(0.3),
+            net.params,
+            batch,
+            steps=3,
+            differentiate=rule,
         )
-        found[hooked] = torch.autograd.grad(out.losses.sum() + out.params["head.weight"].sum(), list(net.params.values()))
+        found[hooked] = torch.autograd.grad(
+            out.losses.sum() + out.params["head.weight"].sum(), list(net.params.values())
+        )
     for one, other in zip(found[True], found[False], strict=True):
         assert_close(one, other, 1e-14)
 
@@ -125,15 +159,23 @@ def test_a_gradient_penalty_inside_a_loss() -> None:
     start = {name: p.detach().clone().requires_grad_() for name, p in net.params.items()}
     params = start
     for _ in range(2):
-        grads = torch.autograd.grad(penalized(params, batch), list(params.values()), create_graph=True)
+        grads = torch.autograd.grad(
+            penalized(params, batch), list(params.values()), create_graph=True
+        )
         params = {name: p - 0.1 * g for (name, p), g in zip(params.items(), grads, strict=True)}
-    expected = torch.autograd.grad(params["2.weight"].square().sum(), list(start.values()), materialize_grads=True)
-    found = torch.autograd.grad(out.params["2.weight"].square().sum(), list(net.params.values()), materialize_grads=True)
+    expected = torch.autograd.grad(
+        params["2.weight"].square().sum(), list(start.values()), materialize_grads=True
+    )
+    found = torch.autograd.grad(
+        out.params["2.weight"].square().sum(), list(net.params.values()), materialize_grads=True
+    )
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, 1e-13)
 
 
-@pytest.mark.parametrize("memory", ["full", "steps", mo.Revolve(2)], ids=["full", "steps", "revolve"])
+@pytest.mark.parametrize(
+    "memory", ["full", "steps", mo.Revolve(2)], ids=["full", "steps", "revolve"]
+)
 def test_tensors_without_values(memory: Any) -> None:
     """On the meta device shapes alone are computed: of large models before they are built."""
     w = torch.ones(3, 2, device="meta", requires_grad=True)
@@ -152,11 +194,15 @@ def test_tensors_without_values(memory: Any) -> None:
 
 @pytest.mark.parametrize("memory", ["full", "steps"])
 def test_a_window_that_forgets_the_start_never_answers_zero(memory: Any) -> None:
-    """The derivative in the initial parameters was a silent zero under `torch.func` and in `meta_grad`."""
+    """The derivative in the initial parameters was a silent zero under `torch.func` and in
+    `meta_grad`.
+    """
     rule = mo.Backprop(window=2, memory=memory)
 
     def value(w: Tensor, steps: int = 5) -> Tensor:
-        return mo.minimize(lambda w, _: w.square().sum(), SGD(0.1), w, None, steps=steps, differentiate=rule).params.sum()
+        return mo.minimize(
+            lambda w, _: w.square().sum(), SGD(0.1), w, None, steps=steps, differentiate=rule
+        ).params.sum()
 
     w = torch.ones(2, requires_grad=True)
     for ask in (
@@ -164,10 +210,15 @@ def test_a_window_that_forgets_the_start_never_answers_zero(memory: Any) -> None
         lambda: torch.func.grad(value)(torch.ones(2)),
         lambda: mo.meta_grad(lambda w, _: value(w), chunk_size=1)(torch.ones(2), torch.ones(2, 1)),
     ):
-        with pytest.raises(ValueError, match=r"Backprop: the initial parameters must not be differentiated"):
+        with pytest.raises(
+            ValueError, match=r"Backprop: the initial parameters must not be differentiated"
+        ):
             ask()
-    assert_close(torch.func.grad(lambda w: value(w, 2))(torch.ones(2)), torch.full((2,), 0.64), 1e-15)
+    assert_close(
+        torch.func.grad(lambda w: value(w, 2))(torch.ones(2)), torch.full((2,), 0.64), 1e-15
+    )
     lr = torch.tensor(0.1, requires_grad=True)
     out = mo.minimize(lambda w, _: w.square().sum(), SGD(lr), w, None, steps=5, differentiate=rule)
-    (found,) = torch.autograd.grad(out.params.sum(), lr)  # what else the loop depends on is differentiated as before
+    # what else the loop depends on is differentiated as before
+    (found,) = torch.autograd.grad(out.params.sum(), lr)
     assert_close(found, torch.tensor(2 * 0.8**3 * 2 * 0.8 * -2), 1e-14)

@@ -1,4 +1,6 @@
-"""A parameter without a gradient is not moved, its memory stays and its step is not counted: what torch.optim does."""
+"""A parameter without a gradient is not moved, its memory stays and its step is not counted: what
+torch.optim does.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +59,29 @@ EQUALS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "adamw": (AdamW, torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.1}),
     "adamax": (Adamax, torch.optim.Adamax, {"lr": 0.05, "weight_decay": 0.1}),
     "nadam": (NAdam, torch.optim.NAdam, {"lr": 0.05, "weight_decay": 0.1}),
-    "nadamw": (NAdam, torch.optim.NAdam, {"lr": 0.05, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "nadamw": (
+        NAdam,
+        torch.optim.NAdam,
+        {"lr": 0.05, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
     "radam": (RAdam, torch.optim.RAdam, {"lr": 0.05, "weight_decay": 0.1}),
-    "radamw": (RAdam, torch.optim.RAdam, {"lr": 0.05, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    "adagrad": (Adagrad, torch.optim.Adagrad, {"lr": 0.05, "lr_decay": 0.1, "initial_accumulator_value": 0.2}),
+    "radamw": (
+        RAdam,
+        torch.optim.RAdam,
+        {"lr": 0.05, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
+    "adagrad": (
+        Adagrad,
+        torch.optim.Adagrad,
+        {"lr": 0.05, "lr_decay": 0.1, "initial_accumulator_value": 0.2},
+    ),
     "adadelta": (Adadelta, torch.optim.Adadelta, {"lr": 0.5, "weight_decay": 0.1}),
     "rmsprop": (RMSprop, torch.optim.RMSprop, {"lr": 0.01, "weight_decay": 0.1}),
-    "rmsprop-centered": (RMSprop, torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9, "centered": True}),
+    "rmsprop-centered": (
+        RMSprop,
+        torch.optim.RMSprop,
+        {"lr": 0.01, "momentum": 0.9, "centered": True},
+    ),
     "asgd": (ASGD, torch.optim.ASGD, {"lr": 0.05, "lambd": 0.1, "t0": 20, "weight_decay": 0.1}),
     "rprop": (Rprop, torch.optim.Rprop, {"lr": 0.05}),
 }
@@ -76,16 +94,23 @@ def start() -> list[nn.Parameter]:
 
 
 def gradients(steps: int = STEPS, share: float = 0.6) -> Iterator[list[Tensor | None]]:
-    """Yield a gradient for each parameter, None at random; the last parameter has none at first, one step has none at all."""
+    """Yield a gradient for each parameter, None at random; the last parameter has none at first,
+    one step has none at all.
+    """
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         draws = torch.rand(len(SHAPES), generator=generator).tolist()
-        missing = [draw > share or step == 7 or (step < 5 and place == 4) for place, draw in enumerate(draws)]
+        missing = [
+            draw > share or step == 7 or (step < 5 and place == 4)
+            for place, draw in enumerate(draws)
+        ]
         noise = [torch.randn(shape, generator=generator) for shape in SHAPES]
         yield [None if none else g for none, g in zip(missing, noise, strict=True)]
 
 
-def deploy(build: Callable[[Any], torch.optim.Optimizer], schedule: Any = None, steps: int = STEPS) -> list[Tensor]:
+def deploy(
+    build: Callable[[Any], torch.optim.Optimizer], schedule: Any = None, steps: int = STEPS
+) -> list[Tensor]:
     params = start()
     optimizer = build(params)
     scheduler = None if schedule is None else schedule(optimizer)
@@ -114,7 +139,9 @@ def run_pure(optimizer: mo.Optimizer, *, method: str, steps: int = STEPS) -> lis
 
 @each_equal
 def test_deployed_it_equals_torch(name: str) -> None:
-    """A case of one step count a group: 10 of 17 configurations left torch's trajectory, Rprop by .30 after 90 steps."""
+    """A case of one step count a group: 10 of 17 configurations left torch's trajectory, Rprop by
+    .30 after 90 steps.
+    """
     ours, theirs, options = EQUALS[name]
     assert_close(deploy(ours(**options).as_torch), deploy(lambda p: theirs(p, **options)), 1e-12)
 
@@ -123,17 +150,23 @@ def test_deployed_it_equals_torch(name: str) -> None:
 @pytest.mark.parametrize("method", ["moved", "forward"])
 def test_the_pure_optimizer_equals_torch(name: str, method: str) -> None:
     ours, theirs, options = EQUALS[name]
-    assert_close(run_pure(ours(**options), method=method), deploy(lambda p: theirs(p, **options)), 1e-12)
+    assert_close(
+        run_pure(ours(**options), method=method), deploy(lambda p: theirs(p, **options)), 1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["adam", "nadam", "asgd", "sgd-momentum", "rprop"])
 def test_under_a_schedule_of_torch_too(name: str) -> None:
-    """OneCycleLR moves lr and the first beta or momentum: memory over all parameters (NAdam's product) differs between them."""
+    """OneCycleLR moves lr and the first beta or momentum: memory over all parameters (NAdam's
+    product) differs between them.
+    """
     ours, theirs, options = EQUALS[name]
     cycles = name in ("adam", "nadam", "sgd-momentum")
 
     def schedule(optimizer: Any) -> Any:
-        return lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=STEPS + 1, cycle_momentum=cycles)
+        return lr_scheduler.OneCycleLR(
+            optimizer, max_lr=0.1, total_steps=STEPS + 1, cycle_momentum=cycles
+        )
 
     found = deploy(ours(**options).as_torch, schedule)
     assert_close(found, deploy(lambda p: theirs(p, **options), schedule), 1e-12)
@@ -166,13 +199,20 @@ def test_counts_that_do_not_fit_are_refused() -> None:
     params[0].grad = torch.ones(3, 2)
     optimizer.step()
     state = optimizer.state_dict()
-    assert {name: int(count) for name, count in state["state"]["group 0"]["steps"].items()} == dict(zip("01234", (1, 0, 0, 0, 0)))
+    assert {name: int(count) for name, count in state["state"]["group 0"]["steps"].items()} == dict(
+        zip("01234", (1, 0, 0, 0, 0))
+    )
     other = Adam(0.1).as_torch(start()[:3])
-    with pytest.raises(ValueError, match=r"`state_dict\['state'\]\['group 0'\]` does not have the expected structure"):
+    with pytest.raises(
+        ValueError,
+        match=r"`state_dict\['state'\]\['group 0'\]` does not have the expected structure",
+    ):
         other.load_state_dict(state)
     broken = copy.deepcopy(state)
     broken["state"]["group 0"]["steps"]["0"] = torch.ones(2)
-    with pytest.raises(ValueError, match=r"the memory of group 0 has a tensor of shape \(2,\), expected \(\)"):
+    with pytest.raises(
+        ValueError, match=r"the memory of group 0 has a tensor of shape \(2,\), expected \(\)"
+    ):
         Adam(0.1).as_torch(start()).load_state_dict(broken)
 
 
@@ -194,7 +234,11 @@ def test_parameters_with_one_history_make_their_step_in_one_call() -> None:
         optimizer.step()
     assert Counting.calls == 2
     resumed = Counting(0.1, 0.9).as_torch(params)
-    resumed.load_state_dict(mo.tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, optimizer.state_dict()))
+    resumed.load_state_dict(
+        mo.tree.map(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, optimizer.state_dict()
+        )
+    )
     resumed.step()
     assert Counting.calls == 3
 
@@ -208,16 +252,22 @@ def test_the_structure_of_the_state_does_not_change() -> None:
     ):
         params = {str(i): param.detach() for i, param in enumerate(start())}
         state = optimizer.init(params, per_parameter=True)
-        assert all(leaf.dtype == torch.int64 and leaf.shape == () for leaf in tree.leaves(state["steps"]))
+        assert all(
+            leaf.dtype == torch.int64 and leaf.shape == () for leaf in tree.leaves(state["steps"])
+        )
         for grads in gradients(9):
             after = optimizer(dict(zip(params, grads, strict=True)), state, params)[1]
             assert tree.flatten(after)[1] == tree.flatten(state)[1]
-            assert [leaf.shape for leaf in tree.leaves(after)] == [leaf.shape for leaf in tree.leaves(state)]
+            assert [leaf.shape for leaf in tree.leaves(after)] == [
+                leaf.shape for leaf in tree.leaves(state)
+            ]
             state = after
         assert int(state["step"]) == 9
 
 
-@pytest.mark.parametrize("optimizer", [SGD(0.1, 0.9, dampening=0.2), Adam(0.1), NAdam(0.1), ASGD(0.1), Rprop(0.1)])
+@pytest.mark.parametrize(
+    "optimizer", [SGD(0.1, 0.9, dampening=0.2), Adam(0.1), NAdam(0.1), ASGD(0.1), Rprop(0.1)]
+)
 def test_with_every_gradient_there_it_is_the_same_as_ever(optimizer: mo.Optimizer) -> None:
     params = {str(i): param.detach() for i, param in enumerate(start())}
     one, other = optimizer.init(params), optimizer.init(params, per_parameter=True)
@@ -230,7 +280,9 @@ def test_with_every_gradient_there_it_is_the_same_as_ever(optimizer: mo.Optimize
 
 
 def test_counts_may_be_batched_and_differentiated() -> None:
-    """A batch of states with different counts: the step's own bias correction for each row, and its derivative."""
+    """A batch of states with different counts: the step's own bias correction for each row, and its
+    derivative.
+    """
     optimizer, params = Adam(0.1), {"a": torch.ones(2), "b": torch.ones(2)}
     states = []
     for steps in (1, 3):
@@ -249,7 +301,9 @@ def test_counts_may_be_batched_and_differentiated() -> None:
     assert (rows[0] != rows[1]).all()
 
 
-@pytest.mark.parametrize("optimizer", [NAdam(0.1), Grouped({"a": SGD(0.1, 0.9), "*": ClipNorm(1.0, Adam())})])
+@pytest.mark.parametrize(
+    "optimizer", [NAdam(0.1), Grouped({"a": SGD(0.1, 0.9), "*": ClipNorm(1.0, Adam())})]
+)
 def test_it_compiles_as_a_whole(optimizer: mo.Optimizer) -> None:
     torch._dynamo.reset()
     params = {"a": torch.ones(3), "b": torch.ones(2)}
@@ -259,17 +313,24 @@ def test_it_compiles_as_a_whole(optimizer: mo.Optimizer) -> None:
         return optimizer.moved({"a": g, "b": g[:2]}, state, moved)
 
     state, g = optimizer.init(params, per_parameter=True), torch.tensor([0.3, -0.2, 0.5])
-    assert_close(torch.compile(twice, fullgraph=True, backend="eager")(state, g), twice(state, g), 1e-12)
+    assert_close(
+        torch.compile(twice, fullgraph=True, backend="eager")(state, g), twice(state, g), 1e-12
+    )
 
 
 def test_complex_parameters_may_lack_a_gradient() -> None:
     weights = [nn.Parameter(torch.tensor([1 + 2j, 3 - 1j])), nn.Parameter(torch.tensor([0.5 - 1j]))]
     twins = copy.deepcopy(weights)
-    pair = Adam(0.1, weight_decay=0.1).as_torch(weights), torch.optim.Adam(twins, 0.1, weight_decay=0.1)
+    pair = (
+        Adam(0.1, weight_decay=0.1).as_torch(weights),
+        torch.optim.Adam(twins, 0.1, weight_decay=0.1),
+    )
     for step in range(12):
         for own in (weights, twins):
             for place, weight in enumerate(own):
-                weight.grad = None if (step + place) % 3 == 0 else weight.detach().conj() * (step + 1j)
+                weight.grad = (
+                    None if (step + place) % 3 == 0 else weight.detach().conj() * (step + 1j)
+                )
         for optimizer in pair:
             optimizer.step()
     assert_close([w.detach() for w in weights], [w.detach() for w in twins], 1e-12)
@@ -292,7 +353,11 @@ def clipped_by_torch(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 def test_the_norm_is_that_of_the_gradients_that_are_there() -> None:
     params = {"a": torch.ones(2), "b": torch.ones(1)}
     optimizer = ClipNorm(1.0, SGD(1.0))
-    updates, _ = optimizer({"a": torch.tensor([3.0, 4.0]), "b": None}, optimizer.init(params, per_parameter=True), params)
+    updates, _ = optimizer(
+        {"a": torch.tensor([3.0, 4.0]), "b": None},
+        optimizer.init(params, per_parameter=True),
+        params,
+    )
     assert updates["b"] is None
     assert_close(updates["a"], torch.tensor([-0.6, -0.8]), 1e-12)
 
@@ -317,7 +382,9 @@ def test_transforms_pass_missing_gradients_on(one: mo.Optimizer, other: mo.Optim
 
 
 def test_groups_count_each_for_itself() -> None:
-    found = run_pure(Grouped({"[01]": SGD(0.05, 0.9, dampening=0.3), "*": Adam(0.05)}), method="moved")
+    found = run_pure(
+        Grouped({"[01]": SGD(0.05, 0.9, dampening=0.3), "*": Adam(0.05)}), method="moved"
+    )
     sgd = deploy(lambda p: torch.optim.SGD(p, 0.05, 0.9, dampening=0.3))
     adam = deploy(lambda p: torch.optim.Adam(p, 0.05))
     assert_close(found, sgd[:2] + adam[2:], 1e-12)
@@ -331,7 +398,9 @@ def test_masked_parameters_stay() -> None:
 
 @pytest.mark.parametrize("optimizer", [LSTMOptimizer(4), MLPOptimizer(4), Lion(0.01)])
 def test_every_parameter_has_a_memory_of_its_own(optimizer: mo.Optimizer) -> None:
-    """Coordinatewise, or a tensor at a time: it is as if each parameter had been alone and had made its own steps only."""
+    """Coordinatewise, or a tensor at a time: it is as if each parameter had been alone and had made
+    its own steps only.
+    """
     found = run_pure(optimizer, method="forward", steps=20)
     assert_close(deploy(optimizer.as_torch, steps=20), found, 1e-6)  # the networks are float32
     for place, param in enumerate(start()):
@@ -344,8 +413,12 @@ def test_every_parameter_has_a_memory_of_its_own(optimizer: mo.Optimizer) -> Non
         assert_close(found[place], alone, 1e-6)
 
 
-def test_a_learned_memory_is_divided_among_the_parameters_when_the_first_gradient_is_missing() -> None:
-    """Three steps with all gradients, then one without the second: the others go on as if they had been alone."""
+def test_a_learned_memory_is_divided_among_the_parameters_when_the_first_gradient_is_missing() -> (
+    None
+):
+    """Three steps with all gradients, then one without the second: the others go on as if they had
+    been alone.
+    """
     optimizer = LSTMOptimizer(4)
     params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
     deployed = optimizer.as_torch(params)
@@ -371,7 +444,9 @@ def test_a_schedule_counts_the_calls_and_sees_the_gradients_there_are() -> None:
     one, two = learned.init(params, per_parameter=True), learned.init(params, per_parameter=True)
     loss = torch.tensor(1.0)
     after = learned({"a": torch.ones(2), "b": None}, one, params, loss=loss)[1]["schedules"]
-    zeros = learned({"a": torch.ones(2), "b": torch.zeros(2)}, two, params, loss=loss)[1]["schedules"]
+    zeros = learned({"a": torch.ones(2), "b": torch.zeros(2)}, two, params, loss=loss)[1][
+        "schedules"
+    ]
     assert_close(after, zeros, 1e-6)
 
 
@@ -394,14 +469,19 @@ def test_an_optimizer_taken_from_torch_goes_on_as_torch_does() -> None:
             live.step()
         assert_close(found, [param.detach() for param in params], 1e-12)
         counts = [int(live.state[param]["step"]) for param in params]
-        assert [int(count) for count in tree.leaves(state["steps"])] != [int(state["step"])] * len(params)
+        assert [int(count) for count in tree.leaves(state["steps"])] != [int(state["step"])] * len(
+            params
+        )
         assert sorted(int(count) for count in tree.leaves(state["steps"])) == sorted(counts)
 
 
 # ---- errors ----
 
 
-@pytest.mark.parametrize("optimizer", [SGD(0.1), ClipNorm(1.0, SGD(0.1)), Grouped({"*": SGD(0.1)}), Masked(SGD(0.1), "a")])
+@pytest.mark.parametrize(
+    "optimizer",
+    [SGD(0.1), ClipNorm(1.0, SGD(0.1)), Grouped({"*": SGD(0.1)}), Masked(SGD(0.1), "a")],
+)
 @pytest.mark.parametrize("missing", ["b", "ab"])
 def test_none_without_a_count_for_each_is_an_error(optimizer: mo.Optimizer, missing: str) -> None:
     params = {"a": torch.ones(2), "b": torch.ones(2)}
@@ -422,7 +502,10 @@ def test_memory_that_cannot_be_divided_is_an_error() -> None:
             return [-g for g in grads], slots
 
     params = {"a": torch.ones(2), "b": torch.ones(2)}
-    with pytest.raises(ValueError, match=r"Coupled: the memory 'gram' over all parameters, of shape \(2, 2\), cannot be divided"):
+    with pytest.raises(
+        ValueError,
+        match=r"Coupled: the memory 'gram' over all parameters, of shape \(2, 2\), cannot be divided",
+    ):
         Coupled().init(params, per_parameter=True)
 
 
@@ -434,7 +517,10 @@ def test_a_forward_that_may_not_know_none_is_an_error() -> None:
 
     weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
     weights[0].grad = torch.ones(2)
-    with pytest.raises(ValueError, match="Halved defines `forward` itself, so a parameter without a gradient cannot be left out"):
+    with pytest.raises(
+        ValueError,
+        match="Halved defines `forward` itself, so a parameter without a gradient cannot be left out",
+    ):
         Halved(0.1).as_torch(weights).step()
     weights[1].grad = torch.zeros(2)
     Halved(0.1).as_torch(weights).step()

@@ -1,4 +1,6 @@
-"""Every pair of rules nested, a loss that calls `minimize` inside `minimize`: exact, or a clear error."""
+"""Every pair of rules nested, a loss that calls `minimize` inside `minimize`: exact, or a clear
+error.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,12 @@ POINT: dict[str, Any] = {
 RULES = PATH | POINT
 FORWARD_OVER = {*POINT, "forward"}  # have no forward derivative
 
-KEPT = 0.3  # the middle level's own curvature; the response of the lower one adds what is missing to 1
+# the middle level's own curvature; the response of the lower one adds what is missing to 1
+KEPT = 0.3
 ANGLE = torch.tensor(0.4, dtype=torch.float64)
-TURN = (1 - KEPT) ** 0.5 * torch.stack([torch.stack([ANGLE.cos(), -ANGLE.sin()]), torch.stack([ANGLE.sin(), ANGLE.cos()])])
+TURN = (1 - KEPT) ** 0.5 * torch.stack(
+    [torch.stack([ANGLE.cos(), -ANGLE.sin()]), torch.stack([ANGLE.sin(), ANGLE.cos()])]
+)
 TOP = torch.tensor([0.4, -0.7], dtype=torch.float64)
 
 
@@ -46,7 +51,9 @@ def lower_loss(w: Tensor, top: Tensor, middle: Tensor) -> Tensor:
 
 
 def middle_loss(w: Tensor, middle: Tensor, top: Tensor) -> Tensor:
-    """With w = TURN m + sin top its Hessian in m is the identity: one step of size 1 solves it, and all rules are exact."""
+    """With w = TURN m + sin top its Hessian in m is the identity: one step of size 1 solves it, and
+    all rules are exact.
+    """
     return KEPT / 2 * (middle - top**2).square().sum() + (w - 1).square().sum() / 2
 
 
@@ -56,17 +63,23 @@ def top_loss(w: Tensor, middle: Tensor, top: Tensor) -> Tensor:
 
 def nested(lower: Any, upper: Any, top: Tensor) -> Tensor:
     def solve(middle: Tensor, top: Tensor) -> Tensor:
-        return mo.minimize(lower_loss, SGD(1.0), torch.zeros(2), top, steps=2, meta=middle, differentiate=lower).params
+        return mo.minimize(
+            lower_loss, SGD(1.0), torch.zeros(2), top, steps=2, meta=middle, differentiate=lower
+        ).params
 
     def loss(middle: Tensor, _: None, top: Tensor) -> Tensor:
         return middle_loss(solve(middle, top), middle, top)
 
-    middle = mo.minimize(loss, SGD(1.0), torch.ones(2), None, steps=2, meta=top, differentiate=upper).params
+    middle = mo.minimize(
+        loss, SGD(1.0), torch.ones(2), None, steps=2, meta=top, differentiate=upper
+    ).params
     return top_loss(solve(middle, top), middle, top)
 
 
 def by_hand(top: Tensor, *, first_order: tuple[bool, bool] = (False, False)) -> Tensor:
-    """The same two loops as `torch.autograd` sees them; the lower and the middle level's gradients may be constants."""
+    """The same two loops as `torch.autograd` sees them; the lower and the middle level's gradients
+    may be constants.
+    """
 
     def descend(loss: Callable[[Tensor], Tensor], start: Tensor, constant: bool) -> Tensor:
         w = start.requires_grad_()
@@ -112,13 +125,17 @@ def test_the_problem_tells_rules_apart() -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("lower", "upper"), [*itertools.product(RULES, RULES)])
 def test_every_pair(lower: str, upper: str, way: str) -> None:
-    """All losses are quadratic in what is minimised, so differences are exact too: what is left is rounding, 1e-16 / radius^2."""
+    """All losses are quadratic in what is minimised, so differences are exact too: what is left is
+    rounding, 1e-16 / radius^2.
+    """
 
     def value(top: Tensor) -> Tensor:
         return nested(RULES[lower], RULES[upper], top)
 
     if upper == "forward" and lower in FORWARD_OVER:
-        with pytest.raises(ValueError, match=r"knows its derivative in reverse mode alone .* use `Backprop\(\)`"):
+        with pytest.raises(
+            ValueError, match=r"knows its derivative in reverse mode alone .* use `Backprop\(\)`"
+        ):
             WAYS[way](value)
         return
     assert_close(WAYS[way](value), gradient_by_hand(), 1e-9)
@@ -138,18 +155,26 @@ def test_first_order_below_and_above_the_rules_of_the_steps_taken(other: str, wa
 def test_evolution_strategies_above_every_rule(rule: str) -> None:
     """They see values alone. The mean of 10 estimates within 4 of their standard errors."""
     upper = mo.EvolutionStrategy(1e-3, 60, seed=3)
-    draws = torch.stack([WAYS["grad"](lambda top: nested(RULES[rule], upper, top)) for _ in range(10)])
+    draws = torch.stack(
+        [WAYS["grad"](lambda top: nested(RULES[rule], upper, top)) for _ in range(10)]
+    )
     error = draws.std(0) / 10**0.5
     exact = gradient_by_hand()
     assert (error < 0.1 * exact.norm()).all()
     assert ((draws.mean(0) - exact).abs() < 4 * error).all()
 
 
-@pytest.mark.parametrize("rule", [name for name in RULES if name not in ("forward", "difference", "SAMA")])
+@pytest.mark.parametrize(
+    "rule", [name for name in RULES if name not in ("forward", "difference", "SAMA")]
+)
 def test_evolution_strategies_below_every_rule(rule: str) -> None:
-    """A noisy response moves the middle level itself. Many pairs: the estimate's relative error is sqrt(3 / 20000) = 1 %.
+    """A noisy response moves the middle level itself. Many pairs: the estimate's relative error is
+    sqrt(3 / 20000) = 1 %.
 
-    Differences divide that by their radius. A penalty multiplies it: its error is 5 to 20 %, and below 10 for this seed.
+    Differences divide that by their radius. A penalty multiplies it: its error is 5 to 20 %, and
+    below 10 for this seed.
     """
     lower = mo.EvolutionStrategy(1e-3, 20000, seed=2)
-    assert_close(WAYS["backward"](lambda top: nested(lower, RULES[rule], top)), gradient_by_hand(), 0.1)
+    assert_close(
+        WAYS["backward"](lambda top: nested(lower, RULES[rule], top)), gradient_by_hand(), 0.1
+    )

@@ -1,4 +1,6 @@
-"""Losses with an `autograd.Function` of the old style, whose `forward` has a `ctx`: no transform of `torch.func` takes one."""
+"""Losses with an `autograd.Function` of the old style, whose `forward` has a `ctx`: no transform of
+`torch.func` takes one.
+"""
 
 from __future__ import annotations
 
@@ -96,15 +98,22 @@ def test_every_rule_differentiates_it_twice(name: str) -> None:
     assert_close(found, two_derivatives(RULES[name], lambda x: x**3), 1e-10)
 
 
-@pytest.mark.parametrize("name", ["plain", "first order", "implicit, ConjugateGradient", "T1T2", "SAMA"])
+@pytest.mark.parametrize(
+    "name", ["plain", "first order", "implicit, ConjugateGradient", "T1T2", "SAMA"]
+)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_levels(name: str, steps: int) -> None:
     def hypergradient(cube: Callable[[Tensor], Tensor]) -> Tensor:
-        lower, upper = (nn.ParameterDict({"w": nn.Parameter(at.clone())}) for at in (START, torch.tensor([0.1, -1.0])))
+        lower, upper = (
+            nn.ParameterDict({"w": nn.Parameter(at.clone())})
+            for at in (START, torch.tensor([0.1, -1.0]))
+        )
 
         def loss(levels: Any, batch: Any) -> Tensor:
             w, meta = levels.lower.params["w"], levels.upper.params["w"]
-            return (cube(X @ w) - Y).square().mean() * meta[0].exp() + meta[1].exp() * w.square().sum()
+            return (cube(X @ w) - Y).square().mean() * meta[0].exp() + meta[
+                1
+            ].exp() * w.square().sum()
 
         def outer(levels: Any, batch: Any) -> Tensor:
             return cube(levels.lower.params["w"] - 1).sum()
@@ -130,19 +139,31 @@ def test_a_derivative_that_is_none_of_its_function_is_kept() -> None:
         return (params["w"] * meta).sin() + params["v"] * Reversal.apply(params["w"]) * meta
 
     for rule in (mo.Backprop(), mo.Backprop("steps")):
-        out = mo.minimize(loss, SGD(0.1), {"w": w, "v": v}, None, steps=1, meta=meta, differentiate=rule)
+        out = mo.minimize(
+            loss, SGD(0.1), {"w": w, "v": v}, None, steps=1, meta=meta, differentiate=rule
+        )
         expected = w - 0.1 * (meta * (w * meta).cos() - v * meta)
         assert_close(out.params["w"], expected, 1e-14)
-        (found,), (wanted,) = (torch.autograd.grad(end, meta) for end in (out.params["w"], expected))
+        (found,), (wanted,) = (
+            torch.autograd.grad(end, meta) for end in (out.params["w"], expected)
+        )
         assert_close(found, wanted, 1e-13)
 
 
-@pytest.mark.parametrize("rule", [mo.ForwardMode(), mo.Backprop("steps", hvp="forward")], ids=["ForwardMode", "forward"])
+@pytest.mark.parametrize(
+    "rule", [mo.ForwardMode(), mo.Backprop("steps", hvp="forward")], ids=["ForwardMode", "forward"]
+)
 def test_what_needs_a_transform_says_so(rule: Rule) -> None:
-    with pytest.raises(ValueError, match=r"runs the loss inside a transform of `torch.func`, which takes no `autograd.Function`"):
+    with pytest.raises(
+        ValueError,
+        match=r"runs the loss inside a transform of `torch.func`, which takes no `autograd.Function`",
+    ):
         two_derivatives(rule, Cube.apply)
 
 
 def test_evolution_strategies_say_so_too() -> None:
-    with pytest.raises(ValueError, match=r"`EvolutionStrategy` runs the loop for all pairs at once by `vmap`.*Use `Backprop\(\)`"):
+    with pytest.raises(
+        ValueError,
+        match=r"`EvolutionStrategy` runs the loop for all pairs at once by `vmap`.*Use `Backprop\(\)`",
+    ):
         two_derivatives(mo.EvolutionStrategy(), Cube.apply)

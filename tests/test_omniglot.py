@@ -20,9 +20,14 @@ DRAWINGS = 6
 
 
 def png(alphabet: int, character: int, drawing: int) -> bytes:
-    """A black rectangle on white whose place and size tell the three numbers apart, in the format of the official files."""
+    """A black rectangle on white whose place and size tell the three numbers apart, in the format
+    of the official files.
+    """
     image = Image.new("1", (105, 105), 1)
-    ImageDraw.Draw(image).rectangle((10 * alphabet, 12 * character, 10 * alphabet + 20 + 6 * drawing, 12 * character + 8), fill=0)
+    ImageDraw.Draw(image).rectangle(
+        (10 * alphabet, 12 * character, 10 * alphabet + 20 + 6 * drawing, 12 * character + 8),
+        fill=0,
+    )
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
@@ -72,10 +77,20 @@ def test_reading_keeps_alphabets_characters_and_drawings_in_order(alphabets):
 
 def test_a_folder_of_archives_is_read_as_one_and_shared_drawings_once(tmp_path, alphabets):
     files = members()
-    write(tmp_path / "images_background.zip", {name: content for name, content in files.items() if "Latin" not in name})
-    small = {name.replace("background", "background_small1"): content for name, content in files.items() if "Braille" not in name}
+    write(
+        tmp_path / "images_background.zip",
+        {name: content for name, content in files.items() if "Latin" not in name},
+    )
+    small = {
+        name.replace("background", "background_small1"): content
+        for name, content in files.items()
+        if "Braille" not in name
+    }
     write(tmp_path / "images_background_small1.zip", small)
-    write(tmp_path / "strokes_background.zip", {"strokes_background/Greek/character01/0100_01.txt": b"START"})
+    write(
+        tmp_path / "strokes_background.zip",
+        {"strokes_background/Greek/character01/0100_01.txt": b"START"},
+    )
     folder = read_omniglot(tmp_path)
     assert folder.keys() == alphabets.keys()
     assert all(torch.equal(folder[name], alphabets[name]) for name in alphabets)
@@ -98,13 +113,20 @@ def test_the_split_is_disjoint_complete_and_as_asked(alphabets):
     assert (list(train), list(test)) == (["Braille", "Greek"], ["Latin"])
     train, test = split_alphabets(alphabets, ["Greek", "Braille"])
     assert (list(train), list(test)) == (["Latin"], ["Braille", "Greek"])
-    with pytest.raises(ValueError, match=r"`test` must name alphabets of the data, got \['Klingon'\]; there are \['Braille'"):
+    with pytest.raises(
+        ValueError,
+        match=r"`test` must name alphabets of the data, got \['Klingon'\]; there are \['Braille'",
+    ):
         split_alphabets(alphabets, ["Klingon"])
     with pytest.raises(
-        ValueError, match=r"Both sides of the split need an alphabet, got train \[\] and test \['Braille', 'Greek', 'Latin'\]"
+        ValueError,
+        match=r"Both sides of the split need an alphabet, got train \[\] and test \['Braille', 'Greek', 'Latin'\]",
     ):
         split_alphabets(alphabets, list(alphabets))
-    with pytest.raises(ValueError, match=r"Both sides of the split need an alphabet, got train \['Greek'\] and test \[\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"Both sides of the split need an alphabet, got train \['Greek'\] and test \[\]",
+    ):
         split_alphabets({"Greek": alphabets["Greek"]})
 
 
@@ -112,16 +134,22 @@ def test_the_split_is_disjoint_complete_and_as_asked(alphabets):
 def test_an_episode_has_distinct_classes_right_labels_and_no_overlap(alphabets, rotations):
     tasks = CharacterTasks(alphabets, rotations=rotations)
     ways, shots, queries = 5, 2, 3
-    episode = tasks.sample(torch.Generator().manual_seed(0), 40, ways=ways, shots=shots, queries=queries)
-    flat = tasks.classes.flatten(2).flatten(0, 1)  # row: (turn * characters + character) * drawings + drawing
+    episode = tasks.sample(
+        torch.Generator().manual_seed(0), 40, ways=ways, shots=shots, queries=queries
+    )
+    # row: (turn * characters + character) * drawings + drawing
+    flat = tasks.classes.flatten(2).flatten(0, 1)
     turned = set()
     for task in range(40):
         owners, used = {}, set()
         for (images, labels), count in ((episode.support, shots), (episode.query, queries)):
             assert labels[task].bincount().tolist() == [count] * ways
             for image, label in zip(images[task], labels[task].tolist(), strict=True):
-                # every drawing of these alphabets, in every rotation, is unique, so a picture says where it is from
-                (row,) = (flat == (image * 255).round().flatten()).all(-1).nonzero().flatten().tolist()
+                # every drawing of these alphabets, in every rotation, is unique, so a picture says
+                # where it is from
+                (row,) = (
+                    (flat == (image * 255).round().flatten()).all(-1).nonzero().flatten().tolist()
+                )
                 assert row not in used
                 used.add(row)
                 turn, character = divmod(row // DRAWINGS, tasks.characters)
@@ -135,7 +163,9 @@ def test_episodes_repeat_under_a_seed_and_differ_without(alphabets):
     tasks = CharacterTasks(alphabets, rotations=True)
 
     def draw(seed):
-        images, labels = tasks.sample(torch.Generator().manual_seed(seed), 3, ways=4, shots=1, queries=2).query
+        images, labels = tasks.sample(
+            torch.Generator().manual_seed(seed), 3, ways=4, shots=1, queries=2
+        ).query
         assert images.shape == (3, 8, 1, SIZE, SIZE)
         assert images.min() == 0
         assert images.max() == 1
@@ -150,23 +180,34 @@ def test_episodes_repeat_under_a_seed_and_differ_without(alphabets):
 def test_a_plain_batch_has_the_classes_of_its_images(alphabets):
     tasks = CharacterTasks(alphabets, rotations=True)
     images, classes = tasks.batch(torch.Generator().manual_seed(0), 500)
-    assert set(classes.tolist()) == set(range(4 * 12))  # each of the 48 classes is missing with probability 3e-5
+    # each of the 48 classes is missing with probability 3e-5
+    assert set(classes.tolist()) == set(range(4 * 12))
     for image, label in zip(images, classes, strict=True):
         assert ((image * 255).round() == tasks.classes[label]).flatten(1).all(-1).any()
 
 
 def test_sampling_more_than_there_is_says_so(alphabets):
     tasks, generator = CharacterTasks(alphabets), torch.Generator()
-    with pytest.raises(ValueError, match=r"`ways` must be at most the number of characters, 12, got 13"):
+    with pytest.raises(
+        ValueError, match=r"`ways` must be at most the number of characters, 12, got 13"
+    ):
         tasks.sample(generator, 1, ways=13, shots=1, queries=1)
-    with pytest.raises(ValueError, match=r"`shots \+ queries` must be at most 6, the drawings of a character, got 3 \+ 4"):
+    with pytest.raises(
+        ValueError,
+        match=r"`shots \+ queries` must be at most 6, the drawings of a character, got 3 \+ 4",
+    ):
         tasks.sample(generator, 1, ways=5, shots=3, queries=4)
-    with pytest.raises(ValueError, match=r"`tasks`, `ways`, `shots` and `queries` must be positive, got 1, 5, 0 and 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"`tasks`, `ways`, `shots` and `queries` must be positive, got 1, 5, 0 and 1",
+    ):
         tasks.sample(generator, 1, ways=5, shots=0, queries=1)
 
 
 def test_a_missing_path_and_a_folder_without_archives(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No Omniglot data at .*nowhere\. Give an official"):
+    with pytest.raises(
+        FileNotFoundError, match=r"No Omniglot data at .*nowhere\. Give an official"
+    ):
         read_omniglot(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"No zip file in the folder .*\. Put an official"):
         read_omniglot(tmp_path)
@@ -179,14 +220,18 @@ def test_a_file_that_is_no_archive_or_a_truncated_one(tmp_path, archive):
     truncated.write_bytes(archive.read_bytes()[:-500])
     for path in (text, truncated):
         with pytest.raises(
-            ValueError, match=rf"{path.name} is damaged or no zip file \(File is not a zip file\)\. Download it again"
+            ValueError,
+            match=rf"{path.name} is damaged or no zip file \(File is not a zip file\)\. Download it again",
         ):
             read_omniglot(path)
 
 
 def test_an_archive_without_alphabets(tmp_path):
     path = write(tmp_path / "holiday.zip", {"photos/beach.png": png(0, 0, 0)})
-    with pytest.raises(ValueError, match=r"No alphabets in .*holiday\.zip: drawings must be members like `images_background/Greek"):
+    with pytest.raises(
+        ValueError,
+        match=r"No alphabets in .*holiday\.zip: drawings must be members like `images_background/Greek",
+    ):
         read_omniglot(path)
 
 
@@ -198,12 +243,18 @@ def test_a_damaged_member_is_named(tmp_path):
     at = raw.index(content) + len(content) // 2
     stored.write_bytes(raw[:at] + bytes([raw[at] ^ 255]) + raw[at + 1 :])
     with pytest.raises(
-        ValueError, match=rf"stored\.zip: cannot read the drawing {name} \(Bad CRC-32 .*\)\. Download the file again"
+        ValueError,
+        match=rf"stored\.zip: cannot read the drawing {name} \(Bad CRC-32 .*\)\. Download the file again",
     ):
         read_omniglot(stored)
-    for wrong, why in ((b"not a picture", "cannot identify image file"), (content[: len(content) // 2], "")):
+    for wrong, why in (
+        (b"not a picture", "cannot identify image file"),
+        (content[: len(content) // 2], ""),
+    ):
         path = write(tmp_path / "undecodable.zip", members() | {name: wrong})
-        with pytest.raises(ValueError, match=rf"undecodable\.zip: cannot read the drawing {name} \(.*{why}"):
+        with pytest.raises(
+            ValueError, match=rf"undecodable\.zip: cannot read the drawing {name} \(.*{why}"
+        ):
             read_omniglot(path)
 
 
@@ -225,20 +276,31 @@ def test_a_huge_member_is_refused_before_it_is_read(tmp_path):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(("side", "why"), [(2000, "2000 x 2000 pixels, at most 1048576 are read"), (14000, ".*decompression bomb")])
+@pytest.mark.parametrize(
+    ("side", "why"),
+    [(2000, "2000 x 2000 pixels, at most 1048576 are read"), (14000, ".*decompression bomb")],
+)
 def test_a_huge_picture_is_refused_before_it_is_unpacked(tmp_path, side, why):
-    """A case of PIL's own exceptions, which came out as they are. The header says the size; nothing of that size is made."""
+    """A case of PIL's own exceptions, which came out as they are.
+
+    The header says the size; nothing of that size is made.
+    """
     content = bytearray(png(0, 0, 0))
     content[16:24] = side.to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     path = write(tmp_path / "large.zip", {DRAWING: bytes(content)})
-    with pytest.raises(ValueError, match=rf"large\.zip: cannot read the drawing {DRAWING} \({why}.*\)\. Download the file again"):
+    with pytest.raises(
+        ValueError,
+        match=rf"large\.zip: cannot read the drawing {DRAWING} \({why}.*\)\. Download the file again",
+    ):
         read_omniglot(path)
 
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_zipfile_does_not_know_is_damage(tmp_path, whole):
-    """NotImplementedError, which is no BadZipFile: a method of compression, or a version of the format, that does not exist."""
+    """NotImplementedError, which is no BadZipFile: a method of compression, or a version of the
+    format, that does not exist.
+    """
     raw = bytearray(write(tmp_path / "new.zip", {DRAWING: png(0, 0, 0)}).read_bytes())
     central = raw.index(b"PK\1\2")
     if whole:
@@ -246,7 +308,11 @@ def test_what_zipfile_does_not_know_is_damage(tmp_path, whole):
     else:
         raw[central + 10] = raw[8] = 77
     (tmp_path / "new.zip").write_bytes(raw)
-    message = r"new\.zip is damaged or no zip file \(zip file version 9\.9\)" if whole else r"cannot read the drawing .*compression"
+    message = (
+        r"new\.zip is damaged or no zip file \(zip file version 9\.9\)"
+        if whole
+        else r"cannot read the drawing .*compression"
+    )
     with pytest.raises(ValueError, match=message):
         read_omniglot(tmp_path / "new.zip")
 
@@ -254,7 +320,10 @@ def test_what_zipfile_does_not_know_is_damage(tmp_path, whole):
 def test_an_archive_that_lacks_a_drawing(tmp_path):
     files = members()
     del files["images_background/Greek/character02/0101_03.png"]
-    with pytest.raises(ValueError, match=r"same number of drawings, got 5 for Greek/character02 and 6 for Braille/character01"):
+    with pytest.raises(
+        ValueError,
+        match=r"same number of drawings, got 5 for Greek/character02 and 6 for Braille/character01",
+    ):
         read_omniglot(write(tmp_path / "incomplete.zip", files))
 
 
@@ -267,4 +336,7 @@ def test_the_order_of_pooling_and_relu_does_not_matter():
         value = model.get_submodule(f"norm{index}")(model.get_submodule(f"conv{index}")(value))
         value = torch.nn.functional.max_pool2d(value.relu(), 2)
     assert value.shape == (6, 4, 1, 1)
-    torch.testing.assert_close(model(images), model.get_submodule("head")(value.flatten(1)), rtol=0, atol=1e-12)  # rounding
+    # rounding
+    torch.testing.assert_close(
+        model(images), model.get_submodule("head")(value.flatten(1)), rtol=0, atol=1e-12
+    )

@@ -1,4 +1,6 @@
-"""What every optimizer must be: equal to its published algorithm, pure, differentiable in everything, and usable under vmap."""
+"""What every optimizer must be: equal to its published algorithm, pure, differentiable in
+everything, and usable under vmap.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,12 @@ class PublishedLion(torch.optim.Optimizer):
     """Program 1 of arXiv:2302.06675, which torch does not have."""
 
     def __init__(
-        self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), *, weight_decay: float = 0.0
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        *,
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
@@ -75,7 +82,8 @@ class Case:
     ours: type[mo.Optimizer]
     theirs: Callable[..., torch.optim.Optimizer]
     options: dict[str, Any]  # compared with torch
-    smooth: dict[str, Any]  # differentiated at: denominators far from 0, where finite differences are accurate
+    # differentiated at: denominators far from 0, where finite differences are accurate
+    smooth: dict[str, Any]
 
     @property
     def matrices(self) -> bool:
@@ -112,12 +120,32 @@ CASES = [
         {"lr": 0.05, "betas": (0.8, 0.9), "weight_decay": 0.02, "amsgrad": True},
         _ADAM | _DECAY | _ROOT | {"amsgrad": True},
     ),
-    Case("adamw", AdamW, torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.1}, _ADAM | _DECAY | _ROOT),
-    Case("adamw-amsgrad", AdamW, torch.optim.AdamW, {"lr": 0.05, "amsgrad": True}, _ADAM | _DECAY | _ROOT | {"amsgrad": True}),
+    Case(
+        "adamw", AdamW, torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.1}, _ADAM | _DECAY | _ROOT
+    ),
+    Case(
+        "adamw-amsgrad",
+        AdamW,
+        torch.optim.AdamW,
+        {"lr": 0.05, "amsgrad": True},
+        _ADAM | _DECAY | _ROOT | {"amsgrad": True},
+    ),
     Case("adamax", Adamax, torch.optim.Adamax, {}, _ADAM | _DECAY),
-    Case("adamax-decay", Adamax, torch.optim.Adamax, {"lr": 0.05, "betas": (0.7, 0.8), "weight_decay": 0.02}, _ADAM | _DECAY),
+    Case(
+        "adamax-decay",
+        Adamax,
+        torch.optim.Adamax,
+        {"lr": 0.05, "betas": (0.7, 0.8), "weight_decay": 0.02},
+        _ADAM | _DECAY,
+    ),
     Case("radam", RAdam, torch.optim.RAdam, {"lr": 0.05}, _ADAM | _DECAY | _ROOT),
-    Case("radam-never", RAdam, torch.optim.RAdam, {"lr": 0.05, "betas": (0.9, 0.6)}, _ADAM | {"betas": (0.8, 0.6)}),
+    Case(
+        "radam-never",
+        RAdam,
+        torch.optim.RAdam,
+        {"lr": 0.05, "betas": (0.9, 0.6)},
+        _ADAM | {"betas": (0.8, 0.6)},
+    ),
     Case(
         "radam-decoupled",
         RAdam,
@@ -126,7 +154,13 @@ CASES = [
         _ADAM | _DECAY | _ROOT | {"decoupled_weight_decay": True},
     ),
     Case("nadam", NAdam, torch.optim.NAdam, {}, _ADAM | _DECAY | _ROOT | {"momentum_decay": 0.05}),
-    Case("nadam-decay", NAdam, torch.optim.NAdam, {"weight_decay": 0.1, "momentum_decay": 0.02}, _ADAM | _DECAY | _ROOT),
+    Case(
+        "nadam-decay",
+        NAdam,
+        torch.optim.NAdam,
+        {"weight_decay": 0.1, "momentum_decay": 0.02},
+        _ADAM | _DECAY | _ROOT,
+    ),
     Case(
         "nadam-decoupled",
         NAdam,
@@ -134,15 +168,33 @@ CASES = [
         {"betas": (0.8, 0.9), "weight_decay": 0.1, "decoupled_weight_decay": True},
         _ADAM | _DECAY | _ROOT | {"decoupled_weight_decay": True},
     ),
-    Case("adagrad", Adagrad, torch.optim.Adagrad, {"lr": 0.1}, {"lr": 0.1, "eps": 1e-2, "initial_accumulator_value": 0.2}),
+    Case(
+        "adagrad",
+        Adagrad,
+        torch.optim.Adagrad,
+        {"lr": 0.1},
+        {"lr": 0.1, "eps": 1e-2, "initial_accumulator_value": 0.2},
+    ),
     Case(
         "adagrad-all",
         Adagrad,
         torch.optim.Adagrad,
-        {"lr": 0.1, "lr_decay": 0.03, "weight_decay": 0.02, "initial_accumulator_value": 0.3, "eps": 1e-6},
+        {
+            "lr": 0.1,
+            "lr_decay": 0.03,
+            "weight_decay": 0.02,
+            "initial_accumulator_value": 0.3,
+            "eps": 1e-6,
+        },
         {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 1e-2, **_DECAY},
     ),
-    Case("adadelta", Adadelta, torch.optim.Adadelta, {}, {"lr": 1.0, "rho": 0.8, "eps": 1e-2, **_DECAY}),
+    Case(
+        "adadelta",
+        Adadelta,
+        torch.optim.Adadelta,
+        {},
+        {"lr": 1.0, "rho": 0.8, "eps": 1e-2, **_DECAY},
+    ),
     Case(
         "adadelta-all",
         Adadelta,
@@ -158,7 +210,13 @@ CASES = [
         {"lr": 0.02, "alpha": 0.9, "weight_decay": 0.02, "momentum": 0.7, "centered": True},
         {"lr": 0.02, "alpha": 0.9, "eps": 1e-2, "momentum": 0.7, "centered": True, **_DECAY},
     ),
-    Case("asgd", ASGD, torch.optim.ASGD, {}, {"lr": 0.1, "lambd": 0.1, "alpha": 0.6, "t0": 2.5, **_DECAY}),
+    Case(
+        "asgd",
+        ASGD,
+        torch.optim.ASGD,
+        {},
+        {"lr": 0.1, "lambd": 0.1, "alpha": 0.6, "t0": 2.5, **_DECAY},
+    ),
     Case(
         "asgd-all",
         ASGD,
@@ -166,7 +224,13 @@ CASES = [
         {"lr": 0.05, "lambd": 0.02, "alpha": 0.6, "t0": 10.0, "weight_decay": 0.02},
         {"lr": 0.1, "lambd": 0.1, "alpha": 0.6, "t0": 2.5, **_DECAY},
     ),
-    Case("rprop", Rprop, torch.optim.Rprop, {}, {"lr": 0.1, "etas": (0.5, 1.2), "step_sizes": (0.03, 0.2)}),
+    Case(
+        "rprop",
+        Rprop,
+        torch.optim.Rprop,
+        {},
+        {"lr": 0.1, "etas": (0.5, 1.2), "step_sizes": (0.03, 0.2)},
+    ),
     Case(
         "rprop-all",
         Rprop,
@@ -197,7 +261,13 @@ CASES = [
             "ns_steps": 4,
             "adjust_lr_fn": "match_rms_adamw",
         },
-        {"lr": 0.1, "momentum": 0.8, "nesterov": False, "ns_steps": 2, "adjust_lr_fn": "match_rms_adamw"},
+        {
+            "lr": 0.1,
+            "momentum": 0.8,
+            "nesterov": False,
+            "ns_steps": 2,
+            "adjust_lr_fn": "match_rms_adamw",
+        },
     ),
 ]
 # What has no counterpart with the same arguments, but must be pure, savable, and so on.
@@ -206,9 +276,13 @@ OTHERS: dict[str, Callable[[], mo.Optimizer]] = {
     "clip-value": lambda: ClipValue(0.1, Adam(0.05)),
     "clip-norm": lambda: ClipNorm(Linear(1.0, 5, final=0.1), RMSprop(LSTMSchedule(0.01))),
     "weight-decay": lambda: WeightDecay(0.1, ClipNorm(1.0, NAdam())),
-    "decoupled": lambda: DecoupledWeightDecay(0.01, WeightDecay(Constant(0.1), SGD(Constant(0.1), 0.9))),
+    "decoupled": lambda: DecoupledWeightDecay(
+        0.01, WeightDecay(Constant(0.1), SGD(Constant(0.1), 0.9))
+    ),
     "masked": lambda: ClipNorm(1.0, Masked(Adam(Linear(0.1, 5)), mask=("matrix*", "vector"))),
-    "grouped": lambda: Grouped({"matrix*": Muon(), "vector": SGD(Constant(0.1)), "*": ClipNorm(0.1, Masked(NAdam(), "*"))}),
+    "grouped": lambda: Grouped(
+        {"matrix*": Muon(), "vector": SGD(Constant(0.1)), "*": ClipNorm(0.1, Masked(NAdam(), "*"))}
+    ),
     "lstm": lambda: LSTMOptimizer(hidden_size=4),
     "mlp": lambda: MLPOptimizer(hidden_size=4),
 }
@@ -218,20 +292,34 @@ each_optimizer = pytest.mark.parametrize("name", BUILDERS)
 
 
 def start(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    others = {} if name.startswith("muon") else {"vector": torch.randn(3, dtype=dtype), "scalar": torch.randn((), dtype=dtype)}
-    return {"matrix0": torch.randn(4, 3, dtype=dtype), "matrix1": torch.randn(2, 3, dtype=dtype), **others}
+    others = (
+        {}
+        if name.startswith("muon")
+        else {"vector": torch.randn(3, dtype=dtype), "scalar": torch.randn((), dtype=dtype)}
+    )
+    return {
+        "matrix0": torch.randn(4, 3, dtype=dtype),
+        "matrix1": torch.randn(2, 3, dtype=dtype),
+        **others,
+    }
 
 
 def curve(params: dict[str, Tensor], shift: Tensor) -> Tensor:
-    """A loss whose gradient changes size and sign, and is 0 in the first column of a matrix all the time."""
-    hidden = torch.tanh(params["matrix0"][:, 1:] @ params["matrix1"][:, 1:].T + shift.to(params["matrix0"].dtype))
+    """A loss whose gradient changes size and sign, and is 0 in the first column of a matrix all the
+    time.
+    """
+    hidden = torch.tanh(
+        params["matrix0"][:, 1:] @ params["matrix1"][:, 1:].T + shift.to(params["matrix0"].dtype)
+    )
     loss = (hidden**2).sum() + 0.3 * (params["matrix1"][:, 1:] ** 2).sum()
     if "vector" in params:
         loss = loss + (params["vector"] * params["scalar"] - 0.5).square().sum()
     return loss
 
 
-def trained(make: Callable[[list[Tensor]], torch.optim.Optimizer], start: dict[str, Tensor], shifts: Tensor) -> dict[str, Tensor]:
+def trained(
+    make: Callable[[list[Tensor]], torch.optim.Optimizer], start: dict[str, Tensor], shifts: Tensor
+) -> dict[str, Tensor]:
     params = {name: p.clone().requires_grad_() for name, p in start.items()}
     optimizer = make(list(params.values()))
     for shift in shifts:
@@ -243,42 +331,58 @@ def trained(make: Callable[[list[Tensor]], torch.optim.Optimizer], start: dict[s
 
 @pytest.fixture
 def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take out of torch's Muon the rounding to bfloat16; it works in place on the result, hence the copy.
+    """Take out of torch's Muon the rounding to bfloat16; it works in place on the result, hence the
+    copy.
 
     It rounds by `bfloat16()`, and from 2.15 on by `to(dtype=torch.bfloat16)`.
     """
     to = torch.Tensor.to
 
     def unrounding(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
-        return tensor.clone() if options.get("dtype") is torch.bfloat16 else to(tensor, *args, **options)
+        return (
+            tensor.clone()
+            if options.get("dtype") is torch.bfloat16
+            else to(tensor, *args, **options)
+        )
 
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     monkeypatch.setattr(torch.Tensor, "to", unrounding)
 
 
-# Rounding may differ by an operation: 50 steps of 2^-53, through a division by sqrt(v) in the worst case.
+# Rounding may differ by an operation: 50 steps of 2^-53, through a division by sqrt(v) in the worst
+# case.
 @pytest.mark.usefixtures("float64", "unrounded")
 @pytest.mark.parametrize("deployed", [False, True], ids=["pure", "as_torch"])
 @each_case
 def test_fifty_steps_equal_torch_optim(case: Case, deployed: bool) -> None:
     first, shifts = start(case.name), torch.randn(50)
     expected = trained(lambda p: case.theirs(p, **case.options), first, shifts)
-    found = trained(case.build().as_torch, first, shifts) if deployed else mo.minimize(curve, case.build(), first, shifts).params
+    found = (
+        trained(case.build().as_torch, first, shifts)
+        if deployed
+        else mo.minimize(curve, case.build(), first, shifts).params
+    )
     assert_close(found, expected, 1e-12)
     assert all((found[name] != first[name]).any() for name in first)
 
 
 @pytest.mark.usefixtures("unrounded")
-@pytest.mark.parametrize("case", [case for case in CASES if not case.name.startswith("muon")], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not case.name.startswith("muon")], ids=lambda case: case.name
+)
 def test_in_float32_it_rounds_as_torch_does(case: Case) -> None:
-    """Tolerance: 50 steps of 2^-24, and 1 - 0.999 in float32 is off by 3e-5, its root by half of that."""
+    """Tolerance: 50 steps of 2^-24, and 1 - 0.999 in float32 is off by 3e-5, its root by half of
+    that.
+    """
     first, shifts = start(case.name, torch.float32), torch.randn(50)
     expected = trained(lambda p: case.theirs(p, **case.options), first, shifts)
     assert_close(mo.minimize(curve, case.build(), first, shifts).params, expected, 3e-5)
 
 
 def test_muon_is_torchs_up_to_its_rounding_to_bfloat16() -> None:
-    """bfloat16 has 8 bits: entries of the update are off by about 2^-8 each, here 3 steps of lr 0.02 and factor at most 1.2."""
+    """bfloat16 has 8 bits: entries of the update are off by about 2^-8 each, here 3 steps of lr
+    0.02 and factor at most 1.2.
+    """
     first, shifts = start("muon", torch.float32), torch.randn(3)
     expected = trained(lambda p: torch.optim.Muon(p, lr=0.02), first, shifts)
     found = mo.minimize(curve, Muon(lr=0.02), first, shifts).params
@@ -296,7 +400,9 @@ def test_the_average_of_asgd_is_torchs(t0: float) -> None:
         theirs.zero_grad()
         (w - target).square().sum().backward()
         theirs.step()
-    out = mo.minimize(lambda w, target: (w - target).square().sum(), ASGD(0.1, t0=t0), first, targets)
+    out = mo.minimize(
+        lambda w, target: (w - target).square().sum(), ASGD(0.1, t0=t0), first, targets
+    )
     assert_close(out.opt_state["slots"]["average"], theirs.state[w]["ax"], 1e-12)
     assert (t0 == 1e6) == torch.allclose(out.opt_state["slots"]["average"], out.params)
 
@@ -306,7 +412,8 @@ def test_muon_makes_singular_values_near_one() -> None:
     optimizer = Muon(lr=1.0, weight_decay=0.0, adjust_lr_fn="original")
     update, _ = optimizer(gradient, optimizer.init(gradient))
     values = torch.linalg.svdvals(update) / math.sqrt(6 / 4)
-    assert ((values > 0.65) & (values < 1.3)).all()  # the range that the coefficients were chosen for
+    # the range that the coefficients were chosen for
+    assert ((values > 0.65) & (values < 1.3)).all()
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
@@ -317,8 +424,13 @@ def test_muons_factor_of_the_shape(shape: tuple[int, int]) -> None:
     for choice in ("original", "match_rms_adamw", "spectral_unclamped"):
         optimizer = Muon(lr=1.0, weight_decay=0.0, adjust_lr_fn=choice)
         sizes[choice] = tree.norm(optimizer(gradient, optimizer.init(gradient))[0]).item()
-    assert math.isclose(sizes["original"] / sizes["spectral_unclamped"], 1 if shape == (6, 4) else math.sqrt(6 / 4))
-    assert math.isclose(sizes["match_rms_adamw"] / sizes["spectral_unclamped"], 0.2 * math.sqrt(6) / math.sqrt(shape[0] / shape[1]))
+    assert math.isclose(
+        sizes["original"] / sizes["spectral_unclamped"], 1 if shape == (6, 4) else math.sqrt(6 / 4)
+    )
+    assert math.isclose(
+        sizes["match_rms_adamw"] / sizes["spectral_unclamped"],
+        0.2 * math.sqrt(6) / math.sqrt(shape[0] / shape[1]),
+    )
 
 
 def as_tensors(value: Any) -> Any:
@@ -329,7 +441,9 @@ def as_tensors(value: Any) -> Any:
 
 
 def memory(optimizer: mo.Optimizer, params: Tensor, step: int) -> dict[str, Any]:
-    """Return a state as in the middle of a run: positive where it is a square or a size, and on both sides of each maximum."""
+    """Return a state as in the middle of a run: positive where it is a square or a size, and on
+    both sides of each maximum.
+    """
     state = optimizer.init(params)
     values = {
         "square": lambda p: torch.rand_like(p) + 0.5,
@@ -339,10 +453,17 @@ def memory(optimizer: mo.Optimizer, params: Tensor, step: int) -> dict[str, Any]
         "previous": lambda p: torch.linspace(-0.4, 1.0, p.numel()).reshape(p.shape),
     }
     slots = {name: values.get(name, torch.randn_like)(params) for name in state["slots"]}
-    return {**state, "step": torch.tensor(step - 1), "slots": slots, "shared": {k: 0.3 * m for k, m in state["shared"].items()}}
+    return {
+        **state,
+        "step": torch.tensor(step - 1),
+        "slots": slots,
+        "shared": {k: 0.3 * m for k, m in state["shared"].items()},
+    }
 
 
-def one_update(case: Case, step: int, zero: bool) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def one_update(
+    case: Case, step: int, zero: bool
+) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """Return an update as a function of everything it takes, and where to differentiate it."""
     optimizer = case.ours(**{name: as_tensors(value) for name, value in case.smooth.items()})
     hyper = dict(optimizer.named_buffers())
@@ -355,7 +476,9 @@ def one_update(case: Case, step: int, zero: bool) -> tuple[Callable[..., tuple[T
 
     def update(*leaves: Tensor) -> tuple[Tensor, ...]:
         grads, params, slots, shared, hyper = tree.unflatten(structure, leaves)
-        updates, after = functional_call(optimizer, hyper, (grads, {**state, "slots": slots, "shared": shared}, params))
+        updates, after = functional_call(
+            optimizer, hyper, (grads, {**state, "slots": slots, "shared": shared}, params)
+        )
         return tuple(leaf for leaf in tree.leaves((updates, after)) if leaf.requires_grad)
 
     return update, tuple(leaf.clone().requires_grad_() for leaf in leaves)
@@ -365,8 +488,12 @@ def one_update(case: Case, step: int, zero: bool) -> tuple[Callable[..., tuple[T
 @pytest.mark.parametrize("step", [1, 9])
 @pytest.mark.parametrize("zero", [False, True], ids=["", "zero"])
 @each_case
-def test_one_update_is_differentiated_exactly_in_all_it_takes(case: Case, step: int, zero: bool) -> None:
-    """Gradients, parameters, memory and every hyperparameter, twice; the sign in Rprop jumps at a zero gradient."""
+def test_one_update_is_differentiated_exactly_in_all_it_takes(
+    case: Case, step: int, zero: bool
+) -> None:
+    """Gradients, parameters, memory and every hyperparameter, twice; the sign in Rprop jumps at a
+    zero gradient.
+    """
     if case.ours is Rprop and zero:
         pytest.skip("the next test says which derivative it has there")
     update, inputs = one_update(case, step, zero)
@@ -388,7 +515,9 @@ def test_the_derivative_of_a_sign_is_zero_also_at_zero(kind: type[mo.Optimizer])
 @pytest.mark.usefixtures("float64")
 @each_case
 def test_hyperparameters_are_differentiated_exactly_through_a_loop(case: Case) -> None:
-    """Four steps from fresh memory: what starts as a hyperparameter (Rprop's sizes, Adagrad's sum) counts too."""
+    """Four steps from fresh memory: what starts as a hyperparameter (Rprop's sizes, Adagrad's sum)
+    counts too.
+    """
     optimizer = case.ours(**{name: as_tensors(value) for name, value in case.smooth.items()})
     names, values = zip(*dict(optimizer.named_buffers()).items(), strict=True)
     first, shifts = start(case.name), torch.randn(4)
@@ -409,11 +538,26 @@ def parameters(value: Any) -> Any:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("kind", dict.fromkeys(case.ours for case in CASES), ids=lambda kind: kind.__name__)
-def test_meta_gradients_are_finite_where_the_gradient_is_zero(kind: type[mo.Optimizer], steps: int) -> None:
-    """Default settings: one weight never has a gradient, one starts at a stationary point, one tensor is at rest altogether."""
-    defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items() if p.default is not p.empty}
-    optimizer = kind(**({"lr": nn.Parameter(torch.tensor(0.1))} | {name: parameters(value) for name, value in defaults.items()}))
+@pytest.mark.parametrize(
+    "kind", dict.fromkeys(case.ours for case in CASES), ids=lambda kind: kind.__name__
+)
+def test_meta_gradients_are_finite_where_the_gradient_is_zero(
+    kind: type[mo.Optimizer], steps: int
+) -> None:
+    """Default settings: one weight never has a gradient, one starts at a stationary point, one
+    tensor is at rest altogether.
+    """
+    defaults = {
+        name: p.default
+        for name, p in inspect.signature(kind).parameters.items()
+        if p.default is not p.empty
+    }
+    optimizer = kind(
+        **(
+            {"lr": nn.Parameter(torch.tensor(0.1))}
+            | {name: parameters(value) for name, value in defaults.items()}
+        )
+    )
     w = torch.tensor([[1.0, 0.0, 0.5], [-1.0, 0.3, 0.2]], requires_grad=True)
     rest = torch.zeros(2, 3, requires_grad=True)
     gain = torch.tensor([1.0, 1.0, 0.0], requires_grad=True)
@@ -428,7 +572,10 @@ def test_meta_gradients_are_finite_where_the_gradient_is_zero(kind: type[mo.Opti
     assert first[0] is not None
     assert all(g is None or torch.isfinite(g).all() for g in first)
     mixed = sum(g.sum() for g in first if g is not None)
-    assert all(g is None or torch.isfinite(g).all() for g in torch.autograd.grad(mixed, inputs, allow_unused=True))
+    assert all(
+        g is None or torch.isfinite(g).all()
+        for g in torch.autograd.grad(mixed, inputs, allow_unused=True)
+    )
 
 
 @each_optimizer
@@ -438,29 +585,41 @@ def test_one_update_is_pure(name: str) -> None:
     update = partial(optimizer, loss=loss)
     _, state = update(grads, optimizer.init(params), params)
     everything = (params, grads, state, dict(optimizer.state_dict()))
-    before, versions = tree.map(torch.clone, everything), [leaf._version for leaf in tree.leaves(everything)]
+    before, versions = (
+        tree.map(torch.clone, everything),
+        [leaf._version for leaf in tree.leaves(everything)],
+    )
     random = torch.get_rng_state()
     results = [update(grads, state, params) for _ in range(2)]
     assert [leaf._version for leaf in tree.leaves(everything)] == versions
-    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(everything), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(everything), strict=True)
+    )
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(*map(tree.leaves, results), strict=True))
     assert tree.flatten(results[0][1])[1] == tree.flatten(state)[1]
     owned = {leaf.data_ptr() for leaf in tree.leaves(everything) if leaf.numel()}
-    assert not owned & {leaf.data_ptr() for leaf in tree.leaves(results[0])}, "a result must not share memory with an input"
+    assert not owned & {leaf.data_ptr() for leaf in tree.leaves(results[0])}, (
+        "a result must not share memory with an input"
+    )
 
 
 @each_optimizer
 def test_vmap_from_shared_initial_params_equals_a_loop(name: str) -> None:
     """Trap 16: `init` sees parameters without the batch, the gradients have it."""
-    optimizer, first, shifts = BUILDERS[name]().double(), start(name), torch.randn(3, 6, dtype=torch.float64)
+    optimizer, first, shifts = (
+        BUILDERS[name]().double(),
+        start(name),
+        torch.randn(3, 6, dtype=torch.float64),
+    )
 
     def run(shifts: Tensor) -> tuple:
         return tuple(mo.minimize(curve, optimizer, first, shifts))
 
     batched = vmap(run)(shifts)
     for i in range(3):
-        assert_close(tree.index(batched, i), run(shifts[i]), 1e-12)  # matrix products are summed in another order
+        # matrix products are summed in another order
+        assert_close(tree.index(batched, i), run(shifts[i]), 1e-12)
 
 
 @each_optimizer
@@ -492,24 +651,54 @@ def test_low_precision_stays_low_and_finite(name: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: RAdam(betas=(0.9,)), ValueError, r"RAdam: `betas` must be a pair, got \(0.9,\). Write betas="),
-        (lambda: Lion(betas=(0.9, 1.0)), ValueError, r"Lion: `beta2` must lie in \[0.0, 1.0\), got 1.0"),
+        (
+            lambda: RAdam(betas=(0.9,)),
+            ValueError,
+            r"RAdam: `betas` must be a pair, got \(0.9,\). Write betas=",
+        ),
+        (
+            lambda: Lion(betas=(0.9, 1.0)),
+            ValueError,
+            r"Lion: `beta2` must lie in \[0.0, 1.0\), got 1.0",
+        ),
         (lambda: Rprop(etas=1.2), ValueError, r"Rprop: `etas` must be a pair, got 1.2"),  # type: ignore[arg-type]
-        (lambda: Rprop(etas=(0.5, 0.9)), ValueError, r"Rprop: `eta_plus` must lie in \[1.0, inf\], got 0.9"),
+        (
+            lambda: Rprop(etas=(0.5, 0.9)),
+            ValueError,
+            r"Rprop: `eta_plus` must lie in \[1.0, inf\], got 0.9",
+        ),
         (lambda: Rprop(step_sizes=()), ValueError, r"Rprop: `step_sizes` must be a pair, got \(\)"),  # type: ignore[arg-type]
-        (lambda: Adadelta(rho=1.1), ValueError, r"Adadelta: `rho` must lie in \[0.0, 1.0\], got 1.1"),
+        (
+            lambda: Adadelta(rho=1.1),
+            ValueError,
+            r"Adadelta: `rho` must lie in \[0.0, 1.0\], got 1.1",
+        ),
         (lambda: NAdam(momentum_decay="x"), TypeError, r"NAdam: `momentum_decay` must be a number"),  # type: ignore[arg-type]
-        (lambda: Muon(ns_coefficients=(1.0, 2.0)), ValueError, r"`ns_coefficients` must be three numbers"),  # type: ignore[arg-type]
-        (lambda: Muon(ns_steps=0), ValueError, r"Muon: `ns_steps` must be a positive integer, got 0"),
+        (
+            lambda: Muon(ns_coefficients=(1.0, 2.0)),
+            ValueError,
+            r"`ns_coefficients` must be three numbers",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: Muon(ns_steps=0),
+            ValueError,
+            r"Muon: `ns_steps` must be a positive integer, got 0",
+        ),
         (
             lambda: Muon(adjust_lr_fn="no"),
             ValueError,
             r"`adjust_lr_fn` must be one of 'original', 'match_rms_adamw', 'spectral_unclamped', got 'no'",
         ),  # type: ignore[arg-type]
-        (lambda: Muon().init(torch.ones(3)), ValueError, r"Muon: `params` must be matrices, got shape \(3,\)"),
+        (
+            lambda: Muon().init(torch.ones(3)),
+            ValueError,
+            r"Muon: `params` must be matrices, got shape \(3,\)",
+        ),
     ],
 )
-def test_bad_arguments_are_refused(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_refused(
+    make: Callable[[], Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         make()
 

@@ -1,4 +1,6 @@
-"""What is refused, cast or renamed where an optimizer meets gradients, losses, names and saved states."""
+"""What is refused, cast or renamed where an optimizer meets gradients, losses, names and saved
+states.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,17 @@ def test_rates_by_name_stay_with_their_parameters_when_a_state_is_loaded() -> No
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Adam(0.1), lambda: ClipNorm(1.0, Grouped({"x*": SGD(0.1, momentum=0.9), "*": Adam(0.1)}))]
+    "make",
+    [
+        lambda: Adam(0.1),
+        lambda: ClipNorm(1.0, Grouped({"x*": SGD(0.1, momentum=0.9), "*": Adam(0.1)})),
+    ],
 )
 @pytest.mark.parametrize("skips", [False, True])
 def test_memory_goes_by_places_as_in_torch(make: Any, skips: bool) -> None:
-    """Saved unnamed and loaded named, or under other names: it was refused, with an empty message for another order."""
+    """Saved unnamed and loaded named, or under other names: it was refused, with an empty message
+    for another order.
+    """
     first, second = live(2, 3), live(2, 3)
     names = ["x", "y"]
     one = make().as_torch(list(zip(names, first, strict=True)))
@@ -75,13 +83,22 @@ def test_memory_takes_the_dtype_of_the_parameters() -> None:
 
 def test_a_gradient_is_not_broadcast_to_its_parameter() -> None:
     params = {"a": torch.ones(2), "b": torch.ones(3)}
-    for optimizer in (SGD(0.1), SGD(0.1, momentum=0.9), Adam(0.1), ClipNorm(1.0, SGD(0.1, weight_decay=0.1))):
+    for optimizer in (
+        SGD(0.1),
+        SGD(0.1, momentum=0.9),
+        Adam(0.1),
+        ClipNorm(1.0, SGD(0.1, weight_decay=0.1)),
+    ):
         state = optimizer.init(params)
-        with pytest.raises(ValueError, match=r"`grads` must have the shapes of `params`, got \(1,\) for \(2,\) at"):
+        with pytest.raises(
+            ValueError, match=r"`grads` must have the shapes of `params`, got \(1,\) for \(2,\) at"
+        ):
             optimizer.moved({"a": torch.ones(1), "b": torch.ones(3)}, state, params)
 
 
-@pytest.mark.parametrize("schedule", [Plateau(0.1, patience=0), LSTMSchedule(0.1)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "schedule", [Plateau(0.1, patience=0), LSTMSchedule(0.1)], ids=lambda s: type(s).__name__
+)
 def test_a_schedule_observes_a_scalar(schedule: Any) -> None:
     """A loss of shape (3,) became three rates."""
     optimizer, w = SGD(schedule), torch.ones(3)
@@ -101,7 +118,9 @@ def test_a_rate_with_more_axes_than_its_parameter_is_refused() -> None:
 
 def test_two_parameters_of_one_name_are_told_apart() -> None:
     clash = {"x": {"y": torch.ones(2)}, "x.y": torch.ones(3)}
-    with pytest.raises(ValueError, match=r"Parameters must have names of their own, got \['x.y'\] for two of them"):
+    with pytest.raises(
+        ValueError, match=r"Parameters must have names of their own, got \['x.y'\] for two of them"
+    ):
         SGD({"*": 0.1}).init(clash)
 
 
@@ -132,9 +151,18 @@ def test_a_level_graph_with_evolution_goes_on_where_it_was() -> None:
             def forward(self) -> Tensor:
                 return self.v
 
-        up = mo.Level("up", Value(), lambda levels, _: (levels.low() - 1).square() + levels.up().square(), SGD(0.1))
-        low = mo.Level("low", Value(), lambda levels, _: (levels.low() - levels.up()).square(), SGD(0.1))
-        return mo.LevelGraph([mo.Edge(up, low, steps=2, differentiate=mo.EvolutionStrategy(std=0.1, pairs=4))])
+        up = mo.Level(
+            "up",
+            Value(),
+            lambda levels, _: (levels.low() - 1).square() + levels.up().square(),
+            SGD(0.1),
+        )
+        low = mo.Level(
+            "low", Value(), lambda levels, _: (levels.low() - levels.up()).square(), SGD(0.1)
+        )
+        return mo.LevelGraph(
+            [mo.Edge(up, low, steps=2, differentiate=mo.EvolutionStrategy(std=0.1, pairs=4))]
+        )
 
     whole = build()
     for _ in range(2):

@@ -16,7 +16,9 @@ import metaopt as mo
 from metaopt import tree
 from optimizers import SGD, Adam, AdamW, ClipNorm, Cosine, Grouped, RMSprop
 
-OURS_AND_TORCHS: list[tuple[str, Callable[[], mo.Optimizer], Callable[..., torch.optim.Optimizer]]] = [
+OURS_AND_TORCHS: list[
+    tuple[str, Callable[[], mo.Optimizer], Callable[..., torch.optim.Optimizer]]
+] = [
     ("sgd", lambda: SGD(0.1), lambda p: torch.optim.SGD(p, 0.1)),
     ("sgd-momentum", lambda: SGD(0.1, 0.9), lambda p: torch.optim.SGD(p, 0.1, 0.9)),
     (
@@ -35,7 +37,11 @@ OURS_AND_TORCHS: list[tuple[str, Callable[[], mo.Optimizer], Callable[..., torch
         lambda: Adam(0.05, (0.8, 0.95), weight_decay=0.02),
         lambda p: torch.optim.Adam(p, 0.05, (0.8, 0.95), weight_decay=0.02),
     ),
-    ("adamw", lambda: AdamW(0.05, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1)),
+    (
+        "adamw",
+        lambda: AdamW(0.05, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, 0.05, weight_decay=0.1),
+    ),
     ("adamw-defaults", lambda: AdamW(), lambda p: torch.optim.AdamW(p)),
     ("rmsprop", lambda: RMSprop(), lambda p: torch.optim.RMSprop(p)),
     (
@@ -43,16 +49,26 @@ OURS_AND_TORCHS: list[tuple[str, Callable[[], mo.Optimizer], Callable[..., torch
         lambda: RMSprop(0.02, 0.9, weight_decay=0.02, momentum=0.7, centered=True),
         lambda p: torch.optim.RMSprop(p, 0.02, 0.9, weight_decay=0.02, momentum=0.7, centered=True),
     ),
-    ("rmsprop-momentum", lambda: RMSprop(0.02, momentum=0.7), lambda p: torch.optim.RMSprop(p, 0.02, momentum=0.7)),
+    (
+        "rmsprop-momentum",
+        lambda: RMSprop(0.02, momentum=0.7),
+        lambda p: torch.optim.RMSprop(p, 0.02, momentum=0.7),
+    ),
 ]
 each_pair = pytest.mark.parametrize(
-    ("ours", "theirs"), [pair[1:] for pair in OURS_AND_TORCHS], ids=[pair[0] for pair in OURS_AND_TORCHS]
+    ("ours", "theirs"),
+    [pair[1:] for pair in OURS_AND_TORCHS],
+    ids=[pair[0] for pair in OURS_AND_TORCHS],
 )
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 
 
 def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    return {"matrix": torch.randn(4, 3, dtype=dtype), "vector": torch.randn(3, dtype=dtype), "scalar": torch.randn((), dtype=dtype)}
+    return {
+        "matrix": torch.randn(4, 3, dtype=dtype),
+        "vector": torch.randn(3, dtype=dtype),
+        "scalar": torch.randn((), dtype=dtype),
+    }
 
 
 def curve(params: dict[str, Tensor], shift: Tensor) -> Tensor:
@@ -61,8 +77,13 @@ def curve(params: dict[str, Tensor], shift: Tensor) -> Tensor:
     return (hidden**2).sum() + (params["vector"] * params["scalar"] - 0.5).square().sum()
 
 
-# Rounding may differ by an operation: 50 steps of 2^-53 and 2^-24, through Adam's division by sqrt(v) in the worst case.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["float64", "float32"])
+# Rounding may differ by an operation: 50 steps of 2^-53 and 2^-24, through Adam's division by
+# sqrt(v) in the worst case.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 2e-5)],
+    ids=["float64", "float32"],
+)
 @pytest.mark.parametrize("deployed", [False, True], ids=["pure", "as_torch"])
 @each_pair
 def test_fifty_steps_equal_torch_optim(
@@ -105,29 +126,43 @@ def test_bits_are_the_same_under_vmap_with_shared_initial_params(
 
 
 @each_pair
-def test_one_update_is_pure(ours: Callable[[], mo.Optimizer], theirs: Callable[..., torch.optim.Optimizer]) -> None:
+def test_one_update_is_pure(
+    ours: Callable[[], mo.Optimizer], theirs: Callable[..., torch.optim.Optimizer]
+) -> None:
     del theirs
     optimizer, params, grads = ours(), tensors(), tensors()
     state = optimizer.init(params)
     _, state = optimizer(grads, state, params)
     everything = (params, grads, state, dict(optimizer.state_dict()))
-    before, versions = tree.map(torch.clone, everything), [leaf._version for leaf in tree.leaves(everything)]
+    before, versions = (
+        tree.map(torch.clone, everything),
+        [leaf._version for leaf in tree.leaves(everything)],
+    )
     random = torch.get_rng_state()
     first, after = optimizer(grads, state, params)
     assert [leaf._version for leaf in tree.leaves(everything)] == versions
-    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(everything), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(everything), strict=True)
+    )
     assert torch.equal(random, torch.get_rng_state())
     second, again = optimizer(grads, state, params)
-    assert all(torch.equal(a, b) for a, b in zip(tree.leaves((first, after)), tree.leaves((second, again)), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(tree.leaves((first, after)), tree.leaves((second, again)), strict=True)
+    )
     memory = {leaf.data_ptr() for leaf in tree.leaves(everything)}
-    assert not memory & {leaf.data_ptr() for leaf in tree.leaves((first, after))}, "a result must not share memory with an input"
+    assert not memory & {leaf.data_ptr() for leaf in tree.leaves((first, after))}, (
+        "a result must not share memory with an input"
+    )
 
 
 @pytest.mark.usefixtures("float64")
 @each_variant
 @pytest.mark.parametrize("steps", [1, 3])
 def test_meta_gradients_are_finite_where_the_gradient_is_zero(variant: Variant, steps: int) -> None:
-    """Traps 12 and 13, with default eps: one weight never has a gradient, one starts at a stationary point."""
+    """Traps 12 and 13, with default eps: one weight never has a gradient, one starts at a
+    stationary point.
+    """
     values = {k: v for k, v in variant.values.items() if k not in ("eps", "eps_root")}
     h = {name: nn.Parameter(torch.tensor(value)) for name, value in values.items()}
     w = torch.tensor([1.0, 0.0, 0.5], requires_grad=True)
@@ -138,7 +173,9 @@ def test_meta_gradients_are_finite_where_the_gradient_is_zero(variant: Variant, 
 
     out = mo.minimize(loss, variant.build(h), w, None, steps=steps, meta=gain)
     inputs = [w, gain, *h.values()]
-    first = torch.autograd.grad(out.params.sum() + out.losses.sum(), inputs, create_graph=True, allow_unused=True)
+    first = torch.autograd.grad(
+        out.params.sum() + out.losses.sum(), inputs, create_graph=True, allow_unused=True
+    )
     assert first[0] is not None
     for g in first:
         assert g is None or torch.isfinite(g).all()
@@ -150,7 +187,9 @@ def test_meta_gradients_are_finite_where_the_gradient_is_zero(variant: Variant, 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", [Adam, AdamW, RMSprop], ids=lambda kind: kind.__name__)
 def test_gradcheck_of_one_update_including_an_exact_zero(kind: type[mo.Optimizer]) -> None:
-    """Every tensor argument of an update; at the zero entry the memory is positive, as it is after any nonzero gradient."""
+    """Every tensor argument of an update; at the zero entry the memory is positive, as it is after
+    any nonzero gradient.
+    """
     grads = torch.tensor([0.3, 0.0, -0.7], requires_grad=True)
     params = torch.randn(3, requires_grad=True)
     square = (torch.rand(3) + 0.5).requires_grad_()
@@ -171,7 +210,13 @@ def test_the_gradient_of_beta2_is_the_true_one() -> None:
     """Trap 13: d/d beta2 of one Adam step is 0 by bias correction; of two steps, the formula's."""
 
     def final(beta2: Tensor, steps: int) -> Tensor:
-        out = mo.minimize(lambda w, _: (w**4).sum(), Adam(0.1, (0.9, beta2)), torch.tensor([1.0, -2.0]), None, steps=steps)
+        out = mo.minimize(
+            lambda w, _: (w**4).sum(),
+            Adam(0.1, (0.9, beta2)),
+            torch.tensor([1.0, -2.0]),
+            None,
+            steps=steps,
+        )
         return out.params.sum()
 
     beta2 = torch.tensor(0.99)
@@ -184,7 +229,9 @@ def test_the_gradient_of_beta2_is_the_true_one() -> None:
 @each_pair
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_stays_low_and_finite(
-    ours: Callable[[], mo.Optimizer], theirs: Callable[..., torch.optim.Optimizer], dtype: torch.dtype
+    ours: Callable[[], mo.Optimizer],
+    theirs: Callable[..., torch.optim.Optimizer],
+    dtype: torch.dtype,
 ) -> None:
     del theirs
     optimizer, params = ours(), {"a": torch.randn(3).to(dtype), "b": torch.randn(())}
@@ -203,11 +250,16 @@ def test_low_precision_stays_low_and_finite(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_a_wider_hyperparameter_does_not_widen_the_parameters(dtype: torch.dtype) -> None:
     """A 0-dim float64 tensor would promote 0-dim parameters and their memory."""
-    optimizer = Adam(lr=nn.Parameter(torch.tensor(0.1, dtype=torch.float64)), betas=(torch.tensor(0.9, dtype=torch.float64), 0.999))
+    optimizer = Adam(
+        lr=nn.Parameter(torch.tensor(0.1, dtype=torch.float64)),
+        betas=(torch.tensor(0.9, dtype=torch.float64), 0.999),
+    )
     params = {"scalar": torch.ones((), dtype=dtype), "vector": torch.ones(2, dtype=dtype)}
     state = optimizer.init(params)
     updates, after = optimizer(params, state, params)
-    assert {leaf.dtype for leaf in tree.leaves((mo.apply_updates(params, updates), after["slots"]))} == {dtype}
+    assert {
+        leaf.dtype for leaf in tree.leaves((mo.apply_updates(params, updates), after["slots"]))
+    } == {dtype}
 
 
 @each_pair
@@ -230,7 +282,9 @@ def test_any_tree_of_any_shapes(
     assert tree.flatten(updates)[1] == tree.flatten(params)[1]
     for slot in state["slots"].values():
         assert tree.flatten(slot)[1] == tree.flatten(params)[1]
-    for old, new in zip(tree.leaves(params), tree.leaves(mo.apply_updates(params, updates)), strict=True):
+    for old, new in zip(
+        tree.leaves(params), tree.leaves(mo.apply_updates(params, updates)), strict=True
+    ):
         assert new.shape == old.shape
         assert (new < old).all()  # the gradient is 1 everywhere
 
@@ -241,7 +295,9 @@ def test_hyperparameters_are_found_as_parameters_and_buffers() -> None:
     assert set(dict(optimizer.named_buffers())) == {"beta1"}
     assert optimizer.double().lr.dtype == torch.float64
     assert torch.func.functional_call(
-        optimizer, {"lr": torch.tensor(0.0), "beta1": torch.tensor(0.5)}, (torch.ones(2), optimizer.init(torch.ones(2)))
+        optimizer,
+        {"lr": torch.tensor(0.0), "beta1": torch.tensor(0.5)},
+        (torch.ones(2), optimizer.init(torch.ones(2))),
     )[0].equal(torch.zeros(2))
     assert repr(optimizer).startswith("Adam(")
 
@@ -259,7 +315,9 @@ MOVERS: dict[str, Callable[[], mo.Optimizer]] = {
     "momentum": lambda: SGD(0.1, momentum=0.9, weight_decay=0.01),
     "dampened": lambda: SGD(0.1, momentum=0.9, dampening=0.5),
     "nesterov": lambda: SGD(0.1, momentum=0.9, nesterov=True),
-    "learned": lambda: SGD(nn.Parameter(torch.tensor(0.1)), momentum=nn.Parameter(torch.tensor(0.9))),
+    "learned": lambda: SGD(
+        nn.Parameter(torch.tensor(0.1)), momentum=nn.Parameter(torch.tensor(0.9))
+    ),
     "schedule": lambda: SGD(Cosine(0.1, steps=5)),
     "clipped": lambda: ClipNorm(0.1, SGD(0.1, momentum=0.9)),
     "grouped": lambda: Grouped({"*": SGD(0.1)}),
@@ -271,7 +329,9 @@ class TestMoved:
     """`moved` is `apply_updates` after `forward`."""
 
     @pytest.mark.parametrize("name", MOVERS)
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex128])
+    @pytest.mark.parametrize(
+        "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex128]
+    )
     def test_it_is_the_update_applied(self, name: str, dtype: torch.dtype) -> None:
         optimizer, tolerance = MOVERS[name](), 20 * torch.finfo(dtype).eps
         params = {"w": torch.randn(3, 2).to(dtype), "b": torch.randn(()).to(dtype)}
@@ -299,7 +359,10 @@ class TestMoved:
             return w.sum()
 
         at = torch.tensor(0.1), torch.tensor(0.9), torch.randn(4)
-        found, expected = (torch.func.jacrev(torch.func.grad(lambda *x, m=m: end(*x, m), (0, 1, 2)))(*at) for m in (True, False))
+        found, expected = (
+            torch.func.jacrev(torch.func.grad(lambda *x, m=m: end(*x, m), (0, 1, 2)))(*at)
+            for m in (True, False)
+        )
         assert_close(found, expected, 1e-12)
 
     def test_a_subclass_that_updates_otherwise_moves_so_too(self) -> None:
@@ -307,7 +370,11 @@ class TestMoved:
             def update(self, grads: Any, params: Any, slots: Any, hyper: Any, step: Tensor) -> Any:
                 return [torch.zeros_like(g) for g in grads], slots
 
-        assert Still(0.1).moved(torch.ones(2), Still(0.1).init(torch.ones(2)), torch.ones(2))[0].equal(torch.ones(2))
+        assert (
+            Still(0.1)
+            .moved(torch.ones(2), Still(0.1).init(torch.ones(2)), torch.ones(2))[0]
+            .equal(torch.ones(2))
+        )
 
     def test_a_hook_is_called(self) -> None:
         optimizer, seen = SGD(0.1), []
@@ -317,7 +384,9 @@ class TestMoved:
 
     def test_a_wrong_shape(self) -> None:
         optimizer, params = SGD(0.1), torch.ones(2)
-        with pytest.raises(ValueError, match=r"`grads` must have the shapes of `params`, got \(3, 2\) for \(2,\)"):
+        with pytest.raises(
+            ValueError, match=r"`grads` must have the shapes of `params`, got \(3, 2\) for \(2,\)"
+        ):
             optimizer.moved(torch.ones(3, 2), optimizer.init(params), params)
 
     def test_parameters_are_needed(self) -> None:
@@ -327,12 +396,16 @@ class TestMoved:
 
 def test_a_state_without_the_schedules() -> None:
     params, state = torch.ones(2), SGD(0.1).init(torch.ones(2))
-    with pytest.raises(ValueError, match=r"`state` must be that of this SGD, with the schedules \['lr'\], got \[\]"):
+    with pytest.raises(
+        ValueError, match=r"`state` must be that of this SGD, with the schedules \['lr'\], got \[\]"
+    ):
         SGD(Cosine(0.1, steps=3))(params, state, params)
 
 
 def test_a_spread_that_rounding_makes_negative() -> None:
-    """Centered RMSprop subtracts a square from a mean of squares, which are equal for a constant gradient."""
+    """Centered RMSprop subtracts a square from a mean of squares, which are equal for a constant
+    gradient.
+    """
     optimizer, params = RMSprop(0.1, alpha=0.1, centered=True), torch.tensor([0.1, 0.3, 0.7, 1.1])
     state = optimizer.init(params)
     with torch.no_grad():
@@ -373,7 +446,9 @@ class TestMovedIsNoWayAroundACall:
         assert self.moved(Halved(0.5)) == 0.75
 
     def test_a_hook_on_all_modules(self) -> None:
-        handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: (output[0] / 2, output[1]))
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, output: (output[0] / 2, output[1])
+        )
         try:
             assert self.moved(SGD(0.5)) == 0.75
         finally:
@@ -409,7 +484,9 @@ def test_an_update_with_too_few_or_too_many_tensors(count: int) -> None:
             return [torch.zeros(2)] * count, slots
 
     params = {"a": torch.ones(2), "b": torch.ones(2)}
-    with pytest.raises(ValueError, match=f"Odd: `update` must return one tensor per parameter, 2, got {count}"):
+    with pytest.raises(
+        ValueError, match=f"Odd: `update` must return one tensor per parameter, 2, got {count}"
+    ):
         Odd(0.1)(params, Odd(0.1).init(params), params)
 
 

@@ -1,4 +1,6 @@
-"""What the rules that look at the end of a loop promise besides their formula: its derivatives, protocol, compilation, errors."""
+"""What the rules that look at the end of a loop promise besides their formula: its derivatives,
+protocol, compilation, errors.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ from optimizers import SGD
 
 float64 = pytest.mark.usefixtures("float64")
 CG = mo.ConjugateGradient(max_steps=3)
-POINT_RULES: list[PointRule] = [mo.Implicit(CG), mo.T1T2(), mo.FiniteDifference(), mo.SAMA(), mo.Penalty()]
+POINT_RULES: list[PointRule] = [
+    mo.Implicit(CG),
+    mo.T1T2(),
+    mo.FiniteDifference(),
+    mo.SAMA(),
+    mo.Penalty(),
+]
 
 
 def kind(rule: Any) -> str:
@@ -70,7 +78,8 @@ def test_a_slope_may_be_a_view_of_the_displaced_parameters() -> None:
 @float64
 @pytest.mark.parametrize("kind", ["T1T2", "difference", "SAMA", "penalty"])
 def test_the_second_derivative_is_that_of_the_formula(kind: str) -> None:
-    """By hand: with dw/dl given by the rule's own formula, d/dl <h(l), u> = h_l + h_w dw/dl, all by autograd at the end.
+    """By hand: with dw/dl given by the rule's own formula, d/dl <h(l), u> = h_l + h_w dw/dl, all by
+    autograd at the end.
 
     SAMA's D for SGD is -lr. Differences: radius 1e-3 leaves 1e-6.
     """
@@ -124,11 +133,17 @@ def test_what_a_rule_does_not_reach_is_an_error_or_constant(rule: PointRule) -> 
         return out.params.sum()
 
     name = type(rule).__name__
-    with pytest.raises(ValueError, match=f"{name}: the initial state must not be differentiated, but .*'velocity'"):
+    with pytest.raises(
+        ValueError, match=f"{name}: the initial state must not be differentiated, but .*'velocity'"
+    ):
         grad(lambda velocity: value(bilevel.start, velocity=velocity))(torch.zeros(3))
-    with pytest.raises(ValueError, match=f"{name}: the initial parameters must not be differentiated"):
+    with pytest.raises(
+        ValueError, match=f"{name}: the initial parameters must not be differentiated"
+    ):
         grad(value)(bilevel.start)
-    with pytest.raises(ValueError, match=f"{name}: the optimizer's tensors must not be differentiated"):
+    with pytest.raises(
+        ValueError, match=f"{name}: the optimizer's tensors must not be differentiated"
+    ):
         grad(lambda lr: value(bilevel.start, lr))(torch.tensor(0.1))
     for given, what in (
         ({"start": leaf(bilevel.start)}, "initial parameters"),
@@ -137,7 +152,10 @@ def test_what_a_rule_does_not_reach_is_an_error_or_constant(rule: PointRule) -> 
     ):
         end = value(**given)  # no error before anybody goes backward
         assert_close(end.detach(), value(bilevel.start), 0.0)
-        with pytest.raises(ValueError, match=f"{name}: the {what} must not be differentiated.*pass the same tensors as `meta`"):
+        with pytest.raises(
+            ValueError,
+            match=f"{name}: the {what} must not be differentiated.*pass the same tensors as `meta`",
+        ):
             end.backward()
     assert not value(bilevel.start).requires_grad
 
@@ -149,7 +167,9 @@ def test_what_a_rule_does_not_reach_is_an_error_or_constant(rule: PointRule) -> 
 def test_a_loop_over_tasks_answers_an_error_as_vmap_does(
     rule: PointRule, chunk_size: int | None, tasks: int, is_convolution: bool
 ) -> None:
-    """It was zeros wherever plain autograd stood in for `torch.func.grad`: one task, chunks of one, convolutions."""
+    """It was zeros wherever plain autograd stood in for `torch.func.grad`: one task, chunks of one,
+    convolutions.
+    """
     first = nn.Conv1d(1, 2, 2) if is_convolution else nn.Linear(3, 4)
     net = mo.functional(nn.Sequential(first, nn.Flatten(), nn.Linear(4, 1)))
 
@@ -160,7 +180,10 @@ def test_a_loop_over_tasks_answers_an_error_as_vmap_does(
         doubled = mo.tree.map(lambda p: 2 * p, params)
         return loss(mo.minimize(loss, SGD(0.1), doubled, x, steps=2, differentiate=rule).params, x)
 
-    with pytest.raises(ValueError, match=f"{kind(rule)}: the initial parameters must not be differentiated, but .*0.weight"):
+    with pytest.raises(
+        ValueError,
+        match=f"{kind(rule)}: the initial parameters must not be differentiated, but .*0.weight",
+    ):
         mo.meta_grad(task_loss, chunk_size=chunk_size)(net.params, torch.randn(tasks, 2, 1, 3))
 
 
@@ -170,7 +193,9 @@ def test_forward_mode_is_refused_and_not_answered_by_zeros(rule: PointRule) -> N
         def loss(w: Tensor, x: Tensor, meta: Tensor) -> Tensor:
             return square(w, None, meta) + (0 if x is None else (w * x).sum())
 
-        return mo.minimize(loss, SGD(0.1), torch.zeros(2), x, steps=2, meta=meta, differentiate=rule).params
+        return mo.minimize(
+            loss, SGD(0.1), torch.zeros(2), x, steps=2, meta=meta, differentiate=rule
+        ).params
 
     one = torch.ones(2)
     message = "knows its derivative in reverse mode alone .* cannot be differentiated forward"
@@ -190,30 +215,45 @@ def test_forward_mode_is_refused_and_not_answered_by_zeros(rule: PointRule) -> N
 
 @each_rule
 def test_what_no_running_gradient_differentiates_may_require_grad(rule: PointRule) -> None:
-    """As under `torch.func.grad`, initial parameters that are computed from what plain autograd alone tracks are constants."""
+    """As under `torch.func.grad`, initial parameters that are computed from what plain autograd
+    alone tracks are constants.
+    """
     outside = torch.ones(2, requires_grad=True)
 
     def task_loss(meta: Tensor, _: Tensor) -> Tensor:
         start = 2 * outside
-        return mo.minimize(square, SGD(0.1), start, None, steps=2, meta=meta, differentiate=rule).params.sum()
+        return mo.minimize(
+            square, SGD(0.1), start, None, steps=2, meta=meta, differentiate=rule
+        ).params.sum()
 
-    found = [mo.meta_grad(task_loss, chunk_size=size)(torch.ones(2), torch.zeros(2))[0] for size in (1, 2)]
+    found = [
+        mo.meta_grad(task_loss, chunk_size=size)(torch.ones(2), torch.zeros(2))[0]
+        for size in (1, 2)
+    ]
     assert_close(*found, 1e-5)
     assert (found[0] > 0).all()
 
 
 @float64
 @pytest.mark.parametrize(
-    "rule", [*POINT_RULES, mo.Backprop("steps"), mo.ForwardMode(), mo.Backprop("steps", hvp="forward")], ids=repr
+    "rule",
+    [*POINT_RULES, mo.Backprop("steps"), mo.ForwardMode(), mo.Backprop("steps", hvp="forward")],
+    ids=repr,
 )
 def test_a_loss_that_reads_the_state_and_hands_on_results(rule: Any) -> None:
-    """State (optimizer's, running mean of w); the loss pulls w to that mean, and hands on the new one."""
+    """State (optimizer's, running mean of w); the loss pulls w to that mean, and hands on the new
+    one.
+    """
 
     def loss(inputs: Any, w: Tensor, state: Any, batch: Any) -> tuple[Tensor, Tensor]:
         _, mean = state
-        return (w - inputs["meta"] * mean).square().sum() / 2 + (w**4).sum() / 12, 0.5 * mean + 0.5 * w.sin()
+        return (w - inputs["meta"] * mean).square().sum() / 2 + (
+            w**4
+        ).sum() / 12, 0.5 * mean + 0.5 * w.sin()
 
-    def update(inputs: Any, grads: Tensor, state: Any, w: Tensor, loss: Tensor, aux: Tensor) -> tuple[Tensor, Any]:
+    def update(
+        inputs: Any, grads: Tensor, state: Any, w: Tensor, loss: Tensor, aux: Tensor
+    ) -> tuple[Tensor, Any]:
         steps, _ = state
         return w - 0.4 * grads, (steps + 1, aux)
 
@@ -223,7 +263,11 @@ def test_a_loss_that_reads_the_state_and_hands_on_results(rule: Any) -> None:
             w, mean = w - 0.4 * g, 0.5 * mean + 0.5 * w.sin()
         return w, mean
 
-    start, mean, meta = torch.tensor([0.3, -0.6]), torch.tensor([1.0, 0.5]), torch.tensor(0.8, requires_grad=True)
+    start, mean, meta = (
+        torch.tensor([0.3, -0.6]),
+        torch.tensor([1.0, 0.5]),
+        torch.tensor(0.8, requires_grad=True),
+    )
     inputs = {"optimizer": {}, "loss": {}, "meta": meta, "batch": None}
     loop = InnerLoop(loss, update, inputs, start, (torch.tensor(0), mean), (), 3)
     w, (steps, last), losses = rule(loop)
@@ -233,19 +277,31 @@ def test_a_loss_that_reads_the_state_and_hands_on_results(rule: Any) -> None:
     assert_close([w, last], [expected_w, expected_mean], 1e-12)
     if isinstance(rule, PointRule):
         v = torch.ones(2)
-        x = {"SAMA": 0.4 * v, "Implicit": v / (1 + w**2), "Penalty": v / (1 + w**2)}.get(type(rule).__name__, v)
-        assert_close(torch.autograd.grad(w.sum(), meta)[0], (x * last).sum(), 2e-2 if isinstance(rule, mo.Penalty) else 1e-5)
+        x = {"SAMA": 0.4 * v, "Implicit": v / (1 + w**2), "Penalty": v / (1 + w**2)}.get(
+            type(rule).__name__, v
+        )
+        assert_close(
+            torch.autograd.grad(w.sum(), meta)[0],
+            (x * last).sum(),
+            2e-2 if isinstance(rule, mo.Penalty) else 1e-5,
+        )
     else:
         found, expected = (
-            torch.autograd.grad(w.sum() + mean.sum(), meta)[0] for w, mean in ((w, last), (expected_w, expected_mean))
+            torch.autograd.grad(w.sum() + mean.sum(), meta)[0]
+            for w, mean in ((w, last), (expected_w, expected_mean))
         )
         assert_close(found, expected, 1e-12)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of torch's own compiler
+# of torch's own compiler
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 @pytest.mark.parametrize(
-    "rule", [rule for rule in POINT_RULES if not isinstance(rule, mo.Penalty)], ids=lambda rule: type(rule).__name__
+    "rule",
+    [rule for rule in POINT_RULES if not isinstance(rule, mo.Penalty)],
+    ids=lambda rule: type(rule).__name__,
 )
 def test_compiled_is_equal(rule: PointRule) -> None:
     def run(compile: bool) -> Tensor:
@@ -257,7 +313,16 @@ def test_compiled_is_equal(rule: PointRule) -> None:
             logits = x @ w
             return ((F.softplus(logits) - y * logits) * meta.sigmoid()).sum() + w.square().sum() / 2
 
-        out = mo.minimize(loss, SGD(0.1), torch.zeros(3), (x, y), steps=4, meta=meta, differentiate=rule, compile=compile)
+        out = mo.minimize(
+            loss,
+            SGD(0.1),
+            torch.zeros(3),
+            (x, y),
+            steps=4,
+            meta=meta,
+            differentiate=rule,
+            compile=compile,
+        )
         (out.params - 1).square().sum().backward()
         assert meta.grad is not None
         return meta.grad
@@ -270,16 +335,31 @@ def test_compiled_is_equal(rule: PointRule) -> None:
 @float64
 @each_rule
 def test_nothing_is_pulled_back_to_what_only_the_optimizer_reads(rule: PointRule) -> None:
-    """A level of `grad` that differentiates the optimizer's tensors alone, around one that differentiates `meta`."""
-    loop, end = recorded(square, SGD(torch.tensor(0.1)), torch.zeros(2), None, steps=3, meta=torch.ones(2))
+    """A level of `grad` that differentiates the optimizer's tensors alone, around one that
+    differentiates `meta`.
+    """
+    loop, end = recorded(
+        square, SGD(torch.tensor(0.1)), torch.zeros(2), None, steps=3, meta=torch.ones(2)
+    )
 
     def value(meta: Tensor, lr: Tensor) -> Tensor:
-        return attach(rule, replace(loop, inputs={**loop.inputs, "meta": meta, "optimizer": {"lr": lr}}), end).square().sum()
+        return (
+            attach(
+                rule,
+                replace(loop, inputs={**loop.inputs, "meta": meta, "optimizer": {"lr": lr}}),
+                end,
+            )
+            .square()
+            .sum()
+        )
 
     lr, meta = torch.tensor(0.1), torch.ones(2)
     of_lr = grad(lambda lr: grad(value)(meta, lr).sum())(lr)
     of_meta = grad(value)(meta, lr)
-    assert_close(of_lr, (of_meta / lr).sum() if isinstance(rule, mo.SAMA) else torch.tensor(0.0), 1e-6)  # SAMA's D is -lr
+    # SAMA's D is -lr
+    assert_close(
+        of_lr, (of_meta / lr).sum() if isinstance(rule, mo.SAMA) else torch.tensor(0.0), 1e-6
+    )
 
 
 # --- errors
@@ -288,13 +368,25 @@ def test_nothing_is_pulled_back_to_what_only_the_optimizer_reads(rule: PointRule
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: mo.FiniteDifference(0.0), "FiniteDifference: `radius` must be a positive number, got 0.0"),
+        (
+            lambda: mo.FiniteDifference(0.0),
+            "FiniteDifference: `radius` must be a positive number, got 0.0",
+        ),
         (lambda: mo.SAMA(radius=-1), "SAMA: `radius` must be a positive number, got -1"),
-        (lambda: mo.Penalty(weight=float("nan")), "Penalty: `weight` must be a positive number, got nan"),
+        (
+            lambda: mo.Penalty(weight=float("nan")),
+            "Penalty: `weight` must be a positive number, got nan",
+        ),
         (lambda: mo.Penalty(lr=True), "Penalty: `lr` must be a positive number, got True"),
         (lambda: mo.Penalty(steps=0), "Penalty: `steps` must be a positive integer, got 0"),
-        (lambda: mo.EvolutionStrategy(std=0), "EvolutionStrategy: `std` must be a positive number, got 0"),
-        (lambda: mo.EvolutionStrategy(pairs=1.5), "EvolutionStrategy: `pairs` must be a positive integer, got 1.5"),
+        (
+            lambda: mo.EvolutionStrategy(std=0),
+            "EvolutionStrategy: `std` must be a positive number, got 0",
+        ),
+        (
+            lambda: mo.EvolutionStrategy(pairs=1.5),
+            "EvolutionStrategy: `pairs` must be a positive integer, got 1.5",
+        ),
     ],
 )
 def test_bad_arguments(make: Callable[[], Any], message: str) -> None:
@@ -307,9 +399,11 @@ def test_a_point_rule_defines_its_pullback() -> None:
         pass
 
     with pytest.raises(TypeError, match="Empty must define `pull_back"):
-        grad(lambda m: mo.minimize(square, SGD(0.1), torch.zeros(2), None, steps=1, meta=m, differentiate=Empty()).params.sum())(
-            torch.ones(2)
-        )
+        grad(
+            lambda m: mo.minimize(
+                square, SGD(0.1), torch.zeros(2), None, steps=1, meta=m, differentiate=Empty()
+            ).params.sum()
+        )(torch.ones(2))
 
 
 def square(w: Tensor, _: Any, meta: Tensor) -> Tensor:
@@ -325,17 +419,24 @@ def test_half_precision_parameters_are_refused(rule: PointRule) -> None:
         return square(w["w"], None, meta)
 
     out = mo.minimize(loss, SGD(0.1), start, None, steps=1, meta=meta, differentiate=rule)
-    with pytest.raises(ValueError, match=r"need parameters in float32 or float64, got torch.bfloat16 at \['w'\]"):
+    with pytest.raises(
+        ValueError, match=r"need parameters in float32 or float64, got torch.bfloat16 at \['w'\]"
+    ):
         out.params["w"].sum().backward()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of torch's own compiler
+# of torch's own compiler
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 def test_penalty_is_not_compiled() -> None:
     meta = torch.ones(2, requires_grad=True)
     torch._dynamo.reset()
     rule = mo.Penalty()
-    out = mo.minimize(square, SGD(0.1), torch.zeros(2), None, steps=1, meta=meta, differentiate=rule, compile=True)
+    out = mo.minimize(
+        square, SGD(0.1), torch.zeros(2), None, steps=1, meta=meta, differentiate=rule, compile=True
+    )
     with pytest.raises(Exception, match="Penalty cannot be compiled"):
         out.params.sum().backward()
 
@@ -347,8 +448,19 @@ def test_forward_mode_names_an_operator_without_a_forward_derivative() -> None:
         return F.grid_sample(w * meta, grid, align_corners=False).square().sum()
 
     meta = torch.ones((), requires_grad=True)
-    out = mo.minimize(loss, SGD(0.1), torch.ones(1, 1, 3, 3), None, steps=2, meta=meta, differentiate=mo.ForwardMode())
-    with pytest.raises(ValueError, match=r"`ForwardMode` needs the forward derivative of every operator .* got `\w*grid_sampl"):
+    out = mo.minimize(
+        loss,
+        SGD(0.1),
+        torch.ones(1, 1, 3, 3),
+        None,
+        steps=2,
+        meta=meta,
+        differentiate=mo.ForwardMode(),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"`ForwardMode` needs the forward derivative of every operator .* got `\w*grid_sampl",
+    ):
         out.params.sum().backward()
 
 
@@ -357,8 +469,19 @@ def test_microbatches_do_not_split_levels_below() -> None:
         return (w * batch).mean(), w
 
     inputs = {"optimizer": {}, "loss": {}, "meta": None, "batch": None}
-    loop = InnerLoop(loss, lambda i, g, s, w, l, aux: (w - g, s), inputs, torch.ones(2), (), torch.ones(3, 4, 2), 3)
-    with pytest.raises(ValueError, match="`microbatches=2` needs a loss that is a mean over examples and nothing else"):
+    loop = InnerLoop(
+        loss,
+        lambda i, g, s, w, l, aux: (w - g, s),
+        inputs,
+        torch.ones(2),
+        (),
+        torch.ones(3, 4, 2),
+        3,
+    )
+    with pytest.raises(
+        ValueError,
+        match="`microbatches=2` needs a loss that is a mean over examples and nothing else",
+    ):
         mo.Backprop("steps", microbatches=2)(loop)
 
 
@@ -366,22 +489,32 @@ def test_microbatches_do_not_split_levels_below() -> None:
 def test_the_formulas_of_the_tests_are_dense() -> None:
     """`stated` itself, on 1/2 a w^2 - w m: H = a, so that -C(H^-1 v) = v / a."""
     problem = replace(
-        logistic(), loss=lambda w, _, m: (3 * w**2 / 2 - w * m).sum(), start=torch.zeros(2), meta=torch.ones(2), steps=50
+        logistic(),
+        loss=lambda w, _, m: (3 * w**2 / 2 - w * m).sum(),
+        start=torch.zeros(2),
+        meta=torch.ones(2),
+        steps=50,
     )
     problem = replace(problem, outer=lambda w: (w * torch.tensor([1.0, 2.0])).sum())
     assert_close(stated(problem, "inverse"), torch.tensor([1 / 3, 2 / 3]), 1e-12)
     assert_close(flat([stated(problem, "identity")]), torch.tensor([1.0, 2.0]), 1e-12)
 
 
-@pytest.mark.parametrize("rule", [mo.FiniteDifference(5.0), mo.FiniteDifference(), mo.SAMA(5.0)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [mo.FiniteDifference(5.0), mo.FiniteDifference(), mo.SAMA(5.0)], ids=str
+)
 def test_a_cotangent_of_zero_gives_zero(rule: Any) -> None:
-    """Also with a radius that, divided by the least number there is, is none; and with what comes of it once more."""
+    """Also with a radius that, divided by the least number there is, is none; and with what comes
+    of it once more.
+    """
     w, c = torch.ones(2, requires_grad=True), torch.zeros((), requires_grad=True)
 
     def loss(params: Any, _: Any, w: Tensor) -> Tensor:
         return ((params["a"] - w) ** 2).sum()
 
-    end = mo.minimize(loss, SGD(0.1), {"a": torch.zeros(2)}, None, steps=3, meta=w, differentiate=rule).params["a"]
+    end = mo.minimize(
+        loss, SGD(0.1), {"a": torch.zeros(2)}, None, steps=3, meta=w, differentiate=rule
+    ).params["a"]
     (first,) = torch.autograd.grad((end * c).sum(), w, create_graph=True)
     assert (first == 0).all()
     (second,) = torch.autograd.grad(first.sum(), c, create_graph=True)

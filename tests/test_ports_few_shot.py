@@ -1,4 +1,6 @@
-"""Few-shot programs of others, ported as examples: their meta-gradients against plain torch by hand, and finite differences."""
+"""Few-shot programs of others, ported as examples: their meta-gradients against plain torch by
+hand, and finite differences.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,12 @@ def load(name: str) -> Any:
     return module
 
 
-def check_slopes(value: Any, params: Any, tensors: dict[str, Tensor], found: dict[str, Tensor], tolerance: float) -> None:
-    """Compare gradients with central differences of `value(params)` along a random direction in each tensor."""
+def check_slopes(
+    value: Any, params: Any, tensors: dict[str, Tensor], found: dict[str, Tensor], tolerance: float
+) -> None:
+    """Compare gradients with central differences of `value(params)` along a random direction in
+    each tensor.
+    """
     for name, tensor in tensors.items():
         direction, ends = torch.randn_like(tensor), []
         for sign in (1, -1):
@@ -40,8 +46,12 @@ def check_slopes(value: Any, params: Any, tensors: dict[str, Tensor], found: dic
         assert_close((found[name] * direction).sum(), (ends[0] - ends[1]) / 2e-7, tolerance)
 
 
-def maml_plus_plus_by_hand(program: Any, model: nn.Module, params: Any, rates: Any, tasks: Any, first_order: bool) -> Any:
-    """Return (the mean over tasks, the running statistics of each), with one plain loop over tasks and one over steps."""
+def maml_plus_plus_by_hand(
+    program: Any, model: nn.Module, params: Any, rates: Any, tasks: Any, first_order: bool
+) -> Any:
+    """Return (the mean over tasks, the running statistics of each), with one plain loop over tasks
+    and one over steps.
+    """
     losses, statistics = [], []
     (support, query), weights = tasks
     for index in range(len(weights)):
@@ -49,14 +59,21 @@ def maml_plus_plus_by_hand(program: Any, model: nn.Module, params: Any, rates: A
 
         def logits(fast: Any, x: Tensor, t: int, rows: Any) -> Tensor:
             for layer in range(2):
-                x = F.conv2d(x, fast[f"convs.{layer}.weight"], fast[f"convs.{layer}.bias"], padding=1)
+                x = F.conv2d(
+                    x, fast[f"convs.{layer}.weight"], fast[f"convs.{layer}.bias"], padding=1
+                )
                 mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
                 if rows is not None:
-                    rows[f"norms.{layer}.mean"][t] = 0.9 * rows[f"norms.{layer}.mean"][t] + 0.1 * mean.detach()
+                    rows[f"norms.{layer}.mean"][t] = (
+                        0.9 * rows[f"norms.{layer}.mean"][t] + 0.1 * mean.detach()
+                    )
                     wide = x.detach().var((0, 2, 3), correction=1)
                     rows[f"norms.{layer}.var"][t] = 0.9 * rows[f"norms.{layer}.var"][t] + 0.1 * wide
                 x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
-                x = x * params[f"norms.{layer}.scale"][t][:, None, None] + params[f"norms.{layer}.shift"][t][:, None, None]
+                x = (
+                    x * params[f"norms.{layer}.scale"][t][:, None, None]
+                    + params[f"norms.{layer}.shift"][t][:, None, None]
+                )
                 x = F.max_pool2d(F.relu(x), 2)
             return F.linear(x.flatten(1), fast["head.weight"], fast["head.bias"])
 
@@ -64,11 +81,17 @@ def maml_plus_plus_by_hand(program: Any, model: nn.Module, params: Any, rates: A
         for t in range(program.ADAPT):
             loss = F.cross_entropy(logits(fast, support[0][index], t, rows), support[1][index])
             moving = [name for name in params if "norms" not in name]
-            grads = torch.autograd.grad(loss, [fast[name] for name in moving], create_graph=not first_order)
+            grads = torch.autograd.grad(
+                loss, [fast[name] for name in moving], create_graph=not first_order
+            )
             for name, grad in zip(moving, grads, strict=True):
-                place = next(i for i, layer in enumerate(program.LAYERS) if name.startswith(layer[:-1]))
+                place = next(
+                    i for i, layer in enumerate(program.LAYERS) if name.startswith(layer[:-1])
+                )
                 fast[name] = fast[name] - rates[place][t] * grad
-            total = total + weights[index][t] * F.cross_entropy(logits(fast, query[0][index], t, None), query[1][index])
+            total = total + weights[index][t] * F.cross_entropy(
+                logits(fast, query[0][index], t, None), query[1][index]
+            )
         losses.append(total)
         statistics.append(rows)
     return torch.stack(losses).mean(), statistics
@@ -80,16 +103,27 @@ def maml_plus_plus(program: Any, monkeypatch: Any) -> tuple[nn.Module, SGD, Any]
     for norm in model.norms:
         nn.init.normal_(norm.scale, 1, 0.1)
         nn.init.normal_(norm.shift, 0, 0.1)
-    inner = SGD(lr={layer: PerStep(nn.Parameter(torch.rand(program.ADAPT) * 0.2)) for layer in program.LAYERS})
+    inner = SGD(
+        lr={
+            layer: PerStep(nn.Parameter(torch.rand(program.ADAPT) * 0.2))
+            for layer in program.LAYERS
+        }
+    )
     images = torch.rand(2, 2, 10, 1, 8, 8)
     support, query = ((images[side], torch.randint(5, (2, 10))) for side in (0, 1))
     return model, inner, (Episode(support, query), torch.rand(2, program.ADAPT))
 
 
-@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Backprop(memory="steps"), mo.FirstOrder()], ids=["full", "steps", "first"])
+@pytest.mark.parametrize(
+    "rule",
+    [mo.Backprop(), mo.Backprop(memory="steps"), mo.FirstOrder()],
+    ids=["full", "steps", "first"],
+)
 @pytest.mark.parametrize("chunk_size", [1, 2])
 def test_maml_plus_plus_is_the_plain_loop(rule: Any, chunk_size: int, monkeypatch: Any) -> None:
-    """In all parameters, the norms' rows of each step and the rates of each layer in each step; the running statistics too."""
+    """In all parameters, the norms' rows of each step and the rates of each layer in each step; the
+    running statistics too.
+    """
     program = load("maml_plus_plus")
     model, inner, tasks = maml_plus_plus(program, monkeypatch)
     net = mo.functional(model)
@@ -97,11 +131,15 @@ def test_maml_plus_plus_is_the_plain_loop(rule: Any, chunk_size: int, monkeypatc
     meta_gradient = mo.meta_grad(partial(program.task_loss, net, inner, rule), **options)
     (grads, of_rates), losses, (_, buffers) = meta_gradient(net.params, tasks)
     rates = [schedule.values for schedule in inner.lr.values.values()]
-    value, statistics = maml_plus_plus_by_hand(program, model, net.params, rates, tasks, isinstance(rule, mo.FirstOrder))
+    value, statistics = maml_plus_plus_by_hand(
+        program, model, net.params, rates, tasks, isinstance(rule, mo.FirstOrder)
+    )
     expected = torch.autograd.grad(value, [*net.params.values(), *rates])
     assert_close(losses.mean(), value, 1e-10)
     for (name, found), own in zip({**grads, **of_rates}.items(), expected, strict=True):
-        assert own.abs().max() > 1e-6 or name in {"convs.0.bias", "convs.1.bias"}, "what a norm takes away"
+        assert own.abs().max() > 1e-6 or name in {"convs.0.bias", "convs.1.bias"}, (
+            "what a norm takes away"
+        )
         assert_close(found, own, 1e-10)
     for name, buffer in buffers.items():
         assert_close(buffer, torch.stack([rows[name] for rows in statistics]), 1e-10)
@@ -112,10 +150,21 @@ def test_maml_plus_plus_against_finite_differences(monkeypatch: Any) -> None:
     program = load("maml_plus_plus")
     model, inner, tasks = maml_plus_plus(program, monkeypatch)
     net = mo.functional(model)
-    meta_gradient = mo.meta_grad(partial(program.task_loss, net, inner, mo.Backprop()), learn=inner, has_aux=True, chunk_size=2)
+    meta_gradient = mo.meta_grad(
+        partial(program.task_loss, net, inner, mo.Backprop()),
+        learn=inner,
+        has_aux=True,
+        chunk_size=2,
+    )
     (grads, of_rates), *_ = meta_gradient(net.params, tasks)
     tensors = {**net.params, **dict(inner.named_parameters())}
-    check_slopes(lambda params: meta_gradient(params, tasks)[1].mean(), net.params, tensors, {**grads, **of_rates}, 1e-6)
+    check_slopes(
+        lambda params: meta_gradient(params, tasks)[1].mean(),
+        net.params,
+        tensors,
+        {**grads, **of_rates},
+        1e-6,
+    )
 
 
 def tanh_loss(params: Any, batch: Any) -> Tensor:
@@ -125,7 +174,11 @@ def tanh_loss(params: Any, batch: Any) -> Tensor:
 
 def few_shots() -> tuple[dict[str, Tensor], Any]:
     """Return parameters, and 3 tasks with 6 examples to adapt on and as many to be judged on."""
-    params = {"one": 0.5 * torch.randn(4, 5), "bias": torch.randn(4), "two": 0.5 * torch.randn(3, 4)}
+    params = {
+        "one": 0.5 * torch.randn(4, 5),
+        "bias": torch.randn(4),
+        "two": 0.5 * torch.randn(3, 4),
+    }
     return params, tuple((torch.randn(3, 6, 5), torch.randint(3, (3, 6))) for _ in range(2))
 
 
@@ -136,19 +189,28 @@ def by_hand(params: Any, tasks: Any, move: Any, leaves: list[Tensor]) -> tuple[T
         support, query = mo.tree.index(tasks, index)
         fast = dict(params)
         for _ in range(3):
-            grads = torch.autograd.grad(tanh_loss(fast, support), list(fast.values()), create_graph=True)
-            fast = {name: p + move(name, g) for (name, p), g in zip(fast.items(), grads, strict=True)}
+            grads = torch.autograd.grad(
+                tanh_loss(fast, support), list(fast.values()), create_graph=True
+            )
+            fast = {
+                name: p + move(name, g) for (name, p), g in zip(fast.items(), grads, strict=True)
+            }
         losses.append(tanh_loss(fast, query))
     return torch.autograd.grad(torch.stack(losses).mean(), leaves)
 
 
 def check_meta_gradient(inner: mo.Optimizer, move: Any, rule: Any, chunk_size: int) -> None:
-    """Compare the meta-gradient in the parameters and in the optimizer with that by hand, and with finite differences."""
+    """Compare the meta-gradient in the parameters and in the optimizer with that by hand, and with
+    finite differences.
+    """
     params, tasks = few_shots()
     params = {name: p.requires_grad_() for name, p in params.items()}
 
     def task_loss(params: Any, task: Any) -> Tensor:
-        return tanh_loss(mo.minimize(tanh_loss, inner, params, task[0], steps=3, differentiate=rule).params, task[1])
+        return tanh_loss(
+            mo.minimize(tanh_loss, inner, params, task[0], steps=3, differentiate=rule).params,
+            task[1],
+        )
 
     meta_gradient = mo.meta_grad(task_loss, learn=inner, chunk_size=chunk_size)
     (grads, of_inner), _ = meta_gradient(params, tasks)
@@ -157,10 +219,18 @@ def check_meta_gradient(inner: mo.Optimizer, move: Any, rule: Any, chunk_size: i
     for found, own in zip([*grads.values(), *of_inner.values()], expected, strict=True):
         assert own.abs().max() > 1e-6
         assert_close(found, own, 1e-10)
-    check_slopes(lambda params: meta_gradient(params, tasks)[1].mean(), params, {**params, **learned}, {**grads, **of_inner}, 1e-6)
+    check_slopes(
+        lambda params: meta_gradient(params, tasks)[1].mean(),
+        params,
+        {**params, **learned},
+        {**grads, **of_inner},
+        1e-6,
+    )
 
 
-@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Backprop(memory="steps")], ids=["full", "steps"])
+@pytest.mark.parametrize(
+    "rule", [mo.Backprop(), mo.Backprop(memory="steps")], ids=["full", "steps"]
+)
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_meta_sgd_is_a_loop_by_hand(rule: Any, chunk_size: int) -> None:
     inner = SGD(lr=PerParameter(few_shots()[0], 0.1))
@@ -169,12 +239,16 @@ def test_meta_sgd_is_a_loop_by_hand(rule: Any, chunk_size: int) -> None:
     check_meta_gradient(inner, lambda name, g: -inner.lr.params[name] * g, rule, chunk_size)
 
 
-@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Backprop(memory="steps")], ids=["full", "steps"])
+@pytest.mark.parametrize(
+    "rule", [mo.Backprop(), mo.Backprop(memory="steps")], ids=["full", "steps"]
+)
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_meta_curvature_is_a_loop_by_hand(rule: Any, chunk_size: int) -> None:
     """The example's own optimizer; by hand as one Kronecker product for each matrix."""
     program, params = load("meta_curvature"), few_shots()[0]
-    inner = program.MetaCurvature(nn.Parameter(torch.tensor(0.3)), [tuple(p.shape) for p in params.values()])
+    inner = program.MetaCurvature(
+        nn.Parameter(torch.tensor(0.3)), [tuple(p.shape) for p in params.values()]
+    )
     assert all(torch.equal(m, torch.eye(len(m))) for m in [*inner.outputs, *inner.inputs])
     for matrix in [*inner.outputs, *inner.inputs]:
         nn.init.normal_(matrix, std=0.5)

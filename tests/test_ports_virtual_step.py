@@ -1,4 +1,6 @@
-"""The published program of meta-weight-net, ported as an example, against the same written in plain torch."""
+"""The published program of meta-weight-net, ported as an example, against the same written in plain
+torch.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def load() -> Any:
 
 
 class Published:
-    """The iteration of the published program: a virtual step of plain SGD, the weight net's Adam, the real SGD."""
+    """The iteration of the published program: a virtual step of plain SGD, the weight net's Adam,
+    the real SGD.
+    """
 
     def __init__(self, classifier: nn.Module, weight_net: nn.Module, lr: float):
         self.classifier, self.weight_net, self.lr = classifier, weight_net, lr
@@ -37,11 +41,15 @@ class Published:
         (x, y), params = batch, dict(self.classifier.named_parameters())
 
         def weighted(params: Any) -> Tensor:
-            losses = F.cross_entropy(functional_call(self.classifier, params, (x,)), y, reduction="none")
+            losses = F.cross_entropy(
+                functional_call(self.classifier, params, (x,)), y, reduction="none"
+            )
             return (self.weight_net(losses.detach()[:, None])[:, 0] * losses).sum() / len(losses)
 
         grads = torch.autograd.grad(weighted(params), list(params.values()), create_graph=True)
-        virtual = {name: p - self.lr * g for (name, p), g in zip(params.items(), grads, strict=True)}
+        virtual = {
+            name: p - self.lr * g for (name, p), g in zip(params.items(), grads, strict=True)
+        }
         self.outer.zero_grad()
         F.cross_entropy(functional_call(self.classifier, virtual, (clean[0],)), clean[1]).backward()
         self.outer.step()
@@ -65,4 +73,7 @@ def test_it_is_the_published_iteration() -> None:
         for own, other in ((classifier, published.classifier), (weight_net, published.weight_net)):
             for one, expected in zip(own.parameters(), other.parameters(), strict=True):
                 assert_close(one, expected, 1e-12)
-    assert all((a - b).abs().max() > 1e-4 for a, b in zip(start.parameters(), weight_net.parameters(), strict=True))
+    assert all(
+        (a - b).abs().max() > 1e-4
+        for a, b in zip(start.parameters(), weight_net.parameters(), strict=True)
+    )

@@ -29,14 +29,21 @@ def kind(rule: Any) -> str:
 class Net(nn.Module):
     def __init__(self, dropout: float) -> None:
         super().__init__()
-        self.first, self.norm, self.drop, self.last = nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(dropout), nn.Linear(64, 10)
+        self.first, self.norm, self.drop, self.last = (
+            nn.Linear(64, 64),
+            nn.BatchNorm1d(64),
+            nn.Dropout(dropout),
+            nn.Linear(64, 10),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.drop(self.norm(self.first(x)).relu()))
 
 
 def digits_problem(dropout: float) -> tuple[Net, InnerLoop, End, Callable[[Any], Tensor], Tensor]:
-    """Return a network trained for a while, weights of its examples as meta, and the loss of other digits."""
+    """Return a network trained for a while, weights of its examples as meta, and the loss of other
+    digits.
+    """
     torch.manual_seed(0)
     model = Net(dropout)
     net = mo.functional(model)
@@ -57,11 +64,21 @@ def digits_problem(dropout: float) -> tuple[Net, InnerLoop, End, Callable[[Any],
     start = {k: p.detach().clone() for k, p in clean.params.items()}
     batch = (images[:128], labels[:128])
     loop, _ = recorded(loss, SGD(0.1), start, batch, steps=1, meta=meta)
-    trained = mo.minimize(lambda w, b: F.cross_entropy(clean(w, b[0]), b[1]), SGD(0.1), start, batch, steps=10)
-    return model, loop, End(mo.tree.map(Tensor.detach, trained.params), trained.opt_state, ()), outer, meta
+    trained = mo.minimize(
+        lambda w, b: F.cross_entropy(clean(w, b[0]), b[1]), SGD(0.1), start, batch, steps=10
+    )
+    return (
+        model,
+        loop,
+        End(mo.tree.map(Tensor.detach, trained.params), trained.opt_state, ()),
+        outer,
+        meta,
+    )
 
 
-def hypergradient(rule: PointRule, loop: InnerLoop, end: End, outer: Callable[[Any], Tensor], meta: Tensor) -> Tensor:
+def hypergradient(
+    rule: PointRule, loop: InnerLoop, end: End, outer: Callable[[Any], Tensor], meta: Tensor
+) -> Tensor:
     meta = meta.clone().requires_grad_()
     params = attach(rule, replace(loop, inputs={**loop.inputs, "meta": meta}), end)
     outer(params).backward()
@@ -70,14 +87,20 @@ def hypergradient(rule: PointRule, loop: InnerLoop, end: End, outer: Callable[[A
 
 
 @pytest.mark.parametrize(
-    "rule", [mo.FiniteDifference(), mo.SAMA(), mo.Penalty(100.0, 10, 0.3)], ids=lambda rule: type(rule).__name__
+    "rule",
+    [mo.FiniteDifference(), mo.SAMA(), mo.Penalty(100.0, 10, 0.3)],
+    ids=lambda rule: type(rule).__name__,
 )
 def test_both_sides_see_one_dropout_mask(rule: PointRule) -> None:
-    """Cosine to the same rule without dropout above .95, nothing left behind; two masks would give noise."""
+    """Cosine to the same rule without dropout above .95, nothing left behind; two masks would give
+    noise.
+    """
     _, *clean, meta = digits_problem(0.0)
     expected = hypergradient(rule, *clean, meta)
     model, loop, end, outer, meta = digits_problem(0.1)
-    weights, buffers = ([t.clone() for t in tensors()] for tensors in (model.parameters, model.buffers))
+    weights, buffers = (
+        [t.clone() for t in tensors()] for tensors in (model.parameters, model.buffers)
+    )
     values = [p.clone() for p in end.params.values()]
     random = torch.get_rng_state()
     found = hypergradient(rule, loop, end, outer, meta)
@@ -90,23 +113,37 @@ def test_both_sides_see_one_dropout_mask(rule: PointRule) -> None:
     if isinstance(rule, mo.FiniteDifference):  # the same with a mask for each side
         v = grad(outer)(end.params)
         length = mo.tree.norm(v)
-        sides = [mo.tree.map(lambda w, v, s=s: w + s * 0.01 / length * v, end.params, v) for s in (1, -1)]
+        sides = [
+            mo.tree.map(lambda w, v, s=s: w + s * 0.01 / length * v, end.params, v) for s in (1, -1)
+        ]
         batch = loop.inputs["batch"]
-        one, two = (grad(lambda m, w=w: loop.loss({**loop.inputs, "meta": m}, w, (), batch)[0])(meta) for w in sides)
+        one, two = (
+            grad(lambda m, w=w: loop.loss({**loop.inputs, "meta": m}, w, (), batch)[0])(meta)
+            for w in sides
+        )
         assert F.cosine_similarity(two - one, expected, dim=0) < 0.5
 
 
 @float64
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize(
-    ("rule", "exact"), [(mo.FiniteDifference(1e-4), mo.T1T2()), (mo.Penalty(1e6, 200, 0.3), mo.Implicit(mo.Direct()))], ids=kind
+    ("rule", "exact"),
+    [(mo.FiniteDifference(1e-4), mo.T1T2()), (mo.Penalty(1e6, 200, 0.3), mo.Implicit(mo.Direct()))],
+    ids=kind,
 )
-def test_with_dropout_the_difference_is_the_exact_product(rule: PointRule, exact: PointRule, batched: bool) -> None:
-    """Of the very same mask, one per row of a `vmap`; and a second backward pass sees it again. Radius and weight leave 1e-6."""
+def test_with_dropout_the_difference_is_the_exact_product(
+    rule: PointRule, exact: PointRule, batched: bool
+) -> None:
+    """Of the very same mask, one per row of a `vmap`; and a second backward pass sees it again.
+    Radius and weight leave 1e-6.
+    """
 
     def value(meta: Tensor, rule: PointRule) -> Tensor:
         def loss(w: Tensor, x: Tensor, meta: Tensor) -> Tensor:
-            return F.dropout(torch.tanh(x * w * meta), 0.4).square().mean() + (w - meta).square().sum() / 2
+            return (
+                F.dropout(torch.tanh(x * w * meta), 0.4).square().mean()
+                + (w - meta).square().sum() / 2
+            )
 
         x = torch.linspace(-2, 2, 60).reshape(20, 3)
         out = mo.minimize(loss, SGD(0.1), torch.zeros(3), x, steps=3, meta=meta, differentiate=rule)
@@ -133,5 +170,7 @@ def test_with_dropout_the_difference_is_the_exact_product(rule: PointRule, exact
 def test_in_float32_the_difference_is_near_the_exact_product() -> None:
     """With DARTS' radius: truncation and rounding together are 1 % at most."""
     _, *problem, meta = digits_problem(0.0)
-    exact, found = (hypergradient(rule, *problem, meta) for rule in (mo.T1T2(), mo.FiniteDifference()))
+    exact, found = (
+        hypergradient(rule, *problem, meta) for rule in (mo.T1T2(), mo.FiniteDifference())
+    )
     assert (found - exact).norm() < 0.01 * exact.norm()

@@ -1,4 +1,6 @@
-"""A step that is made again is the step that was taken: within one process, and when a killed program is started again."""
+"""A step that is made again is the step that was taken: within one process, and when a killed
+program is started again.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def with_numpy(w: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rule", REBUILDING.values(), ids=REBUILDING)
-@pytest.mark.parametrize("make", [Counting, lambda: with_random, lambda: with_numpy], ids=["counter", "random", "numpy"])
+@pytest.mark.parametrize(
+    "make", [Counting, lambda: with_random, lambda: with_numpy], ids=["counter", "random", "numpy"]
+)
 def test_numbers_that_cannot_be_wound_back_are_found(rule: Any, make: Callable[[], Any]) -> None:
     """The rebuilt step drew others: a wrong gradient, silently."""
     w, lr = torch.ones(2, requires_grad=True), torch.tensor(0.1, requires_grad=True)
@@ -97,7 +101,11 @@ def test_a_large_rate_of_dropout_is_the_same_step() -> None:
         torch.manual_seed(0)
         x = torch.randn(6, 16, 8)
         out = mo.minimize(
-            lambda p, x: (pure(p, x) - 1).square().mean(), Adam(0.01), pure.params, x, differentiate=mo.Backprop(memory=memory)
+            lambda p, x: (pure(p, x) - 1).square().mean(),
+            Adam(0.01),
+            pure.params,
+            x,
+            differentiate=mo.Backprop(memory=memory),
         )
         grads.append(torch.autograd.grad(out.losses.sum(), pure.params["0.weight"])[0])
     assert_close(grads[1], grads[0], 1e-5)
@@ -109,9 +117,16 @@ class Killed(BaseException):
 
 
 def run(
-    directory: Path, optimizer: Any, end_at: int, *, stop: Callable[[int], Any] = lambda call: None, power: float = 2.0
+    directory: Path,
+    optimizer: Any,
+    end_at: int,
+    *,
+    stop: Callable[[int], Any] = lambda call: None,
+    power: float = 2.0,
 ) -> Tensor:
-    """Return the gradient of a loop of ten steps on disk; the loss is called once a step, forward and backward."""
+    """Return the gradient of a loop of ten steps on disk; the loss is called once a step, forward
+    and backward.
+    """
     w, calls = torch.tensor([1.0, 2.0], requires_grad=True), 0
 
     def loss(w: Tensor, x: Tensor) -> Tensor:
@@ -144,13 +159,18 @@ OTHERS: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("end_at", [9, 15])  # on the way forward, and on the way back
 @pytest.mark.parametrize("kind", OTHERS)
-def test_a_loop_on_disk_is_not_resumed_with_other_settings(kind: str, end_at: int, tmp_path: Path) -> None:
-    """Numbers that act from the second step on were not in the loop's identity: a wrong gradient, silently."""
+def test_a_loop_on_disk_is_not_resumed_with_other_settings(
+    kind: str, end_at: int, tmp_path: Path
+) -> None:
+    """Numbers that act from the second step on were not in the loop's identity: a wrong gradient,
+    silently.
+    """
     before, after = OTHERS[kind]
     with pytest.raises(Killed):
         run(tmp_path, before, end_at)
     with pytest.raises(
-        ValueError, match=r"Revolve: `directory` must be empty or hold the snapshots of this very loop, got .*settings"
+        ValueError,
+        match=r"Revolve: `directory` must be empty or hold the snapshots of this very loop, got .*settings",
     ):
         run(tmp_path, after, 10**6)
     (tmp_path / "whole").mkdir()
@@ -160,7 +180,9 @@ def test_a_loop_on_disk_is_not_resumed_with_other_settings(kind: str, end_at: in
 
 
 class Secret(mo.Optimizer):
-    """Its constant is neither an argument of the constructor nor a tensor, and acts from the second step on."""
+    """Its constant is neither an argument of the constructor nor a tensor, and acts from the second
+    step on.
+    """
 
     momentum = 0.9
 
@@ -180,11 +202,14 @@ Other.__name__ = Other.__qualname__ = "Secret"
 
 
 @pytest.mark.parametrize("end_at", [9, 15])
-def test_what_settings_do_not_show_is_seen_by_the_step_made_again(end_at: int, tmp_path: Path) -> None:
+def test_what_settings_do_not_show_is_seen_by_the_step_made_again(
+    end_at: int, tmp_path: Path
+) -> None:
     with pytest.raises(Killed):
         run(tmp_path, Secret(), end_at)
     with pytest.raises(
-        ValueError, match=r"step [1-9], made again, does not give what it gave. Is the loss or the optimizer another"
+        ValueError,
+        match=r"step [1-9], made again, does not give what it gave. Is the loss or the optimizer another",
     ):
         run(tmp_path, Other(), 10**6)
     run(tmp_path, Secret(), 10**6)
@@ -202,7 +227,11 @@ def test_observations_and_buffers_go_on_too(tmp_path: Path) -> None:
             calls += 1
             if calls == end_at:
                 raise Killed
-            return (w - x - buffers).square().sum(), 0.9 * buffers + 0.1 * w, {"w": w * x, "n": calls * 0}
+            return (
+                (w - x - buffers).square().sum(),
+                0.9 * buffers + 0.1 * w,
+                {"w": w * x, "n": calls * 0},
+            )
 
         out = mo.minimize(
             loss,
@@ -213,7 +242,9 @@ def test_observations_and_buffers_go_on_too(tmp_path: Path) -> None:
             observe=lambda w, x, buffers: (w * buffers).sum(),
             differentiate=mo.Backprop(memory=mo.Revolve(3, store="disk", directory=directory)),
         )
-        value = out.observed.square().sum() + out.aux["w"].sum() + out.buffers.sum() + out.params.sum()
+        value = (
+            out.observed.square().sum() + out.aux["w"].sum() + out.buffers.sum() + out.params.sum()
+        )
         return [value.detach(), out.aux["n"], *torch.autograd.grad(value, w)]
 
     (tmp_path / "whole").mkdir()

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "lstm": lambda: nn.LSTM(3, 4),
-    "lstm-all": lambda: nn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True, proj_size=2),
+    "lstm-all": lambda: nn.LSTM(
+        3, 4, num_layers=2, bidirectional=True, batch_first=True, proj_size=2
+    ),
     "lstm-projected-unbiased": lambda: nn.LSTM(3, 4, bias=False, proj_size=2),
     "gru": lambda: nn.GRU(3, 4),
     "gru-all": lambda: nn.GRU(3, 4, num_layers=3, bidirectional=True, batch_first=True, bias=False),
@@ -43,13 +45,22 @@ def initial(layer: Any, batch: int) -> Any:
     """Return initial states that are not zero."""
     runs = layer.num_layers * (1 + layer.bidirectional)
     hidden = torch.randn(runs, batch, layer.proj_size or layer.hidden_size)
-    return (hidden, torch.randn(runs, batch, layer.hidden_size)) if isinstance(layer, nn.LSTM) else hidden
+    return (
+        (hidden, torch.randn(runs, batch, layer.hidden_size))
+        if isinstance(layer, nn.LSTM)
+        else hidden
+    )
 
 
 def total(tensors: Any) -> Tensor:
     """Return a number in which every entry has a weight and curvature of its own."""
-    leaves = [leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in tree.leaves(tensors)]
-    return sum(((leaf + leaf**2) * torch.linspace(0.5, 1.5, leaf.numel()).reshape(leaf.shape)).sum() for leaf in leaves)
+    leaves = [
+        leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in tree.leaves(tensors)
+    ]
+    return sum(
+        ((leaf + leaf**2) * torch.linspace(0.5, 1.5, leaf.numel()).reshape(leaf.shape)).sum()
+        for leaf in leaves
+    )
 
 
 def inputs(layer: Any, kind: str) -> tuple[Any, Any]:
@@ -65,7 +76,9 @@ def inputs(layer: Any, kind: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize("kind", ["batch", "packed", "unbatched"])
 @each_layer
 def test_values_and_two_derivatives_are_torchs(name: str, kind: str) -> None:
-    """On CPU, in float64, torch's own kernels are made of differentiable pieces: a witness for the first two derivatives."""
+    """On CPU, in float64, torch's own kernels are made of differentiable pieces: a witness for the
+    first two derivatives.
+    """
     layer = LAYERS[name]()
     x, states = inputs(layer, kind)
     params = list(layer.parameters())
@@ -81,7 +94,8 @@ def test_values_and_two_derivatives_are_torchs(name: str, kind: str) -> None:
     with any_order():
         found = derivatives()
     for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True):
-        assert_close(getattr(a, "data", a), getattr(b, "data", b), 1e-11)  # some 1e3 additions of rounding 1e-16, times 1e2
+        # some 1e3 additions of rounding 1e-16, times 1e2
+        assert_close(getattr(a, "data", a), getattr(b, "data", b), 1e-11)
 
 
 def lstm_by_hand(p: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -89,7 +103,9 @@ def lstm_by_hand(p: dict[str, Tensor], x: Tensor) -> Tensor:
     h = c = torch.zeros(x.shape[1], 4)
     outputs = []
     for row in x:
-        gates = row @ p["weight_ih_l0"].T + p["bias_ih_l0"] + h @ p["weight_hh_l0"].T + p["bias_hh_l0"]
+        gates = (
+            row @ p["weight_ih_l0"].T + p["bias_ih_l0"] + h @ p["weight_hh_l0"].T + p["bias_hh_l0"]
+        )
         i, f, g, o = (gates[:, 4 * k : 4 * k + 4] for k in range(4))
         c = 1 / (1 + torch.exp(-f)) * c + 1 / (1 + torch.exp(-i)) * torch.tanh(g)
         h = 1 / (1 + torch.exp(-o)) * torch.tanh(c)
@@ -100,7 +116,10 @@ def lstm_by_hand(p: dict[str, Tensor], x: Tensor) -> Tensor:
 def gru_by_hand(p: dict[str, Tensor], x: Tensor) -> Tensor:
     h, outputs = torch.zeros(x.shape[1], 4), []
     for row in x:
-        a, b = row @ p["weight_ih_l0"].T + p["bias_ih_l0"], h @ p["weight_hh_l0"].T + p["bias_hh_l0"]
+        a, b = (
+            row @ p["weight_ih_l0"].T + p["bias_ih_l0"],
+            h @ p["weight_hh_l0"].T + p["bias_hh_l0"],
+        )
         r, z = 1 / (1 + torch.exp(-(a + b)[:, :4])), 1 / (1 + torch.exp(-(a + b)[:, 4:8]))
         h = (1 - z) * torch.tanh(a[:, 8:] + r * b[:, 8:]) + z * h
         outputs.append(h)
@@ -108,7 +127,9 @@ def gru_by_hand(p: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "by_hand"), [("lstm", lstm_by_hand), ("gru", gru_by_hand)])
-def test_three_derivatives_are_those_of_the_equations(name: str, by_hand: Callable[..., Tensor]) -> None:
+def test_three_derivatives_are_those_of_the_equations(
+    name: str, by_hand: Callable[..., Tensor]
+) -> None:
     layer, x = LAYERS[name](), torch.randn(3, 2, 3)
     params = {key: p.detach() for key, p in layer.named_parameters()}
     direction = {key: torch.randn_like(p) for key, p in params.items()}
@@ -165,7 +186,11 @@ class Tagger(nn.Module):
         return self.after(self.layer(self.before(x))[0])
 
 
-@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Backprop("steps"), mo.FirstOrder()], ids=["full", "steps", "first-order"])
+@pytest.mark.parametrize(
+    "rule",
+    [mo.Backprop(), mo.Backprop("steps"), mo.FirstOrder()],
+    ids=["full", "steps", "first-order"],
+)
 @each_layer
 def test_meta_gradients_under_vmap_equal_a_hand_written_loop(name: str, rule: Any) -> None:
     model = Tagger(LAYERS[name]())
@@ -176,7 +201,10 @@ def test_meta_gradients_under_vmap_equal_a_hand_written_loop(name: str, rule: An
         return (net(p, x) - x.sum(-1, keepdim=True)).square().mean()
 
     def task_loss(p: dict[str, Tensor], task: Tensor) -> Tensor:
-        return loss_fn(mo.minimize(loss_fn, SGD(lr=0.3), p, task[0], steps=2, differentiate=rule).params, task[1])
+        return loss_fn(
+            mo.minimize(loss_fn, SGD(lr=0.3), p, task[0], steps=2, differentiate=rule).params,
+            task[1],
+        )
 
     grads, losses = mo.meta_grad(task_loss)(net.params, tasks)
 
@@ -186,11 +214,20 @@ def test_meta_gradients_under_vmap_equal_a_hand_written_loop(name: str, rule: An
     for task in tasks:
         at = params
         for _ in range(2):
-            inner = (functional_call(twin, at, (task[0],)) - task[0].sum(-1, keepdim=True)).square().mean()
+            inner = (
+                (functional_call(twin, at, (task[0],)) - task[0].sum(-1, keepdim=True))
+                .square()
+                .mean()
+            )
             steps = torch.autograd.grad(inner, list(at.values()), create_graph=True)
             first_order = isinstance(rule, mo.FirstOrder)
-            at = {k: w - 0.3 * (g.detach() if first_order else g) for (k, w), g in zip(at.items(), steps, strict=True)}
-        expected_losses.append((functional_call(twin, at, (task[1],)) - task[1].sum(-1, keepdim=True)).square().mean())
+            at = {
+                k: w - 0.3 * (g.detach() if first_order else g)
+                for (k, w), g in zip(at.items(), steps, strict=True)
+            }
+        expected_losses.append(
+            (functional_call(twin, at, (task[1],)) - task[1].sum(-1, keepdim=True)).square().mean()
+        )
     expected = torch.autograd.grad(torch.stack(expected_losses).mean(), list(params.values()))
     assert_close(losses, torch.stack(expected_losses).detach(), 1e-12)
     assert_close(list(grads.values()), list(expected), 1e-12)

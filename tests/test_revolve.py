@@ -20,7 +20,9 @@ from optimizers import SGD, Adam
 
 @functools.cache
 def fewest(steps: int, snapshots: int) -> int:
-    """The definition: advance m steps, reverse the rest with one snapshot less, then the first m with all."""
+    """The definition: advance m steps, reverse the rest with one snapshot less, then the first m
+    with all.
+    """
     if steps == 1:
         return 0
     if snapshots == 1:
@@ -41,22 +43,29 @@ def ours(steps: int, snapshots: int) -> int:
 def test_the_schedule_is_optimal() -> None:
     for steps in range(1, 80):
         for snapshots in range(1, 12):
-            assert fewest(steps, snapshots) == ours(steps, snapshots) == advances(steps, snapshots), (steps, snapshots)
+            assert (
+                fewest(steps, snapshots) == ours(steps, snapshots) == advances(steps, snapshots)
+            ), (steps, snapshots)
             assert len(kept(steps, snapshots)) <= snapshots
-    assert (advances(1000, 28), advances(1000, 11)) == (2535, 3545)  # 2.5 and 3.5 runs: arXiv:2503.13751 needs 2.8 and 5.4
+    # 2.5 and 3.5 runs: arXiv:2503.13751 needs 2.8 and 5.4
+    assert (advances(1000, 28), advances(1000, 11)) == (2535, 3545)
 
 
 def problem(steps: int) -> tuple[mo.Functional, Any, tuple[Tensor, Tensor]]:
     net = mo.functional(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
 
     def loss(params, batch, meta):
-        return (net(params, batch[0]) - batch[1]).square().mean() + meta.exp() * sum(p.square().sum() for p in params.values())
+        return (net(params, batch[0]) - batch[1]).square().mean() + meta.exp() * sum(
+            p.square().sum() for p in params.values()
+        )
 
     return net, loss, (torch.randn(steps, 5, 3), torch.randn(steps, 5, 2))
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("memory", [mo.Revolve(1), mo.Revolve(3), mo.Revolve(3, store="cpu"), mo.Revolve(100)], ids=str)
+@pytest.mark.parametrize(
+    "memory", [mo.Revolve(1), mo.Revolve(3), mo.Revolve(3, store="cpu"), mo.Revolve(100)], ids=str
+)
 @pytest.mark.parametrize("rule", [mo.Backprop, mo.FirstOrder])
 @pytest.mark.parametrize("steps", [1, 2, 13])
 def test_equals_the_full_graph(rule: Any, memory: mo.Revolve, steps: int) -> None:
@@ -66,7 +75,9 @@ def test_equals_the_full_graph(rule: Any, memory: mo.Revolve, steps: int) -> Non
 
     def value(mode: Any, meta: Tensor = meta) -> Tensor:
         optimizer = Adam(lr, (0.8, 0.95), eps=1e-2)
-        out = mo.minimize(loss, optimizer, net.params, (x, y), meta=meta, differentiate=rule(memory=mode))
+        out = mo.minimize(
+            loss, optimizer, net.params, (x, y), meta=meta, differentiate=rule(memory=mode)
+        )
         return out.losses.sum() + sum(p.sin().sum() for p in out.params.values())
 
     def derivatives(mode: Any) -> list[Tensor]:
@@ -76,13 +87,21 @@ def test_equals_the_full_graph(rule: Any, memory: mo.Revolve, steps: int) -> Non
     for ours, theirs in zip(derivatives(memory), derivatives("full"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     points = torch.tensor([-3.0, -1.0])
-    for transform, at in ((grad, points[0]), (lambda f: grad(grad(f)), points[0]), (lambda f: vmap(grad(f)), points)):
-        ours, theirs = (transform(lambda meta, mode=mode: value(mode, meta))(at) for mode in (memory, "full"))
+    for transform, at in (
+        (grad, points[0]),
+        (lambda f: grad(grad(f)), points[0]),
+        (lambda f: vmap(grad(f)), points),
+    ):
+        ours, theirs = (
+            transform(lambda meta, mode=mode: value(mode, meta))(at) for mode in (memory, "full")
+        )
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("steps", "snapshots"), [(1, 1), (2, 1), (7, 2), (30, 3), (40, 5), (6, 50)])
+@pytest.mark.parametrize(
+    ("steps", "snapshots"), [(1, 1), (2, 1), (7, 2), (30, 3), (40, 5), (6, 50)]
+)
 def test_runs_as_many_steps_as_it_says(steps: int, snapshots: int) -> None:
     calls = 0
 
@@ -96,7 +115,8 @@ def test_runs_as_many_steps_as_it_says(steps: int, snapshots: int) -> None:
     out = mo.minimize(loss, SGD(0.1), start, torch.zeros(steps, 2), differentiate=rule)
     assert calls == 1 + steps  # the search for closures, and forward
     out.params.sum().backward()
-    # Forward has run all steps but the last for the schedule; on the way back every step runs once with a graph.
+    # Forward has run all steps but the last for the schedule; on the way back every step runs once
+    # with a graph.
     assert calls - 1 == (advances(steps, snapshots) + 1) + steps
 
 
@@ -110,7 +130,9 @@ def test_dropout_has_the_same_masks_when_steps_run_again() -> None:
         def loss(params, batch):
             return F.dropout(params.square() * batch, 0.5).sum()
 
-        out = mo.minimize(loss, SGD(0.1), start, torch.ones(9, 50), differentiate=mo.Backprop(memory=memory))
+        out = mo.minimize(
+            loss, SGD(0.1), start, torch.ones(9, 50), differentiate=mo.Backprop(memory=memory)
+        )
         return torch.autograd.grad(out.params.sum(), start)[0]
 
     torch.testing.assert_close(gradient(mo.Revolve(2)), gradient("full"), rtol=1e-12, atol=0)

@@ -1,4 +1,6 @@
-"""Every rule on every problem: exact ones to 1e-8, biased ones against their stated bias, random ones within 4 standard errors."""
+"""Every rule on every problem: exact ones to 1e-8, biased ones against their stated bias, random
+ones within 4 standard errors.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def test_path_rules_are_exact(rule: str, problem: str, way: str) -> None:
 @each_problem
 @pytest.mark.parametrize("rule", POINT)
 def test_point_rules_give_what_they_state(rule: str, problem: str, way: str) -> None:
-    """Differences: radius 1e-4 leaves 1e-8 of bias and 1e-12 of rounding. Penalty: weight 1e6 leaves 1e-6 and 1e-10."""
+    """Differences: radius 1e-4 leaves 1e-8 of bias and 1e-12 of rounding. Penalty: weight 1e6
+    leaves 1e-6 and 1e-10.
+    """
     bilevel = PROBLEMS[problem]()
     x = "inverse" if of_solution(rule) else "identity"
     expected = stated(bilevel, x)
@@ -114,7 +118,10 @@ def test_half_the_radius_leaves_a_quarter_of_the_error(kind: type) -> None:
 
 def test_twice_the_weight_leaves_half_the_error() -> None:
     bilevel = logistic()
-    errors = [(found(bilevel, mo.Penalty(weight, 500, 0.2)) - bilevel.exact).norm() for weight in (100.0, 200.0, 400.0)]
+    errors = [
+        (found(bilevel, mo.Penalty(weight, 500, 0.2)) - bilevel.exact).norm()
+        for weight in (100.0, 200.0, 400.0)
+    ]
     assert errors[0] > 1e-4  # the next term of the series is of the order of 1 / weight^2
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.03)
     assert errors[1] / errors[2] == pytest.approx(2, rel=0.015)
@@ -126,7 +133,11 @@ def test_a_short_descent_leaves_what_it_states() -> None:
     w = bilevel.end()
     H = torch.autograd.functional.hessian(lambda w: bilevel.loss(w, None, bilevel.meta), w)
     reached = torch.eye(5) - torch.linalg.matrix_power(torch.eye(5) - 0.3 * H, 7)
-    assert_close(found(bilevel, mo.Penalty(50.0, 7, 0.3)), stated(bilevel, reached @ torch.linalg.inv(H)), 1e-9)
+    assert_close(
+        found(bilevel, mo.Penalty(50.0, 7, 0.3)),
+        stated(bilevel, reached @ torch.linalg.inv(H)),
+        1e-9,
+    )
 
 
 # --- evolution strategies
@@ -140,7 +151,9 @@ def sample(bilevel: Bilevel, rule: mo.EvolutionStrategy, count: int) -> tuple[Te
 
 @each_way
 def test_evolution_strategies_are_unbiased_where_the_loop_is_linear(way: str) -> None:
-    """In l the dynamics are linear: no bias at any std, and the variance that is stated. A factor of std would show."""
+    """In l the dynamics are linear: no bias at any std, and the variance that is stated. A factor
+    of std would show.
+    """
     bilevel = PROBLEMS["dynamics"]()
     pairs = 4000
     rule = mo.EvolutionStrategy(0.3, pairs, seed=1)
@@ -151,7 +164,10 @@ def test_evolution_strategies_are_unbiased_where_the_loop_is_linear(way: str) ->
 
 
 def test_the_bias_of_evolution_strategies_is_that_of_smoothing() -> None:
-    """r = l^2 after one step from 0 on w^2/2 - w l^3 / 3 ... : d/dl E (l + std e)^3 = 3 l^2 + 3 std^2."""
+    """r = l^2 after one step from 0 on w^2/2 - w l^3 / 3 ...
+
+    : d/dl E (l + std e)^3 = 3 l^2 + 3 std^2.
+    """
 
     def cubic(w: Tensor, _: None, l: Tensor) -> Tensor:
         return w.square() / 2 - w * l**3
@@ -182,18 +198,23 @@ def test_pairs_that_are_not_finite_are_left_out() -> None:
     def slope(std: float) -> Tensor:
         l = torch.tensor(1.0, requires_grad=True)
         rule = mo.EvolutionStrategy(std, 400)
-        mo.minimize(root, SGD(1.0), torch.zeros(()), None, steps=1, meta=l, differentiate=rule).params.backward()
+        mo.minimize(
+            root, SGD(1.0), torch.zeros(()), None, steps=1, meta=l, differentiate=rule
+        ).params.backward()
         return l.grad
 
     assert slope(0.6).isfinite()  # 1 in 10 is left out
-    assert slope(0.1) == pytest.approx(0.5, abs=0.1)  # 1/2 in the limit; the standard error is 0.035
+    # 1/2 in the limit; the standard error is 0.035
+    assert slope(0.1) == pytest.approx(0.5, abs=0.1)
 
 
 # --- what else there is to differentiate
 
 
 def test_path_rules_reach_everything_that_backprop_reaches() -> None:
-    """Initial parameters, optimizer state, hyperparameters, a batch per step; and what the loop returns besides parameters."""
+    """Initial parameters, optimizer state, hyperparameters, a batch per step; and what the loop
+    returns besides parameters.
+    """
     x = torch.randn(4, 5, 3)
 
     def outcome(rule: Any, start: Tensor, lr: Tensor, x: Tensor, scale: Tensor) -> Tensor:
@@ -205,7 +226,11 @@ def test_path_rules_reach_everything_that_backprop_reaches() -> None:
             return torch.tanh(x @ w).square().mean() + (w**2).sum()
 
         out = mo.minimize(loss, optimizer, start, x, opt_state=state, differentiate=rule)
-        return out.params.sin().sum() + out.losses.square().sum() + out.opt_state["slots"]["square"].sum()
+        return (
+            out.params.sin().sum()
+            + out.losses.square().sum()
+            + out.opt_state["slots"]["square"].sum()
+        )
 
     inputs = [torch.randn(3), torch.tensor(0.1), x, torch.tensor(0.2)]
     expected = grad(lambda given: outcome(mo.Backprop(), *given))(inputs)
@@ -216,7 +241,9 @@ def test_path_rules_reach_everything_that_backprop_reaches() -> None:
 
 
 def test_the_first_forward_derivative_warns_of_nothing() -> None:
-    """In a new process, and inside a compiler: torch warns of its own `torch.jit.script` when it loads its formulas."""
+    """In a new process, and inside a compiler: torch warns of its own `torch.jit.script` when it
+    loads its formulas.
+    """
     program = """
 import sys, torch
 from metaopt.autodiff.forward import slope_along
@@ -246,14 +273,26 @@ def test_forward_mode_makes_one_tangent_a_number() -> None:
     assert seen == [3, 3, 3]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of torch's own compiler
+# of torch's own compiler
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 @pytest.mark.parametrize("make", [mo.ForwardMode, lambda: mo.EvolutionStrategy(0.1, 5)])
 def test_a_compiled_run_is_differentiated_as_it_is(make: Callable[[], Any]) -> None:
     bilevel = PROBLEMS["dynamics"]()
 
     def slope(compile: bool) -> Tensor:
         meta = bilevel.meta.clone().requires_grad_()
-        out = mo.minimize(bilevel.loss, SGD(0.1), bilevel.start, None, steps=4, meta=meta, differentiate=make(), compile=compile)
+        out = mo.minimize(
+            bilevel.loss,
+            SGD(0.1),
+            bilevel.start,
+            None,
+            steps=4,
+            meta=meta,
+            differentiate=make(),
+            compile=compile,
+        )
         return torch.autograd.grad(bilevel.outer(out.params), meta)[0]
 
     torch._dynamo.reset()
@@ -274,7 +313,9 @@ def test_batches_from_an_iterator(rule: str) -> None:
 
         def value(given: list[Tensor]) -> Tensor:
             x, meta = given
-            out = mo.minimize(loss, SGD(0.1), torch.zeros(3), batches(x), meta=meta, differentiate=rule_again)
+            out = mo.minimize(
+                loss, SGD(0.1), torch.zeros(3), batches(x), meta=meta, differentiate=rule_again
+            )
             return out.params.sin().sum()
 
         return grad(value)([x, meta])
@@ -284,7 +325,9 @@ def test_batches_from_an_iterator(rule: str) -> None:
     assert all((bar != 0).any() for bar in in_a_row)
 
 
-@pytest.mark.parametrize("rule", ["T1T2", "difference", "SAMA", "implicit", "penalty", "forward", "evolution"])
+@pytest.mark.parametrize(
+    "rule", ["T1T2", "difference", "SAMA", "implicit", "penalty", "forward", "evolution"]
+)
 def test_complex_parameters_are_pairs_of_real_ones(rule: str) -> None:
     rules = {
         "T1T2": mo.T1T2(),
@@ -304,13 +347,17 @@ def test_complex_parameters_are_pairs_of_real_ones(rule: str) -> None:
         return (w - square).square().sum() / 2 + w.square().sum(-1).square().sum() / 4
 
     def loss(w: Tensor, _: None, meta: Tensor) -> Tensor:
-        return (w - meta * meta).abs().square().sum() / 2 + (w.real**2 + w.imag**2).square().sum() / 4
+        return (w - meta * meta).abs().square().sum() / 2 + (
+            w.real**2 + w.imag**2
+        ).square().sum() / 4
 
     def slope(loss: Any, start: Tensor, meta: Tensor) -> Tensor:
         meta = meta.clone().requires_grad_()
         own = rules[rule] or mo.EvolutionStrategy(0.1, 5)
         out = mo.minimize(loss, SGD(0.05), start, None, steps=3, meta=meta, differentiate=own)
-        torch.view_as_real(out.params).sin().sum().backward() if out.params.is_complex() else out.params.sin().sum().backward()
+        torch.view_as_real(
+            out.params
+        ).sin().sum().backward() if out.params.is_complex() else out.params.sin().sum().backward()
         assert meta.grad is not None
         return meta.grad
 

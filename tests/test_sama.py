@@ -20,7 +20,11 @@ float64 = pytest.mark.usefixtures("float64")
 
 
 def loss_of_two(w: dict[str, Tensor], _: Any, meta: Tensor) -> Tensor:
-    return (w["a"] ** 4).sum() / 4 + torch.sin(w["b"] * meta).sum() + (w["a"].sum() * w["b"]).square().sum()
+    return (
+        (w["a"] ** 4).sum() / 4
+        + torch.sin(w["b"] * meta).sum()
+        + (w["a"].sum() * w["b"]).square().sum()
+    )
 
 
 def two_leaves() -> dict[str, Tensor]:
@@ -28,11 +32,22 @@ def two_leaves() -> dict[str, Tensor]:
 
 
 HAND: dict[str, tuple[Callable[[], mo.Optimizer], Formula, dict[str, float]]] = {
-    "Adam": (lambda: Adam(0.003), adam, {"lr": 0.003, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "eps_root": 0.0}),
+    "Adam": (
+        lambda: Adam(0.003),
+        adam,
+        {"lr": 0.003, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "eps_root": 0.0},
+    ),
     "AdamW": (
         lambda: AdamW(0.003, weight_decay=0.1),
         adamw,
-        {"lr": 0.003, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "eps_root": 0.0, "weight_decay": 0.1},
+        {
+            "lr": 0.003,
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "eps": 1e-8,
+            "eps_root": 0.0,
+            "weight_decay": 0.1,
+        },
     ),
     "RMSprop": (lambda: RMSprop(0.003), rmsprop, {"lr": 0.003, "alpha": 0.99, "eps": 1e-8}),
 }
@@ -46,12 +61,17 @@ LEARNED: dict[str, Callable[[], mo.Optimizer]] = {
 @float64
 @pytest.mark.parametrize("name", [*HAND, *LEARNED])
 def test_the_preconditioner_is_the_derivative_of_the_update(name: str) -> None:
-    """At steps 1, ..., 1000: against autograd of the formula by hand or, for what has none, central differences of the update.
+    """At steps 1, ..., 1000: against autograd of the formula by hand or, for what has none, central
+    differences of the update.
 
-    Differences of a displacement of 1e-6 leave 1e-12 of bias and 1e-10 of rounding, relative to updates over 1e-3.
+    Differences of a displacement of 1e-6 leave 1e-12 of bias and 1e-10 of rounding, relative to
+    updates over 1e-3.
     """
     optimizer = (HAND[name][0] if name in HAND else LEARNED[name])()
-    meta, v = torch.tensor(0.7), {"a": torch.tensor([1.0, -2.0, 0.5]), "b": torch.tensor([[0.3, 0.7]])}
+    meta, v = (
+        torch.tensor(0.7),
+        {"a": torch.tensor([1.0, -2.0, 0.5]), "b": torch.tensor([[0.3, 0.7]])},
+    )
     loop, _ = recorded(loss_of_two, optimizer, two_leaves(), None, steps=1, meta=meta)
     params, state = two_leaves(), optimizer.requires_grad_(False).init(two_leaves())
     for step in range(1, 1001):
@@ -64,17 +84,27 @@ def test_the_preconditioner_is_the_derivative_of_the_update(name: str) -> None:
                 _, formula, h = HAND[name]
                 for k in params:
                     g, slots = leaf(grads[k]), {s: slot[k] for s, slot in state["slots"].items()}
-                    (expected,) = torch.autograd.grad((formula(step, params[k], g, h, slots)[0] * v[k]).sum(), g)
+                    (expected,) = torch.autograd.grad(
+                        (formula(step, params[k], g, h, slots)[0] * v[k]).sum(), g
+                    )
                     assert_close(x[k], expected, 1e-9)
             else:
                 at, small = mo.tree.ravel(grads), 1e-6 * grads["a"].abs().max()
                 sides = [
-                    [optimizer(mo.tree.unravel(at + sign * small * e, grads), state, params)[0] for e in torch.eye(5)]
+                    [
+                        optimizer(mo.tree.unravel(at + sign * small * e, grads), state, params)[0]
+                        for e in torch.eye(5)
+                    ]
                     for sign in (1, -1)
                 ]
-                rows = [(mo.tree.ravel(u) - mo.tree.ravel(d)) / (2 * small) for u, d in zip(*sides, strict=True)]
+                rows = [
+                    (mo.tree.ravel(u) - mo.tree.ravel(d)) / (2 * small)
+                    for u, d in zip(*sides, strict=True)
+                ]
                 expected = torch.stack(rows) @ mo.tree.ravel(v)
-                torch.testing.assert_close(mo.tree.ravel(x), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+                torch.testing.assert_close(
+                    mo.tree.ravel(x), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max())
+                )
         params, state = mo.apply_updates(params, updates), after
 
 
@@ -84,11 +114,20 @@ def test_sama_with_adam_is_its_formula() -> None:
     bilevel = logistic()
     meta = leaf(bilevel.meta)
     out = mo.minimize(
-        bilevel.loss, Adam(0.1, eps=1e-2), bilevel.start, bilevel.batch, steps=7, meta=meta, differentiate=mo.SAMA(1e-4)
+        bilevel.loss,
+        Adam(0.1, eps=1e-2),
+        bilevel.start,
+        bilevel.batch,
+        steps=7,
+        meta=meta,
+        differentiate=mo.SAMA(1e-4),
     )
     (bar,) = torch.autograd.grad(bilevel.outer(out.params), meta)
 
-    w, slots = leaf(out.params), {name: slot.detach() for name, slot in out.opt_state["slots"].items()}
+    w, slots = (
+        leaf(out.params),
+        {name: slot.detach() for name, slot in out.opt_state["slots"].items()},
+    )
     (v,) = torch.autograd.grad(bilevel.outer(w), w)
     at = bilevel.meta.clone().requires_grad_()
     (g,) = torch.autograd.grad(bilevel.loss(w, bilevel.batch, at), w, create_graph=True)

@@ -23,8 +23,12 @@ MODES = ["full", "steps"]
 each_memory = pytest.mark.parametrize("mode", MODES)
 
 
-def rotate(inputs: dict[str, Tensor], carry: tuple[Tensor, Tensor], x: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """A step with an integer in its carry and in its rows, and one input that some steps leave alone."""
+def rotate(
+    inputs: dict[str, Tensor], carry: tuple[Tensor, Tensor], x: dict[str, Tensor]
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """A step with an integer in its carry and in its rows, and one input that some steps leave
+    alone.
+    """
     position, count = carry
     after = torch.sin(inputs["a"] * position + x["shift"]) + count * inputs["b"] * x["choice"]
     return (after, count + 1), (after * position).sum()
@@ -34,10 +38,15 @@ def rotation(mode: str) -> tuple[list[Tensor], Tensor]:
     torch.manual_seed(0)
     inputs = {"a": torch.randn(3, requires_grad=True), "b": torch.randn(3, requires_grad=True)}
     position = torch.randn(3, requires_grad=True)
-    xs = {"shift": torch.randn(6, 3, requires_grad=True), "choice": torch.tensor([0, 1, 1, 0, 1, 0])}
+    xs = {
+        "shift": torch.randn(6, 3, requires_grad=True),
+        "choice": torch.tensor([0, 1, 1, 0, 1, 0]),
+    }
     (last, count), outs = scan(rotate, inputs, (position, torch.tensor(1)), xs, 6, mode)  # type: ignore[arg-type]
     assert int(count) == 7
-    return [inputs["a"], inputs["b"], position, xs["shift"]], (last.square() * torch.arange(1.0, 4)).sum() + outs.square().sum()
+    return [inputs["a"], inputs["b"], position, xs["shift"]], (
+        last.square() * torch.arange(1.0, 4)
+    ).sum() + outs.square().sum()
 
 
 def test_integers_in_carry_and_rows_have_no_derivative_and_break_none() -> None:
@@ -50,7 +59,14 @@ def test_one_row_of_one_step_receives_its_own_cotangent() -> None:
     xs = torch.randn(4)
 
     def outs(xs: Tensor, mode: str) -> Tensor:
-        return scan(lambda a, c, x: (a * c + x, torch.sin(a * c + x)), torch.tensor(0.7), torch.tensor(0.3), xs, 4, mode)[1]  # type: ignore[arg-type]
+        return scan(
+            lambda a, c, x: (a * c + x, torch.sin(a * c + x)),
+            torch.tensor(0.7),
+            torch.tensor(0.3),
+            xs,
+            4,
+            mode,
+        )[1]  # type: ignore[arg-type]
 
     jacobian = jacrev(outs)(xs, "steps")
     assert_close(jacobian, jacrev(outs)(xs, "full"), 1e-13)
@@ -62,10 +78,16 @@ def test_one_row_of_one_step_receives_its_own_cotangent() -> None:
 def test_a_carry_that_a_step_returns_unchanged(mode: str) -> None:
     """A Function may not return an input, nor one tensor twice."""
     a, w = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
-    (same, twice, again), outs = scan(lambda a, c, _: ((c[0], c[0], c[0] * a), c[2] * a), a, (w, w, w), (), 3, mode)  # type: ignore[arg-type]
-    assert_close([same, twice, again, outs], [w, w, a * w, torch.stack([a * w, a * a * w, a * a * w])], 1e-14)
+    (same, twice, again), outs = scan(
+        lambda a, c, _: ((c[0], c[0], c[0] * a), c[2] * a), a, (w, w, w), (), 3, mode
+    )  # type: ignore[arg-type]
+    assert_close(
+        [same, twice, again, outs], [w, w, a * w, torch.stack([a * w, a * a * w, a * a * w])], 1e-14
+    )
     found = torch.autograd.grad(same + twice + again + outs.sum(), [a, w])
-    assert_close(list(found), [torch.tensor(3.0 + 3 + 12 + 12), torch.tensor(1.0 + 1 + 2 + 2 + 4 + 4)], 1e-14)
+    assert_close(
+        list(found), [torch.tensor(3.0 + 3 + 12 + 12), torch.tensor(1.0 + 1 + 2 + 2 + 4 + 4)], 1e-14
+    )
 
 
 @each_memory
@@ -73,7 +95,9 @@ def test_one_tensor_in_several_places_of_a_result(mode: str) -> None:
     """A schedule that remembers the loss returns it twice: in the carry and as the step's output."""
     a = torch.tensor(0.5, requires_grad=True)
 
-    def step(a: Tensor, carry: tuple[Tensor, Tensor], _: tuple) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    def step(
+        a: Tensor, carry: tuple[Tensor, Tensor], _: tuple
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         after = torch.sin(a * carry[0])
         return (after, after), after
 
@@ -82,14 +106,22 @@ def test_one_tensor_in_several_places_of_a_result(mode: str) -> None:
     for _ in range(3):
         x = torch.sin(a * x)
     assert_close([first, second, outs[-1]], [x, x, x], 1e-14)
-    assert_close(torch.autograd.grad(first + second + outs[-1], a)[0], 3 * torch.autograd.grad(x, a)[0], 1e-13)
+    assert_close(
+        torch.autograd.grad(first + second + outs[-1], a)[0],
+        3 * torch.autograd.grad(x, a)[0],
+        1e-13,
+    )
 
 
 @each_memory
 def test_complex_tensors_are_differentiated(mode: str) -> None:
-    """z_{t+1} = i a z_t + x_t: a complex carry, a complex input and complex rows, both derivatives by hand-unrolled autograd."""
+    """z_{t+1} = i a z_t + x_t: a complex carry, a complex input and complex rows, both derivatives
+    by hand-unrolled autograd.
+    """
     a, z = torch.randn(2, dtype=torch.complex128).unbind()
-    a, z, xs = (leaf.clone().requires_grad_() for leaf in (a, z, torch.randn(4, dtype=torch.complex128)))
+    a, z, xs = (
+        leaf.clone().requires_grad_() for leaf in (a, z, torch.randn(4, dtype=torch.complex128))
+    )
 
     def step(a: Tensor, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         after = 1j * a * z + x
@@ -103,7 +135,10 @@ def test_complex_tensors_are_differentiated(mode: str) -> None:
 
     def derivatives(value: Tensor) -> list[Tensor]:
         first = torch.autograd.grad(value, [a, z, xs], create_graph=True)
-        return [*first, *torch.autograd.grad(sum(g.abs().square().sum() for g in first), [a, z, xs])]
+        return [
+            *first,
+            *torch.autograd.grad(sum(g.abs().square().sum() for g in first), [a, z, xs]),
+        ]
 
     assert_close(derivatives(outs.sum() + last.real), derivatives(total + by_hand.real), 1e-12)
 
@@ -111,7 +146,9 @@ def test_complex_tensors_are_differentiated(mode: str) -> None:
 @each_memory
 def test_what_is_not_used_gets_no_gradient(mode: str) -> None:
     used, unused = torch.tensor(2.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
-    last, _ = scan(lambda inputs, c, _: (c * inputs[0], c), (used, unused), torch.tensor(1.0), (), 3, mode)  # type: ignore[arg-type]
+    last, _ = scan(
+        lambda inputs, c, _: (c * inputs[0], c), (used, unused), torch.tensor(1.0), (), 3, mode
+    )  # type: ignore[arg-type]
     found = torch.autograd.grad(last, [used, unused], allow_unused=True)
     assert_close(found[0], torch.tensor(12.0), 1e-14)
     assert found[1] is None or found[1] == 0
@@ -122,20 +159,44 @@ def quartic(w: Tensor, target: Tensor, penalty: Tensor) -> Tensor:
 
 
 def nested(top: Tensor, modes: tuple[str, str, str], rule: type = mo.Backprop) -> Tensor:
-    """Three loops: the lowest fits w, the middle one learns its penalty through it, the top one learns the start of both."""
+    """Three loops: the lowest fits w, the middle one learns its penalty through it, the top one
+    learns the start of both.
+    """
     target = torch.tensor([0.5, -1.0])
 
     def middle_loss(penalty: Tensor, _: None, top: Tensor) -> Tensor:
-        low = mo.minimize(quartic, Adam(lr=0.05), top * target, target, steps=2, meta=penalty, differentiate=rule(memory=modes[0]))
+        low = mo.minimize(
+            quartic,
+            Adam(lr=0.05),
+            top * target,
+            target,
+            steps=2,
+            meta=penalty,
+            differentiate=rule(memory=modes[0]),
+        )
         return (low.params - 0.3).square().sum() + low.losses.sum() + penalty**2
 
     def top_loss(start: Tensor, _: None, top: Tensor) -> Tensor:
         mid = mo.minimize(
-            middle_loss, SGD(lr=0.1, momentum=0.5), start, None, steps=2, meta=top, differentiate=rule(memory=modes[1])
+            middle_loss,
+            SGD(lr=0.1, momentum=0.5),
+            start,
+            None,
+            steps=2,
+            meta=top,
+            differentiate=rule(memory=modes[1]),
         )
         return mid.params.square() + mid.losses.sum()
 
-    out = mo.minimize(top_loss, SGD(lr=0.1), torch.tensor(-1.0), None, steps=2, meta=top, differentiate=rule(memory=modes[2]))
+    out = mo.minimize(
+        top_loss,
+        SGD(lr=0.1),
+        torch.tensor(-1.0),
+        None,
+        steps=2,
+        meta=top,
+        differentiate=rule(memory=modes[2]),
+    )
     return out.params.square() + out.losses.sum()
 
 
@@ -195,13 +256,27 @@ def test_second_derivative_of_two_levels(modes: tuple[str, str, str]) -> None:
         def upper(penalty: Tensor, _: None, top: Tensor) -> Tensor:
             rule = mo.Backprop(memory=low)  # type: ignore[arg-type]
             return (
-                mo.minimize(quartic, SGD(lr=0.05), top * target, target, steps=2, meta=penalty, differentiate=rule)
+                mo.minimize(
+                    quartic,
+                    SGD(lr=0.05),
+                    top * target,
+                    target,
+                    steps=2,
+                    meta=penalty,
+                    differentiate=rule,
+                )
                 .params.square()
                 .sum()
             )
 
         return mo.minimize(
-            upper, SGD(lr=0.1), torch.tensor(-1.0), None, steps=2, meta=top, differentiate=mo.Backprop(memory=high)
+            upper,
+            SGD(lr=0.1),
+            torch.tensor(-1.0),
+            None,
+            steps=2,
+            meta=top,
+            differentiate=mo.Backprop(memory=high),
         ).params  # type: ignore[arg-type]
 
     def by_hand(top: Tensor) -> Tensor:
@@ -210,14 +285,17 @@ def test_second_derivative_of_two_levels(modes: tuple[str, str, str]) -> None:
             w = top * target
             for _ in range(2):
                 w = w - 0.05 * (2 * (w - target) + penalty.exp() * 4 * w**3)
-            penalty = penalty - 0.1 * torch.autograd.grad(w.square().sum(), penalty, create_graph=True)[0]
+            penalty = (
+                penalty - 0.1 * torch.autograd.grad(w.square().sum(), penalty, create_graph=True)[0]
+            )
         return penalty
 
     top = torch.tensor(0.8, requires_grad=True)
     wanted = two_derivatives(by_hand(top), [top])
     assert_close(two_derivatives(value(top), [top]), wanted, 1e-10)
     assert_close(grad(value)(top.detach()), wanted[0][0], 1e-10)
-    assert_close(-grad(grad(value))(top.detach()), wanted[1][0], 1e-10)  # one entry: linspace(-1, 1.3, 1) = -1
+    # one entry: linspace(-1, 1.3, 1) = -1
+    assert_close(-grad(grad(value))(top.detach()), wanted[1][0], 1e-10)
 
 
 @pytest.mark.parametrize("modes", list(itertools.product(MODES, repeat=2)), ids="-".join)
@@ -227,11 +305,19 @@ def test_first_order_nested_in_first_order(modes: tuple[str, str]) -> None:
     def upper(penalty: Tensor, _: None) -> Tensor:
         rule = mo.FirstOrder(memory=modes[0])  # type: ignore[arg-type]
         return mo.minimize(
-            quartic, SGD(lr=0.05), torch.ones(2), torch.zeros(2), steps=2, meta=penalty, differentiate=rule
+            quartic,
+            SGD(lr=0.05),
+            torch.ones(2),
+            torch.zeros(2),
+            steps=2,
+            meta=penalty,
+            differentiate=rule,
         ).losses.sum()
 
     start = torch.tensor(-1.0, requires_grad=True)
-    out = mo.minimize(upper, SGD(lr=0.1), start, None, steps=1, differentiate=mo.FirstOrder(memory=modes[1]))  # type: ignore[arg-type]
+    out = mo.minimize(
+        upper, SGD(lr=0.1), start, None, steps=1, differentiate=mo.FirstOrder(memory=modes[1])
+    )  # type: ignore[arg-type]
 
     w, total = torch.ones(2), torch.zeros(())
     for _ in range(2):
@@ -245,11 +331,19 @@ def test_first_order_nested_in_first_order(modes: tuple[str, str]) -> None:
 @pytest.mark.slow
 @each_memory
 def test_a_compiled_loop_equals_the_eager_one(mode: str) -> None:
-    """An outer `fullgraph` compile sees through both memory modes; this backend needs no C++ compiler."""
+    """An outer `fullgraph` compile sees through both memory modes; this backend needs no C++
+    compiler.
+    """
 
     def value(w: Tensor) -> Tensor:
         return mo.minimize(
-            quartic, Adam(lr=0.1), w, torch.ones(3), steps=3, meta=torch.tensor(-1.0), differentiate=mo.Backprop(memory=mode)
+            quartic,
+            Adam(lr=0.1),
+            w,
+            torch.ones(3),
+            steps=3,
+            meta=torch.tensor(-1.0),
+            differentiate=mo.Backprop(memory=mode),
         ).losses.sum()  # type: ignore[arg-type]
 
     w = torch.randn(3)
@@ -278,16 +372,22 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_steps_bounds_the_memory_of_a_meta_gradient() -> None:
-    """`torch.func.grad` records the backward pass; unless that is undone, "steps" keeps as much as "full"."""
+    """`torch.func.grad` records the backward pass;
+
+    unless that is undone, "steps" keeps as much as "full".
+    """
     grown = {memory: printed(MEMORY_PROGRAM, memory, 300) for memory in ("full", "steps")}
     assert grown["full"] > 50_000  # KiB; measured 92,000
-    assert grown["steps"] < grown["full"] / 4  # measured 9,300: 300 states of 17 KiB and one step's graph
+    # measured 9,300: 300 states of 17 KiB and one step's graph
+    assert grown["steps"] < grown["full"] / 4
 
 
 def test_a_state_that_is_no_tensor_is_refused() -> None:
     """A plain loop may carry a Python number; a rebuilt one would see the number of another step."""
 
-    def step(inputs: Tensor, carry: tuple[Tensor, int], _: tuple[()]) -> tuple[tuple[Tensor, int], Tensor]:
+    def step(
+        inputs: Tensor, carry: tuple[Tensor, int], _: tuple[()]
+    ) -> tuple[tuple[Tensor, int], Tensor]:
         value, count = carry
         return (value * inputs, count + 1), value.sum()
 
@@ -295,7 +395,9 @@ def test_a_state_that_is_no_tensor_is_refused() -> None:
     (_, count), _ = scan(step, torch.tensor(0.5), (start, 0), (), 3, "full")
     assert count == 3
     for memory, compile in (("steps", False), ("full", True)):
-        with pytest.raises(TypeError, match=r"must be tensors to be kept from step to step, got int at \[1\]"):
+        with pytest.raises(
+            TypeError, match=r"must be tensors to be kept from step to step, got int at \[1\]"
+        ):
             scan(step, torch.tensor(0.5), (start, 0), (), 3, memory, compile=compile)
 
 
@@ -309,11 +411,16 @@ def test_a_state_that_is_no_tensor_is_refused() -> None:
     ],
     ids=["order", "names", "nesting"],
 )
-def test_a_step_returns_the_carry_in_the_structure_in_which_it_got_it(mode: str, after: Any, what: str) -> None:
+def test_a_step_returns_the_carry_in_the_structure_in_which_it_got_it(
+    mode: str, after: Any, what: str
+) -> None:
     def step(inputs: Tensor, carry: dict[str, Tensor], x: None) -> tuple[Any, Tensor]:
         a, b = carry["a"] * inputs, carry["b"]
         return after(a, b), a.sum()
 
     inputs = torch.tensor(2.0, requires_grad=True)
-    with pytest.raises(ValueError, match=f"`the carry that a step returns` does not have the expected structure: {what}"):
+    with pytest.raises(
+        ValueError,
+        match=f"`the carry that a step returns` does not have the expected structure: {what}",
+    ):
         scan(step, inputs, {"a": torch.ones(1), "b": torch.ones(1)}, (), 3, mode)

@@ -29,7 +29,13 @@ def test_train_then_evaluate(tmp_path, capsys) -> None:
     import train_optimizer
 
     config = train_optimizer.Config(
-        task="digits", horizon=6, steps=4, batch=2, hidden_size=4, validate_every=2, out=tmp_path / "run"
+        task="digits",
+        horizon=6,
+        steps=4,
+        batch=2,
+        hidden_size=4,
+        validate_every=2,
+        out=tmp_path / "run",
     )
     train_optimizer.main(config)
     weights = tmp_path / "run/weights.safetensors"
@@ -39,12 +45,27 @@ def test_train_then_evaluate(tmp_path, capsys) -> None:
     assert list((tmp_path / "run").glob("events.*"))
 
     evaluate.main(
-        evaluate.Config(weights=(weights,), horizon=6, seeds=3, tuning_seeds=2, grid=(0.01, 0.1), out=tmp_path / "evaluation")
+        evaluate.Config(
+            weights=(weights,),
+            horizon=6,
+            seeds=3,
+            tuning_seeds=2,
+            grid=(0.01, 0.1),
+            out=tmp_path / "evaluation",
+        )
     )
     printed = capsys.readouterr().out
-    names = ["learned: MLPOptimizer", "Adam, lr 0.", "SGD, momentum 0.9, lr 0.", "SGD, Nesterov 0.9, lr 0.", "RMSprop, lr 0."]
+    names = [
+        "learned: MLPOptimizer",
+        "Adam, lr 0.",
+        "SGD, momentum 0.9, lr 0.",
+        "SGD, Nesterov 0.9, lr 0.",
+        "RMSprop, lr 0.",
+    ]
     assert all(name in printed for name in names)
-    expected = mo.evaluate({"learned": optimizer}, mo.tasks.DigitsMLP(), horizon=6, seeds=3).mean("learned")
+    expected = mo.evaluate({"learned": optimizer}, mo.tasks.DigitsMLP(), horizon=6, seeds=3).mean(
+        "learned"
+    )
     assert f"{expected:.4f}" in printed
     assert (tmp_path / "evaluation/digits.png").exists()
 
@@ -54,7 +75,14 @@ def test_a_truncated_lstm_on_quadratics(tmp_path) -> None:
 
     train_optimizer.main(
         train_optimizer.Config(
-            optimizer="lstm", task="quadratics", horizon=6, window=4, steps=3, batch=3, hidden_size=5, out=tmp_path
+            optimizer="lstm",
+            task="quadratics",
+            horizon=6,
+            window=4,
+            steps=3,
+            batch=3,
+            hidden_size=5,
+            out=tmp_path,
         )
     )
     assert mo.Optimizer.load(tmp_path / "weights.safetensors").hidden_size == 5
@@ -63,10 +91,14 @@ def test_a_truncated_lstm_on_quadratics(tmp_path) -> None:
 def test_train_schedule(tmp_path, capsys) -> None:
     import train_schedule
 
-    config = train_schedule.Config(horizon=6, steps=3, batch=2, validate_every=1, seeds=3, grid=(0.1, 0.5), out=tmp_path)
+    config = train_schedule.Config(
+        horizon=6, steps=3, batch=2, validate_every=1, seeds=3, grid=(0.1, 0.5), out=tmp_path
+    )
     train_schedule.main(config)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("learned schedule", "constant, best of 2", "cosine, best of 2"))
+    assert all(
+        name in printed for name in ("learned schedule", "constant, best of 2", "cosine, best of 2")
+    )
     learned = SGD.load(tmp_path / "weights.safetensors")
     assert learned.lr.readout.abs().max() > 0
     assert (tmp_path / "schedule.png").exists()
@@ -74,9 +106,17 @@ def test_train_schedule(tmp_path, capsys) -> None:
     torch.testing.assert_close(rates, torch.full((2, 4), 0.3))
 
 
-@pytest.mark.parametrize("script", ["train_optimizer.py", "evaluate.py", "train_schedule.py", "maml.py", "meta_weight_net.py"])
+@pytest.mark.parametrize(
+    "script",
+    ["train_optimizer.py", "evaluate.py", "train_schedule.py", "maml.py", "meta_weight_net.py"],
+)
 def test_help_lists_the_options(script: str) -> None:
-    done = subprocess.run([sys.executable, ROOT / "scripts" / script, "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "--out" in done.stdout or "{" in done.stdout
 
 
@@ -92,7 +132,11 @@ def test_install_says_in_one_line_what_is_wrong(tmp_path) -> None:
     shutil.copy(ROOT / "scripts/install", tmp_path / "scripts")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     done = subprocess.run(
-        [tmp_path / "scripts/install"], capture_output=True, text=True, env=os.environ | {"PYTHON": "no-such-python"}, check=False
+        [tmp_path / "scripts/install"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": "no-such-python"},
+        check=False,
     )
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
@@ -110,6 +154,8 @@ def test_install_says_in_one_line_what_is_wrong(tmp_path) -> None:
         ("train_schedule", {"grid": (0.1, -1.0)}, "`grid` must hold positive learning rates"),
     ],
 )
-def test_silly_options_are_refused_before_anything_runs(script: str, options: dict, message: str) -> None:
+def test_silly_options_are_refused_before_anything_runs(
+    script: str, options: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         importlib.import_module(script).Config(**options)

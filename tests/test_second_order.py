@@ -39,7 +39,9 @@ class First(nn.Module):
 
 
 def network(function: Callable[[Tensor], Tensor]) -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Sequential(Apply(function), nn.Linear(4, 2)))
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Sequential(Apply(function), nn.Linear(4, 2))
+    )
 
 
 class Once(torch.autograd.Function):
@@ -59,14 +61,30 @@ class Once(torch.autograd.Function):
 FINE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(3, 2), (5, 3)),
     "relu": (lambda: nn.Sequential(nn.Linear(3, 50), nn.ReLU(), nn.Linear(50, 2)), (5, 3)),
-    "relu-at-its-kink": (lambda: nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)), (0, 3)),
+    "relu-at-its-kink": (
+        lambda: nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)),
+        (0, 3),
+    ),
     "convolution": (
-        lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)),
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3),
+            nn.BatchNorm2d(3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(12, 2),
+        ),
         (4, 2, 6, 6),
     ),
-    "dropout": (lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 1)), (5, 3)),
+    "dropout": (
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 1)),
+        (5, 3),
+    ),
     "transformer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (2, 3, 4)),
-    "transformer-eval": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval(), (2, 3, 4)),
+    "transformer-eval": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval(),
+        (2, 3, 4),
+    ),
     "lstm": (lambda: First(nn.LSTM(3, 4, num_layers=2)), (5, 2, 3)),
     "weight-norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), (5, 3)),
 }
@@ -82,7 +100,10 @@ def test_what_is_right_passes_and_nothing_is_changed(name: str) -> None:
     with torch.no_grad():
         mo.check_second_order(model, x)
     after = model.state_dict()
-    assert all(torch.equal(after[key], value) and after[key].dtype == dtype for key, (value, dtype) in before.items())
+    assert all(
+        torch.equal(after[key], value) and after[key].dtype == dtype
+        for key, (value, dtype) in before.items()
+    )
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in model.parameters())
@@ -97,7 +118,9 @@ ONCE: dict[str, Callable[[Tensor], Tensor]] = {
     "torch.nn.functional.embedding_bag": bag,
     "torch.functional.cdist": lambda x: torch.cdist(x, 2 * x[:4] + 1),
     "torch.nn.functional.pdist": lambda x: F.pdist(x)[:4].expand(5, 4),
-    "torch.nn.functional.multi_margin_loss": lambda x: x * F.multi_margin_loss(x, torch.zeros(5, dtype=torch.int64)),
+    "torch.nn.functional.multi_margin_loss": lambda x: (
+        x * F.multi_margin_loss(x, torch.zeros(5, dtype=torch.int64))
+    ),
     "torch.nn.functional.ctc_loss": lambda x: (
         x * F.ctc_loss(x[:, None].log_softmax(-1), torch.ones(1, 2, dtype=torch.int64), (5,), (2,))
     ),
@@ -112,19 +135,25 @@ def test_it_names_operator_and_submodule(name: str) -> None:
     if name.split(".")[-1] in MENDED:
         mo.check_second_order(network(ONCE[name]), torch.randn(5, 3))
         return
-    with pytest.raises(ValueError, match=rf"twice: `{re.escape(name)}` in submodule '2\.0': .*not implemented") as caught:
+    with pytest.raises(
+        ValueError, match=rf"twice: `{re.escape(name)}` in submodule '2\.0': .*not implemented"
+    ) as caught:
         mo.check_second_order(network(ONCE[name]), torch.randn(5, 3))
     assert str(caught.value).count("submodule") == 1  # nothing else is blamed
 
 
 def test_each_of_several_is_named() -> None:
     model = nn.Sequential(network(bag), Apply(ONCE["torch.nn.functional.multi_margin_loss"]))
-    with pytest.raises(ValueError, match=r"bag` in submodule '0\.2\.0'.*multi_margin_loss` in submodule '1'"):
+    with pytest.raises(
+        ValueError, match=r"bag` in submodule '0\.2\.0'.*multi_margin_loss` in submodule '1'"
+    ):
         mo.check_second_order(model, torch.randn(5, 3))
 
 
 def test_a_wrong_second_derivative_is_found() -> None:
-    """Torch's own weight norm, which `any_order` replaces under its usual name: reached here by another."""
+    """Torch's own weight norm, which `any_order` replaces under its usual name: reached here by
+    another.
+    """
 
     class Weight(nn.Module):
         def __init__(self) -> None:
@@ -134,33 +163,53 @@ def test_a_wrong_second_derivative_is_found() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x @ torch.ops.aten._weight_norm_interface(self.v, self.g, 0)[0].tanh().T
 
-    with pytest.raises(ValueError, match=r"_weight_norm_interface.*: its second derivative is off by .* of its size"):
+    with pytest.raises(
+        ValueError,
+        match=r"_weight_norm_interface.*: its second derivative is off by .* of its size",
+    ):
         mo.check_second_order(nn.Sequential(Weight()), torch.randn(5, 4))
 
 
-@pytest.mark.parametrize("function", [Once.apply, lambda x: x * x.detach()], ids=["once-differentiable", "detach"])
-def test_a_second_derivative_that_is_silently_missing_is_found(function: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(
+    "function", [Once.apply, lambda x: x * x.detach()], ids=["once-differentiable", "detach"]
+)
+def test_a_second_derivative_that_is_silently_missing_is_found(
+    function: Callable[[Tensor], Tensor],
+) -> None:
     with pytest.raises(ValueError, match=r"the loss: .*an autograd\.Function or a `detach`"):
         mo.check_second_order(network(function), torch.randn(5, 3))
 
 
 def test_constants_inside_the_forward_count_as_missing() -> None:
-    """Spectral norm takes its singular vectors for constants: the second derivative lacks their part."""
+    """Spectral norm takes its singular vectors for constants: the second derivative lacks their
+    part.
+    """
     with pytest.raises(ValueError, match=r"the loss: .*an autograd\.Function or a `detach`"):
-        mo.check_second_order(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)), torch.randn(5, 3))
+        mo.check_second_order(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)), torch.randn(5, 3)
+        )
 
 
 def test_a_root_at_zero() -> None:
-    with pytest.raises(ValueError, match=r"`torch\.Tensor\.sqrt` in submodule '2\.0': its second derivative is not finite"):
+    with pytest.raises(
+        ValueError,
+        match=r"`torch\.Tensor\.sqrt` in submodule '2\.0': its second derivative is not finite",
+    ):
         mo.check_second_order(network(lambda x: (x - x).sqrt()), torch.randn(5, 3))
 
 
 def test_a_loss_of_ones_own_and_several_arguments() -> None:
     model, x, y = nn.Bilinear(3, 3, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
     mo.check_second_order(model, (x, x))
-    mo.check_second_order(model, (x, y), lambda model, batch: F.cross_entropy(model(batch[0], batch[0]), batch[1]))
+    mo.check_second_order(
+        model, (x, y), lambda model, batch: F.cross_entropy(model(batch[0], batch[0]), batch[1])
+    )
     with pytest.raises(ValueError, match="multi_margin_loss"):
-        mo.check_second_order(model, (x, y), lambda model, batch: F.multi_margin_loss(model(batch[0], batch[0]), batch[1]))
+        mo.check_second_order(
+            model,
+            (x, y),
+            lambda model, batch: F.multi_margin_loss(model(batch[0], batch[0]), batch[1]),
+        )
 
 
 class ByName(nn.Module):
@@ -174,18 +223,30 @@ class ByName(nn.Module):
         return {"logits": self.net(self.embed(input_ids) * mask[:, None])}
 
 
-@pytest.mark.parametrize("kind", [dict, UserDict, lambda batch: list(batch.values()), lambda batch: tuple(batch.values())])
-def test_a_batch_may_be_arguments_by_name_or_a_list(kind: Callable[[dict[str, Tensor]], Any]) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [dict, UserDict, lambda batch: list(batch.values()), lambda batch: tuple(batch.values())],
+)
+def test_a_batch_may_be_arguments_by_name_or_a_list(
+    kind: Callable[[dict[str, Tensor]], Any],
+) -> None:
     """A dict was an AttributeError; a tokenizer gives a `UserDict`, a `DataLoader` a list."""
     batch = kind({"input_ids": torch.tensor([0, 2, 2]), "mask": torch.ones(3)})
     mo.check_second_order(ByName(torch.tanh), batch)
     with pytest.raises(ValueError, match=r"multi_margin_loss` in submodule 'net\.2\.0'"):
-        mo.check_second_order(ByName(lambda x: x + F.multi_margin_loss(x, torch.tensor([0, 1, 2]))), batch)
+        mo.check_second_order(
+            ByName(lambda x: x + F.multi_margin_loss(x, torch.tensor([0, 1, 2]))), batch
+        )
 
 
 def test_a_model_must_return_a_number_that_can_be_differentiated() -> None:
-    with pytest.raises(ValueError, match=r"must return a floating-point tensor, or a tree of some, got Tensor. Give `loss_fn"):
-        mo.check_second_order(network(lambda x: x.tanh()).append(Apply(lambda x: x.argmax())), torch.randn(5, 3))
+    with pytest.raises(
+        ValueError,
+        match=r"must return a floating-point tensor, or a tree of some, got Tensor. Give `loss_fn",
+    ):
+        mo.check_second_order(
+            network(lambda x: x.tanh()).append(Apply(lambda x: x.argmax())), torch.randn(5, 3)
+        )
 
 
 def test_a_model_must_have_something_to_learn_and_its_own_errors_come_through() -> None:

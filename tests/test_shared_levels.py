@@ -1,4 +1,6 @@
-"""Levels that several others wait for, and that themselves wait for shared ones, against nested gradients by hand."""
+"""Levels that several others wait for, and that themselves wait for shared ones, against nested
+gradients by hand.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def low_loss(j: int, x: Tensor, m: Pair) -> Tensor:
 
 
 def three_layers(steps: tuple[int, int], rule: Rule, *, tops: int = 2) -> mo.LevelGraph:
-    """Return two levels under each of two under each of the tops: losses read the layer above and the layer below."""
+    """Return two levels under each of two under each of the tops: losses read the layer above and
+    the layer below.
+    """
     start = batches(6, 7)
 
     def values(levels: Any, layer: str, count: int = 2) -> Any:
@@ -46,13 +50,18 @@ def three_layers(steps: tuple[int, int], rule: Rule, *, tops: int = 2) -> mo.Lev
         return lambda s, _: top_loss(j, getattr(s, f"t{j}")(), values(s, "m"))
 
     def middle(j: int) -> Callable[[Any, Any], Tensor]:
-        return lambda s, _: middle_loss(j, getattr(s, f"m{j}")(), values(s, "t", tops), values(s, "x"))
+        return lambda s, _: middle_loss(
+            j, getattr(s, f"m{j}")(), values(s, "t", tops), values(s, "x")
+        )
 
     def low(j: int) -> Callable[[Any, Any], Tensor]:
         return lambda s, _: low_loss(j, getattr(s, f"x{j}")(), values(s, "m"))
 
     layers = [
-        [mo.Level(f"{name}{j}", Value(start[2 * i + j]), loss(j), SGD(LR)) for j in range(tops if name == "t" else 2)]
+        [
+            mo.Level(f"{name}{j}", Value(start[2 * i + j]), loss(j), SGD(LR))
+            for j in range(tops if name == "t" else 2)
+        ]
         for i, (name, loss) in enumerate([("t", top), ("m", middle), ("x", low)])
     ]
     return mo.LevelGraph(
@@ -76,7 +85,8 @@ def low_steps(x: Pair, m: Pair, count: int) -> Pair:
 
 
 def middle_steps(t: Pair, m: Pair, x: Pair, steps: tuple[int, int]) -> tuple[Pair, Pair]:
-    """Return where the middle and the low levels are after the steps of the middle ones, which see how the low ones followed.
+    """Return where the middle and the low levels are after the steps of the middle ones, which see
+    how the low ones followed.
 
     Both low levels move, then m1, then m0: the later one of two levels side by side moves first.
     """
@@ -94,7 +104,9 @@ def middle_steps(t: Pair, m: Pair, x: Pair, steps: tuple[int, int]) -> tuple[Pai
 
 @pytest.mark.parametrize("steps", [(1, 1), (2, 2), (3, 1)])
 @pytest.mark.parametrize("tops", [1, 2])
-def test_three_layers_of_shared_levels_equal_nested_gradients(steps: tuple[int, int], tops: int) -> None:
+def test_three_layers_of_shared_levels_equal_nested_gradients(
+    steps: tuple[int, int], tops: int
+) -> None:
     """Two rounds, 1e-10: float64 rounding of some thousand operations."""
     graph = three_layers(steps, mo.Backprop(), tops=tops)
     values = batches(6, 7)
@@ -109,19 +121,29 @@ def test_three_layers_of_shared_levels_equal_nested_gradients(steps: tuple[int, 
 
             hypergradients.append(grad(total)(t[j]))
             if tops == 1:
-                assert_close(graph.hypergradient(f"t{j}", after_steps=True)["value"], hypergradients[j], 1e-10)
+                assert_close(
+                    graph.hypergradient(f"t{j}", after_steps=True)["value"],
+                    hypergradients[j],
+                    1e-10,
+                )
         m, x = middle_steps(t, m, x, steps)
         t = tuple(t[j] - LR * hypergradients[j] for j in range(tops))
         graph.step()
         found = {key: graph.params(key)["value"] for key in graph.program.levels}
-        expected = {f"{layer}{j}": one for layer, pair in zip("tmx", (t, m, x), strict=True) for j, one in enumerate(pair)}
+        expected = {
+            f"{layer}{j}": one
+            for layer, pair in zip("tmx", (t, m, x), strict=True)
+            for j, one in enumerate(pair)
+        }
         assert_close(found, expected, 1e-10)
         assert all(hypergradient.norm() > 1e-2 for hypergradient in hypergradients)
 
 
 @pytest.mark.parametrize("tops", [1, 2])
 def test_implicit_over_implicit_with_shared_levels(tops: int) -> None:
-    """The derivative of x* is -H^-1 C wherever x stands, that of m* the same of the total loss, in which x* moves with m."""
+    """The derivative of x* is -H^-1 C wherever x stands, that of m* the same of the total loss, in
+    which x* moves with m.
+    """
     graph = three_layers((1, 1), EXACT, tops=tops)
     values = batches(6, 7)
     t, m, x = tuple(values[:tops]), (values[2], values[3]), (values[4], values[5])
@@ -153,10 +175,20 @@ def test_implicit_over_implicit_with_shared_levels(tops: int) -> None:
 
 def test_a_loss_that_reads_past_a_shared_level_is_refused() -> None:
     def loss(own: str, *others: str) -> Callable[[Any, Any], Tensor]:
-        return lambda s, _: sum((getattr(s, own)() - getattr(s, other)()).square().sum() for other in others)
+        return lambda s, _: sum(
+            (getattr(s, own)() - getattr(s, other)()).square().sum() for other in others
+        )
 
     reads = {"a": ("c", "d"), "b": ("c",), "c": ("a", "b", "d"), "e": ("d",), "d": ("c", "e")}
-    levels = {name: mo.Level(name, Value(batches(1, 1)[0]), loss(name, *others), SGD(LR)) for name, others in reads.items()}
+    levels = {
+        name: mo.Level(name, Value(batches(1, 1)[0]), loss(name, *others), SGD(LR))
+        for name, others in reads.items()
+    }
     pairs = [("a", "c"), ("b", "c"), ("c", "d"), ("e", "d")]
-    with pytest.raises(ValueError, match="level 'a': its loss reads 'd', which 'c' waits for and shares with others"):
-        mo.LevelGraph([mo.Edge(levels[upper], levels[lower], differentiate=EXACT) for upper, lower in pairs])
+    with pytest.raises(
+        ValueError,
+        match="level 'a': its loss reads 'd', which 'c' waits for and shares with others",
+    ):
+        mo.LevelGraph(
+            [mo.Edge(levels[upper], levels[lower], differentiate=EXACT) for upper, lower in pairs]
+        )

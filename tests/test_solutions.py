@@ -39,7 +39,9 @@ def outer(w: Tensor) -> Tensor:
 
 def by_lbfgs(meta: Tensor) -> dict[str, Tensor]:
     w = nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.LBFGS([w], tolerance_grad=1e-13, tolerance_change=0, max_iter=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [w], tolerance_grad=1e-13, tolerance_change=0, max_iter=100, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -62,20 +64,32 @@ def by_scipy(meta: Tensor) -> dict[str, Tensor]:
 
 
 def by_sklearn(meta: Tensor) -> dict[str, Tensor]:
-    return {"w": torch.as_tensor(Ridge(alpha=meta.exp().numpy(), fit_intercept=False).fit(X.numpy(), Y.numpy()).coef_)}
+    return {
+        "w": torch.as_tensor(
+            Ridge(alpha=meta.exp().numpy(), fit_intercept=False).fit(X.numpy(), Y.numpy()).coef_
+        )
+    }
 
 
 @pytest.mark.parametrize("solve", [by_lbfgs, by_scipy, by_sklearn])
-@pytest.mark.parametrize("solver", [DIRECT, mo.ConjugateGradient(), mo.Penalty(1e3, 200, 0.05)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "solver",
+    [DIRECT, mo.ConjugateGradient(), mo.Penalty(1e3, 200, 0.05)],
+    ids=lambda s: type(s).__name__,
+)
 def test_two_derivatives_are_those_of_the_closed_form(solve: Any, solver: Any) -> None:
     meta, y = torch.tensor(0.3, requires_grad=True), Y.clone().requires_grad_()
     solution = solve(meta.detach())
     w = mo.implicit(ridge, solution, (X, y), meta=meta, solver=solver)["w"]
     assert_close(w, closed(meta, y), 1e-6)
-    found, expected = (torch.autograd.grad(outer(at), [meta, y], create_graph=True) for at in (w, closed(meta, y)))
+    found, expected = (
+        torch.autograd.grad(outer(at), [meta, y], create_graph=True) for at in (w, closed(meta, y))
+    )
     assert_close([*found], [*expected], 1e-3 if isinstance(solver, mo.Penalty) else 1e-6)
     if not isinstance(solver, mo.Penalty):
-        again, wanted = (torch.autograd.grad(g[0] + g[1].sin().sum(), [meta, y]) for g in (found, expected))
+        again, wanted = (
+            torch.autograd.grad(g[0] + g[1].sin().sum(), [meta, y]) for g in (found, expected)
+        )
         assert_close([*again], [*wanted], 1e-5)
 
 
@@ -92,14 +106,20 @@ def test_under_transforms_as_minimize() -> None:
     assert_close(grad(value)(metas[0], ends[0]), grad(exact)(metas[0]), 1e-10)
     assert_close(vmap(grad(value))(metas, ends), vmap(grad(exact))(metas), 1e-10)
     assert_close(vmap(grad(grad(value)))(metas, ends), vmap(grad(grad(exact)))(metas), 1e-9)
-    (backward,) = torch.autograd.grad(vmap(value)(at := metas.clone().requires_grad_(), ends).sum(), at)
+    (backward,) = torch.autograd.grad(
+        vmap(value)(at := metas.clone().requires_grad_(), ends).sum(), at
+    )
     assert_close(backward, vmap(grad(exact))(metas), 1e-10)
 
 
-@pytest.mark.parametrize("rule", [mo.Implicit(), mo.T1T2(scale=0.1), mo.FiniteDifference(), mo.Penalty()], ids=repr)
+@pytest.mark.parametrize(
+    "rule", [mo.Implicit(), mo.T1T2(scale=0.1), mo.FiniteDifference(), mo.Penalty()], ids=repr
+)
 def test_it_is_what_minimize_attaches_where_its_loop_ends(rule: Any) -> None:
     meta = torch.tensor(0.3, requires_grad=True)
-    out = mo.minimize(ridge, SGD(0.01), {"w": torch.zeros(3)}, (X, Y), steps=5, meta=meta, differentiate=rule).params
+    out = mo.minimize(
+        ridge, SGD(0.01), {"w": torch.zeros(3)}, (X, Y), steps=5, meta=meta, differentiate=rule
+    ).params
     (expected,) = torch.autograd.grad(outer(out["w"]), meta)
     solver = rule.solver if isinstance(rule, mo.Implicit) else rule
     w = mo.implicit(ridge, mo.tree.map(Tensor.detach, out), (X, Y), meta=meta, solver=solver)["w"]
@@ -141,23 +161,37 @@ def test_a_random_loss_is_seen_with_one_mask_and_no_trace_is_left() -> None:
 
 def test_what_is_wrong_is_said() -> None:
     meta, w = torch.tensor(0.3, requires_grad=True), {"w": torch.zeros(3)}
-    with pytest.raises(TypeError, match=r"implicit: `solver` must be a linear solver, or a rule .*, got Backprop\("):
+    with pytest.raises(
+        TypeError, match=r"implicit: `solver` must be a linear solver, or a rule .*, got Backprop\("
+    ):
         mo.implicit(ridge, w, (X, Y), meta=meta, solver=mo.Backprop())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"`solution` must be floating-point tensors, got ndarray at \['w'\]. .*as_tensor"):
+    with pytest.raises(
+        ValueError,
+        match=r"`solution` must be floating-point tensors, got ndarray at \['w'\]. .*as_tensor",
+    ):
         mo.implicit(ridge, {"w": np.zeros(3)}, (X, Y), meta=meta)
-    with pytest.raises(ValueError, match=r"`solution` must be floating-point tensors, got torch\.int64"):
+    with pytest.raises(
+        ValueError, match=r"`solution` must be floating-point tensors, got torch\.int64"
+    ):
         mo.implicit(ridge, {"w": torch.zeros(3, dtype=torch.int64)}, (X, Y), meta=meta)
     with pytest.raises(ValueError, match=r"`loss_fn` reaches `meta`.* through its closure"):
         mo.implicit(lambda w, batch: ridge(w, batch, meta), w, (X, Y))
     with pytest.raises(ValueError, match="`loss_fn` must return a floating-point scalar"):
         mo.implicit(lambda w, _: w["w"], w)
-    with pytest.raises(ValueError, match=r"Implicit: the solution must not be differentiated, but .*'w'"):
+    with pytest.raises(
+        ValueError, match=r"Implicit: the solution must not be differentiated, but .*'w'"
+    ):
         grad(lambda w: mo.implicit(ridge, {"w": w}, (X, Y), meta=meta)["w"].sum())(w["w"])
-    with pytest.raises(ValueError, match=r"Implicit: the solution must not be differentiated, but .*'w'"):
+    with pytest.raises(
+        ValueError, match=r"Implicit: the solution must not be differentiated, but .*'w'"
+    ):
         mo.implicit(ridge, leaf(w), (X, Y), meta=meta.detach())["w"].sum().backward()
     for rule, message in (
         (mo.SAMA(), r"`solver` must do without an optimizer, got SAMA\("),
-        (mo.T1T2(scale="lr"), 'T1T2: `scale="lr"` must find one step size in the optimizer, got no optimizer'),
+        (
+            mo.T1T2(scale="lr"),
+            'T1T2: `scale="lr"` must find one step size in the optimizer, got no optimizer',
+        ),
     ):
         out = mo.implicit(ridge, w, (X, Y), meta=meta, solver=rule)["w"]
         with pytest.raises(ValueError, match=message):

@@ -63,14 +63,18 @@ def test_tasks(chunk_size: int) -> None:
         def task_loss(params: Any, tokens: Tensor) -> Tensor:
             return net(mo.minimize(net, Adam(0.1), params, tokens, steps=2).params, tokens)
 
-        return mo.meta_grad(task_loss, chunk_size=chunk_size)(net.params, torch.tensor([[0, 1], [2, 2], [3, 4]]))[0]
+        return mo.meta_grad(task_loss, chunk_size=chunk_size)(
+            net.params, torch.tensor([[0, 1], [2, 2], [3, 4]])
+        )[0]
 
     found = meta_gradient(sparse=True)
     assert found["embed.weight"].abs().sum() > 0
     assert_close(found, meta_gradient(sparse=False), 1e-14)
 
 
-@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Implicit(), mo.SAMA()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize(
+    "rule", [mo.Backprop(), mo.Implicit(), mo.SAMA()], ids=lambda rule: type(rule).__name__
+)
 def test_levels(rule: Rule) -> None:
     def hypergradient(*, sparse: bool) -> Any:
         upper, lower = Words(sparse=sparse), Words(sparse=sparse)
@@ -89,7 +93,8 @@ def test_levels(rule: Rule) -> None:
 def test_the_second_order_is_checked() -> None:
     model = Words(sparse=True)
     before = copy.deepcopy(model.state_dict())
-    mo.check_second_order(model, TOKENS[:3])  # without the padding, whose derivative torch leaves out
+    # without the padding, whose derivative torch leaves out
+    mo.check_second_order(model, TOKENS[:3])
     assert_close(dict(model.state_dict()), dict(before), 0.0)
     assert model.embed.sparse
 
@@ -120,6 +125,11 @@ def test_every_function_that_has_the_option(form: str) -> None:
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_an_embedding_that_rewrites_its_weight_is_refused(kind: Any) -> None:
-    """Under `functional` it would write into the tensors that it is lent, which may be live parameters."""
-    with pytest.raises(ValueError, match="got an embedding with `max_norm`, which rewrites its weight in every call"):
+    """Under `functional` it would write into the tensors that it is lent, which may be live
+    parameters.
+    """
+    with pytest.raises(
+        ValueError,
+        match="got an embedding with `max_norm`, which rewrites its weight in every call",
+    ):
         mo.functional(kind(5, 3, max_norm=1.0))

@@ -1,4 +1,6 @@
-"""Embeddings that ask for sparse gradients, in loops, meta-gradients and levels: as those with dense ones."""
+"""Embeddings that ask for sparse gradients, in loops, meta-gradients and levels: as those with
+dense ones.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ class Tables(nn.Module):
 
     def __init__(self, sparse: bool):
         super().__init__()
-        self.table, self.head, self.sparse = nn.Embedding(7, 3, sparse=sparse), nn.Linear(9, 2), sparse
+        self.table, self.head, self.sparse = (
+            nn.Embedding(7, 3, sparse=sparse),
+            nn.Linear(9, 2),
+            sparse,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         again = F.embedding(x[:, 0], self.table.weight, sparse=self.sparse)
@@ -53,10 +59,14 @@ def loss_of(net: mo.Functional) -> Any:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    "optimizer", [SGD(0.1), SGD(0.1, momentum=0.9, weight_decay=0.01), Adam(0.1)], ids=["sgd", "momentum", "adam"]
+    "optimizer",
+    [SGD(0.1), SGD(0.1, momentum=0.9, weight_decay=0.01), Adam(0.1)],
+    ids=["sgd", "momentum", "adam"],
 )
 def test_a_loop_is_that_with_dense_gradients(optimizer: Any, rule: str) -> None:
-    """torch has no reshape, no addcmul and no second derivative for them: each ended in its own text."""
+    """torch has no reshape, no addcmul and no second derivative for them: each ended in its own
+    text.
+    """
     batch, query, ends = batch_of(), batch_of(), []
     for model in pair():
         net = mo.functional(model)
@@ -74,14 +84,21 @@ def test_a_bag_too_as_far_as_torch_differentiates_it() -> None:
     batch, query, ends = batch_of(), batch_of(), []
     for sparse in (False, True):
         torch.manual_seed(0)
-        net = mo.functional(nn.Sequential(nn.EmbeddingBag(7, 3, mode="sum", sparse=sparse), nn.Linear(3, 2)))
+        net = mo.functional(
+            nn.Sequential(nn.EmbeddingBag(7, 3, mode="sum", sparse=sparse), nn.Linear(3, 2))
+        )
         loss = loss_of(net)
-        out = mo.minimize(loss, Adam(0.1), net.params, batch, steps=3, differentiate=mo.FirstOrder())
+        out = mo.minimize(
+            loss, Adam(0.1), net.params, batch, steps=3, differentiate=mo.FirstOrder()
+        )
         ends.append(torch.autograd.grad(loss(out.params, query), list(net.params.values())))
     for dense, sparse in zip(*ends, strict=True):
         assert dense.abs().max() > 1e-3
         assert_close(sparse, dense, 1e-12)
-    with pytest.raises(ValueError, match=r"embedding_bag.*the derivative for '_embedding_bag_backward' is not implemented"):
+    with pytest.raises(
+        ValueError,
+        match=r"embedding_bag.*the derivative for '_embedding_bag_backward' is not implemented",
+    ):
         mo.check_second_order(net.model, batch[0])
 
 
@@ -100,7 +117,9 @@ def test_a_meta_gradient_is_that_with_dense_gradients(options: Any) -> None:
         assert_close(ends[1][name], dense, 1e-12)
 
 
-@pytest.mark.parametrize("rule", [mo.Backprop(), mo.T1T2(), mo.SAMA(), mo.Implicit(mo.ConjugateGradient())], ids=repr)
+@pytest.mark.parametrize(
+    "rule", [mo.Backprop(), mo.T1T2(), mo.SAMA(), mo.Implicit(mo.ConjugateGradient())], ids=repr
+)
 def test_a_level_is_that_with_dense_gradients(rule: Any) -> None:
     batch, query, ends = batch_of(), batch_of(), []
     weights = nn.Linear(1, 1)

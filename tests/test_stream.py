@@ -22,12 +22,21 @@ from optimizers import SGD, Adam
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-MEMORIES = ["full", "steps", mo.Revolve(1), mo.Revolve(3), mo.Revolve(3, store="cpu"), mo.Revolve(100)]
+MEMORIES = [
+    "full",
+    "steps",
+    mo.Revolve(1),
+    mo.Revolve(3),
+    mo.Revolve(3, store="cpu"),
+    mo.Revolve(100),
+]
 each_memory = pytest.mark.parametrize("memory", MEMORIES, ids=str)
 
 
 def held(steps: int, snapshots: int) -> list[int]:
-    """The states that are held when the loop ends after `steps` steps, the most of them at any time being checked."""
+    """The states that are held when the loop ends after `steps` steps, the most of them at any time
+    being checked.
+    """
     online, times = Online(snapshots), list[int]()
     for t in range(1, steps):
         gone = online.add(t)
@@ -39,7 +48,9 @@ def held(steps: int, snapshots: int) -> list[int]:
 
 
 def test_the_schedule_needs_no_more_than_it_says() -> None:
-    """At most r T steps without a graph, forward included, whenever the stream ends; r is that of the offline optimum."""
+    """At most r T steps without a graph, forward included, whenever the stream ends; r is that of
+    the offline optimum.
+    """
     for snapshots in range(1, 12):
         for steps in range(2, 250):
             again, runs = 0, [0] * steps
@@ -50,7 +61,8 @@ def test_the_schedule_needs_no_more_than_it_says() -> None:
                 count(runs, low, high, snapshots - len(below))
                 high = low
             assert sum(runs) == again
-            assert 1 + max(runs) <= max(repeats(steps, snapshots), 1)  # 1: the run that filled the schedule
+            # 1: the run that filled the schedule
+            assert 1 + max(runs) <= max(repeats(steps, snapshots), 1)
             assert steps - 1 + again <= 1.35 * advances(steps, snapshots)
 
 
@@ -69,7 +81,9 @@ def problem(steps: int) -> tuple[mo.Functional, Any, list[tuple[Tensor, Tensor]]
     net = mo.functional(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
 
     def loss(params, batch, meta):
-        return (net(params, batch[0]) - batch[1]).square().mean() + meta.exp() * sum(p.square().sum() for p in params.values())
+        return (net(params, batch[0]) - batch[1]).square().mean() + meta.exp() * sum(
+            p.square().sum() for p in params.values()
+        )
 
     sizes = [2 + t % 3 for t in range(steps)]
     return net, loss, [(torch.randn(n, 3, requires_grad=True), torch.randn(n, 2)) for n in sizes]
@@ -86,7 +100,9 @@ def test_equals_steps_one_by_one(rule: Any, memory: Any, steps: int) -> None:
 
     def streamed(meta: Tensor) -> Tensor:
         optimizer = Adam(lr, (0.8, 0.95), eps=1e-2)
-        out = mo.minimize(loss, optimizer, net.params, iter(rows), meta=meta, differentiate=rule(memory=memory))
+        out = mo.minimize(
+            loss, optimizer, net.params, iter(rows), meta=meta, differentiate=rule(memory=memory)
+        )
         assert len(out.losses) == steps
         return out.losses.sum() + sum(p.sin().sum() for p in out.params.values())
 
@@ -94,7 +110,16 @@ def test_equals_steps_one_by_one(rule: Any, memory: Any, steps: int) -> None:
         optimizer = Adam(lr, (0.8, 0.95), eps=1e-2)
         params, state, total = net.params, optimizer.init(net.params), torch.zeros(())
         for row in rows:
-            out = mo.minimize(loss, optimizer, params, row, steps=1, meta=meta, opt_state=state, differentiate=rule())
+            out = mo.minimize(
+                loss,
+                optimizer,
+                params,
+                row,
+                steps=1,
+                meta=meta,
+                opt_state=state,
+                differentiate=rule(),
+            )
             params, state, total = out.params, out.opt_state, total + out.losses[0]
         return total + sum(p.sin().sum() for p in params.values())
 
@@ -106,35 +131,59 @@ def test_equals_steps_one_by_one(rule: Any, memory: Any, steps: int) -> None:
     for ours, theirs in zip(derivatives(streamed), derivatives(one_by_one), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
     points = torch.tensor([-3.0, -1.0])
-    for transform, at in ((grad, points[0]), (lambda f: grad(grad(f)), points[0]), (lambda f: vmap(grad(f)), points)):
-        torch.testing.assert_close(transform(streamed)(at), transform(one_by_one)(at), rtol=1e-11, atol=1e-12)
+    for transform, at in (
+        (grad, points[0]),
+        (lambda f: grad(grad(f)), points[0]),
+        (lambda f: vmap(grad(f)), points),
+    ):
+        torch.testing.assert_close(
+            transform(streamed)(at), transform(one_by_one)(at), rtol=1e-11, atol=1e-12
+        )
 
 
 @each_memory
 def test_batches_computed_from_what_is_learned(memory: Any) -> None:
-    """w_{t+1} = w_t - lr (w_t - s d_t): the generator itself is differentiated, by autograd and by `torch.func`."""
+    """w_{t+1} = w_t - lr (w_t - s d_t): the generator itself is differentiated, by autograd and by
+    `torch.func`.
+    """
     data = torch.randn(7)
 
     def last(scale: Tensor) -> Tensor:
         batches = (scale * d for d in data)
         rule = mo.Backprop(memory=memory)
-        return mo.minimize(lambda w, b: (w - b).square() / 2, SGD(0.1), torch.zeros(()), batches, differentiate=rule).params
+        return mo.minimize(
+            lambda w, b: (w - b).square() / 2,
+            SGD(0.1),
+            torch.zeros(()),
+            batches,
+            differentiate=rule,
+        ).params
 
     expected = sum(0.1 * 0.9 ** (6 - t) * data[t] for t in range(7))
     scale = torch.tensor(1.5, requires_grad=True)
-    torch.testing.assert_close(torch.autograd.grad(last(scale), scale)[0], expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(last(scale), scale)[0], expected, rtol=1e-12, atol=0
+    )
     torch.testing.assert_close(grad(last)(scale.detach()), expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(vmap(grad(last))(torch.ones(2)), expected.expand(2), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        vmap(grad(last))(torch.ones(2)), expected.expand(2), rtol=1e-12, atol=0
+    )
 
 
 @each_memory
 def test_the_result_may_be_written_to(memory: Any) -> None:
     start = torch.ones(2, requires_grad=True)
     out = mo.minimize(
-        lambda w, b: (w - b).square().sum(), SGD(0.1), start, iter(torch.zeros(3, 2)), differentiate=mo.Backprop(memory=memory)
+        lambda w, b: (w - b).square().sum(),
+        SGD(0.1),
+        start,
+        iter(torch.zeros(3, 2)),
+        differentiate=mo.Backprop(memory=memory),
     )
     found = torch.autograd.grad(out.params.add_(1).square().sum(), start)[0]
-    torch.testing.assert_close(found, torch.full((2,), 2 * (0.8**3 + 1) * 0.8**3), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        found, torch.full((2,), 2 * (0.8**3 + 1) * 0.8**3), rtol=1e-12, atol=0
+    )
 
 
 @each_memory
@@ -142,8 +191,12 @@ def test_only_a_late_batch_requires_grad(memory: Any) -> None:
     late = torch.tensor(2.0, requires_grad=True)
     batches = iter([torch.tensor(0.0), torch.tensor(1.0), late])
     rule = mo.Backprop(memory=memory)
-    out = mo.minimize(lambda w, b: (w - b).square() / 2, SGD(0.1), torch.zeros(()), batches, differentiate=rule)
-    torch.testing.assert_close(torch.autograd.grad(out.params, late)[0], torch.tensor(0.1), rtol=1e-12, atol=0)
+    out = mo.minimize(
+        lambda w, b: (w - b).square() / 2, SGD(0.1), torch.zeros(()), batches, differentiate=rule
+    )
+    torch.testing.assert_close(
+        torch.autograd.grad(out.params, late)[0], torch.tensor(0.1), rtol=1e-12, atol=0
+    )
 
 
 @each_memory
@@ -152,7 +205,11 @@ def test_nobody_asks_for_a_batch_before_its_step(memory: Any) -> None:
     seen: list[float] = []
 
     def loss(w: Tensor, _: None) -> Tensor:
-        seen.append(float(w.detach().abs().max()) if not torch._C._functorch.is_functorch_wrapped_tensor(w) else float("nan"))
+        seen.append(
+            float(w.detach().abs().max())
+            if not torch._C._functorch.is_functorch_wrapped_tensor(w)
+            else float("nan")
+        )
         return w.square().sum()
 
     def until_three() -> Iterator[None]:
@@ -160,9 +217,16 @@ def test_nobody_asks_for_a_batch_before_its_step(memory: Any) -> None:
             yield None
 
     start = torch.ones(2, requires_grad=True)
-    out = mo.minimize(loss, SGD(0.1), start, until_three(), differentiate=mo.Backprop(memory=memory))
+    out = mo.minimize(
+        loss, SGD(0.1), start, until_three(), differentiate=mo.Backprop(memory=memory)
+    )
     assert len(out.losses) == 3
-    torch.testing.assert_close(torch.autograd.grad(out.params.sum(), start)[0], torch.full((2,), 0.8**3), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.params.sum(), start)[0],
+        torch.full((2,), 0.8**3),
+        rtol=1e-12,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("memory", [mo.Revolve(1), mo.Revolve(3), mo.Revolve(50)], ids=str)
@@ -177,14 +241,18 @@ def test_runs_as_many_steps_as_the_schedule_says(memory: mo.Revolve, steps: int)
 
     start = torch.ones(2, requires_grad=True)
     rule = mo.Backprop(memory=memory)
-    out = mo.minimize(loss, SGD(0.1), start, (torch.zeros(2) for _ in range(steps)), differentiate=rule)
+    out = mo.minimize(
+        loss, SGD(0.1), start, (torch.zeros(2) for _ in range(steps)), differentiate=rule
+    )
     assert calls == 1 + steps
     out.params.sum().backward()
     assert calls - 1 - 2 * steps <= max(repeats(steps, memory.snapshots) - 1, 0) * steps
 
 
 def test_dropout_has_the_same_masks_and_the_loader_draws_from_the_same_generator() -> None:
-    """The order of a shuffling DataLoader and the masks come from one generator: batches are kept, not drawn again."""
+    """The order of a shuffling DataLoader and the masks come from one generator: batches are kept,
+    not drawn again.
+    """
     start = torch.ones(5, requires_grad=True)
     data = TensorDataset(torch.randn(11, 5))
 
@@ -195,7 +263,11 @@ def test_dropout_has_the_same_masks_and_the_loader_draws_from_the_same_generator
             return F.dropout(params.square() * batch[0], 0.5).sum()
 
         out = mo.minimize(
-            loss, SGD(0.1), start, DataLoader(data, batch_size=2, shuffle=True), differentiate=mo.Backprop(memory=memory)
+            loss,
+            SGD(0.1),
+            start,
+            DataLoader(data, batch_size=2, shuffle=True),
+            differentiate=mo.Backprop(memory=memory),
         )
         assert len(out.losses) == 6
         return torch.autograd.grad(out.params.sum(), start)[0]
@@ -207,12 +279,25 @@ def test_dropout_has_the_same_masks_and_the_loader_draws_from_the_same_generator
 @each_memory
 @pytest.mark.parametrize("window", [1, 3, 7, 100])
 def test_window(window: int, memory: Any) -> None:
-    rows, start, lr = torch.randn(7, 3), torch.randn(3, requires_grad=True), nn.Parameter(torch.tensor(0.05))
+    rows, start, lr = (
+        torch.randn(7, 3),
+        torch.randn(3, requires_grad=True),
+        nn.Parameter(torch.tensor(0.05)),
+    )
 
     def gradients(batches: Any) -> list[Tensor]:
         rule = mo.Backprop(memory=memory, window=window)
-        out = mo.minimize(lambda w, b: ((w - b) ** 4).sum(), Adam(lr, eps=1e-2), start, batches, differentiate=rule)
-        return [out.losses, *torch.autograd.grad(out.params.sum(), [lr, start], materialize_grads=True)]
+        out = mo.minimize(
+            lambda w, b: ((w - b) ** 4).sum(),
+            Adam(lr, eps=1e-2),
+            start,
+            batches,
+            differentiate=rule,
+        )
+        return [
+            out.losses,
+            *torch.autograd.grad(out.params.sum(), [lr, start], materialize_grads=True),
+        ]
 
     for ours, theirs in zip(gradients(iter(rows)), gradients(rows), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
@@ -234,7 +319,13 @@ def test_without_gradients_no_batch_is_kept() -> None:
             assert len(alive) <= 2  # the first one, and the present one
 
     with torch.no_grad():
-        out = mo.minimize(lambda w, _: w.square(), SGD(0.1), torch.ones(()), batches(), differentiate=mo.Backprop("steps"))
+        out = mo.minimize(
+            lambda w, _: w.square(),
+            SGD(0.1),
+            torch.ones(()),
+            batches(),
+            differentiate=mo.Backprop("steps"),
+        )
     assert len(out.losses) == 20
 
 
@@ -256,7 +347,9 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_steps() -> None:
-    """A state is 1 MB: 8 of them, as many again on the way back, and one step's graph, also inside `torch.func.grad`."""
+    """A state is 1 MB: 8 of them, as many again on the way back, and one step's graph, also inside
+    `torch.func.grad`.
+    """
     grown = [printed(PROGRAM, steps) for steps in (20, 120)]
     assert grown[1] < 40_000  # KiB; "steps" needs 120,000
     assert grown[1] - grown[0] < 10_000
@@ -271,14 +364,26 @@ def reused() -> Iterator[Tensor]:
 @pytest.mark.parametrize(
     ("batches", "steps", "message"),
     [
-        (lambda: iter([]), None, "`batches` must hold at least one step, got an empty list_iterator"),
-        (lambda: iter([torch.zeros(2), (torch.zeros(2),)]), None, r"batches of one structure .* got .* at step 1 after"),
+        (
+            lambda: iter([]),
+            None,
+            "`batches` must hold at least one step, got an empty list_iterator",
+        ),
+        (
+            lambda: iter([torch.zeros(2), (torch.zeros(2),)]),
+            None,
+            r"batches of one structure .* got .* at step 1 after",
+        ),
         (
             lambda: iter([torch.zeros(2), torch.zeros(2, dtype=torch.int64)]),
             None,
             r"the same dtypes, got .*int64.* at step 1 after",
         ),
-        (lambda: itertools.repeat(torch.zeros(2)), 3, r"`steps` must be left out when `batches` is an iterator, got 3"),
+        (
+            lambda: itertools.repeat(torch.zeros(2)),
+            3,
+            r"`steps` must be left out when `batches` is an iterator, got 3",
+        ),
         (reused, None, r"must not change a batch after yielding it, got one of shape \(2,\)"),
         (lambda: "abc", None, "`steps` is missing"),
     ],
@@ -287,7 +392,12 @@ def test_bad_batches(batches: Any, steps: int | None, message: str) -> None:
     start = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match=message):
         mo.minimize(
-            lambda w, b: (w - b).square().sum(), SGD(0.1), start, batches(), steps=steps, differentiate=mo.Backprop("steps")
+            lambda w, b: (w - b).square().sum(),
+            SGD(0.1),
+            start,
+            batches(),
+            steps=steps,
+            differentiate=mo.Backprop("steps"),
         )
 
 
@@ -297,11 +407,18 @@ def test_in_microbatches(hvp: Any) -> None:
 
     def gradient(batches: Any, **options: Any) -> Tensor:
         rule = mo.Backprop(memory=mo.Revolve(2), **options)
-        out = mo.minimize(lambda w, b: ((w - b) ** 4).mean(), SGD(0.1), start, batches, differentiate=rule)
+        out = mo.minimize(
+            lambda w, b: ((w - b) ** 4).mean(), SGD(0.1), start, batches, differentiate=rule
+        )
         return torch.autograd.grad(out.params.sum(), start)[0]
 
-    torch.testing.assert_close(gradient(iter(rows), microbatches=2, hvp=hvp), gradient(rows), rtol=1e-12, atol=1e-14)
-    with pytest.raises(ValueError, match="`microbatches` must divide the number of examples of every batch, got 2 for 3"):
+    torch.testing.assert_close(
+        gradient(iter(rows), microbatches=2, hvp=hvp), gradient(rows), rtol=1e-12, atol=1e-14
+    )
+    with pytest.raises(
+        ValueError,
+        match="`microbatches` must divide the number of examples of every batch, got 2 for 3",
+    ):
         gradient(iter([rows[0], rows[1, :3]]), microbatches=2, hvp=hvp)
 
 
@@ -312,7 +429,9 @@ def test_implicitly_the_last_batch_counts() -> None:
         def loss(w: Tensor, b: Tensor, meta: Tensor) -> Tensor:
             return ((w - b * meta) ** 2).sum()
 
-        out = mo.minimize(loss, SGD(0.1), torch.zeros(3), batches, meta=meta, differentiate=mo.Implicit())
+        out = mo.minimize(
+            loss, SGD(0.1), torch.zeros(3), batches, meta=meta, differentiate=mo.Implicit()
+        )
         return torch.autograd.grad(out.params.sum(), meta)[0]
 
     torch.testing.assert_close(gradient(iter(rows)), gradient(rows), rtol=1e-12, atol=0)
@@ -321,15 +440,27 @@ def test_implicitly_the_last_batch_counts() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # of torch's compiler
+# of torch's compiler
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 @each_memory
 def test_compiled(memory: Any) -> None:
     rows, start = torch.randn(4, 3), torch.randn(3, requires_grad=True)
 
     def gradient(batches: Any, compile: bool) -> Tensor:
         rule = mo.Backprop(memory=memory)
-        out = mo.minimize(lambda w, b: ((w - b) ** 4).mean(), SGD(0.1), start, batches, differentiate=rule, compile=compile)
+        out = mo.minimize(
+            lambda w, b: ((w - b) ** 4).mean(),
+            SGD(0.1),
+            start,
+            batches,
+            differentiate=rule,
+            compile=compile,
+        )
         return torch.autograd.grad(out.params.sum(), start)[0]
 
     torch._dynamo.reset()
-    torch.testing.assert_close(gradient(iter(rows), True), gradient(rows, False), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        gradient(iter(rows), True), gradient(rows, False), rtol=1e-12, atol=1e-14
+    )

@@ -1,4 +1,6 @@
-"""Gradient transforms: equal to torch's, exact in their derivatives, and composed with any optimizer and each other."""
+"""Gradient transforms: equal to torch's, exact in their derivatives, and composed with any
+optimizer and each other.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,14 @@ def curve(params: dict[str, Tensor], shift: Tensor) -> Tensor:
 
 
 def by_torch(
-    start: dict[str, Tensor], shifts: Tensor, make: Callable[[dict[str, Tensor]], torch.optim.Optimizer], clip: Any = None
+    start: dict[str, Tensor],
+    shifts: Tensor,
+    make: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+    clip: Any = None,
 ) -> dict[str, Tensor]:
-    """Return the parameters after one step of torch's optimizer per shift, with gradients changed by `clip` before each."""
+    """Return the parameters after one step of torch's optimizer per shift, with gradients changed
+    by `clip` before each.
+    """
     params = {name: p.clone().requires_grad_() for name, p in start.items()}
     optimizer = make(params)
     for shift in shifts:
@@ -77,7 +84,10 @@ def of_all(kind: Any, **options: Any) -> Callable[[dict[str, Tensor]], torch.opt
 def by_group(params: dict[str, Tensor]) -> torch.optim.Optimizer:
     """Biases and the rest with settings of their own."""
     rest = [params["net.weight"], params["scale"]]
-    return torch.optim.Adam([{"params": [params["net.bias"]], "lr": 0.2, "betas": (0.5, 0.9)}, {"params": rest}], lr=0.05)
+    return torch.optim.Adam(
+        [{"params": [params["net.bias"]], "lr": 0.2, "betas": (0.5, 0.9)}, {"params": rest}],
+        lr=0.05,
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +113,9 @@ def test_fifty_steps_equal_torch(ours: Any, theirs: Any, clip: Any) -> None:
 def test_clipping_the_norm_is_torchs_but_for_its_constant() -> None:
     """Torch divides by |g| + 1e-6: with |g| > 0.5 a relative difference below 2e-6 in every step."""
     first, shifts = start(), torch.randn(5)
-    expected = by_torch(first, shifts, of_all(torch.optim.SGD, lr=0.1), lambda p: nn.utils.clip_grad_norm_(p, 0.5))
+    expected = by_torch(
+        first, shifts, of_all(torch.optim.SGD, lr=0.1), lambda p: nn.utils.clip_grad_norm_(p, 0.5)
+    )
     assert_close(mo.minimize(curve, ClipNorm(0.5, SGD(0.1)), first, shifts).params, expected, 5e-6)
 
 
@@ -130,7 +142,10 @@ def test_an_update_is_differentiated_exactly(kind: Any, size: float) -> None:
         optimizer, params = kind(h), {"a": a, "b": b}
         state = optimizer.init(params)
         if "square" in state["slots"]:
-            state = {**state, "slots": {**state["slots"], "square": {"a": torch.ones(3), "b": torch.ones(2)}}}
+            state = {
+                **state,
+                "slots": {**state["slots"], "square": {"a": torch.ones(3), "b": torch.ones(2)}},
+            }
         updates, _ = optimizer({"a": ga, "b": gb}, state, params)
         return tuple(leaf for leaf in updates.values() if leaf.requires_grad)
 
@@ -169,7 +184,9 @@ def test_the_inner_schedule_observes_the_changed_gradients() -> None:
         w = torch.ones(2)
         return optimizer(torch.full((2,), size), optimizer.init(w), w, loss=loss)[1]["schedules"]
 
-    clipped = [after(ClipNorm(0.1, SGD(learned)), size)["optimizer"]["lr"]["h"] for size in (1.0, 100.0)]
+    clipped = [
+        after(ClipNorm(0.1, SGD(learned)), size)["optimizer"]["lr"]["h"] for size in (1.0, 100.0)
+    ]
     bare = [after(SGD(learned), size)["lr"]["h"] for size in (1.0, 100.0)]
     assert_close(clipped[0], clipped[1], 1e-14)
     assert (bare[0] - bare[1]).abs().max() > 1e-3
@@ -202,7 +219,9 @@ def test_each_group_clips_by_itself() -> None:
 
 def test_muon_for_matrices_and_another_for_the_rest() -> None:
     first, shifts = start(), torch.randn(5)
-    both = mo.minimize(curve, Grouped({"*.weight": Muon(0.02), "*": SGD(0.1)}), first, shifts).params
+    both = mo.minimize(
+        curve, Grouped({"*.weight": Muon(0.02), "*": SGD(0.1)}), first, shifts
+    ).params
     assert all((both[name] != first[name]).any() for name in first)
     one = Grouped({"*.weight": Muon(0.02), "*": SGD(0.1)})
     updates, _ = one(first, one.init(first), first)
@@ -240,12 +259,17 @@ def test_only_what_is_selected_has_memory() -> None:
 
 def test_a_meta_gradient_through_groups_is_one_graph() -> None:
     """Names are chosen by patterns, which a compiler cannot trace: it must not have to."""
-    optimizer = ClipNorm(0.5, Grouped({"*.weight": Masked(Muon(Cosine(0.1, 5)), "*"), "*": Adam(0.1)}))
+    optimizer = ClipNorm(
+        0.5, Grouped({"*.weight": Masked(Muon(Cosine(0.1, 5)), "*"), "*": Adam(0.1)})
+    )
     first = start()
 
     def outer(factor: Tensor) -> Tensor:
         params = {name: factor * p for name, p in first.items()}
-        return curve(mo.minimize(curve, optimizer, params, torch.linspace(-1, 1, 3)).params, torch.tensor(0.3))
+        return curve(
+            mo.minimize(curve, optimizer, params, torch.linspace(-1, 1, 3)).params,
+            torch.tensor(0.3),
+        )
 
     factor = torch.tensor(0.9)
     compiled = torch.compile(grad(outer), fullgraph=True, backend="eager")
@@ -302,13 +326,21 @@ def test_a_deployed_transform_has_its_own_options_and_a_factor_lr() -> None:
         ),
     ],
 )  # fmt: skip
-def test_bad_arguments_are_refused(make: Callable[[], Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_refused(
+    make: Callable[[], Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         make()
 
 
-@pytest.mark.parametrize("optimizer", [WeightDecay(0.1, SGD(0.1)), DecoupledWeightDecay(0.1, SGD(0.1))], ids=["l2", "decoupled"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [WeightDecay(0.1, SGD(0.1)), DecoupledWeightDecay(0.1, SGD(0.1))],
+    ids=["l2", "decoupled"],
+)
 def test_missing_params_are_named(optimizer: Transform) -> None:
     w = torch.ones(2)
-    with pytest.raises(ValueError, match=rf"`{type(optimizer).__name__}` needs `params` because weight_decay=0.1"):
+    with pytest.raises(
+        ValueError, match=rf"`{type(optimizer).__name__}` needs `params` because weight_decay=0.1"
+    ):
         optimizer(w, optimizer.init(w))

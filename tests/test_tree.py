@@ -26,13 +26,19 @@ def test_the_norm_is_that_of_all_entries() -> None:
 def test_derivatives_at_zero_are_zero_and_elsewhere_true() -> None:
     """Trap 12: sqrt has an infinite slope at 0, and infinity times 0 is nan."""
     zero, four = torch.tensor(0.0), torch.tensor(4.0)
-    assert_close([tree.safe_sqrt(x) for x in (zero, four)], [torch.tensor(0.0), torch.tensor(2.0)], 0)
+    assert_close(
+        [tree.safe_sqrt(x) for x in (zero, four)], [torch.tensor(0.0), torch.tensor(2.0)], 0
+    )
     derivative = tree.safe_sqrt
     for expected in (1 / 4, -1 / 32, 3 / 256):  # of sqrt at 4
         derivative = grad(derivative)
         assert derivative(zero) == 0
         assert_close(derivative(four), torch.tensor(expected), 1e-15)
-    assert_close(vmap(grad(tree.norm))(torch.tensor([[0.0, 0.0], [3.0, 4.0]])), torch.tensor([[0.0, 0.0], [0.6, 0.8]]), 1e-15)
+    assert_close(
+        vmap(grad(tree.norm))(torch.tensor([[0.0, 0.0], [3.0, 4.0]])),
+        torch.tensor([[0.0, 0.0], [0.6, 0.8]]),
+        1e-15,
+    )
 
 
 def test_derivatives_pass_through_a_row_in_which_complex_entries_begin_at_an_odd_place() -> None:
@@ -65,7 +71,8 @@ def test_flatten_like_takes_only_the_same_structure() -> None:
     structure = tree.flatten({"a": 1, "b": 2})[1]
     assert tree.flatten_like(structure, {"a": 3, "b": 4}, "x") == [3, 4]
     with pytest.raises(
-        ValueError, match=r"`x` does not have the expected structure: missing \[\"\['b'\]\"\], unknown \[\"\['c'\]\"\]"
+        ValueError,
+        match=r"`x` does not have the expected structure: missing \[\"\['b'\]\"\], unknown \[\"\['c'\]\"\]",
     ):
         tree.flatten_like(structure, {"a": 3, "c": 4}, "x")
 
@@ -80,7 +87,13 @@ def test_a_complex_number_is_two_real_ones_in_a_row() -> None:
 def test_the_leading_axis_is_the_one_that_all_leaves_have() -> None:
     one, two = torch.ones(2, 3), torch.ones(2)
     assert tree.leading_axis({"a": one, "b": [two]}) == 2
-    for without in ({}, {"a": one, "b": torch.ones(3)}, {"a": one, "b": torch.tensor(1.0)}, {"a": one, "b": 2}, torch.tensor(1.0)):
+    for without in (
+        {},
+        {"a": one, "b": torch.ones(3)},
+        {"a": one, "b": torch.tensor(1.0)},
+        {"a": one, "b": 2},
+        torch.tensor(1.0),
+    ):
         assert tree.leading_axis(without) is None
     assert tree.leading_axis(torch.ones(0)) == 0
 
@@ -91,11 +104,25 @@ class Pair(NamedTuple):
 
 
 def test_trees_are_mapped_and_read_as_torch_does() -> None:
-    """Also nodes that only torch knows, structures that differ, empty ones, and dicts in another order."""
-    nested = {"b": [1, (2.0, None)], "a": Pair(torch.ones(2), {}), "c": OrderedDict(z=3, y=[]), "d": torch.Size([4])}
+    """Also nodes that only torch knows, structures that differ, empty ones, and dicts in another
+    order.
+    """
+    nested = {
+        "b": [1, (2.0, None)],
+        "a": Pair(torch.ones(2), {}),
+        "c": OrderedDict(z=3, y=[]),
+        "d": torch.Size([4]),
+    }
     assert str(tree.leaves(nested)) == str(pytree.tree_leaves(nested))
-    assert str(tree.map(lambda leaf: (leaf, "seen"), nested)) == str(pytree.tree_map(lambda leaf: (leaf, "seen"), nested))
-    pairs = [({"a": 1, "b": 2}, {"b": 20, "a": 10}), ([1, (2,)], [{"x": 0}, ([3],)]), (Pair(1, [2]), Pair(3, [4])), (1, [2, 3])]
+    assert str(tree.map(lambda leaf: (leaf, "seen"), nested)) == str(
+        pytree.tree_map(lambda leaf: (leaf, "seen"), nested)
+    )
+    pairs = [
+        ({"a": 1, "b": 2}, {"b": 20, "a": 10}),
+        ([1, (2,)], [{"x": 0}, ([3],)]),
+        (Pair(1, [2]), Pair(3, [4])),
+        (1, [2, 3]),
+    ]
     for first, second in pairs:
         expected = pytree.tree_map(lambda a, b: (a, b), first, second)
         assert tree.map(lambda a, b: (a, b), first, second) == expected
@@ -108,13 +135,17 @@ def test_trees_are_mapped_and_read_as_torch_does() -> None:
         return a + b, a - b
 
     assert tree.map(sum_and_difference, Pair(3, [2]), Pair(1, [1])) == Pair((4, 2), [(3, 1)])
-    assert tree.map(lambda leaf: "leaf", [(1, 2)], is_leaf=lambda node: isinstance(node, tuple)) == ["leaf"]
+    assert tree.map(
+        lambda leaf: "leaf", [(1, 2)], is_leaf=lambda node: isinstance(node, tuple)
+    ) == ["leaf"]
 
 
 def test_nothing_is_last_under_forward_mode() -> None:
     with torch.no_grad(), forward_ad.dual_level():
         x = forward_ad.make_dual(torch.tensor([0.0, 4.0]), torch.ones(2))
-        assert_close(forward_ad.unpack_dual(tree.safe_sqrt(x)).tangent, torch.tensor([0.0, 0.25]), 1e-15)
+        assert_close(
+            forward_ad.unpack_dual(tree.safe_sqrt(x)).tangent, torch.tensor([0.0, 0.25]), 1e-15
+        )
 
 
 def test_norms_of_half_precision_are_not_rounded_leaf_by_leaf() -> None:

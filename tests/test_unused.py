@@ -10,7 +10,18 @@ from problems import assert_close
 from torch import Tensor, nn
 
 import metaopt as mo
-from optimizers import SGD, Adam, AdamW, ClipNorm, Grouped, LSTMOptimizer, Masked, NAdam, RMSprop, Rprop
+from optimizers import (
+    SGD,
+    Adam,
+    AdamW,
+    ClipNorm,
+    Grouped,
+    LSTMOptimizer,
+    Masked,
+    NAdam,
+    RMSprop,
+    Rprop,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -21,9 +32,18 @@ OPTIMIZERS: dict[str, tuple[Any, Any]] = {
         lambda: SGD(0.1, momentum=0.9, weight_decay=0.1),
         lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
     ),
-    "dampening": (lambda: SGD(0.1, momentum=0.9, dampening=0.2), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.2)),
-    "adam": (lambda: Adam(0.05, weight_decay=0.1), lambda p: torch.optim.Adam(p, 0.05, weight_decay=0.1)),
-    "adamw": (lambda: AdamW(0.05, amsgrad=True), lambda p: torch.optim.AdamW(p, 0.05, amsgrad=True)),
+    "dampening": (
+        lambda: SGD(0.1, momentum=0.9, dampening=0.2),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.2),
+    ),
+    "adam": (
+        lambda: Adam(0.05, weight_decay=0.1),
+        lambda p: torch.optim.Adam(p, 0.05, weight_decay=0.1),
+    ),
+    "adamw": (
+        lambda: AdamW(0.05, amsgrad=True),
+        lambda p: torch.optim.AdamW(p, 0.05, amsgrad=True),
+    ),
     "nadam": (lambda: NAdam(0.05), lambda p: torch.optim.NAdam(p, 0.05)),
     "rmsprop": (
         lambda: RMSprop(0.01, momentum=0.9, centered=True),
@@ -36,7 +56,9 @@ OPTIMIZERS: dict[str, tuple[Any, Any]] = {
     ),
     "by name": (
         lambda: SGD({"b": 0.1, "*": 0.05}, momentum=0.9),
-        lambda p: torch.optim.SGD([{"params": p[:1], "lr": 0.05}, {"params": p[1:], "lr": 0.1}], momentum=0.9),
+        lambda p: torch.optim.SGD(
+            [{"params": p[:1], "lr": 0.05}, {"params": p[1:], "lr": 0.1}], momentum=0.9
+        ),
     ),
 }
 
@@ -69,13 +91,20 @@ def loss(params: Any, batch: Any) -> Tensor:
     return value + (params["b"] @ y - 1).square() if uses_b else value
 
 
-RULES: list[Any] = [mo.Backprop(), mo.Backprop(memory="steps"), mo.FirstOrder(), mo.FirstOrder(memory="steps")]
+RULES: list[Any] = [
+    mo.Backprop(),
+    mo.Backprop(memory="steps"),
+    mo.FirstOrder(),
+    mo.FirstOrder(memory="steps"),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_skipped_parameter_stays_as_in_torch(name: str, rule: Any) -> None:
-    """It had a zero gradient, so that weight decay and momentum moved it, and the step counted for it."""
+    """It had a zero gradient, so that weight decay and momentum moved it, and the step counted for
+    it.
+    """
     ours, theirs = OPTIMIZERS[name]
     torch.manual_seed(1)
     params, x = start(), rows()
@@ -106,7 +135,12 @@ def test_its_derivatives_are_those_of_a_loop_by_hand(rule: Any) -> None:
     leaves = [*params.values(), lr, *x]
     found = torch.autograd.grad(out.params["b"].square().sum() + out.params["a"].sum(), leaves)
 
-    now, means, squares, counts = dict(params), dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0), dict.fromkeys(params, 0)
+    now, means, squares, counts = (
+        dict(params),
+        dict.fromkeys(params, 0.0),
+        dict.fromkeys(params, 0.0),
+        dict.fromkeys(params, 0),
+    )
     for batch in batches(x):
         used = ["a", "b"] if batch[1] else ["a"]
         grads = torch.autograd.grad(loss(now, batch), [now[k] for k in used], create_graph=True)
@@ -115,7 +149,10 @@ def test_its_derivatives_are_those_of_a_loop_by_hand(rule: Any) -> None:
             counts[key] += 1
             means[key] = 0.9 * means[key] + 0.1 * g
             squares[key] = 0.999 * squares[key] + 0.001 * g * g
-            mean, square = means[key] / (1 - 0.9 ** counts[key]), squares[key] / (1 - 0.999 ** counts[key])
+            mean, square = (
+                means[key] / (1 - 0.9 ** counts[key]),
+                squares[key] / (1 - 0.999 ** counts[key]),
+            )
             after[key] = now[key] - lr * mean / (square.sqrt() + 1e-8)
         now = after
     expected = torch.autograd.grad(now["b"].square().sum() + now["a"].sum(), leaves)
@@ -124,19 +161,28 @@ def test_its_derivatives_are_those_of_a_loop_by_hand(rule: Any) -> None:
 
 
 def test_under_transforms_and_nested() -> None:
-    """Inside `torch.func` a gradient is never None: what a loss depends on is read off its graph there."""
+    """Inside `torch.func` a gradient is never None: what a loss depends on is read off its graph
+    there.
+    """
     torch.manual_seed(1)
     params, x = {key: p.detach() for key, p in start().items()}, rows()
 
     def value(params: Any, shift: Tensor) -> Tensor:
         shifted = x[0] + shift, x[1]
-        return mo.minimize(loss, Adam(0.05), params, batches(shifted), unused="skip").params["b"].square().sum()
+        return (
+            mo.minimize(loss, Adam(0.05), params, batches(shifted), unused="skip")
+            .params["b"]
+            .square()
+            .sum()
+        )
 
     slope = torch.func.grad(value)
     each = torch.func.vmap(slope, in_dims=(None, 0))(params, torch.tensor([0.0, 0.5]))
     for i, shift in enumerate((0.0, 0.5)):
         live = {key: p.clone().requires_grad_() for key, p in params.items()}
-        expected = torch.autograd.grad(value(live, torch.tensor(shift)), [*live.values()], materialize_grads=True)
+        expected = torch.autograd.grad(
+            value(live, torch.tensor(shift)), [*live.values()], materialize_grads=True
+        )
         for key, own in zip(params, expected, strict=True):
             assert_close(each[key][i], own, 1e-12)
 
@@ -145,7 +191,9 @@ def test_transforms_see_the_gradients_that_there_are() -> None:
     """The norm to be clipped is that of these, as torch's `clip_grad_norm_`."""
     torch.manual_seed(1)
     params, x = start(), rows()
-    out = mo.minimize(loss, ClipNorm(0.5, SGD(0.1, momentum=0.9)), params, batches(x), unused="skip")
+    out = mo.minimize(
+        loss, ClipNorm(0.5, SGD(0.1, momentum=0.9)), params, batches(x), unused="skip"
+    )
     live = {key: p.detach().clone().requires_grad_() for key, p in params.items()}
     optimizer = torch.optim.SGD([*live.values()], 0.1, momentum=0.9)
     for batch in batches(x):
@@ -161,14 +209,24 @@ def test_transforms_see_the_gradients_that_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: LSTMOptimizer(4).double(), lambda: Masked(SGD(0.1, momentum=0.9), "b")], ids=["lstm", "masked"]
+    "make",
+    [lambda: LSTMOptimizer(4).double(), lambda: Masked(SGD(0.1, momentum=0.9), "b")],
+    ids=["lstm", "masked"],
 )
 def test_a_parameter_that_is_never_used_never_moves(make: Any) -> None:
     params = start()
-    out = mo.minimize(lambda p, _: p["a"].square().sum(), make(), params, None, steps=3, unused="skip")
+    out = mo.minimize(
+        lambda p, _: p["a"].square().sum(), make(), params, None, steps=3, unused="skip"
+    )
     assert torch.equal(out.params["b"], params["b"])
     again = mo.minimize(
-        lambda p, _: p["a"].square().sum(), make(), out.params, None, steps=1, opt_state=out.opt_state, unused="skip"
+        lambda p, _: p["a"].square().sum(),
+        make(),
+        out.params,
+        None,
+        steps=1,
+        opt_state=out.opt_state,
+        unused="skip",
     )
     assert torch.equal(again.params["b"], params["b"])
 
@@ -188,17 +246,30 @@ def test_what_cannot_skip_says_so() -> None:
 
 def test_a_state_that_counts_for_all_goes_on_for_each() -> None:
     params = start()
-    first = mo.minimize(lambda p, _: p["a"].square().sum() + p["b"].square().sum(), Adam(0.1), params, None, steps=2)
-    then = mo.minimize(
-        lambda p, _: p["a"].square().sum(), Adam(0.1), first.params, None, steps=1, opt_state=first.opt_state, unused="skip"
+    first = mo.minimize(
+        lambda p, _: p["a"].square().sum() + p["b"].square().sum(), Adam(0.1), params, None, steps=2
     )
-    whole = mo.minimize(lambda p, _: p["a"].square().sum(), Adam(0.1), {"a": params["a"]}, None, steps=3)
+    then = mo.minimize(
+        lambda p, _: p["a"].square().sum(),
+        Adam(0.1),
+        first.params,
+        None,
+        steps=1,
+        opt_state=first.opt_state,
+        unused="skip",
+    )
+    whole = mo.minimize(
+        lambda p, _: p["a"].square().sum(), Adam(0.1), {"a": params["a"]}, None, steps=3
+    )
     assert_close(then.params["a"], whole.params["a"], 1e-14)
     assert torch.equal(then.params["b"], first.params["b"])
 
 
 def test_a_frozen_layer_of_a_model() -> None:
-    """A branch that a model never takes: with zeros AdamW decays its weights, with "skip" they stay."""
+    """A branch that a model never takes:
+
+    with zeros AdamW decays its weights, with "skip" they stay.
+    """
 
     class Branches(nn.Module):
         def __init__(self) -> None:
@@ -211,6 +282,11 @@ def test_a_frozen_layer_of_a_model() -> None:
     net, x = mo.functional(Branches()), torch.randn(5, 2)
     for unused, moves in (("zero", True), ("skip", False)):
         out = mo.minimize(
-            lambda p, x: net(p, x).square().mean(), AdamW(0.1, weight_decay=0.1), net.params, x, steps=3, unused=unused
+            lambda p, x: net(p, x).square().mean(),
+            AdamW(0.1, weight_decay=0.1),
+            net.params,
+            x,
+            steps=3,
+            unused=unused,
         )
         assert torch.equal(out.params["other.weight"], net.params["other.weight"]) is not moves

@@ -1,4 +1,6 @@
-"""`Optimizer.values`: the hyperparameters that the next step uses, exact, differentiable, and without any effect."""
+"""`Optimizer.values`: the hyperparameters that the next step uses, exact, differentiable, and
+without any effect.
+"""
 
 from __future__ import annotations
 
@@ -52,12 +54,26 @@ RATES: dict[str, tuple[Any, str, str]] = {
     "observing": (lambda: SGD(learned()), "net.bias", "lr"),
     "warmup": (lambda: SGD(Warmup(learned(), 5, start=0.2)), "net.bias", "lr"),
     "joined": (lambda: SGD(Joined((Constant(0.3), learned()), (2,))), "net.bias", "lr"),
-    "clipped": (lambda: ClipNorm(1e9, ClipNorm(Constant(1e9), SGD(Cosine(0.1, 10)))), "net.bias", "optimizer.optimizer.lr"),
-    "grouped": (lambda: Grouped({"*.bias": SGD(learned()), "*": SGD(Cosine(0.2, 10))}), "net.bias", "*.bias/lr"),
-    "other-group": (lambda: Grouped({"*.bias": SGD(learned()), "*": SGD(Cosine(0.2, 10))}), "net.weight", "*/lr"),
+    "clipped": (
+        lambda: ClipNorm(1e9, ClipNorm(Constant(1e9), SGD(Cosine(0.1, 10)))),
+        "net.bias",
+        "optimizer.optimizer.lr",
+    ),
+    "grouped": (
+        lambda: Grouped({"*.bias": SGD(learned()), "*": SGD(Cosine(0.2, 10))}),
+        "net.bias",
+        "*.bias/lr",
+    ),
+    "other-group": (
+        lambda: Grouped({"*.bias": SGD(learned()), "*": SGD(Cosine(0.2, 10))}),
+        "net.weight",
+        "*/lr",
+    ),
     "masked": (lambda: Masked(SGD(learned()), "*.bias"), "net.bias", "optimizer.lr"),
     "nested": (
-        lambda: ClipNorm(1e9, Grouped({"*.weight": SGD(0.2), "*": Masked(SGD(learned()), "net.bias")})),
+        lambda: ClipNorm(
+            1e9, Grouped({"*.weight": SGD(0.2), "*": Masked(SGD(learned()), "net.bias")})
+        ),
         "net.bias",
         "optimizer.*/optimizer.lr",
     ),
@@ -76,7 +92,11 @@ def test_it_is_what_the_next_step_uses(name: str) -> None:
         value = optimizer.values(state, loss=LOSS, grads=grads)[key]
         assert_close(state, before, 0)
         updates, state = optimizer(grads, state, w, loss=LOSS)
-        assert_close((-updates[leaf] / grads[leaf])[0], torch.as_tensor(value).expand_as(updates[leaf][0]), 1e-14)
+        assert_close(
+            (-updates[leaf] / grads[leaf])[0],
+            torch.as_tensor(value).expand_as(updates[leaf][0]),
+            1e-14,
+        )
 
 
 @pytest.mark.parametrize("name", ["observing", "warmup", "joined", "grouped", "masked", "nested"])
@@ -93,7 +113,8 @@ def test_without_the_loss_a_schedule_that_observes_answers_with_its_last_value(n
     seen = optimizer.values(state)[key]
     ramps = (0.2 + 0.8 * 4 / 5) / (0.2 + 0.8 * 3 / 5) if name == "warmup" else 1.0
     assert_close(seen, used * ramps, 1e-14)
-    assert_close(optimizer.values(state, loss=LOSS)[key], seen, 0)  # the gradients are still unknown
+    # the gradients are still unknown
+    assert_close(optimizer.values(state, loss=LOSS)[key], seen, 0)
     assert leaf in w
 
 
@@ -102,7 +123,10 @@ def test_a_transform_says_what_the_schedule_behind_it_will_see() -> None:
     optimizer, w = ClipNorm(0.1, SGD(learned())), params()
     state = optimizer.init(w)
     small, large = (
-        optimizer.values(state, loss=LOSS, grads={k: size * p for k, p in w.items()})["optimizer.lr"] for size in (10, 1000)
+        optimizer.values(state, loss=LOSS, grads={k: size * p for k, p in w.items()})[
+            "optimizer.lr"
+        ]
+        for size in (10, 1000)
     )
     assert_close(small, large, 1e-14)
     bare = SGD(learned())
@@ -111,9 +135,14 @@ def test_a_transform_says_what_the_schedule_behind_it_will_see() -> None:
     with pytest.raises(ValueError, match=r"`WeightDecay` needs `params` because weight_decay=0.1"):
         decayed.values(decayed.init(w), loss=LOSS, grads=w)
     found = decayed.values(decayed.init(w), loss=LOSS, grads=w, params=w)["optimizer.lr"]
-    assert_close(found, bare.values(bare.init(w), loss=LOSS, grads={k: 1.1 * p for k, p in w.items()})["lr"], 1e-14)
+    assert_close(
+        found,
+        bare.values(bare.init(w), loss=LOSS, grads={k: 1.1 * p for k, p in w.items()})["lr"],
+        1e-14,
+    )
     plain = WeightDecay(0.1, SGD(0.1))
-    assert plain.values(plain.init(w), grads=w)["optimizer.lr"] == 0.1  # nothing observes: no parameters are needed
+    # nothing observes: no parameters are needed
+    assert plain.values(plain.init(w), grads=w)["optimizer.lr"] == 0.1
 
 
 def test_values_are_differentiated() -> None:
@@ -137,17 +166,23 @@ def test_every_hyperparameter_has_a_value() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_is_as_precise_as_the_step(dtype: torch.dtype) -> None:
-    """Of memory or gradients in float64 in float64, else in float32: 0.1 (1 + cos(pi / 3)) / 2 has no exact float32."""
+    """Of memory or gradients in float64 in float64, else in float32: 0.1 (1 + cos(pi / 3)) / 2 has
+    no exact float32.
+    """
     grads = torch.ones(1, dtype=dtype)
     for optimizer, given in ((Adam(Cosine(0.1, 3)), None), (SGD(Cosine(0.1, 3)), grads)):
-        value = optimizer.values({**optimizer.init(grads), "step": torch.tensor(1)}, grads=given)["lr"]
+        value = optimizer.values({**optimizer.init(grads), "step": torch.tensor(1)}, grads=given)[
+            "lr"
+        ]
         assert isinstance(value, Tensor)
         assert value.dtype == dtype
 
 
 def test_of_torchs_optimizers_each_part_has_its_own() -> None:
     model = nn.Linear(2, 2)
-    torchs = torch.optim.SGD([{"params": [model.weight], "lr": 0.3}, {"params": [model.bias], "maximize": True}], lr=0.1)
+    torchs = torch.optim.SGD(
+        [{"params": [model.weight], "lr": 0.3}, {"params": [model.bias], "maximize": True}], lr=0.1
+    )
     params = mo.functional(model).params
     optimizer = from_torch(torchs, params)
     optimizer.optimizers[1].lr = learned()  # type: ignore[assignment]
@@ -155,7 +190,9 @@ def test_of_torchs_optimizers_each_part_has_its_own() -> None:
     found = optimizer.values(state, loss=LOSS, grads=params, params=params)
     assert found["optimizers.0.lr"] == 0.3
     updates, _ = optimizer(params, state, params, loss=LOSS)
-    assert_close(updates["bias"].detach(), (found["optimizers.1.lr"] * params["bias"]).detach(), 1e-14)
+    assert_close(
+        updates["bias"].detach(), (found["optimizers.1.lr"] * params["bias"]).detach(), 1e-14
+    )
 
 
 class Observing(mo.Schedule):
@@ -165,7 +202,9 @@ class Observing(mo.Schedule):
         super().__init__()
         self.of = of
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Any, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Any, Any]:
         return 0.1 * (loss if self.of == "loss" else grads[0].norm()), state  # type: ignore[operator]
 
 
@@ -174,21 +213,31 @@ def test_a_schedule_of_ones_own_that_observes() -> None:
     state = optimizer.init(w)
     assert_close(optimizer.values(state, loss=LOSS)["lr"], 0.1 * LOSS, 1e-15)
     with pytest.raises(
-        ValueError, match=r"Observing: its value needs the loss, got None. Call `optimizer.values\(state, loss=loss"
+        ValueError,
+        match=r"Observing: its value needs the loss, got None. Call `optimizer.values\(state, loss=loss",
     ):
         optimizer.values(state)
     with pytest.raises(AttributeError, match="boom"):
         SGD(Broken()).values({**state, "schedules": {"lr": {}}}, loss=LOSS)
     optimizer = SGD(Observing("grads"))
-    assert torch.as_tensor(optimizer.values(state | {"schedules": {"lr": {}}})["lr"]).isnan(), "unknown, and seen to be"
+    assert torch.as_tensor(optimizer.values(state | {"schedules": {"lr": {}}})["lr"]).isnan(), (
+        "unknown, and seen to be"
+    )
 
 
 class Broken(mo.Schedule):
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Any, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Any, Any]:
         raise AttributeError("boom")
 
 
-@pytest.mark.parametrize("state", [{}, None, {"step": torch.tensor(0)}], ids=["empty", "none", "part"])
+@pytest.mark.parametrize(
+    "state", [{}, None, {"step": torch.tensor(0)}], ids=["empty", "none", "part"]
+)
 def test_what_is_no_state_is_said(state: Any) -> None:
-    with pytest.raises(ValueError, match=r"`state` must be a dict with \['schedules', 'shared', 'slots', 'step'\], got"):
+    with pytest.raises(
+        ValueError,
+        match=r"`state` must be a dict with \['schedules', 'shared', 'slots', 'step'\], got",
+    ):
         SGD(0.1).values(state)

@@ -1,4 +1,6 @@
-"""Every rule under every way to differentiate: plain backward, `torch.func.grad`, `vmap` of it give one answer."""
+"""Every rule under every way to differentiate: plain backward, `torch.func.grad`, `vmap` of it give
+one answer.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,13 @@ class Model(nn.Module):
         return self.norm(self.linear(x)).tanh() + self.shift
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward mode uses it
+# torch's own forward mode uses it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 @pytest.mark.parametrize("name", RULES)
 def test_the_three_ways_agree(name: str) -> None:
-    """In weights of examples, a number, and the batch, beside integers in `meta` and in the batch; buffers are read."""
+    """In weights of examples, a number, and the batch, beside integers in `meta` and in the batch;
+    buffers are read.
+    """
     torch.manual_seed(0)
     rule, net = RULES[name], mo.functional(Model())
     start = {key: p.detach() for key, p in net.params.items()}
@@ -54,13 +59,22 @@ def test_the_three_ways_agree(name: str) -> None:
 
     def loss(params: Any, batch: Any, meta: Any) -> Tensor:
         x, y, order = batch
-        losses = F.cross_entropy(net(params, x), y, reduction="none") * meta["weights"].sigmoid()[order]
-        return losses.mean() + meta["decay"].exp() * sum(p.square().sum() for p in params.values()) / meta["count"]
+        losses = (
+            F.cross_entropy(net(params, x), y, reduction="none") * meta["weights"].sigmoid()[order]
+        )
+        return (
+            losses.mean()
+            + meta["decay"].exp() * sum(p.square().sum() for p in params.values()) / meta["count"]
+        )
 
     def value(weights: Tensor, decay: Tensor, x: Tensor) -> Tensor:
         meta = {"weights": weights, "decay": decay, "count": torch.tensor(3)}
-        out = mo.minimize(loss, SGD(0.1), start, (x, y, order), steps=4, meta=meta, differentiate=rule)
-        return F.cross_entropy(net(out.params, x.flip(0)), y) + (0 if isinstance(rule, PointRule) else out.losses.sum())
+        out = mo.minimize(
+            loss, SGD(0.1), start, (x, y, order), steps=4, meta=meta, differentiate=rule
+        )
+        return F.cross_entropy(net(out.params, x.flip(0)), y) + (
+            0 if isinstance(rule, PointRule) else out.losses.sum()
+        )
 
     at = (torch.randn(8), torch.tensor(-3.0), x)
     expected = grad(value, (0, 1, 2))(*at)

@@ -43,7 +43,11 @@ def test_equals_a_loop_that_detaches(window: int, memory: Any) -> None:
     for ours, theirs in ((out.params.sum(), params.sum()), (out.losses.sum(), sum(losses))):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
         for one, other in zip(
-            *(torch.autograd.grad(v, inputs, retain_graph=True, materialize_grads=True) for v in (ours, theirs)), strict=True
+            *(
+                torch.autograd.grad(v, inputs, retain_graph=True, materialize_grads=True)
+                for v in (ours, theirs)
+            ),
+            strict=True,
         ):
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
     if window < 7:
@@ -51,20 +55,29 @@ def test_equals_a_loop_that_detaches(window: int, memory: Any) -> None:
 
 
 def test_under_transforms_and_with_the_bias_that_it_states() -> None:
-    """On L = (w - meta)^2 / 2 with SGD the window k leaves out (1 - lr)^k of the derivative 1 - (1 - lr)^T."""
+    """On L = (w - meta)^2 / 2 with SGD the window k leaves out (1 - lr)^k of the derivative 1 - (1
+    - lr)^T.
+    """
 
     def last(meta: Tensor, window: int | None) -> Tensor:
         def parabola(params: Tensor, _: None, meta: Tensor) -> Tensor:
             return (params - meta).square() / 2
 
         rule = mo.Backprop(window=window)
-        return mo.minimize(parabola, SGD(0.1), torch.zeros(()), None, steps=50, meta=meta, differentiate=rule).params
+        return mo.minimize(
+            parabola, SGD(0.1), torch.zeros(()), None, steps=50, meta=meta, differentiate=rule
+        ).params
 
     at = torch.tensor(2.0)
     for window in (1, 5, 20):
         expected = torch.tensor(1 - 0.9**window)
         torch.testing.assert_close(grad(last)(at, window), expected, rtol=1e-12, atol=0)
-        torch.testing.assert_close(vmap(grad(lambda m, k=window: last(m, k)))(at.expand(3)), expected.expand(3), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            vmap(grad(lambda m, k=window: last(m, k)))(at.expand(3)),
+            expected.expand(3),
+            rtol=1e-12,
+            atol=0,
+        )
     torch.testing.assert_close(grad(last)(at, None), torch.tensor(1 - 0.9**50), rtol=1e-12, atol=0)
 
 

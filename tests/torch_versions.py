@@ -1,4 +1,6 @@
-"""What torch mended in which version: the one place where tests ask for it. Tests of what torch gets wrong state it by these."""
+"""What torch mended in which version: the one place where tests ask for it. Tests of what torch
+gets wrong state it by these.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import torch
 MENDED = {
     "cdist has no second derivative": "2.14",
     "pdist has no second derivative": "2.14",
-    "the third derivative of batch and instance norm is wrong": "2.14",  # it is refused from there on
+    # it is refused from there on
+    "the third derivative of batch and instance norm is wrong": "2.14",
     "the compiler forgets the scale of a sum with a product of matrices": "2.15",
 }
 

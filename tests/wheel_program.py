@@ -20,14 +20,22 @@ assert importlib.metadata.version("torch-metaopt") == mo.__version__
 
 def check_training(folder: Path) -> None:
     """A learned optimizer is trained, saved, loaded, compared and deployed."""
-    training = mo.MetaTraining(LSTMOptimizer(4), mo.tasks.Quadratics(), estimator=mo.FullUnroll(), outer=Adam(1e-2), horizon=5)
+    training = mo.MetaTraining(
+        LSTMOptimizer(4),
+        mo.tasks.Quadratics(),
+        estimator=mo.FullUnroll(),
+        outer=Adam(1e-2),
+        horizon=5,
+    )
     mo.Trainer(training, max_steps=3, logger=mo.TensorBoardLogger(folder / "events")).fit()
     training.optimizer.save(folder / "weights.safetensors")
     loaded = mo.Optimizer.load(folder / "weights.safetensors")
     own, again = training.optimizer.state_dict(), loaded.state_dict()
     assert own.keys() == again.keys()
     assert all(torch.equal(own[name], again[name]) for name in own)
-    report = mo.evaluate({"learned": loaded, "SGD": SGD(0.1)}, mo.tasks.Quadratics(), horizon=5, seeds=2)
+    report = mo.evaluate(
+        {"learned": loaded, "SGD": SGD(0.1)}, mo.tasks.Quadratics(), horizon=5, seeds=2
+    )
     assert "final loss" in report.table()
     model = torch.nn.Linear(2, 1)
     live = loaded.as_torch(model.parameters())
@@ -40,7 +48,9 @@ def check_meta_gradient() -> None:
     """d/dw of (w - lr (w - 1) - 2)^2 / 2 at w = 0, lr = 0.5 is -1.5 * 0.5."""
 
     def task_loss(params: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
-        adapted = mo.minimize(lambda w, goal: (w - goal).square() / 2, SGD(0.5), params, task[0], steps=1).params
+        adapted = mo.minimize(
+            lambda w, goal: (w - goal).square() / 2, SGD(0.5), params, task[0], steps=1
+        ).params
         return (adapted - task[1]).square() / 2
 
     grads, _ = mo.meta_grad(task_loss)(torch.tensor(0.0), torch.tensor([[1.0, 2.0]]))

@@ -14,23 +14,30 @@ from metaopt.autodiff.replay import Ambient
 from metaopt.transforms import alive, has_tangent, inside_jvp, is_differentiable
 from metaopt.tree import Structure, Tree
 
-# (w, inputs, cotangent of w, wanted) -> cotangents of the inputs, None where not wanted; `wanted` is a tree of bools like inputs
+# (w, inputs, cotangent of w, wanted) -> cotangents of the inputs, None where not wanted; `wanted`
+# is a tree of bools like inputs
 PullBack = Callable[[Tree, Tree, Tree, Tree], Tree]
 
 
-def with_derivative(pull_back: PullBack, w: Tree, inputs: Tree, ambient: Ambient | None = None) -> Tree:
+def with_derivative(
+    pull_back: PullBack, w: Tree, inputs: Tree, ambient: Ambient | None = None
+) -> Tree:
     """Return the value w with the derivative in `inputs` that `pull_back` gives it.
 
-    Reverse mode, under autograd, `torch.func.grad` and `vmap` in any nesting. The backward pass calls `pull_back` with w itself,
-    not its value: where `pull_back` is differentiable in its tensors, so is the result, any number of times, and w's own part in
-    that is again this derivative. Nothing is computed before a derivative is asked for.
+    Reverse mode, under autograd, `torch.func.grad` and `vmap` in any nesting. The backward pass
+    calls `pull_back` with w itself, not its value: where `pull_back` is differentiable in its
+    tensors, so is the result, any number of times, and w's own part in that is again this
+    derivative. Nothing is computed before a derivative is asked for.
 
     Args:
-        pull_back: a function of its arguments alone; what it reaches otherwise is constant. It sees the same random numbers and
-            autocast whenever it runs, and leaves no trace in the global generators.
-        w: a tree of tensors; a constant. Integers among them stay constants, and have no cotangent (None).
+        pull_back: a function of its arguments alone; what it reaches otherwise is constant. It sees
+            the same random numbers and autocast whenever it runs, and leaves no trace in the global
+            generators.
+        w: a tree of tensors; a constant. Integers among them stay constants, and have no cotangent
+            (None).
         inputs: a tree; its floating-point and complex tensors can be differentiated.
-        ambient: the random numbers that `pull_back` sees; by default those that would be drawn next.
+        ambient: the random numbers that `pull_back` sees; by default those that would be drawn
+            next.
 
     Raises:
         ValueError: under `torch.compile` while gradients are enabled, or in forward mode.
@@ -41,18 +48,23 @@ def with_derivative(pull_back: PullBack, w: Tree, inputs: Tree, ambient: Ambient
         return tree.map(torch.Tensor.detach, w)
     if is_compiling:
         raise ValueError(
-            "A derivative that is not torch's own cannot be part of a `torch.func.grad` inside `torch.compile`: the compiler drops "
-            "it, and the result would be zero. Compile the loss alone, or pass `compile=True` to `minimize`."
+            "A derivative that is not torch's own cannot be part of a `torch.func.grad` inside "
+            "`torch.compile`: the compiler drops it, and the result would be zero. Compile the "
+            "loss alone, or pass `compile=True` to `minimize`."
         )
     if has_tangents or inside_jvp():
         raise ValueError(
-            "A loop whose rule knows its derivative in reverse mode alone (Implicit, T1T2, ..., ForwardMode itself) cannot be "
-            'differentiated forward. For the loop around it use `Backprop()` in place of `ForwardMode()` or `hvp="forward"`.'
+            "A loop whose rule knows its derivative in reverse mode alone (Implicit, T1T2, ..., "
+            "ForwardMode itself) cannot be "
+            "differentiated forward. For the loop around it use `Backprop()` in place of "
+            '`ForwardMode()` or `hvp="forward"`.'
         )
     leaves, structure = tree.flatten((w, inputs))
     known = _Known(pull_back, structure, len(tree.leaves(w)), ambient or Ambient.now(leaves))
     values = [leaf.detach() for leaf in leaves[: known.values]]
-    return tree.unflatten(tree.flatten(w)[1], _Derivative.apply(known, *values, *leaves[known.values :]))
+    return tree.unflatten(
+        tree.flatten(w)[1], _Derivative.apply(known, *values, *leaves[known.values :])
+    )
 
 
 @dataclass(frozen=True)
@@ -80,18 +92,24 @@ class _Derivative(torch.autograd.Function):
         given = leaves[ctx.known.values :]
         ctx.mark_non_differentiable(*[tensor for tensor in output if not is_differentiable(tensor)])
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in given]
-        ctx.save_for_backward(*output, *[leaf if isinstance(leaf, Tensor) else None for leaf in given])
+        ctx.save_for_backward(
+            *output, *[leaf if isinstance(leaf, Tensor) else None for leaf in given]
+        )
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         known: _Known = ctx.known
         saved = [*map(alive, ctx.saved_tensors)]
         values, given = saved[: known.values], saved[known.values :]
-        leaves = [constant if tensor is None else tensor for tensor, constant in zip(given, ctx.constants, strict=True)]
+        leaves = [
+            constant if tensor is None else tensor
+            for tensor, constant in zip(given, ctx.constants, strict=True)
+        ]
         w, inputs = tree.unflatten(known.structure, [*values, *leaves])
         bars = [alive(bar) if is_differentiable(bar) else None for bar in cotangents]
         needed = [
-            need and is_differentiable(leaf) for need, leaf in zip(ctx.needs_input_grad[1 + known.values :], leaves, strict=True)
+            need and is_differentiable(leaf)
+            for need, leaf in zip(ctx.needs_input_grad[1 + known.values :], leaves, strict=True)
         ]
         v, wanted = tree.unflatten(known.structure, [*bars, *needed])
         with known.ambient.restored():

@@ -14,7 +14,9 @@ from metaopt.transforms import constant_when_compiled
 from metaopt.tree import Tree
 
 
-def slope_along(function: Callable[[Tree], Tree], at: Tree, along: Tree, *, asked: str, instead: str) -> tuple[Tree, Tree]:
+def slope_along(
+    function: Callable[[Tree], Tree], at: Tree, along: Tree, *, asked: str, instead: str
+) -> tuple[Tree, Tree]:
     """Return (f(x), d/de f(x + e v)).
 
     Args:
@@ -25,39 +27,46 @@ def slope_along(function: Callable[[Tree], Tree], at: Tree, along: Tree, *, aske
         instead: what to use in its place.
 
     Raises:
-        ValueError: torch has no forward derivative of an operator in f, or none of an `autograd.Function` of the old style.
+        ValueError: torch has no forward derivative of an operator in f, or none of an
+            `autograd.Function` of the old style.
     """
     load_formulas()
     try:
-        with any_order():  # some losses are computed so that their gradient has a forward derivative
+        # some losses are computed so that their gradient has a forward derivative
+        with any_order():
             value, slope, *_ = torch.func.jvp(function, (at,), (along,))
     except NotImplementedError as error:
         name = re.search(r"forward AD with (\S+)", str(error))
         if name is None:
             raise
         raise ValueError(
-            f"{asked} needs the forward derivative of every operator in the loss and its gradient, got `{name[1]}`, which has "
-            f"none in torch. Use {instead}."
+            f"{asked} needs the forward derivative of every operator in the loss and its gradient, "
+            f"got `{name[1]}`, which has none in torch. Use {instead}."
         ) from error
     except RuntimeError as error:
         if "setup_context" not in str(error):
             raise
         raise ValueError(
-            f"{asked} runs the loss inside a transform of `torch.func`, which takes no `autograd.Function` whose `forward` has a "
-            f"`ctx`, got one. Give it a `setup_context` and a `jvp`, or use {instead}."
+            f"{asked} runs the loss inside a transform of `torch.func`, which takes no "
+            f"`autograd.Function` whose `forward` has a `ctx`, got one. Give it a `setup_context` "
+            f"and a `jvp`, or use {instead}."
         ) from error
     return value, slope
 
 
 @constant_when_compiled
 def load_formulas() -> None:
-    """Let torch load its forward derivatives, without the warnings that it gives itself at the first one."""
+    """Let torch load its forward derivatives, without the warnings that it gives itself at the
+    first one.
+    """
     _load_once()
 
 
-@functools.cache  # `catch_warnings` takes time, and is not safe where threads run beside: once is enough
+# `catch_warnings` takes time, and is not safe where threads run beside: once is enough
+@functools.cache
 def _load_once() -> None:
     with warnings.catch_warnings():
-        # Some formulas go through `torch.jit.script`, which torch has deprecated: seen in 2.13 to 2.15.
+        # Some formulas go through `torch.jit.script`, which torch has deprecated: seen in 2.13 to
+        # 2.15.
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.script(_method)?` is deprecated")
         torch.func.jvp(torch.neg, (torch.zeros(()),), (torch.zeros(()),))

@@ -16,12 +16,16 @@ from metaopt.tree import Tree
 Valued = Callable[[Tree], tuple[Tensor, Tree]]  # w -> (f(w), aux)
 
 
-def gradient(function: Valued, at: Tree, *, allow_unused: bool = False) -> tuple[Tree, Tensor, Tree]:
-    """Return (grad f(w), f(w), aux) for (f(w), aux) = function(w); differentiable again in whatever f reads.
+def gradient(
+    function: Valued, at: Tree, *, allow_unused: bool = False
+) -> tuple[Tree, Tensor, Tree]:
+    """Return (grad f(w), f(w), aux) for (f(w), aux) = function(w); differentiable again in whatever
+    f reads.
 
-    `torch.func.grad` records its backward pass, at its own level and at every level around it. Plain autograd records it
-    once, or not at all where nobody differentiates it again: a second-order task of a convolution network took .86 of the
-    time, and a meta-gradient of 300 steps a third of the memory. It stands in where no transform of `torch.func` is active and no
+    `torch.func.grad` records its backward pass, at its own level and at every level around it.
+    Plain autograd records it once, or not at all where nobody differentiates it again: a
+    second-order task of a convolution network took .86 of the time, and a meta-gradient of 300
+    steps a third of the memory. It stands in where no transform of `torch.func` is active and no
     compiler.
 
     Args:
@@ -38,12 +42,21 @@ def gradient(function: Valued, at: Tree, *, allow_unused: bool = False) -> tuple
         grads, (value, aux) = torch.func.grad_and_value(noting, has_aux=True)(at)
         return noting.without_unused(grads) if isinstance(noting, _Noting) else grads, value, aux
     again = torch.is_grad_enabled()
-    variables, (value, aux) = evaluated(lambda variables: function(tree.with_leaves(at, variables)), leaves, again)
-    goes_on = again and value.requires_grad and (all(leaf.requires_grad for leaf in leaves) or goes_beyond(value))
+    variables, (value, aux) = evaluated(
+        lambda variables: function(tree.with_leaves(at, variables)), leaves, again
+    )
+    goes_on = (
+        again
+        and value.requires_grad
+        and (all(leaf.requires_grad for leaf in leaves) or goes_beyond(value))
+    )
     found: Tree = slopes_of_scalar(value, variables, again=goes_on)
     if not allow_unused and any(grad is None for grad in found):
         known = zip(found, leaves, strict=True)
-        found = [torch.zeros_like(leaf, requires_grad=goes_on) if grad is None else grad for grad, leaf in known]
+        found = [
+            torch.zeros_like(leaf, requires_grad=goes_on) if grad is None else grad
+            for grad, leaf in known
+        ]
     if again:
         found, value, aux = cut((found, value, aux), leaves)
     else:
@@ -51,7 +64,9 @@ def gradient(function: Valued, at: Tree, *, allow_unused: bool = False) -> tuple
     return tree.with_leaves(at, found), value, aux
 
 
-def constant_gradient(function: Valued, at: Tree, *, allow_unused: bool = False) -> tuple[Tree, Tensor, Tree]:
+def constant_gradient(
+    function: Valued, at: Tree, *, allow_unused: bool = False
+) -> tuple[Tree, Tensor, Tree]:
     """Return what `gradient` does, with grad f(w) a constant; f(w) and aux are differentiable.
 
     Cost:
@@ -64,18 +79,29 @@ def constant_gradient(function: Valued, at: Tree, *, allow_unused: bool = False)
         with torch.no_grad():  # no graph of the backward pass for the levels around this one
             (grads,) = pull(torch.ones_like(value))
         grads = tree.map(torch.Tensor.detach, grads)
-        return noting.without_unused(grads) if isinstance(noting, _Noting) else grads, value, rest[0]
+        return (
+            noting.without_unused(grads) if isinstance(noting, _Noting) else grads,
+            value,
+            rest[0],
+        )
     again = torch.is_grad_enabled()
-    variables, (value, aux) = evaluated(lambda variables: function(tree.with_leaves(at, variables)), leaves, again)
+    variables, (value, aux) = evaluated(
+        lambda variables: function(tree.with_leaves(at, variables)), leaves, again
+    )
     found = slopes_of_scalar(value, variables, again=False, keep=again)
     pairs = zip(found, leaves, strict=True)
-    grads = [torch.zeros_like(leaf) if grad is None and not allow_unused else grad for grad, leaf in pairs]
+    grads = [
+        torch.zeros_like(leaf) if grad is None and not allow_unused else grad
+        for grad, leaf in pairs
+    ]
     value, aux = cut((value, aux), leaves) if again else _constant(value, aux)
     return tree.with_leaves(at, grads), value, aux
 
 
 class _Noting:
-    """A function that notes which leaves its value depends on, inside a transform, which itself answers with zeros."""
+    """A function that notes which leaves its value depends on, inside a transform, which itself
+    answers with zeros.
+    """
 
     def __init__(self, function: Valued):
         self.function = function
@@ -84,8 +110,9 @@ class _Noting:
     def __call__(self, at: Tree) -> tuple[Tensor, Tree]:
         if torch.compiler.is_compiling():
             raise ValueError(
-                'unused="skip" cannot be compiled, nor can what contains it: a compiler does not see what a loss depends on. Leave '
-                'one of the two out, or freeze what is unused and write unused="zero".'
+                'unused="skip" cannot be compiled, nor can what contains it: a compiler does not '
+                "see what a loss depends on. Leave one of the two out, or freeze what is unused "
+                'and write unused="zero".'
             )
         value, aux = self.function(at)
         below = ancestors(value)

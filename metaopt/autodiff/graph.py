@@ -1,4 +1,6 @@
-"""The graph of plain autograd: what a tensor was computed from, and which tensors are being differentiated."""
+"""The graph of plain autograd: what a tensor was computed from, and which tensors are being
+differentiated.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,17 @@ from torch import Tensor
 
 from metaopt.transforms import innermost
 
-# The variables of the calls of `gradient` and `pull_back` that are running, where plain autograd stands in for torch.func.
+# The variables of the calls of `gradient` and `pull_back` that are running, where plain autograd
+# stands in for torch.func.
 VARIABLES: ContextVar[tuple[Tensor, ...]] = ContextVar("variables", default=())
 
 
 def ancestors(value: Tensor) -> dict[int, object]:
-    """Return id -> object for `value`, the autograd nodes below it, and the leaf tensors that these end in.
+    """Return id -> object for `value`, the autograd nodes below it, and the leaf tensors that these
+    end in.
 
-    The objects are kept: Python makes one for a node when somebody asks, and would give its id to the next one.
+    The objects are kept: Python makes one for a node when somebody asks, and would give its id to
+    the next one.
     """
     found: dict[int, object] = {id(value): value}
     pending = [value.grad_fn]
@@ -29,9 +34,11 @@ def ancestors(value: Tensor) -> dict[int, object]:
 
 
 def is_varied(tensor: Tensor) -> bool:
-    """Say whether plain autograd, where it stands in for `torch.func`, differentiates through `tensor`.
+    """Say whether plain autograd, where it stands in for `torch.func`, differentiates through
+    `tensor`.
 
-    It is then computed from a variable of a running call, as a tensor at a level of `torch.func.grad` is from that level's.
+    It is then computed from a variable of a running call, as a tensor at a level of
+    `torch.func.grad` is from that level's.
     """
     variables = VARIABLES.get()
     if not variables:
@@ -54,7 +61,12 @@ def goes_beyond(tensor: Tensor) -> bool:
     """Say whether a tensor was computed from anything but beginnings of calls that have ended."""
     if not tensor.requires_grad:
         return False
-    running = [thing for variable in VARIABLES.get() for thing in (variable, variable.grad_fn) if thing is not None]
+    running = [
+        thing
+        for variable in VARIABLES.get()
+        for thing in (variable, variable.grad_fn)
+        if thing is not None
+    ]
     alive = {id(thing) for thing in running}
     if id(tensor) in alive or tensor.grad_fn is None:
         return id(tensor) in alive or not _is_beginning(tensor)

@@ -23,10 +23,11 @@ Residual = Callable[[Tree, Tree], Tree]  # F: (w, inputs) -> a tree like w
 def implicit(residual: Residual, solver: LinearSolver, w: Tree, inputs: Tree) -> Tree:
     """Return w with the derivative -(d_w F)^-1 d_inputs F that F(w, inputs) = 0 gives it.
 
-    The value of F is never looked at: away from a root this is the derivative of one Newton step. Reverse mode only, of
-    any order: with x = (d_w F)'^-1 v, the backward pass is a function of w and x, and both are such solutions again, x of
-    the linear F(x) = (d_w F)' x - v. So a second derivative costs more linear systems, but nothing is unrolled. A solver's damping
-    belongs to the map that is differentiated.
+    The value of F is never looked at: away from a root this is the derivative of one Newton step.
+    Reverse mode only, of any order: with x = (d_w F)'^-1 v, the backward pass is a function of w
+    and x, and both are such solutions again, x of the linear F(x) = (d_w F)' x - v. So a second
+    derivative costs more linear systems, but nothing is unrolled. A solver's damping belongs to the
+    map that is differentiated.
 
     Args:
         residual: F, a function of its arguments alone; what it reaches otherwise is constant.
@@ -41,7 +42,8 @@ def implicit(residual: Residual, solver: LinearSolver, w: Tree, inputs: Tree) ->
         In the backward pass one vjp of F a product of the solver, and one vjp for the inputs.
 
     Reference:
-        Krantz, Parks 2013, The Implicit Function Theorem; Blondel et al. 2022, arXiv:2105.15183, equation 2.
+        Krantz, Parks 2013, The Implicit Function Theorem; Blondel et al. 2022, arXiv:2105.15183,
+        equation 2.
     """
 
     def transposed(w: Tree, inputs: Tree, cotangent: Tree, wanted: Tree) -> Tree:
@@ -52,11 +54,20 @@ def implicit(residual: Residual, solver: LinearSolver, w: Tree, inputs: Tree) ->
 
 
 def pull_back_implicit(
-    residual: Residual, solver: LinearSolver, w: Tree, inputs: Tree, cotangent: Tree, wanted: Tree, *, start: Tree | None = None
+    residual: Residual,
+    solver: LinearSolver,
+    w: Tree,
+    inputs: Tree,
+    cotangent: Tree,
+    wanted: Tree,
+    *,
+    start: Tree | None = None,
 ) -> tuple[Tree, Solution]:
-    """Return (-(d_inputs F)' x, x) for the solution x of (d_w F)' x = v; all of it differentiable again.
+    """Return (-(d_inputs F)' x, x) for the solution x of (d_w F)' x = v; all of it differentiable
+    again.
 
-    A random F draws the same numbers in the linear system and in the product, but for a compiled one, which cannot.
+    A random F draws the same numbers in the linear system and in the product, but for a compiled
+    one, which cannot.
 
     Args:
         residual: F.
@@ -64,17 +75,19 @@ def pull_back_implicit(
         w: the solution of F(w, inputs) = 0.
         inputs: a tree.
         cotangent: v, a tree like w.
-        wanted: a tree of bools like inputs, or with one for a whole part: whether the cotangent of these floating-point tensors is
-            asked for.
+        wanted: a tree of bools like inputs, or with one for a whole part: whether the cotangent of
+            these floating-point tensors is asked for.
         start: where the solver begins, a tree like w.
 
     Returns:
         The cotangents of the inputs, with None for what is not wanted, and what the solver says.
 
     Raises:
-        ValueError: under `torch.compile` while gradients are enabled. Without them it can be compiled.
+        ValueError: under `torch.compile` while gradients are enabled. Without them it can be
+            compiled.
     """
-    if is_last() and stands_in(chosen((w, inputs), (True, wanted))):  # one evaluation of F for the solver and the product
+    # one evaluation of F for the solver and the product
+    if is_last() and stands_in(chosen((w, inputs), (True, wanted))):
         at_point = Linearized(residual, (w, inputs), (True, wanted))
         solution = solver(lambda x: at_point.pull_back(x, 0), cotangent, start=start)
         return at_point.pull_back(tree.map(torch.neg, solution.value), 1, keep=False), solution
@@ -86,7 +99,8 @@ def pull_back_implicit(
         return tree.map(torch.sub, product, v)
 
     at, fixed, v = tree.map(_detached, (w, inputs, cotangent))
-    with drawn_again(w, inputs), torch.no_grad():  # the solution's derivative is not that of the solver's steps
+    # the solution's derivative is not that of the solver's steps
+    with drawn_again(w, inputs), torch.no_grad():
         solution = solver(_transposed(lambda w: residual(w, fixed), at), v, start=start)
     x = implicit(transposed, solver, solution.value, (w, inputs, cotangent))
     _, bars = pull_back(residual, (w, inputs), tree.map(torch.neg, x), (False, wanted))

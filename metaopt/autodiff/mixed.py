@@ -14,7 +14,8 @@ from metaopt.autodiff.replay import Ambient
 from metaopt.tree import Tree
 
 Loss = Callable[[Tree, Tree], Tensor]  # (w, given) -> L
-COARSE = 1e-4  # a dtype whose rounding unit is above this loses the displacement that a difference needs
+# a dtype whose rounding unit is above this loses the displacement that a difference needs
+COARSE = 1e-4
 
 
 def mixed_product(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree) -> Tree:
@@ -25,7 +26,8 @@ def mixed_product(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree) -> Tr
         w: where.
         given: a tree.
         x: a tree like w.
-        wanted: a tree of bools like `given`, or with one for a whole part. What is not wanted is None in the result.
+        wanted: a tree of bools like `given`, or with one for a whole part. What is not wanted is
+            None in the result.
 
     Cost:
         One gradient and its derivative.
@@ -38,18 +40,23 @@ def mixed_product(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree) -> Tr
     return bars
 
 
-def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, radius: float, *, sign: int = 1) -> Tree:
-    """Return sign (G(w + e x) - G(w - e x)) / 2e with G = grad_given L and e = radius / |x|; differentiable again.
+def mixed_difference(
+    loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, radius: float, *, sign: int = 1
+) -> Tree:
+    """Return sign (G(w + e x) - G(w - e x)) / 2e with G = grad_given L and e = radius / |x|;
+    differentiable again.
 
-    The error is radius^2 |x| / 6 times the third derivative of G along x / |x|, and that of rounding, of the order of
-    eps |x| (|G| + |w| |dG/dw|) / radius. Both sides see the same random numbers. Nothing happens for x = 0.
+    The error is radius^2 |x| / 6 times the third derivative of G along x / |x|, and that of
+    rounding, of the order of eps |x| (|G| + |w| |dG/dw|) / radius. Both sides see the same random
+    numbers. Nothing happens for x = 0.
 
     Args:
         loss: (w, given) -> L.
         w: where.
         given: a tree.
         x: a tree like w.
-        wanted: a tree of bools like `given`, or with one for a whole part. What is not wanted is None in the result.
+        wanted: a tree of bools like `given`, or with one for a whole part. What is not wanted is
+            None in the result.
         radius: Euclidean length of the displacement, of all parameters together.
         sign: 1 or -1.
 
@@ -66,7 +73,8 @@ def mixed_difference(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, ra
     variables = chosen(given, wanted)
 
     def slope(e: Tensor) -> list[Tensor]:
-        e_in = {kind: e.to(kind) for kind in kinds}  # of a wider one a 0-dim leaf would take the dtype
+        # of a wider one a 0-dim leaf would take the dtype
+        e_in = {kind: e.to(kind) for kind in kinds}
         # One displaced copy at a time; not in the same memory, which a slope may be a view of.
         there = tree.map(lambda w, x: torch.addcmul(w, x, e_in[w.dtype]), w, x)
 
@@ -99,8 +107,13 @@ def same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tre
 def _check_precision(w: Tree, dtypes: set[torch.dtype]) -> None:
     if all(torch.finfo(dtype).eps <= COARSE for dtype in dtypes):
         return
-    name, dtype = next((name, leaf.dtype) for name, leaf in tree.named_leaves(w) if torch.finfo(leaf.dtype).eps > COARSE)
+    name, dtype = next(
+        (name, leaf.dtype)
+        for name, leaf in tree.named_leaves(w)
+        if torch.finfo(leaf.dtype).eps > COARSE
+    )
     raise ValueError(
-        f"Finite differences need parameters in float32 or float64, got {dtype} at {name}: the displacement would be "
+        f"Finite differences need parameters in float32 or float64, got {dtype} at {name}: the "
+        f"displacement would be "
         "lost in rounding. Keep float32 parameters and use autocast inside the loss."
     )

@@ -19,28 +19,38 @@ _ENGINE = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined
 
 
 def stands_in(leaves: Sequence[Tensor]) -> bool:
-    """Say whether plain autograd can differentiate a function of these leaves in the place of a transform.
+    """Say whether plain autograd can differentiate a function of these leaves in the place of a
+    transform.
 
-    Not inside a transform or a compiler; nor in inference mode, where it would answer zero; nor in forward mode, of which a fresh
-    variable would lose the tangent. Elsewhere it can, and takes operators that a transform refuses: an `autograd.Function` of the
-    old style, whose `forward` has a `ctx`.
+    Not inside a transform or a compiler; nor in inference mode, where it would answer zero; nor in
+    forward mode, of which a fresh variable would lose the tangent. Elsewhere it can, and takes
+    operators that a transform refuses: an `autograd.Function` of the old style, whose `forward` has
+    a `ctx`.
     """
     if not values_are_readable():  # first: a compiler cannot be asked the rest
         return False
-    return forward_ad._current_level < 0 and not (torch.is_inference_mode_enabled() or any(map(Tensor.is_inference, leaves)))
+    return forward_ad._current_level < 0 and not (
+        torch.is_inference_mode_enabled() or any(map(Tensor.is_inference, leaves))
+    )
 
 
-def evaluated(function: Callable[[list[Tensor]], Any], leaves: Sequence[Tensor], again: bool) -> tuple[list[Tensor], Any]:
-    """Return (variables, function(variables)) for variables with the values of the leaves, with a graph.
+def evaluated(
+    function: Callable[[list[Tensor]], Any], leaves: Sequence[Tensor], again: bool
+) -> tuple[list[Tensor], Any]:
+    """Return (variables, function(variables)) for variables with the values of the leaves, with a
+    graph.
 
     Args:
         function: what is to be differentiated.
         leaves: where.
-        again: whether the graph of the leaves goes on. Without, and where a leaf has none, it begins at the variable.
+        again: whether the graph of the leaves goes on. Without, and where a leaf has none, it
+            begins at the variable.
     """
     # Aliases: the function may read the same tensors by another way, and these are not variables.
     if again:
-        variables = [leaf.view_as(leaf) if leaf.requires_grad else beginning(leaf) for leaf in leaves]
+        variables = [
+            leaf.view_as(leaf) if leaf.requires_grad else beginning(leaf) for leaf in leaves
+        ]
     else:
         variables = [leaf.detach().requires_grad_() for leaf in leaves]
     running = VARIABLES.set((*VARIABLES.get(), *variables))
@@ -54,7 +64,12 @@ def evaluated(function: Callable[[list[Tensor]], Any], leaves: Sequence[Tensor],
 
 
 def slopes(
-    results: Sequence[Tensor], variables: Sequence[Tensor], cotangents: Sequence[Tensor], *, again: bool = False, keep: bool = False
+    results: Sequence[Tensor],
+    variables: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    again: bool = False,
+    keep: bool = False,
 ) -> list[Tensor | None]:
     """Return the cotangents of the variables, None where no result depends on one.
 
@@ -65,29 +80,60 @@ def slopes(
         again: whether the derivatives are differentiable.
         keep: whether the graph of the results is needed again.
     """
-    pairs = [(result, bar) for result, bar in zip(results, cotangents, strict=True) if result.requires_grad]
+    pairs = [
+        (result, bar)
+        for result, bar in zip(results, cotangents, strict=True)
+        if result.requires_grad
+    ]
     if not pairs:
         return [None] * len(variables)
     reached, bars = zip(*pairs, strict=True)
-    return [*torch.autograd.grad(reached, variables, bars, retain_graph=keep or again, create_graph=again, allow_unused=True)]
+    return [
+        *torch.autograd.grad(
+            reached,
+            variables,
+            bars,
+            retain_graph=keep or again,
+            create_graph=again,
+            allow_unused=True,
+        )
+    ]
 
 
-def slopes_of_scalar(value: Tensor, variables: Sequence[Tensor], *, again: bool, keep: bool = False) -> Sequence[Tensor | None]:
+def slopes_of_scalar(
+    value: Tensor, variables: Sequence[Tensor], *, again: bool, keep: bool = False
+) -> Sequence[Tensor | None]:
     """Return the derivatives of a scalar, None where it does not depend.
 
-    `torch.autograd.grad` without its looks at what it is given, which took a tenth of the gradient of a small network.
+    `torch.autograd.grad` without its looks at what it is given, which took a tenth of the gradient
+    of a small network.
     """
     if not value.requires_grad:
         return [None] * len(variables)
     keep = keep or again
     if type(value) is not Tensor or value.ndim or value.is_complex() or _len_torch_function_stack():
-        return torch.autograd.grad(value, variables, retain_graph=keep, create_graph=again, allow_unused=True)
+        return torch.autograd.grad(
+            value, variables, retain_graph=keep, create_graph=again, allow_unused=True
+        )
     one = torch.ones_like(value)
-    return _ENGINE.run_backward((value,), (one,), keep, again, tuple(variables), allow_unreachable=True, accumulate_grad=False)
+    return _ENGINE.run_backward(
+        (value,),
+        (one,),
+        keep,
+        again,
+        tuple(variables),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
 
 
 def cut(values: Tree, leaves: Sequence[Tensor]) -> Tree:
-    """Detach the tensors that were computed from nothing but fresh variables, if some of these leaves were given such a one."""
+    """Detach the tensors that were computed from nothing but fresh variables, if some of these
+    leaves were given such a one.
+    """
     if all(leaf.requires_grad for leaf in leaves):
         return values
-    return tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) and not goes_beyond(leaf) else leaf, values)
+    return tree.map(
+        lambda leaf: leaf.detach() if isinstance(leaf, Tensor) and not goes_beyond(leaf) else leaf,
+        values,
+    )

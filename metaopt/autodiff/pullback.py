@@ -14,8 +14,11 @@ from metaopt.autodiff.plain import cut, evaluated, slopes, stands_in
 from metaopt.tree import Tree
 
 
-def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, wanted: Tree) -> Tree:
-    """Return the cotangents of `arguments`: bar_a = sum_i bar_r_i d r_i / d a, where r = function(*arguments).
+def pull_back(
+    function: Callable[..., Tree], arguments: Tree, cotangents: Tree, wanted: Tree
+) -> Tree:
+    """Return the cotangents of `arguments`: bar_a = sum_i bar_r_i d r_i / d a, where r =
+    function(*arguments).
 
     It is a function of tensors alone, and differentiable again.
 
@@ -23,11 +26,13 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
         function: from trees to a tree; some of its tensors may be integers.
         arguments: a tuple of trees.
         cotangents: in the structure of the result; None stands for zero.
-        wanted: in the structure of the arguments: whether a leaf's cotangent is asked for, or that of all leaves in a part of the
-            tree, of which a bool may take the place. These leaves are floating-point tensors.
+        wanted: in the structure of the arguments: whether a leaf's cotangent is asked for, or that
+            of all leaves in a part of the tree, of which a bool may take the place. These leaves
+            are floating-point tensors.
 
     Returns:
-        A tuple of trees like the arguments, with None for every part that is not wanted. Where no cotangent is given, all are None.
+        A tuple of trees like the arguments, with None for every part that is not wanted. Where no
+        cotangent is given, all are None.
 
     Cost:
         One evaluation and one backward pass.
@@ -35,7 +40,9 @@ def pull_back(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, 
     return pull_back_and_value(function, arguments, cotangents, wanted)[0]
 
 
-def pull_back_and_value(function: Callable[..., Tree], arguments: Tree, cotangents: Tree, wanted: Tree) -> tuple[Tree, Tree]:
+def pull_back_and_value(
+    function: Callable[..., Tree], arguments: Tree, cotangents: Tree, wanted: Tree
+) -> tuple[Tree, Tree]:
     """Return what `pull_back` does, and r; None where there was no need to evaluate it."""
     seeds = tree.leaves(cotangents)
     variables = chosen(arguments, wanted)
@@ -58,10 +65,12 @@ def pull_back_and_value(function: Callable[..., Tree], arguments: Tree, cotangen
 
 
 class Linearized:
-    """A function at a point, evaluated once, and its transposed derivative there as often as it is asked for.
+    """A function at a point, evaluated once, and its transposed derivative there as often as it is
+    asked for.
 
-    Where plain autograd can stand in for a transform (see `stands_in`), and nobody differentiates it again, but for a transform
-    around `pull_back` itself: the cotangents may be those of a `vmap`.
+    Where plain autograd can stand in for a transform (see `stands_in`), and nobody differentiates
+    it again, but for a transform around `pull_back` itself: the cotangents may be those of a
+    `vmap`.
 
     Args:
         function: from trees to a tree of floating-point tensors.
@@ -71,8 +80,12 @@ class Linearized:
 
     def __init__(self, function: Callable[..., Tree], arguments: Tree, wanted: Tree):
         self._arguments, self._wanted = arguments, wanted
-        counts = [len(chosen(argument, part)) for argument, part in zip(arguments, wanted, strict=True)]
-        self._parts = [slice(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
+        counts = [
+            len(chosen(argument, part)) for argument, part in zip(arguments, wanted, strict=True)
+        ]
+        self._parts = [
+            slice(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)
+        ]
 
         def run(variables: list[Tensor]) -> list[Tensor]:
             return tree.leaves(function(*put(variables, arguments, wanted)))
@@ -83,12 +96,18 @@ class Linearized:
         """Return the cotangent of one of the arguments; without `keep` it is the last time."""
         variables = self._variables[self._parts[argument]]
         again = torch.is_grad_enabled()  # inside a transform that transposes this
-        bars = slopes(self._results, variables, tree.leaves(cotangents), again=again, keep=keep) if variables else []
+        bars = (
+            slopes(self._results, variables, tree.leaves(cotangents), again=again, keep=keep)
+            if variables
+            else []
+        )
         return spread(_dense(bars, variables), self._arguments[argument], self._wanted[argument])
 
 
 def _dense(bars: Iterable[Tensor | None], like: Iterable[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(leaf) if bar is None else bar for bar, leaf in zip(bars, like, strict=True)]
+    return [
+        torch.zeros_like(leaf) if bar is None else bar for bar, leaf in zip(bars, like, strict=True)
+    ]
 
 
 def chosen(values: Tree, wanted: Tree) -> list[Any]:
@@ -104,11 +123,14 @@ def put(leaves: Iterable[Any], values: Tree, wanted: Tree) -> Tree:
 
 
 def spread(leaves: Iterable[Any], values: Tree, wanted: Tree) -> Tree:
-    """Return `values` with these in the place of the leaves that are wanted, and None for every part that is not."""
+    """Return `values` with these in the place of the leaves that are wanted, and None for every
+    part that is not.
+    """
     return _filled(iter(leaves), values, wanted, True)
 
 
-# No closures: one that calls itself is a circle, which keeps the leaves alive until the collector comes.
+# No closures: one that calls itself is a circle, which keeps the leaves alive until the collector
+# comes.
 def _choose(values: Tree, wanted: Tree, found: list[Any]) -> None:
     kind = type(wanted)
     if kind is bool:
@@ -131,17 +153,30 @@ def _filled(fresh: Iterator[Any], values: Tree, wanted: Tree, bare: bool = False
     kind = type(wanted)
     if kind is bool:
         if wanted:
-            return next(fresh) if isinstance(values, Tensor) else tree.map(lambda _: next(fresh), values)
+            return (
+                next(fresh)
+                if isinstance(values, Tensor)
+                else tree.map(lambda _: next(fresh), values)
+            )
         return None if bare else values
     if kind is dict:
         return {
-            key: (None if bare else values[key]) if part is False else _filled(fresh, values[key], part, bare)
+            key: (None if bare else values[key])
+            if part is False
+            else _filled(fresh, values[key], part, bare)
             for key, part in wanted.items()
         }
     if kind is tuple or kind is list:
         pairs = zip(values, wanted, strict=True)
-        return kind([(None if bare else value) if part is False else _filled(fresh, value, part, bare) for value, part in pairs])
-    return tree.map(lambda leaf, is_wanted: next(fresh) if is_wanted else None if bare else leaf, values, wanted)
+        return kind(
+            [
+                (None if bare else value) if part is False else _filled(fresh, value, part, bare)
+                for value, part in pairs
+            ]
+        )
+    return tree.map(
+        lambda leaf, is_wanted: next(fresh) if is_wanted else None if bare else leaf, values, wanted
+    )
 
 
 def plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -32,27 +32,42 @@ class Ambient:
     def now(cls, leaves: Iterable[Any], before: Ambient | None = None) -> Ambient:
         """Return the present state, for the devices that the leaves are on.
 
-        Random numbers are rare: a state that is the same as `before` is shared with it, since many blocks of 5 KB that live on
-        between large ones that come and go keep the allocator from using memory again.
+        Random numbers are rare: a state that is the same as `before` is shared with it, since many
+        blocks of 5 KB that live on between large ones that come and go keep the allocator from
+        using memory again.
         """
         devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
         now = cls.of_generators(devices)
         if before is not None and torch.equal(now.random, before.random):
             now = replace(now, random=before.random)
         kinds = {device.type for device in devices}
-        return replace(now, autocast={kind: _autocast(kind) for kind in kinds if torch.amp.is_autocast_available(kind)})
+        return replace(
+            now,
+            autocast={
+                kind: _autocast(kind) for kind in kinds if torch.amp.is_autocast_available(kind)
+            },
+        )
 
     @classmethod
     def of_generators(cls, devices: Collection[torch.device]) -> Ambient:
         """Return the present state of the generators alone."""
-        cuda = {device.index: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+        cuda = {
+            device.index: torch.cuda.get_rng_state(device)
+            for device in devices
+            if device.type == "cuda"
+        }
         return cls(torch.get_rng_state(), cuda, {})
 
     @classmethod
     def after(cls, generator: torch.Generator, leaves: Iterable[Any]) -> Ambient:
-        """Return the present autocast mode with the numbers that a CPU `generator` would draw next, on a GPU others of its seed."""
+        """Return the present autocast mode with the numbers that a CPU `generator` would draw next,
+        on a GPU others of its seed.
+        """
         present, seed = cls.now(leaves), generator.initial_seed()
-        cuda = {index: torch.Generator(f"cuda:{index}").manual_seed(seed).get_state() for index in present.cuda}
+        cuda = {
+            index: torch.Generator(f"cuda:{index}").manual_seed(seed).get_state()
+            for index in present.cuda
+        }
         return replace(present, random=generator.get_state(), cuda=cuda)
 
     def reinstate(self) -> None:
@@ -86,7 +101,12 @@ def drawn_again(*values: Tree) -> Iterator[None]:
     """While entered, the random numbers are those that will be drawn once more afterwards.
 
     Args:
-        values: trees of tensors, on the devices whose generators are wound back. Under `torch.compile` none is.
+        values: trees of tensors, on the devices whose generators are wound back. Under
+            `torch.compile` none is.
     """
-    with nullcontext() if torch.compiler.is_compiling() else Ambient.now(tree.leaves(values)).restored():
+    with (
+        nullcontext()
+        if torch.compiler.is_compiling()
+        else Ambient.now(tree.leaves(values)).restored()
+    ):
         yield

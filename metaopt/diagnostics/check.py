@@ -32,32 +32,48 @@ class HypergradientCheck:
 
     @property
     def relative_errors(self) -> tuple[float, ...]:
-        """Return |slope - difference| / max(|slope|, |difference|) for each direction, 0 where both are 0."""
+        """Return |slope - difference| / max(|slope|, |difference|) for each direction, 0 where both
+        are 0.
+        """
         pairs = zip(self.slopes, self.differences, strict=True)
         return tuple(abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0 for a, b in pairs)
 
     def table(self) -> str:
         """Return a row per direction."""
         rows = [*zip(self.slopes, self.differences, self.relative_errors, strict=True)]
-        return write_table(["slope by the rules", "finite difference", "relative error"], rows, [".6g", ".6g", ".1e"])
+        return write_table(
+            ["slope by the rules", "finite difference", "relative error"],
+            rows,
+            [".6g", ".6g", ".1e"],
+        )
 
 
 def hypergradient_check(
-    graph: LevelGraph, level: str, *, directions: int = 4, seed: int = 0, step: float = STEP, tolerance: float | None = 1e-5
+    graph: LevelGraph,
+    level: str,
+    *,
+    directions: int = 4,
+    seed: int = 0,
+    step: float = STEP,
+    tolerance: float | None = 1e-5,
 ) -> HypergradientCheck:
-    """Compare a level's hypergradient at the present state with central differences of its T(w) along random directions.
+    """Compare a level's hypergradient at the present state with central differences of its T(w)
+    along random directions.
 
-    T(w) is the level's loss after the steps that the levels below make until its next step, on the next batches. The whole graph is
-    copied in float64, models too; rules, which the differences do not use, are those of its edges. Both see the same random
-    numbers. The graph, its data and the generators stay as they are.
+    T(w) is the level's loss after the steps that the levels below make until its next step, on the
+    next batches. The whole graph is copied in float64, models too; rules, which the differences do
+    not use, are those of its edges. Both see the same random numbers. The graph, its data and the
+    generators stay as they are.
 
-    A rule with a bias fails by it, an implicit rule by how far the lower level is from converged: to pass, let the edges make
-    many steps. For a hypergradient that fails although its rule is exact, see that the loss is smooth, that it is a function of
-    what the levels and the batch give it (what it holds back with `detach` has no derivative, but changes T), and that the step is
+    A rule with a bias fails by it, an implicit rule by how far the lower level is from converged:
+    to pass, let the edges make many steps. For a hypergradient that fails although its rule is
+    exact, see that the loss is smooth, that it is a function of what the levels and the batch give
+    it (what it holds back with `detach` has no derivative, but changes T), and that the step is
     small enough.
 
     Args:
-        graph: in any state. A loss that closes over float32 tensors may not work in float64; pass them as data.
+        graph: in any state. A loss that closes over float32 tensors may not work in float64; pass
+            them as data.
         level: whose hypergradient.
         directions: how many, uniform on the sphere.
         seed: that they are drawn with.
@@ -71,7 +87,9 @@ def hypergradient_check(
         One hypergradient, and 2 T a direction.
     """
     if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
-        raise ValueError(f"hypergradient_check: `directions` must be a positive integer, got {directions!r}.")
+        raise ValueError(
+            f"hypergradient_check: `directions` must be a positive integer, got {directions!r}."
+        )
     if not 0 < step < math.inf:
         raise ValueError(f"hypergradient_check: `step` must be a positive number, got {step!r}.")
     twin = in_float64(graph)
@@ -88,7 +106,9 @@ def hypergradient_check(
     center, gradient = tree.ravel(params), tree.ravel(hypergradient)
     slopes, differences = [], []
     for _ in range(directions):
-        direction = torch.randn(len(center), generator=generator, dtype=torch.float64).to(center.device)
+        direction = torch.randn(len(center), generator=generator, dtype=torch.float64).to(
+            center.device
+        )
         direction = direction / direction.norm()
         slopes.append(cast(float, (gradient @ direction).tolist()))
         ahead, behind = objective(center + step * direction), objective(center - step * direction)
@@ -97,8 +117,10 @@ def hypergradient_check(
     if tolerance is not None and not all(error <= tolerance for error in check.relative_errors):
         rules = ", ".join(sorted({str(edge.differentiate) for edge in graph.program.edges}))
         raise ValueError(
-            f"hypergradient_check: level {level!r} must agree with finite differences to {tolerance:g}, got\n{check.table()}\nThe "
-            f"rules are {rules}. A rule with a bias differs by it, an implicit rule while the lower level has not converged; pass "
-            "`tolerance=None` to look at the numbers. With an exact rule: is the loss smooth, and detaches nothing?"
+            f"hypergradient_check: level {level!r} must agree with finite differences to "
+            f"{tolerance:g}, got\n{check.table()}\nThe rules are {rules}. A rule with a bias "
+            f"differs by it, an implicit rule while the lower level has not converged; pass "
+            "`tolerance=None` to look at the numbers. With an exact rule: is the loss smooth, and "
+            "detaches nothing?"
         )
     return check

@@ -57,45 +57,73 @@ class RuleComparison:
         """Return a row per rule."""
         headers = ["rule", "cosine", "norm ratio", "relative error", "time in ms", "memory in MiB"]
         rows: list[list[str | float]] = [
-            [str(one.rule), one.cosine, one.norm_ratio, one.relative_error, 1e3 * one.seconds, one.memory / 2**20]
+            [
+                str(one.rule),
+                one.cosine,
+                one.norm_ratio,
+                one.relative_error,
+                1e3 * one.seconds,
+                one.memory / 2**20,
+            ]
             for one in self.rules
         ]
         return write_table(headers, rows, ["", ".4f", ".4g", ".2e", ".3g", ".3g"])
 
 
 def compare_rules(
-    graph: LevelGraph, rules: Sequence[Rule], level: str, *, exact: Rule = BACKPROP, repeats: int = 5
+    graph: LevelGraph,
+    rules: Sequence[Rule],
+    level: str,
+    *,
+    exact: Rule = BACKPROP,
+    repeats: int = 5,
 ) -> RuleComparison:
-    """Compute a level's hypergradient at the graph's present state by each rule, and by the exact one.
+    """Compute a level's hypergradient at the graph's present state by each rule, and by the exact
+    one.
 
-    Each rule in turn is that of every edge below the level: what is exact is so through everything. The hypergradient is the one
-    that the level's next step would use, on the batches that it would use: the levels below make their steps, then rules that look
-    at one point do so there (at levels that others share: where these stand now). All rules see the same random numbers. The
-    graph, its data and the generators stay as they are.
+    Each rule in turn is that of every edge below the level: what is exact is so through everything.
+    The hypergradient is the one that the level's next step would use, on the batches that it would
+    use: the levels below make their steps, then rules that look at one point do so there (at levels
+    that others share: where these stand now). All rules see the same random numbers. The graph, its
+    data and the generators stay as they are.
 
     Args:
         graph: in any state; rules differ most early, when the lower levels are far from converged.
         rules: to be compared.
         level: whose hypergradient; one with levels below it.
-        exact: what the others are compared with. `Backprop` is exact for the steps taken, an implicit rule for a level that has
-            converged.
-        repeats: timings of each rule, after one run that is not counted and another in which memory is measured.
+        exact: what the others are compared with. `Backprop` is exact for the steps taken, an
+            implicit rule for a level that has converged.
+        repeats: timings of each rule, after one run that is not counted and another in which memory
+            is measured.
 
     Raises:
-        ValueError: there are no rules or no repeats, nothing is below the level, or a rule does not suit an edge.
+        ValueError: there are no rules or no repeats, nothing is below the level, or a rule does not
+            suit an edge.
 
     Cost:
         2 + `repeats` hypergradients a rule.
     """
     if not rules:
-        raise ValueError("compare_rules: `rules` must hold at least one rule, got none. For example `[mo.T1T2(), mo.SAMA()]`.")
+        raise ValueError(
+            "compare_rules: `rules` must hold at least one rule, got none. For example "
+            "`[mo.T1T2(), mo.SAMA()]`."
+        )
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"compare_rules: `repeats` must be a positive integer, got {repeats!r}.")
     if level in graph.program.levels and not graph.program.lowers(level):
-        raise ValueError(f"compare_rules: `level` must have levels below it, got {level!r}, whose gradient no rule takes part in.")
+        raise ValueError(
+            f"compare_rules: `level` must have levels below it, got {level!r}, whose gradient no "
+            f"rule takes part in."
+        )
     measured = [_measure(graph, rule, level, repeats) for rule in (exact, *rules)]
     reference = measured[0][0]
-    return RuleComparison(level, tuple(_beside(reference, rule, *one) for rule, one in zip((exact, *rules), measured, strict=True)))
+    return RuleComparison(
+        level,
+        tuple(
+            _beside(reference, rule, *one)
+            for rule, one in zip((exact, *rules), measured, strict=True)
+        ),
+    )
 
 
 def _measure(graph: LevelGraph, rule: Rule, level: str, repeats: int) -> tuple[Params, float, int]:
@@ -124,7 +152,9 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _beside(reference: Params, rule: Rule, found: Params, seconds: float, memory: int) -> MeasuredRule:
+def _beside(
+    reference: Params, rule: Rule, found: Params, seconds: float, memory: int
+) -> MeasuredRule:
     """Return how a hypergradient compares with the reference."""
     g, x = tree.ravel(reference).double(), tree.ravel(found).double()
     size = g.norm()

@@ -16,10 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
-    """Call the function and return by how many bytes its tensors raised the memory of the device at most.
+    """Call the function and return by how many bytes its tensors raised the memory of the device at
+    most.
 
-    On CUDA what torch's allocator says. On the CPU, every block that torch's allocator hands out and takes back, from its
-    profiler: temporaries inside operators count, memory of libraries (of oneDNN, of the BLAS) does not.
+    On CUDA what torch's allocator says. On the CPU, every block that torch's allocator hands out
+    and takes back, from its profiler: temporaries inside operators count, memory of libraries (of
+    oneDNN, of the BLAS) does not.
 
     Raises:
         ValueError: another kind of device, whose allocator cannot be asked.
@@ -32,7 +34,10 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
-        raise ValueError(f"`peak_memory` measures on the CPU and on CUDA, got a level on {device.type!r}. Move the levels there.")
+        raise ValueError(
+            f"`peak_memory` measures on the CPU and on CUDA, got a level on {device.type!r}. Move "
+            f"the levels there."
+        )
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _quiet():
         profiler.start()
@@ -50,7 +55,8 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """While entered, what is written to the process's standard error is lost: the profiler's library writes there that it runs.
+    """While entered, what is written to the process's standard error is lost: the profiler's
+    library writes there that it runs.
 
     Its own switch is an environment variable, read when torch is imported.
     """
@@ -66,10 +72,15 @@ def _quiet() -> Iterator[None]:
 
 
 def _peak(events: list[dict[str, Any]]) -> int:
-    """Return the largest sum of blocks held at once; blocks from before the trace are not among them."""
+    """Return the largest sum of blocks held at once; blocks from before the trace are not among
+    them.
+    """
     held: dict[int, int] = {}
     now = most = 0
-    for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["args"]["Ev Idx"]):
+    for event in sorted(
+        (event for event in events if event.get("name") == "[memory]"),
+        key=lambda event: event["args"]["Ev Idx"],
+    ):
         address, size = event["args"]["Addr"], event["args"]["Bytes"]
         if size > 0:
             held[address] = size

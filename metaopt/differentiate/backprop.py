@@ -26,40 +26,52 @@ from metaopt.tree import Tree
 class Backprop:
     """Exact adjoint of the steps taken, with second derivatives of the loss.
 
-    For w_{t+1} = w_t + u(grad L(w_t), s_t, w_t): the derivative of everything the loop returns with respect to the initial
-    parameters and optimizer state, the optimizer's parameters and tensors, `meta`, and floating-point batches.
+    For w_{t+1} = w_t + u(grad L(w_t), s_t, w_t): the derivative of everything the loop returns with
+    respect to the initial parameters and optimizer state, the optimizer's parameters and tensors,
+    `meta`, and floating-point batches.
 
     Args:
-        memory: "full" keeps the graph of every step: fastest for a handful of steps, and an outer compile sees through it.
-            "steps" keeps the parameters and the optimizer state of each step and rebuilds one step at a time on the way back.
-            `Revolve(snapshots)` keeps few of these states and recomputes the others with the fewest possible steps.
-        window: differentiate only through the last so many steps; by default through all. The steps before are constants:
-            nothing reaches the initial parameters and state, and to ask `minimize` for that alone is an error; nor their losses.
-            The error decays like (1 - lr mu)^window where the loss has curvature mu or more.
-        microbatches: for batches too large for one graph, cut each step's batch into so many equal parts, whose gradients are
-            averaged, forward and on the way back. The loss must then be a mean over the leading axis of every leaf of the
-            batch; what it computes across examples, such as batch statistics, is that of one part.
-        hvp: how the gradient in a step is differentiated: "reverse" over reverse, or "forward" over reverse, one derivative of
-            (dL/dw, dL/d inputs, dL/d batch) along the cotangent of the gradient. Both are exact.
+        memory: "full" keeps the graph of every step: fastest for a handful of steps, and an outer
+            compile sees through it. "steps" keeps the parameters and the optimizer state of each
+            step and rebuilds one step at a time on the way back. `Revolve(snapshots)` keeps few of
+            these states and recomputes the others with the fewest possible steps.
+        window: differentiate only through the last so many steps; by default through all. The steps
+            before are constants: nothing reaches the initial parameters and state, and to ask
+            `minimize` for that alone is an error; nor their losses. The error decays like (1 - lr
+            mu)^window where the loss has curvature mu or more.
+        microbatches: for batches too large for one graph, cut each step's batch into so many equal
+            parts, whose gradients are averaged, forward and on the way back. The loss must then be
+            a mean over the leading axis of every leaf of the batch; what it computes across
+            examples, such as batch statistics, is that of one part.
+        hvp: how the gradient in a step is differentiated: "reverse" over reverse, or "forward" over
+            reverse, one derivative of (dL/dw, dL/d inputs, dL/d batch) along the cotangent of the
+            gradient. Both are exact.
 
-    Microbatches and forward products take effect where a step is rebuilt: with "steps" or `Revolve`, and neither inside the step
-    of another such loop nor inside a function that is compiled as a whole. There the result is the same, and the memory that of
-    "full". `minimize(..., compile=True)` compiles the pieces.
+    Microbatches and forward products take effect where a step is rebuilt: with "steps" or
+    `Revolve`, and neither inside the step of another such loop nor inside a function that is
+    compiled as a whole. There the result is the same, and the memory that of "full". `minimize(...,
+    compile=True)` compiles the pieces.
 
     Raises:
-        ValueError: an unknown memory or hvp, a window or microbatches that are not positive, either with "full" memory, or a
-            batch that cannot be cut. On the way back: an operator without a forward derivative, for "forward".
+        ValueError: an unknown memory or hvp, a window or microbatches that are not positive, either
+            with "full" memory, or a batch that cannot be cut. On the way back: an operator without
+            a forward derivative, for "forward".
 
     Cost:
-        2 to 4 gradients a step in time, one more for "steps", and one more again where gradient and update are pulled back
-        apart: with microbatches or "forward". Memory: "full" T graphs, "steps" T states and one graph, of one micro-batch.
-        Measured eagerly on a CPU, four steps of Adam, growth of the process: MLP 64-256-256-1 with 4096 examples 61 MiB, 26 with 8
-        microbatches in 1.6 times the time; transformer of two layers, width 128, 16 sequences of 64: 126 and 75 MiB in 3.5 times
-        the time. "forward" needs more memory eagerly, 95 and 181 MiB, in 1.3 and 2 times the time.
+        2 to 4 gradients a step in time, one more for "steps", and one more again where gradient and
+        update are pulled back
+        apart: with microbatches or "forward". Memory: "full" T graphs, "steps" T states and one
+            graph, of one micro-batch.
+        Measured eagerly on a CPU, four steps of Adam, growth of the process: MLP 64-256-256-1 with
+        4096 examples 61 MiB, 26 with 8 microbatches in 1.6 times the time; transformer of two
+        layers, width 128, 16 sequences of 64: 126 and 75 MiB in 3.5 times the time. "forward" needs
+        more memory eagerly, 95 and 181 MiB, in 1.3 and 2 times the time.
 
     Reference:
-        Maclaurin, Duvenaud, Adams 2015, arXiv:1502.03492; Franceschi et al. 2017, arXiv:1703.01785, section 3.1;
-        window: Shaban, Cheng, Hatch, Boots 2019, arXiv:1810.10667, proposition 3.1; microbatches: Engstrom et al. 2025,
+        Maclaurin, Duvenaud, Adams 2015, arXiv:1502.03492; Franceschi et al. 2017, arXiv:1703.01785,
+        section 3.1;
+        window: Shaban, Cheng, Hatch, Boots 2019, arXiv:1810.10667, proposition 3.1; microbatches:
+            Engstrom et al. 2025,
         arXiv:2503.13751; forward: Kemaev et al. 2025, arXiv:2505.00793.
     """
 
@@ -71,16 +83,25 @@ class Backprop:
     def __post_init__(self) -> None:
         check_memory(self.memory)
         if self.window is not None and not _is_positive(self.window):
-            raise ValueError(f"Backprop: `window` must be a positive integer or None, got {self.window!r}.")
+            raise ValueError(
+                f"Backprop: `window` must be a positive integer or None, got {self.window!r}."
+            )
         if not _is_positive(self.microbatches):
-            raise ValueError(f"Backprop: `microbatches` must be a positive integer, got {self.microbatches!r}.")
+            raise ValueError(
+                f"Backprop: `microbatches` must be a positive integer, got {self.microbatches!r}."
+            )
         if self.hvp not in ("reverse", "forward"):
             raise ValueError(f'Backprop: `hvp` must be "reverse" or "forward", got {self.hvp!r}.')
         if self.memory == "full" and self._splits_steps:
-            given = f"microbatches={self.microbatches}" if self.microbatches > 1 else f"hvp={self.hvp!r}"
+            given = (
+                f"microbatches={self.microbatches}"
+                if self.microbatches > 1
+                else f"hvp={self.hvp!r}"
+            )
             raise ValueError(
-                f'Backprop: `{given}` needs memory="steps" or Revolve(snapshots), got memory="full". It acts where a step is '
-                f'rebuilt on the way back. Write Backprop(memory="steps", {given}).'
+                f'Backprop: `{given}` needs memory="steps" or Revolve(snapshots), got '
+                f'memory="full". It acts where a step is rebuilt on the way back. Write '
+                f'Backprop(memory="steps", {given}).'
             )
 
     @property
@@ -88,20 +109,37 @@ class Backprop:
         return self.microbatches > 1 or self.hvp == "forward"
 
     def forgets_start(self, loop: InnerLoop) -> bool:
-        """Return True if the window is known to leave out the first step, so that nothing depends on where the loop starts."""
+        """Return True if the window is known to leave out the first step, so that nothing depends
+        on where the loop starts.
+        """
         return self.window is not None and loop.steps is not None and loop.steps > self.window
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
         loop = replace(loop, update=_exact(loop.update))
         if loop.skips and self._splits_steps:
             raise ValueError(
-                f'Backprop: unused="skip" cannot be had with microbatches={self.microbatches} and hvp={self.hvp!r}, which pull '
+                f'Backprop: unused="skip" cannot be had with microbatches={self.microbatches} and '
+                f"hvp={self.hvp!r}, which pull "
                 "back the gradient of every parameter. Leave one of them out."
             )
-        gradient = MeanGradient(loop.loss, _examples(loop, self.microbatches), self.microbatches, self.hvp, allow_unused=loop.skips)
+        gradient = MeanGradient(
+            loop.loss,
+            _examples(loop, self.microbatches),
+            self.microbatches,
+            self.hvp,
+            allow_unused=loop.skips,
+        )
         recomputed = replace(gradient, compile=loop.compile)
 
-        def after_gradient(inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree, batch: Tree) -> Tree:
+        def after_gradient(
+            inputs: Tree,
+            grads: Tree,
+            state: Any,
+            params: Tree,
+            loss: Tensor,
+            aux: Tree,
+            batch: Tree,
+        ) -> Tree:
             after = loop.update(inputs, grads, state, params, loss, aux)
             return after, loop.emit(inputs, after, batch, loss, aux)
 
@@ -111,17 +149,30 @@ class Backprop:
         def pullback(
             inputs: Tree, carry: Tree, batch: Tree, cotangents: tuple[Tree, Tree], wanted: Tree
         ) -> tuple[tuple[Tree, Tree, Tree], Tree]:
-            """Pull back the update, then the gradient: theirs are the only graphs, one after the other."""
+            """Pull back the update, then the gradient: theirs are the only graphs, one after the
+            other.
+            """
             params, state = carry
             in_inputs, (in_params, in_state), in_batch = wanted
             ambient = Ambient.now(tree.leaves((inputs, carry, batch)))
             grads, loss, aux = recomputed(inputs, params, state, batch)
             arguments = (inputs, grads, state, params, loss, aux, batch)
-            in_arguments = (in_inputs, _all(grads), in_state, in_params, True, tree.map(is_differentiable, aux), in_batch)
+            in_arguments = (
+                in_inputs,
+                _all(grads),
+                in_state,
+                in_params,
+                True,
+                tree.map(is_differentiable, aux),
+                in_batch,
+            )
             *early, to_batch = pull_back_update(arguments, cotangents, in_arguments)
             to_inputs, to_grads, to_state, to_params, to_loss, to_aux = early
             with ambient.restored():  # the gradient sees the random numbers that it saw above
-                read, in_read = (inputs, params, state, batch), (in_inputs, in_params, in_state, in_batch)
+                read, in_read = (
+                    (inputs, params, state, batch),
+                    (in_inputs, in_params, in_state, in_batch),
+                )
                 bars = recomputed.pull_back(read, (to_grads, to_loss, to_aux), in_read)
             sums = tree.map(plus, (to_inputs, to_params, to_state, to_batch), bars)
             return (sums[0], (sums[1], sums[2]), sums[3]), loss
@@ -135,7 +186,9 @@ class Backprop:
         with torch.no_grad():
             start = unroll(early, gradient, "full")
         params, state, before = tree.map(torch.Tensor.detach, start)
-        params, state, after = unroll(replace(late, params=params, state=state), gradient, self.memory, own)
+        params, state, after = unroll(
+            replace(late, params=params, state=state), gradient, self.memory, own
+        )
         return params, state, tree.map(lambda early, late: torch.cat([early, late]), before, after)
 
 
@@ -147,8 +200,12 @@ def _parted(loop: InnerLoop, window: int) -> tuple[InnerLoop | None, InnerLoop]:
         return replace(loop, batches=first) if first else None, replace(loop, batches=last)
     steps = loop.steps or 0
     constant = max(steps - window, 0)
-    early, late = (tree.index(loop.batches, part) for part in (slice(constant), slice(constant, None)))
-    return replace(loop, batches=early, steps=constant) if constant else None, replace(loop, batches=late, steps=steps - constant)
+    early, late = (
+        tree.index(loop.batches, part) for part in (slice(constant), slice(constant, None))
+    )
+    return replace(loop, batches=early, steps=constant) if constant else None, replace(
+        loop, batches=late, steps=steps - constant
+    )
 
 
 def _exact(update: Update) -> Update:
@@ -174,7 +231,9 @@ def _none(values: Tree) -> Tree:
 
 
 def _examples(loop: InnerLoop, microbatches: int) -> Tree:
-    """Return which leaves of (inputs, params, state, batch) hold examples, having seen that they can be cut into equal parts."""
+    """Return which leaves of (inputs, params, state, batch) hold examples, having seen that they
+    can be cut into equal parts.
+    """
     batch = first_row(loop.batches)
     in_inputs, in_batch = _none(loop.inputs), _all(batch)
     if not tree.leaves(batch):
@@ -183,12 +242,14 @@ def _examples(loop: InnerLoop, microbatches: int) -> Tree:
     for path, length in tree.leading_axes(batch).items():
         if microbatches > 1 and length < 0:
             raise ValueError(
-                f"`microbatches={microbatches}` needs a batch whose every leaf has a leading axis of examples, which {path} has "
+                f"`microbatches={microbatches}` needs a batch whose every leaf has a leading axis "
+                f"of examples, which {path} has "
                 "not. Pass what is no example as `meta`, or leave `microbatches` out."
             )
         if length % microbatches:
             raise ValueError(
-                f"`microbatches` must divide the number of examples, got {microbatches} for the {length} at {path}. Choose a "
+                f"`microbatches` must divide the number of examples, got {microbatches} for the "
+                f"{length} at {path}. Choose a "
                 "divisor, or another batch size."
             )
     return in_inputs, _none(loop.params), _none(loop.state), in_batch

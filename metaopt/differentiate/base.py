@@ -36,7 +36,9 @@ Rate = Callable[[Tree, Any, Tree, Observe], float | Tensor]
 Scale = float | Literal["lr"]
 
 
-def emit_loss(inputs: Tree, after: tuple[Tree, Any], batch: Tree, loss: Tensor, aux: Tree) -> Tensor:
+def emit_loss(
+    inputs: Tree, after: tuple[Tree, Any], batch: Tree, loss: Tensor, aux: Tree
+) -> Tensor:
     """Return the loss: all that a loop says of a step if nobody asks for more."""
     return loss
 
@@ -46,21 +48,25 @@ class InnerLoop:
     """An inner problem as pure functions of explicit tensors.
 
     Attributes:
-        loss: (inputs, params, state, batch) -> (scalar loss, aux), with a tree of tensors that is handed to `update`; with
-            derivatives of any order, see `any_order`.
-        update: (inputs, grads, state, params, loss, aux) -> (params, state): one application of the optimizer.
-        inputs: what every step reads: the tensors of the "optimizer", which the loss does not read, those of the "loss", "meta"
-            and a "batch" that is the same at every step.
+        loss: (inputs, params, state, batch) -> (scalar loss, aux), with a tree of tensors that is
+            handed to `update`; with derivatives of any order, see `any_order`.
+        update: (inputs, grads, state, params, loss, aux) -> (params, state): one application of the
+            optimizer.
+        inputs: what every step reads: the tensors of the "optimizer", which the loss does not read,
+            those of the "loss", "meta" and a "batch" that is the same at every step.
         params: initial parameters.
         state: initial state: the optimizer's, and whatever else goes on from step to step.
-        batches: leaves with the leading axis `steps`; without leaves, every step sees `inputs["batch"]`. Or a `Stream`.
+        batches: leaves with the leading axis `steps`; without leaves, every step sees
+            `inputs["batch"]`. Or a `Stream`.
         steps: number of steps; None for a `Stream`, which ends when it ends.
         compile: whether what runs is to be compiled.
-        rate: (inputs, state, params, observe) -> the step size of the update that would be made next; `observe()` gives the
-            gradients and the loss there, if it needs them. None where there is no optimizer.
+        rate: (inputs, state, params, observe) -> the step size of the update that would be made
+            next; `observe()` gives the gradients and the loss there, if it needs them. None where
+            there is no optimizer.
         emit: what the loop says of each step, stacked over steps; the loss comes first in it.
         describe: returns the settings of the functions, as text.
-        skips: whether the gradient of a parameter is None, not zero, at a step whose loss does not depend on it.
+        skips: whether the gradient of a parameter is None, not zero, at a step whose loss does not
+            depend on it.
     """
 
     loss: Loss
@@ -101,32 +107,43 @@ class End(NamedTuple):
 class PointRule:
     """A rule that looks only at where the loop ended, not at the steps that led there.
 
-    What the end depends on is then what the loss there reads: `inputs` without the optimizer, and the batch of the last step.
-    The initial parameters and state, and the optimizer's tensors, receive nothing: to ask for nothing else is an error. The
-    returned state, the losses and what else the loop emits are constants.
+    What the end depends on is then what the loss there reads: `inputs` without the optimizer, and
+    the batch of the last step. The initial parameters and state, and the optimizer's tensors,
+    receive nothing: to ask for nothing else is an error. The returned state, the losses and what
+    else the loop emits are constants.
     """
 
-    def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
+    def pull_back(
+        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree
+    ) -> tuple[Tree, dict[str, Tensor]]:
         """Return the cotangents of what the loss reads, and what there is to say about them.
 
-        A function of the tensors in its arguments, built from torch's own operations: it can be differentiated and compiled.
+        A function of the tensors in its arguments, built from torch's own operations: it can be
+        differentiated and compiled.
 
         Args:
-            loop: its `inputs` are differentiated; its initial parameters, state and batches are not looked at.
+            loop: its `inputs` are differentiated; its initial parameters, state and batches are not
+                looked at.
             end: where it ended.
             cotangent: v, a tree like `end.params`.
-            wanted: (tree of bools like `loop.inputs` without "optimizer", tree of bools like `end.batch`); a bool may stand for a
-                whole part.
+            wanted: (tree of bools like `loop.inputs` without "optimizer", tree of bools like
+                `end.batch`); a bool may stand for a whole part.
 
         Returns:
-            A tree like (`loop.inputs` without "optimizer", `end.batch`) with cotangents, None for what is not wanted; and name ->
-            statistic.
+            A tree like (`loop.inputs` without "optimizer", `end.batch`) with cotangents, None for
+            what is not wanted; and name -> statistic.
         """
-        raise TypeError(f"{type(self).__name__} must define `pull_back(loop, end, cotangent, wanted)`.")
+        raise TypeError(
+            f"{type(self).__name__} must define `pull_back(loop, end, cotangent, wanted)`."
+        )
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
         read = without_optimizer(loop.inputs)
-        given = {"initial parameters": loop.params, "optimizer's tensors": loop.inputs["optimizer"], "initial state": loop.state}
+        given = {
+            "initial parameters": loop.params,
+            "optimizer's tensors": loop.inputs["optimizer"],
+            "initial state": loop.state,
+        }
         for what, tensors in given.items():
             refuse_zeros(self, what, tensors, read)
         params, state, emitted = run(loop)
@@ -144,20 +161,31 @@ def attach(rule: PointRule, loop: InnerLoop, end: End) -> Tree:
         if not (_any_tracked(read) or any(map(has_tangent, tree.leaves(read)))):
             return tree.map(torch.Tensor.detach, end.params)
 
-    def pull_back(params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree, wanted: tuple[Tree, Any, Tree]) -> Tree:
+    def pull_back(
+        params: Tree, given: tuple[Tree, Any, Tree], cotangent: Tree, wanted: tuple[Tree, Any, Tree]
+    ) -> Tree:
         (inputs, state, batch), (in_inputs, in_state, in_batch) = given, wanted
         in_read = (without_optimizer(in_inputs), in_batch)
         if not any(tree.leaves(in_read)):
             return _nothing(wanted)
-        to_read, to_batch = pulled_back(rule, replace(loop, inputs=inputs), End(params, state, batch), cotangent, in_read)
-        to_inputs = {name: to_read[name] if name in to_read else _nothing(part) for name, part in in_inputs.items()}
+        to_read, to_batch = pulled_back(
+            rule, replace(loop, inputs=inputs), End(params, state, batch), cotangent, in_read
+        )
+        to_inputs = {
+            name: to_read[name] if name in to_read else _nothing(part)
+            for name, part in in_inputs.items()
+        }
         return to_inputs, _nothing(in_state), to_batch
 
     return with_derivative(pull_back, end.params, (loop.inputs, end.state, end.batch))
 
 
-def pulled_back(rule: PointRule, loop: InnerLoop, end: End, cotangent: Tree, wanted: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-    """Return the cotangents that `rule.pull_back` gives; with `loop.compile` it is compiled, unless it is itself differentiated."""
+def pulled_back(
+    rule: PointRule, loop: InnerLoop, end: End, cotangent: Tree, wanted: tuple[Tree, Tree]
+) -> tuple[Tree, Tree]:
+    """Return the cotangents that `rule.pull_back` gives; with `loop.compile` it is compiled, unless
+    it is itself differentiated.
+    """
 
     def bars(inputs: Tree, end: End, cotangent: Tree) -> Tree:
         return rule.pull_back(replace(loop, inputs=inputs), end, cotangent, wanted)[0]
@@ -170,8 +198,12 @@ def pulled_back(rule: PointRule, loop: InnerLoop, end: End, cotangent: Tree, wan
     return found
 
 
-def unroll(loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullback | None = None) -> tuple[Tree, Any, Tree]:
-    """Run the loop with this gradient oracle, keep what `memory` says, and rebuild steps for the way back with `pullback`."""
+def unroll(
+    loop: InnerLoop, gradient: Gradient, memory: Memory, pullback: Pullback | None = None
+) -> tuple[Tree, Any, Tree]:
+    """Run the loop with this gradient oracle, keep what `memory` says, and rebuild steps for the
+    way back with `pullback`.
+    """
 
     def step(inputs: Tree, carry: Tree, batch: Tree) -> tuple[Tree, Tree]:
         params, state = carry
@@ -199,24 +231,36 @@ def run(loop: InnerLoop) -> tuple[Tree, Any, Tree]:
     gradient = loop.gradient
     if is_last():  # nothing of it has a derivative
         return unroll(loop, gradient, "full")
-    inputs, params, state, batches = tree.map(constant, (loop.inputs, loop.params, loop.state, loop.batches))
+    inputs, params, state, batches = tree.map(
+        constant, (loop.inputs, loop.params, loop.state, loop.batches)
+    )
     with torch.no_grad():
-        found = unroll(replace(loop, inputs=inputs, params=params, state=state, batches=batches), gradient, "full")
+        found = unroll(
+            replace(loop, inputs=inputs, params=params, state=state, batches=batches),
+            gradient,
+            "full",
+        )
     return tree.map(constant, found)  # type: ignore[no-any-return]
 
 
 def at_end(loop: InnerLoop, end: End) -> tuple[Callable[[Tree, Tree], Tensor], Tree]:
-    """Return the loss at the end as a function (params, what it reads) -> L, and what it reads: inputs and batch."""
+    """Return the loss at the end as a function (params, what it reads) -> L, and what it reads:
+    inputs and batch.
+    """
 
     def loss(params: Tree, read: tuple[dict[str, Tree], Tree]) -> Tensor:
         inputs, batch = read
-        return loop.loss({**inputs, "optimizer": loop.inputs["optimizer"]}, params, end.state, batch)[0]
+        return loop.loss(
+            {**inputs, "optimizer": loop.inputs["optimizer"]}, params, end.state, batch
+        )[0]
 
     return loss, (without_optimizer(loop.inputs), end.batch)
 
 
 def sources(loop: InnerLoop) -> tuple[dict[str, Tree], Tree, Any, Tree]:
-    """Return everything that is given to the loop: inputs, params, state and batches, those of a stream as a list."""
+    """Return everything that is given to the loop: inputs, params, state and batches, those of a
+    stream as a list.
+    """
     batches = list(loop.batches.kept()) if isinstance(loop.batches, Stream) else loop.batches
     return loop.inputs, loop.params, loop.state, batches
 
@@ -235,7 +279,9 @@ def weighted_end(loop: InnerLoop, weights: Tree) -> Tensor:
         results = unroll(replace(loop, compile=False), loop.gradient, "full")
     pairs = zip(tree.leaves(results), tree.leaves(weights), strict=True)
     known = [(result, weight) for result, weight in pairs if weight is not None]
-    return tree.sum_leaves(torch.Tensor.sum, [tree.as_real(result) * tree.as_real(weight) for result, weight in known])
+    return tree.sum_leaves(
+        torch.Tensor.sum, [tree.as_real(result) * tree.as_real(weight) for result, weight in known]
+    )
 
 
 def scaled(rule: object, scale: Scale, loop: InnerLoop, end: End, cotangent: Tree) -> Tree:
@@ -243,7 +289,8 @@ def scaled(rule: object, scale: Scale, loop: InnerLoop, end: End, cotangent: Tre
     if isinstance(scale, str):
         if loop.rate is None:
             raise ValueError(
-                f'{type(rule).__name__}: `scale="lr"` must find one step size in the optimizer, got no optimizer. Give a number: '
+                f'{type(rule).__name__}: `scale="lr"` must find one step size in the optimizer, '
+                f"got no optimizer. Give a number: "
                 "`scale=0.1`."
             )
         with drawn_again(end):
@@ -261,13 +308,17 @@ def check_scale(rule: object, scale: object) -> None:
     """Raise ValueError unless it is a positive, finite number or "lr"."""
     is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if scale != "lr" and not (is_number and 0 < scale < math.inf):  # type: ignore[operator]
-        raise ValueError(f'{type(rule).__name__}: `scale` must be a positive number or "lr", got {scale!r}.')
+        raise ValueError(
+            f'{type(rule).__name__}: `scale` must be a positive number or "lr", got {scale!r}.'
+        )
 
 
 def check_positive(rule: object, name: str, value: object) -> None:
     """Raise ValueError unless `value` is a positive, finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{type(rule).__name__}: `{name}` must be a positive number, got {value!r}.")
+        raise ValueError(
+            f"{type(rule).__name__}: `{name}` must be a positive number, got {value!r}."
+        )
 
 
 def without_optimizer(inputs: dict[str, Tree]) -> dict[str, Tree]:
@@ -276,10 +327,11 @@ def without_optimizer(inputs: dict[str, Tree]) -> dict[str, Tree]:
 
 
 def refuse_zeros(rule: object, what: str, tensors: Tree, read: Tree) -> None:
-    """Raise if the derivative in tensors is asked for that are not among those the loss reads, and would be zero.
+    """Raise if the derivative in tensors is asked for that are not among those the loss reads, and
+    would be zero.
 
-    So `torch.func.grad` does, and `gradient` where plain autograd stands in for it. A backward pass says only when it comes
-    what it asks for: see `with_refusal`.
+    So `torch.func.grad` does, and `gradient` where plain autograd stands in for it. A backward pass
+    says only when it comes what it asks for: see `with_refusal`.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
@@ -289,7 +341,8 @@ def refuse_zeros(rule: object, what: str, tensors: Tree, read: Tree) -> None:
 
 
 def with_refusal(rule: object, values: Tree, given: dict[str, Tree], read: Tree) -> Tree:
-    """Return the values; if they came out as constants though something given requires grad, a backward pass is an error.
+    """Return the values; if they came out as constants though something given requires grad, a
+    backward pass is an error.
 
     Args:
         rule: whose derivative in what is given is zero.
@@ -302,7 +355,12 @@ def with_refusal(rule: object, values: Tree, given: dict[str, Tree], read: Tree)
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _any_tracked(values):
         return values
-    tracked = [(what, *one) for what, tensors in given.items() for one in _unread(tensors, read) if is_tracked(one[1])]
+    tracked = [
+        (what, *one)
+        for what, tensors in given.items()
+        for one in _unread(tensors, read)
+        if is_tracked(one[1])
+    ]
     if not tracked:
         return values
 
@@ -315,14 +373,20 @@ def with_refusal(rule: object, values: Tree, given: dict[str, Tree], read: Tree)
 def _unread(tensors: Tree, read: Tree) -> list[tuple[str, Tensor]]:
     """Return (path, leaf) for the tensors that are not among those in `read`."""
     known = {id(leaf) for leaf in tree.leaves(read)}
-    return [(name, leaf) for name, leaf in tree.named_leaves(tensors) if isinstance(leaf, Tensor) and id(leaf) not in known]
+    return [
+        (name, leaf)
+        for name, leaf in tree.named_leaves(tensors)
+        if isinstance(leaf, Tensor) and id(leaf) not in known
+    ]
 
 
 def _zeros(rule: object, what: str, name: str, leaf: Tensor) -> ValueError:
     return ValueError(
-        f"{type(rule).__name__}: the {what} must not be differentiated, but {name} (shape {tuple(leaf.shape)}) is. For this "
-        "rule the result does not depend on them: the answer would be zeros. Detach them and pass what is to be learned as "
-        "`meta`; or, as in iMAML, pass the same tensors as `meta` too, and let the loss depend on them."
+        f"{type(rule).__name__}: the {what} must not be differentiated, but {name} (shape "
+        f"{tuple(leaf.shape)}) is. For this "
+        "rule the result does not depend on them: the answer would be zeros. Detach them and pass "
+        "what is to be learned as `meta`; or, as in iMAML, pass the same tensors as `meta` too, "
+        "and let the loss depend on them."
     )
 
 

@@ -13,7 +13,14 @@ from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
 from metaopt.autodiff.pullback import chosen, put, spread
 from metaopt.autodiff.replay import Ambient
-from metaopt.differentiate.base import InnerLoop, check_positive, run, sources, starting_from, weighted_end
+from metaopt.differentiate.base import (
+    InnerLoop,
+    check_positive,
+    run,
+    sources,
+    starting_from,
+    weighted_end,
+)
 from metaopt.transforms import outside_transforms
 from metaopt.tree import Tree
 
@@ -25,33 +32,41 @@ class _Count:
 
 @dataclass(frozen=True)
 class EvolutionStrategy:
-    """Estimate J' v by the mean over pairs of e <v, r(l + std e) - r(l - std e)> / (2 std), with e ~ N(0, I).
+    """Estimate J' v by the mean over pairs of e <v, r(l + std e) - r(l - std e)> / (2 std), with e
+    ~ N(0, I).
 
-    J is the derivative of the loop's result r(l) in everything l that is differentiated. The outer loss is differentiated as
-    usual; v is its gradient. All runs see the same batches and the same random numbers. A pair that is not finite is left out of
-    the mean; if none is left, the result is nan.
+    J is the derivative of the loop's result r(l) in everything l that is differentiated. The outer
+    loss is differentiated as usual; v is its gradient. All runs see the same batches and the same
+    random numbers. A pair that is not finite is left out of the mean; if none is left, the result
+    is nan.
 
-    **Bias**: an unbiased estimate of the derivative of the smoothed r, E r(l + std e): off by std^2 / 2 times the gradient of the
-    Laplacian of <v, r>. **Variance**, for g = J' v: (|g|^2 + g_i^2) / pairs in entry i: more pairs are needed than l
-    has entries. Differentiable again if the loop is: the derivative of this estimate, with the same e.
+    **Bias**: an unbiased estimate of the derivative of the smoothed r, E r(l + std e): off by std^2
+    / 2 times the gradient of the
+    Laplacian of <v, r>. **Variance**, for g = J' v: (|g|^2 + g_i^2) / pairs in entry i: more pairs
+    are needed than l has entries. Differentiable again if the loop is: the derivative of this
+    estimate, with the same e.
 
-    Where the loop runs again (a rebuilt step of a loop around it, the two sides of a finite difference) it draws other e: still
-    unbiased, but `FiniteDifference` and `SAMA` above it multiply its noise by 1 / radius.
+    Where the loop runs again (a rebuilt step of a loop around it, the two sides of a finite
+    difference) it draws other e: still unbiased, but `FiniteDifference` and `SAMA` above it
+    multiply its noise by 1 / radius.
 
     Args:
         std: size of the perturbations.
         pairs: number of antithetic pairs.
-        seed: of e. The n-th backward pass of this object draws the n-th block of what belongs to the seed. That n is no part of the
-            rule's value: rules are equal if they are given the same numbers, and a copy made by `dataclasses.replace` begins again.
+        seed: of e. The n-th backward pass of this object draws the n-th block of what belongs to
+            the seed. That n is no part of the rule's value: rules are equal if they are given the
+            same numbers, and a copy made by `dataclasses.replace` begins again.
 
     Raises:
         ValueError: `std` or `pairs` is not positive, or `seed` no integer.
 
     Cost:
-        One run of the loop, and 2 pairs runs batched by `vmap`, without a graph and without the derivative of a step.
+        One run of the loop, and 2 pairs runs batched by `vmap`, without a graph and without the
+        derivative of a step.
 
     Reference:
-        Salimans et al. 2017, arXiv:1703.03864, section 2; Nesterov, Spokoiny 2017, doi:10.1007/s10208-015-9296-2.
+        Salimans et al. 2017, arXiv:1703.03864, section 2; Nesterov, Spokoiny 2017,
+        doi:10.1007/s10208-015-9296-2.
     """
 
     std: float = 0.01
@@ -62,7 +77,9 @@ class EvolutionStrategy:
     def __post_init__(self) -> None:
         check_positive(self, "std", self.std)
         if isinstance(self.pairs, bool) or not isinstance(self.pairs, int) or self.pairs < 1:
-            raise ValueError(f"EvolutionStrategy: `pairs` must be a positive integer, got {self.pairs!r}.")
+            raise ValueError(
+                f"EvolutionStrategy: `pairs` must be a positive integer, got {self.pairs!r}."
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"EvolutionStrategy: `seed` must be an integer, got {self.seed!r}.")
         object.__setattr__(self, "_draws", _Count())
@@ -84,9 +101,15 @@ class EvolutionStrategy:
             row = tree.ravel(variables)
             noise = self._draw(row)
 
-            # Every run has a state of its own, for what is updated in place, as running statistics are.
+            # Every run has a state of its own, for what is updated in place, as running statistics
+            # are.
             inputs, params, state, batches = given
-            states = tree.map(lambda leaf: leaf.expand(2 * self.pairs, *leaf.shape) if isinstance(leaf, Tensor) else leaf, state)
+            states = tree.map(
+                lambda leaf: (
+                    leaf.expand(2 * self.pairs, *leaf.shape) if isinstance(leaf, Tensor) else leaf
+                ),
+                state,
+            )
 
             def value(row: Tensor, state: Tree) -> Tensor:
                 there = put(tree.unravel(row, variables), (inputs, params, state, batches), wanted)
@@ -99,8 +122,10 @@ class EvolutionStrategy:
                 if "setup_context" not in str(error) and not str(error).startswith("vmap:"):
                     raise
                 raise ValueError(
-                    "`EvolutionStrategy` runs the loop for all pairs at once by `vmap`, which something in the loss does not "
-                    f"allow: {str(error).strip().splitlines()[0]} Use `Backprop()` or `FirstOrder()`."
+                    "`EvolutionStrategy` runs the loop for all pairs at once by `vmap`, which "
+                    "something in the loss does not "
+                    f"allow: {str(error).strip().splitlines()[0]} Use `Backprop()` or "
+                    f"`FirstOrder()`."
                 ) from error
             ahead, behind = values.split(self.pairs)
             slopes = (ahead - behind) / (2 * self.std)
@@ -113,8 +138,11 @@ class EvolutionStrategy:
 
     def _draw(self, like: Tensor) -> Tensor:
         """Return [pairs, n] standard normal numbers, the same for every element of a `vmap`."""
-        block = hashlib.sha256(f"{self.seed}, {self._draws.made}".encode()).digest()[:4]  # torch's generator takes 32 bits
+        # torch's generator takes 32 bits
+        block = hashlib.sha256(f"{self.seed}, {self._draws.made}".encode()).digest()[:4]
         self._draws.made += 1
         with outside_transforms():
             generator = torch.Generator().manual_seed(int.from_bytes(block))
-            return torch.randn(self.pairs, len(like), dtype=like.dtype, generator=generator).to(like.device)
+            return torch.randn(self.pairs, len(like), dtype=like.dtype, generator=generator).to(
+                like.device
+            )

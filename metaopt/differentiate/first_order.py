@@ -15,11 +15,13 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class FirstOrder:
-    """The derivative of the loop with everything the optimizer observes (gradients and loss) held constant.
+    """The derivative of the loop with everything the optimizer observes (gradients and loss) held
+    constant.
 
-    For MAML this is FOMAML; for learned optimizers the classic shortcut of leaving out the optimizee's second derivatives.
-    The losses in the result are differentiated as usual. Exact when the inner losses are linear; otherwise the
-    error is the left-out product of Hessians, of the order of (step size) x (curvature) a step.
+    For MAML this is FOMAML; for learned optimizers the classic shortcut of leaving out the
+    optimizee's second derivatives. The losses in the result are differentiated as usual. Exact when
+    the inner losses are linear; otherwise the error is the left-out product of Hessians, of the
+    order of (step size) x (curvature) a step.
 
     Args:
         memory: as for `Backprop`.
@@ -28,7 +30,8 @@ class FirstOrder:
         One gradient and one backward pass of the loss a step; one more gradient for "steps".
 
     Reference:
-        Finn, Abbeel, Levine 2017, arXiv:1703.03400, section 5.2; Andrychowicz et al. 2016, arXiv:1606.04474, section 2.
+        Finn, Abbeel, Levine 2017, arXiv:1703.03400, section 5.2; Andrychowicz et al. 2016,
+        arXiv:1606.04474, section 2.
     """
 
     memory: Memory = "full"
@@ -37,10 +40,16 @@ class FirstOrder:
         check_memory(self.memory)
 
     def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
-        def gradient(inputs: Tree, params: Tree, state: Any, batch: Tree) -> tuple[Tree, Tensor, Tree]:
-            return constant_gradient(lambda at: loop.loss(inputs, at, state, batch), params, allow_unused=loop.skips)
+        def gradient(
+            inputs: Tree, params: Tree, state: Any, batch: Tree
+        ) -> tuple[Tree, Tensor, Tree]:
+            return constant_gradient(
+                lambda at: loop.loss(inputs, at, state, batch), params, allow_unused=loop.skips
+            )
 
-        def update(inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree) -> tuple[Tree, Any]:
+        def update(
+            inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree
+        ) -> tuple[Tree, Any]:
             return loop.update(inputs, grads, state, params, loss.detach(), aux)
 
         return unroll(replace(loop, update=update), gradient, self.memory)

@@ -21,19 +21,21 @@ from metaopt.tree import Tree
 class ForwardMode:
     """Exact derivative of the steps taken, Z_{t+1} = A_t Z_t + B_t, carried along with the steps.
 
-    Z_t = d(w_t, s_t)/dl for everything l that is differentiated, m numbers in all; A_t and B_t are the derivatives of a step. For a
-    cotangent v the result is Z_T' v. It is computed when v is known: the loop runs again, with m tangents batched by `vmap`.
-    Nothing is stored from step to step, so memory does not grow with their number, but time and memory grow with m: this is for
-    a few hyperparameters. The initial parameters count too, if they are differentiated.
+    Z_t = d(w_t, s_t)/dl for everything l that is differentiated, m numbers in all; A_t and B_t are
+    the derivatives of a step. For a cotangent v the result is Z_T' v. It is computed when v is
+    known: the loop runs again, with m tangents batched by `vmap`. Nothing is stored from step to
+    step, so memory does not grow with their number, but time and memory grow with m: this is for a
+    few hyperparameters. The initial parameters count too, if they are differentiated.
 
     **Bias**: none. Differentiable again, any number of times; that records the batched run.
 
     Raises:
-        ValueError: on the way back: an operator in the loss has no forward derivative, or a level below has a derivative in reverse
-            mode alone.
+        ValueError: on the way back: an operator in the loss has no forward derivative, or a level
+            below has a derivative in reverse mode alone.
 
     Cost:
-        One run of the loop, and a second with m forward derivatives of each step. Memory: m copies of parameters and state.
+        One run of the loop, and a second with m forward derivatives of each step. Memory: m copies
+        of parameters and state.
 
     Reference:
         Franceschi, Donini, Frasconi, Pontil 2017, arXiv:1703.01785, section 3.2.
@@ -51,11 +53,17 @@ class ForwardMode:
 
             def along(direction: Tensor) -> Tensor:
                 _, slope = slope_along(
-                    value, variables, tree.unravel(direction, variables), asked="`ForwardMode`", instead="`Backprop()`"
+                    value,
+                    variables,
+                    tree.unravel(direction, variables),
+                    asked="`ForwardMode`",
+                    instead="`Backprop()`",
                 )
                 return slope
 
-            slopes = torch.func.vmap(along, randomness="same")(torch.eye(len(row), dtype=row.dtype, device=row.device))
+            slopes = torch.func.vmap(along, randomness="same")(
+                torch.eye(len(row), dtype=row.dtype, device=row.device)
+            )
             return spread(tree.unravel(slopes, variables), given, wanted)
 
         ambient = Ambient.now(tree.leaves(given))

@@ -15,35 +15,41 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class Implicit(PointRule):
-    """The derivative of a solution w* of grad_w L(w, inputs) = 0, whatever the steps that led there.
+    """The derivative of a solution w* of grad_w L(w, inputs) = 0, whatever the steps that led
+    there.
 
-    For a cotangent v on the last parameters: x = H^-1 v with the Hessian H = grad^2_ww L there, and -[d grad_w L]' x goes to what
-    the loss reads: `meta`, the loss's own parameters, the batch. With a batch per step, L is the loss on the last one; the rows
-    before it receive nothing.
+    For a cotangent v on the last parameters: x = H^-1 v with the Hessian H = grad^2_ww L there, and
+    -[d grad_w L]' x goes to what the loss reads: `meta`, the loss's own parameters, the batch. With
+    a batch per step, L is the loss on the last one; the rows before it receive nothing.
 
-    A solution does not depend on where the search for it starts, nor on the optimizer: the initial parameters and state,
-    and the optimizer's parameters, receive nothing; where nothing else is differentiated, that is an
-    error. For iMAML give the initial parameters as `meta` too, and let the loss keep the solution
-    near them. The returned optimizer state and losses are constants.
+    A solution does not depend on where the search for it starts, nor on the optimizer: the initial
+    parameters and state, and the optimizer's parameters, receive nothing; where nothing else is
+    differentiated, that is an error. For iMAML give the initial parameters as `meta` too, and let
+    the loss keep the solution near them. The returned optimizer state and losses are constants.
 
-    A random loss is seen with one set of random numbers (one dropout mask), those that would be drawn after the loop.
+    A random loss is seen with one set of random numbers (one dropout mask), those that would be
+    drawn after the loop.
 
-    The result can be differentiated any number of times, and be a middle level: see `metaopt.autodiff.implicit`. With the solver
-    exact, the hypergradient's error is of the order of |w - w*|, the distance to the solution.
+    The result can be differentiated any number of times, and be a middle level: see
+    `metaopt.autodiff.implicit`. With the solver exact, the hypergradient's error is of the order of
+    |w - w*|, the distance to the solution.
 
     Args:
-        solver: of the systems H x = v. Away from a minimum H may be indefinite: use `damping`, `NormalCG` or `GMRES`.
+        solver: of the systems H x = v. Away from a minimum H may be indefinite: use `damping`,
+            `NormalCG` or `GMRES`.
 
     Raises:
-        ValueError: what is differentiated are initial parameters or state, or the optimizer's tensors, that the loss does not
-            read: the answer would be zeros. Also under `torch.compile` while gradients are enabled.
+        ValueError: what is differentiated are initial parameters or state, or the optimizer's
+            tensors, that the loss does not read: the answer would be zeros. Also under
+            `torch.compile` while gradients are enabled.
 
     Cost:
-        The loop without a graph, then one Hessian product a product of the solver, and one mixed product.
+        The loop without a graph, then one Hessian product a product of the solver, and one mixed
+        product.
 
     Reference:
-        Rajeswaran, Finn, Kakade, Levine 2019, arXiv:1909.04630, lemma 1; Lorraine, Vicol, Duvenaud 2020, arXiv:1911.02590,
-        theorem 1.
+        Rajeswaran, Finn, Kakade, Levine 2019, arXiv:1909.04630, lemma 1; Lorraine, Vicol, Duvenaud
+        2020, arXiv:1911.02590, theorem 1.
     """
 
     solver: LinearSolver = field(default=ConjugateGradient())
@@ -55,9 +61,12 @@ class Implicit(PointRule):
                 "`Implicit(ConjugateGradient(max_steps=20))`."
             )
 
-    def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
+    def pull_back(
+        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree
+    ) -> tuple[Tree, dict[str, Tensor]]:
         gradient = MeanGradient(loop.loss)
-        fixed = (loop.inputs["optimizer"], end.state)  # constants of the theorem, not of what is around it: explicit too
+        # constants of the theorem, not of what is around it: explicit too
+        fixed = (loop.inputs["optimizer"], end.state)
 
         def residual(w: Tree, given: tuple[Tree, Tree, Tree]) -> Tree:
             read, batch, (optimizer, state) = given
@@ -66,5 +75,7 @@ class Implicit(PointRule):
 
         given = (without_optimizer(loop.inputs), end.batch, fixed)
         in_given = (*wanted, False)
-        bars, solution = pull_back_implicit(residual, self.solver, end.params, given, cotangent, in_given)
+        bars, solution = pull_back_implicit(
+            residual, self.solver, end.params, given, cotangent, in_given
+        )
         return bars[:2], {"residual": solution.residual, "steps": solution.steps}

@@ -17,16 +17,21 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class Penalty(PointRule):
-    """For a cotangent v on the last parameters w: weight (grad_inputs L(z) - grad_inputs L(w)), z a minimum of the tilted loss.
+    """For a cotangent v on the last parameters w: weight (grad_inputs L(z) - grad_inputs L(w)), z a
+    minimum of the tilted loss.
 
-    F2SA minimises f + weight L, f the outer loss. At the end of a loop only v = grad f is known, so f is taken to be linear,
-    and the inner problem is tilted: z minimises L(z) + <v / weight - grad L(w), z>, where the second term makes w itself the
-    minimum for v = 0, converged or not. From grad L(z) = grad L(w) - v / weight follows z - w = -H^-1 v / weight + O(1 / weight^2),
-    so the result is -[d grad_w L]' H^-1 v as in `Implicit`, without a second derivative. z is found by gradient descent from w.
+    F2SA minimises f + weight L, f the outer loss. At the end of a loop only v = grad f is known, so
+    f is taken to be linear, and the inner problem is tilted: z minimises L(z) + <v / weight - grad
+    L(w), z>, where the second term makes w itself the minimum for v = 0, converged or not. From
+    grad L(z) = grad L(w) - v / weight follows z - w = -H^-1 v / weight + O(1 / weight^2), so the
+    result is -[d grad_w L]' H^-1 v as in `Implicit`, without a second derivative. z is found by
+    gradient descent from w.
 
-    **Bias**: O(1 / weight), |H^-1 v|^2 / (2 weight) times the third derivatives of L, zero if L is quadratic; and what the descent
-    leaves, a factor (1 - lr mu)^steps in directions of curvature mu. Rounding adds weight eps |grad L|: in float32 keep the weight
-    below 1e4. Differentiable again, through the steps of the descent.
+    **Bias**: O(1 / weight), |H^-1 v|^2 / (2 weight) times the third derivatives of L, zero if L is
+    quadratic; and what the descent
+    leaves, a factor (1 - lr mu)^steps in directions of curvature mu. Rounding adds weight eps |grad
+    L|: in float32 keep the weight below 1e4. Differentiable again, through the steps of the
+    descent.
 
     Args:
         weight: of the inner loss against the outer.
@@ -34,14 +39,16 @@ class Penalty(PointRule):
         lr: its step size, below 2 / (largest curvature).
 
     Raises:
-        ValueError: a number that is not positive; under `compile=True`, whose gradients could not see the same random numbers.
+        ValueError: a number that is not positive; under `compile=True`, whose gradients could not
+            see the same random numbers.
 
     Cost:
         The loop without a graph, and steps + 1 gradients; one more copy of the parameters.
 
     Reference:
-        Kwon, Kwon, Wright, Nowak 2023, arXiv:2301.10945, lemma 3.1 for the bias. They keep f as it is, and
-        track the minimum without it by a second copy, for which w and the tilt by grad L(w) stand here.
+        Kwon, Kwon, Wright, Nowak 2023, arXiv:2301.10945, lemma 3.1 for the bias. They keep f as it
+        is, and track the minimum without it by a second copy, for which w and the tilt by grad L(w)
+        stand here.
     """
 
     weight: float = 100.0
@@ -54,11 +61,14 @@ class Penalty(PointRule):
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"Penalty: `steps` must be a positive integer, got {self.steps!r}.")
 
-    def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
+    def pull_back(
+        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree
+    ) -> tuple[Tree, dict[str, Tensor]]:
         if torch.compiler.is_compiling():
             raise ValueError(
-                "Penalty cannot be compiled: its gradients must see the same random numbers, which a compiler cannot wind back. "
-                "Leave `compile` out, or use `Implicit` or `FiniteDifference`."
+                "Penalty cannot be compiled: its gradients must see the same random numbers, which "
+                "a compiler cannot wind back. Leave `compile` out, or use `Implicit` or "
+                "`FiniteDifference`."
             )
         loss, read = at_end(loop, end)
 

@@ -17,13 +17,16 @@ from metaopt.tree import Tree
 
 @dataclass(frozen=True)
 class SAMA(PointRule):
-    """For a cotangent v on the last parameters: [d grad_w L]' D' v, D = d(update)/d(gradient), the mixed product by differences.
+    """For a cotangent v on the last parameters: [d grad_w L]' D' v, D = d(update)/d(gradient), the
+    mixed product by differences.
 
-    D is the derivative of the update that the optimizer would make next, w + u(g, s, w), at the gradient g and the state s of the
-    end: bias correction, clipping, schedules and whatever a learned optimizer computes are in it. Its transpose is applied, by one
-    vjp, so D need not be diagonal. For SGD D = -lr; for Adam it is the derivative through both moments.
+    D is the derivative of the update that the optimizer would make next, w + u(g, s, w), at the
+    gradient g and the state s of the end: bias correction, clipping, schedules and whatever a
+    learned optimizer computes are in it. Its transpose is applied, by one vjp, so D need not be
+    diagonal. For SGD D = -lr; for Adam it is the derivative through both moments.
 
-    **Bias**: D stands for -H^-1, so the error is [d grad_w L]' (D' + H^-1) v, and that of the difference: see `FiniteDifference`.
+    **Bias**: D stands for -H^-1, so the error is [d grad_w L]' (D' + H^-1) v, and that of the
+    difference: see `FiniteDifference`.
     This is the derivative of one step of the optimizer. Differentiable again, with the same bias.
 
     Args:
@@ -36,8 +39,9 @@ class SAMA(PointRule):
         The loop without a graph, three gradients and a vjp of the update.
 
     Reference:
-        Choe, Mehta, Ahn, Neiswanger, Xie, Strubell, Xing 2023, arXiv:2310.05674, section 3. They give D in closed form for
-        diagonal optimizers, and displace by their radius over |D v| as well.
+        Choe, Mehta, Ahn, Neiswanger, Xie, Strubell, Xing 2023, arXiv:2310.05674, section 3. They
+        give D in closed form for diagonal optimizers, and displace by their radius over |D v| as
+        well.
     """
 
     radius: float = 0.01
@@ -45,7 +49,9 @@ class SAMA(PointRule):
     def __post_init__(self) -> None:
         check_positive(self, "radius", self.radius)
 
-    def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
+    def pull_back(
+        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree
+    ) -> tuple[Tree, dict[str, Tensor]]:
         with drawn_again(end):
             x = self.precondition(loop, end, cotangent)
         loss, read = at_end(loop, end)

@@ -15,26 +15,29 @@ from metaopt.tree import Tree, map
 class T1T2(PointRule):
     """For a cotangent v on the last parameters: -scale [d grad_w L]' v to what the loss reads.
 
-    The derivative of one step of gradient descent with step size `scale`, taken where the loop ended. Only this response is scaled,
-    not what the outer loss reads directly.
+    The derivative of one step of gradient descent with step size `scale`, taken where the loop
+    ended. Only this response is scaled, not what the outer loss reads directly.
 
-    **Bias**: x = scale v stands for H^-1 v, so the error is [d grad_w L]' (H^-1 - scale I) v. None if H = I / scale; the direction
-    is good where the eigenvalues of H are alike. Differentiable again: what is then differentiated is this formula, with the last
-    parameters' own dependence given by it too.
+    **Bias**: x = scale v stands for H^-1 v, so the error is [d grad_w L]' (H^-1 - scale I) v. None
+    if H = I / scale; the direction
+    is good where the eigenvalues of H are alike. Differentiable again: what is then differentiated
+    is this formula, with the last parameters' own dependence given by it too.
 
     Args:
-        scale: a positive number; or "lr" for the step size that the inner optimizer would use next, schedules included. After one
-            step of plain SGD, "lr" is the derivative of that step, but for the mixed product being taken at its end.
+        scale: a positive number; or "lr" for the step size that the inner optimizer would use next,
+            schedules included. After one step of plain SGD, "lr" is the derivative of that step,
+            but for the mixed product being taken at its end.
 
     Raises:
-        ValueError: `scale` is neither; on the way back: "lr" where the optimizer has no `lr`, or not one for all parameters.
+        ValueError: `scale` is neither; on the way back: "lr" where the optimizer has no `lr`, or
+            not one for all parameters.
 
     Cost:
         The loop without a graph, one gradient and its derivative; one more gradient for a schedule.
 
     Reference:
-        Luketina, Berglund, Greff, Raiko 2016, arXiv:1511.06727, section 3. They take v and the mixed product on successive steps'
-        batches; here both are those of the end.
+        Luketina, Berglund, Greff, Raiko 2016, arXiv:1511.06727, section 3. They take v and the
+        mixed product on successive steps' batches; here both are those of the end.
     """
 
     scale: Scale = field(default=1.0, kw_only=True)
@@ -42,7 +45,9 @@ class T1T2(PointRule):
     def __post_init__(self) -> None:
         check_scale(self, self.scale)
 
-    def pull_back(self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree) -> tuple[Tree, dict[str, Tensor]]:
+    def pull_back(
+        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree
+    ) -> tuple[Tree, dict[str, Tensor]]:
         loss, read = at_end(loop, end)
         x = scaled(self, self.scale, loop, end, cotangent)
         return mixed_product(loss, end.params, read, map(Tensor.neg, x), wanted), {}

@@ -30,17 +30,21 @@ def continue_scheduler(scheduler: Any, group: int, step: int) -> Schedule:
     if type(scheduler) not in known:
         raise ValueError(
             f"`scheduler` must be one of {', '.join(sorted(kind.__name__ for kind in known))}, got "
-            f"{type(scheduler).__name__}. Others are not carried over. Leave it out and give each optimizer a "
+            f"{type(scheduler).__name__}. Others are not carried over. Leave it out and give each "
+            f"optimizer a "
             "schedule of ours: `pure.optimizers[0].lr = OneCycle(0.1, steps=100)`."
         )
     schedule = known[type(scheduler)](scheduler, group)
     like = torch.zeros((), dtype=torch.float64)
-    value, _ = schedule(schedule.init(like), step=torch.tensor(scheduler.last_epoch), loss=None, grads=[like])
+    value, _ = schedule(
+        schedule.init(like), step=torch.tensor(scheduler.last_epoch), loss=None, grads=[like]
+    )
     now = float(scheduler.optimizer.param_groups[group]["lr"])
     if not math.isclose(float(value), now, rel_tol=1e-6, abs_tol=1e-12):
         raise ValueError(
-            f"The rate of group {group} must be that of `scheduler`, {float(value):.6g} after its {scheduler.last_epoch} "
-            f"steps, got {now:.6g}. Another scheduler, or somebody, changed it too. Leave `scheduler` out and give "
+            f"The rate of group {group} must be that of `scheduler`, {float(value):.6g} after its "
+            f"{scheduler.last_epoch} steps, got {now:.6g}. Another scheduler, or somebody, changed "
+            f"it too. Leave `scheduler` out and give "
             "each optimizer a schedule of ours: `pure.optimizers[0].lr = Cosine(0.1, steps=100)`."
         )
     ahead = scheduler.last_epoch - step
@@ -69,10 +73,16 @@ def kinds() -> dict[type[Any], Callable[[Any, int], Schedule]]:
         lr_scheduler.ConstantLR: constant,
         lr_scheduler.LinearLR: linear,
         lr_scheduler.MultiStepLR: multi_step,
-        lr_scheduler.StepLR: lambda s, group: ours.Staircase(s.base_lrs[group], s.step_size, gamma=s.gamma),
+        lr_scheduler.StepLR: lambda s, group: ours.Staircase(
+            s.base_lrs[group], s.step_size, gamma=s.gamma
+        ),
         lr_scheduler.ExponentialLR: lambda s, group: ours.Exponential(s.base_lrs[group], s.gamma),
-        lr_scheduler.PolynomialLR: lambda s, group: ours.Polynomial(s.base_lrs[group], s.total_iters, power=s.power),
-        lr_scheduler.CosineAnnealingLR: lambda s, group: Wave(s.base_lrs[group], s.T_max, s.eta_min),
+        lr_scheduler.PolynomialLR: lambda s, group: ours.Polynomial(
+            s.base_lrs[group], s.total_iters, power=s.power
+        ),
+        lr_scheduler.CosineAnnealingLR: lambda s, group: Wave(
+            s.base_lrs[group], s.T_max, s.eta_min
+        ),
     }
 
 
@@ -104,7 +114,9 @@ class Wave(Schedule):
         set_value(self, "final", final)
         self.steps = steps
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         angle = math.pi / self.steps * _precise(step, grads[0])
         return self.final + (self.initial - self.final) * (1 + angle.cos()) / 2, state
 
@@ -126,7 +138,9 @@ class Ahead(Schedule):
     def init(self, like: Tensor) -> Any:
         return self.schedule.init(like)
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         value, state = self.schedule(state, step=step + self.by, loss=loss, grads=grads)
         return value, state
 

@@ -24,13 +24,18 @@ if TYPE_CHECKING:
     from torchopt.base import GradientTransformation
 
 
-def from_torchopt(transform: GradientTransformation | Callable[..., GradientTransformation], **arguments: Any) -> FromTorchOpt:
-    """Return a TorchOpt transformation as an `Optimizer`: pure, under `vmap` too, and differentiable.
+def from_torchopt(
+    transform: GradientTransformation | Callable[..., GradientTransformation], **arguments: Any
+) -> FromTorchOpt:
+    """Return a TorchOpt transformation as an `Optimizer`: pure, under `vmap` too, and
+    differentiable.
 
-    `from_torchopt(torchopt.adam(1e-3))`, or, to learn or schedule hyperparameters, the function and its arguments:
-    `from_torchopt(torchopt.adam, lr=nn.Parameter(torch.tensor(1e-3)), betas=(0.9, 0.99))`.
+    `from_torchopt(torchopt.adam(1e-3))`, or, to learn or schedule hyperparameters, the function and
+    its arguments: `from_torchopt(torchopt.adam, lr=nn.Parameter(torch.tensor(1e-3)), betas=(0.9,
+    0.99))`.
 
-    The arithmetic is TorchOpt's, and so are its limits; those in `metaopt.optimizers` have none of these:
+    The arithmetic is TorchOpt's, and so are its limits; those in `metaopt.optimizers` have none of
+    these:
 
     - The derivatives of `use_accelerated_op=True` are wrong, about twice the true ones, and not a
       number where a gradient has been zero from the start. (Those of the plain operators are finite
@@ -42,32 +47,37 @@ def from_torchopt(transform: GradientTransformation | Callable[..., GradientTran
     - Betas, weight decay and dampening must be numbers: it is an error to give them as parameters.
 
     Args:
-        transform: what a TorchOpt function such as `torchopt.adam(1e-3)` or `torchopt.chain(...)` returns; with arguments,
-            the function, or one of your own that returns a transformation.
-        arguments: by name. Floats, tensors, parameters and schedules are hyperparameters of the optimizer; whatever else
-            (a pair of betas, a flag, a schedule of TorchOpt) is handed on as it is.
+        transform: what a TorchOpt function such as `torchopt.adam(1e-3)` or `torchopt.chain(...)`
+            returns; with arguments, the function, or one of your own that returns a transformation.
+        arguments: by name. Floats, tensors, parameters and schedules are hyperparameters of the
+            optimizer; whatever else (a pair of betas, a flag, a schedule of TorchOpt) is handed on
+            as it is.
 
     Raises:
         TypeError: `transform` is no gradient transformation, or, with arguments, no function.
-        ValueError: a tensor that requires grad is hidden in the transformation or in an argument: give it by name.
+        ValueError: a tensor that requires grad is hidden in the transformation or in an argument:
+            give it by name.
     """
     from torchopt.base import GradientTransformation
 
     if arguments and (isinstance(transform, GradientTransformation) or not callable(transform)):
         raise TypeError(
-            f"With arguments, `transform` must be the function that makes a transformation, got {type(transform).__name__}. "
+            f"With arguments, `transform` must be the function that makes a transformation, got "
+            f"{type(transform).__name__}. "
             "Write from_torchopt(torchopt.adam, lr=...)."
         )
     if not arguments and not isinstance(transform, GradientTransformation):
         raise TypeError(
-            f"`transform` must be a TorchOpt gradient transformation, got {type(transform).__name__}. "
+            f"`transform` must be a TorchOpt gradient transformation, got "
+            f"{type(transform).__name__}. "
             "Call the function: from_torchopt(torchopt.adam(1e-3))."
         )
     return FromTorchOpt(transform, arguments)
 
 
 class FromTorchOpt(Optimizer):
-    """A TorchOpt transformation; made by `from_torchopt`. Its own state is `state["shared"]["transform"]`.
+    """A TorchOpt transformation; made by `from_torchopt`. Its own state is
+    `state["shared"]["transform"]`.
 
     Args:
         transform: the transformation, or the function that makes it.
@@ -76,13 +86,26 @@ class FromTorchOpt(Optimizer):
 
     def __init__(self, transform: Any, arguments: Mapping[str, Any]):
         super().__init__()
-        learnable = {name: value for name, value in arguments.items() if isinstance(value, float | Tensor | Schedule)}
-        self.transform, self.arguments = transform, {k: v for k, v in arguments.items() if k not in learnable}
+        learnable = {
+            name: value
+            for name, value in arguments.items()
+            if isinstance(value, float | Tensor | Schedule)
+        }
+        self.transform, self.arguments = (
+            transform,
+            {k: v for k, v in arguments.items() if k not in learnable},
+        )
         hidden = [name for name, tensor in reachable(transform, "transform") if is_tracked(tensor)]
-        hidden += [name for key, value in self.arguments.items() for name, tensor in reachable(value, key) if is_tracked(tensor)]
+        hidden += [
+            name
+            for key, value in self.arguments.items()
+            for name, tensor in reachable(value, key)
+            if is_tracked(tensor)
+        ]
         if hidden:
             raise ValueError(
-                f"`from_torchopt` finds tensors that require grad in {', '.join(sorted(hidden))}. They would get no gradient. "
+                f"`from_torchopt` finds tensors that require grad in {', '.join(sorted(hidden))}. "
+                f"They would get no gradient. "
                 "Give each by a name of its own: from_torchopt(torchopt.adam, lr=...)."
             )
         self.hyperparameters = tuple(learnable)
@@ -91,16 +114,25 @@ class FromTorchOpt(Optimizer):
 
     def extra_repr(self) -> str:
         """Return the function's name and what is no tensor or module among its arguments."""
-        numbers = {name: value for name in self.hyperparameters if isinstance(value := getattr(self, name), float)}
+        numbers = {
+            name: value
+            for name in self.hyperparameters
+            if isinstance(value := getattr(self, name), float)
+        }
         shown = [getattr(self.transform, "__name__", type(self.transform).__name__)]
-        return ", ".join(shown + [f"{name}={value!r}" for name, value in (self.arguments | numbers).items()])
+        return ", ".join(
+            shown + [f"{name}={value!r}" for name, value in (self.arguments | numbers).items()]
+        )
 
     def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step."""
         state = super().init(params, per_parameter=per_parameter)
         leaves = tree.leaves(params)
-        # Schedules may observe what there is not yet; a TorchOpt state starts from zeros or from constants.
-        hyper, _ = self._hyper_at(state, [torch.zeros_like(leaf) for leaf in leaves], leaves[0].new_zeros(()))
+        # Schedules may observe what there is not yet; a TorchOpt state starts from zeros or from
+        # constants.
+        hyper, _ = self._hyper_at(
+            state, [torch.zeros_like(leaf) for leaf in leaves], leaves[0].new_zeros(())
+        )
         with _explained():
             memory = self._made(hyper).init(tree.map(torch.Tensor.detach, params))
         memory = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, memory)
@@ -113,19 +145,23 @@ class FromTorchOpt(Optimizer):
             ValueError: always.
         """
         raise ValueError(
-            "`from_torchopt`: every parameter needs a gradient, got None, or a state with a step count for "
-            "each. TorchOpt's momentum forgets what it had of a parameter without one. Give zeros, leave "
-            "frozen parameters out, or use the optimizer of that name in `optimizers`."
+            "`from_torchopt`: every parameter needs a gradient, got None, or a state with a step "
+            "count for each. TorchOpt's momentum forgets what it had of a parameter without one. "
+            "Give zeros, leave frozen parameters out, or use the optimizer of that name in "
+            "`optimizers`."
         )
 
-    def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
+    def forward(
+        self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None
+    ) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
         self._check_state_keys(state)
         require_gradients(grads)
         hyper, schedules = self._hyper_at(state, tree.leaves(grads), loss)
         if "transform" not in state["shared"]:
             raise ValueError(
-                f"`state` must be that of this FromTorchOpt, got memory named {sorted(state['slots'] | state['shared'])}. Pass "
+                f"`state` must be that of this FromTorchOpt, got memory named "
+                f"{sorted(state['slots'] | state['shared'])}. Pass "
                 "what its own `init`, or the step before, returned."
             )
         memory = state["shared"]["transform"]
@@ -144,22 +180,33 @@ class FromTorchOpt(Optimizer):
             if any(flag.matters for flag in flags):
                 start = state["step"] == 0
                 updates, after = tree.map(
-                    lambda one, other: torch.where(start, one, other) if isinstance(one, Tensor) else one,
+                    lambda one, other: (
+                        torch.where(start, one, other) if isinstance(one, Tensor) else one
+                    ),
                     run(first=True),
                     (updates, after),
                 )
         shared = {"transform": _counted(after, state["step"].device)}
-        return updates, {**state, "step": state["step"] + 1, "shared": shared, "schedules": schedules}
+        return updates, {
+            **state,
+            "step": state["step"] + 1,
+            "shared": shared,
+            "schedules": schedules,
+        }
 
     def _made(self, hyper: Hyper) -> GradientTransformation:
         """Return the transformation with these hyperparameters."""
         for name in ("momentum", "weight_decay"):
             if isinstance(value := hyper.get(name), Tensor) and value == 0:
                 raise ValueError(
-                    f"`{name}` must not be 0 where it is a tensor, got {value}. TorchOpt leaves it out then, and it would get no "
-                    "gradient. Start from a positive value, or use the optimizer of that name in `metaopt.optimizers`."
+                    f"`{name}` must not be 0 where it is a tensor, got {value}. TorchOpt leaves it "
+                    f"out then, and it would get no "
+                    "gradient. Start from a positive value, or use the optimizer of that name in "
+                    "`metaopt.optimizers`."
                 )
-        return self.transform(**self.arguments, **hyper) if self.arguments or hyper else self.transform
+        return (
+            self.transform(**self.arguments, **hyper) if self.arguments or hyper else self.transform
+        )
 
 
 class _Count(NamedTuple):
@@ -169,22 +216,36 @@ class _Count(NamedTuple):
 
 
 def _counted(memory: Tree, device: torch.device) -> Tree:
-    return tree.map(lambda leaf: _Count(torch.tensor(leaf, device=device)) if type(leaf) is int else leaf, memory)
+    return tree.map(
+        lambda leaf: _Count(torch.tensor(leaf, device=device)) if type(leaf) is int else leaf,
+        memory,
+    )
 
 
 def _uncounted(memory: Tree) -> Tree:
     """Invert `_counted`; reads the values."""
     return tree.map(
-        lambda leaf: int(leaf.value) if isinstance(leaf, _Count) else leaf, memory, is_leaf=lambda node: isinstance(node, _Count)
+        lambda leaf: int(leaf.value) if isinstance(leaf, _Count) else leaf,
+        memory,
+        is_leaf=lambda node: isinstance(node, _Count),
     )
 
 
 def _batched(memory: Tree, like: Tree) -> Tree:
-    """Give the memory every batch axis of `vmap` that is in `like`: TorchOpt adds gradients to it in place."""
-    zero = tree.sum_leaves(lambda leaf: leaf.new_zeros(()), [leaf for leaf in tree.leaves(like) if isinstance(leaf, Tensor)])
+    """Give the memory every batch axis of `vmap` that is in `like`: TorchOpt adds gradients to it
+    in place.
+    """
+    zero = tree.sum_leaves(
+        lambda leaf: leaf.new_zeros(()),
+        [leaf for leaf in tree.leaves(like) if isinstance(leaf, Tensor)],
+    )
 
     def widen(leaf: Any) -> Any:
-        return leaf + zero.to(leaf.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        return (
+            leaf + zero.to(leaf.dtype)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            else leaf
+        )
 
     return tree.map(widen, memory)
 
@@ -205,11 +266,13 @@ class _SmoothRoots(TorchFunctionMode):
 
 
 class _FirstCall(NamedTuple):
-    """The hidden flag of `torchopt.transform.trace`: at its first call it forgets its memory and does not dampen.
+    """The hidden flag of `torchopt.transform.trace`: at its first call it forgets its memory and
+    does not dampen.
 
-    The flag belongs to the transformation, not to the state: rebuilt at every step it would never have any memory, and used for
-    a second run it would dampen the first gradient. We set it by the step count of the state. It `matters` where there is
-    dampening; without, a memory of zeros does the same.
+    The flag belongs to the transformation, not to the state: rebuilt at every step it would never
+    have any memory, and used for a second run it would dampen the first gradient. We set it by the
+    step count of the state. It `matters` where there is dampening; without, a memory of zeros does
+    the same.
     """
 
     cell: types.CellType
@@ -228,7 +291,9 @@ def _first_calls(value: Any, seen: set[int] | None = None) -> Iterator[_FirstCal
         inside = [cell.cell_contents for cell in cells.values() if cell != types.CellType()]
         if value.__module__ == "torchopt.transform.trace" and "first_call" in cells:
             dampening = cells["dampening"].cell_contents
-            yield _FirstCall(cells["first_call"], matters=isinstance(dampening, Tensor) or dampening != 0)
+            yield _FirstCall(
+                cells["first_call"], matters=isinstance(dampening, Tensor) or dampening != 0
+            )
     for item in inside:
         yield from _first_calls(item, seen)
 
@@ -241,22 +306,26 @@ def _explained() -> Iterator[None]:
     except RuntimeError as error:
         if "setup_context" in str(error) or "register a hook" in str(error):
             raise ValueError(
-                "`from_torchopt`: TorchOpt's accelerated operators and its hooks work in plain autograd only, with "
-                'every step\'s graph kept: not under `torch.func` transforms, nor with memory="steps". Leave out '
+                "`from_torchopt`: TorchOpt's accelerated operators and its hooks work in plain "
+                "autograd only, with "
+                "every step's graph kept: not under `torch.func` transforms, nor with "
+                'memory="steps". Leave out '
                 "use_accelerated_op or register_hook."
             ) from error
         if not str(error).startswith("vmap:"):
             raise
         raise ValueError(
-            "`from_torchopt`: the transformation reads the value of a tensor that differs over a `vmap`, which cannot be done. In "
-            "place of clip_grad_norm use `ClipNorm(max_norm, from_torchopt(...))`; for an lr with a batch, give TorchOpt a "
-            "function: from_torchopt(lambda lr: torchopt.sgd(lambda count: lr), lr=lr)."
+            "`from_torchopt`: the transformation reads the value of a tensor that differs over a "
+            "`vmap`, which cannot be done. In place of clip_grad_norm use `ClipNorm(max_norm, "
+            "from_torchopt(...))`; for an lr with a batch, give TorchOpt a function: "
+            "from_torchopt(lambda lr: torchopt.sgd(lambda count: lr), lr=lr)."
         ) from error
     except TypeError as error:
         if "must be Number" not in str(error):
             raise
         raise TypeError(
-            f"`from_torchopt`: TorchOpt needs a number where a tensor that requires grad was given ({error}). Of its "
-            "hyperparameters lr, eps, eps_root and momentum (without nesterov) can be learned. Those in `metaopt.optimizers` can "
-            "all be."
+            f"`from_torchopt`: TorchOpt needs a number where a tensor that requires grad was given "
+            f"({error}). Of its "
+            "hyperparameters lr, eps, eps_root and momentum (without nesterov) can be learned. "
+            "Those in `metaopt.optimizers` can all be."
         ) from error

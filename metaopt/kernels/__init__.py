@@ -21,19 +21,23 @@ __all__ = ["AnyOrder", "Watching", "any_order"]
 
 
 def any_order() -> AbstractContextManager[Any]:
-    """While entered, what torch computes can be differentiated again and again, in any nesting of `grad` and `vmap`.
+    """While entered, what torch computes can be differentiated again and again, in any nesting of
+    `grad` and `vmap`.
 
-    All is computed from elementary operations then, or by kernels with derivatives of our own. Of attention the fused kernels have
-    no second derivative; of layer, batch, instance and weight norms torch's formulas for higher derivatives are wrong; recurrent
-    layers have no batching rule, and on some devices no second derivative. Gradients of `nn.Embedding(sparse=True)` are dense.
+    All is computed from elementary operations then, or by kernels with derivatives of our own. Of
+    attention the fused kernels have no second derivative; of layer, batch, instance and weight
+    norms torch's formulas for higher derivatives are wrong; recurrent layers have no batching rule,
+    and on some devices no second derivative. Gradients of `nn.Embedding(sparse=True)` are dense.
     Inside a transform `requires_grad_(True)` does nothing, where torch raises an error.
 
     Cost:
-        About a microsecond for each call of a torch function, which Python then sees: 5 to 8 % of a meta-gradient's time for a
-        40-40 MLP. Batch and layer norm take as long as torch's in plain autograd; inside transforms of `torch.func` they are
-        written out, which is a quarter of a second-order task of a convolution network. Entering it again inside costs nothing.
+        About a microsecond for each call of a torch function, which Python then sees: 5 to 8 % of a
+        meta-gradient's time for a 40-40 MLP. Batch and layer norm take as long as torch's in plain
+        autograd; inside transforms of `torch.func` they are written out, which is a quarter of a
+        second-order task of a convolution network. Entering it again inside costs nothing.
     """
-    # The stack, not a flag of ours: torch takes a mode off it while it hands a function on, a backward pass for example.
+    # The stack, not a flag of ours: torch takes a mode off it while it hands a function on, a
+    # backward pass for example.
     entered = any(isinstance(mode, AnyOrder) for mode in _get_current_function_mode_stack())
     return nullcontext() if entered else AnyOrder()
 
@@ -41,18 +45,33 @@ def any_order() -> AbstractContextManager[Any]:
 class AnyOrder(TorchFunctionMode):
     """Computes what is in the tables by the functions there."""
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
 class Watching(AnyOrder):
-    """Notes whether something must be computed otherwise for derivatives in reverse mode, or for those in the loss."""
+    """Notes whether something must be computed otherwise for derivatives in reverse mode, or for
+    those in the loss.
+    """
 
     found = False
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         is_dense = func in EMBEDDINGS and not asks_for_sparse(func, args, kwargs or {})
-        lacks_nothing = func in LOSSES and not inside_jvp()  # but forward derivatives, which are always taken with care
+        # but forward derivatives, which are always taken with care
+        lacks_nothing = func in LOSSES and not inside_jvp()
         self.found = self.found or (func in _INSTEAD and not (is_dense or lacks_nothing))
         return super().__torch_function__(func, types, args, kwargs)
 

@@ -22,15 +22,24 @@ def asks_for_sparse(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any
 def _dense(func: Callable[..., Any]) -> Callable[..., Tensor]:
     """Return the function with `sparse=False`.
 
-    Optimizers compute with gradients, and of sparse ones torch can neither take roots nor map over them.
+    Optimizers compute with gradients, and of sparse ones torch can neither take roots nor map over
+    them.
     """
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        args = args[: _PLACES[func]] + (False,) * (len(args) > _PLACES[func]) + args[_PLACES[func] + 1 :]
-        result: Tensor = func(*args, **{**kwargs, **({"sparse": False} if "sparse" in kwargs else {})})
+        args = (
+            args[: _PLACES[func]]
+            + (False,) * (len(args) > _PLACES[func])
+            + args[_PLACES[func] + 1 :]
+        )
+        result: Tensor = func(
+            *args, **{**kwargs, **({"sparse": False} if "sparse" in kwargs else {})}
+        )
         return result
 
     return call
 
 
-EMBEDDINGS: dict[Callable[..., object], Callable[..., Tensor]] = {func: _dense(func) for func in _PLACES}
+EMBEDDINGS: dict[Callable[..., object], Callable[..., Tensor]] = {
+    func: _dense(func) for func in _PLACES
+}

@@ -1,10 +1,12 @@
 """Batch and layer norm by torch's fused kernels, with derivatives that are right at every order.
 
-With h = (x - <x>) r, r = 1 / sqrt(variance + eps) and <.> the mean over the axes that are normalized, let
+With h = (x - <x>) r, r = 1 / sqrt(variance + eps) and <.> the mean over the axes that are
+normalized, let
 
     y = w h + b,    p(u) = r (u - <u> - h <u h>).
 
-p is linear and its own adjoint, dh = p(dx) and dr = -r^2 <h dx>. So the cotangents of (x, w, b), given that of y, g, are
+p is linear and its own adjoint, dh = p(dx) and dr = -r^2 <h dx>. So the cotangents of (x, w, b),
+given that of y, g, are
 
     p(w g),    sum g h,    sum g,
 
@@ -12,8 +14,9 @@ and those of (g, x, w), given the cotangents (s, t, u) of these three, are
 
     w p(s) + t h + u,    p(t g - r (<w g h> s + <s h> w g)) - r h <w g p(s)>,    sum g p(s).
 
-The kernels compute y, and p with the <x> and r that they have saved. Where a result is to be differentiated again these are no
-constants: there h, r and p are computed from x by elementary operations, which have every further derivative.
+The kernels compute y, and p with the <x> and r that they have saved. Where a result is to be
+differentiated again these are no constants: there h, r and p are computed from x by elementary
+operations, which have every further derivative.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Axes:
-    """What is normalized: `over` are the axes of the means, `shape` is that in which parameters broadcast against x."""
+    """What is normalized: `over` are the axes of the means, `shape` is that in which parameters
+    broadcast against x.
+    """
 
     over: tuple[int, ...]
     shape: tuple[int, ...]
@@ -53,11 +58,21 @@ class FusedAxes(Axes, ABC):
         return self.shape
 
     @abstractmethod
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (y, <x>, r) by torch's kernel; <x> and r broadcast against x."""
 
     @abstractmethod
-    def backward(self, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, r: Tensor) -> Any:
+    def backward(
+        self,
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        r: Tensor,
+    ) -> Any:
         """Return (p(w g), sum g h, sum g) by torch's kernel, None for a parameter that is None."""
 
 
@@ -68,22 +83,44 @@ class BatchAxes(FusedAxes):
     def parameters(self) -> tuple[int, ...]:
         return self.shape[1:2]
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, r = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, self.eps)
         return y, mean.view(self.shape), r.view(self.shape)
 
-    def backward(self, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, r: Tensor) -> Any:
+    def backward(
+        self,
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        r: Tensor,
+    ) -> Any:
         wanted = [True, weight is not None, bias is not None]
-        return aten.native_batch_norm_backward(g, x, weight, None, None, mean.view(-1), r.view(-1), True, self.eps, wanted)
+        return aten.native_batch_norm_backward(
+            g, x, weight, None, None, mean.view(-1), r.view(-1), True, self.eps, wanted
+        )
 
 
 class LayerAxes(FusedAxes):
     """The last axes; the parameters are constant in all others."""
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
 
-    def backward(self, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, r: Tensor) -> Any:
+    def backward(
+        self,
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        r: Tensor,
+    ) -> Any:
         wanted = [True, weight is not None, bias is not None]
         return aten.native_layer_norm_backward(g, x, self.shape, mean, r, weight, bias, wanted)
 
@@ -91,15 +128,18 @@ class LayerAxes(FusedAxes):
 def is_fusable(axes: FusedAxes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Say whether `fused_norm` is for this.
 
-    Not under a transform of `torch.func`, which may need forward derivatives or rules for batches, nor under a compiler, which
-    fuses by itself; in half precision the sums of a second derivative would lose digits; wrong shapes are left to torch.
+    Not under a transform of `torch.func`, which may need forward derivatives or rules for batches,
+    nor under a compiler, which fuses by itself; in half precision the sums of a second derivative
+    would lose digits; wrong shapes are left to torch.
     """
     return (
         values_are_readable()
         and forward_ad._current_level < 0
         and x.dtype in (torch.float32, torch.float64)
         and x.numel() > 0
-        and all(p is None or (p.dtype == x.dtype and p.shape == axes.parameters) for p in (weight, bias))
+        and all(
+            p is None or (p.dtype == x.dtype and p.shape == axes.parameters) for p in (weight, bias)
+        )
     )
 
 
@@ -113,7 +153,9 @@ class _Norm(torch.autograd.Function):
     """(x, w, b) -> y."""
 
     @staticmethod
-    def forward(ctx: Any, axes: FusedAxes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, axes: FusedAxes, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         y, mean, r = axes.forward(x, weight, bias)
         ctx.axes = axes
         ctx.save_for_backward(x, weight, bias, mean, r)
@@ -127,7 +169,10 @@ class _Norm(torch.autograd.Function):
         else:  # cotangents in a batch, or a transform or forward mode that began after the forward pass
             h, _, p = _elementary(axes, x)
             bars = p(_times(axes, g, weight)), _total(axes, g * h, weight), _total(axes, g, bias)
-        return None, *(bar if needed else None for bar, needed in zip(bars, ctx.needs_input_grad[1:], strict=True))
+        return None, *(
+            bar if needed else None
+            for bar, needed in zip(bars, ctx.needs_input_grad[1:], strict=True)
+        )
 
 
 class _PullBack(torch.autograd.Function):
@@ -135,14 +180,23 @@ class _PullBack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, axes: FusedAxes, g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, r: Tensor
+        ctx: Any,
+        axes: FusedAxes,
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        r: Tensor,
     ) -> tuple[Tensor | None, ...]:
         ctx.axes = axes
         ctx.save_for_backward(g, x, weight, mean, r)
         return tuple(axes.backward(g, x, weight, bias, mean, r))
 
     @staticmethod
-    def backward(ctx: Any, s: Tensor, t: Tensor | None, u: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, s: Tensor, t: Tensor | None, u: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         axes, (g, x, weight, mean, r) = ctx.axes, ctx.saved_tensors
         again = torch.is_grad_enabled() or not values_are_readable()
         h, r, p = _elementary(axes, x) if again else _by_kernel(axes, x, mean, r)

@@ -10,12 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# The signatures are torch's: a compiler passes on the arguments as they were written, without the defaults.
+# The signatures are torch's: a compiler passes on the arguments as they were written, without the
+# defaults.
 def _mse_loss(
-    input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None, reduction: str = "mean", weight: Any = None
+    input: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    weight: Any = None,
 ) -> Tensor:
-    """Return the mean, the sum or all of (input - target)^2; in float32 at least, as the kernel does."""
-    is_plain = weight is None and size_average is None and reduce is None and reduction in ("mean", "sum", "none")
+    """Return the mean, the sum or all of (input - target)^2; in float32 at least, as the kernel
+    does.
+    """
+    is_plain = (
+        weight is None
+        and size_average is None
+        and reduce is None
+        and reduction in ("mean", "sum", "none")
+    )
     if not is_plain or input.shape != target.shape:
         return F.mse_loss(input, target, size_average, reduce, reduction, **_given(weight))
     dtype = torch.promote_types(input.dtype, target.dtype)
@@ -29,7 +42,9 @@ def _mse_loss(
     return squares if torch.is_autocast_enabled(input.device.type) else squares.to(dtype)
 
 
-def _huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Any = None) -> Tensor:
+def _huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Any = None
+) -> Tensor:
     """Scale the smooth L1 loss, which is the same, and whose gradient has a forward derivative."""
     if weight is None and delta > 0:
         return delta * F.smooth_l1_loss(input, target, reduction=reduction, beta=delta)
@@ -41,4 +56,7 @@ def _given(weight: Any) -> dict[str, Any]:
     return {} if weight is None else {"weight": weight}
 
 
-LOSSES: dict[Callable[..., Any], Callable[..., Tensor]] = {F.mse_loss: _mse_loss, F.huber_loss: _huber_loss}
+LOSSES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.mse_loss: _mse_loss,
+    F.huber_loss: _huber_loss,
+}

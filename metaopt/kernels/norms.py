@@ -1,8 +1,10 @@
-"""Norms equal to torch's: by its kernels where `fused_norms` can differentiate these, else from elementary operations.
+"""Norms equal to torch's: by its kernels where `fused_norms` can differentiate these, else from
+elementary operations.
 
-Torch's formula for the second derivative of layer, batch and instance norms takes the saved mean and variance for constants, so
-that a third derivative, and the second through `grad(vmap(grad))`, are silently wrong by per cents (pytorch issues 175754 and
-186256). Of weight norm already the second derivative is wrong.
+Torch's formula for the second derivative of layer, batch and instance norms takes the saved mean
+and variance for constants, so that a third derivative, and the second through `grad(vmap(grad))`,
+are silently wrong by per cents (pytorch issues 175754 and 186256). Of weight norm already the
+second derivative is wrong.
 """
 
 from __future__ import annotations
@@ -14,12 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.kernels.fused_norms import Axes, BatchAxes, FusedAxes, LayerAxes, fused_norm, is_fusable
+from metaopt.kernels.fused_norms import (
+    Axes,
+    BatchAxes,
+    FusedAxes,
+    LayerAxes,
+    fused_norm,
+    is_fusable,
+)
 from metaopt.transforms import constant
 
 
 def _layer_norm(
-    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     axes = LayerAxes(tuple(range(-len(normalized_shape), 0)), tuple(normalized_shape), eps)
     return _normalize(axes, input, weight, bias)
@@ -37,9 +50,21 @@ def _batch_norm(
 ) -> Tensor:
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if running_mean is not None or input.numel() == input.shape[1]:  # update the statistics; complain of a single value
-        F.batch_norm(input.detach(), _constant(running_mean), _constant(running_var), None, None, training, momentum, eps)
-    return _normalize(BatchAxes((0, *range(2, input.ndim)), _per_channel(input), eps), input, weight, bias)
+    # update the statistics; complain of a single value
+    if running_mean is not None or input.numel() == input.shape[1]:
+        F.batch_norm(
+            input.detach(),
+            _constant(running_mean),
+            _constant(running_var),
+            None,
+            None,
+            training,
+            momentum,
+            eps,
+        )
+    return _normalize(
+        BatchAxes((0, *range(2, input.ndim)), _per_channel(input), eps), input, weight, bias
+    )
 
 
 def _instance_norm(
@@ -53,16 +78,37 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if not use_input_stats:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return F.instance_norm(
+            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
     if running_mean is not None or input.numel() == input.shape[0] * input.shape[1]:
-        F.instance_norm(input.detach(), _constant(running_mean), _constant(running_var), None, None, use_input_stats, momentum, eps)
-    return _elementary(Axes(tuple(range(2, input.ndim)), _per_channel(input), eps), input, weight, bias)
+        F.instance_norm(
+            input.detach(),
+            _constant(running_mean),
+            _constant(running_var),
+            None,
+            None,
+            use_input_stats,
+            momentum,
+            eps,
+        )
+    return _elementary(
+        Axes(tuple(range(2, input.ndim)), _per_channel(input), eps), input, weight, bias
+    )
 
 
 def _in_torchs_order(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a norm that takes its arguments as `torch.batch_norm` does, not as `F.batch_norm`."""
 
-    def call(input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, *rest: Any, **named: Any) -> Tensor:
+    def call(
+        input: Tensor,
+        weight: Any,
+        bias: Any,
+        running_mean: Any,
+        running_var: Any,
+        *rest: Any,
+        **named: Any,
+    ) -> Tensor:
         named = {name: value for name, value in named.items() if name != "cudnn_enabled"}
         return norm(input, running_mean, running_var, weight, bias, *rest[:3], **named)
 
@@ -70,7 +116,9 @@ def _in_torchs_order(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _constant(statistics: Tensor | None) -> Tensor | None:
-    """Return the same memory, to be written to; a loop that is run again has it among what it differentiates."""
+    """Return the same memory, to be written to; a loop that is run again has it among what it
+    differentiates.
+    """
     return statistics if statistics is None else constant(statistics)
 
 
@@ -85,30 +133,39 @@ def _per_channel(input: Tensor) -> tuple[int, ...]:
     return (1, input.shape[1], *[1] * (input.ndim - 2))
 
 
-def _normalize(axes: FusedAxes, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _normalize(
+    axes: FusedAxes, input: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
     if is_fusable(axes, input, weight, bias):
         return fused_norm(axes, input, weight, bias)
     return _elementary(axes, input, weight, bias)
 
 
 def _elementary(axes: Axes, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return (x - mean) / sqrt(variance + eps) * weight + bias; in float32 at least, as the kernels do."""
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias; in float32 at least, as the kernels
+    do.
+    """
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     centred = x - axes.mean(x)
     scale = torch.rsqrt(axes.mean(centred * centred) + axes.eps)
     if weight is not None:
         scale = scale * weight.reshape(axes.shape)
-    x = centred * scale if bias is None else torch.addcmul(bias.reshape(axes.shape).to(x.dtype), centred, scale.to(x.dtype))
+    x = (
+        centred * scale
+        if bias is None
+        else torch.addcmul(bias.reshape(axes.shape).to(x.dtype), centred, scale.to(x.dtype))
+    )
     return x.to(input.dtype)
 
 
-# `torch.layer_norm` and the others are what `F.layer_norm` calls; the order of their arguments is their own.
+# `torch.layer_norm` and the others are what `F.layer_norm` calls; the order of their arguments is
+# their own.
 NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
-    torch.layer_norm: lambda input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True: _layer_norm(
-        input, normalized_shape, weight, bias, eps
+    torch.layer_norm: lambda input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True: (
+        _layer_norm(input, normalized_shape, weight, bias, eps)
     ),
     torch.batch_norm: _in_torchs_order(_batch_norm),
     torch.instance_norm: _in_torchs_order(_instance_norm),

@@ -1,4 +1,6 @@
-"""Marking an activation as one to be differentiated, which inside a transform of `torch.func` says nothing."""
+"""Marking an activation as one to be differentiated, which inside a transform of `torch.func` says
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,12 @@ from torch import Tensor
 
 
 def _marked(tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    """Do nothing where torch refuses: a transform differentiates what it is asked for, marked or not.
+    """Do nothing where torch refuses: a transform differentiates what it is asked for, marked or
+    not.
 
-    Hooks that stay behind mark activations: Hugging Face's and PEFT's `enable_input_require_grads`. Torch itself marks the inputs
-    of its transforms in this way, and may: so it is asked, not foreseen.
+    Hooks that stay behind mark activations: Hugging Face's and PEFT's `enable_input_require_grads`.
+    Torch itself marks the inputs of its transforms in this way, and may: so it is asked, not
+    foreseen.
     """
     try:
         return tensor.requires_grad_(requires_grad)

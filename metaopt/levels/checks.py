@@ -16,21 +16,33 @@ def named_levels(edges: Sequence[Edge]) -> dict[str, Level]:
 
     Raises:
         TypeError: something is no edge.
-        ValueError: there are no edges, an edge stands twice, two levels have one name, or one parameter belongs to two levels.
+        ValueError: there are no edges, an edge stands twice, two levels have one name, or one
+            parameter belongs to two levels.
     """
     if isinstance(edges, Edge):
-        raise TypeError(f"LevelGraph: `edges` must be a list of Edge, got one {edges}. Write LevelGraph([edge]).")
+        raise TypeError(
+            f"LevelGraph: `edges` must be a list of Edge, got one {edges}. Write "
+            f"LevelGraph([edge])."
+        )
     for edge in edges:
         if not isinstance(edge, Edge):
-            raise TypeError(f"LevelGraph: `edges` must be a list of Edge, got a {type(edge).__name__} in it.")
+            raise TypeError(
+                f"LevelGraph: `edges` must be a list of Edge, got a {type(edge).__name__} in it."
+            )
     if not edges:
-        raise ValueError("LevelGraph: `edges` must hold at least one Edge, got none. Every level is at an end of an edge.")
+        raise ValueError(
+            "LevelGraph: `edges` must hold at least one Edge, got none. Every level is at an end "
+            "of an edge."
+        )
     levels: dict[str, Level] = {}
     ends: set[tuple[str, str]] = set()
     for edge in edges:
         for level in (edge.upper, edge.lower):
             if levels.setdefault(level.name, level) is not level:
-                raise ValueError(f"Two levels have the name {level.name!r}. Losses tell levels apart by their names; rename one.")
+                raise ValueError(
+                    f"Two levels have the name {level.name!r}. Losses tell levels apart by their "
+                    f"names; rename one."
+                )
         if (pair := (edge.upper.name, edge.lower.name)) in ends:
             raise ValueError(f"{edge} stands twice. Two levels are connected once.")
         ends.add(pair)
@@ -39,8 +51,10 @@ def named_levels(edges: Sequence[Edge]) -> dict[str, Level]:
         for param in level.net.params.values():
             if (other := owners.setdefault(id(param), level.name)) != level.name:
                 raise ValueError(
-                    f"The levels {other!r} and {level.name!r} share a parameter of shape {tuple(param.shape)}. A parameter belongs "
-                    "to one level: give each a module of its own, and read the other's as `levels.NAME`."
+                    f"The levels {other!r} and {level.name!r} share a parameter of shape "
+                    f"{tuple(param.shape)}. A parameter belongs "
+                    "to one level: give each a module of its own, and read the other's as "
+                    "`levels.NAME`."
                 )
     return levels
 
@@ -74,13 +88,18 @@ def _check_start(program: Program, edge: Edge) -> None:
     others = [str(other) for other in program.above(edge.lower.name) if other is not edge]
     if others:
         raise ValueError(
-            f"{edge}: start={edge.start!r} needs a lower level with one upper level, but there is {', '.join(others)} too. Use "
+            f"{edge}: start={edge.start!r} needs a lower level with one upper level, but there is "
+            f"{', '.join(others)} too. Use "
             'start="continue".'
         )
-    shapes = [{key: tuple(param.shape) for key, param in level.net.params.items()} for level in (edge.upper, edge.lower)]
+    shapes = [
+        {key: tuple(param.shape) for key, param in level.net.params.items()}
+        for level in (edge.upper, edge.lower)
+    ]
     if edge.start == "upper" and shapes[0] != shapes[1]:
         raise ValueError(
-            f'{edge}: start="upper" needs models with the same parameters, got {shapes[0]} above and {shapes[1]} below. For the '
+            f'{edge}: start="upper" needs models with the same parameters, got {shapes[0]} above '
+            f"and {shapes[1]} below. For the "
             "lower level use a copy of the upper level's model."
         )
 
@@ -91,12 +110,14 @@ def _check_copies(program: Program, edge: Edge) -> None:
         beside = {program.levels[name].copies for name in program.order.members[upper.name]}
         if len(beside) > 1 or (upper.copies is not None and lower.copies != upper.copies):
             raise ValueError(
-                f"{edge}: all levels inside a step of {upper.name!r} need the same `copies`, got {sorted(beside, key=str)}. "
+                f"{edge}: all levels inside a step of {upper.name!r} need the same `copies`, got "
+                f"{sorted(beside, key=str)}. "
                 "A copy of a level has copies of the levels below it."
             )
     elif lower.copies is not None or upper.copies is not None:
         raise ValueError(
-            f"{edge}: a level with `copies` needs one upper level whose loss reads it, and reads every level below that. Take "
+            f"{edge}: a level with `copies` needs one upper level whose loss reads it, and reads "
+            f"every level below that. Take "
             "`copies` off, or connect the level with one upper level alone."
         )
 
@@ -106,10 +127,15 @@ def _check_look_ahead(program: Program, edge: Edge) -> None:
         return
     upper = edge.upper.name
     same = all(other.look_ahead for other in program.lowers(upper))
-    if not (program.is_top(upper) and program.order.owner[edge.lower.name] == upper and same) or edge.lower.copies:
+    if (
+        not (program.is_top(upper) and program.order.owner[edge.lower.name] == upper and same)
+        or edge.lower.copies
+    ):
         raise ValueError(
-            f"{edge}: look_ahead={edge.look_ahead} needs an upper level that is at the top, looks ahead on each of its edges and "
-            "shares none of its lower levels, and a lower level without `copies`. Leave `look_ahead` out."
+            f"{edge}: look_ahead={edge.look_ahead} needs an upper level that is at the top, looks "
+            f"ahead on each of its edges and "
+            "shares none of its lower levels, and a lower level without `copies`. Leave "
+            "`look_ahead` out."
         )
 
 
@@ -118,14 +144,18 @@ def _check_link(program: Program, edge: Edge) -> None:
         for tensor, (owner, _) in program.links[name].items():
             if name not in program.order.below[owner]:
                 raise ValueError(
-                    f"level {name!r}: its optimizer's parameter {tensor!r} belongs to the level {owner!r}, which is not above it. "
-                    f"Add Edge(upper={owner}, lower={name})."
+                    f"level {name!r}: its optimizer's parameter {tensor!r} belongs to the level "
+                    f"{owner!r}, which is not above it. Add Edge(upper={owner}, lower={name})."
                 )
     links = program.links[edge.lower.name].values()
-    if isinstance(edge.differentiate, PointRule) and any(owner == edge.upper.name for owner, _ in links):
+    if isinstance(edge.differentiate, PointRule) and any(
+        owner == edge.upper.name for owner, _ in links
+    ):
         raise ValueError(
-            f"{edge}: {edge.upper.name!r} is the optimizer of {edge.lower.name!r}, which {type(edge.differentiate).__name__} does "
-            "not differentiate: where steps end does not tell how they were made. Use `mo.Backprop()`."
+            f"{edge}: {edge.upper.name!r} is the optimizer of {edge.lower.name!r}, which "
+            f"{type(edge.differentiate).__name__} does "
+            "not differentiate: where steps end does not tell how they were made. Use "
+            "`mo.Backprop()`."
         )
 
 
@@ -134,10 +164,15 @@ def _check_shared(program: Program, name: str) -> None:
     for other in sorted(order.shared[name]):
         rules = program.rules(name, other)
         between = sorted(lower for lower in order.shared[name] if other in order.shared[lower])
-        if between and isinstance(rules[0][0], PointRule) and program.readings[name].levels & ({other} | order.inside[other]):
+        if (
+            between
+            and isinstance(rules[0][0], PointRule)
+            and program.readings[name].levels & ({other} | order.inside[other])
+        ):
             raise ValueError(
-                f"level {name!r}: its loss reads {other!r}, which {between[0]!r} waits for and shares with others. How {other!r} "
-                f"responds to where {between[0]!r} came to is not known to {type(rules[0][0]).__name__}. Read {between[0]!r} "
+                f"level {name!r}: its loss reads {other!r}, which {between[0]!r} waits for and "
+                f"shares with others. How {other!r} responds to where {between[0]!r} came to is "
+                f"not known to {type(rules[0][0]).__name__}. Read {between[0]!r} "
                 "instead, or use `mo.Backprop()`."
             )
     for other in order.members.get(name, ()):
@@ -147,7 +182,9 @@ def _check_shared(program: Program, name: str) -> None:
 
 
 def _check_deep(program: Program, reader: str, name: str) -> None:
-    """See that the derivative of a level deep below can be had: what is inside a point rule's level responds to where that is."""
+    """See that the derivative of a level deep below can be had: what is inside a point rule's level
+    responds to where that is.
+    """
     order, outside = program.order, (None, reader, program.order.owner[reader])
     owners: list[str] = []
     here = order.owner[name]
@@ -156,27 +193,38 @@ def _check_deep(program: Program, reader: str, name: str) -> None:
         here = order.owner[here]
     for lower, upper in itertools.pairwise(owners):
         home = order.owner[upper]
-        ((rule, _), *_), ((around, _), *_) = program.rules(upper, lower), program.rules(reader if home in outside else home, upper)
+        ((rule, _), *_), ((around, _), *_) = (
+            program.rules(upper, lower),
+            program.rules(reader if home in outside else home, upper),
+        )
         if isinstance(rule, PointRule) and not isinstance(around, PointRule):
             raise ValueError(
-                f"level {reader!r}: its loss reads {name!r}, which runs inside the steps of {lower!r}. {type(rule).__name__} there "
-                f"and {type(around).__name__} for {upper!r} around it would leave out the response of {name!r}. Read {lower!r} "
+                f"level {reader!r}: its loss reads {name!r}, which runs inside the steps of "
+                f"{lower!r}. {type(rule).__name__} there and {type(around).__name__} for {upper!r} "
+                f"around it would leave out the response of {name!r}. Read {lower!r} "
                 "instead, or differentiate both in the same way."
             )
 
 
 def _check_response(program: Program, edge: Edge) -> None:
     upper, lower = edge.upper.name, edge.lower.name
-    if any(level == upper for name in program.order.below[lower] | {lower} for level, _ in program.dependencies(name)):
+    if any(
+        level == upper
+        for name in program.order.below[lower] | {lower}
+        for level, _ in program.dependencies(name)
+    ):
         return
     raise ValueError(
-        f"{edge}: the loss of {lower!r} does not depend on {upper!r}, so there is no response. Read `levels.{upper}` in it, or "
+        f"{edge}: the loss of {lower!r} does not depend on {upper!r}, so there is no response. "
+        f"Read `levels.{upper}` in it, or "
         "take the edge out."
     )
 
 
 def _check_buffers(program: Program, edge: Edge) -> None:
-    """See that no loss depends on buffers whose derivative is that of steps which the edge's rule does not look at."""
+    """See that no loss depends on buffers whose derivative is that of steps which the edge's rule
+    does not look at.
+    """
     if not isinstance(edge.differentiate, PointRule):
         return
     lower, below = edge.lower.name, program.order.below
@@ -186,15 +234,18 @@ def _check_buffers(program: Program, edge: Edge) -> None:
         for level, key in sorted(program.buffers_behind(reader)):
             if level == lower:
                 raise ValueError(
-                    f"{edge}: the loss of {reader!r} depends on the buffer {key!r} of {lower!r}, and that on the steps which "
-                    f"{lower!r} made. {type(edge.differentiate).__name__} looks at where they ended, and would leave its "
-                    f"derivative out. Use `mo.Backprop()`; or, if a constant is meant, detach it where it is read: "
-                    f"`levels.{lower}.buffers[{key!r}].detach()`."
+                    f"{edge}: the loss of {reader!r} depends on the buffer {key!r} of {lower!r}, "
+                    f"and that on the steps which {lower!r} made. "
+                    f"{type(edge.differentiate).__name__} looks at where they ended, and would "
+                    f"leave its derivative out. Use `mo.Backprop()`; or, if a constant is meant, "
+                    f"detach it where it is read: `levels.{lower}.buffers[{key!r}].detach()`."
                 )
 
 
 def _check_used(program: Program, name: str) -> None:
-    """See that every parameter matters to the level's own loss, directly or through responses that this loss depends on."""
+    """See that every parameter matters to the level's own loss, directly or through responses that
+    this loss depends on.
+    """
     below = program.order.below[name]
     matters, pending = {name}, [name]
     while pending:
@@ -207,6 +258,7 @@ def _check_used(program: Program, name: str) -> None:
         if key not in used:
             edge = program.lowers(name)[0]
             raise ValueError(
-                f"{edge}: the loss of {name!r} does not depend on its parameter {key!r}, neither directly nor through responses. "
+                f"{edge}: the loss of {name!r} does not depend on its parameter {key!r}, neither "
+                f"directly nor through responses. "
                 "If that is meant, pass `allow_unused=True` to the level."
             )

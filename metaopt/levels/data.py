@@ -35,11 +35,15 @@ class Stream:
             or (isinstance(data, tuple) and any(isinstance(part, Tensor) for part in data))
         ):
             raise TypeError(
-                f"level {level!r}: `data` must be an iterable of batches, got a {type(data).__name__}, which looks like one batch. "
+                f"level {level!r}: `data` must be an iterable of batches, got a "
+                f"{type(data).__name__}, which looks like one batch. "
                 "For a batch that is the same at every step write `data=[batch]`."
             )
         if data is not None and not isinstance(data, Iterable):
-            raise TypeError(f"level {level!r}: `data` must be an iterable of batches or None, got {type(data).__name__}.")
+            raise TypeError(
+                f"level {level!r}: `data` must be an iterable of batches or None, got "
+                f"{type(data).__name__}."
+            )
         self.level, self.source, self.device = level, data, device
         self.position = 0
         self._read = 0  # batches out of the iterable since it began
@@ -78,7 +82,8 @@ class Stream:
         except StopIteration:
             if self._batches is self.source:
                 raise ValueError(
-                    f"level {self.level!r}: `data` ended after {self._read} batches and cannot begin again: it is an iterator. "
+                    f"level {self.level!r}: `data` ended after {self._read} batches and cannot "
+                    f"begin again: it is an iterator. "
                     "Pass a list or a DataLoader, or a generator that does not end."
                 ) from None
             if self._read == 0:
@@ -96,7 +101,10 @@ class Stream:
             return tree.map(lambda leaf: torch.as_tensor(leaf).to(self.device), batch)
         except (TypeError, RuntimeError) as error:
             kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)})
-            raise TypeError(f"level {self.level!r}: a batch must be a tree of tensors, got leaves of type {kinds}.") from error
+            raise TypeError(
+                f"level {self.level!r}: a batch must be a tree of tensors, got leaves of type "
+                f"{kinds}."
+            ) from error
 
 
 def arranged(level: str, batches: list[Tree], shape: tuple[int, ...]) -> Tree:
@@ -111,9 +119,11 @@ def arranged(level: str, batches: list[Tree], shape: tuple[int, ...]) -> Tree:
     if all(batch is first for batch in batches):
         return tree.map(lambda leaf: leaf.expand(*shape, *leaf.shape), first)
     try:
-        return tree.map(lambda *leaves: torch.stack(leaves).reshape(*shape, *leaves[0].shape), *batches)
+        return tree.map(
+            lambda *leaves: torch.stack(leaves).reshape(*shape, *leaves[0].shape), *batches
+        )
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"level {level!r}: the {len(batches)} batches of one step of the level above must have the same structure and shapes: "
-            f"{error}. With a DataLoader, `drop_last=True`."
+            f"level {level!r}: the {len(batches)} batches of one step of the level above must have "
+            f"the same structure and shapes: {error}. With a DataLoader, `drop_last=True`."
         ) from error

@@ -1,4 +1,6 @@
-"""One edge: which level is below which, and how the upper one differentiates the lower one's response."""
+"""One edge: which level is below which, and how the upper one differentiates the lower one's
+response.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +16,28 @@ Start = Literal["continue", "restart", "upper"]
 
 @dataclass(frozen=True, eq=False)
 class Edge:
-    """The lower level responds to the upper one: it makes `steps` steps for one step of the upper level.
+    """The lower level responds to the upper one: it makes `steps` steps for one step of the upper
+    level.
 
     Args:
         upper: the level whose parameters the lower one reads, in its loss or through its optimizer.
         lower: the level that responds.
         steps: steps of the lower level for one of the upper level.
-        start: "continue" goes on from where the lower level stood, "restart" begins at its initial parameters with a fresh
-            optimizer state, "upper" so at the upper level's present parameters (MAML), which then have the same names and shapes.
-        differentiate: how the derivative of the response is taken. Rules that differentiate the steps (`Backprop`, ...) see those
-            since the upper level's last step; rules that look at where the steps ended (`Implicit`, ...) do so there.
-        look_ahead: make the lower level's steps for the hypergradient only, and, when the upper level has moved, once more with its
-            new parameters, on the same batches (the virtual step of meta-weight-net and DARTS). Given an optimizer, the steps for
-            the hypergradient are its own, from a fresh state: the virtual step of meta-weight-net is one of plain SGD, whatever
-            optimizer the lower level has.
+        start: "continue" goes on from where the lower level stood, "restart" begins at its initial
+            parameters with a fresh optimizer state, "upper" so at the upper level's present
+            parameters (MAML), which then have the same names and shapes.
+        differentiate: how the derivative of the response is taken. Rules that differentiate the
+            steps (`Backprop`, ...) see those since the upper level's last step; rules that look at
+            where the steps ended (`Implicit`, ...) do so there.
+        look_ahead: make the lower level's steps for the hypergradient only, and, when the upper
+            level has moved, once more with its new parameters, on the same batches (the virtual
+            step of meta-weight-net and DARTS). Given an optimizer, the steps for the hypergradient
+            are its own, from a fresh state: the virtual step of meta-weight-net is one of plain
+            SGD, whatever optimizer the lower level has.
 
     Raises:
-        TypeError: an end is no `Level`, `differentiate` no rule, or `look_ahead` neither a bool nor an optimizer.
+        TypeError: an end is no `Level`, `differentiate` no rule, or `look_ahead` neither a bool nor
+            an optimizer.
         ValueError: `steps` is not positive, or `start` unknown.
     """
 
@@ -44,16 +51,25 @@ class Edge:
     def __post_init__(self) -> None:
         for what, level in (("upper", self.upper), ("lower", self.lower)):
             if not isinstance(level, Level):
-                raise TypeError(f"Edge: `{what}` must be a Level, got {level!r}. An edge has a level at both ends.")
+                raise TypeError(
+                    f"Edge: `{what}` must be a Level, got {level!r}. An edge has a level at both "
+                    f"ends."
+                )
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"{self}: `steps` must be a positive integer, got {self.steps!r}.")
         if self.start not in get_args(Start):
-            raise ValueError(f'{self}: `start` must be "continue", "restart" or "upper", got {self.start!r}.')
+            raise ValueError(
+                f'{self}: `start` must be "continue", "restart" or "upper", got {self.start!r}.'
+            )
         if not callable(self.differentiate) or isinstance(self.differentiate, type):
-            raise TypeError(f"{self}: `differentiate` must be a rule, got {self.differentiate!r}. For example `mo.Backprop()`.")
+            raise TypeError(
+                f"{self}: `differentiate` must be a rule, got {self.differentiate!r}. For example "
+                f"`mo.Backprop()`."
+            )
         if not isinstance(self.look_ahead, bool | Optimizer):
             raise TypeError(
-                f"{self}: `look_ahead` must be True, False, or the metaopt Optimizer of the virtual steps, got {self.look_ahead!r}."
+                f"{self}: `look_ahead` must be True, False, or the metaopt Optimizer of the "
+                f"virtual steps, got {self.look_ahead!r}."
                 " For example `look_ahead=SGD(0.1)`."
             )
 

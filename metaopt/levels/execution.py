@@ -1,11 +1,12 @@
 """Running a graph: every function here is a pure function of tensors.
 
-The total loss of a level, T(w) = L(w, levels above, responses of the levels below to w), is what its optimizer minimises and what
-the rules differentiate. A response is an inner loop on the total loss of the lower level: so levels nest.
+The total loss of a level, T(w) = L(w, levels above, responses of the levels below to w), is what
+its optimizer minimises and what the rules differentiate. A response is an inner loop on the total
+loss of the lower level: so levels nest.
 
-State of a level: {"params", "optimizer", "buffers", "metrics", "progress", "below": {level that it owns: state}}.
-Rows: {level: batches} for a level and what runs inside its steps, with the axes `Program.leading_axes` in front.
-Scene: {level: {"params", "buffers"}}, what losses read.
+State of a level: {"params", "optimizer", "buffers", "metrics", "progress", "below": {level that it
+owns: state}}. Rows: {level: batches} for a level and what runs inside its steps, with the axes
+`Program.leading_axes` in front. Scene: {level: {"params", "buffers"}}, what losses read.
 """
 
 from __future__ import annotations
@@ -47,11 +48,15 @@ class Execution:
 
     # One turn: what happens between two steps of an owner
 
-    def turn(self, owner: Owner, scene: Tree, states: Tree, rows: Tree, *, at_point: bool = False) -> tuple[Tree, Tree]:
-        """Let the levels that `owner` owns make their steps, and return (scene, states), differentiable as the edges say.
+    def turn(
+        self, owner: Owner, scene: Tree, states: Tree, rows: Tree, *, at_point: bool = False
+    ) -> tuple[Tree, Tree]:
+        """Let the levels that `owner` owns make their steps, and return (scene, states),
+        differentiable as the edges say.
 
         Args:
-            owner: a level, or None for the graph: then nothing is differentiated from outside, and top levels step.
+            owner: a level, or None for the graph: then nothing is differentiated from outside, and
+                top levels step.
             scene: what the levels read that are not among these.
             states: of the owner's levels.
             rows: batches of all that runs.
@@ -59,7 +64,11 @@ class Execution:
         """
         program, order = self.program, self.program.order
         scene, states = dict(scene), dict(states)
-        scene |= all_shown(states) if owner is None else {name: shown(state) for name, state in states.items()}
+        scene |= (
+            all_shown(states)
+            if owner is None
+            else {name: shown(state) for name, state in states.items()}
+        )
         windows = opened([name for name in order.levels if name in states], order.shared, states)
         for move in program.moves.get(owner, ()):
             name = move.event.level
@@ -68,16 +77,33 @@ class Execution:
                 part = tree.index(part, move.part)
             before = scene
             window = windows.get(name, NO_WINDOW)
-            states[name] = self.advance(move.event, move.rules, scene, states[name], part, window, move.begins, at_point)
+            states[name] = self.advance(
+                move.event, move.rules, scene, states[name], part, window, move.begins, at_point
+            )
             scene = scene | self._exposed(name, move.rules, scene, states[name], part)
             if windows:
-                windows = advanced(Happened(move.event, before, part, states[name], move.begins), windows, order.shared, states)
+                windows = advanced(
+                    Happened(move.event, before, part, states[name], move.begins),
+                    windows,
+                    order.shared,
+                    states,
+                )
         return scene, states
 
     def advance(
-        self, event: Event, rules: Rules, scene: Tree, state: Tree, rows: Tree, window: Window, begins: bool, at_point: bool
+        self,
+        event: Event,
+        rules: Rules,
+        scene: Tree,
+        state: Tree,
+        rows: Tree,
+        window: Window,
+        begins: bool,
+        at_point: bool,
     ) -> Tree:
-        """Return the state of a level after its steps, its parameters differentiable as `Program.rules` says."""
+        """Return the state of a level after its steps, its parameters differentiable as
+        `Program.rules` says.
+        """
         name, is_point = event.level, _is_point(rules)
         if begins and not (at_point and is_point):
             state = begun(self.program, name, scene, state)
@@ -92,36 +118,65 @@ class Execution:
             params, after = (loop.params, loop.state) if at_point else run(loop)[:2]
             if self.program.order.members.get(name):
                 loop = replace(loop, loss=partial(self._loss, name, window, True))
-            params = self.respond(name, rules, loop, End(params, after, self._row(name, loop.batches, -1)))
+            params = self.respond(
+                name, rules, loop, End(params, after, self._row(name, loop.batches, -1))
+            )
         else:
             params, after, _ = rules[0][0](loop)
         return {"params": params, **after}
 
-    def problem(self, name: str, steps: int, scene: Tree, state: Tree, rows: Tree, window: Window) -> InnerLoop:
+    def problem(
+        self, name: str, steps: int, scene: Tree, state: Tree, rows: Tree, window: Window
+    ) -> InnerLoop:
         """Return the steps of a level as an inner loop, whose `meta` is all that they read."""
         inputs = {
             "optimizer": optimizer_tensors(self.program, name, scene),
             "loss": {},
-            "meta": ({other: scene[other] for other in self.program.reads_outside[name]}, window.tensors),
+            "meta": (
+                {other: scene[other] for other in self.program.reads_outside[name]},
+                window.tensors,
+            ),
             "batch": rows if self.program.order.steps[name] == 1 else None,
         }
-        loss, step = partial(self._loss, name, window, False), partial(update, self.program.levels[name])
+        loss, step = (
+            partial(self._loss, name, window, False),
+            partial(update, self.program.levels[name]),
+        )
         compiles = self.program.compiles(name) and values_are_readable()
         batches = () if self.program.order.steps[name] == 1 else rows
         its_rate = partial(rate, self.program.levels[name])
-        return InnerLoop(loss, step, inputs, state["params"], rest(state), batches, steps, compiles, its_rate)
+        return InnerLoop(
+            loss, step, inputs, state["params"], rest(state), batches, steps, compiles, its_rate
+        )
 
     def _loss(
-        self, name: str, window: Window, at_point: bool, inputs: Tree, params: Params, others: Tree, rows: Tree
+        self,
+        name: str,
+        window: Window,
+        at_point: bool,
+        inputs: Tree,
+        params: Params,
+        others: Tree,
+        rows: Tree,
     ) -> tuple[Tensor, Tree]:
         scene, tensors = inputs["meta"]
         rows = inputs["batch"] if self.program.order.steps[name] == 1 else rows
-        return self.total(name, params, scene, others, rows, window.with_tensors(tensors), at_point=at_point)
+        return self.total(
+            name, params, scene, others, rows, window.with_tensors(tensors), at_point=at_point
+        )
 
     # The total loss
 
     def total(
-        self, name: str, params: Params, scene: Tree, others: Tree, rows: Tree, window: Window, *, at_point: bool
+        self,
+        name: str,
+        params: Params,
+        scene: Tree,
+        others: Tree,
+        rows: Tree,
+        window: Window,
+        *,
+        at_point: bool,
     ) -> tuple[Tensor, Tree]:
         """Return (T(w), {"buffers", "metrics", "below"} after the levels below have moved)."""
         scene = {**scene, name: {"params": params, "buffers": others["buffers"]}}
@@ -134,16 +189,28 @@ class Execution:
         in_dims = {other: len(self.program.leading_axes(other, name)) for other in rows}
         if name in self.program.loops:
             results = [
-                one(scene, tree.index(others["below"], i), {key: _select(row, in_dims[key], i) for key, row in rows.items()})
+                one(
+                    scene,
+                    tree.index(others["below"], i),
+                    {key: _select(row, in_dims[key], i) for key, row in rows.items()},
+                )
                 for i in range(copies)
             ]
             loss, after = tree.stack(results)
         else:
-            loss, after = torch.func.vmap(one, in_dims=(None, 0, in_dims), randomness="different")(scene, others["below"], rows)
+            loss, after = torch.func.vmap(one, in_dims=(None, 0, in_dims), randomness="different")(
+                scene, others["below"], rows
+            )
         metrics = tree.map(lambda metric: metric.mean(), after["metrics"])
-        return loss.mean(), {"buffers": others["buffers"], "metrics": metrics, "below": after["below"]}
+        return loss.mean(), {
+            "buffers": others["buffers"],
+            "metrics": metrics,
+            "below": after["below"],
+        }
 
-    def _one(self, name: str, at_point: bool, scene: Tree, below: Tree, rows: Tree) -> tuple[Tensor, Tree]:
+    def _one(
+        self, name: str, at_point: bool, scene: Tree, below: Tree, rows: Tree
+    ) -> tuple[Tensor, Tree]:
         """Return the total loss where there are no copies below, or of one of them."""
         if below:
             scene, below = self.turn(name, scene, below, rows, at_point=at_point)
@@ -158,10 +225,20 @@ class Execution:
             return loss, {"buffers": buffers, "metrics": metrics, "below": below}
 
         kinds: list[torch.dtype] = []
-        for other, seen in scene.items():  # a Function answers zero, not None, where there is no dependence
-            params = {key: leaf if (other, key) in reading.params else leaf.detach() for key, leaf in seen["params"].items()}
-            buffers = {key: leaf if (other, key) in reading.buffers else leaf.detach() for key, leaf in seen["buffers"].items()}
-            scene[other] = {"params": params, "buffers": buffers if other != name else seen["buffers"]}
+        # a Function answers zero, not None, where there is no dependence
+        for other, seen in scene.items():
+            params = {
+                key: leaf if (other, key) in reading.params else leaf.detach()
+                for key, leaf in seen["params"].items()
+            }
+            buffers = {
+                key: leaf if (other, key) in reading.buffers else leaf.detach()
+                for key, leaf in seen["buffers"].items()
+            }
+            scene[other] = {
+                "params": params,
+                "buffers": buffers if other != name else seen["buffers"],
+            }
 
         def step(scene: Tree, buffers: Params, batch: Tree) -> tuple[Params, Tensor]:
             now = {**scene, name: {**scene[name], "buffers": buffers}}
@@ -172,23 +249,42 @@ class Execution:
             return buffers, torch.stack([value.to(wide) for value in values])
 
         # "steps": the graph of one batch at a time
-        buffers, values = scan(step, scene, scene[name]["buffers"], rows.get(name, ()), count, "steps")
+        buffers, values = scan(
+            step, scene, scene[name]["buffers"], rows.get(name, ()), count, "steps"
+        )
         loss, *others = [mean.to(kind) for mean, kind in zip(values.mean(0), kinds, strict=True)]
         buffers = kept(buffers, name, self.program.carried)
-        return loss, {"buffers": buffers, "metrics": dict(zip(reading.metrics, others, strict=True)), "below": below}
+        return loss, {
+            "buffers": buffers,
+            "metrics": dict(zip(reading.metrics, others, strict=True)),
+            "below": below,
+        }
 
     def _evaluated(self, name: str, scene: Tree, batch: Tree) -> Evaluation:
         """Return what the level's loss says of one batch."""
-        keeps, exact = self.program.copies_below[name] is None, self.program.readings[name].is_delicate
+        keeps, exact = (
+            self.program.copies_below[name] is None,
+            self.program.readings[name].is_delicate,
+        )
         program = self.program
         return evaluate(
-            program.levels[name], program.nets, scene, batch, keeps_statistics=keeps, exact=exact, carried=program.carried
+            program.levels[name],
+            program.nets,
+            scene,
+            batch,
+            keeps_statistics=keeps,
+            exact=exact,
+            carried=program.carried,
         )
 
     def _replayed(self, name: str, scene: Tree, window: Window) -> Tree:
-        """Return the scene with the responses of the levels that `name` shares with others, as functions of its parameters."""
+        """Return the scene with the responses of the levels that `name` shares with others, as
+        functions of its parameters.
+        """
         states, windows = dict(window.start), window.inner
-        moved: Tree = {}  # what has been exposed: also of levels inside these, which the scenes of old know as constants
+        # what has been exposed: also of levels inside these, which the scenes of old know as
+        # constants
+        moved: Tree = {}
         for happened in window.happened:
             event, lower, rows = happened.event, happened.event.level, happened.rows
             stand = {other: shown(state) for other, state in states.items()}
@@ -196,7 +292,9 @@ class Execution:
             rules, its_window = self.program.rules(name, lower), windows.get(lower, NO_WINDOW)
             is_point = _is_point(rules)
             state = happened.after if is_point else states[lower]
-            states[lower] = self.advance(event, rules, seen, state, rows, its_window, happened.begins, is_point)
+            states[lower] = self.advance(
+                event, rules, seen, state, rows, its_window, happened.begins, is_point
+            )
             moved = moved | self._exposed(lower, rules, seen, states[lower], rows)
             again = happened._replace(scene=seen, after=states[lower])
             windows = advanced(again, windows, self.program.order.shared, states)
@@ -207,9 +305,14 @@ class Execution:
         if name not in self.program.read_from_outside:
             return {name: shown(state)}
         scene = {**scene, name: shown(state)}
-        if _is_point(rules):  # they respond to its parameters, whose derivative is not that of the steps
-            scene, _ = self.turn(name, scene, state["below"], self._row(name, rows, -1), at_point=True)
-            return {other: scene[other] for other in sorted(self.program.order.inside[name] | {name})}
+        # they respond to its parameters, whose derivative is not that of the steps
+        if _is_point(rules):
+            scene, _ = self.turn(
+                name, scene, state["below"], self._row(name, rows, -1), at_point=True
+            )
+            return {
+                other: scene[other] for other in sorted(self.program.order.inside[name] | {name})
+            }
         return all_shown({name: state})
 
     def _row(self, name: str, rows: Tree, i: int) -> Tree:
@@ -222,8 +325,14 @@ class Execution:
         """Return the state of a top level after one step, and of all that runs inside it."""
         level, others = self.program.levels[name], rest(state)
         virtual, there = self.looking_ahead(name, state)
-        if level.warmup and not torch.compiler.is_compiling() and int(state["progress"]["steps"]) < level.warmup:
-            loss, aux = virtual.total(name, state["params"], scene, rest(there), rows, window, at_point=False)
+        if (
+            level.warmup
+            and not torch.compiler.is_compiling()
+            and int(state["progress"]["steps"]) < level.warmup
+        ):
+            loss, aux = virtual.total(
+                name, state["params"], scene, rest(there), rows, window, at_point=False
+            )
             grads = tree.map(torch.zeros_like, state["params"])
         else:
             grads, loss, aux = virtual.gradient(name, scene, there, rows, window)
@@ -238,7 +347,8 @@ class Execution:
     def looking_ahead(self, name: str, state: Tree) -> tuple[Execution, Tree]:
         """Return what takes the hypergradient of a top level, and the state that it does so from.
 
-        They are others where an edge has an optimizer for virtual steps: that begins afresh, from where the lower level stands.
+        They are others where an edge has an optimizer for virtual steps: that begins afresh, from
+        where the lower level stands.
         """
         ahead = self.program.ahead
         if ahead is None:
@@ -247,16 +357,26 @@ class Execution:
         for edge in self.program.lowers(name):
             if isinstance(edge.look_ahead, Optimizer):
                 lower = below[edge.lower.name]
-                below[edge.lower.name] = {**lower, "optimizer": edge.look_ahead.init(lower["params"])}
+                below[edge.lower.name] = {
+                    **lower,
+                    "optimizer": edge.look_ahead.init(lower["params"]),
+                }
         return replace(self, program=ahead), {**state, "below": below}
 
     def gradient(
-        self, name: str, scene: Tree, state: Tree, rows: Tree, window: Window, *, at_point: bool = False
+        self,
+        name: str,
+        scene: Tree,
+        state: Tree,
+        rows: Tree,
+        window: Window,
+        *,
+        at_point: bool = False,
     ) -> tuple[Params, Tensor, Tree]:
         """Return (dT/dw, T, what `total` says), all constant.
 
-        Where rules look at points alone, no derivative passes through the steps: it is put together from that of the level's own
-        loss and from what the rules pull back.
+        Where rules look at points alone, no derivative passes through the steps: it is put together
+        from that of the level's own loss and from what the rules pull back.
         """
         responses: list[Response] = []
         variables, below = {name: state["params"]}, None
@@ -270,15 +390,22 @@ class Execution:
             variables |= {one.level: one.end.params for one in responses if one.level in read}
 
             def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
-                moved = {level: {**there[level], "params": params} for level, params in variables.items()}
+                moved = {
+                    level: {**there[level], "params": params} for level, params in variables.items()
+                }
                 return self._own(name, {**there, **moved}, {}, rows)
         else:
 
             def value(variables: dict[str, Params]) -> tuple[Tensor, Tree]:
-                return self.total(name, variables[name], scene, rest(state), rows, window, at_point=at_point)
+                return self.total(
+                    name, variables[name], scene, rest(state), rows, window, at_point=at_point
+                )
 
-        # A compiler does not see what a value depends on: there a derivative that does not arrive is zero, and not missed.
-        slopes, loss, aux = gradient(value, variables, allow_unused=not torch.compiler.is_compiling())
+        # A compiler does not see what a value depends on: there a derivative that does not arrive
+        # is zero, and not missed.
+        slopes, loss, aux = gradient(
+            value, variables, allow_unused=not torch.compiler.is_compiling()
+        )
         aux = aux if below is None else {**aux, "below": below}
         grads = through(responses, slopes, name)
         responses.clear()  # a circle: each holds the execution that holds this list
@@ -296,7 +423,8 @@ def _is_point(rules: Rules) -> bool:
 
 def _missing(level: str, param: str) -> ValueError:
     return ValueError(
-        f"level {level!r}: no derivative arrives at its parameter {param!r}: neither its loss nor a response below depends on it. "
+        f"level {level!r}: no derivative arrives at its parameter {param!r}: neither its loss nor "
+        f"a response below depends on it. "
         "If that is meant, pass `allow_unused=True`."
     )
 

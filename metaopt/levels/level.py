@@ -23,28 +23,36 @@ class Level:
 
     Args:
         name: how losses refer to it: `levels.NAME`.
-        model: any module; its trainable parameters are w. Frozen parameters are constants, tied weights are one.
-        loss: `loss(levels, batch)` returns a scalar, or a dict with "loss" and further scalars to be logged. `levels.NAME(x)` calls
-            a level's model with that level's present parameters, `levels.NAME.params` is the dict of these. The running statistics
-            of the level's own model are updated by the calls that its own loss makes, and by no other.
-        optimizer: makes the level's updates. Gradient clipping and schedules are part of it: `ClipNorm(1.0, SGD(lr=Cosine(...)))`.
-            It may be the `model` of a level above, or contain it: that level then learns the optimizer.
-        data: an iterable of batches, trees of tensors: a `DataLoader`, a list, a generator. It is begun again when it ends, except
-            for a generator. For one batch that is always the same, a list with that batch. None: the loss gets None.
-        copies: so many independent problems with parameters of their own, batched under `vmap`. The batches of this level, and of
-            the one above it, then have the leading axis `copies`.
+        model: any module; its trainable parameters are w. Frozen parameters are constants, tied
+            weights are one.
+        loss: `loss(levels, batch)` returns a scalar, or a dict with "loss" and further scalars to
+            be logged. `levels.NAME(x)` calls a level's model with that level's present parameters,
+            `levels.NAME.params` is the dict of these. The running statistics of the level's own
+            model are updated by the calls that its own loss makes, and by no other.
+        optimizer: makes the level's updates. Gradient clipping and schedules are part of it:
+            `ClipNorm(1.0, SGD(lr=Cosine(...)))`. It may be the `model` of a level above, or contain
+            it: that level then learns the optimizer.
+        data: an iterable of batches, trees of tensors: a `DataLoader`, a list, a generator. It is
+            begun again when it ends, except for a generator. For one batch that is always the same,
+            a list with that batch. None: the loss gets None.
+        copies: so many independent problems with parameters of their own, batched under `vmap`. The
+            batches of this level, and of the one above it, then have the leading axis `copies`.
         accumulate: batches a step; the loss is the mean over them.
         warmup: the level stays as it is for so many of its steps, while the levels below it move.
-        allow_unused: parameters that the loss does not depend on get zero gradients instead of an error.
-        precision: the dtype of `torch.autocast` under which the loss is computed, for example `torch.bfloat16`.
+        allow_unused: parameters that the loss does not depend on get zero gradients instead of an
+            error.
+        precision: the dtype of `torch.autocast` under which the loss is computed, for example
+            `torch.bfloat16`.
 
     Cost:
-        With `accumulate`, a gradient takes the memory of one batch, and one more evaluation of the loss for each, whose graph is
-        built again on the way back. Second derivatives (`Backprop`, `Implicit`, `T1T2`) take the memory of all.
+        With `accumulate`, a gradient takes the memory of one batch, and one more evaluation of the
+        loss for each, whose graph is built again on the way back. Second derivatives (`Backprop`,
+        `Implicit`, `T1T2`) take the memory of all.
 
     Raises:
         ValueError: the name is no identifier, nothing is trainable, or a number is out of range.
-        TypeError: `model` is no module, `optimizer` no metaopt optimizer, `loss` no function, or a setting of another type.
+        TypeError: `model` is no module, `optimizer` no metaopt optimizer, `loss` no function, or a
+            setting of another type.
     """
 
     def __init__(
@@ -62,29 +70,60 @@ class Level:
         precision: torch.dtype | None = None,
     ):
         if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
-            raise ValueError(f"Level: `name` must be an identifier, got {name!r}. Losses refer to the level as `levels.NAME`.")
+            raise ValueError(
+                f"Level: `name` must be an identifier, got {name!r}. Losses refer to the level as "
+                f"`levels.NAME`."
+            )
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                f"level {name!r}: `optimizer` must be a metaopt Optimizer, got {type(optimizer).__module__}."
-                f"{type(optimizer).__name__}. Use one from `metaopt.optimizers`, or `mo.from_torch(...)`."
+                f"level {name!r}: `optimizer` must be a metaopt Optimizer, got "
+                f"{type(optimizer).__module__}.{type(optimizer).__name__}. Use one from "
+                f"`metaopt.optimizers`, or `mo.from_torch(...)`."
             )
-        for what, value, least in (("accumulate", accumulate, 1), ("warmup", warmup, 0), ("copies", copies, 1)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"level {name!r}: `{what}` must be an integer of at least {least}, got {value!r}.")
+        for what, value, least in (
+            ("accumulate", accumulate, 1),
+            ("warmup", warmup, 0),
+            ("copies", copies, 1),
+        ):
+            if value is not None and (
+                not isinstance(value, int) or isinstance(value, bool) or value < least
+            ):
+                raise ValueError(
+                    f"level {name!r}: `{what}` must be an integer of at least {least}, got "
+                    f"{value!r}."
+                )
         if not isinstance(model, nn.Module):
-            raise TypeError(f"level {name!r}: `model` must be an nn.Module, got {type(model).__name__}.")
-        if not callable(loss):
-            raise TypeError(f"level {name!r}: `loss` must be a function loss(levels, batch), got {type(loss).__name__}.")
-        if not isinstance(allow_unused, bool):
-            raise TypeError(f"level {name!r}: `allow_unused` must be True or False, got {allow_unused!r}.")
-        if precision is not None and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
             raise TypeError(
-                f"level {name!r}: `precision` must be a floating-point dtype or None, got {precision!r}. Write torch.bfloat16."
+                f"level {name!r}: `model` must be an nn.Module, got {type(model).__name__}."
+            )
+        if not callable(loss):
+            raise TypeError(
+                f"level {name!r}: `loss` must be a function loss(levels, batch), got "
+                f"{type(loss).__name__}."
+            )
+        if not isinstance(allow_unused, bool):
+            raise TypeError(
+                f"level {name!r}: `allow_unused` must be True or False, got {allow_unused!r}."
+            )
+        if precision is not None and not (
+            isinstance(precision, torch.dtype) and precision.is_floating_point
+        ):
+            raise TypeError(
+                f"level {name!r}: `precision` must be a floating-point dtype or None, got "
+                f"{precision!r}. Write torch.bfloat16."
             )
         self.net = functional(model)
         if not self.net.params:
-            raise ValueError(f"level {name!r}: the model has no trainable parameters. Is every parameter frozen?")
-        self.name, self.model, self.loss, self.optimizer, self.batches = name, model, loss, optimizer, data
+            raise ValueError(
+                f"level {name!r}: the model has no trainable parameters. Is every parameter frozen?"
+            )
+        self.name, self.model, self.loss, self.optimizer, self.batches = (
+            name,
+            model,
+            loss,
+            optimizer,
+            data,
+        )
         self.copies, self.accumulate, self.warmup = copies, accumulate, warmup
         self.allow_unused, self.precision = allow_unused, precision
 

@@ -26,18 +26,21 @@ class Event(NamedTuple):
 class Order:
     """The order of execution.
 
-    A level that a single level above it waits for runs inside that one's steps: the upper level owns it. A level that several wait
-    for, and one that nobody waits for (its upper level's loss does not read it, so it follows), belongs to whoever owns these. What
-    belongs to nobody, the top levels among it, belongs to the graph.
+    A level that a single level above it waits for runs inside that one's steps: the upper level
+    owns it. A level that several wait for, and one that nobody waits for (its upper level's loss
+    does not read it, so it follows), belongs to whoever owns these. What belongs to nobody, the top
+    levels among it, belongs to the graph.
 
     Attributes:
         levels: names, upper levels before lower ones.
         below: level -> all levels below it.
         owner: level -> its owner.
         members: owner -> its levels, upper levels before lower ones.
-        steps: level -> its steps in one turn of its owner: one step of a level, one of the top levels of the graph.
+        steps: level -> its steps in one turn of its owner: one step of a level, one of the top
+            levels of the graph.
         events: owner -> what happens in one turn, in order.
-        shared: level -> the levels below it that its loss waits for and that it does not own, and those that these wait for.
+        shared: level -> the levels below it that its loss waits for and that it does not own, and
+            those that these wait for.
         inside: level -> the levels that run inside its steps.
         total: level -> its steps in one step of the graph.
     """
@@ -61,8 +64,8 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
         reads: level -> the levels that its loss reads.
 
     Raises:
-        ValueError: the edges make a circle, a loss reads a level neither above nor below its own, or the numbers of steps
-            contradict each other.
+        ValueError: the edges make a circle, a loss reads a level neither above nor below its own,
+            or the numbers of steps contradict each other.
     """
     levels = _sorted(edges)
     below = _below(edges, levels)
@@ -70,8 +73,9 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
         for other in sorted(reads[name]):
             if other not in below[name] and name not in below[other]:
                 raise ValueError(
-                    f"level {name!r}: its loss reads {other!r}, which is neither above nor below it, so that no derivative would "
-                    f"flow. Add Edge(upper={other}, lower={name}), or the other way round."
+                    f"level {name!r}: its loss reads {other!r}, which is neither above nor below "
+                    f"it, so that no derivative would flow. Add Edge(upper={other}, lower={name}), "
+                    f"or the other way round."
                 )
 
     def waits(edge: Edge) -> bool:
@@ -80,7 +84,9 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
 
     owner = _owners(edges, levels, waits)
     members: dict[Owner, tuple[str, ...]] = {
-        who: tuple(name for name in levels if owner[name] == who) for who in (None, *levels) if who in owner.values()
+        who: tuple(name for name in levels if owner[name] == who)
+        for who in (None, *levels)
+        if who in owner.values()
     }
     steps: dict[str, int] = {}
     events: dict[Owner, tuple[Event, ...]] = {}
@@ -88,7 +94,9 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
         inner = [edge for edge in edges if edge.lower.name in names]
         rates = _rates(who, names, inner)
         steps |= rates
-        events[who] = _events(names, rates, [(edge, waits(edge)) for edge in inner if edge.upper.name in names])
+        events[who] = _events(
+            names, rates, [(edge, waits(edge)) for edge in inner if edge.upper.name in names]
+        )
     shared: dict[str, frozenset[str]] = {}
     for name in reversed(levels):
         beside = [other for other in members[owner[name]] if other in below[name]]
@@ -102,7 +110,10 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
     def total(name: Owner) -> int:
         return 1 if name is None else steps[name] * total(owner[name])
 
-    insides, totals = {name: inside(name) for name in levels}, {name: total(name) for name in levels}
+    insides, totals = (
+        {name: inside(name) for name in levels},
+        {name: total(name) for name in levels},
+    )
     return Order(levels, below, owner, members, steps, events, shared, insides, totals)
 
 
@@ -115,7 +126,9 @@ def _sorted(edges: Sequence[Edge]) -> tuple[str, ...]:
         return tuple(graphlib.TopologicalSorter(uppers).static_order())
     except graphlib.CycleError as error:
         circle = " -> ".join(reversed(error.args[1]))
-        raise ValueError(f"The levels must not form a circle, got {circle}. Take one of these edges out.") from None
+        raise ValueError(
+            f"The levels must not form a circle, got {circle}. Take one of these edges out."
+        ) from None
 
 
 def _below(edges: Sequence[Edge], levels: tuple[str, ...]) -> dict[str, frozenset[str]]:
@@ -126,8 +139,12 @@ def _below(edges: Sequence[Edge], levels: tuple[str, ...]) -> dict[str, frozense
     return below
 
 
-def _owners(edges: Sequence[Edge], levels: tuple[str, ...], waits: Callable[[Edge], bool]) -> dict[str, Owner]:
-    """Return the owner of each level: the innermost one inside whose steps all levels that matter to it can be found."""
+def _owners(
+    edges: Sequence[Edge], levels: tuple[str, ...], waits: Callable[[Edge], bool]
+) -> dict[str, Owner]:
+    """Return the owner of each level: the innermost one inside whose steps all levels that matter
+    to it can be found.
+    """
     owner: dict[str, Owner] = {}
 
     def path(name: Owner) -> list[Owner]:
@@ -136,21 +153,28 @@ def _owners(edges: Sequence[Edge], levels: tuple[str, ...], waits: Callable[[Edg
     for name in levels:
         above = [edge for edge in edges if edge.lower.name == name]
         homes = [path(edge.upper.name if waits(edge) else owner[edge.upper.name]) for edge in above]
-        together = [same[0] for same in zip(*homes, strict=False) if len(set(same)) == 1] if homes else [None]
+        together = (
+            [same[0] for same in zip(*homes, strict=False) if len(set(same)) == 1]
+            if homes
+            else [None]
+        )
         owner[name] = together[-1]
         for edge in above:
             upper = edge.upper.name
             if upper != owner[name] and owner[upper] != owner[name]:
                 others = sorted(other.upper.name for other in above if other is not edge)
                 raise ValueError(
-                    f"{edge}: {upper!r} makes its steps inside those of {owner[upper]!r}, and so cannot share {name!r} with "
-                    f"{others}. Give each a lower level of its own, or connect {name!r} with {owner[upper]!r} alone."
+                    f"{edge}: {upper!r} makes its steps inside those of {owner[upper]!r}, and so "
+                    f"cannot share {name!r} with {others}. Give each a lower level of its own, or "
+                    f"connect {name!r} with {owner[upper]!r} alone."
                 )
     return owner
 
 
 def _rates(who: Owner, names: tuple[str, ...], edges: Sequence[Edge]) -> dict[str, int]:
-    """Return the steps of each level in one turn of their owner, the smallest numbers that agree with every edge."""
+    """Return the steps of each level in one turn of their owner, the smallest numbers that agree
+    with every edge.
+    """
     rates: dict[str, Fraction] = {}
     neighbours: dict[str, list[tuple[str, Fraction, Edge]]] = defaultdict(list)
     for edge in edges:
@@ -173,8 +197,10 @@ def _rates(who: Owner, names: tuple[str, ...], edges: Sequence[Edge]) -> dict[st
                     pending.append(other)
                 elif group[other] != rate:
                     raise ValueError(
-                        f"{edge}: steps={edge.steps} contradicts the other edges, by which {edge.lower.name!r} "
-                        f"makes {group[edge.lower.name] / group[edge.upper.name]} steps for one of {edge.upper.name!r}. Every way "
+                        f"{edge}: steps={edge.steps} contradicts the other edges, by which "
+                        f"{edge.lower.name!r} makes "
+                        f"{group[edge.lower.name] / group[edge.upper.name]} steps for one of "
+                        f"{edge.upper.name!r}. Every way "
                         "down to a level must give it the same number of steps."
                     )
         scale = math.lcm(*(rate.denominator for rate in group.values())) if who is None else 1
@@ -182,8 +208,12 @@ def _rates(who: Owner, names: tuple[str, ...], edges: Sequence[Edge]) -> dict[st
     return {name: int(rates[name]) for name in names}
 
 
-def _events(names: tuple[str, ...], rates: Mapping[str, int], edges: Sequence[tuple[Edge, bool]]) -> tuple[Event, ...]:
-    """Return the order of steps: awaited levels before the ones that wait for them, followers after the ones they follow."""
+def _events(
+    names: tuple[str, ...], rates: Mapping[str, int], edges: Sequence[tuple[Edge, bool]]
+) -> tuple[Event, ...]:
+    """Return the order of steps: awaited levels before the ones that wait for them, followers after
+    the ones they follow.
+    """
     made = dict.fromkeys(names, 0)
 
     def is_ready(name: str) -> bool:
@@ -202,7 +232,10 @@ def _events(names: tuple[str, ...], rates: Mapping[str, int], edges: Sequence[tu
         name = next((name for name in reversed(names) if is_ready(name)), None)
         if name is None:
             stuck = sorted(name for name in names if made[name] < rates[name])
-            raise ValueError(f"The levels {stuck} wait for each other. Let their losses read each other in one direction only.")
+            raise ValueError(
+                f"The levels {stuck} wait for each other. Let their losses read each other in one "
+                f"direction only."
+            )
         before = made[name]
         while is_ready(name):
             made[name] += 1

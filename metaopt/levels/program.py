@@ -53,18 +53,22 @@ class Program:
         compile: whether inner loops are compiled.
         nets: level -> its model as a function.
         reads: level -> the levels that its loss reads, its own among them.
-        reads_outside: level -> the levels that a step of it reads, apart from those inside it. Those that it shares are among them:
-            they need not have moved since its last step.
-        read_from_outside: the levels inside whose steps others run that are read by a level outside.
+        reads_outside: level -> the levels that a step of it reads, apart from those inside it.
+            Those that it shares are among them: they need not have moved since its last step.
+        read_from_outside: the levels inside whose steps others run that are read by a level
+            outside.
         random: the levels whose steps draw from the global random generators.
         moves: owner -> what happens in one turn, in order.
-        starts: level -> the edge that says where it begins, if it does not go on from where it stood.
-        copies_below: level -> how many copies the levels have that run inside its steps, if it is itself outside of them.
+        starts: level -> the edge that says where it begins, if it does not go on from where it
+            stood.
+        copies_below: level -> how many copies the levels have that run inside its steps, if it is
+            itself outside of them.
         direct: the levels for which `responds_at_points`.
         looped: the levels whose loop is compiled by itself, if any is.
         adjustable: the levels whose optimizer has tensors.
         carried: level -> its buffers that have derivatives and matter to a loss.
-        ahead: the program with the optimizers of virtual steps, see `Edge`; None where all look ahead with their own.
+        ahead: the program with the optimizers of virtual steps, see `Edge`; None where all look
+            ahead with their own.
     """
 
     levels: Mapping[str, Level]
@@ -95,11 +99,19 @@ class Program:
     def __post_init__(self) -> None:
         known = {
             "nets": {name: level.net for name, level in self.levels.items()},
-            "_above": {name: [edge for edge in self.edges if edge.lower.name == name] for name in self.levels},
-            "_lowers": {name: [edge for edge in self.edges if edge.upper.name == name] for name in self.levels},
+            "_above": {
+                name: [edge for edge in self.edges if edge.lower.name == name]
+                for name in self.levels
+            },
+            "_lowers": {
+                name: [edge for edge in self.edges if edge.upper.name == name]
+                for name in self.levels
+            },
         }
         self._set(**known)
-        pairs = [(owner, event.level) for owner, events in self.order.events.items() for event in events]
+        pairs = [
+            (owner, event.level) for owner, events in self.order.events.items() for event in events
+        ]
         pairs += [(name, lower) for name, shared in self.order.shared.items() for lower in shared]
         self._set(_rules={pair: self._rules_between(*pair) for pair in pairs})
         self._set(
@@ -108,27 +120,41 @@ class Program:
             read_from_outside=frozenset(filter(self._is_read_from_outside, self.levels)),
             random=frozenset(filter(self._is_random, self.levels)),
             moves={owner: tuple(self._moves(owner)) for owner in self.order.events},
-            starts={name: next((edge for edge in self.above(name) if edge.start != "continue"), None) for name in self.levels},
+            starts={
+                name: next((edge for edge in self.above(name) if edge.start != "continue"), None)
+                for name in self.levels
+            },
             copies_below={name: self._copies_below(name) for name in self.levels},
             direct=frozenset(filter(self._responds_at_points, self.levels)),
             looped=frozenset(filter(self._is_looped, self.levels)),
             adjustable=frozenset(
-                name for name, level in self.levels.items() if [*level.optimizer.parameters(), *level.optimizer.buffers()]
+                name
+                for name, level in self.levels.items()
+                if [*level.optimizer.parameters(), *level.optimizer.buffers()]
             ),
             carried=self._carried(),
             ahead=self._ahead(),
         )
 
     def _ahead(self) -> Program | None:
-        others = {edge.lower.name: edge.look_ahead for edge in self.edges if isinstance(edge.look_ahead, Optimizer)}
+        others = {
+            edge.lower.name: edge.look_ahead
+            for edge in self.edges
+            if isinstance(edge.look_ahead, Optimizer)
+        }
         if not others:
             return None
-        levels = {name: level.with_optimizer(others[name]) if name in others else level for name, level in self.levels.items()}
+        levels = {
+            name: level.with_optimizer(others[name]) if name in others else level
+            for name, level in self.levels.items()
+        }
         edges = tuple(replace(edge, look_ahead=bool(edge.look_ahead)) for edge in self.edges)
         return replace(self, levels=levels, edges=edges, links=find_links(levels))
 
     def _set(self, **values: object) -> None:
-        """Note what is looked up once: a compiler cannot look inside what is computed when it is asked for."""
+        """Note what is looked up once: a compiler cannot look inside what is computed when it is
+        asked for.
+        """
         for key, value in values.items():
             object.__setattr__(self, key, value)
 
@@ -145,9 +171,11 @@ class Program:
         return not self.above(name)
 
     def rules(self, viewpoint: Owner, name: str) -> Rules:
-        """Return how `viewpoint` differentiates the response of a level below it: rules, and the upper levels each is for.
+        """Return how `viewpoint` differentiates the response of a level below it: rules, and the
+        upper levels each is for.
 
-        The list is empty for the graph itself, which does not. More than one rule is possible where all look at one point.
+        The list is empty for the graph itself, which does not. More than one rule is possible where
+        all look at one point.
 
         Raises:
             ValueError: the edges between the two contradict each other.
@@ -171,29 +199,37 @@ class Program:
         if path is not None and len(found) > 1:
             other = next(edge for edge in edges if edge.differentiate != path.differentiate)
             raise ValueError(
-                f"{other}: `differentiate` must be that of {path}, {path.differentiate}, got {other.differentiate}. Both are on "
-                f"the way from {viewpoint!r} down to {name!r}, whose steps are differentiated in one way."
+                f"{other}: `differentiate` must be that of {path}, {path.differentiate}, got "
+                f"{other.differentiate}. Both are on the way from {viewpoint!r} down to {name!r}, "
+                f"whose steps are differentiated in one way."
             )
         return found
 
     def dependencies(self, name: str) -> frozenset[tuple[str, str]]:
-        """Return the (level, parameter) pairs that the loss of `name`, its optimizer or its starting point depends on.
+        """Return the (level, parameter) pairs that the loss of `name`, its optimizer or its
+        starting point depends on.
 
-        What the buffers that it reads of itself and of levels below depend on is among them; those of a level above are constants
-        in this one's step.
+        What the buffers that it reads of itself and of levels below depend on is among them; those
+        of a level above are constants in this one's step.
         """
         found = self.readings[name].params | frozenset(self.links[name].values())
         for level, key in self.buffers_behind(name):
             if level == name or level in self.order.below[name]:
                 moves = self.readings[level].moves[key]
-                found |= {(other, param) for other, param in moves if param in self.levels[other].net.params}
+                found |= {
+                    (other, param)
+                    for other, param in moves
+                    if param in self.levels[other].net.params
+                }
         for edge in self.above(name):
             if edge.start == "upper" and not isinstance(edge.differentiate, PointRule):
                 found |= {(edge.upper.name, key) for key in edge.upper.net.params}
         return found
 
     def buffers_behind(self, name: str) -> frozenset[tuple[str, str]]:
-        """Return the (level, buffer) pairs that the loss of `name` depends on, also through other buffers."""
+        """Return the (level, buffer) pairs that the loss of `name` depends on, also through other
+        buffers.
+        """
         found: set[tuple[str, str]] = set()
         pending = [*self.readings[name].buffers]
         while pending:
@@ -205,19 +241,29 @@ class Program:
 
     def _carried(self) -> dict[str, frozenset[str]]:
         behind = frozenset().union(*map(self.buffers_behind, self.levels))
-        return {name: frozenset(key for level, key in behind if level == name) for name in {level for level, _ in behind}}
+        return {
+            name: frozenset(key for level, key in behind if level == name)
+            for name in {level for level, _ in behind}
+        }
 
     def _reads_outside(self, name: str) -> tuple[str, ...]:
         inside = self.order.inside[name] | {name}
         read: set[str] = set()
         for other in inside:
             read |= self.readings[other].levels | {level for level, _ in self.links[other].values()}
-            read |= {edge.upper.name for edge in self.above(other) if edge.start == "upper" and other != name}
-        return tuple(sorted(read - inside))  # trees are flattened in this order, which must not change from process to process
+            read |= {
+                edge.upper.name
+                for edge in self.above(other)
+                if edge.start == "upper" and other != name
+            }
+        # trees are flattened in this order, which must not change from process to process
+        return tuple(sorted(read - inside))
 
     def _is_read_from_outside(self, name: str) -> bool:
         inside = self.order.inside[name]
-        return any(self.readings[other].levels & inside for other in self.levels.keys() - inside - {name})
+        return any(
+            self.readings[other].levels & inside for other in self.levels.keys() - inside - {name}
+        )
 
     def _is_random(self, name: str) -> bool:
         return any(self.readings[other].is_random for other in self.order.inside[name] | {name})
@@ -234,9 +280,11 @@ class Program:
             yield Move(event, with_data, part, begins, self.rules(owner, name))
 
     def responds_at_points(self, name: str) -> bool:
-        """Say whether every level that responds to `name` has rules that look at one point, and no responses of its own.
+        """Say whether every level that responds to `name` has rules that look at one point, and no
+        responses of its own.
 
-        The derivative of the total loss is then that of the level's own loss and one pullback a response.
+        The derivative of the total loss is then that of the level's own loss and one pullback a
+        response.
         """
         return name in self.direct
 
@@ -254,14 +302,16 @@ class Program:
     def is_one_function(self) -> bool:
         """Whether a whole step can be compiled as one function.
 
-        So it is where every rule is the plain graph of the steps taken, or one of a top level that looks at one point. A compiler
-        cannot wind random numbers back for the latter.
+        So it is where every rule is the plain graph of the steps taken, or one of a top level that
+        looks at one point. A compiler cannot wind random numbers back for the latter.
         """
         return all(self._is_plain(name) or self._is_direct(name) for name in self.levels)
 
     def _is_plain(self, name: str) -> bool:
         rules = [rule for other in self._responding(name) for rule, _ in self.rules(name, other)]
-        return all(isinstance(rule, Backprop | FirstOrder) and rule.memory == "full" for rule in rules)
+        return all(
+            isinstance(rule, Backprop | FirstOrder) and rule.memory == "full" for rule in rules
+        )
 
     def _is_direct(self, name: str) -> bool:
         rules = [rule for other in self._responding(name) for rule, _ in self.rules(name, other)]
@@ -273,7 +323,9 @@ class Program:
         )
 
     def _responding(self, name: str) -> frozenset[str]:
-        """Return the levels whose response is part of the total loss of `name`, apart from responses inside of responses."""
+        """Return the levels whose response is part of the total loss of `name`, apart from
+        responses inside of responses.
+        """
         return self.order.shared[name].union(self.order.members.get(name, ()))
 
     def compiles(self, name: str) -> bool:
@@ -282,7 +334,9 @@ class Program:
 
     def _is_looped(self, name: str) -> bool:
         """Say whether no rule inside is a Function of its own, which a compiled loop cannot have."""
-        rules = [edge.differentiate for other in self.order.inside[name] for edge in self.above(other)]
+        rules = [
+            edge.differentiate for other in self.order.inside[name] for edge in self.above(other)
+        ]
         return not any(isinstance(rule, PointRule) for rule in rules)
 
     def _copies_below(self, name: str) -> int | None:
@@ -290,7 +344,8 @@ class Program:
         return None if self.levels[name].copies or not members else self.levels[members[0]].copies
 
     def leading_axes(self, name: str, owner: Owner) -> tuple[int, ...]:
-        """Return the axes in front of a batch of `name` among the rows of one turn of `owner`: steps, and batches a step.
+        """Return the axes in front of a batch of `name` among the rows of one turn of `owner`:
+        steps, and batches a step.
 
         A level on the way that makes one step has no axis.
         """
@@ -303,10 +358,20 @@ class Program:
 
 
 def find_links(levels: Mapping[str, Level]) -> dict[str, dict[str, tuple[str, str]]]:
-    """Return level -> tensor of its optimizer -> (level, parameter): the optimizers' parameters that a level learns."""
-    owners = {id(param): (level.name, key) for level in levels.values() for key, param in level.net.params.items()}
+    """Return level -> tensor of its optimizer -> (level, parameter): the optimizers' parameters
+    that a level learns.
+    """
+    owners = {
+        id(param): (level.name, key)
+        for level in levels.values()
+        for key, param in level.net.params.items()
+    }
     return {
-        name: {key: owners[id(tensor)] for key, tensor in level.optimizer.named_parameters() if id(tensor) in owners}
+        name: {
+            key: owners[id(tensor)]
+            for key, tensor in level.optimizer.named_parameters()
+            if id(tensor) in owners
+        }
         for name, level in levels.items()
     }
 

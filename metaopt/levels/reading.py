@@ -27,13 +27,15 @@ class Reading:
     Attributes:
         levels: names of the levels that it read, its own not among them.
         params: (level, parameter) pairs that its value depends on.
-        buffers: (level, buffer) pairs that its value depends on, of the buffers that have derivatives.
-        moves: buffer of its own -> the (level, parameter or buffer) pairs that it depends on after one evaluation.
+        buffers: (level, buffer) pairs that its value depends on, of the buffers that have
+            derivatives.
+        moves: buffer of its own -> the (level, parameter or buffer) pairs that it depends on after
+            one evaluation.
         dtype: that of the loss.
         metrics: names and dtypes of the scalars that it returns beside the loss.
         is_random: whether it drew from the global random generators.
-        is_delicate: whether it called a function whose derivatives in reverse mode need care, see `any_order`. Forward derivatives
-            are always taken with care.
+        is_delicate: whether it called a function whose derivatives in reverse mode need care, see
+            `any_order`. Forward derivatives are always taken with care.
     """
 
     levels: frozenset[str]
@@ -46,11 +48,14 @@ class Reading:
     is_delicate: bool
 
 
-def read_all(read_one: Callable[[str, Collection[Pair]], Reading], levels: Collection[str]) -> dict[str, Reading]:
+def read_all(
+    read_one: Callable[[str, Collection[Pair]], Reading], levels: Collection[str]
+) -> dict[str, Reading]:
     """Return what each level's loss depends on.
 
-    A buffer has a derivative if the loss that updates it leaves one in it: an average of weights does, running statistics of a norm
-    layer do not. Those that have are differentiated in a second reading, and as long as further ones turn up that depend on them.
+    A buffer has a derivative if the loss that updates it leaves one in it: an average of weights
+    does, running statistics of a norm layer do not. Those that have are differentiated in a second
+    reading, and as long as further ones turn up that depend on them.
 
     Args:
         read_one: (level, buffers to be differentiated) -> reading.
@@ -59,16 +64,24 @@ def read_all(read_one: Callable[[str, Collection[Pair]], Reading], levels: Colle
     variable: frozenset[Pair] = frozenset()
     while True:
         readings = {name: read_one(name, variable) for name in levels}
-        found = frozenset((name, key) for name, reading in readings.items() for key in reading.moves)
+        found = frozenset(
+            (name, key) for name, reading in readings.items() for key in reading.moves
+        )
         if found <= variable:
             return readings
         variable |= found
 
 
 def read(
-    level: Level, nets: Mapping[str, Functional], batch: Tree, *, buffers: Collection[Pair] = (), keeps_statistics: bool = True
+    level: Level,
+    nets: Mapping[str, Functional],
+    batch: Tree,
+    *,
+    buffers: Collection[Pair] = (),
+    keeps_statistics: bool = True,
 ) -> Reading:
-    """Evaluate the level's loss once, at the present values of all models, and note what it depends on.
+    """Evaluate the level's loss once, at the present values of all models, and note what it depends
+    on.
 
     The global random state is put back. Cost: two forward passes and a backward pass.
 
@@ -80,15 +93,21 @@ def read(
         keeps_statistics: whether the level's own buffers are updated.
 
     Raises:
-        ValueError: the loss fails without data, reads an unknown level, or reaches a tensor that requires grad by itself.
+        ValueError: the loss fails without data, reads an unknown level, or reaches a tensor that
+            requires grad by itself.
     """
 
     def scene(variable: bool) -> Scene:
         return {
             name: {
-                "params": {key: param.detach().requires_grad_(variable) for key, param in net.params.items()},
+                "params": {
+                    key: param.detach().requires_grad_(variable)
+                    for key, param in net.params.items()
+                },
                 "buffers": {
-                    key: buffer.detach().requires_grad_(variable) if (name, key) in buffers else buffer
+                    key: buffer.detach().requires_grad_(variable)
+                    if (name, key) in buffers
+                    else buffer
                     for key, buffer in net.buffers.items()
                 },
             }
@@ -97,7 +116,9 @@ def read(
 
     at, still = scene(True), scene(False)  # here: what is noted below is what the loss calls
     names: set[str] = set()
-    leaves = {(name, key): leaf for name, shown in at.items() for key, leaf in shown["params"].items()}
+    leaves = {
+        (name, key): leaf for name, shown in at.items() for key, leaf in shown["params"].items()
+    }
     leaves |= {pair: at[pair[0]]["buffers"][pair[1]] for pair in sorted(buffers)}
     with torch.random.fork_rng(), torch.enable_grad(), Watching() as mode:
         before = _random_state(level.device)
@@ -109,7 +130,8 @@ def read(
             if level.batches is not None:
                 raise
             raise ValueError(
-                f"level {level.name!r} has no data, and its loss fails on the batch None: {error}. Pass `data=` to the level."
+                f"level {level.name!r} has no data, and its loss fails on the batch None: {error}. "
+                f"Pass `data=` to the level."
             ) from error
 
         def again() -> list[Tensor]:
@@ -117,8 +139,10 @@ def read(
 
         if is_tracked(alone.loss) and find_hidden([alone.loss], again) is not None:
             raise ValueError(
-                f"level {level.name!r}: its loss reaches {tracked_names(level.loss, alone.loss)} through its closure, and that "
-                "requires grad. Read the parameters of levels as `levels.NAME(x)` or `levels.NAME.params`; detach what is constant."
+                f"level {level.name!r}: its loss reaches {tracked_names(level.loss, alone.loss)} "
+                f"through its closure, and that "
+                "requires grad. Read the parameters of levels as `levels.NAME(x)` or "
+                "`levels.NAME.params`; detach what is constant."
             )
         moves = {key: _sources(buffer, leaves) for key, buffer in found.buffers.items()}
         sources = _sources(found.loss, leaves)
@@ -139,11 +163,16 @@ def _sources(value: Tensor, leaves: Mapping[Pair, Tensor]) -> frozenset[Pair]:
     """Return the names of the leaves that `value` depends on."""
     if not value.requires_grad:
         return frozenset()
-    grads = torch.autograd.grad(tree.as_real(value).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(
+        tree.as_real(value).sum(), list(leaves.values()), retain_graph=True, allow_unused=True
+    )
     return frozenset(pair for pair, grad in zip(leaves, grads, strict=True) if grad is not None)
 
 
 def _random_state(device: torch.device) -> Tensor:
     """Return the state of the generators of the CPU and, if it is a GPU, of the device."""
-    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+    states = [
+        torch.get_rng_state(),
+        *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []),
+    ]
     return torch.cat(states)

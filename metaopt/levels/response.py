@@ -1,4 +1,6 @@
-"""How levels respond whose rules look at one point, and the way back through a chain of such responses."""
+"""How levels respond whose rules look at one point, and the way back through a chain of such
+responses.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,15 @@ from metaopt.differentiate import End, InnerLoop, PointRule, attach, pulled_back
 from metaopt.functional import Params
 from metaopt.levels.program import Rules, detached
 
-# (level, its rules, the steps it made, where they ended) -> the last parameters, with or without a derivative
+# (level, its rules, the steps it made, where they ended) -> the last parameters, with or without a
+# derivative
 Respond = Callable[[str, Rules, InnerLoop, End], Params]
 
 
 def attached(level: str, rules: Rules, loop: InnerLoop, end: End) -> Params:
-    """Return the last parameters with the derivative of each rule in the levels it is for, and of the first in all others."""
+    """Return the last parameters with the derivative of each rule in the levels it is for, and of
+    the first in all others.
+    """
     scene, tensors = loop.inputs["meta"]
     end = end._replace(state=detached(end.state))
 
@@ -33,7 +38,9 @@ def attached(level: str, rules: Rules, loop: InnerLoop, end: End) -> Params:
     (first, names), *more = _parts(rules, scene)
     params = part(first, names)
     for rule, uppers in more:  # zeros with a derivative
-        params = tree.map(lambda total, one: total + (one - one.detach()), params, part(rule, uppers))
+        params = tree.map(
+            lambda total, one: total + (one - one.detach()), params, part(rule, uppers)
+        )
     return params
 
 
@@ -50,8 +57,17 @@ class Response(NamedTuple):
     ambient: Ambient | None  # whose random numbers the rules see
 
 
-def noted(responses: list[Response], random: Collection[str], level: str, rules: Rules, loop: InnerLoop, end: End) -> Params:
-    """Return the last parameters as constants, and add the response to the list; the levels named in `random` draw numbers."""
+def noted(
+    responses: list[Response],
+    random: Collection[str],
+    level: str,
+    rules: Rules,
+    loop: InnerLoop,
+    end: End,
+) -> Params:
+    """Return the last parameters as constants, and add the response to the list; the levels named
+    in `random` draw numbers.
+    """
     winds_back = level in random and not torch.compiler.is_compiling()
     ambient = Ambient.now(tree.leaves((loop.inputs, *end))) if winds_back else None
     responses.append(Response(level, rules, loop, end, ambient))
@@ -59,11 +75,14 @@ def noted(responses: list[Response], random: Collection[str], level: str, rules:
 
 
 def through(responses: Sequence[Response], slopes: Mapping[str, Slope], root: str) -> Slope:
-    """Return the total derivative in the parameters of `root`: the direct one, and what every response pulls back to it.
+    """Return the total derivative in the parameters of `root`: the direct one, and what every
+    response pulls back to it.
 
     Args:
-        responses: in the order of time. Each reads `root`, and of the other levels what the last response before it left.
-        slopes: level -> derivative in the parameters that its last response left, and of `root` in its own; None is zero.
+        responses: in the order of time. Each reads `root`, and of the other levels what the last
+            response before it left.
+        slopes: level -> derivative in the parameters that its last response left, and of `root` in
+            its own; None is zero.
         root: the level above all of them.
 
     Cost:
@@ -74,7 +93,10 @@ def through(responses: Sequence[Response], slopes: Mapping[str, Slope], root: st
         slope = total.pop(response.level, {})
         if all(part is None for part in slope.values()):
             continue
-        v = {key: torch.zeros_like(response.end.params[key]) if part is None else part for key, part in slope.items()}
+        v = {
+            key: torch.zeros_like(response.end.params[key]) if part is None else part
+            for key, part in slope.items()
+        }
         for rule, names in _parts(response.rules, response.loop.inputs["meta"][0]):
             assert isinstance(rule, PointRule)
             for level, bars in _pulled(rule, names & moving, response, v).items():
@@ -83,7 +105,9 @@ def through(responses: Sequence[Response], slopes: Mapping[str, Slope], root: st
     return total[root]
 
 
-def _pulled(rule: PointRule, levels: frozenset[str], response: Response, v: Params) -> dict[str, Slope]:
+def _pulled(
+    rule: PointRule, levels: frozenset[str], response: Response, v: Params
+) -> dict[str, Slope]:
     """Return level -> cotangent of its parameters."""
     if not levels:
         return {}
@@ -97,7 +121,9 @@ def _pulled(rule: PointRule, levels: frozenset[str], response: Response, v: Para
 
 
 def _parts(rules: Rules, levels: Iterable[str]) -> Rules:
-    """Return the rules with the levels that each is for, the first with all that no other one names."""
+    """Return the rules with the levels that each is for, the first with all that no other one
+    names.
+    """
     (first, _), *more = rules
     elsewhere = frozenset().union(*(uppers for _, uppers in more))
     return [(first, frozenset(levels) - elsewhere), *more]

@@ -36,7 +36,9 @@ def with_rules(graph: LevelGraph, rule: Callable[[Edge], Rule]) -> LevelGraph:
 
 
 def in_float64(graph: LevelGraph) -> LevelGraph:
-    """Return the graph with float64 parameters, states, models and data, uncompiled and without autocast."""
+    """Return the graph with float64 parameters, states, models and data, uncompiled and without
+    autocast.
+    """
     levels = {name: _level_in_float64(level) for name, level in graph.program.levels.items()}
     initial = _in_float64(graph.program.initial)
     twin = _twin(graph, replace(graph.program, levels=levels, initial=initial, compile=False))
@@ -64,7 +66,9 @@ class _StreamInFloat64(Stream):
 
     def peek(self, count: int) -> list[Tree]:
         known: dict[int, Tree] = {}  # a batch that comes again stays the same object
-        return [known.setdefault(id(batch), _in_float64(batch)) for batch in self.stream.peek(count)]
+        return [
+            known.setdefault(id(batch), _in_float64(batch)) for batch in self.stream.peek(count)
+        ]
 
 
 def _in_float64(values: Tree) -> Tree:

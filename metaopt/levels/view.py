@@ -35,7 +35,9 @@ class Evaluation(NamedTuple):
 
 
 class LevelView:
-    """A level inside a loss: `view(x)` calls its model with its present parameters, `view.params` are these."""
+    """A level inside a loss: `view(x)` calls its model with its present parameters, `view.params`
+    are these.
+    """
 
     def __init__(self, net: Functional, params: Params, buffers: Params, keeps_statistics: bool):
         self._net, self._keeps_statistics = net, keeps_statistics
@@ -46,7 +48,9 @@ class LevelView:
         if not self.buffers:
             return self._net._call(self.params, {}, args, kwargs)
         if self._keeps_statistics:
-            output, self.buffers = self._net.with_buffers(self.params, self.buffers, *args, **kwargs)
+            output, self.buffers = self._net.with_buffers(
+                self.params, self.buffers, *args, **kwargs
+            )
             return output
         return self._net.frozen(self.params, self.buffers, *args, **kwargs)
 
@@ -63,11 +67,12 @@ class Levels:
             raise AttributeError(name)
         if name not in self._known:
             raise ValueError(
-                f"level {self._reader!r}: its loss reads `levels.{name}`, but no edge leads to a level of this name. The graph has "
-                f"{sorted(self._known)}."
+                f"level {self._reader!r}: its loss reads `levels.{name}`, but no edge leads to a "
+                f"level of this name. The graph has {sorted(self._known)}."
             )
         raise ValueError(
-            f"level {self._reader!r}: its loss reads `levels.{name}` now, but did not when the graph was built. A loss must "
+            f"level {self._reader!r}: its loss reads `levels.{name}` now, but did not when the "
+            f"graph was built. A loss must "
             "read the same levels every time."
         )
 
@@ -75,7 +80,9 @@ class Levels:
 class NotingLevels(Levels):
     """The same, and notes which are read."""
 
-    def __init__(self, reader: str, views: Mapping[str, LevelView], known: Collection[str], read: set[str]):
+    def __init__(
+        self, reader: str, views: Mapping[str, LevelView], known: Collection[str], read: set[str]
+    ):
         super().__init__(reader, {}, known)
         self._views, self._read = views, read
 
@@ -106,19 +113,33 @@ def evaluate(
         batch: what the loss gets.
         keeps_statistics: whether the level's own buffers are updated.
         exact: whether it needs care that derivatives of every order are right, see `any_order`.
-        carried: level -> its buffers that have derivatives; all others are constants. None: all have.
+        carried: level -> its buffers that have derivatives; all others are constants. None: all
+            have.
         read: gets the names of the levels that it reads.
 
     Raises:
         ValueError: the loss reads an unknown level, or returns no scalar.
     """
     views = {
-        name: LevelView(nets[name], shown["params"], kept(shown["buffers"], name, carried), keeps_statistics and name == level.name)
+        name: LevelView(
+            nets[name],
+            shown["params"],
+            kept(shown["buffers"], name, carried),
+            keeps_statistics and name == level.name,
+        )
         for name, shown in scene.items()
     }
-    levels = Levels(level.name, views, nets) if read is None else NotingLevels(level.name, views, nets, read)
+    levels = (
+        Levels(level.name, views, nets)
+        if read is None
+        else NotingLevels(level.name, views, nets, read)
+    )
     if exact or level.precision is not None:
-        autocast = nullcontext() if level.precision is None else torch.autocast(level.device.type, dtype=level.precision)
+        autocast = (
+            nullcontext()
+            if level.precision is None
+            else torch.autocast(level.device.type, dtype=level.precision)
+        )
         with any_order() if exact else nullcontext(), autocast:
             result = level.loss(levels, batch)
     else:
@@ -127,13 +148,21 @@ def evaluate(
     if isinstance(result, Mapping):
         metrics = dict(sorted(result.items()))
         if "loss" not in metrics:
-            raise ValueError(f'level {level.name!r}: a loss that returns a dict must have the key "loss", got {sorted(metrics)}.')
+            raise ValueError(
+                f'level {level.name!r}: a loss that returns a dict must have the key "loss", got '
+                f"{sorted(metrics)}."
+            )
         result = metrics.pop("loss")
     for name, value in (("loss", result), *metrics.items()):
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-            kind = f"{value.dtype} tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            kind = (
+                f"{value.dtype} tensor of shape {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else type(value).__name__
+            )
             raise ValueError(
-                f"level {level.name!r}: the loss must return floating-point scalars, got for {name!r} a {kind}. Take the mean."
+                f"level {level.name!r}: the loss must return floating-point scalars, got for "
+                f"{name!r} a {kind}. Take the mean."
             )
     if metrics:
         metrics = {name: value.detach() for name, value in metrics.items()}
@@ -143,8 +172,9 @@ def evaluate(
 def kept(buffers: Params, level: str, carried: Mapping[str, Collection[str]] | None) -> Params:
     """Return a level's buffers, as constants apart from those that are carried.
 
-    Also what comes in has to be seen to: a step that is rebuilt, or a loop that is one Function, gives derivatives to all that
-    floats, and torch's norm layers refuse running statistics that have one.
+    Also what comes in has to be seen to: a step that is rebuilt, or a loop that is one Function,
+    gives derivatives to all that floats, and torch's norm layers refuse running statistics that
+    have one.
     """
     if not buffers or carried is None:
         return buffers

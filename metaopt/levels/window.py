@@ -11,7 +11,9 @@ from metaopt.tree import Tree
 
 
 class Happened(NamedTuple):
-    """An event, and what running it again takes: what was seen, the rows, the state afterwards; whether it began at its start."""
+    """An event, and what running it again takes: what was seen, the rows, the state afterwards;
+    whether it began at its start.
+    """
 
     event: Event
     scene: Tree
@@ -52,7 +54,10 @@ class Window:
         pairs = zip(self.happened, happened, strict=True)
         return Window(
             start,
-            tuple(old._replace(scene=scene, rows=rows, after=after) for old, (scene, rows, after) in pairs),
+            tuple(
+                old._replace(scene=scene, rows=rows, after=after)
+                for old, (scene, rows, after) in pairs
+            ),
             {name: window.with_tensors(inner[name]) for name, window in self.inner.items()},
         )
 
@@ -60,7 +65,9 @@ class Window:
 NO_WINDOW = Window({})
 
 
-def opened(names: Iterable[str], shared: Mapping[str, frozenset[str]], states: Mapping[str, Tree]) -> dict[str, Window]:
+def opened(
+    names: Iterable[str], shared: Mapping[str, frozenset[str]], states: Mapping[str, Tree]
+) -> dict[str, Window]:
     """Return level -> window of those that share levels, before anything has happened.
 
     Args:
@@ -76,18 +83,29 @@ def opened(names: Iterable[str], shared: Mapping[str, frozenset[str]], states: M
 
 
 def advanced(
-    happened: Happened, windows: Mapping[str, Window], shared: Mapping[str, frozenset[str]], states: Mapping[str, Tree]
+    happened: Happened,
+    windows: Mapping[str, Window],
+    shared: Mapping[str, frozenset[str]],
+    states: Mapping[str, Tree],
 ) -> dict[str, Window]:
-    """Return the windows when this has happened too: those that wait for the level hold it, and its own begins again."""
+    """Return the windows when this has happened too: those that wait for the level hold it, and its
+    own begins again.
+    """
     name = happened.event.level
-    found = {waiting: window.then(happened) if name in shared[waiting] else window for waiting, window in windows.items()}
+    found = {
+        waiting: window.then(happened) if name in shared[waiting] else window
+        for waiting, window in windows.items()
+    }
     if name in found:
         found[name] = _beginning(name, shared, states, found)
     return found
 
 
 def _beginning(
-    name: str, shared: Mapping[str, frozenset[str]], states: Mapping[str, Tree], windows: Mapping[str, Window]
+    name: str,
+    shared: Mapping[str, frozenset[str]],
+    states: Mapping[str, Tree],
+    windows: Mapping[str, Window],
 ) -> Window:
     inner = {other: windows[other] for other in sorted(shared[name]) if other in windows}
     return Window({other: states[other] for other in sorted(shared[name])}, (), inner)

@@ -24,8 +24,8 @@ class Solution(NamedTuple):
 
     Attributes:
         value: x, a tree like b.
-        residual: |b - (A + damping I) x| / |b|, a scalar; 0 for b = 0. The Krylov methods know it from their recurrences, which in
-            finite precision can be too optimistic by cond(A) eps.
+        residual: |b - (A + damping I) x| / |b|, a scalar; 0 for b = 0. The Krylov methods know it
+            from their recurrences, which in finite precision can be too optimistic by cond(A) eps.
         steps: iterations made, int64. Under `vmap` each element has its own.
     """
 
@@ -38,10 +38,11 @@ class Solution(NamedTuple):
 class LinearSolver(ABC):
     """A solver of (A + damping I) x = b on trees: `solver(matvec, b, start=None) -> Solution`.
 
-    Subclasses see vectors: all leaves in a row, divided by |b|, so that no result depends on the scale of b and none of the
-    squares underflows. Everything is deterministic, works under `vmap` (each element stops by itself), `torch.func.grad` and
-    `torch.compile`. Where values can be read, iterations end with the last element's; elsewhere all `max_steps` are made, and
-    what has converged stays as it is.
+    Subclasses see vectors: all leaves in a row, divided by |b|, so that no result depends on the
+    scale of b and none of the squares underflows. Everything is deterministic, works under `vmap`
+    (each element stops by itself), `torch.func.grad` and `torch.compile`. Where values can be read,
+    iterations end with the last element's; elsewhere all `max_steps` are made, and what has
+    converged stays as it is.
 
     Args:
         damping: added to the operator's diagonal.
@@ -52,13 +53,16 @@ class LinearSolver(ABC):
     def __post_init__(self) -> None:
         check_number(self, "damping", self.damping, at_least=0.0)
 
-    def __call__(self, matvec: Callable[[Tree], Tree], b: Tree, *, start: Tree | None = None) -> Solution:
+    def __call__(
+        self, matvec: Callable[[Tree], Tree], b: Tree, *, start: Tree | None = None
+    ) -> Solution:
         """Solve (A + damping I) x = b.
 
         Args:
             matvec: x -> A x, linear, from trees like b to trees like b.
             b: the right-hand side, a tree of floating-point tensors.
-            start: where to begin, a tree like b; by default zero. Direct methods have no use for it.
+            start: where to begin, a tree like b; by default zero. Direct methods have no use for
+                it.
 
         Raises:
             ValueError: `start`, or what `matvec` returns, has another structure than b.
@@ -80,7 +84,9 @@ class LinearSolver(ABC):
         return Solution(tree.unravel(x * scale, b), torch.where(scale > 0, residual, 0), steps)
 
     @abstractmethod
-    def _solve(self, operator: Operator, b: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _solve(
+        self, operator: Operator, b: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (x [n], |b - A x|, steps) for |b| = 1, or b = 0, and the damped operator A."""
 
 
@@ -90,7 +96,8 @@ class IterativeSolver(LinearSolver):
 
     Args:
         max_steps: iterations at most.
-        rtol: relative residual at which to end; not below the precision of the numbers, where steps only add noise.
+        rtol: relative residual at which to end; not below the precision of the numbers, where steps
+            only add noise.
         damping: added to the operator's diagonal.
     """
 
@@ -102,10 +109,14 @@ class IterativeSolver(LinearSolver):
         check_count(self, "max_steps", self.max_steps)
         check_number(self, "rtol", self.rtol, at_least=0.0)
 
-    def _begin(self, operator: Operator, b: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _begin(
+        self, operator: Operator, b: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (x, b - A x, 0 steps)."""
         zero = torch.zeros_like(b[0], dtype=torch.int64)
-        return (torch.zeros_like(b), b, zero) if start is None else (start, b - operator(start), zero)
+        return (
+            (torch.zeros_like(b), b, zero) if start is None else (start, b - operator(start), zero)
+        )
 
     def _unsolved(self, residual: Tensor) -> Tensor:
         """Say whether the norm of the residual asks for another step."""
@@ -115,15 +126,21 @@ class IterativeSolver(LinearSolver):
 def check_count(owner: object, name: str, value: object) -> None:
     """Raise ValueError unless `value` is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{type(owner).__name__}: `{name}` must be a positive integer, got {value!r}.")
+        raise ValueError(
+            f"{type(owner).__name__}: `{name}` must be a positive integer, got {value!r}."
+        )
 
 
 def check_number(owner: object, name: str, value: object, *, at_least: float | None = None) -> None:
     """Raise ValueError unless `value` is a finite number: positive, or not below `at_least`."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    number = (
+        isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    )
     if not number or not (value > 0 if at_least is None else value >= at_least):  # type: ignore[operator]
         bound = "positive" if at_least is None else f"at least {at_least:g}"
-        raise ValueError(f"{type(owner).__name__}: `{name}` must be a finite number, {bound}, got {value!r}.")
+        raise ValueError(
+            f"{type(owner).__name__}: `{name}` must be a finite number, {bound}, got {value!r}."
+        )
 
 
 def all_done(active: Tensor) -> bool:
@@ -132,19 +149,27 @@ def all_done(active: Tensor) -> bool:
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return the quotient, 0 where the denominator is 0: a method that breaks down stays where it is."""
+    """Return the quotient, 0 where the denominator is 0: a method that breaks down stays where it
+    is.
+    """
     regular = denominator != 0
     return torch.where(regular, numerator / torch.where(regular, denominator, 1), 0)
 
 
 def products(operator: Operator, rows: Tensor) -> Tensor:
-    """Return A r for each row r of [k, n], as rows, batched by `vmap`; randomness inside A is one and the same for all."""
+    """Return A r for each row r of [k, n], as rows, batched by `vmap`; randomness inside A is one
+    and the same for all.
+    """
     return torch.func.vmap(operator, randomness="same")(rows)
 
 
 def seeded_normal(n: int, k: int, seed: int) -> Tensor:
-    """Return the same standard normal numbers [n, k], float64, for the same arguments, under every transform."""
-    return _drawn(lambda generator: torch.randn(n, k, dtype=torch.float64, generator=generator), seed)
+    """Return the same standard normal numbers [n, k], float64, for the same arguments, under every
+    transform.
+    """
+    return _drawn(
+        lambda generator: torch.randn(n, k, dtype=torch.float64, generator=generator), seed
+    )
 
 
 def seeded_places(n: int, k: int, seed: int) -> Tensor:
@@ -154,7 +179,9 @@ def seeded_places(n: int, k: int, seed: int) -> Tensor:
 
 @constant_when_compiled
 def _drawn(draw: Callable[[torch.Generator], Tensor], seed: int) -> Tensor:
-    """Draw outside of all transforms: `vmap` would refuse, or draw one per element; a compiler keeps the numbers."""
+    """Draw outside of all transforms: `vmap` would refuse, or draw one per element; a compiler
+    keeps the numbers.
+    """
     with outside_transforms():
         return draw(torch.Generator().manual_seed(seed))
 

@@ -15,8 +15,9 @@ from metaopt.linear_solve.base import IterativeSolver, Operator, all_done, divid
 class BiCGStab(IterativeSolver):
     """Solve A x = b for any A in short recurrences, without A'.
 
-    Exact after n steps in n dimensions unless it breaks down; it then stays where it is, which the residual tells. The residual
-    need not fall from step to step; `GMRES` is safer where its memory is at hand.
+    Exact after n steps in n dimensions unless it breaks down; it then stays where it is, which the
+    residual tells. The residual need not fall from step to step; `GMRES` is safer where its memory
+    is at hand.
 
     Args:
         max_steps: iterations at most.
@@ -30,7 +31,9 @@ class BiCGStab(IterativeSolver):
         van der Vorst 1992, SIAM J. Sci. Stat. Comput. 13(2).
     """
 
-    def _solve(self, operator: Operator, b: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _solve(
+        self, operator: Operator, b: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x, r, steps = self._begin(operator, b, start)
         shadow, p, rho = r, r, r @ r
         for _ in range(self.max_steps):

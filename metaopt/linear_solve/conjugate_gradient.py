@@ -13,25 +13,30 @@ from metaopt.linear_solve.base import IterativeSolver, Operator, all_done, divid
 
 @dataclass(frozen=True)
 class ConjugateGradient(IterativeSolver):
-    """Solve A x = b for symmetric positive definite A, minimising the error in the norm x'Ax over the Krylov space.
+    """Solve A x = b for symmetric positive definite A, minimising the error in the norm x'Ax over
+    the Krylov space.
 
-    Exact after n steps in n dimensions; after k steps the error has fallen by 2 ((sqrt(c) - 1) / (sqrt(c) + 1))^k at least,
-    with the condition number c. A Hessian with negative eigenvalues needs `damping` above the largest of them, or `NormalCG`.
+    Exact after n steps in n dimensions; after k steps the error has fallen by 2 ((sqrt(c) - 1) /
+    (sqrt(c) + 1))^k at least, with the condition number c. A Hessian with negative eigenvalues
+    needs `damping` above the largest of them, or `NormalCG`.
 
     Args:
         max_steps: iterations at most.
         rtol: relative residual at which to end.
-        damping: added to A's diagonal. iMAML's regularised Hessian I + H / lam is, up to the factor lam, damping lam.
+        damping: added to A's diagonal. iMAML's regularised Hessian I + H / lam is, up to the factor
+            lam, damping lam.
 
     Cost:
         One product a step, one more with a start; 4 vectors.
 
     Reference:
-        Hestenes, Stiefel 1952; for hypergradients Pedregosa 2016, arXiv:1602.02355, and Rajeswaran et al. 2019,
-        arXiv:1909.04630.
+        Hestenes, Stiefel 1952; for hypergradients Pedregosa 2016, arXiv:1602.02355, and Rajeswaran
+        et al. 2019, arXiv:1909.04630.
     """
 
-    def _solve(self, operator: Operator, b: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _solve(
+        self, operator: Operator, b: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self._preconditioned(operator, b, start, lambda r: r)
 
     def _preconditioned(

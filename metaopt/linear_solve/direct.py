@@ -25,7 +25,9 @@ class Direct(LinearSolver):
         n products batched by `vmap`, n^2 numbers, n^3 operations.
     """
 
-    def _solve(self, operator: Operator, b: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _solve(
+        self, operator: Operator, b: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         matrix = products(operator, torch.eye(len(b), dtype=b.dtype, device=b.device)).T
         x = torch.linalg.solve(matrix, b)
         return x, tree.norm(b - matrix @ x), torch.ones_like(b[0], dtype=torch.int64)

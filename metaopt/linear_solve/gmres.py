@@ -15,7 +15,8 @@ from metaopt.linear_solve.base import IterativeSolver, Operator, all_done, divid
 class GMRES(IterativeSolver):
     """Solve A x = b for any A, minimising |b - A x| over the Krylov space.
 
-    Exact after n steps in n dimensions, for every regular A. Not restarted: `max_steps` bounds its memory.
+    Exact after n steps in n dimensions, for every regular A. Not restarted: `max_steps` bounds its
+    memory.
 
     Args:
         max_steps: iterations at most.
@@ -29,12 +30,15 @@ class GMRES(IterativeSolver):
         Saad, Schultz 1986, SIAM J. Sci. Stat. Comput. 7(3).
     """
 
-    def _solve(self, operator: Operator, b: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _solve(
+        self, operator: Operator, b: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x, r, steps = self._begin(operator, b, start)
         k = self.max_steps
         residual = tree.norm(r)
         basis = [divide(r, residual)]
-        # With A V_k = V_{k+1} H, the least squares min |residual e_1 - H y| become triangular by one rotation a step: Q H = R.
+        # With A V_k = V_{k+1} H, the least squares min |residual e_1 - H y| become triangular by
+        # one rotation a step: Q H = R.
         identity = torch.eye(k + 1, dtype=b.dtype, device=b.device)
         Q = list(identity)  # its rows
         R: list[Tensor] = []  # its columns
@@ -53,7 +57,10 @@ class GMRES(IterativeSolver):
             column = [q[: j + 1] @ h for q in Q[: j + 1]]
             radius = tree.safe_sqrt(column[j].square() + length.square())
             active = active & (radius > noise)
-            cosine, sine = (torch.where(active, divide(part, radius), one) for part, one in ((column[j], 1.0), (length, 0.0)))
+            cosine, sine = (
+                torch.where(active, divide(part, radius), one)
+                for part, one in ((column[j], 1.0), (length, 0.0))
+            )
             Q[j], Q[j + 1] = cosine * Q[j] + sine * Q[j + 1], cosine * Q[j + 1] - sine * Q[j]
             # Where nothing is left to do, the column is e_j and the right-hand side 0: y_j = 0.
             column[j] = torch.where(active, radius, 1)
@@ -70,7 +77,9 @@ class GMRES(IterativeSolver):
 
 
 def _orthogonalized(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the coefficients of `vector` in the orthonormal rows of `basis`, and what is left; twice, for full precision."""
+    """Return the coefficients of `vector` in the orthonormal rows of `basis`, and what is left;
+    twice, for full precision.
+    """
     first = basis @ vector
     left = vector - first @ basis
     second = basis @ left

@@ -15,9 +15,10 @@ from metaopt.linear_solve.base import LinearSolver, Operator, check_count, check
 class Neumann(LinearSolver):
     """Approximate A^-1 b by eta sum_{i < terms} (I - eta A)^i b.
 
-    Converges for eigenvalues in (0, 2 / eta); along an eigenvalue mu the relative error is exactly (1 - eta mu)^terms. With SGD's
-    step size for eta it is what backpropagation through the last `terms` steps at a fixed point computes. It is linear in b,
-    so noise in the products averages out.
+    Converges for eigenvalues in (0, 2 / eta); along an eigenvalue mu the relative error is exactly
+    (1 - eta mu)^terms. With SGD's step size for eta it is what backpropagation through the last
+    `terms` steps at a fixed point computes. It is linear in b, so noise in the products averages
+    out.
 
     Args:
         step_size: eta; below 2 over the largest eigenvalue of A + damping I.
@@ -39,7 +40,9 @@ class Neumann(LinearSolver):
         check_number(self, "step_size", self.step_size)
         check_count(self, "terms", self.terms)
 
-    def _solve(self, operator: Operator, b: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _solve(
+        self, operator: Operator, b: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x, r = (torch.zeros_like(b), b) if start is None else (start, b - operator(start))
         for _ in range(self.terms):
             x, r = x + self.step_size * r, r - self.step_size * operator(r)

@@ -13,10 +13,11 @@ from metaopt.linear_solve.base import IterativeSolver, Operator, all_done, divid
 
 @dataclass(frozen=True)
 class NormalCG(IterativeSolver):
-    """Solve A'A x = A'b for any A, indefinite or not symmetric, minimising |b - A x| over the Krylov space of A'A.
+    """Solve A'A x = A'b for any A, indefinite or not symmetric, minimising |b - A x| over the
+    Krylov space of A'A.
 
-    A' comes from the vjp of the product. If A is singular, x tends to a least-squares solution. The condition number is
-    squared, so expect about as many more steps.
+    A' comes from the vjp of the product. If A is singular, x tends to a least-squares solution. The
+    condition number is squared, so expect about as many more steps.
 
     Args:
         max_steps: iterations at most.
@@ -27,10 +28,13 @@ class NormalCG(IterativeSolver):
         One product with A and one with A' a step, and two more; 4 vectors and A's graph.
 
     Reference:
-        Hestenes, Stiefel 1952, section 10; Saad 2003, Iterative Methods for Sparse Linear Systems, algorithm 8.4 (CGNR).
+        Hestenes, Stiefel 1952, section 10; Saad 2003, Iterative Methods for Sparse Linear Systems,
+        algorithm 8.4 (CGNR).
     """
 
-    def _solve(self, operator: Operator, b: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _solve(
+        self, operator: Operator, b: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         _, pullback, *_ = torch.func.vjp(operator, torch.zeros_like(b))
 
         def transposed(y: Tensor) -> Tensor:

@@ -8,16 +8,25 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.linear_solve.base import LinearSolver, Operator, check_count, check_number, products, seeded_places
+from metaopt.linear_solve.base import (
+    LinearSolver,
+    Operator,
+    check_count,
+    check_number,
+    products,
+    seeded_places,
+)
 
 
 @dataclass(frozen=True)
 class Nystrom(LinearSolver):
-    """Solve (H_K' W^+ H_K + rho I) x = b, with `rank` rows H_K of a symmetric H and their block W = H_KK; no iteration.
+    """Solve (H_K' W^+ H_K + rho I) x = b, with `rank` rows H_K of a symmetric H and their block W =
+    H_KK; no iteration.
 
-    With C = H_K' = Q R and M = R W^+ R', x = Q (M + rho I)^-1 Q'b + (b - Q Q'b) / rho: the same as the paper's Woodbury formula
-    b / rho - C (W + C'C / rho)^-1 C'b / rho^2, which squares the condition number. What the columns miss counts as 0, so the error
-    there is a factor rho / (rho + eigenvalue); with all n columns x = (H + rho I)^-1 b.
+    With C = H_K' = Q R and M = R W^+ R', x = Q (M + rho I)^-1 Q'b + (b - Q Q'b) / rho: the same as
+    the paper's Woodbury formula b / rho - C (W + C'C / rho)^-1 C'b / rho^2, which squares the
+    condition number. What the columns miss counts as 0, so the error there is a factor rho / (rho +
+    eigenvalue); with all n columns x = (H + rho I)^-1 b.
 
     Args:
         rank: number of columns, at most n of which are used.
@@ -39,7 +48,9 @@ class Nystrom(LinearSolver):
         check_number(self, "damping", self.damping)
         check_count(self, "rank", self.rank)
 
-    def _solve(self, operator: Operator, b: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _solve(
+        self, operator: Operator, b: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         n, rho = len(b), self.damping
         rank = min(self.rank, n)
         places = seeded_places(n, rank, self.seed).to(b.device)
@@ -49,6 +60,8 @@ class Nystrom(LinearSolver):
         Q, R = torch.linalg.qr(C)
         M = R @ torch.linalg.pinv((W + W.T) / 2, hermitian=True) @ R.T
         projected = Q.T @ b
-        inside = torch.linalg.solve(M + rho * torch.eye(rank, dtype=b.dtype, device=b.device), projected)
+        inside = torch.linalg.solve(
+            M + rho * torch.eye(rank, dtype=b.dtype, device=b.device), projected
+        )
         x = Q @ (inside - projected / rho) + b / rho
         return x, tree.norm(b - operator(x)), torch.ones_like(b[0], dtype=torch.int64)

@@ -14,11 +14,12 @@ from metaopt.transforms import values_are_readable
 
 @dataclass(frozen=True)
 class NystromCG(ConjugateGradient):
-    """Solve (A + mu I) x = b for positive semidefinite A by conjugate gradients in the metric of a sketch of A.
+    """Solve (A + mu I) x = b for positive semidefinite A by conjugate gradients in the metric of a
+    sketch of A.
 
-    With an orthonormal random Omega [n, rank] and Y = A Omega, the sketch is Y (Omega'Y)^-1 Y' = U L U', and the preconditioner
-    P^-1 = U (l_rank + mu) (L + mu)^-1 U' + (I - U U') flattens the `rank` largest eigenvalues: the condition number left is about
-    (l_rank + mu) / (smallest + mu).
+    With an orthonormal random Omega [n, rank] and Y = A Omega, the sketch is Y (Omega'Y)^-1 Y' = U
+    L U', and the preconditioner P^-1 = U (l_rank + mu) (L + mu)^-1 U' + (I - U U') flattens the
+    `rank` largest eigenvalues: the condition number left is about (l_rank + mu) / (smallest + mu).
 
     Args:
         max_steps: iterations at most.
@@ -28,14 +29,16 @@ class NystromCG(ConjugateGradient):
         damping: mu, added to A's diagonal.
 
     Raises:
-        ValueError: the sketch of A is not positive definite (where values can be read; elsewhere x is nan).
+        ValueError: the sketch of A is not positive definite (where values can be read; elsewhere x
+            is nan).
 
     Cost:
         `rank` products batched by `vmap`, then those of `ConjugateGradient`; rank + 4 vectors.
 
     Reference:
-        Frangella, Tropp, Udell 2021, arXiv:2110.02820, algorithms 2.1 and 5.1. The shift nu that keeps the Cholesky factor
-        stable is left in L, of which it is a relative change by some n eps.
+        Frangella, Tropp, Udell 2021, arXiv:2110.02820, algorithms 2.1 and 5.1. The shift nu that
+        keeps the Cholesky factor stable is left in L, of which it is a relative change by some n
+        eps.
     """
 
     rank: int = 10
@@ -45,7 +48,9 @@ class NystromCG(ConjugateGradient):
         super().__post_init__()
         check_count(self, "rank", self.rank)
 
-    def _solve(self, operator: Operator, b: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _solve(
+        self, operator: Operator, b: Tensor, start: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         n = len(b)
         omega, _ = torch.linalg.qr(seeded_normal(n, min(self.rank, n), self.seed).to(b))
         Y = products(operator, omega.T).T - self.damping * omega
@@ -54,10 +59,13 @@ class NystromCG(ConjugateGradient):
         factor, info = torch.linalg.cholesky_ex(_symmetric(omega.T @ Y))
         if values_are_readable() and info > 0:
             raise ValueError(
-                "NystromCG: the operator must be positive semidefinite, but its sketch has a negative eigenvalue. Conjugate "
-                "gradients do not apply. Use `NormalCG` or `GMRES`, or put the damping into the operator."
+                "NystromCG: the operator must be positive semidefinite, but its sketch has a "
+                "negative eigenvalue. Conjugate gradients do not apply. Use `NormalCG` or `GMRES`, "
+                "or put the damping into the operator."
             )
-        factor = torch.where(info == 0, factor, torch.eye(len(factor), dtype=b.dtype, device=b.device))
+        factor = torch.where(
+            info == 0, factor, torch.eye(len(factor), dtype=b.dtype, device=b.device)
+        )
         B = torch.linalg.solve_triangular(factor, Y.T, upper=False).T
         U, singular, _ = torch.linalg.svd(B, full_matrices=False)
         eigenvalues = singular.square() + self.damping

@@ -22,7 +22,9 @@ from metaopt.tree import Tree
 
 
 class Estimate(NamedTuple):
-    """A meta-gradient, one per task [tasks, ...], the mean loss of each task [tasks], and the estimator's next state."""
+    """A meta-gradient, one per task [tasks, ...], the mean loss of each task [tasks], and the
+    estimator's next state.
+    """
 
     grads: Params
     losses: Tensor
@@ -30,7 +32,8 @@ class Estimate(NamedTuple):
 
 
 class Estimator(Protocol):
-    """Estimates the derivative of the mean loss over an episode with respect to an optimizer's parameters.
+    """Estimates the derivative of the mean loss over an episode with respect to an optimizer's
+    parameters.
 
     Whatever it remembers (inner problems under way) is its explicit state.
     """
@@ -40,23 +43,39 @@ class Estimator(Protocol):
         ...
 
     def __call__(
-        self, optimizer: Optimizer, theta: Params, family: TaskFamily, horizon: int, state: Any, generator: torch.Generator
+        self,
+        optimizer: Optimizer,
+        theta: Params,
+        family: TaskFamily,
+        horizon: int,
+        state: Any,
+        generator: torch.Generator,
     ) -> Estimate:
         """Estimate at theta, for episodes of `horizon` steps."""
         ...
 
 
 class _Way:
-    """How several tasks are gone through: batched, or one after the other, as the first look at a family decides."""
+    """How several tasks are gone through: batched, or one after the other, as the first look at a
+    family decides.
+    """
 
     def __init__(self) -> None:
         self._family: TaskFamily | None = None
         self._loops = False
 
     def gradients(
-        self, optimizer: Optimizer, theta: Params, family: TaskFamily, tasks: Task, opt_states: Any, rule: Rule
+        self,
+        optimizer: Optimizer,
+        theta: Params,
+        family: TaskFamily,
+        tasks: Task,
+        opt_states: Any,
+        rule: Rule,
     ) -> tuple[Params, Tensor, tuple[Tree, Any]]:
-        """Return (gradients, mean losses, (params, optimizer states) at the end), with the leading axis of the tasks."""
+        """Return (gradients, mean losses, (params, optimizer states) at the end), with the leading
+        axis of the tasks.
+        """
         given = (tuple(tasks), opt_states)
 
         def one(theta: Params, given: Tree) -> tuple[Tensor, tuple[Tree, Any]]:
@@ -64,18 +83,25 @@ class _Way:
             return _episode(optimizer, theta, family, Task(*task), opt_state, rule)
 
         def batched(theta: Params, given: Tree) -> tuple[Params, tuple[Tensor, tuple[Tree, Any]]]:
-            per_task = vmap(grad_and_value(one, has_aux=True), in_dims=(None, 0), randomness="different")
+            per_task = vmap(
+                grad_and_value(one, has_aux=True), in_dims=(None, 0), randomness="different"
+            )
             return per_task(theta, given)  # type: ignore[no-any-return]
 
         count = len(tree.leaves(tasks.params)[0])
         if count > 1 and self._family is not family:
             two = tree.index(given, slice(2))
-            self._family, self._loops = family, prefers_loop(lambda _, two: batched(theta, two), tree.index(two[0][0], 0), two)
+            self._family, self._loops = (
+                family,
+                prefers_loop(lambda _, two: batched(theta, two), tree.index(two[0][0], 0), two),
+            )
         if count > 1 and not self._loops:
             grads, (losses, ends) = batched(theta, given)
             return grads, losses, ends
         with torch.no_grad():  # nobody differentiates a meta-gradient again
-            found = [gradient(partial(one, given=tree.index(given, i)), theta) for i in range(count)]
+            found = [
+                gradient(partial(one, given=tree.index(given, i)), theta) for i in range(count)
+            ]
         grads, losses, ends = tree.stack(found)
         return grads, losses, ends
 
@@ -85,7 +111,8 @@ class FullUnroll:
     """g = d/dtheta 1/T sum_t L_t, backpropagated through whole episodes.
 
     Args:
-        tasks: number of episodes, batched by `vmap` where that is faster than one after the other, see `prefers_loop`.
+        tasks: number of episodes, batched by `vmap` where that is faster than one after the other,
+            see `prefers_loop`.
         differentiate: how gradients pass through the inner loop.
 
     Cost:
@@ -104,11 +131,19 @@ class FullUnroll:
         return None
 
     def __call__(
-        self, optimizer: Optimizer, theta: Params, family: TaskFamily, horizon: int, state: None, generator: torch.Generator
+        self,
+        optimizer: Optimizer,
+        theta: Params,
+        family: TaskFamily,
+        horizon: int,
+        state: None,
+        generator: torch.Generator,
     ) -> Estimate:
         tasks = sample_tasks(family, generator, self.tasks, horizon)
         opt_states = vmap(optimizer.init)(tasks.params)
-        grads, losses, _ = self._way.gradients(optimizer, theta, family, tasks, opt_states, self.differentiate)
+        grads, losses, _ = self._way.gradients(
+            optimizer, theta, family, tasks, opt_states, self.differentiate
+        )
         return Estimate(grads, losses, None)
 
 
@@ -116,13 +151,14 @@ class FullUnroll:
 class TruncatedBackprop:
     """g = d/dtheta 1/window sum of L_t over a window, the inner state at its start held constant.
 
-    Episodes go on from window to window and start afresh at the horizon; the last window of an episode is shorter if the
-    horizon is no multiple. Biased towards short-sighted updates, so select by validation (Wu, Ren, Liao, Grosse 2018,
-    arXiv:1803.02021).
+    Episodes go on from window to window and start afresh at the horizon; the last window of an
+    episode is shorter if the horizon is no multiple. Biased towards short-sighted updates, so
+    select by validation (Wu, Ren, Liao, Grosse 2018, arXiv:1803.02021).
 
     Args:
         window: steps per estimate.
-        tasks: number of episodes, batched by `vmap` where that is faster than one after the other, see `prefers_loop`.
+        tasks: number of episodes, batched by `vmap` where that is faster than one after the other,
+            see `prefers_loop`.
         differentiate: how gradients pass through a window.
 
     Cost:
@@ -140,20 +176,38 @@ class TruncatedBackprop:
         object.__setattr__(self, "_way", _Way())
 
     def init(self) -> None:
-        """Return the state before the first episode; later it is a dict of tasks, optimizer states and the step."""
+        """Return the state before the first episode; later it is a dict of tasks, optimizer states
+        and the step.
+        """
         return None
 
     def __call__(
-        self, optimizer: Optimizer, theta: Params, family: TaskFamily, horizon: int, state: Any, generator: torch.Generator
+        self,
+        optimizer: Optimizer,
+        theta: Params,
+        family: TaskFamily,
+        horizon: int,
+        state: Any,
+        generator: torch.Generator,
     ) -> Estimate:
         if state is None:
             tasks = sample_tasks(family, generator, self.tasks, horizon)
-            state = {"task": tuple(tasks), "optimizer": vmap(optimizer.init)(tasks.params), "step": 0}
+            state = {
+                "task": tuple(tasks),
+                "optimizer": vmap(optimizer.init)(tasks.params),
+                "step": 0,
+            }
         tasks, opt_state, start = Task(*state["task"]), state["optimizer"], state["step"]
         stop = min(start + self.window, horizon)
         window = Task(tasks.params, tree.map(lambda leaf: leaf[:, start:stop], tasks.batches))
-        grads, losses, (params, opt_state) = self._way.gradients(optimizer, theta, family, window, opt_state, self.differentiate)
-        after = {"task": (params, tasks.batches), "optimizer": opt_state, "step": stop} if stop < horizon else None
+        grads, losses, (params, opt_state) = self._way.gradients(
+            optimizer, theta, family, window, opt_state, self.differentiate
+        )
+        after = (
+            {"task": (params, tasks.batches), "optimizer": opt_state, "step": stop}
+            if stop < horizon
+            else None
+        )
         return Estimate(grads, losses, after)
 
 
@@ -164,15 +218,26 @@ class _Unroll(torch.nn.Module):
         super().__init__()
         self.optimizer = optimizer
 
-    def forward(self, family: TaskFamily, task: Task, opt_state: Any, rule: Rule) -> tuple[Tensor, tuple[Tree, Any]]:
-        out = minimize(family.loss, self.optimizer, task.params, task.batches, opt_state=opt_state, differentiate=rule)
+    def forward(
+        self, family: TaskFamily, task: Task, opt_state: Any, rule: Rule
+    ) -> tuple[Tensor, tuple[Tree, Any]]:
+        out = minimize(
+            family.loss,
+            self.optimizer,
+            task.params,
+            task.batches,
+            opt_state=opt_state,
+            differentiate=rule,
+        )
         return out.losses.mean(), tree.map(torch.Tensor.detach, (out.params, out.opt_state))
 
 
 def _episode(
     optimizer: Optimizer, theta: Params, family: TaskFamily, task: Task, opt_state: Any, rule: Rule
 ) -> tuple[Tensor, tuple[Tree, Any]]:
-    """Return (mean loss, (params, optimizer state) at the end) of the optimizer with parameters theta on one task."""
+    """Return (mean loss, (params, optimizer state) at the end) of the optimizer with parameters
+    theta on one task.
+    """
     lent = {f"optimizer.{name}": value for name, value in theta.items()}
     return functional_call(_Unroll(optimizer), lent, (family, task, opt_state, rule))
 

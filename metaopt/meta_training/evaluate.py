@@ -35,36 +35,63 @@ class Report:
     curves: dict[str, Tensor]
 
     def mean(self, name: str) -> float:
-        """Return the mean loss over seeds and steps: the area under the curve, divided by the horizon."""
+        """Return the mean loss over seeds and steps: the area under the curve, divided by the
+        horizon.
+        """
         return cast(float, self.curves[name].mean().tolist())
 
     def table(self) -> str:
-        """Return a row per optimizer: mean loss, its standard error over seeds, loss in the last tenth, diverged runs."""
+        """Return a row per optimizer: mean loss, its standard error over seeds, loss in the last
+        tenth, diverged runs.
+        """
         rows: list[list[str | float]] = []
         for name, losses in self.curves.items():
             per_seed = losses.mean(1)
-            error = per_seed.std() / len(per_seed) ** 0.5 if len(per_seed) > 1 else torch.tensor(torch.nan)
+            error = (
+                per_seed.std() / len(per_seed) ** 0.5
+                if len(per_seed) > 1
+                else torch.tensor(torch.nan)
+            )
             last = losses[:, -max(1, losses.shape[1] // 10) :].mean()
             diverged = (~losses.isfinite().all(1)).sum()
-            numbers = [cast(float, number.tolist()) for number in (per_seed.mean(), error, last, diverged)]
+            numbers = [
+                cast(float, number.tolist()) for number in (per_seed.mean(), error, last, diverged)
+            ]
             rows.append([name, *numbers])
         headers = ["optimizer", "mean loss", "std. error", "final loss", "diverged"]
         return write_table(headers, rows, ["", ".4f", ".4f", ".4f", ""])
 
     def plot(self, path: str | Path, title: str = "") -> None:
-        """Draw the mean loss against the step, with a band of two standard errors, into an image file."""
+        """Draw the mean loss against the step, with a band of two standard errors, into an image
+        file.
+        """
         with extra("`Report.plot`"):
             from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for name, losses in self.curves.items():
-            mean, error = losses.mean(0), losses.std(0, correction=len(losses) > 1) / len(losses) ** 0.5
+            mean, error = (
+                losses.mean(0),
+                losses.std(0, correction=len(losses) > 1) / len(losses) ** 0.5,
+            )
             steps = torch.arange(len(mean))
             (line,) = axes.plot(steps, mean, label=f"{name} (mean {self.mean(name):.3f})")
-            axes.fill_between(steps, mean - 2 * error, mean + 2 * error, color=line.get_color(), alpha=0.2, linewidth=0)
+            axes.fill_between(
+                steps,
+                mean - 2 * error,
+                mean + 2 * error,
+                color=line.get_color(),
+                alpha=0.2,
+                linewidth=0,
+            )
         seeds = len(next(iter(self.curves.values())))
-        axes.set(xlabel="inner step", ylabel=f"training loss, mean of {seeds} runs", yscale="log", title=title)
+        axes.set(
+            xlabel="inner step",
+            ylabel=f"training loss, mean of {seeds} runs",
+            yscale="log",
+            title=title,
+        )
         for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             axis_formatter("{x:g}")
         axes.grid(alpha=0.3)
@@ -74,7 +101,12 @@ class Report:
 
 
 def evaluate(
-    optimizers: Mapping[str, Optimizer], tasks: TaskFamily, *, horizon: int, seeds: int = 64, seed: int = TEST_SEED
+    optimizers: Mapping[str, Optimizer],
+    tasks: TaskFamily,
+    *,
+    horizon: int,
+    seeds: int = 64,
+    seed: int = TEST_SEED,
 ) -> Report:
     """Run every optimizer on the same `seeds` tasks for `horizon` steps.
 
@@ -83,14 +115,18 @@ def evaluate(
         tasks: the family to draw from.
         horizon: number of steps.
         seeds: number of tasks.
-        seed: where their randomness starts, that of losses with dropout included, which every optimizer meets alike; by default
-            test tasks, apart from those that `tune` and training use. The global generators stay as they are.
+        seed: where their randomness starts, that of losses with dropout included, which every
+            optimizer meets alike; by default test tasks, apart from those that `tune` and training
+            use. The global generators stay as they are.
 
     Raises:
         ValueError: there is nothing to compare, or a number is not positive.
     """
     if not optimizers or horizon < 1 or seeds < 1:
-        raise ValueError(f"`evaluate` needs an optimizer, a horizon and seeds, got {list(optimizers)}, {horizon} and {seeds}.")
+        raise ValueError(
+            f"`evaluate` needs an optimizer, a horizon and seeds, got {list(optimizers)}, "
+            f"{horizon} and {seeds}."
+        )
     generator = torch.Generator().manual_seed(seed)
     drawn = sample_tasks(tasks, generator, seeds, horizon)
     noise = Ambient.after(generator, tree.leaves(tuple(drawn)))
@@ -106,7 +142,12 @@ def evaluate(
 
 
 def tune(
-    make: Callable[[float], Optimizer], grid: Iterable[float], tasks: TaskFamily, *, horizon: int, seeds: int = 32
+    make: Callable[[float], Optimizer],
+    grid: Iterable[float],
+    tasks: TaskFamily,
+    *,
+    horizon: int,
+    seeds: int = 32,
 ) -> tuple[float, float]:
     """Return (the value in `grid` with the lowest mean loss on validation tasks, that loss).
 

@@ -15,19 +15,23 @@ from metaopt.optimizer import Optimizer, apply_updates
 
 
 class MetaTraining:
-    """theta_{k+1} = theta_k + outer update of the estimated meta-gradient; theta are the optimizer's `nn.Parameter`s.
+    """theta_{k+1} = theta_k + outer update of the estimated meta-gradient; theta are the
+    optimizer's `nn.Parameter`s.
 
-    A task whose loss or gradient is not finite is left out of the mean, and counted. The gradient of each other task is clipped
-    to the norm `clip` before the mean, so that one wild episode does not decide a step.
+    A task whose loss or gradient is not finite is left out of the mean, and counted. The gradient
+    of each other task is clipped to the norm `clip` before the mean, so that one wild episode does
+    not decide a step.
 
     Args:
-        optimizer: what is trained, in place: a learned optimizer, or a hand-designed one with parameters or learned schedules.
+        optimizer: what is trained, in place: a learned optimizer, or a hand-designed one with
+            parameters or learned schedules.
         tasks: the tasks it is trained on.
         estimator: `FullUnroll()`, `TruncatedBackprop(window)`, ...
         outer: the optimizer of theta.
         horizon: steps per episode.
         clip: largest norm of one task's meta-gradient; None for no limit.
-        seed: of all randomness in training (on a GPU, apart from what a loss draws from torch's generator there).
+        seed: of all randomness in training (on a GPU, apart from what a loss draws from torch's
+            generator there).
 
     Raises:
         ValueError: the optimizer has nothing to train, or a number is out of range.
@@ -47,7 +51,10 @@ class MetaTraining:
         if horizon < 1:
             raise ValueError(f"`horizon` must be a positive integer, got {horizon}.")
         if not isinstance(outer, Optimizer):
-            raise TypeError(f"`outer` must be a metaopt Optimizer, got {type(outer).__name__}. For example `outer=Adam(3e-3)`.")
+            raise TypeError(
+                f"`outer` must be a metaopt Optimizer, got {type(outer).__name__}. For example "
+                f"`outer=Adam(3e-3)`."
+            )
         if clip is not None and clip <= 0:
             raise ValueError(f"`clip` must be positive or None, got {clip}.")
         self.optimizer, self.tasks, self.estimator, self.outer = optimizer, tasks, estimator, outer
@@ -55,26 +62,47 @@ class MetaTraining:
         self.generator = torch.Generator().manual_seed(seed)
         if not self._theta():
             raise ValueError(
-                f"{type(optimizer).__name__} has nothing to train. Make a hyperparameter an nn.Parameter, "
+                f"{type(optimizer).__name__} has nothing to train. Make a hyperparameter an "
+                f"nn.Parameter, "
                 "for example `SGD(lr=nn.Parameter(torch.tensor(0.1)))`, or use a learned optimizer."
             )
         self.outer_state = outer.init(self._theta())
         self.estimator_state = estimator.init()
 
     def step(self) -> dict[str, float | Tensor]:
-        """Make one outer step; return the mean loss of its tasks, the meta-gradient's norm and how many tasks were left out."""
+        """Make one outer step; return the mean loss of its tasks, the meta-gradient's norm and how
+        many tasks were left out.
+        """
         theta = self._theta()
         seed = int(torch.randint(2**62, (), generator=self.generator))
-        with torch.random.fork_rng(devices=[]):  # what a loss draws from torch's own generator, dropout for example
+        # what a loss draws from torch's own generator, dropout for example
+        with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
-            estimate = self.estimator(self.optimizer, theta, self.tasks, self.horizon, self.estimator_state, self.generator)
-        norms = torch.stack([grad.reshape(len(grad), -1).square().sum(1) for grad in estimate.grads.values()]).sum(0).sqrt()
+            estimate = self.estimator(
+                self.optimizer,
+                theta,
+                self.tasks,
+                self.horizon,
+                self.estimator_state,
+                self.generator,
+            )
+        norms = (
+            torch.stack(
+                [grad.reshape(len(grad), -1).square().sum(1) for grad in estimate.grads.values()]
+            )
+            .sum(0)
+            .sqrt()
+        )
         good = norms.isfinite() & estimate.losses.isfinite()
         weights = good / good.sum().clamp(min=1)
         if self.clip is not None:
             weights = weights * (self.clip / norms.clamp(min=self.clip))
         grads = {
-            name: torch.einsum("t,t...->...", weights.masked_fill(~good, 0), torch.where(_like(good, grad), grad, 0))
+            name: torch.einsum(
+                "t,t...->...",
+                weights.masked_fill(~good, 0),
+                torch.where(_like(good, grad), grad, 0),
+            )
             for name, grad in estimate.grads.items()
         }
         loss = estimate.losses[good].mean()
@@ -110,7 +138,11 @@ class MetaTraining:
         self.generator.set_state(state["generator"])
 
     def _theta(self) -> Params:
-        return {name: value.detach() for name, value in self.optimizer.named_parameters() if value.requires_grad}
+        return {
+            name: value.detach()
+            for name, value in self.optimizer.named_parameters()
+            if value.requires_grad
+        }
 
 
 def _like(mask: Tensor, tensor: Tensor) -> Tensor:

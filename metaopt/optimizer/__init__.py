@@ -1,4 +1,6 @@
-"""What an optimizer is: its state, hyperparameters, schedules, and how it serves `torch.optim`'s users."""
+"""What an optimizer is: its state, hyperparameters, schedules, and how it serves `torch.optim`'s
+users.
+"""
 
 from __future__ import annotations
 
@@ -6,4 +8,14 @@ from metaopt.optimizer.apply import apply_update, apply_updates
 from metaopt.optimizer.equals import register_equal
 from metaopt.optimizer.optimizer import Hyper, Leaves, Observe, Optimizer, Slots, State
 
-__all__ = ["Hyper", "Leaves", "Observe", "Optimizer", "Slots", "State", "apply_update", "apply_updates", "register_equal"]
+__all__ = [
+    "Hyper",
+    "Leaves",
+    "Observe",
+    "Optimizer",
+    "Slots",
+    "State",
+    "apply_update",
+    "apply_updates",
+    "register_equal",
+]

@@ -36,20 +36,24 @@ def fitted(param: Tensor, after: Tensor) -> Tensor:
     """
     if param.shape != after.shape:
         raise ValueError(
-            f"An update must have the shape of its parameter, {tuple(param.shape)}, got {tuple(after.shape)}. A tensor "
-            "hyperparameter must be a scalar or have the shape of every parameter; for different parameters use `Grouped`."
+            f"An update must have the shape of its parameter, {tuple(param.shape)}, got "
+            f"{tuple(after.shape)}. A tensor "
+            "hyperparameter must be a scalar or have the shape of every parameter; for different "
+            "parameters use `Grouped`."
         )
     return after if after.dtype == param.dtype else after.to(param.dtype)
 
 
 def check_gradients(gradients: Sequence[Tensor], weights: Sequence[Tensor], grads: Tree) -> None:
-    """Raise ValueError if a gradient would be broadcast to its parameter; `grads` is their tree, for its names."""
+    """Raise ValueError if a gradient would be broadcast to its parameter; `grads` is their tree,
+    for its names.
+    """
     with torch._C.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
         if [gradient.shape for gradient in gradients] == [weight.shape for weight in weights]:
             return
         for place, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
             if gradient.shape != weight.shape:
                 raise ValueError(
-                    f"`grads` must have the shapes of `params`, got {tuple(gradient.shape)} for {tuple(weight.shape)} at "
-                    f"{tree.named_leaves(grads)[place][0]}."
+                    f"`grads` must have the shapes of `params`, got {tuple(gradient.shape)} for "
+                    f"{tuple(weight.shape)} at {tree.named_leaves(grads)[place][0]}."
                 )

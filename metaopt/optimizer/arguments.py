@@ -1,4 +1,6 @@
-"""What the arguments of a constructor may be: numbers and tensors within limits, counts, flags and words."""
+"""What the arguments of a constructor may be: numbers and tensors within limits, counts, flags and
+words.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class Limits(NamedTuple):
     def check(self, owner: object, name: str, value: float | Tensor) -> None:
         """Raise unless it is a number, or a real floating-point tensor, within the limits.
 
-        The entries of a tensor are looked at where they can be: not under a transform or a compiler, nor on the device "meta".
+        The entries of a tensor are looked at where they can be: not under a transform or a
+        compiler, nor on the device "meta".
 
         Raises:
             TypeError: a tensor of integers, truth values or complex numbers.
@@ -33,13 +36,18 @@ class Limits(NamedTuple):
             found = [] if self._holds(value) else [value]
         elif not value.is_floating_point():
             raise TypeError(
-                f"{kind}: `{name}` must be real and floating-point, got a tensor of {value.dtype}. It would be rounded, or lose a "
+                f"{kind}: `{name}` must be real and floating-point, got a tensor of {value.dtype}. "
+                f"It would be rounded, or lose a "
                 "part of its derivative. Write torch.tensor(0.1)."
             )
         else:
             found = self._outside(value) if is_readable(value) else []
         if found:
-            limit = f"[{self.low}, {self.below})" if math.isfinite(self.below) else f"[{self.low}, {self.high}]"
+            limit = (
+                f"[{self.low}, {self.below})"
+                if math.isfinite(self.below)
+                else f"[{self.low}, {self.high}]"
+            )
             raise ValueError(f"{kind}: `{name}` must lie in {limit}, got {found[0]}.")
 
     def _holds(self, value: float) -> bool:
@@ -53,7 +61,9 @@ class Limits(NamedTuple):
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Return True if the entries can be looked at; those of other classes may be fake, or spread over processes."""
+    """Return True if the entries can be looked at; those of other classes may be fake, or spread
+    over processes.
+    """
     return values_are_readable() and not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
 
 
@@ -78,7 +88,9 @@ def check_number(owner: object, name: str, value: Any, limits: Limits | None = N
         ValueError: it is out of the limits, by default infinite or nan.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{type(owner).__name__}: `{name}` must be a number, got {value!r}. Write {name}=0.1.")
+        raise TypeError(
+            f"{type(owner).__name__}: `{name}` must be a number, got {value!r}. Write {name}=0.1."
+        )
     (limits or Limits(low=-sys.float_info.max)).check(owner, name, value)
     return float(value)
 
@@ -115,7 +127,10 @@ def check_flag(owner: object, name: str, value: Any) -> bool:
         TypeError: it is something else; "no" would be taken for True.
     """
     if not isinstance(value, bool):
-        raise TypeError(f"{type(owner).__name__}: `{name}` must be True or False, got {value!r}. Write {name}=True.")
+        raise TypeError(
+            f"{type(owner).__name__}: `{name}` must be True or False, got {value!r}. Write "
+            f"{name}=True."
+        )
     return value
 
 
@@ -126,6 +141,10 @@ def check_choice(owner: object, name: str, value: Any, choices: Sequence[str]) -
         ValueError: it is none of them.
     """
     if value not in choices:
-        words = " or ".join(map(repr, choices)) if len(choices) == 2 else f"one of {', '.join(map(repr, choices))}"
+        words = (
+            " or ".join(map(repr, choices))
+            if len(choices) == 2
+            else f"one of {', '.join(map(repr, choices))}"
+        )
         raise ValueError(f"{type(owner).__name__}: `{name}` must be {words}, got {value!r}.")
     return value

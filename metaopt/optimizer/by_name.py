@@ -28,11 +28,12 @@ class Spread(NamedTuple):
 
 
 class ByName(Configurable):
-    """A hyperparameter whose value is that of the first pattern which the name of a parameter matches.
+    """A hyperparameter whose value is that of the first pattern which the name of a parameter
+    matches.
 
-    `SGD(lr={"*.bias": 0.01, "*": Cosine(0.1, 100)})` makes one. Names are dict keys, list indices and fields, joined by dots;
-    patterns are those of `fnmatch`. Each value may be a number, a tensor, a parameter or a schedule, which observes the gradients
-    of its own parameters.
+    `SGD(lr={"*.bias": 0.01, "*": Cosine(0.1, 100)})` makes one. Names are dict keys, list indices
+    and fields, joined by dots; patterns are those of `fnmatch`. Each value may be a number, a
+    tensor, a parameter or a schedule, which observes the gradients of its own parameters.
 
     Args:
         values: pattern -> value, in this order.
@@ -45,10 +46,15 @@ class ByName(Configurable):
     def __init__(self, values: Mapping[str, Any]):
         super().__init__()
         if not values:
-            raise ValueError('A hyperparameter by names must not be empty, got {}. Write {"*": 0.1}.')
+            raise ValueError(
+                'A hyperparameter by names must not be empty, got {}. Write {"*": 0.1}.'
+            )
         for pattern in values:
             if not isinstance(pattern, str):
-                raise TypeError(f"A hyperparameter by names needs patterns, got {pattern!r}. Write {{'*.bias': 0.01, '*': 0.1}}.")
+                raise TypeError(
+                    f"A hyperparameter by names needs patterns, got {pattern!r}. Write {{'*.bias': "
+                    f"0.01, '*': 0.1}}."
+                )
         self.patterns = tuple(values)
         for place, value in enumerate(values.values()):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -59,7 +65,9 @@ class ByName(Configurable):
     @property
     def values(self) -> dict[str, Any]:
         """Pattern -> value."""
-        return {pattern: getattr(self, f"value{place}") for place, pattern in enumerate(self.patterns)}
+        return {
+            pattern: getattr(self, f"value{place}") for place, pattern in enumerate(self.patterns)
+        }
 
     def extra_repr(self) -> str:
         """Return the first patterns with their values; schedules print themselves."""
@@ -68,10 +76,15 @@ class ByName(Configurable):
 
     def init(self, like: Tensor) -> dict[str, Any]:
         """Return pattern -> state of its schedule before the first step."""
-        return {pattern: value.init(like) for pattern, value in self.values.items() if isinstance(value, Schedule)}
+        return {
+            pattern: value.init(like)
+            for pattern, value in self.values.items()
+            if isinstance(value, Schedule)
+        }
 
     def match(self, owner: nn.Module, what: str, names: list[str]) -> list[list[str]]:
-        """Return for each pattern the names that take its value; `owner` and `what`, its hyperparameter, are for messages.
+        """Return for each pattern the names that take its value; `owner` and `what`, its
+        hyperparameter, are for messages.
 
         Raises:
             ValueError: a name that matches no pattern, or a pattern that gets none.
@@ -85,7 +98,14 @@ class ByName(Configurable):
         return Spread([key_of[name] for name in names], self.values)
 
     def advance(
-        self, owner: nn.Module, what: str, state: Any, *, named: dict[str, Tensor | None], step: Tensor, loss: Tensor | None
+        self,
+        owner: nn.Module,
+        what: str,
+        state: Any,
+        *,
+        named: dict[str, Tensor | None],
+        step: Tensor,
+        loss: Tensor | None,
     ) -> tuple[Spread, dict[str, Any]]:
         """Return (the values at this step, the next states of the schedules).
 
@@ -105,27 +125,41 @@ class ByName(Configurable):
             if not grads:  # nobody takes its value at this step, and it has nothing to see
                 values[pattern], after[pattern] = 0.0, state[pattern]
                 continue
-            values[pattern], after[pattern] = advance(schedule, state[pattern], step=step, loss=loss, grads=grads)
+            values[pattern], after[pattern] = advance(
+                schedule, state[pattern], step=step, loss=loss, grads=grads
+            )
         return Spread(keys, values), after
 
     def values_at(
-        self, owner: nn.Module, what: str, state: Any, *, named: dict[str, Tensor] | None, like: Tensor, **seen: Any
+        self,
+        owner: nn.Module,
+        what: str,
+        state: Any,
+        *,
+        named: dict[str, Tensor] | None,
+        like: Tensor,
+        **seen: Any,
     ) -> dict[str, Value]:
         """Return pattern -> value at this step; see `Schedule.value_at`."""
         keys, values = ([], self.values) if named is None else self.spread(owner, what, [*named])
         for pattern, schedule in self._schedules(owner, what, state).items():
             grads = None
             if named is not None:
-                grads = [grad for key, grad in zip(keys, named.values(), strict=True) if key == pattern]
+                grads = [
+                    grad for key, grad in zip(keys, named.values(), strict=True) if key == pattern
+                ]
             values[pattern] = read(schedule, state[pattern], grads=grads, like=like, **seen)
         return values
 
     def _schedules(self, owner: nn.Module, what: str, state: Any) -> dict[str, Schedule]:
         """Return pattern -> schedule; raise ValueError if the state has others."""
-        schedules = {pattern: value for pattern, value in self.values.items() if isinstance(value, Schedule)}
+        schedules = {
+            pattern: value for pattern, value in self.values.items() if isinstance(value, Schedule)
+        }
         if schedules.keys() != state.keys():
             raise ValueError(
-                f"`state` must be that of this {type(owner).__name__}, with the schedules {sorted(schedules)} of `{what}`, got "
-                f"{sorted(state)}. Pass what its own `init`, or the step before, returned."
+                f"`state` must be that of this {type(owner).__name__}, with the schedules "
+                f"{sorted(schedules)} of `{what}`, got {sorted(state)}. Pass what its own `init`, "
+                f"or the step before, returned."
             )
         return schedules

@@ -1,4 +1,6 @@
-"""Steps in which some parameters have other hyperparameters than others: those with the same are a cell."""
+"""Steps in which some parameters have other hyperparameters than others: those with the same are a
+cell.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Cell(NamedTuple):
     def take_memory(self, slots: Mapping[str, Any]) -> dict[str, Any]:
         """Return the memory of these parameters, as their optimizer alone would have it."""
         return {
-            name.removeprefix(SHARED): slot[self.places[0]] if name.startswith(SHARED) else self.take(slot)
+            name.removeprefix(SHARED): slot[self.places[0]]
+            if name.startswith(SHARED)
+            else self.take(slot)
             for name, slot in slots.items()
         }
 
@@ -51,7 +55,9 @@ class Cell(NamedTuple):
 
 
 def slot_name(name: str, slot: Any) -> str:
-    """Return the name of a slot where there are cells: a tensor for all parameters is one for each cell."""
+    """Return the name of a slot where there are cells: a tensor for all parameters is one for each
+    cell.
+    """
     return f"{SHARED}{name}" if isinstance(slot, Tensor) else name
 
 
@@ -64,13 +70,26 @@ def in_cells(hyper: Mapping[str, Any]) -> list[Cell] | None:
     for place, keys in enumerate(zip(*(spread.keys for spread in spreads.values()), strict=True)):
         cells.setdefault(keys, []).append(place)
     return [
-        Cell(places, {**hyper, **{name: spread.values[key] for (name, spread), key in zip(spreads.items(), keys, strict=True)}})
+        Cell(
+            places,
+            {
+                **hyper,
+                **{
+                    name: spread.values[key]
+                    for (name, spread), key in zip(spreads.items(), keys, strict=True)
+                },
+            },
+        )
         for keys, places in cells.items()
     ]
 
 
-def slots_in_cells(make: Callable[[Leaves], dict[str, Any]], leaves: Leaves, hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the memory before the first step, which `make(leaves)` returns for the parameters of a cell."""
+def slots_in_cells(
+    make: Callable[[Leaves], dict[str, Any]], leaves: Leaves, hyper: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the memory before the first step, which `make(leaves)` returns for the parameters of a
+    cell.
+    """
     cells = in_cells(hyper)
     if cells is None:
         return make(leaves)
@@ -86,13 +105,18 @@ def slots_in_cells(make: Callable[[Leaves], dict[str, Any]], leaves: Leaves, hyp
 def take(hyper: Mapping[str, Any], places: list[int]) -> dict[str, Any]:
     """Return the hyperparameters of some of the parameters."""
     return {
-        name: Spread([value.keys[place] for place in places], value.values) if type(value) is Spread else value
+        name: Spread([value.keys[place] for place in places], value.values)
+        if type(value) is Spread
+        else value
         for name, value in hyper.items()
     }
 
 
 def change_in_cells(
-    change: Callable[[Leaves, Leaves | None, Any], Leaves], leaves: Leaves, params: Leaves | None, hyper: Mapping[str, Any]
+    change: Callable[[Leaves, Leaves | None, Any], Leaves],
+    leaves: Leaves,
+    params: Leaves | None,
+    hyper: Mapping[str, Any],
 ) -> Leaves:
     """Return what `change(leaves, params, hyper)` does, called once for each cell."""
     cells = in_cells(hyper)
@@ -105,10 +129,18 @@ def change_in_cells(
     return changed
 
 
-def check_shapes(owner: nn.Module, hyper: Mapping[str, Any], leaves: Sequence[Tensor | None]) -> None:
-    """Raise ValueError if a tensor hyperparameter is neither a scalar nor of the shape of every parameter that it meets."""
+def check_shapes(
+    owner: nn.Module, hyper: Mapping[str, Any], leaves: Sequence[Tensor | None]
+) -> None:
+    """Raise ValueError if a tensor hyperparameter is neither a scalar nor of the shape of every
+    parameter that it meets.
+    """
     for name, value in hyper.items():
-        each = [value.values[key] for key in value.keys] if type(value) is Spread else [value] * len(leaves)
+        each = (
+            [value.values[key] for key in value.keys]
+            if type(value) is Spread
+            else [value] * len(leaves)
+        )
         for one, leaf in zip(each, leaves, strict=True):
             if (
                 leaf is not None
@@ -118,9 +150,12 @@ def check_shapes(owner: nn.Module, hyper: Mapping[str, Any], leaves: Sequence[Te
                 and (one.numel() != 1 or one.ndim > leaf.ndim)
             ):
                 raise ValueError(
-                    f"{type(owner).__name__}: `{name}` must be a scalar, or have the shape of every parameter that it meets, got "
-                    f"shape {tuple(one.shape)} for a parameter of shape {tuple(leaf.shape)}. A value for each step is "
-                    f"`{name}=PerStep(values)`, one for each of some steps `Piecewise`; one for some parameters is "
-                    f'`{name}={{"*.bias": 0.01, "*": 0.1}}`, or `Grouped`; one for each entry of each parameter '
+                    f"{type(owner).__name__}: `{name}` must be a scalar, or have the shape of "
+                    f"every parameter that it meets, got shape {tuple(one.shape)} for a parameter "
+                    f"of shape {tuple(leaf.shape)}. A value for each step is "
+                    f"`{name}=PerStep(values)`, one for each of some steps `Piecewise`; one for "
+                    f"some parameters is "
+                    f'`{name}={{"*.bias": 0.01, "*": 0.1}}`, or `Grouped`; one for each entry of '
+                    f"each parameter "
                     f"`{name}=PerParameter(params, 0.1)`."
                 )

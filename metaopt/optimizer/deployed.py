@@ -22,12 +22,13 @@ _OF_SCHEDULERS = {"initial_lr", "min_lr", "max_lr", "base_momentum", "max_moment
 
 
 class Deployed(torch.optim.Optimizer):
-    """Steps a model's parameters in place with a frozen copy of an `Optimizer`; made by `Optimizer.as_torch`.
+    """Steps a model's parameters in place with a frozen copy of an `Optimizer`; made by
+    `Optimizer.as_torch`.
 
-    Every scalar hyperparameter of the optimizer is a key of each parameter group, so groups may differ and
-    `torch.optim.lr_scheduler` works; a pair has torch's name too, such as `betas` for `beta1` and
-    `beta2`. Where the optimizer has no scalar `lr` (learned ones, and those whose `lr` is a
-    schedule), the group's `lr` is 1.0 and multiplies the updates.
+    Every scalar hyperparameter of the optimizer is a key of each parameter group, so groups may
+    differ and `torch.optim.lr_scheduler` works; a pair has torch's name too, such as `betas` for
+    `beta1` and `beta2`. Where the optimizer has no scalar `lr` (learned ones, and those whose `lr`
+    is a schedule), the group's `lr` is 1.0 and multiplies the updates.
 
     A parameter whose `.grad` is None is not moved, its memory stays and its step is not counted, as
     in torch. Schedules inside the optimizer count the steps in which a parameter of the group has a
@@ -41,7 +42,8 @@ class Deployed(torch.optim.Optimizer):
     state: dict[Any, Any]  # type: ignore[assignment]  # "group 0" -> its memory; torch's own have a parameter as key
 
     def __init__(self, params: Iterable[Any], optimizer: Optimizer):
-        constants = {id(buffer): buffer.detach().clone() for buffer in optimizer.buffers()}  # deepcopy refuses computed tensors
+        # deepcopy refuses computed tensors
+        constants = {id(buffer): buffer.detach().clone() for buffer in optimizer.buffers()}
         self._optimizer = copy.deepcopy(optimizer, constants).requires_grad_(False)
         numbers = {name: getattr(self._optimizer, name) for name in optimizer.hyperparameters}
         # A tensor with several rates stays as it is: schedulers of torch know scalars only.
@@ -58,21 +60,25 @@ class Deployed(torch.optim.Optimizer):
         Raises:
             ValueError: an option that the optimizer does not have, or one that is given twice.
         """
-        unknown = param_group.keys() - {"params", "param_names"} - self.defaults.keys() - _OF_SCHEDULERS
+        unknown = (
+            param_group.keys() - {"params", "param_names"} - self.defaults.keys() - _OF_SCHEDULERS
+        )
         if unknown:
             raise ValueError(
-                f"{type(self._optimizer).__name__} has no option {sorted(unknown)} for a parameter group; "
-                f"it has {sorted(self.defaults)}."
+                f"{type(self._optimizer).__name__} has no option {sorted(unknown)} for a parameter "
+                f"group; it has {sorted(self.defaults)}."
             )
         super().add_param_group(with_items(param_group))
-        self.param_groups[-1] = by_items(self.param_groups[-1])  # torch has filled in the default `betas` beside a given `beta1`
+        # torch has filled in the default `betas` beside a given `beta1`
+        self.param_groups[-1] = by_items(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Make one update.
 
         Args:
-            closure: recomputes the loss and its gradients and returns the loss; needed only if a schedule observes the loss.
+            closure: recomputes the loss and its gradients and returns the loss; needed only if a
+                schedule observes the loss.
 
         Returns:
             What the closure returned, else None.
@@ -88,20 +94,25 @@ class Deployed(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; tensors move to the devices and dtypes of the parameters,
-        which are known by their places, as in torch, whatever names they were saved under.
+        """Restore what `state_dict` returned; tensors move to the devices and dtypes of the
+        parameters, which are known by their places, as in torch, whatever names they were saved
+        under.
 
         Raises:
-            ValueError: the groups or the optimizer's memory do not fit these parameters; nothing is changed then.
+            ValueError: the groups or the optimizer's memory do not fit these parameters; nothing is
+                changed then.
         """
         fitted = {
             f"group {index}": self._fitted(f"group {index}", group, saved, state_dict["state"])
-            for index, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False))
+            for index, (group, saved) in enumerate(
+                zip(self.param_groups, state_dict["param_groups"], strict=False)
+            )
         }
         names = [group.get("param_names") for group in self.param_groups]
         super().load_state_dict(state_dict)
         self.param_groups = [by_items(group) for group in self.param_groups]
-        for group, own in zip(self.param_groups, names, strict=True):  # parameters go by their places, and keep their names
+        # parameters go by their places, and keep their names
+        for group, own in zip(self.param_groups, names, strict=True):
             group.pop("param_names", None)
             group |= {} if own is None else {"param_names": own}
         self.state.update({key: memory for key, memory in fitted.items() if memory is not None})
@@ -110,11 +121,14 @@ class Deployed(torch.optim.Optimizer):
         """Return what copying and pickling keep."""
         return super().__getstate__() | {"_optimizer": self._optimizer, "_numeric": self._numeric}
 
-    def _fitted(self, key: str, group: dict[str, Any], saved: dict[str, Any], states: dict[Any, Any]) -> tree.Tree | None:
+    def _fitted(
+        self, key: str, group: dict[str, Any], saved: dict[str, Any], states: dict[Any, Any]
+    ) -> tree.Tree | None:
         """Return the saved memory of a group, if there is one, on the devices of its parameters.
 
         Raises:
-            ValueError: the saved group or its memory does not fit this optimizer and these parameters.
+            ValueError: the saved group or its memory does not fit this optimizer and these
+                parameters.
         """
         missing = self.defaults.keys() - saved.keys() - TUPLES.keys()
         if missing:
@@ -127,16 +141,27 @@ class Deployed(torch.optim.Optimizer):
         params = _named(group)
         with self._options(saved):
             empty = self._optimizer.init(params)
-            expected, structure = tree.flatten(self._optimizer.separate(empty, params) if "steps" in states[key] else empty)
-        memory = _renamed(states[key], dict(zip(saved.get("param_names") or map(str, range(len(params))), params, strict=False)))
+            expected, structure = tree.flatten(
+                self._optimizer.separate(empty, params) if "steps" in states[key] else empty
+            )
+        memory = _renamed(
+            states[key],
+            dict(
+                zip(saved.get("param_names") or map(str, range(len(params))), params, strict=False)
+            ),
+        )
         found = tree.flatten_like(structure, memory, f"state_dict['state'][{key!r}]")
         for own, other in zip(expected, found, strict=True):
             if own.shape != other.shape:
                 raise ValueError(
-                    f"`state_dict` was saved for another model: the memory of {key} has a tensor of shape {tuple(other.shape)}, "
-                    f"expected {tuple(own.shape)}."
+                    f"`state_dict` was saved for another model: the memory of {key} has a tensor "
+                    f"of shape {tuple(other.shape)}, expected {tuple(own.shape)}."
                 )
-        return share_equal(tree.unflatten(structure, [other.to(own) for own, other in zip(expected, found, strict=True)]))
+        return share_equal(
+            tree.unflatten(
+                structure, [other.to(own) for own, other in zip(expected, found, strict=True)]
+            )
+        )
 
     def _step_group(self, key: str, group: dict[str, Any], loss: Tensor | None) -> None:
         params = _named(group)
@@ -187,8 +212,15 @@ def _renamed(memory: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
         return {key: rename(part) for key, part in node.items()}
 
     of_params = {kind: memory[kind] for kind in ("slots", "shared") if kind in memory}
-    renamed: dict[str, Any] = {kind: {name: rename(slot) for name, slot in slots.items()} for kind, slots in of_params.items()}
-    return {**memory, **renamed, **({"steps": rename(memory["steps"])} if "steps" in memory else {})}
+    renamed: dict[str, Any] = {
+        kind: {name: rename(slot) for name, slot in slots.items()}
+        for kind, slots in of_params.items()
+    }
+    return {
+        **memory,
+        **renamed,
+        **({"steps": rename(memory["steps"])} if "steps" in memory else {}),
+    }
 
 
 def _dense(grad: Tensor | None) -> Tensor | None:

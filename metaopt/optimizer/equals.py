@@ -26,7 +26,9 @@ class Equal(NamedTuple):
 _EQUALS: dict[type[torch.optim.Optimizer], Equal] = {}
 
 
-def register_equal(theirs: type[torch.optim.Optimizer], ours: type[Optimizer], slots: Mapping[str, str]) -> None:
+def register_equal(
+    theirs: type[torch.optim.Optimizer], ours: type[Optimizer], slots: Mapping[str, str]
+) -> None:
     """Make `ours` what `from_torch` returns for a live optimizer whose class is exactly `theirs`.
 
     Args:
@@ -42,7 +44,8 @@ def register_equal(theirs: type[torch.optim.Optimizer], ours: type[Optimizer], s
         if not (inspect.isclass(value) and issubclass(value, base)):
             raise TypeError(
                 f"register_equal: `{name}` must be a class derived from "
-                f"{base.__module__}.{base.__name__}, got {value!r}. Give the classes, not an optimizer "
+                f"{base.__module__}.{base.__name__}, got {value!r}. Give the classes, not an "
+                f"optimizer "
                 "of each: register_equal(torch.optim.SGD, MySGD, {})."
             )
     _EQUALS[theirs] = Equal(ours, dict(slots))

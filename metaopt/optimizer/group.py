@@ -52,7 +52,11 @@ class Group(dict[str, Any]):
 
 def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options, and each tuple whose items are all among them."""
-    whole = {name: tuple(options[item] for item in items) for name, items in TUPLES.items() if options.keys() >= set(items)}
+    whole = {
+        name: tuple(options[item] for item in items)
+        for name, items in TUPLES.items()
+        if options.keys() >= set(items)
+    }
     return {**options, **whole}
 
 
@@ -74,10 +78,14 @@ def with_items(options: Mapping[str, Any]) -> dict[str, Any]:
             continue
         value = taken.pop(name)
         if not isinstance(value, tuple | list) or len(value) != len(items):
-            raise ValueError(f"`{name}` of a parameter group must be {len(items)} numbers ({', '.join(items)}), got {value!r}.")
+            raise ValueError(
+                f"`{name}` of a parameter group must be {len(items)} numbers ({', '.join(items)}), "
+                f"got {value!r}."
+            )
         for item, part in zip(items, value, strict=True):
             if taken.setdefault(item, part) is not part and taken[item] != part:
                 raise ValueError(
-                    f"A parameter group has {name}={value!r} and {item}={taken[item]!r}, which is one of them. Give it once."
+                    f"A parameter group has {name}={value!r} and {item}={taken[item]!r}, which is "
+                    f"one of them. Give it once."
                 )
     return taken

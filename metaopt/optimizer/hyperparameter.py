@@ -1,4 +1,6 @@
-"""What may stand for a hyperparameter: a number, a tensor, a parameter or a schedule, or a dict of these by names."""
+"""What may stand for a hyperparameter: a number, a tensor, a parameter or a schedule, or a dict of
+these by names.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,16 @@ Hyperparameter = Value | Schedule | ByName | Mapping[str, Any]
 
 
 def set_hyperparameter(
-    owner: nn.Module, name: str, value: Any, *, low: float = 0.0, high: float = math.inf, below: float = math.inf
+    owner: nn.Module,
+    name: str,
+    value: Any,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+    below: float = math.inf,
 ) -> None:
-    """Store `value` as an attribute of `owner`: numbers are checked, a tensor becomes a buffer, a module is registered.
+    """Store `value` as an attribute of `owner`: numbers are checked, a tensor becomes a buffer, a
+    module is registered.
 
     A dict with patterns of names becomes a `ByName`, of an optimizer only.
 
@@ -41,9 +50,16 @@ def set_hyperparameter(
 
 
 def set_value(
-    owner: nn.Module, name: str, value: Any, *, low: float = 0.0, high: float = math.inf, below: float = math.inf
+    owner: nn.Module,
+    name: str,
+    value: Any,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+    below: float = math.inf,
 ) -> None:
-    """Store a number, tensor or parameter as `set_hyperparameter` does; what a schedule computes with is no schedule itself.
+    """Store a number, tensor or parameter as `set_hyperparameter` does; what a schedule computes
+    with is no schedule itself.
 
     Raises:
         ValueError: a number or an entry outside low <= value <= high, value < below.
@@ -52,8 +68,9 @@ def set_value(
     limits = Limits(low, high, below)
     if isinstance(value, Schedule):
         raise TypeError(
-            f"{type(owner).__name__}: `{name}` must be a number, a tensor or an nn.Parameter, got the schedule "
-            f"{type(value).__name__}. Put schedules one after the other with `Joined`, or write a `Schedule` of your own."
+            f"{type(owner).__name__}: `{name}` must be a number, a tensor or an nn.Parameter, got "
+            f"the schedule {type(value).__name__}. Put schedules one after the other with "
+            f"`Joined`, or write a `Schedule` of your own."
         )
     _check(owner, name, value, limits, takes="a number, a tensor or an nn.Parameter")
     _store(owner, name, value, limits)
@@ -76,7 +93,9 @@ def _check(owner: nn.Module, name: str, value: Any, limits: Limits, *, takes: st
     if isinstance(value, Schedule):
         return
     if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-        raise TypeError(f"{type(owner).__name__}: `{name}` must be {takes}, got {type(value).__name__}.")
+        raise TypeError(
+            f"{type(owner).__name__}: `{name}` must be {takes}, got {type(value).__name__}."
+        )
     limits.check(owner, name, value)
 
 

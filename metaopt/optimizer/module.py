@@ -1,4 +1,6 @@
-"""Modules that can be written to a file and read back: weights as safetensors, constructor arguments as JSON."""
+"""Modules that can be written to a file and read back: weights as safetensors, constructor
+arguments as JSON.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +24,33 @@ FORMAT = "metaopt-1"
 class Configurable(nn.Module):
     """A module that knows its constructor arguments: each is an attribute of the same name.
 
-    An argument may be a number, a string, a bool, None, a tensor or parameter, another `Configurable`, or a tuple of these.
+    An argument may be a number, a string, a bool, None, a tensor or parameter, another
+    `Configurable`, or a tuple of these.
     """
 
     def config(self) -> dict[str, Any]:
-        """Return {"class": name, "arguments": {...}} in JSON's types; tensors appear as their kind, shape and dtype."""
+        """Return {"class":
+
+        name, "arguments": {...}} in JSON's types; tensors appear as their kind, shape and dtype.
+        """
         arguments = self._arguments()
         registered = set(map(id, (*self._parameters.values(), *self._buffers.values())))
         for name, value in arguments.items():
             if isinstance(value, Tensor) and id(value) not in registered:
                 raise TypeError(
-                    f"{type(self).__name__}: the tensor `{name}` is neither parameter nor buffer, so it would not be saved. "
+                    f"{type(self).__name__}: the tensor `{name}` is neither parameter nor buffer, "
+                    f"so it would not be saved. "
                     "Set it with `set_hyperparameter`."
                 )
-        return {"class": type(self).__name__, "arguments": {name: _describe(value) for name, value in arguments.items()}}
+        return {
+            "class": type(self).__name__,
+            "arguments": {name: _describe(value) for name, value in arguments.items()},
+        }
 
     def extra_repr(self) -> str:
-        """Return the arguments, as far as they are attributes, and learned scalars beside them; modules print themselves."""
+        """Return the arguments, as far as they are attributes, and learned scalars beside them;
+        modules print themselves.
+        """
         shown: dict[str, Any] = {}
         for name in _names_of_arguments(type(self)):
             value = getattr(self, name, None)
@@ -46,7 +58,11 @@ class Configurable(nn.Module):
                 shown[name] = value
         rows = [value if isinstance(value, tuple) else (value,) for value in shown.values()]
         known = {id(item) for row in rows for item in row}
-        beside = {name: p for name, p in self._parameters.items() if p is not None and not p.ndim and id(p) not in known}
+        beside = {
+            name: p
+            for name, p in self._parameters.items()
+            if p is not None and not p.ndim and id(p) not in known
+        }
         return ", ".join(f"{name}={shorten(value)}" for name, value in (shown | beside).items())
 
     def _arguments(self) -> dict[str, Any]:
@@ -54,13 +70,15 @@ class Configurable(nn.Module):
         missing = [name for name in names if not hasattr(self, name)]
         if missing:
             raise TypeError(
-                f"{type(self).__name__}: every argument of the constructor must be an attribute of the same name, to be saved; "
-                f"missing {missing}. Write self.{missing[0]} = {missing[0]}."
+                f"{type(self).__name__}: every argument of the constructor must be an attribute of "
+                f"the same name, to be saved; missing {missing}. Write self.{missing[0]} = "
+                f"{missing[0]}."
             )
         return {name: getattr(self, name) for name in names}
 
     def save(self, path: str | Path) -> None:
-        """Write all tensors as safetensors, the configuration in the file's header; the folder is made if need be.
+        """Write all tensors as safetensors, the configuration in the file's header; the folder is
+        made if need be.
 
         Raises:
             ValueError: a tensor has an entry that is not finite.
@@ -70,23 +88,32 @@ class Configurable(nn.Module):
         for name, tensor in self.state_dict().items():
             if not bool(tensor.isfinite().all()):
                 raise ValueError(
-                    f"{type(self).__name__}: the tensor {name!r} has entries that are not finite, so {path} is not written. They "
-                    "would spread to all that is updated. Save what was there before, and lower the learning rate."
+                    f"{type(self).__name__}: the tensor {name!r} has entries that are not finite, "
+                    f"so {path} is not written. They "
+                    "would spread to all that is updated. Save what was there before, and lower "
+                    "the learning rate."
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
         # safetensors refuses tensors that share memory or are not contiguous.
-        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in self.state_dict().items()}
-        path.write_bytes(safetensors.torch.save(tensors, metadata={"format": FORMAT, "config": json.dumps(self.config())}))
+        tensors = {
+            name: tensor.detach().contiguous().clone() for name, tensor in self.state_dict().items()
+        }
+        path.write_bytes(
+            safetensors.torch.save(
+                tensors, metadata={"format": FORMAT, "config": json.dumps(self.config())}
+            )
+        )
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> Self:
-        """Read a module that `save` wrote. Only classes that are imported and derive from `cls` are built; nothing is unpickled.
+        """Read a module that `save` wrote. Only classes that are imported and derive from `cls` are
+        built; nothing is unpickled.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not safetensors, was not written by `save`, names an unknown class, has arguments that
-                the class refuses, or its tensors do not fit the class, have several precisions where the class has one, or are
-                not finite.
+            ValueError: the file is not safetensors, was not written by `save`, names an unknown
+                class, has arguments that the class refuses, or its tensors do not fit the class,
+                have several precisions where the class has one, or are not finite.
         """
         path = Path(path)
         if not path.is_file():
@@ -96,19 +123,30 @@ class Configurable(nn.Module):
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file ({error}). Write it again with `save`.") from error
+            raise ValueError(
+                f"{path} is not a safetensors file ({error}). Write it again with `save`."
+            ) from error
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}. Write it with `save`.")
+            raise ValueError(
+                f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}. Write it with "
+                f"`save`."
+            )
         try:
             with torch.device("meta"):  # allocates nothing, whatever sizes the file asks for
                 module = _build(json.loads(metadata.get("config", "")), path)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} has a configuration from which nothing can be built: {error}") from error
+            raise ValueError(
+                f"{path} has a configuration from which nothing can be built: {error}"
+            ) from error
         if not isinstance(module, cls):
-            raise ValueError(f"{path} holds a {type(module).__name__}, not a {cls.__name__}. Use `{type(module).__name__}.load`.")
+            raise ValueError(
+                f"{path} holds a {type(module).__name__}, not a {cls.__name__}. Use "
+                f"`{type(module).__name__}.load`."
+            )
         _check_tensors(path, module, tensors)
-        # The sizes are those of the file's tensors: now it is safe to allocate, and constants that are not saved become real.
-        # What stands for the file's tensors stays on "meta": its numbers would be checked.
+        # The sizes are those of the file's tensors: now it is safe to allocate, and constants that
+        # are not saved become real. What stands for the file's tensors stays on "meta": its numbers
+        # would be checked.
         module = _build(json.loads(metadata["config"]), path)
         module.load_state_dict(tensors, assign=True)
         try:
@@ -137,24 +175,30 @@ def _check_tensors(path: Path, module: Configurable, tensors: dict[str, Tensor])
         found = _kind(tensors[name]) if name in tensors else "absent"
         if expected != found:
             raise ValueError(
-                f"{path} does not fit {type(module).__name__}: tensor {name!r} should be {expected}, found {found}. "
+                f"{path} does not fit {type(module).__name__}: tensor {name!r} should be "
+                f"{expected}, found {found}. "
                 "The file was written by another version or configuration."
             )
         if not bool(tensors[name].isfinite().all()):
             raise ValueError(
-                f"{path} has entries that are not finite in the tensor {name!r}. They would spread to all that is updated. Take an "
+                f"{path} has entries that are not finite in the tensor {name!r}. They would spread "
+                f"to all that is updated. Take an "
                 "earlier file."
             )
     known: dict[Any, tuple[str, torch.dtype]] = {}
     for name, tensor in tensors.items():
-        # What the configuration describes has the precision it says. The rest of a part may have been converted, but as one.
+        # What the configuration describes has the precision it says. The rest of a part may have
+        # been converted, but as one.
         is_described = hasattr(own[name], "is_described")
         part = name if is_described else (_part_of(module, name), own[name].dtype)
-        first, expected_dtype = known.setdefault(part, (name, own[name].dtype if is_described else tensor.dtype))
+        first, expected_dtype = known.setdefault(
+            part, (name, own[name].dtype if is_described else tensor.dtype)
+        )
         if tensor.dtype != expected_dtype:
             like = "as its configuration says" if is_described else f"as {first!r}"
             raise ValueError(
-                f"{path}: the tensor {name!r} should be of {expected_dtype}, {like}, found {tensor.dtype}. What computes with both "
+                f"{path}: the tensor {name!r} should be of {expected_dtype}, {like}, found "
+                f"{tensor.dtype}. What computes with both "
                 "fails. Convert the whole module before it is saved: `module.to(dtype)`."
             )
 
@@ -181,7 +225,9 @@ def _names_of_arguments(kind: type) -> list[str]:
 
 def _kind(tensor: Tensor) -> str:
     """Say what must agree between a file and a class; the precision need not."""
-    return f"{'floating-point' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
+    return (
+        f"{'floating-point' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
+    )
 
 
 def _describe(value: Any) -> Any:
@@ -198,7 +244,8 @@ def _describe(value: Any) -> Any:
         case None | bool() | int() | float() | str():
             return value
     raise TypeError(
-        f"A constructor argument of type {type(value).__name__} cannot be saved: {value!r}. Use numbers, tensors or modules."
+        f"A constructor argument of type {type(value).__name__} cannot be saved: {value!r}. Use "
+        f"numbers, tensors or modules."
     )
 
 
@@ -209,13 +256,16 @@ def _build(value: Any, path: Path) -> Any:
             known = known_classes()
             if name not in known:
                 raise ValueError(
-                    f"{path} names the class {name!r}, which is not known; known are {sorted(known)}. "
+                    f"{path} names the class {name!r}, which is not known; known are "
+                    f"{sorted(known)}. "
                     "Import the module that defines it; if it is one of this library, write "
                     "`import metaopt.optimizers`."
                 )
             if len(known[name]) > 1:
                 modules = sorted(cls.__module__ for cls in known[name])
-                raise ValueError(f"{path} names the class {name!r}, which {modules} define. Rename all but one.")
+                raise ValueError(
+                    f"{path} names the class {name!r}, which {modules} define. Rename all but one."
+                )
             return known[name][0](**{key: _build(item, path) for key, item in arguments.items()})
         case {"mapping": pairs}:
             return {key: _build(item, path) for key, item in pairs}

@@ -14,17 +14,23 @@ from metaopt.tree import Tree
 
 
 def paths(params: Tree) -> dict[str, Any]:
-    """Return name -> leaf: dict keys, list indices and fields, joined by dots; a tensor by itself is named ''."""
+    """Return name -> leaf: dict keys, list indices and fields, joined by dots; a tensor by itself
+    is named ''.
+    """
     leaves, _ = pytree.tree_flatten_with_path(params)
     named = {".".join(str(_key(entry)) for entry in path): leaf for path, leaf in leaves}
     if len(named) < len(leaves):
         names = [".".join(str(_key(entry)) for entry in path) for path, _ in leaves]
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"Parameters must have names of their own, got {twice} for two of them. Rename a key.")
+        raise ValueError(
+            f"Parameters must have names of their own, got {twice} for two of them. Rename a key."
+        )
     return named
 
 
-def choose(owner: nn.Module, what: str, patterns: tuple[str, ...], names: Iterable[str], *, rest: bool) -> list[list[str]]:
+def choose(
+    owner: nn.Module, what: str, patterns: tuple[str, ...], names: Iterable[str], *, rest: bool
+) -> list[list[str]]:
     """Return for each pattern the names that match it and none before it.
 
     Args:
@@ -44,13 +50,15 @@ def choose(owner: nn.Module, what: str, patterns: tuple[str, ...], names: Iterab
             chosen[first].append(name)
         elif not rest:
             raise ValueError(
-                f"{type(owner).__name__}: no pattern of `{what}` matches the parameter {name!r}, got {list(patterns)}. "
+                f"{type(owner).__name__}: no pattern of `{what}` matches the parameter {name!r}, "
+                f"got {list(patterns)}. "
                 'Add a last group "*".'
             )
     for pattern, own in zip(patterns, chosen, strict=True):
         if not own:
             raise ValueError(
-                f"{type(owner).__name__}: the pattern {pattern!r} of `{what}` gets no parameter of {list(names)}. Leave it out, "
+                f"{type(owner).__name__}: the pattern {pattern!r} of `{what}` gets no parameter of "
+                f"{list(names)}. Leave it out, "
                 "or put it before the more general ones."
             )
     return chosen

@@ -12,17 +12,20 @@ from metaopt.optimizer.module import Configurable
 
 
 class Schedule(Configurable):
-    """A hyperparameter as a function of the step and of what the optimizer observes; a module, so it can be learned.
+    """A hyperparameter as a function of the step and of what the optimizer observes; a module, so
+    it can be learned.
 
-    A subclass defines `forward`, and `init` if it remembers something. Any optimizer takes it wherever it takes a
-    number: `SGD(lr=Cosine(0.1, steps=100))`.
+    A subclass defines `forward`, and `init` if it remembers something. Any optimizer takes it
+    wherever it takes a number: `SGD(lr=Cosine(0.1, steps=100))`.
     """
 
     def init(self, like: Tensor) -> Any:
         """Return the state before the first step: a tree of tensors on the device of `like`."""
         return {}
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[float | Tensor, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[float | Tensor, Any]:
         """Return (the value at this step, the next state).
 
         Args:
@@ -31,19 +34,29 @@ class Schedule(Configurable):
             loss: the loss at the current parameters, if the caller of the optimizer gave it.
             grads: the gradients, one tensor per parameter.
         """
-        raise TypeError(f"{type(self).__name__} must define `forward(state, *, step, loss, grads)`.")
+        raise TypeError(
+            f"{type(self).__name__} must define `forward(state, *, step, loss, grads)`."
+        )
 
     def value_at(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor] | None, like: Tensor
+        self,
+        state: Any,
+        *,
+        step: Tensor,
+        loss: Tensor | None,
+        grads: list[Tensor] | None,
+        like: Tensor,
     ) -> float | Tensor:
-        """Return the value at this step, for somebody who only looks; a subclass that observes answers with its last value.
+        """Return the value at this step, for somebody who only looks; a subclass that observes
+        answers with its last value.
 
         Args:
             state: from `init` or the step before.
             step: index of the step, from 0.
             loss: as for `forward`; None if it is not known.
             grads: as for `forward`; None if they are not known.
-            like: a scalar in the precision of the gradients. It is nan, and so is a value that depends on unknown gradients.
+            like: a scalar in the precision of the gradients. It is nan, and so is a value that
+                depends on unknown gradients.
 
         Raises:
             ValueError: there is no value without the loss.
@@ -54,7 +67,8 @@ class Schedule(Configurable):
             if loss is not None:
                 raise
             raise ValueError(
-                f"{type(self).__name__}: its value needs the loss, got None. Call `optimizer.values(state, loss=loss, "
+                f"{type(self).__name__}: its value needs the loss, got None. Call "
+                f"`optimizer.values(state, loss=loss, "
                 "grads=grads)`, or define `value_at`, with the value that it had last."
             ) from error
 
@@ -71,7 +85,10 @@ def advance(
         loss = torch.as_tensor(loss, device=step.device)
     if loss is not None and (not isinstance(loss, Tensor) or loss.ndim):
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"`loss` must be a scalar for {type(schedule).__name__} to observe, got {found}. Take the mean.")
+        raise ValueError(
+            f"`loss` must be a scalar for {type(schedule).__name__} to observe, got {found}. Take "
+            f"the mean."
+        )
     if type(schedule).init is Schedule.init and (type(state) is not dict or state):
         _check_state(schedule, state, grads[0])
     try:
@@ -82,8 +99,8 @@ def advance(
     if after is not state and not tree.is_alike(state, after):
         _check_state(schedule, state, grads[0])
         raise ValueError(
-            f"{type(schedule).__name__}: `forward` must return a state like that from `init`, {_shapes(state)}, got "
-            f"{_shapes(after)}."
+            f"{type(schedule).__name__}: `forward` must return a state like that from `init`, "
+            f"{_shapes(state)}, got {_shapes(after)}."
         )
     return value, after
 
@@ -103,11 +120,14 @@ def _check_state(schedule: Schedule, state: Any, like: Tensor) -> None:
     own, given = _shapes(schedule.init(like)), _shapes(state)
     if own != given:
         raise ValueError(
-            f"`state` must be that of this {type(schedule).__name__}, a tree {own}, got {given}. Pass what `init` of this "
+            f"`state` must be that of this {type(schedule).__name__}, a tree {own}, got {given}. "
+            f"Pass what `init` of this "
             "optimizer, or the step before, returned."
         )
 
 
 def _shapes(state: Any) -> Any:
     """Return the tree of shapes."""
-    return tree.map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__, state)
+    return tree.map(
+        lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__, state
+    )

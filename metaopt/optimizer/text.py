@@ -12,7 +12,9 @@ FEW = 4  # entries of a tensor, or values by names, that are printed one by one
 
 
 def shorten(value: Any) -> str:
-    """Return a value in a few characters; of a tensor its entries, or their range, where they can be looked at."""
+    """Return a value in a few characters; of a tensor its entries, or their range, where they can
+    be looked at.
+    """
     if isinstance(value, tuple | list):
         return f"({', '.join(map(shorten, value))}{',' * (len(value) == 1)})"
     if isinstance(value, nn.Module):

@@ -1,7 +1,7 @@
 """The package `optimizers` beside `metaopt`, under a name that no file of a user's can take.
 
-`import optimizers` finds whatever comes first on the path: a user's own `optimizers.py` beside their
-script hides ours. So its modules are always loaded here, by their place on disk, as
+`import optimizers` finds whatever comes first on the path: a user's own `optimizers.py` beside
+their script hides ours. So its modules are always loaded here, by their place on disk, as
 `metaopt.optimizers` and below. Where `import optimizers` does find our package, that name is given
 the same modules. Classes are therefore defined once, whichever name is imported first, and pickles
 name them in a way that works in every process.
@@ -18,7 +18,8 @@ _root = Path(__file__).parents[2]
 _spec = PathFinder.find_spec(__name__, [str(_root)])
 if _spec is None or _spec.loader is None or _spec.submodule_search_locations is None:
     raise ImportError(
-        f"The package `optimizers` must stand beside `metaopt`, got none in {_root}. The two are one "
+        f"The package `optimizers` must stand beside `metaopt`, got none in {_root}. The two are "
+        f"one "
         "distribution. Install it again: pip install --force-reinstall torch-metaopt.",
         name="optimizers",
     )

@@ -8,4 +8,13 @@ from metaopt.scan.revolve import Revolve
 from metaopt.scan.scan import Memory, check_memory, scan
 from metaopt.scan.stream import Stream
 
-__all__ = ["Memory", "Pullback", "Revolve", "Step", "Stream", "check_memory", "plain_loops_inside", "scan"]
+__all__ = [
+    "Memory",
+    "Pullback",
+    "Revolve",
+    "Step",
+    "Stream",
+    "check_memory",
+    "plain_loops_inside",
+    "scan",
+]

@@ -29,11 +29,13 @@ _KINDS = {  # file name -> what happens if it is deleted
 
 
 class Disk:
-    """Keeps what a loop needs to be run and reversed by several processes, of which all but the last one are killed.
+    """Keeps what a loop needs to be run and reversed by several processes, of which all but the
+    last one are killed.
 
-    Files, each written whole and with a checksum: `state-t` is the carry of time t; `steps-t` the outs and the random states
-    of the steps before t, back to the file before it; `pulled` the cotangents of the carry and the inputs where the backward
-    pass stands; `row-t` those of x_t. All name the loop they belong to.
+    Files, each written whole and with a checksum: `state-t` is the carry of time t; `steps-t` the
+    outs and the random states of the steps before t, back to the file before it; `pulled` the
+    cotangents of the carry and the inputs where the backward pass stands; `row-t` those of x_t. All
+    name the loop they belong to.
 
     Args:
         directory: where they lie; nothing else in it is touched.
@@ -52,7 +54,8 @@ class Disk:
 
         Raises:
             OSError: there is no such directory.
-            ValueError: it belongs to another loop, another one is using it, or a file in it is damaged.
+            ValueError: it belongs to another loop, another one is using it, or a file in it is
+                damaged.
         """
         self.acquire()
         self._loop = loop
@@ -67,8 +70,9 @@ class Disk:
         """Lock the directory until `release`, or until this process ends, however it ends."""
         if not self.directory.is_dir():
             raise FileNotFoundError(
-                f"Revolve: `directory` must exist, got {str(self.directory)!r}. It is not made for you, lest a disk that is not "
-                f"mounted goes unnoticed. Call `mkdir -p {self.directory}`."
+                f"Revolve: `directory` must exist, got {str(self.directory)!r}. It is not made for "
+                f"you, lest a disk that is not mounted goes unnoticed. Call `mkdir -p "
+                f"{self.directory}`."
             )
         if self._lock is not None or fcntl is None:
             return
@@ -79,8 +83,10 @@ class Disk:
             os.close(self._lock)
             self._lock = None
             raise ValueError(
-                f"Revolve: `directory` must serve one loop at a time, got {str(self.directory)!r}, which a loop that waits for its "
-                "backward pass is using. Run that backward pass first (or drop its results), or use another directory."
+                f"Revolve: `directory` must serve one loop at a time, got {str(self.directory)!r}, "
+                f"which a loop that waits for its "
+                "backward pass is using. Run that backward pass first (or drop its results), or "
+                "use another directory."
             ) from None
 
     def release(self) -> None:
@@ -95,21 +101,25 @@ class Disk:
 
     @contextmanager
     def reopened(self, again: bool) -> Iterator[None]:
-        """Lock the directory for a backward pass; `again` says that this is to be differentiated in its turn.
+        """Lock the directory for a backward pass; `again` says that this is to be differentiated in
+        its turn.
 
         Raises:
-            ValueError: a second derivative is asked for, or the files were removed after a backward pass.
+            ValueError: a second derivative is asked for, or the files were removed after a backward
+                pass.
         """
         with self.released_on_error():
             if again:
                 raise ValueError(
-                    'A loop with Revolve(store="disk") has first derivatives only: states on disk have left the graph. '
-                    'Use store="cpu" for second ones. If none are meant, leave out `create_graph=True`, and inside '
+                    'A loop with Revolve(store="disk") has first derivatives only: states on disk '
+                    'have left the graph. Use store="cpu" for second ones. If none are meant, '
+                    "leave out `create_graph=True`, and inside "
                     "`torch.func.grad` detach what requires grad outside of it."
                 )
             if self._finished:
                 raise ValueError(
-                    'A loop with Revolve(store="disk") can be reversed once, got a second backward pass after the snapshots in '
+                    'A loop with Revolve(store="disk") can be reversed once, got a second backward '
+                    "pass after the snapshots in "
                     f"{self.directory} were removed. Run the loop again."
                 )
             self.acquire()
@@ -117,7 +127,9 @@ class Disk:
 
     @contextmanager
     def released_on_error(self) -> Iterator[None]:
-        """While entered, whatever is raised releases the directory, so that the same process may try again."""
+        """While entered, whatever is raised releases the directory, so that the same process may
+        try again.
+        """
         try:
             yield
         except BaseException:
@@ -125,7 +137,10 @@ class Disk:
             raise
 
     def finish(self) -> None:
-        """Remove the files. In this order a process that is killed meanwhile leaves nothing that misleads the next one."""
+        """Remove the files.
+
+        In this order a process that is killed meanwhile leaves nothing that misleads the next one.
+        """
         for kind in _KINDS:
             for path in self._paths(kind):
                 path.unlink(missing_ok=True)
@@ -143,9 +158,10 @@ class Disk:
     ) -> list[Any]:
         """Run a loop, or go on where a killed process stopped; return the last carry and the outs.
 
-        What a function computes cannot be seen, but its steps can: another loss, other constants of an optimizer or another
-        random state in which it matters give other steps. So the first one is made again, and, since some settings matter only
-        later, the one after the state from which this process goes on. These tell one loop from another.
+        What a function computes cannot be seen, but its steps can: another loss, other constants of
+        an optimizer or another random state in which it matters give other steps. So the first one
+        is made again, and, since some settings matter only later, the one after the state from
+        which this process goes on. These tell one loop from another.
 
         Args:
             step: (t, carry) -> (next carry, out).
@@ -159,14 +175,23 @@ class Disk:
             start = Ambient.now(near)
             carry, out = step(0, first)
             carry = contiguous(carry)
-            self._open({**facts, "settings": digest_of([self.settings]), "first step": digest_of([*carry, *out])})
+            self._open(
+                {
+                    **facts,
+                    "settings": digest_of([self.settings]),
+                    "first step": digest_of([*carry, *out]),
+                }
+            )
             outs, found = self._steps(start)
             done = max((t for t in self if t <= len(outs)), default=0)
             self._check_step(step, first, found)
             if done:
                 found[done].reinstate()
                 carry = [leaf.to(own.device) for leaf, own in zip(self[done], first, strict=True)]
-                outs = [[leaf.to(own.device) for leaf, own in zip(early, out, strict=True)] for early in outs[:done]]
+                outs = [
+                    [leaf.to(own.device) for leaf, own in zip(early, out, strict=True)]
+                    for early in outs[:done]
+                ]
                 ambients += found[:done]
             else:
                 outs = [out]
@@ -192,18 +217,28 @@ class Disk:
         first: list[Any],
         ambients: Sequence[Ambient],
     ) -> None:
-        """Make the step after the last state again of which it is known what it gave, and raise if it gives something else."""
-        known = {t: read_facts(self._path("state", t), _KINDS["state"])["then"] for t in self if t < len(ambients)}
+        """Make the step after the last state again of which it is known what it gave, and raise if
+        it gives something else.
+        """
+        known = {
+            t: read_facts(self._path("state", t), _KINDS["state"])["then"]
+            for t in self
+            if t < len(ambients)
+        }
         last = max((t for t, then in known.items() if then), default=None)
         if last is None:
             return
         with ambients[last].restored():
-            carry, out = step(last, [leaf.to(own.device) for leaf, own in zip(self[last], first, strict=True)])
+            carry, out = step(
+                last, [leaf.to(own.device) for leaf, own in zip(self[last], first, strict=True)]
+            )
         if digest_of([*contiguous(carry), *out]) != known[last]:
             raise ValueError(
-                f"Revolve: `directory` must be empty or hold the snapshots of this very loop, got those of another one in "
-                f"{self.directory}: step {last}, made again, does not give what it gave. Is the loss or the optimizer another? "
-                "Run the program that wrote them to its end, delete its files, or give each loop a directory of its own."
+                f"Revolve: `directory` must be empty or hold the snapshots of this very loop, got "
+                f"those of another one in {self.directory}: step {last}, made again, does not give "
+                f"what it gave. Is the loss or the optimizer another? "
+                "Run the program that wrote them to its end, delete its files, or give each loop a "
+                "directory of its own."
             )
 
     def __iter__(self) -> Iterator[int]:
@@ -225,18 +260,30 @@ class Disk:
         """Remove the state of a time, if it is held."""
         self._path("state", time).unlink(missing_ok=True)
 
-    def _put_steps(self, low: int, outs: Sequence[Sequence[Tensor]], ambients: Sequence[Ambient]) -> None:
-        """Keep the outs of the steps from `low` on, and the random states before each of them and after the last."""
-        randoms = {id(ambient.random): ambient.random for ambient in ambients}  # most steps share one state
+    def _put_steps(
+        self, low: int, outs: Sequence[Sequence[Tensor]], ambients: Sequence[Ambient]
+    ) -> None:
+        """Keep the outs of the steps from `low` on, and the random states before each of them and
+        after the last.
+        """
+        # most steps share one state
+        randoms = {id(ambient.random): ambient.random for ambient in ambients}
         places = {key: place for place, key in enumerate(randoms)}
         which = torch.tensor([places[id(ambient.random)] for ambient in ambients])
         tensors = {"random": torch.stack(list(randoms.values())), "which": which}
-        tensors |= {f"cuda.{index}": torch.stack([ambient.cuda[index] for ambient in ambients]) for index in ambients[0].cuda}
-        tensors |= {f"out.{i}.{j}": leaf for i, out in enumerate(outs) for j, leaf in enumerate(out)}
+        tensors |= {
+            f"cuda.{index}": torch.stack([ambient.cuda[index] for ambient in ambients])
+            for index in ambients[0].cuda
+        }
+        tensors |= {
+            f"out.{i}.{j}": leaf for i, out in enumerate(outs) for j, leaf in enumerate(out)
+        }
         self._write("steps", low + len(outs), tensors, low=str(low), width=str(len(outs[0])))
 
     def _steps(self, like: Ambient) -> tuple[list[list[Tensor]], list[Ambient]]:
-        """Return all outs without a gap from the first step on, and one random state more; autocast is that of `like`."""
+        """Return all outs without a gap from the first step on, and one random state more; autocast
+        is that of `like`.
+        """
         outs: list[list[Tensor]] = []
         ambients: list[Ambient] = []
         for path in self._paths("steps"):
@@ -245,24 +292,40 @@ class Disk:
             if low > len(outs):
                 break
             del outs[low:], ambients[low:]
-            cuda = {int(name[5:]): states for name, states in tensors.items() if name.startswith("cuda.")}
-            randoms = [state.clone() for state in tensors["random"]]  # torch reads a state wrongly where it is part of a tensor
+            cuda = {
+                int(name[5:]): states
+                for name, states in tensors.items()
+                if name.startswith("cuda.")
+            }
+            # torch reads a state wrongly where it is part of a tensor
+            randoms = [state.clone() for state in tensors["random"]]
             for i, place in enumerate(tensors["which"].tolist()):
                 ambients.append(
-                    Ambient(randoms[place], {index: states[i].clone() for index, states in cuda.items()}, like.autocast)
+                    Ambient(
+                        randoms[place],
+                        {index: states[i].clone() for index, states in cuda.items()},
+                        like.autocast,
+                    )
                 )
             width = range(int(facts["width"]))
             outs += [[tensors[f"out.{i}.{j}"] for j in width] for i in range(_time(path) - low)]
         return outs, ambients
 
-    def put_pulled(self, time: int, bars: dict[str, Tensor], row: dict[str, Tensor], origin: str) -> None:
-        """Keep what the backward pass knows when it has come down to a time: its cotangents, and those of x at that time."""
+    def put_pulled(
+        self, time: int, bars: dict[str, Tensor], row: dict[str, Tensor], origin: str
+    ) -> None:
+        """Keep what the backward pass knows when it has come down to a time: its cotangents, and
+        those of x at that time.
+        """
         if row:
             self._write("row", time, row)
         self._write("pulled", None, bars, high=str(time), origin=origin, rows=str(len(row)))
 
-    def pulled(self, length: int, origin: str) -> tuple[int, dict[str, Tensor], list[dict[str, Tensor]]]:
-        """Return (the time to which the backward pass has come down, its cotangents, those of x from the last step down).
+    def pulled(
+        self, length: int, origin: str
+    ) -> tuple[int, dict[str, Tensor], list[dict[str, Tensor]]]:
+        """Return (the time to which the backward pass has come down, its cotangents, those of x
+        from the last step down).
 
         Raises:
             ValueError: it started from other cotangents.
@@ -273,8 +336,8 @@ class Disk:
         bars, facts = self._read("pulled", path)
         if facts["origin"] != origin:
             raise ValueError(
-                f"The backward pass must be the one that was interrupted, got other cotangents or other tensors that require grad "
-                f"than {path} has started from. {_KINDS['pulled']}"
+                f"The backward pass must be the one that was interrupted, got other cotangents or "
+                f"other tensors that require grad than {path} has started from. {_KINDS['pulled']}"
             )
         high = int(facts["high"])
         paths = [self._path("row", time) for time in range(length - 1, high - 1, -1)]
@@ -296,11 +359,16 @@ class Disk:
 
     def _check(self, path: Path, facts: dict[str, str]) -> None:
         """Raise if a file belongs to another loop."""
-        others = [f"{name} {facts.get(name)} instead of {value}" for name, value in self._loop.items() if facts.get(name) != value]
+        others = [
+            f"{name} {facts.get(name)} instead of {value}"
+            for name, value in self._loop.items()
+            if facts.get(name) != value
+        ]
         if others:
             raise ValueError(
-                f"Revolve: `directory` must be empty or hold the snapshots of this very loop, got {path} of another one: "
-                f"{'; '.join(others)}. Run the program that wrote it to its end, delete its files, or give each loop a "
+                f"Revolve: `directory` must be empty or hold the snapshots of this very loop, got "
+                f"{path} of another one: {'; '.join(others)}. Run the program that wrote it to its "
+                f"end, delete its files, or give each loop a "
                 "directory of its own."
             )
 
@@ -310,7 +378,12 @@ class Disk:
     def _paths(self, kind: str) -> list[Path]:
         """Return the files of a kind, in the order of time."""
         digits = "[0-9]" * 8
-        return sorted([*self.directory.glob(f"{kind}-{digits}.safetensors"), *self.directory.glob(f"{kind}.safetensors")])
+        return sorted(
+            [
+                *self.directory.glob(f"{kind}-{digits}.safetensors"),
+                *self.directory.glob(f"{kind}.safetensors"),
+            ]
+        )
 
 
 def _time(path: Path) -> int:
@@ -318,5 +391,7 @@ def _time(path: Path) -> int:
 
 
 def contiguous(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Return the leaves as a file gives them back: the layout decides the order of sums, hence the last bits."""
+    """Return the leaves as a file gives them back: the layout decides the order of sums, hence the
+    last bits.
+    """
     return [leaf.contiguous() for leaf in leaves]

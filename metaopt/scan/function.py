@@ -22,8 +22,8 @@ from metaopt.transforms import alive, is_differentiable, tracking_levels, values
 class ScanFunction(torch.autograd.Function):
     """Run the loop without a graph and return the last carry, the outs and the kept carries.
 
-    The kept carries being outputs makes the backward differentiable again, with exact second derivatives. Of a loop that has
-    run already, these outputs follow the leaves.
+    The kept carries being outputs makes the backward differentiable again, with exact second
+    derivatives. Of a loop that has run already, these outputs follow the leaves.
     """
 
     generate_vmap_rule = True
@@ -32,18 +32,26 @@ class ScanFunction(torch.autograd.Function):
     def forward(loop: Loop, *args: Any) -> tuple[Tensor, ...]:
         leaves, recorded = args[: loop.count], args[loop.count :]
         if recorded:
-            last = tuple(tensor.clone() for tensor in recorded[: loop.carried])  # these may be written to
+            # these may be written to
+            last = tuple(tensor.clone() for tensor in recorded[: loop.carried])
             return *last, *[tensor.view_as(tensor) for tensor in recorded[loop.carried :]]
         shared, carry, xs = loop.split(leaves)
         if loop.disk is not None:
-            facts = {"length": str(loop.length), "snapshots": str(loop.plan.snapshots), "inputs": digest_of(leaves)}
+            facts = {
+                "length": str(loop.length),
+                "snapshots": str(loop.plan.snapshots),
+                "inputs": digest_of(leaves),
+            }
             held = [*kept(loop.length, loop.plan.snapshots), loop.length]
             near = [*shared, *carry, *[x[0] for x in xs]]
 
             def step(t: int, carry: list[Any]) -> tuple[list[Any], list[Any]]:
                 return loop.run(shared, carry, [x[t] for x in xs])
 
-            return _distinct(loop.disk.forward(step, carry, held, facts, near, loop.ambients), {id(leaf) for leaf in leaves})
+            return _distinct(
+                loop.disk.forward(step, carry, held, facts, near, loop.ambients),
+                {id(leaf) for leaf in leaves},
+            )
         times, outs, snapshots = set(loop.times), [], []
         for t in range(loop.length):
             if t in times:
@@ -79,16 +87,29 @@ class ScanFunction(torch.autograd.Function):
 def _is_differentiated_again(*tensors: Iterable[Tensor | None]) -> bool:
     """Say whether the backward pass itself must be recorded.
 
-    `torch.func.grad` always asks for that, which would keep every rebuilt step. The graph is of use only to a level below the
-    one whose backward pass this is. In plain autograd the caller says so by `create_graph`.
+    `torch.func.grad` always asks for that, which would keep every rebuilt step. The graph is of use
+    only to a level below the one whose backward pass this is. In plain autograd the caller says so
+    by `create_graph`.
     """
     if values_are_readable():
         return True
-    return len({level for tensor in chain(*tensors) if tensor is not None for level in tracking_levels(tensor)}) > 1
+    return (
+        len(
+            {
+                level
+                for tensor in chain(*tensors)
+                if tensor is not None
+                for level in tracking_levels(tensor)
+            }
+        )
+        > 1
+    )
 
 
 def _distinct(tensors: list[Tensor], seen: set[int]) -> tuple[Tensor, ...]:
-    """Clone the tensors met before: a Function may not return one tensor twice, nor an input as it is."""
+    """Clone the tensors met before: a Function may not return one tensor twice, nor an input as it
+    is.
+    """
     fresh = []
     for tensor in tensors:
         fresh.append(tensor.clone() if id(tensor) in seen else tensor)

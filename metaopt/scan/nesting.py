@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-# While one scan runs forward or backward as a Function, scans inside its step run as plain loops: a Function inside
-# another one's forward or backward is beyond torch.func. Memory stays bounded, since one outer step's graph exists at a time.
+# While one scan runs forward or backward as a Function, scans inside its step run as plain loops: a
+# Function inside another one's forward or backward is beyond torch.func. Memory stays bounded,
+# since one outer step's graph exists at a time.
 _inside_step: ContextVar[bool] = ContextVar("inside_step", default=False)
 
 

@@ -1,4 +1,6 @@
-"""What each step of a loop sees: one batch for all, a row of stacked batches, or the next batch of an iterator."""
+"""What each step of a loop sees: one batch for all, a row of stacked batches, or the next batch of
+an iterator.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ from metaopt.scan.stream import Stream
 from metaopt.tree import Tree
 
 
-def rows_of(batches: Tree | Iterable[Tree], steps: int | None) -> tuple[Tree | Stream, Tree, int | None]:
-    """Return (rows to scan over, the batch of every step, number of steps if known); one of the first two is empty.
+def rows_of(
+    batches: Tree | Iterable[Tree], steps: int | None
+) -> tuple[Tree | Stream, Tree, int | None]:
+    """Return (rows to scan over, the batch of every step, number of steps if known); one of the
+    first two is empty.
 
     Args:
-        batches: with `steps`, the batch of every step; else a list or an iterator of batches, or a tree whose leaves all have time
-            as their leading axis.
+        batches: with `steps`, the batch of every step; else a list or an iterator of batches, or a
+            tree whose leaves all have time as their leading axis.
         steps: number of steps.
 
     Raises:
@@ -30,7 +35,8 @@ def rows_of(batches: Tree | Iterable[Tree], steps: int | None) -> tuple[Tree | S
             raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
         if streams:
             raise ValueError(
-                f"`steps` must be left out when `batches` is an iterator, got {steps}: the loop ends when the iterator does. "
+                f"`steps` must be left out when `batches` is an iterator, got {steps}: the loop "
+                f"ends when the iterator does. "
                 "Pass `itertools.islice(batches, steps)` to end it earlier."
             )
         return (), batches, int(steps)
@@ -43,13 +49,17 @@ def rows_of(batches: Tree | Iterable[Tree], steps: int | None) -> tuple[Tree | S
     if not lengths or -1 in lengths.values():
         without = [path for path, length in lengths.items() if length < 0]
         raise ValueError(
-            "`steps` is missing: without it every leaf of `batches` needs the leading axis time, which "
-            f"{without or 'an empty tree'} has not. Pass `steps=` to use the same batch at every step."
+            "`steps` is missing: without it every leaf of `batches` needs the leading axis time, "
+            "which "
+            f"{without or 'an empty tree'} has not. Pass `steps=` to use the same batch at every "
+            f"step."
         )
     if len(set(lengths.values())) > 1:
         raise ValueError(
-            f"The leading axis of every leaf of `batches` must be the number of steps, got {lengths}. "
-            "Stack one batch per step, pass a list of batches, or pass `steps=` to use the same batch at every step."
+            f"The leading axis of every leaf of `batches` must be the number of steps, got "
+            f"{lengths}. "
+            "Stack one batch per step, pass a list of batches, or pass `steps=` to use the same "
+            "batch at every step."
         )
     (length,) = set(lengths.values())
     if length == 0:
@@ -59,16 +69,23 @@ def rows_of(batches: Tree | Iterable[Tree], steps: int | None) -> tuple[Tree | S
 
 @contextmanager
 def explain_first_row(batches: Tree, steps: int | None, first: Tree) -> Iterator[None]:
-    """Add to whatever is raised inside how the first batch came about, since torch's own error cannot know."""
+    """Add to whatever is raised inside how the first batch came about, since torch's own error
+    cannot know.
+    """
     try:
         yield
     except Exception as error:
         if steps is None and not isinstance(batches, list) and not _is_stream(batches):
-            shapes = {path: tuple(leaf.shape) for path, leaf in tree.named_leaves(first) if isinstance(leaf, Tensor)}
+            shapes = {
+                path: tuple(leaf.shape)
+                for path, leaf in tree.named_leaves(first)
+                if isinstance(leaf, Tensor)
+            }
             length = next(iter(tree.leading_axes(batches).values()))
             error.add_note(
-                f"minimize: without `steps=` the leading axis of `batches` is time, so that there are {length} steps and the first "
-                f"batch has the shapes {shapes}. If `batches` is one batch, for every step, pass `steps=`."
+                f"minimize: without `steps=` the leading axis of `batches` is time, so that there "
+                f"are {length} steps and the first batch has the shapes {shapes}. If `batches` is "
+                f"one batch, for every step, pass `steps=`."
             )
         raise
 
@@ -84,6 +101,8 @@ def _refuse_bare_tensors(batches: list[Tree]) -> None:
         raise ValueError("`batches` must hold at least one step, got an empty list.")
     if all(isinstance(batch, Tensor) for batch in batches):
         raise ValueError(
-            f"`batches` must not be a list of tensors, got {len(batches)}: is it one batch, or one tensor a step? For one batch "
-            "pass `steps=`; for stacked batches a tuple, `tuple(batches)`; for one tensor a step `torch.stack(batches)`."
+            f"`batches` must not be a list of tensors, got {len(batches)}: is it one batch, or one "
+            f"tensor a step? For one batch "
+            "pass `steps=`; for stacked batches a tuple, `tuple(batches)`; for one tensor a step "
+            "`torch.stack(batches)`."
         )

@@ -15,7 +15,8 @@ from metaopt.tree import Tree
 class Stream:
     """The batches of an iterator, checked to be alike; can be gone through once.
 
-    Shapes may differ from batch to batch, as the last one of a DataLoader's does; structure and dtypes may not.
+    Shapes may differ from batch to batch, as the last one of a DataLoader's does; structure and
+    dtypes may not.
 
     Args:
         batches: any iterable; its first batch is taken at once.
@@ -30,7 +31,8 @@ class Stream:
             self.first = self.last = next(rest)  # the last one seen so far
         except StopIteration:
             raise ValueError(
-                f"`batches` must hold at least one step, got an empty {type(batches).__name__}. An iterator can be gone through "
+                f"`batches` must hold at least one step, got an empty {type(batches).__name__}. An "
+                f"iterator can be gone through "
                 "once: make a fresh one for each call."
             ) from None
         self._batches = chain([self.first], rest)
@@ -46,8 +48,9 @@ class Stream:
             found, own = _kinds(batch)
             if own != structure or found != expected:
                 raise ValueError(
-                    f"`batches` must yield batches of one structure and of the same dtypes, got {found or batch!r} at step {t} "
-                    f"after {expected or self.first!r} at step 0. Yield the same tree every time."
+                    f"`batches` must yield batches of one structure and of the same dtypes, got "
+                    f"{found or batch!r} at step {t} after {expected or self.first!r} at step 0. "
+                    f"Yield the same tree every time."
                 )
             self.last = batch
             yield batch
@@ -66,7 +69,8 @@ class Stream:
         for leaf, version in zip(leaves, versions, strict=True):
             if _version(leaf) != version:
                 raise ValueError(
-                    f"`batches` must not change a batch after yielding it, got one of shape {tuple(leaf.shape)} that was written "
+                    f"`batches` must not change a batch after yielding it, got one of shape "
+                    f"{tuple(leaf.shape)} that was written "
                     "to. Batches are kept for the way back. Yield a fresh tensor, or a `clone()`."
                 )
 
@@ -88,5 +92,8 @@ def _version(leaf: Any) -> int:
 
 def _kinds(batch: Tree) -> tuple[dict[str, Any], tree.Structure]:
     """Return (path -> dtype of a tensor, or the type of anything else), and the structure."""
-    kinds = {path: leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__ for path, leaf in tree.named_leaves(batch)}
+    kinds = {
+        path: leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+        for path, leaf in tree.named_leaves(batch)
+    }
     return kinds, tree.flatten(batch)[1]

@@ -19,7 +19,8 @@ from metaopt.transforms import outside_transforms, without_levels
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Write tensors and a few facts into a safetensors file, with a checksum; it takes its name when it is on the disk.
+    """Write tensors and a few facts into a safetensors file, with a checksum; it takes its name
+    when it is on the disk.
 
     Args:
         path: the file; one of this name is replaced.
@@ -27,7 +28,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -
         facts: what else `read` is to return.
 
     Raises:
-        OSError: what the system says, with its number, the path and what to do; a file of this name is as it was.
+        OSError: what the system says, with its number, the path and what to do; a file of this name
+            is as it was.
 
     Cost:
         Two copies of the tensors in main memory, while it writes.
@@ -35,9 +37,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -
     partial = path.with_suffix(".partial")
     with outside_transforms():
         own = {name: _on_cpu(tensor) for name, tensor in tensors.items()}
-        pairs = [name for name, tensor in own.items() if tensor.is_complex()]  # not every complex dtype can be written
+        # not every complex dtype can be written
+        pairs = [name for name, tensor in own.items() if tensor.is_complex()]
         header = {**facts, "complex": json.dumps(pairs), "checksum": digest(own.items())}
-        own = {name: (torch.view_as_real(tensor) if name in pairs else tensor).clone() for name, tensor in own.items()}
+        own = {
+            name: (torch.view_as_real(tensor) if name in pairs else tensor).clone()
+            for name, tensor in own.items()
+        }
         content = save(own, header)
     try:
         with partial.open("wb") as file:
@@ -49,10 +55,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -
         with suppress(OSError):
             partial.unlink()
         missing = not path.parent.is_dir()
-        fix = "The directory is gone: make it again" if missing else "Make room there, or lift the limit"
+        fix = (
+            "The directory is gone: make it again"
+            if missing
+            else "Make room there, or lift the limit"
+        )
         raise OSError(
             error.errno,
-            f"{error.strerror}: {len(content):,} bytes could not be written. What was written before is intact. {fix}, and run the "
+            f"{error.strerror}: {len(content):,} bytes could not be written. What was written "
+            f"before is intact. {fix}, and run the "
             "same program again: it goes on from there",
             str(path),
         ) from error
@@ -72,10 +83,16 @@ def read(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     except SafetensorError as error:
         raise _damaged(path, str(error), remedy) from error
     with outside_transforms():
-        tensors |= {name: torch.view_as_complex(tensors[name]) for name in json.loads(facts.pop("complex"))}
+        tensors |= {
+            name: torch.view_as_complex(tensors[name]) for name in json.loads(facts.pop("complex"))
+        }
     found, expected = digest(tensors.items()), facts.pop("checksum")
     if found != expected:
-        raise _damaged(path, f"its checksum is {found[:12]}..., not {expected[:12]}... as written in it", remedy)
+        raise _damaged(
+            path,
+            f"its checksum is {found[:12]}..., not {expected[:12]}... as written in it",
+            remedy,
+        )
     return tensors, facts
 
 
@@ -101,7 +118,11 @@ def digest(leaves: Iterable[tuple[str, Any]]) -> str:
                 sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
-            value = repr(leaf) if isinstance(leaf, bool | int | float | str | None) else type(leaf).__name__
+            value = (
+                repr(leaf)
+                if isinstance(leaf, bool | int | float | str | None)
+                else type(leaf).__name__
+            )
             sha.update(f"{name} {value}\n".encode())
     return sha.hexdigest()
 

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 
-def stratified_split(labels: Tensor, sizes: Sequence[int], generator: torch.Generator) -> list[Tensor]:
-    """Return disjoint random parts with exactly sizes[i] examples of every class, and last everything that is left.
+def stratified_split(
+    labels: Tensor, sizes: Sequence[int], generator: torch.Generator
+) -> list[Tensor]:
+    """Return disjoint random parts with exactly sizes[i] examples of every class, and last
+    everything that is left.
 
     Args:
         labels: class of each example, [n], int64.
@@ -26,17 +29,24 @@ def stratified_split(labels: Tensor, sizes: Sequence[int], generator: torch.Gene
     for label in labels.unique():
         members = torch.nonzero(labels == label).squeeze(1)
         if len(members) < sum(sizes):
-            raise ValueError(f"`sizes` must add up to at most the {len(members)} examples of class {label}, got {tuple(sizes)}.")
+            raise ValueError(
+                f"`sizes` must add up to at most the {len(members)} examples of class {label}, got "
+                f"{tuple(sizes)}."
+            )
         shuffled = members[torch.randperm(len(members), generator=generator)]
-        for part, chosen in zip(parts, shuffled.split([*sizes, len(members) - sum(sizes)]), strict=True):
+        for part, chosen in zip(
+            parts, shuffled.split([*sizes, len(members) - sum(sizes)]), strict=True
+        ):
             part.append(chosen)
     return [torch.cat(part) for part in parts]
 
 
 def flip_labels(labels: Tensor, share: float, classes: int, generator: torch.Generator) -> Tensor:
-    """Return a copy in which exactly round(share n) labels are wrong: another class, each of the others equally likely.
+    """Return a copy in which exactly round(share n) labels are wrong: another class, each of the
+    others equally likely.
 
-    This is symmetric noise; "uniform" noise that may also hit the true class has the wrong share (1 - 1 / classes) share.
+    This is symmetric noise; "uniform" noise that may also hit the true class has the wrong share (1
+    - 1 / classes) share.
 
     Args:
         labels: [n], int64, in 0 ... classes - 1.
@@ -51,9 +61,13 @@ def flip_labels(labels: Tensor, share: float, classes: int, generator: torch.Gen
         Zhang, Bengio, Hardt, Recht, Vinyals 2017, arXiv:1611.03530, section 2.
     """
     if not 0 <= share < 1:
-        raise ValueError(f"`share` of wrong labels must lie in [0, 1), got {share}. Write 0.4 for 40 %.")
+        raise ValueError(
+            f"`share` of wrong labels must lie in [0, 1), got {share}. Write 0.4 for 40 %."
+        )
     if classes < 2:
-        raise ValueError(f"`classes` must be at least 2, got {classes}. With one class no label can be wrong.")
+        raise ValueError(
+            f"`classes` must be at least 2, got {classes}. With one class no label can be wrong."
+        )
     wrong = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
     offset = torch.randint(1, classes, (len(wrong),), generator=generator)
     return labels.index_put((wrong,), (labels[wrong] + offset) % classes)
@@ -62,8 +76,8 @@ def flip_labels(labels: Tensor, share: float, classes: int, generator: torch.Gen
 def long_tail(labels: Tensor, ratio: float, generator: torch.Generator) -> Tensor:
     """Return indices of a random subset whose class sizes fall exponentially from m to m / ratio.
 
-    The class of rank k = 0 ... C - 1 keeps round(m ratio^(-k / (C - 1))) examples, where m is the size of the smallest class;
-    the ranks are drawn at random.
+    The class of rank k = 0 ... C - 1 keeps round(m ratio^(-k / (C - 1))) examples, where m is the
+    size of the smallest class; the ranks are drawn at random.
 
     Args:
         labels: class of each example, [n], int64.
@@ -80,8 +94,9 @@ def long_tail(labels: Tensor, ratio: float, generator: torch.Generator) -> Tenso
     largest, last = min(counts.tolist()), max(len(present) - 1, 1)
     if not 1 <= ratio <= largest:
         raise ValueError(
-            f"`ratio` of the largest to the smallest class must lie in [1, {largest}], got {ratio}. "
-            f"The largest class can have {largest} examples and the smallest must keep one. Write 50 for 1:50."
+            f"`ratio` of the largest to the smallest class must lie in [1, {largest}], got "
+            f"{ratio}. The largest class can have {largest} examples and the smallest must keep "
+            f"one. Write 50 for 1:50."
         )
     kept = []
     for rank, label in enumerate(present[torch.randperm(len(present), generator=generator)]):

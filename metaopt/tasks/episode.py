@@ -10,7 +10,8 @@ from metaopt.tree import Tree
 class Episode(NamedTuple):
     """A task as two batches: adapt on `support`, be judged on `query`.
 
-    A batch of tasks is one `Episode` whose leaves have the leading axis tasks, as `mo.meta_grad` takes it.
+    A batch of tasks is one `Episode` whose leaves have the leading axis tasks, as `mo.meta_grad`
+    takes it.
     """
 
     support: Tree

@@ -25,7 +25,9 @@ class Quadratics:
 
     def __post_init__(self) -> None:
         if self.dimension < 1:
-            raise ValueError(f"Quadratics: `dimension` must be a positive integer, got {self.dimension}.")
+            raise ValueError(
+                f"Quadratics: `dimension` must be a positive integer, got {self.dimension}."
+            )
 
     def loss(self, params: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the squared residual."""

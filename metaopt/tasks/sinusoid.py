@@ -22,7 +22,9 @@ class Sinusoids:
     phase = (0.0, math.pi)
     interval = (-5.0, 5.0)
 
-    def sample(self, generator: torch.Generator, tasks: int, *, shots: int, queries: int) -> Episode:
+    def sample(
+        self, generator: torch.Generator, tasks: int, *, shots: int, queries: int
+    ) -> Episode:
         """Draw waves, and points on each.
 
         Args:
@@ -38,7 +40,10 @@ class Sinusoids:
             ValueError: a count is not positive.
         """
         if min(tasks, shots, queries) < 1:
-            raise ValueError(f"`tasks`, `shots` and `queries` must be positive, got {tasks}, {shots} and {queries}.")
+            raise ValueError(
+                f"`tasks`, `shots` and `queries` must be positive, got {tasks}, {shots} and "
+                f"{queries}."
+            )
         amplitude = _uniform(generator, self.amplitude, (tasks, 1, 1))
         phase = _uniform(generator, self.phase, (tasks, 1, 1))
         x = _uniform(generator, self.interval, (tasks, shots + queries, 1))
@@ -58,6 +63,8 @@ def sinusoid_mlp(hidden_size: int = 40) -> nn.Module:
     return nn.Sequential(OrderedDict(layers))
 
 
-def _uniform(generator: torch.Generator, bounds: tuple[float, float], shape: tuple[int, ...]) -> Tensor:
+def _uniform(
+    generator: torch.Generator, bounds: tuple[float, float], shape: tuple[int, ...]
+) -> Tensor:
     low, high = bounds
     return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)

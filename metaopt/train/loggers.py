@@ -20,7 +20,9 @@ class Logger(Protocol):
 
 
 class TensorBoardLogger:
-    """Writes TensorBoard events into `directory`; look at them with `tensorboard --logdir DIRECTORY`."""
+    """Writes TensorBoard events into `directory`; look at them with `tensorboard --logdir
+    DIRECTORY`.
+    """
 
     def __init__(self, directory: str | Path):
         from torch.utils.tensorboard import SummaryWriter

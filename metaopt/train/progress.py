@@ -93,4 +93,8 @@ class Lines:
         self._last = time.monotonic()
         passed = self._last - self._start
         pace = f", {self._done / passed:.3g} steps/s" if passed > 0 else ""
-        print(f"{self._label}: step {self._done} of {self._total}, {passed:.0f} s{pace}{self._facts}", file=sys.stderr, flush=True)
+        print(
+            f"{self._label}: step {self._done} of {self._total}, {passed:.0f} s{pace}{self._facts}",
+            file=sys.stderr,
+            flush=True,
+        )

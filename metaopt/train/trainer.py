@@ -69,18 +69,25 @@ class Trainer:
         if logger is not None:
             _require_methods("logger", logger, ("log", "close"))
         if validate is not None and not callable(validate):
-            raise TypeError(f"`validate` must be a function that returns a number, got {validate!r}. Write validate=lambda: ...")
+            raise TypeError(
+                f"`validate` must be a function that returns a number, got {validate!r}. Write "
+                f"validate=lambda: ..."
+            )
         if not isinstance(progress, bool):
             raise TypeError(f"`progress` must be True or False, got {progress!r}.")
         self.training, self.logger, self.validate = training, logger, validate
-        self.max_steps, self.validate_every = _as_count("max_steps", max_steps), _as_count("validate_every", validate_every)
+        self.max_steps, self.validate_every = (
+            _as_count("max_steps", max_steps),
+            _as_count("validate_every", validate_every),
+        )
         self.label, self.progress = label, progress
         self.best = math.inf
         self.best_step = 0
         self._best_state: dict[str, Any] | None = None
 
     def fit(self) -> None:
-        """Train; on return the best validated state is in place, and `best` and `best_step` say which it was.
+        """Train; on return the best validated state is in place, and `best` and `best_step` say
+        which it was.
 
         So it is if a step raises or the user interrupts: what was best by then is kept.
 
@@ -92,7 +99,10 @@ class Trainer:
             self._validate(0, progress)
             for step in range(1, self.max_steps + 1):
                 values = {} if self.logger is None else _values(self.training)
-                metrics = {name: _as_number(f"The metric {name!r}", value) for name, value in self.training.step().items()}
+                metrics = {
+                    name: _as_number(f"The metric {name!r}", value)
+                    for name, value in self.training.step().items()
+                }
                 if self.logger is not None:
                     self.logger.log(step, values | metrics)
                 progress.advance()
@@ -120,14 +130,21 @@ class Trainer:
 def _require_methods(name: str, given: Any, methods: tuple[str, ...]) -> None:
     missing = [method for method in methods if not callable(getattr(given, method, None))]
     if missing:
-        raise TypeError(f"`{name}` must have the methods {', '.join(methods)}, got {type(given).__name__} without {missing}.")
+        raise TypeError(
+            f"`{name}` must have the methods {', '.join(methods)}, got {type(given).__name__} "
+            f"without {missing}."
+        )
 
 
 def _values(training: Any) -> dict[str, float]:
     """Return the hyperparameters that are single numbers, of a training that tells them."""
     tell = getattr(training, "values", None)
     found: Mapping[str, Any] = tell() if callable(tell) else {}
-    return {name: float(value) for name, value in found.items() if not isinstance(value, Tensor) or value.numel() == 1}
+    return {
+        name: float(value)
+        for name, value in found.items()
+        if not isinstance(value, Tensor) or value.numel() == 1
+    }
 
 
 def _as_count(name: str, value: Any) -> int:
@@ -144,5 +161,7 @@ def _as_number(what: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        kind = (
+            f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        )
         raise TypeError(f"{what} must be one number, got {kind}. Take its mean.") from error

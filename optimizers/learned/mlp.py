@@ -19,11 +19,13 @@ PER_COORDINATE = 4 + 2 * len(DECAYS)
 
 
 class MLPOptimizer(Optimizer):
-    """u = step_size * d * exp(sharpness * s), with (d, s) = MLP(features of one coordinate), shared over all coordinates.
+    """u = step_size * d * exp(sharpness * s), with (d, s) = MLP(features of one coordinate), shared
+    over all coordinates.
 
-    Features, each divided by its root mean square over the tensor: the gradient g, the parameter w, momenta m at decays
-    .5, .9, .99, 1 / sqrt(v), g / sqrt(v) and m / sqrt(v), with m and v corrected for their start at 0; and tanh(t / h)
-    for horizons h from 3 to 1000 steps, which are the same for all coordinates and are folded into the first bias.
+    Features, each divided by its root mean square over the tensor: the gradient g, the parameter w,
+    momenta m at decays .5, .9, .99, 1 / sqrt(v), g / sqrt(v) and m / sqrt(v), with m and v
+    corrected for their start at 0; and tanh(t / h) for horizons h from 3 to 1000 steps, which are
+    the same for all coordinates and are folded into the first bias.
 
     Args:
         hidden_size: width of both hidden layers (16: 578 weights).
@@ -32,14 +34,22 @@ class MLPOptimizer(Optimizer):
         seed: of the initial weights.
 
     Cost:
-        4 copies of the parameters as state, hidden_size * (hidden_size + 12) multiplications per coordinate.
+        4 copies of the parameters as state, hidden_size * (hidden_size + 12) multiplications per
+        coordinate.
 
     Reference:
-        Metz et al. 2019, arXiv:1810.10180, appendix D; Metz et al. 2020, arXiv:2009.11243, section 3. Theirs are trained for longer
-        and start from smaller factors (both 1e-3).
+        Metz et al. 2019, arXiv:1810.10180, appendix D; Metz et al. 2020, arXiv:2009.11243, section
+        3. Theirs are trained for longer and start from smaller factors (both 1e-3).
     """
 
-    def __init__(self, hidden_size: int = 16, *, step_size: float = 0.1, sharpness: float = 1.0, seed: int = 0):
+    def __init__(
+        self,
+        hidden_size: int = 16,
+        *,
+        step_size: float = 0.1,
+        sharpness: float = 1.0,
+        seed: int = 0,
+    ):
         super().__init__()
         self.hidden_size = check_count(self, "hidden_size", hidden_size)
         self.step_size = check_number(self, "step_size", step_size)
@@ -61,21 +71,41 @@ class MLPOptimizer(Optimizer):
             "square": [torch.zeros_like(p) for p in like],
         }
 
-    def update(self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor) -> tuple[Leaves, Slots]:
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
         params = self._require_params(params, "the parameter is one of its features")
-        # All is computed in the network's precision: half precision could not hold the square of a small gradient.
-        grads, params = ([x.to(self.input_weight.dtype) for x in leaves] for leaves in (grads, params))
+        # All is computed in the network's precision: half precision could not hold the square of a
+        # small gradient.
+        grads, params = (
+            [x.to(self.input_weight.dtype) for x in leaves] for leaves in (grads, params)
+        )
         decays = torch.tensor(DECAYS, dtype=self.input_weight.dtype, device=grads[0].device)
         each = [decays.view(-1, *[1] * g.ndim) for g in grads]
-        momenta = [d * m + (1 - d) * g for d, m, g in zip(each, slots["momenta"], grads, strict=True)]
-        square = [SQUARE_DECAY * v + (1 - SQUARE_DECAY) * g * g for v, g in zip(slots["square"], grads, strict=True)]
-        unbias, scale = 1 / bias_correction(decays, step, grads[0]), 1 / bias_correction(SQUARE_DECAY, step, grads[0])
+        momenta = [
+            d * m + (1 - d) * g for d, m, g in zip(each, slots["momenta"], grads, strict=True)
+        ]
+        square = [
+            SQUARE_DECAY * v + (1 - SQUARE_DECAY) * g * g
+            for v, g in zip(slots["square"], grads, strict=True)
+        ]
+        unbias, scale = (
+            1 / bias_correction(decays, step, grads[0]),
+            1 / bias_correction(SQUARE_DECAY, step, grads[0]),
+        )
         unbiased = [m * unbias.view(d.shape) for m, d in zip(momenta, each, strict=True)]
-        columns = [_features(g, p, m, v * scale) for g, p, m, v in zip(grads, params, unbiased, square, strict=True)]
+        columns = [
+            _features(g, p, m, v * scale)
+            for g, p, m, v in zip(grads, params, unbiased, square, strict=True)
+        ]
         features, shapes = pack(columns, "f *")
 
-        time = torch.tanh(step / torch.tensor(HORIZONS, dtype=features.dtype, device=features.device))[:, None]
-        x = self.input_weight[:, :PER_COORDINATE] @ features + (self.input_weight[:, PER_COORDINATE:] @ time + self.input_bias)
+        time = torch.tanh(
+            step / torch.tensor(HORIZONS, dtype=features.dtype, device=features.device)
+        )[:, None]
+        x = self.input_weight[:, :PER_COORDINATE] @ features + (
+            self.input_weight[:, PER_COORDINATE:] @ time + self.input_bias
+        )
         x = self.hidden_weight @ x.relu() + self.hidden_bias
         direction, sharpness = self.output_weight @ x.relu() + self.output_bias
         updates = self.step_size * direction * torch.exp(self.sharpness * sharpness)
@@ -85,6 +115,8 @@ class MLPOptimizer(Optimizer):
 def _features(grad: Tensor, param: Tensor, momenta: Tensor, square: Tensor) -> Tensor:
     """Return [features, *shape of the tensor], each with root mean square 1 over the tensor."""
     inverse = (square + 1e-16).rsqrt()
-    raw = torch.cat([torch.stack([grad, param, inverse, grad * inverse]), momenta, momenta * inverse])
+    raw = torch.cat(
+        [torch.stack([grad, param, inverse, grad * inverse]), momenta, momenta * inverse]
+    )
     mean_square = rearrange(raw, "f ... -> f (...)").square().sum(1) / max(grad.numel(), 1)
     return raw * (mean_square + 1e-16).rsqrt().view(-1, *[1] * grad.ndim)

@@ -23,5 +23,7 @@ class Constant(Schedule):
         super().__init__()
         set_value(self, "value", value)
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         return self.value, state

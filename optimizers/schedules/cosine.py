@@ -16,7 +16,8 @@ from .progress import fraction
 
 
 class Cosine(Schedule):
-    """value_t = final + (initial - final) (1 + cos(pi t / steps)) / 2, and `final` from t = steps on.
+    """value_t = final + (initial - final) (1 + cos(pi t / steps)) / 2, and `final` from t = steps
+    on.
 
     Args:
         initial: the value at step 0.
@@ -39,6 +40,8 @@ class Cosine(Schedule):
         set_value(self, "final", final)
         self.steps = check_count(self, "steps", steps)
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         over = fraction(step, self.steps, grads[0])
         return self.final + (self.initial - self.final) * (1 + torch.cos(math.pi * over)) / 2, state

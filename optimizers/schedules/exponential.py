@@ -31,5 +31,7 @@ class Exponential(Schedule):
         set_value(self, "initial", initial)
         set_value(self, "gamma", gamma)
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         return self.initial * self.gamma ** step.to(scalar_dtype(grads[0])), state

@@ -17,10 +17,11 @@ from .progress import check_boundaries, check_row
 
 
 class Joined(Schedule):
-    """value_t = schedules[i] at its own step t - boundaries[i - 1], for boundaries[i - 1] <= t < boundaries[i].
+    """value_t = schedules[i] at its own step t - boundaries[i - 1], for boundaries[i - 1] <= t <
+    boundaries[i].
 
-    Equal to `torch.optim.lr_scheduler.SequentialLR`. All are evaluated at every step, since the step is a tensor; only the one
-    whose turn it is goes on in its state.
+    Equal to `torch.optim.lr_scheduler.SequentialLR`. All are evaluated at every step, since the
+    step is a tensor; only the one whose turn it is goes on in its state.
 
     Args:
         schedules: one more than boundaries.
@@ -38,7 +39,8 @@ class Joined(Schedule):
         for schedule in schedules:
             if not isinstance(schedule, Schedule):
                 raise TypeError(
-                    f"Joined: `schedules` must be schedules, got {type(schedule).__name__}. Wrap a number: `Constant(0.1)`."
+                    f"Joined: `schedules` must be schedules, got {type(schedule).__name__}. Wrap a "
+                    f"number: `Constant(0.1)`."
                 )
         self._pieces = nn.ModuleList(schedules)
 
@@ -50,19 +52,35 @@ class Joined(Schedule):
     def init(self, like: Tensor) -> Any:
         return [schedule.init(like) for schedule in self.schedules]
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         values, after = [], []
         ends = (*self.boundaries, math.inf)
-        for schedule, start, end, before in zip(self.schedules, self._starts, ends, state, strict=True):
-            value, new = advance(schedule, before, step=(step - start).clamp(min=0), loss=loss, grads=grads)
+        for schedule, start, end, before in zip(
+            self.schedules, self._starts, ends, state, strict=True
+        ):
+            value, new = advance(
+                schedule, before, step=(step - start).clamp(min=0), loss=loss, grads=grads
+            )
             values.append(value)
             turn = (step >= start) & (step < end)
             after.append(tree.map(lambda n, b, turn=turn: torch.where(turn, n, b), new, before))
         return self._in_turn(values, step, grads[0]), after
 
-    def value_at(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor] | None, like: Tensor) -> Value:
+    def value_at(
+        self,
+        state: Any,
+        *,
+        step: Tensor,
+        loss: Tensor | None,
+        grads: list[Tensor] | None,
+        like: Tensor,
+    ) -> Value:
         values = [
-            schedule.value_at(before, step=(step - start).clamp(min=0), loss=loss, grads=grads, like=like)
+            schedule.value_at(
+                before, step=(step - start).clamp(min=0), loss=loss, grads=grads, like=like
+            )
             for schedule, start, before in zip(self.schedules, self._starts, state, strict=True)
         ]
         return self._in_turn(values, step, like)
@@ -73,7 +91,9 @@ class Joined(Schedule):
 
     def _in_turn(self, values: list[Value], step: Tensor, like: Tensor) -> Tensor:
         """Return the value of the schedule whose turn it is."""
-        value, *others = [torch.as_tensor(value, dtype=scalar_dtype(like), device=step.device) for value in values]
+        value, *others = [
+            torch.as_tensor(value, dtype=scalar_dtype(like), device=step.device) for value in values
+        ]
         for boundary, other in zip(self.boundaries, others, strict=True):
             value = torch.where(step < boundary, value, other)
         return value

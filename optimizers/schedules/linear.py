@@ -36,5 +36,9 @@ class Linear(Schedule):
         set_value(self, "final", final)
         self.steps = check_count(self, "steps", steps)
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
-        return self.initial + (self.final - self.initial) * fraction(step, self.steps, grads[0]), state
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
+        return self.initial + (self.final - self.initial) * fraction(
+            step, self.steps, grads[0]
+        ), state

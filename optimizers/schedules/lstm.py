@@ -19,10 +19,12 @@ from .progress import require_loss
 
 
 class LSTMSchedule(Schedule):
-    """log value_t = log value_{t-1} + max_change * tanh(readout . h_t), h_t = LSTM(loss_t, |grad_t|, t / steps).
+    """log value_t = log value_{t-1} + max_change * tanh(readout . h_t), h_t = LSTM(loss_t,
+    |grad_t|, t / steps).
 
-    The loss enters as sign(L) log(1 + |L|), the norm of the gradient as log(|g| + 1e-6) / 5. The readout starts at zero:
-    untrained, it is the constant `initial`, which is learned too. It observes, so the optimizer must be given `loss=`.
+    The loss enters as sign(L) log(1 + |L|), the norm of the gradient as log(|g| + 1e-6) / 5. The
+    readout starts at zero: untrained, it is the constant `initial`, which is learned too. It
+    observes, so the optimizer must be given `loss=`.
 
     Args:
         initial: the value at the start.
@@ -35,15 +37,26 @@ class LSTMSchedule(Schedule):
         ValueError: an argument that is not positive.
 
     Reference:
-        The controller of Xu, Dai, Kemp, Metz 2019, arXiv:1909.09712, section 3, trained through the inner loop instead of by
-        reinforcement learning.
+        The controller of Xu, Dai, Kemp, Metz 2019, arXiv:1909.09712, section 3, trained through the
+        inner loop instead of by reinforcement learning.
     """
 
-    def __init__(self, initial: float = 0.1, steps: int = 100, *, hidden_size: int = 20, max_change: float = 0.05, seed: int = 0):
+    def __init__(
+        self,
+        initial: float = 0.1,
+        steps: int = 100,
+        *,
+        hidden_size: int = 20,
+        max_change: float = 0.05,
+        seed: int = 0,
+    ):
         super().__init__()
         self.initial = check_positive(self, "initial", initial)
         self.max_change = check_positive(self, "max_change", max_change)
-        self.steps, self.hidden_size = check_count(self, "steps", steps), check_count(self, "hidden_size", hidden_size)
+        self.steps, self.hidden_size = (
+            check_count(self, "steps", steps),
+            check_count(self, "hidden_size", hidden_size),
+        )
         self.seed = check_count(self, "seed", seed, least=0)
         self.cell = LSTMCell(3, hidden_size, torch.Generator().manual_seed(seed))
         self.log_initial = nn.Parameter(torch.tensor(math.log(initial)))
@@ -53,7 +66,9 @@ class LSTMSchedule(Schedule):
         zeros = self.readout.new_zeros(self.hidden_size, 1, device=like.device)
         return {"h": zeros, "c": zeros, "change": self.readout.new_zeros((), device=like.device)}
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         loss = require_loss(self, loss)
         features = (
             loss.sign() * loss.abs().log1p(),
@@ -65,7 +80,15 @@ class LSTMSchedule(Schedule):
         change = state["change"] + self.max_change * torch.tanh(self.readout @ h)[0, 0]
         return (self.log_initial + change).exp(), {"h": h, "c": c, "change": change}
 
-    def value_at(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor] | None, like: Tensor) -> Value:
+    def value_at(
+        self,
+        state: Any,
+        *,
+        step: Tensor,
+        loss: Tensor | None,
+        grads: list[Tensor] | None,
+        like: Tensor,
+    ) -> Value:
         if loss is None or grads is None:
             return (self.log_initial + state["change"]).exp()
         return super().value_at(state, step=step, loss=loss, grads=grads, like=like)

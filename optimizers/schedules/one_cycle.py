@@ -16,11 +16,13 @@ from ..precision import scalar_dtype
 
 
 class OneCycle(Schedule):
-    """value_t goes from peak / div_factor to the peak, then to peak / div_factor / final_div_factor at t = steps - 1.
+    """value_t goes from peak / div_factor to the peak, then to peak / div_factor / final_div_factor
+    at t = steps - 1.
 
-    Between the ends x and y of a phase, at its fraction p: y + (x - y) (1 + cos(pi p)) / 2, or x + (y - x) p if "linear". With
-    `three_phase` it comes down to where it started first, as fast as it went up. Equal to `torch.optim.lr_scheduler.OneCycleLR`;
-    its cycle of the momentum m is `OneCycle(m_low, steps, div_factor=m_low / m_high, final_div_factor=1.0)`.
+    Between the ends x and y of a phase, at its fraction p: y + (x - y) (1 + cos(pi p)) / 2, or x +
+    (y - x) p if "linear". With `three_phase` it comes down to where it started first, as fast as it
+    went up. Equal to `torch.optim.lr_scheduler.OneCycleLR`; its cycle of the momentum m is
+    `OneCycle(m_low, steps, div_factor=m_low / m_high, final_div_factor=1.0)`.
 
     Args:
         peak: the largest value.
@@ -32,7 +34,8 @@ class OneCycle(Schedule):
         three_phase: come down in two phases.
 
     Raises:
-        ValueError: `steps` is not a positive integer, a phase has no length, or `anneal` is something else.
+        ValueError: `steps` is not a positive integer, a phase has no length, or `anneal` is
+            something else.
 
     Reference:
         Smith and Topin 2017, arXiv:1708.07120, section 3.
@@ -65,14 +68,21 @@ class OneCycle(Schedule):
         self._ends = (0.0, up, 2 * up, steps - 1.0) if three_phase else (0.0, up, steps - 1.0)
         if any(start >= end for start, end in zip(self._ends, self._ends[1:], strict=False)):
             raise ValueError(
-                f"OneCycle: every phase needs a length, got phases that end at steps {self._ends[1:]}. Give more `steps`, or "
-                f"another `pct_start` than {pct_start}."
+                f"OneCycle: every phase needs a length, got phases that end at steps "
+                f"{self._ends[1:]}. Give more `steps`, or another `pct_start` than {pct_start}."
             )
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         t = step.to(scalar_dtype(grads[0]))
         initial = self.peak / self.div_factor
-        levels = [initial, self.peak, *[initial] * self.three_phase, initial / self.final_div_factor]
+        levels = [
+            initial,
+            self.peak,
+            *[initial] * self.three_phase,
+            initial / self.final_div_factor,
+        ]
         phases = list(zip(self._ends, self._ends[1:], levels, levels[1:], strict=False))
         value = self._between(t, *phases[0])
         for phase in phases[1:]:
@@ -82,4 +92,8 @@ class OneCycle(Schedule):
     def _between(self, t: Tensor, start: float, end: float, x: Value, y: Value) -> Tensor:
         """Return the value at step t of the phase from (start, x) to (end, y)."""
         p = ((t - start) / (end - start)).clamp(max=1)
-        return y + (x - y) * (1 + torch.cos(math.pi * p)) / 2 if self.anneal == "cos" else x + (y - x) * p
+        return (
+            y + (x - y) * (1 + torch.cos(math.pi * p)) / 2
+            if self.anneal == "cos"
+            else x + (y - x) * p
+        )

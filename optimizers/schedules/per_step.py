@@ -18,8 +18,8 @@ from .progress import check_row
 class PerStep(Schedule):
     """value_t = values[t], and the last one from t = steps - 1 on.
 
-    The values hold beyond their end because the step is a tensor, which must not decide about an error. A list of numbers
-    becomes a float64 tensor; to learn the values, give an `nn.Parameter`.
+    The values hold beyond their end because the step is a tensor, which must not decide about an
+    error. A list of numbers becomes a float64 tensor; to learn the values, give an `nn.Parameter`.
 
     Args:
         values: [steps], a parameter or tensor, or a list of numbers.
@@ -29,7 +29,8 @@ class PerStep(Schedule):
         TypeError: they are something else.
 
     Reference:
-        Antoniou, Edwards, Storkey, ICLR 2019, arXiv:1810.09502 (MAML++), section 4, "per-step learning rates".
+        Antoniou, Edwards, Storkey, ICLR 2019, arXiv:1810.09502 (MAML++), section 4, "per-step
+        learning rates".
     """
 
     values: Tensor
@@ -38,15 +39,22 @@ class PerStep(Schedule):
         super().__init__()
         values = check_row(self, "values", values)
         if not isinstance(values, Tensor):
-            if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+            if any(
+                isinstance(value, bool) or not isinstance(value, int | float) for value in values
+            ):
                 raise TypeError(
-                    f"PerStep: `values` must be a tensor or a list of numbers, got {values!r}. To learn them, write "
-                    "PerStep(nn.Parameter(torch.full((steps,), 0.1))); a few of different kinds are `Piecewise`."
+                    f"PerStep: `values` must be a tensor or a list of numbers, got {values!r}. To "
+                    f"learn them, write "
+                    "PerStep(nn.Parameter(torch.full((steps,), 0.1))); a few of different kinds "
+                    "are `Piecewise`."
                 )
             values = torch.tensor(values, dtype=torch.float64)
         set_value(self, "values", values)
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         values = self.values.to(step.device, scalar_dtype(grads[0]))
         at = step.clamp(max=len(values) - 1)
-        return values.gather(0, at.reshape(1))[0], state  # indexing by a tensor would read its value
+        # indexing by a tensor would read its value
+        return values.gather(0, at.reshape(1))[0], state

@@ -17,8 +17,8 @@ from .progress import check_boundaries, check_row
 class Piecewise(Schedule):
     """value_t = values[i] for boundaries[i - 1] <= t < boundaries[i].
 
-    Equal to `torch.optim.lr_scheduler.MultiStepLR` with values lr, lr gamma, lr gamma^2, ...; here each can be learned, as a
-    parameter of its own or as an entry of one.
+    Equal to `torch.optim.lr_scheduler.MultiStepLR` with values lr, lr gamma, lr gamma^2, ...; here
+    each can be learned, as a parameter of its own or as an entry of one.
 
     Args:
         values: one more than boundaries; a tensor or parameter with one axis, or a tuple.
@@ -48,9 +48,13 @@ class Piecewise(Schedule):
             return self.vector
         return tuple(getattr(self, f"value{i}") for i in range(len(self.boundaries) + 1))
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         dtype = scalar_dtype(grads[0])
-        value, *others = [torch.as_tensor(value, dtype=dtype, device=step.device) for value in self.values]
+        value, *others = [
+            torch.as_tensor(value, dtype=dtype, device=step.device) for value in self.values
+        ]
         for boundary, other in zip(self.boundaries, others, strict=True):
             value = torch.where(step < boundary, value, other)
         return value, state

@@ -17,12 +17,14 @@ from .progress import require_loss
 
 
 class Plateau(Schedule):
-    """value_t = max(initial factor^n, final), n the number of times at which the loss had not improved for `patience` steps.
+    """value_t = max(initial factor^n, final), n the number of times at which the loss had not
+    improved for `patience` steps.
 
-    A loss L improves on the best one B so far if L < B (1 - threshold), or L < B - threshold if not `relative`. The value at a step
-    does not depend on the loss at that step, only on those before, as with `torch.optim.lr_scheduler.ReduceLROnPlateau`, to which
-    it is equal when that is told the loss of every step. n is piecewise constant: no derivative goes through the losses.
-    It observes, so the optimizer must be given `loss=`; smooth a noisy loss first.
+    A loss L improves on the best one B so far if L < B (1 - threshold), or L < B - threshold if not
+    `relative`. The value at a step does not depend on the loss at that step, only on those before,
+    as with `torch.optim.lr_scheduler.ReduceLROnPlateau`, to which it is equal when that is told the
+    loss of every step. n is piecewise constant: no derivative goes through the losses. It observes,
+    so the optimizer must be given `loss=`; smooth a noisy loss first.
 
     Args:
         initial: the value at the start.
@@ -72,8 +74,12 @@ class Plateau(Schedule):
         best = torch.full((), math.inf, dtype=scalar_dtype(like), device=like.device)
         return {"best": best, "bad": zero, "cooldown": zero, "decays": zero}
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
-        best, bad, cooldown, decays = (state[name] for name in ("best", "bad", "cooldown", "decays"))
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
+        best, bad, cooldown, decays = (
+            state[name] for name in ("best", "bad", "cooldown", "decays")
+        )
         loss = require_loss(self, loss).detach().to(best.dtype)
         value = self._after(decays, best)
         improves = loss < (best * (1 - self.threshold) if self.relative else best - self.threshold)
@@ -89,7 +95,15 @@ class Plateau(Schedule):
             "decays": torch.where(is_due & is_worth_it, decays + 1, decays),
         }
 
-    def value_at(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor] | None, like: Tensor) -> Value:
+    def value_at(
+        self,
+        state: Any,
+        *,
+        step: Tensor,
+        loss: Tensor | None,
+        grads: list[Tensor] | None,
+        like: Tensor,
+    ) -> Value:
         return self._after(state["decays"], like)
 
     def _after(self, decays: Tensor, like: Tensor) -> Tensor:

@@ -40,9 +40,12 @@ class Polynomial(Schedule):
         set_value(self, "final", final)
         self.steps = check_count(self, "steps", steps)
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         remaining = 1 - fraction(step, self.steps, grads[0])
         going = remaining > 0
-        # 1 in place of 0 keeps the logarithm of 0 out of the second derivative with respect to the power.
+        # 1 in place of 0 keeps the logarithm of 0 out of the second derivative with respect to the
+        # power.
         decay = torch.where(going, torch.where(going, remaining, 1) ** self.power, 0)
         return self.final + (self.initial - self.final) * decay, state

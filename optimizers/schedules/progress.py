@@ -20,14 +20,21 @@ def check_boundaries(owner: Schedule, what: str, pieces: Any, boundaries: Any) -
     """Return `boundaries` as a tuple.
 
     Raises:
-        ValueError: they are not increasing positive integers, or there is not one more piece than boundaries.
+        ValueError: they are not increasing positive integers, or there is not one more piece than
+            boundaries.
     """
     name = type(owner).__name__
     row = boundaries if isinstance(boundaries, tuple | list) else (None,)
     if not all(type(b) is int and b > a for a, b in zip((0, *row), row, strict=False)):
-        raise ValueError(f"{name}: `boundaries` must be increasing positive integers, got {boundaries!r}. Write (30, 60).")
+        raise ValueError(
+            f"{name}: `boundaries` must be increasing positive integers, got {boundaries!r}. Write "
+            f"(30, 60)."
+        )
     if len(pieces) != len(row) + 1:
-        raise ValueError(f"{name}: `{what}` must be one more than the boundaries, got {len(pieces)} and {len(row)}.")
+        raise ValueError(
+            f"{name}: `{what}` must be one more than the boundaries, got {len(pieces)} and "
+            f"{len(row)}."
+        )
     return tuple(row)
 
 
@@ -41,10 +48,16 @@ def check_row(owner: Schedule, name: str, value: Any) -> Any:
     kind = type(owner).__name__
     if isinstance(value, Tensor):
         if value.ndim != 1 or not len(value):
-            raise ValueError(f"{kind}: `{name}` must have one axis with at least one entry, got shape {tuple(value.shape)}.")
+            raise ValueError(
+                f"{kind}: `{name}` must have one axis with at least one entry, got shape "
+                f"{tuple(value.shape)}."
+            )
         return value
     if not isinstance(value, tuple | list):
-        raise TypeError(f"{kind}: `{name}` must be a tuple, got {type(value).__name__}. Write {name}=(0.1, 0.01).")
+        raise TypeError(
+            f"{kind}: `{name}` must be a tuple, got {type(value).__name__}. Write {name}=(0.1, "
+            f"0.01)."
+        )
     if not value:
         raise ValueError(f"{kind}: `{name}` must not be empty, got {value!r}.")
     return tuple(value)
@@ -58,7 +71,8 @@ def require_loss(owner: Schedule, loss: Tensor | None) -> Tensor:
     """
     if loss is None:
         raise ValueError(
-            f"{type(owner).__name__} observes the loss, got None. Call `optimizer(grads, state, params, loss=loss)` or "
+            f"{type(owner).__name__} observes the loss, got None. Call `optimizer(grads, state, "
+            f"params, loss=loss)` or "
             "`step(closure)`."
         )
     return loss

@@ -34,6 +34,8 @@ class Staircase(Schedule):
         set_value(self, "gamma", gamma)
         self.every = check_count(self, "every", every)
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         stairs = step.div(self.every, rounding_mode="floor")
         return self.initial * self.gamma ** stairs.to(scalar_dtype(grads[0])), state

@@ -16,10 +16,11 @@ from ..precision import scalar_dtype
 
 
 class WarmRestarts(Schedule):
-    """value_t = final + (initial - final) (1 + cos(pi u / n)) / 2, u steps after the last restart, in a period of n steps.
+    """value_t = final + (initial - final) (1 + cos(pi u / n)) / 2, u steps after the last restart,
+    in a period of n steps.
 
-    The first period has `steps` steps, each later one `factor` times those of the one before. Equal to
-    `torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`.
+    The first period has `steps` steps, each later one `factor` times those of the one before. Equal
+    to `torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`.
 
     Args:
         initial: the value at every restart.
@@ -41,9 +42,14 @@ class WarmRestarts(Schedule):
         super().__init__()
         set_value(self, "initial", initial)
         set_value(self, "final", final)
-        self.steps, self.factor = check_count(self, "steps", steps), check_count(self, "factor", factor)
+        self.steps, self.factor = (
+            check_count(self, "steps", steps),
+            check_count(self, "factor", factor),
+        )
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         since, length = self._period(step)
         over = since.to(scalar_dtype(grads[0])) / length
         return self.final + (self.initial - self.final) * (1 + torch.cos(math.pi * over)) / 2, state
@@ -52,8 +58,8 @@ class WarmRestarts(Schedule):
         """Return (steps since the last restart, length of the period), in exact integers."""
         if self.factor == 1:
             return step % self.steps, self.steps
-        # Restart k is at t_k = steps (factor^k - 1) / (factor - 1). The logarithm gives k up to rounding, hence the look at
-        # both neighbours.
+        # Restart k is at t_k = steps (factor^k - 1) / (factor - 1). The logarithm gives k up to
+        # rounding, hence the look at both neighbours.
         ratio = (step * (self.factor - 1)).div(self.steps, rounding_mode="floor") + 1
         k = (ratio.double().log() / math.log(self.factor)).floor().to(step.dtype)
         k = torch.where(ratio < self.factor**k, k - 1, k)

@@ -14,10 +14,11 @@ from .progress import fraction
 
 
 class Warmup(Schedule):
-    """value_t = (start + (1 - start) min(t / steps, 1)) after_t: a linear ramp on top of what comes after.
+    """value_t = (start + (1 - start) min(t / steps, 1)) after_t: a linear ramp on top of what comes
+    after.
 
-    Both see the same t. Equal to `torch.optim.lr_scheduler.LinearLR(start_factor=start, total_iters=steps)` chained with the
-    scheduler of `after`.
+    Both see the same t. Equal to `torch.optim.lr_scheduler.LinearLR(start_factor=start,
+    total_iters=steps)` chained with the scheduler of `after`.
 
     Args:
         after: a value, or a schedule.
@@ -43,13 +44,23 @@ class Warmup(Schedule):
     def init(self, like: Tensor) -> Any:
         return self.after.init(like) if isinstance(self.after, Schedule) else {}
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         if not isinstance(self.after, Schedule):
             return self._ramp(step, grads[0]) * self.after, {}
         value, state = advance(self.after, state, step=step, loss=loss, grads=grads)
         return self._ramp(step, grads[0]) * value, state
 
-    def value_at(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor] | None, like: Tensor) -> Value:
+    def value_at(
+        self,
+        state: Any,
+        *,
+        step: Tensor,
+        loss: Tensor | None,
+        grads: list[Tensor] | None,
+        like: Tensor,
+    ) -> Value:
         after = self.after
         if isinstance(after, Schedule):
             after = after.value_at(state, step=step, loss=loss, grads=grads, like=like)

@@ -16,9 +16,11 @@ from ..precision import scalar_dtype
 
 
 class WarmupStableDecay(Schedule):
-    """value_t = peak t / warmup, then peak for `stable` steps, then final + (peak - final) d(p), and `final` at the end.
+    """value_t = peak t / warmup, then peak for `stable` steps, then final + (peak - final) d(p),
+    and `final` at the end.
 
-    p is the fraction of the decay that is over, and d(p) = 1 - p, (1 + cos(pi p)) / 2, or 1 - sqrt(p).
+    p is the fraction of the decay that is over, and d(p) = 1 - p, (1 + cos(pi p)) / 2, or 1 -
+    sqrt(p).
 
     Args:
         peak: the value of the constant phase.
@@ -32,7 +34,8 @@ class WarmupStableDecay(Schedule):
         ValueError: a length that is no such integer, a number below 0, or another shape.
 
     Reference:
-        Hu et al. 2024, arXiv:2404.06395 (MiniCPM), section 4.2; "sqrt": Haegele et al. 2024, arXiv:2405.18392, equation 1.
+        Hu et al. 2024, arXiv:2404.06395 (MiniCPM), section 4.2; "sqrt": Haegele et al. 2024,
+        arXiv:2405.18392, equation 1.
     """
 
     peak: Value
@@ -51,11 +54,16 @@ class WarmupStableDecay(Schedule):
         super().__init__()
         set_value(self, "peak", peak)
         set_value(self, "final", final)
-        self.warmup, self.stable = check_count(self, "warmup", warmup, least=0), check_count(self, "stable", stable, least=0)
+        self.warmup, self.stable = (
+            check_count(self, "warmup", warmup, least=0),
+            check_count(self, "stable", stable, least=0),
+        )
         self.decay = check_count(self, "decay", decay)
         self.shape = check_choice(self, "shape", shape, ("linear", "cosine", "sqrt"))
 
-    def forward(self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]) -> tuple[Value, Any]:
+    def forward(
+        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+    ) -> tuple[Value, Any]:
         t = step.to(scalar_dtype(grads[0]))
         ramp = (t / self.warmup).clamp(max=1) if self.warmup else torch.ones_like(t)
         over = ((t - self.warmup - self.stable) / self.decay).clamp(0, 1)

@@ -6,4 +6,12 @@ from .masked import Masked
 from .transform import Transform
 from .weight_decay import DecoupledWeightDecay, WeightDecay
 
-__all__ = ["ClipNorm", "ClipValue", "DecoupledWeightDecay", "Grouped", "Masked", "Transform", "WeightDecay"]
+__all__ = [
+    "ClipNorm",
+    "ClipValue",
+    "DecoupledWeightDecay",
+    "Grouped",
+    "Masked",
+    "Transform",
+    "WeightDecay",
+]

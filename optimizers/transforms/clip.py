@@ -36,8 +36,9 @@ class ClipValue(Transform):
 class ClipNorm(Transform):
     """g = g max_norm / max(|g|, max_norm), where |g| is the norm of all gradients together.
 
-    The derivative is exact, that of the norm included; it is the identity at g = 0 and wherever nothing is clipped. Unlike
-    `torch.nn.utils.clip_grad_norm_`, nothing is added to the norm (there 1e-6).
+    The derivative is exact, that of the norm included; it is the identity at g = 0 and wherever
+    nothing is clipped. Unlike `torch.nn.utils.clip_grad_norm_`, nothing is added to the norm (there
+    1e-6).
 
     Args:
         max_norm: the largest norm.
@@ -56,7 +57,10 @@ class ClipNorm(Transform):
     def __init__(self, max_norm: Hyperparameter, optimizer: Optimizer):
         super().__init__(optimizer, max_norm=max_norm)
         if is_zero_anywhere(self.max_norm):
-            raise ValueError("ClipNorm: `max_norm` must be positive, got 0.0. To freeze parameters, use `Masked`.")
+            raise ValueError(
+                "ClipNorm: `max_norm` must be positive, got 0.0. To freeze parameters, use "
+                "`Masked`."
+            )
 
     def before(self, grads: Leaves, params: Leaves | None, hyper: Hyper) -> Leaves:
         norm = tree.norm([g.to(scalar_dtype(grads[0])) for g in grads])

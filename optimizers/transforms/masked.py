@@ -18,8 +18,9 @@ from .transform import checked
 class Masked(Optimizer):
     """u = the update of the optimizer for parameters whose names match the mask, else 0.
 
-    `Masked(Adam(1e-3), mask="head.*")`. Names are dict keys, list indices and fields, joined by dots; patterns are those of
-    `fnmatch`. The optimizer sees, and has memory for, the matching parameters only.
+    `Masked(Adam(1e-3), mask="head.*")`. Names are dict keys, list indices and fields, joined by
+    dots; patterns are those of `fnmatch`. The optimizer sees, and has memory for, the matching
+    parameters only.
 
     Args:
         optimizer: what updates the matching parameters.
@@ -33,9 +34,19 @@ class Masked(Optimizer):
     def __init__(self, optimizer: Optimizer, mask: str | tuple[str, ...]):
         super().__init__()
         patterns = (mask,) if isinstance(mask, str) else mask
-        if not isinstance(patterns, tuple | list) or not patterns or not all(isinstance(p, str) for p in patterns):
-            raise TypeError(f'Masked: `mask` must be a pattern or a tuple of them, got {mask!r}. Write mask="head.*".')
-        self.optimizer, self.mask = checked(self, optimizer), mask if isinstance(mask, str) else tuple(mask)
+        if (
+            not isinstance(patterns, tuple | list)
+            or not patterns
+            or not all(isinstance(p, str) for p in patterns)
+        ):
+            raise TypeError(
+                f"Masked: `mask` must be a pattern or a tuple of them, got {mask!r}. Write "
+                f'mask="head.*".'
+            )
+        self.optimizer, self.mask = (
+            checked(self, optimizer),
+            mask if isinstance(mask, str) else tuple(mask),
+        )
 
     def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step."""
@@ -45,7 +56,9 @@ class Masked(Optimizer):
         """Return the state with a step count for each parameter, as `Optimizer.separate` does."""
         return self.optimizer.separate(state, self._part(params))
 
-    def forward(self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None) -> tuple[Tree, State]:
+    def forward(
+        self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None
+    ) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
         self._check_state_keys(state)
         structure = tree.flatten(grads)[1]
@@ -57,16 +70,26 @@ class Masked(Optimizer):
         if params is not None:
             given = dict(zip(named, tree.flatten_like(structure, params, "params"), strict=True))
             weights = {name: given[name] for name in chosen}
-        updates, state = self.optimizer({name: named[name] for name in chosen}, state, weights, loss=loss)
+        updates, state = self.optimizer(
+            {name: named[name] for name in chosen}, state, weights, loss=loss
+        )
         for name, grad in named.items():
             if name not in updates:
                 updates[name] = None if grad is None else torch.zeros_like(grad)
         return tree.unflatten(structure, [updates[name] for name in named]), state
 
     def values(
-        self, state: State, *, loss: Tensor | None = None, grads: Tree | None = None, params: Tree | None = None
+        self,
+        state: State,
+        *,
+        loss: Tensor | None = None,
+        grads: Tree | None = None,
+        params: Tree | None = None,
     ) -> dict[str, Value]:
-        """Return name -> value, as `Optimizer.values` does; names of the inner optimizer are led by "optimizer."."""
+        """Return name -> value, as `Optimizer.values` does;
+
+        names of the inner optimizer are led by "optimizer.".
+        """
         own = [None if given is None else self._part(given) for given in (grads, params)]
         behind = self.optimizer.values(state, loss=loss, grads=own[0], params=own[1])
         return {f"optimizer.{name}": value for name, value in behind.items()}
@@ -78,5 +101,7 @@ class Masked(Optimizer):
     def _chosen(self, named: dict[str, Tensor]) -> list[str]:
         """Return the names that match, in the order of the parameters."""
         patterns = (self.mask,) if isinstance(self.mask, str) else tuple(self.mask)
-        matching = {name for own in choose(self, "mask", patterns, named, rest=True) for name in own}
+        matching = {
+            name for own in choose(self, "mask", patterns, named, rest=True) for name in own
+        }
         return [name for name in named if name in matching]

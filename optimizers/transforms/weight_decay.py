@@ -30,7 +30,8 @@ class WeightDecay(Transform):
 
 
 class DecoupledWeightDecay(Transform):
-    """u = u - weight_decay w, after the optimizer: the weights shrink at this rate whatever the gradients are.
+    """u = u - weight_decay w, after the optimizer: the weights shrink at this rate whatever the
+    gradients are.
 
     `AdamW(lr, weight_decay=d)` is `DecoupledWeightDecay(lr * d, Adam(lr))`.
 
@@ -42,7 +43,8 @@ class DecoupledWeightDecay(Transform):
         ValueError: a number below 0, or `params` is missing.
 
     Reference:
-        Loshchilov and Hutter, ICLR 2019, arXiv:1711.05101, algorithm 1, whose eta_t lambda is the rate here.
+        Loshchilov and Hutter, ICLR 2019, arXiv:1711.05101, algorithm 1, whose eta_t lambda is the
+        rate here.
     """
 
     hyperparameters = ("weight_decay",)

@@ -1,4 +1,6 @@
-"""The comparisons in plain PyTorch, without a library for meta-learning: what the others cost beyond the work itself."""
+"""The comparisons in plain PyTorch, without a library for meta-learning: what the others cost
+beyond the work itself.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def sinusoid(problem: problems.Sinusoid, *, compile: bool = False) -> Run:
         return loss(params, *task.query)
 
     def meta_gradient(params: Params, tasks: Episode) -> Params:
-        return {name: g.mean(0) for name, g in vmap(grad(task_loss), (None, 0))(params, tasks).items()}
+        return {
+            name: g.mean(0) for name, g in vmap(grad(task_loss), (None, 0))(params, tasks).items()
+        }
 
     if compile:
         meta_gradient = torch.compile(meta_gradient, fullgraph=True)
@@ -57,8 +61,12 @@ def lstm(problem: problems.LSTM) -> Run:
         memory = [(start.new_zeros(len(start), problem.hidden),) * 2 for _ in cells]
         for t in range(problem.steps):
             flat = flat if flat.requires_grad else flat.requires_grad_()
-            parts = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
-            loss = F.cross_entropy(functional_call(model, dict(zip(names, parts, strict=True)), (x[t],)), y[t])
+            parts = [
+                part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)
+            ]
+            loss = F.cross_entropy(
+                functional_call(model, dict(zip(names, parts, strict=True)), (x[t],)), y[t]
+            )
             (gradient,) = torch.autograd.grad(loss, flat, retain_graph=True)
             signal = log_and_sign(gradient)
             for layer, cell in enumerate(cells):
@@ -66,12 +74,17 @@ def lstm(problem: problems.LSTM) -> Run:
                 signal = memory[layer][0]
             flat = flat + learned.scale * (signal @ readout.T)[:, 0]
             total = total + loss
-        weights = [weight for cell in cells for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih)]
+        weights = [
+            weight for cell in cells for weight in (cell.weight_ih, cell.weight_hh, cell.bias_ih)
+        ]
         *of_cells, of_readout = torch.autograd.grad(total, [*weights, readout])
         result = {"readout": of_readout}
         for layer in range(len(cells)):
             of_x, of_h, of_bias = of_cells[3 * layer : 3 * layer + 3]
-            result |= {f"cells.{layer}.weight": torch.cat([of_x, of_h], 1), f"cells.{layer}.bias": of_bias}
+            result |= {
+                f"cells.{layer}.weight": torch.cat([of_x, of_h], 1),
+                f"cells.{layer}.bias": of_bias,
+            }
         return result
 
     return run
@@ -124,7 +137,9 @@ def imaml(problem: problems.IMAML) -> Run:
 
 
 def logistic_regression(problem: problems.LogisticRegression) -> Run:
-    """Move parameters in place, as in DARTS; one graph of the gradient serves all products with the Hessian."""
+    """Move parameters in place, as in DARTS; one graph of the gradient serves all products with the
+    Hessian.
+    """
     model, decay = problem.model(), problem.decay()
     (x, y), (other_x, other_y) = problem.data()
     inner = torch.optim.SGD(model.parameters(), problem.lr)
@@ -177,7 +192,8 @@ def many_tensors(problem: problems.ManyTensors) -> Run:
             squares = [beta2 * v + (1 - beta2) * g * g for v, g in zip(squares, grads, strict=True)]
             rate, bias = problem.lr / (1 - beta1**t), 1 - beta2**t
             params = [
-                param - rate * m / ((v / bias).sqrt() + problem.eps) for param, m, v in zip(params, means, squares, strict=True)
+                param - rate * m / ((v / bias).sqrt() + problem.eps)
+                for param, m, v in zip(params, means, squares, strict=True)
             ]
         found = torch.autograd.grad(loss(params, other_x, other_y), list(start.values()))
         return dict(zip(start, found, strict=True))
@@ -185,14 +201,20 @@ def many_tensors(problem: problems.ManyTensors) -> Run:
     return run
 
 
-def descend(loss: Callable[[], Tensor], params: list[Tensor], optimizer: torch.optim.SGD, steps: int) -> None:
+def descend(
+    loss: Callable[[], Tensor], params: list[Tensor], optimizer: torch.optim.SGD, steps: int
+) -> None:
     for _ in range(steps):
         put_grads(params, torch.autograd.grad(loss(), params))
         optimizer.step()
 
 
-def conjugate_gradients(grads: Sequence[Tensor], params: list[Tensor], v: Sequence[Tensor], steps: int) -> list[Tensor]:
-    """Return x after so many steps from zero towards H x = v, where H is the derivative of the gradients."""
+def conjugate_gradients(
+    grads: Sequence[Tensor], params: list[Tensor], v: Sequence[Tensor], steps: int
+) -> list[Tensor]:
+    """Return x after so many steps from zero towards H x = v, where H is the derivative of the
+    gradients.
+    """
     x, r, p = [torch.zeros_like(part) for part in v], v, v
     rr = dot(r, r)
     for _ in range(steps):
@@ -210,9 +232,15 @@ def dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
 
 
 def mixed_difference(
-    loss: Callable[[], Tensor], params: list[Tensor], above: list[Tensor], v: Sequence[Tensor], radius: float
+    loss: Callable[[], Tensor],
+    params: list[Tensor],
+    above: list[Tensor],
+    v: Sequence[Tensor],
+    radius: float,
 ) -> list[Tensor]:
-    """Return -d/de grad_above loss(params + e v), as a difference over twice the radius; params are as before."""
+    """Return -d/de grad_above loss(params + e v), as a difference over twice the radius; params are
+    as before.
+    """
     eps = radius / torch.cat([part.flatten() for part in v]).norm().item()
     before = [param.detach().clone() for param in params]
     with torch.no_grad():
@@ -238,11 +266,18 @@ def again_and_again(
     inner: torch.optim.SGD,
     outer: torch.optim.Adam,
 ) -> Run:
-    """Return a run that makes the first step of all, and says with which gradient Adam moved the parameters above."""
+    """Return a run that makes the first step of all, and says with which gradient Adam moved the
+    parameters above.
+    """
     params = [*above.values(), *below]
     initial = [param.detach().clone() for param in params]
     step()
-    memory = [tensor for opt in (inner, outer) for state in opt.state.values() for tensor in state.values()]
+    memory = [
+        tensor
+        for opt in (inner, outer)
+        for state in opt.state.values()
+        for tensor in state.values()
+    ]
     means = {name: outer.state[param]["exp_avg"] for name, param in above.items()}
     decay = outer.defaults["betas"][0]
 
@@ -261,7 +296,9 @@ def torch_cell(weight: Tensor, bias: Tensor, hidden: int) -> nn.LSTMCell:
     cell = nn.LSTMCell(weight.shape[1] - hidden, hidden)
     inputs, recurrent = weight.split([weight.shape[1] - hidden, hidden], dim=1)
     with torch.no_grad():
-        for parameter, value in zip(cell.parameters(), (inputs, recurrent, bias, torch.zeros_like(bias)), strict=True):
+        for parameter, value in zip(
+            cell.parameters(), (inputs, recurrent, bias, torch.zeros_like(bias)), strict=True
+        ):
             parameter.copy_(value)
     return cell
 

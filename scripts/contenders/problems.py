@@ -1,4 +1,6 @@
-"""The problems that are compared: sizes, data, initial weights. The same float32 numbers for everyone."""
+"""The problems that are compared: sizes, data, initial weights. The same float32 numbers for
+everyone.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ VOCABULARY = 256
 
 @dataclass(frozen=True)
 class Sinusoid:
-    """MAML on sine waves: the gradient of the query loss after SGD steps, averaged over tasks, in the initial weights."""
+    """MAML on sine waves: the gradient of the query loss after SGD steps, averaged over tasks, in
+    the initial weights.
+    """
 
     tasks: int = 25
     shots: int = 10
@@ -37,12 +41,16 @@ class Sinusoid:
         return sinusoid_mlp(self.hidden)
 
     def data(self) -> Episode:
-        return Sinusoids().sample(torch.Generator().manual_seed(1), self.tasks, shots=self.shots, queries=self.queries)
+        return Sinusoids().sample(
+            torch.Generator().manual_seed(1), self.tasks, shots=self.shots, queries=self.queries
+        )
 
 
 @dataclass(frozen=True)
 class Omniglot:
-    """MAML on images with the four-layer convolution network; what is drawn on them does not matter for the time."""
+    """MAML on images with the four-layer convolution network; what is drawn on them does not matter
+    for the time.
+    """
 
     tasks: int = 8
     ways: int = 5
@@ -61,24 +69,34 @@ class Omniglot:
 
         def part(count: int) -> tuple[Tensor, Tensor]:
             images = torch.rand(self.tasks, self.ways * count, 1, 28, 28, generator=generator)
-            return images, torch.arange(self.ways).repeat_interleave(count).expand(self.tasks, -1).contiguous()
+            return images, torch.arange(self.ways).repeat_interleave(count).expand(
+                self.tasks, -1
+            ).contiguous()
 
         return Episode(support=part(self.shots), query=part(self.queries))
 
     def channels_last(self) -> tuple[nn.Module, Episode]:
-        """Return both in that layout, in which `contiguous(memory_format=...)` would not put images of one channel."""
+        """Return both in that layout, in which `contiguous(memory_format=...)` would not put images
+        of one channel.
+        """
 
         def laid_out(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             images, labels = part
-            return images.movedim(-3, -1).clone(memory_format=torch.contiguous_format).movedim(-1, -3), labels
+            return images.movedim(-3, -1).clone(memory_format=torch.contiguous_format).movedim(
+                -1, -3
+            ), labels
 
         support, query = self.data()
-        return self.model().to(memory_format=torch.channels_last), Episode(support=laid_out(support), query=laid_out(query))
+        return self.model().to(memory_format=torch.channels_last), Episode(
+            support=laid_out(support), query=laid_out(query)
+        )
 
 
 @dataclass(frozen=True)
 class LSTM:
-    """A coordinatewise LSTM trains a perceptron: the gradient of the sum of losses in the LSTM's weights, first order."""
+    """A coordinatewise LSTM trains a perceptron: the gradient of the sum of losses in the LSTM's
+    weights, first order.
+    """
 
     steps: int = 20
     batch: int = 128
@@ -99,7 +117,9 @@ class LSTM:
 
 @dataclass(frozen=True)
 class Transformer:
-    """SGD on a language model of bytes: the gradient of a validation loss in a rate a tensor and a weight an example."""
+    """SGD on a language model of bytes: the gradient of a validation loss in a rate a tensor and a
+    weight an example.
+    """
 
     steps: int = 16
     batch: int = 8
@@ -114,9 +134,13 @@ class Transformer:
         return LanguageModel(self.length, self.width, self.layers, self.heads)
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """Return (bytes [steps, batch, length + 1] to train on, [batch, length + 1] to validate on)."""
+        """Return (bytes [steps, batch, length + 1] to train on, [batch, length + 1] to validate
+        on).
+        """
         rows = (self.steps + 1) * self.batch
-        text = library_source(rows * (self.length + 1)).view(self.steps + 1, self.batch, self.length + 1)
+        text = library_source(rows * (self.length + 1)).view(
+            self.steps + 1, self.batch, self.length + 1
+        )
         return text[:-1], text[-1]
 
     def rates(self) -> dict[str, Tensor]:
@@ -129,7 +153,9 @@ class Transformer:
 
 @dataclass(frozen=True)
 class MetaWeightNet:
-    """One iteration of meta-weight-net: a step of the learner, the hypergradient by finite differences, a step of the weights."""
+    """One iteration of meta-weight-net: a step of the learner, the hypergradient by finite
+    differences, a step of the weights.
+    """
 
     batch: int = 100
     sizes: tuple[int, int, int] = (784, 200, 10)
@@ -147,7 +173,9 @@ class MetaWeightNet:
     def weights(self) -> nn.Module:
         """Return the network that gives an example a weight, from its loss."""
         torch.manual_seed(1)
-        return nn.Sequential(nn.Linear(1, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1), nn.Sigmoid())
+        return nn.Sequential(
+            nn.Linear(1, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1), nn.Sigmoid()
+        )
 
     def data(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return a batch of (inputs, labels) for the learner and one for the weights."""
@@ -162,7 +190,9 @@ class MetaWeightNet:
 
 @dataclass(frozen=True)
 class IMAML:
-    """Implicit MAML on one sine wave: SGD near the initial weights, conjugate gradients, a step of the initial weights."""
+    """Implicit MAML on one sine wave: SGD near the initial weights, conjugate gradients, a step of
+    the initial weights.
+    """
 
     shots: int = 10
     queries: int = 10
@@ -190,7 +220,9 @@ class IMAML:
 
 @dataclass(frozen=True)
 class LogisticRegression:
-    """Logistic regression with a learned decay for each weight, as in Betty's example: SGD from zero, one hypergradient."""
+    """Logistic regression with a learned decay for each weight, as in Betty's example: SGD from
+    zero, one hypergradient.
+    """
 
     rule: Literal["darts", "cg", "neumann"]
     examples: int = 500
@@ -219,7 +251,9 @@ class LogisticRegression:
 
 @dataclass(frozen=True)
 class ManyTensors:
-    """MAML with Adam on a narrow network of many layers: the gradient of a loss after its steps, in the initial weights."""
+    """MAML with Adam on a narrow network of many layers: the gradient of a loss after its steps, in
+    the initial weights.
+    """
 
     layers: int = 32
     width: int = 16
@@ -278,7 +312,9 @@ def library_source(count: int) -> Tensor:
         text += path.read_bytes()
         if len(text) >= count:
             return torch.frombuffer(text, dtype=torch.uint8)[:count].long()
-    raise ValueError(f"The library's sources hold only {len(text)} bytes, {count} are needed. Take fewer steps.")
+    raise ValueError(
+        f"The library's sources hold only {len(text)} bytes, {count} are needed. Take fewer steps."
+    )
 
 
 def next_byte_losses(logits: Tensor, text: Tensor) -> Tensor:
@@ -294,10 +330,14 @@ class LanguageModel(nn.Module):
         self.embed = nn.Embedding(VOCABULARY, width)
         self.position = nn.Parameter(0.02 * torch.randn(length, width))
         self.blocks = nn.Sequential(*[Block(width, heads, length) for _ in range(layers)])
-        self.head = nn.Sequential(OrderedDict(norm=nn.LayerNorm(width), out=nn.Linear(width, VOCABULARY)))
+        self.head = nn.Sequential(
+            OrderedDict(norm=nn.LayerNorm(width), out=nn.Linear(width, VOCABULARY))
+        )
 
     def forward(self, text: Tensor) -> Tensor:
-        """Return logits [batch, length, vocabulary] for text [batch, length + 1], whose last byte is not read."""
+        """Return logits [batch, length, vocabulary] for text [batch, length + 1], whose last byte
+        is not read.
+        """
         return self.head(self.blocks(self.embed(text[:, :-1]) + self.position))
 
 
@@ -311,13 +351,23 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.attend = nn.ModuleDict(
-            {"norm": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width)}
+            {
+                "norm": nn.LayerNorm(width),
+                "qkv": nn.Linear(width, 3 * width),
+                "out": nn.Linear(width, width),
+            }
         )
-        self.think = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.think = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         self.register_buffer("future", torch.full((length, length), -1e9).triu(1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.attend["qkv"](self.attend["norm"](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.attend["qkv"](self.attend["norm"](x))
+            .unflatten(-1, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + self.future
         x = x + self.attend["out"]((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
         return x + self.think(x)

@@ -36,7 +36,9 @@ class Side:
 
     @property
     def missing(self) -> str | None:
-        """What keeps it from taking part, and how to mend that; None if it can. Nothing is imported."""
+        """What keeps it from taking part, and how to mend that; None if it can. Nothing is
+        imported.
+        """
         library = self.module.removeprefix("with_")
         if library == self.module:
             return None
@@ -56,7 +58,9 @@ class Comparison:
     problem: Any
     sides: Sequence[Side]
     tolerance: float = 1e-4
-    """by how much a tensor of the gradient may differ, of its norm: float32, and sums in another order"""
+    """by how much a tensor of the gradient may differ, of its norm: float32, and sums in another
+    order
+    """
     function: str | None = None
     """of each library's module; by default the comparison's name"""
 
@@ -89,7 +93,8 @@ COMPARISONS = {
             Side("metaopt, loop, compiled", "with_metaopt", {"compile": True}),
             Side("metaopt, vmap", "with_metaopt", {"chunk_size": 8, "channels_last": False}),
         ],
-        # Rounding decides here and there which entry a pooling takes; in float64 the gradients agree to 1e-13.
+        # Rounding decides here and there which entry a pooling takes; in float64 the gradients
+        # agree to 1e-13.
         tolerance=1e-2,
     ),
     "lstm": Comparison(
@@ -99,7 +104,12 @@ COMPARISONS = {
             Side("metaopt", "with_metaopt", lengths=(20, 100)),
             Side("metaopt, compiled", "with_metaopt", {"compile": True}),
             Side('metaopt, memory="steps"', "with_metaopt", STEPS, lengths=(20, 100)),
-            Side('metaopt, memory="steps", compiled', "with_metaopt", {**STEPS, "compile": True}, lengths=(20, 100)),
+            Side(
+                'metaopt, memory="steps", compiled',
+                "with_metaopt",
+                {**STEPS, "compile": True},
+                lengths=(20, 100),
+            ),
             Side("JAX jit, scan, checkpoint", "with_jax", lengths=(20, 100)),
             Side("JAX jit, scan", "with_jax", {"remat": False}, lengths=(20, 100)),
         ],
@@ -124,7 +134,9 @@ COMPARISONS = {
     # The finite difference divides the rounding of float32 by its radius.
     "regression-darts": Comparison(LogisticRegression("darts"), [BETTY, *EAGER], 1e-3, REGRESSION),
     "regression-cg": Comparison(LogisticRegression("cg"), [MENDED, *EAGER], function=REGRESSION),
-    "regression-neumann": Comparison(LogisticRegression("neumann"), [BETTY, *EAGER], function=REGRESSION),
+    "regression-neumann": Comparison(
+        LogisticRegression("neumann"), [BETTY, *EAGER], function=REGRESSION
+    ),
     "many-tensors": Comparison(
         problems.ManyTensors(),
         [

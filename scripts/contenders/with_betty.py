@@ -27,7 +27,9 @@ def meta_weight_net(problem: problems.MetaWeightNet) -> Run:
     class Lower(ImplicitProblem):
         def training_step(self, batch: Any) -> Tensor:
             x, y = batch
-            return problems.weighted_loss(F.cross_entropy(self.module(x), y, reduction="none"), self.upper.module)
+            return problems.weighted_loss(
+                F.cross_entropy(self.module(x), y, reduction="none"), self.upper.module
+            )
 
     class Upper(ImplicitProblem):
         def training_step(self, batch: Any) -> Tensor:
@@ -101,7 +103,9 @@ def logistic_regression(problem: problems.LogisticRegression) -> Run:
     return hypergradients(lower, upper, problem.steps)
 
 
-def upper_problem(kind: type[ImplicitProblem], model: nn.Module, lr: float, batch: Any) -> ImplicitProblem:
+def upper_problem(
+    kind: type[ImplicitProblem], model: nn.Module, lr: float, batch: Any
+) -> ImplicitProblem:
     """Return the upper problem, which steps with Adam."""
     optimizer = torch.optim.Adam(model.parameters(), lr)
     loader = [batch] * BATCHES
@@ -129,7 +133,8 @@ def hypergradients(lower: ImplicitProblem, upper: ImplicitProblem, steps: int) -
 
 
 def mend_conjugate_gradients() -> None:
-    """Put r_(k+1) in the place of r_k in the direction p_(k+1) = r_(k+1) + beta p_k of its rule "cg".
+    """Put r_(k+1) in the place of r_k in the direction p_(k+1) = r_(k+1) + beta p_k of its rule
+    "cg".
 
     Without it, the method is wrong from its second iteration on: after n of them, in n = 6
     dimensions, the solution is off by a third of its norm. The time is the same.

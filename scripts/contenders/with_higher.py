@@ -26,7 +26,12 @@ def omniglot(problem: problems.Omniglot, *, channels_last: bool = False) -> Run:
     return maml(model, tasks, F.cross_entropy, problem)
 
 
-def maml(model: nn.Module, tasks: Episode, criterion: Callable[..., Tensor], problem: problems.Sinusoid | problems.Omniglot) -> Run:
+def maml(
+    model: nn.Module,
+    tasks: Episode,
+    criterion: Callable[..., Tensor],
+    problem: problems.Sinusoid | problems.Omniglot,
+) -> Run:
     """Adapt to one task after the other; the query losses add up in the model's `.grad`."""
     optimizer = torch.optim.SGD(model.parameters(), lr=problem.lr)
 
@@ -38,19 +43,26 @@ def maml(model: nn.Module, tasks: Episode, criterion: Callable[..., Tensor], pro
                 for _ in range(problem.steps):
                     inner.step(criterion(net(x), y))
                 (criterion(net(query_x), query_y) / problem.tasks).backward()
-        return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+        return {
+            name: param.grad for name, param in model.named_parameters() if param.grad is not None
+        }
 
     return run
 
 
 def transformer(problem: problems.Transformer) -> Run:
     model, (train, validation) = problem.model(), problem.data()
-    optimizer = torch.optim.SGD([{"params": [param]} for param in model.parameters()], lr=problem.lr)
+    optimizer = torch.optim.SGD(
+        [{"params": [param]} for param in model.parameters()], lr=problem.lr
+    )
     rates = {name: rate.requires_grad_() for name, rate in problem.rates().items()}
     weights = problem.weights().requires_grad_()
 
     def run() -> dict[str, Tensor]:
-        with higher.innerloop_ctx(model, optimizer, override={"lr": list(rates.values())}) as (net, inner):
+        with higher.innerloop_ctx(model, optimizer, override={"lr": list(rates.values())}) as (
+            net,
+            inner,
+        ):
             for text, weight in zip(train, weights, strict=True):
                 inner.step((weight * next_byte_losses(net(text), text)).mean())
             value = next_byte_losses(net(validation), validation).mean()
@@ -61,7 +73,9 @@ def transformer(problem: problems.Transformer) -> Run:
 
 
 def many_tensors(problem: problems.ManyTensors) -> Run:
-    """Its eps is torch's, but without the correction of the bias: it is told another one at every step."""
+    """Its eps is torch's, but without the correction of the bias: it is told another one at every
+    step.
+    """
     model, ((x, y), (other_x, other_y)) = problem.model(), problem.data()
     optimizer = torch.optim.Adam(model.parameters(), problem.lr, eps=problem.eps)
     _, beta2 = optimizer.defaults["betas"]

@@ -22,7 +22,10 @@ Run = Callable[[], dict[str, jax.Array]]
 
 def sinusoid(problem: problems.Sinusoid) -> Run:
     """`jit(vmap(grad))` with the inner steps unrolled."""
-    start = {name: jnp.asarray(param.detach().numpy()) for name, param in problem.model().named_parameters()}
+    start = {
+        name: jnp.asarray(param.detach().numpy())
+        for name, param in problem.model().named_parameters()
+    }
     tasks = jax.tree.map(lambda tensor: jnp.asarray(tensor.numpy()), tuple(problem.data()))
 
     def loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -39,17 +42,24 @@ def sinusoid(problem: problems.Sinusoid) -> Run:
 
     @jax.jit
     def meta_gradient(params: Params, tasks: Any) -> Params:
-        return jax.tree.map(lambda g: g.mean(0), jax.vmap(jax.grad(task_loss), (None, 0))(params, tasks))
+        return jax.tree.map(
+            lambda g: g.mean(0), jax.vmap(jax.grad(task_loss), (None, 0))(params, tasks)
+        )
 
     return lambda: jax.block_until_ready(meta_gradient(start, tasks))
 
 
 def lstm(problem: problems.LSTM, *, remat: bool = True) -> Run:
     """`jit`, `lax.scan` over the steps and `jax.checkpoint` of each."""
-    model = {name: jnp.asarray(param.detach().numpy()) for name, param in problem.model().named_parameters()}
+    model = {
+        name: jnp.asarray(param.detach().numpy())
+        for name, param in problem.model().named_parameters()
+    }
     data = tuple(jnp.asarray(tensor.numpy()) for tensor in problem.data())
     learned = LSTMOptimizer(problem.hidden)  # only for its initial weights
-    weights = {name: jnp.asarray(param.detach().numpy()) for name, param in learned.named_parameters()}
+    weights = {
+        name: jnp.asarray(param.detach().numpy()) for name, param in learned.named_parameters()
+    }
     start, unflatten = ravel_pytree(model)
     layers = len(learned.cells)
 
@@ -64,7 +74,9 @@ def lstm(problem: problems.LSTM, *, remat: bool = True) -> Run:
         value, gradient = jax.value_and_grad(loss)(flat, batch)
         signal, after = log_and_sign(lax.stop_gradient(gradient)), []
         for layer, (h, c) in enumerate(memory):
-            signal, c = cell(weights[f"cells.{layer}.weight"], weights[f"cells.{layer}.bias"], signal, h, c)
+            signal, c = cell(
+                weights[f"cells.{layer}.weight"], weights[f"cells.{layer}.bias"], signal, h, c
+            )
             after.append((signal, c))
         return (flat + learned.scale * (weights["readout"] @ signal)[0], tuple(after)), value
 
@@ -80,7 +92,9 @@ def lstm(problem: problems.LSTM, *, remat: bool = True) -> Run:
     return lambda: jax.block_until_ready(gradient(weights, start, data))
 
 
-def cell(weight: jax.Array, bias: jax.Array, x: jax.Array, h: jax.Array, c: jax.Array) -> tuple[jax.Array, jax.Array]:
+def cell(
+    weight: jax.Array, bias: jax.Array, x: jax.Array, h: jax.Array, c: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Return (h', c'), every column a sequence of its own."""
     i, f, g, o = jnp.split(weight @ jnp.concatenate([x, h]) + bias[:, None], 4)
     c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)

@@ -22,12 +22,22 @@ Run = Callable[[], dict[str, Tensor]]
 
 def sinusoid(problem: problems.Sinusoid, *, compile: bool = False) -> Run:
     net, tasks = mo.functional(problem.model()), problem.data()
-    meta_gradient = mo.meta_grad(maml_loss(net, F.mse_loss, problem.lr, problem.steps), compile=compile)
+    meta_gradient = mo.meta_grad(
+        maml_loss(net, F.mse_loss, problem.lr, problem.steps), compile=compile
+    )
     return lambda: meta_gradient(net.params, tasks)[0]
 
 
-def omniglot(problem: problems.Omniglot, *, compile: bool = False, chunk_size: int | None = 1, channels_last: bool = True) -> Run:
-    """Compile a step of the inner loop; the evaluation on many queries is fastest with torch's own kernels."""
+def omniglot(
+    problem: problems.Omniglot,
+    *,
+    compile: bool = False,
+    chunk_size: int | None = 1,
+    channels_last: bool = True,
+) -> Run:
+    """Compile a step of the inner loop; the evaluation on many queries is fastest with torch's own
+    kernels.
+    """
     model, tasks = problem.channels_last() if channels_last else (problem.model(), problem.data())
     net = mo.functional(model)
     task_loss = maml_loss(net, F.cross_entropy, problem.lr, problem.steps, compile=compile)
@@ -45,13 +55,20 @@ def maml_loss(
         return criterion(net(params, x), y)
 
     def task_loss(params: Params, task: Episode) -> Tensor:
-        return loss(mo.minimize(loss, SGD(lr), params, task.support, steps=steps, **options).params, task.query)
+        return loss(
+            mo.minimize(loss, SGD(lr), params, task.support, steps=steps, **options).params,
+            task.query,
+        )
 
     return task_loss
 
 
 def lstm(problem: problems.LSTM, *, memory: Any = "full", **options: Any) -> Run:
-    net, data, optimizer = mo.functional(problem.model()), problem.data(), LSTMOptimizer(problem.hidden)
+    net, data, optimizer = (
+        mo.functional(problem.model()),
+        problem.data(),
+        LSTMOptimizer(problem.hidden),
+    )
     start = {name: param.detach() for name, param in net.params.items()}
     weights = dict(optimizer.named_parameters())
 
@@ -60,8 +77,12 @@ def lstm(problem: problems.LSTM, *, memory: Any = "full", **options: Any) -> Run
         return F.cross_entropy(net(params, x), y)
 
     def run() -> dict[str, Tensor]:
-        out = mo.minimize(loss, optimizer, start, data, differentiate=mo.FirstOrder(memory=memory), **options)
-        return dict(zip(weights, torch.autograd.grad(out.losses.sum(), list(weights.values())), strict=True))
+        out = mo.minimize(
+            loss, optimizer, start, data, differentiate=mo.FirstOrder(memory=memory), **options
+        )
+        return dict(
+            zip(weights, torch.autograd.grad(out.losses.sum(), list(weights.values())), strict=True)
+        )
 
     return run
 
@@ -79,7 +100,9 @@ def transformer(problem: problems.Transformer, *, memory: Any = "full", **option
         return (weight * next_byte_losses(net(params, text), text)).mean()
 
     def run() -> dict[str, Tensor]:
-        params = mo.minimize(loss, optimizer, start, (train, weights), differentiate=rule, **options).params
+        params = mo.minimize(
+            loss, optimizer, start, (train, weights), differentiate=rule, **options
+        ).params
         value = next_byte_losses(net(params, validation), validation).mean()
         *of_rates, of_weights = torch.autograd.grad(value, [*rates.values(), weights])
         return dict(zip(rates, of_rates, strict=True)) | {"weights": of_weights}
@@ -92,16 +115,28 @@ def meta_weight_net(problem: problems.MetaWeightNet, *, compile: bool = False) -
 
     def learner_loss(levels: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
-        return problems.weighted_loss(F.cross_entropy(levels.learner(x), y, reduction="none"), levels.weights)
+        return problems.weighted_loss(
+            F.cross_entropy(levels.learner(x), y, reduction="none"), levels.weights
+        )
 
     def meta_loss(levels: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
         return F.cross_entropy(levels.learner(x), y)
 
-    learner = mo.Level("learner", problem.model(), learner_loss, SGD(problem.lr, momentum=problem.momentum), data=[noisy])
-    weights = mo.Level("weights", problem.weights(), meta_loss, Adam(problem.outer_lr), data=[clean])
+    learner = mo.Level(
+        "learner",
+        problem.model(),
+        learner_loss,
+        SGD(problem.lr, momentum=problem.momentum),
+        data=[noisy],
+    )
+    weights = mo.Level(
+        "weights", problem.weights(), meta_loss, Adam(problem.outer_lr), data=[clean]
+    )
     rule = mo.FiniteDifference(problem.radius)
-    graph = mo.LevelGraph([mo.Edge(upper=weights, lower=learner, differentiate=rule)], compile=compile)
+    graph = mo.LevelGraph(
+        [mo.Edge(upper=weights, lower=learner, differentiate=rule)], compile=compile
+    )
     return hypergradients(graph, "weights")
 
 
@@ -118,9 +153,13 @@ def imaml(problem: problems.IMAML, *, compile: bool = False) -> Run:
         return F.mse_loss(levels.learner(x), y)
 
     learner = mo.Level("learner", problem.model(), task_loss, SGD(problem.lr), data=[task.support])
-    initial = mo.Level("initial", problem.model(), meta_loss, Adam(problem.outer_lr), data=[task.query])
+    initial = mo.Level(
+        "initial", problem.model(), meta_loss, Adam(problem.outer_lr), data=[task.query]
+    )
     rule = mo.Implicit(mo.ConjugateGradient(max_steps=problem.cg_steps, rtol=0.0))
-    edge = mo.Edge(upper=initial, lower=learner, steps=problem.steps, start="upper", differentiate=rule)
+    edge = mo.Edge(
+        upper=initial, lower=learner, steps=problem.steps, start="upper", differentiate=rule
+    )
     return hypergradients(mo.LevelGraph([edge], compile=compile), "initial")
 
 
@@ -143,13 +182,19 @@ def logistic_regression(problem: problems.LogisticRegression) -> Run:
         "neumann": mo.Implicit(mo.Neumann(problem.alpha, terms=problem.products + 1)),
     }[problem.rule]
     model = mo.Level("model", problem.model(), train_loss, SGD(problem.lr), data=[train])
-    decay = mo.Level("decay", problem.decay(), validation_loss, Adam(problem.outer_lr), data=[validation])
-    edge = mo.Edge(upper=decay, lower=model, steps=problem.steps, start="restart", differentiate=rule)
+    decay = mo.Level(
+        "decay", problem.decay(), validation_loss, Adam(problem.outer_lr), data=[validation]
+    )
+    edge = mo.Edge(
+        upper=decay, lower=model, steps=problem.steps, start="restart", differentiate=rule
+    )
     return hypergradients(mo.LevelGraph([edge]), "decay")
 
 
 def hypergradients(graph: mo.LevelGraph, level: str) -> Run:
-    """Return a run that makes the first step of all, and says with which gradient Adam moved the level's parameters."""
+    """Return a run that makes the first step of all, and says with which gradient Adam moved the
+    level's parameters.
+    """
     start, decay = graph.state_dict(), 0.9  # Adam's beta1
 
     def run() -> dict[str, Tensor]:

@@ -1,4 +1,6 @@
-"""The comparisons in TorchOpt: `MetaSGD` as in its MAML examples, the functional interface where rates are learned."""
+"""The comparisons in TorchOpt: `MetaSGD` as in its MAML examples, the functional interface where
+rates are learned.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,15 @@ def omniglot(problem: problems.Omniglot) -> Run:
     return maml(problem.model(), problem.data(), F.cross_entropy, problem)
 
 
-def maml(model: nn.Module, tasks: Episode, criterion: Callable[..., Tensor], problem: problems.Sinusoid | problems.Omniglot) -> Run:
-    """Adapt to one task after the other, each from the initial weights; the query losses add up in their `.grad`."""
+def maml(
+    model: nn.Module,
+    tasks: Episode,
+    criterion: Callable[..., Tensor],
+    problem: problems.Sinusoid | problems.Omniglot,
+) -> Run:
+    """Adapt to one task after the other, each from the initial weights; the query losses add up in
+    their `.grad`.
+    """
     inner = torchopt.MetaSGD(model, lr=problem.lr)
     start = dict(model.named_parameters())
     weights = torchopt.extract_state_dict(model, by="reference", detach_buffers=True)
@@ -82,7 +91,9 @@ def transformer(problem: problems.Transformer) -> Run:
         inner = torchopt.FuncOptimizer(stateless(scale))
         params = tuple(model.parameters())
         for text, weight in zip(train, weights, strict=True):
-            params = inner.step((weight * next_byte_losses(logits(params, text), text)).mean(), params)
+            params = inner.step(
+                (weight * next_byte_losses(logits(params, text), text)).mean(), params
+            )
         value = next_byte_losses(logits(params, validation), validation).mean()
         *of_rates, of_weights = torch.autograd.grad(value, [*rates.values(), weights])
         return dict(zip(rates, of_rates, strict=True)) | {"weights": of_weights}

@@ -7,10 +7,11 @@
             diffopt.step(loss_fn(fmodel(x), y))
         meta_loss = loss_fn(fmodel(x_query), y_query)
 
-Names and meanings are those of higher 0.2.1. The results differ where it departs from `torch.optim` or from the true derivative:
-the betas of Adam and the options of ASGD can be learned, `eps` stands where torch has it, `maximize` is obeyed, frozen
-parameters stay frozen at test time, hooks of the model run, and a call that raises changes nothing. A step whose loss does not
-depend on the fast weights is an error.
+Names and meanings are those of higher 0.2.1. The results differ where it departs from `torch.optim`
+or from the true derivative: the betas of Adam and the options of ASGD can be learned, `eps` stands
+where torch has it, `maximize` is obeyed, frozen parameters stay frozen at test time, hooks of the
+model run, and a call that raises changes nothing. A step whose loss does not depend on the fast
+weights is an error.
 
 Reference:
     Grefenstette et al. 2019, arXiv:1910.01727.
@@ -60,18 +61,24 @@ def innerloop_ctx(
     override: optim.Override | None = None,
     track_higher_grads: bool = True,
 ) -> Iterator[tuple[PatchedModule, DifferentiableOptimizer]]:
-    """Yield (fmodel, diffopt): the model and its live optimizer, from where they stand, as values in a graph.
+    """Yield (fmodel, diffopt): the model and its live optimizer, from where they stand, as values
+    in a graph.
 
     Args:
         model: any module; it is not changed.
-        opt: an optimizer of its parameters, or of some; groups and memory are read, nothing is changed.
+        opt: an optimizer of its parameters, or of some; groups and memory are read, nothing is
+            changed.
         device: see `monkeypatch`.
         copy_initial_weights: see `monkeypatch`; False is what MAML wants.
         override: see `DifferentiableOptimizer`.
         track_higher_grads: False for test time: no graph is kept from one step to the next.
 
     Cost:
-        A step: one gradient, and the graph of the update. All parameters and activations so far stay in memory.
+        A step: one gradient, and the graph of the update. All parameters and activations so far
+        stay in memory.
     """
     fmodel = monkeypatch(model, device, copy_initial_weights, track_higher_grads)
-    yield fmodel, get_diff_optim(opt, model.parameters(), fmodel, device, override, track_higher_grads)
+    yield (
+        fmodel,
+        get_diff_optim(opt, model.parameters(), fmodel, device, override, track_higher_grads),
+    )

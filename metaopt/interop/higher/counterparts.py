@@ -1,4 +1,6 @@
-"""The optimizers of `torch.optim` as differentiable ones: ours make the updates, the memory keeps torch's names."""
+"""The optimizers of `torch.optim` as differentiable ones: ours make the updates, the memory keeps
+torch's names.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +28,30 @@ class Counterpart(DifferentiableOptimizer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._made: dict[int, tuple[dict[str, Any], Optimizer, bool]] = {}  # by group: options, ours, whether they can change
+        # by group: options, ours, whether they can change
+        self._made: dict[int, tuple[dict[str, Any], Optimizer, bool]] = {}
 
     def _update(self, grouped_grads: list[Grads]) -> None:
         for group, grads, memory in zip(self.param_groups, grouped_grads, self.state, strict=True):
-            alike: defaultdict[tuple[float, ...], list[int]] = defaultdict(list)  # ours keep one count for all parameters
+            # ours keep one count for all parameters
+            alike: defaultdict[tuple[float, ...], list[int]] = defaultdict(list)
             for i, grad in enumerate(grads):
                 if grad is not None:
                     alike[counts(memory[i])].append(i)
             for (steps, *_), chosen in alike.items():
                 self._move(group, {i: grads[i] for i in chosen}, memory, int(steps))
 
-    def _move(self, group: Group, grads: dict[int, Any], memory: dict[int, Memory], steps: int) -> None:
+    def _move(
+        self, group: Group, grads: dict[int, Any], memory: dict[int, Memory], steps: int
+    ) -> None:
         """Move the parameters that have `grads` and have made so many steps."""
         names, optimizer = kinds()[self.torch_type][1], self._optimizer(group)
         params = [tree.as_real(group["params"][i]) for i in grads]
         own = [memory[i] for i in grads]
-        slots = {ours: self._recall(own, names[ours], group, fresh, steps) for ours, fresh in optimizer.slots(params).items()}
+        slots = {
+            ours: self._recall(own, names[ours], group, fresh, steps)
+            for ours, fresh in optimizer.slots(params).items()
+        }
         hyper = {name: getattr(optimizer, name) for name in optimizer.hyperparameters}
         step = torch.tensor(steps + 1, device=params[0].device)
         signed = [tree.as_real(-grad if group.get("maximize") else grad) for grad in grads.values()]
@@ -51,17 +60,26 @@ class Counterpart(DifferentiableOptimizer):
             back = tree.as_complex if group["params"][i].is_complex() else _same
             group["params"][i] = back(apply_update(param, updates[position]))
             memory[i] = {
-                names[ours]: slot if isinstance(slot, Tensor) else back(slot[position].to(param.dtype))
+                names[ours]: slot
+                if isinstance(slot, Tensor)
+                else back(slot[position].to(param.dtype))
                 for ours, slot in slots.items()
             }
             if self.counted:
                 memory[i]["step"] = steps + 1
 
     def _optimizer(self, group: Group) -> Optimizer:
-        """Return our optimizer with the group's options: the one of the last step, while they are the same numbers."""
+        """Return our optimizer with the group's options: the one of the last step, while they are
+        the same numbers.
+        """
         options = {name: value for name, value in group.items() if name != "params"}
         known, optimizer, fixed = self._made.get(id(group), ({}, None, False))
-        if optimizer is None or not fixed or len(known) != len(options) or any(known.get(n) is not options[n] for n in options):
+        if (
+            optimizer is None
+            or not fixed
+            or len(known) != len(options)
+            or any(known.get(n) is not options[n] for n in options)
+        ):
             optimizer = self._build(options)
             fixed = not any(isinstance(value, list) for value in options.values()) and not any(
                 isinstance(leaf, Tensor) for leaf in flatten(options)
@@ -72,7 +90,9 @@ class Counterpart(DifferentiableOptimizer):
     def _build(self, options: dict[str, Any]) -> Optimizer:
         return built(kinds()[self.torch_type][0], options)
 
-    def _recall(self, memory: list[Memory], name: str, group: Group, fresh: Leaves | Tensor, steps: int) -> Leaves | Tensor:
+    def _recall(
+        self, memory: list[Memory], name: str, group: Group, fresh: Leaves | Tensor, steps: int
+    ) -> Leaves | Tensor:
         """Return what is remembered under torch's name, else `fresh`."""
         if isinstance(fresh, Tensor):  # one for all parameters
             return memory[0].get(name, fresh)
@@ -87,7 +107,8 @@ class DifferentiableSGD(Counterpart):
 
     def _build(self, options: dict[str, Any]) -> Optimizer:
         optimizer: Any = super()._build({**options, "nesterov": False})
-        optimizer.nesterov = bool(options["nesterov"])  # set afterwards, for a dampening of 0 that is learned to be let in
+        # set afterwards, for a dampening of 0 that is learned to be let in
+        optimizer.nesterov = bool(options["nesterov"])
         return optimizer
 
 
@@ -126,10 +147,13 @@ class DifferentiableAdagrad(Counterpart):
 
     torch_type = torch.optim.Adagrad
 
-    def _recall(self, memory: list[Memory], name: str, group: Group, fresh: Leaves | Tensor, steps: int) -> Leaves | Tensor:
+    def _recall(
+        self, memory: list[Memory], name: str, group: Group, fresh: Leaves | Tensor, steps: int
+    ) -> Leaves | Tensor:
         if steps:
             return super()._recall(memory, name, group, fresh, steps)
-        return [zero + group["initial_accumulator_value"] for zero in fresh]  # which may be an override, to be learned
+        # which may be an override, to be learned
+        return [zero + group["initial_accumulator_value"] for zero in fresh]
 
 
 class DifferentiableAdadelta(Counterpart):

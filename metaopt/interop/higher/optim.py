@@ -1,4 +1,6 @@
-"""Differentiable counterparts of optimizers: finding them, and their options as tensors that can be learned."""
+"""Differentiable counterparts of optimizers: finding them, and their options as tensors that can be
+learned.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ from metaopt.interop.higher.counterparts import (
     DifferentiableRprop,
     DifferentiableSGD,
 )
-from metaopt.interop.higher.differentiable import DifferentiableOptimizer, GradCallback, Grads, Override, one_each
+from metaopt.interop.higher.differentiable import (
+    DifferentiableOptimizer,
+    GradCallback,
+    Grads,
+    Override,
+    one_each,
+)
 from metaopt.interop.higher.patch import PatchedModule
 from metaopt.interop.higher.tensors import flatten, map_leaves
 
@@ -50,8 +58,12 @@ __all__ = [
 _counterparts: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] = dict(COUNTERPARTS)
 
 
-def register_optim(optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]) -> None:
-    """Make `diff_optim_type` the differentiable counterpart of the optimizers whose class is exactly `optim_type`."""
+def register_optim(
+    optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]
+) -> None:
+    """Make `diff_optim_type` the differentiable counterpart of the optimizers whose class is
+    exactly `optim_type`.
+    """
     _counterparts[optim_type] = diff_optim_type
 
 
@@ -64,7 +76,8 @@ def get_diff_optim(
     track_higher_grads: bool = True,
     grad_callback: GradCallback | None = None,
 ) -> DifferentiableOptimizer:
-    """Return the differentiable counterpart of a live optimizer; see `DifferentiableOptimizer` for the arguments.
+    """Return the differentiable counterpart of a live optimizer; see `DifferentiableOptimizer` for
+    the arguments.
 
     Raises:
         ValueError: there is none for its class, or as for `DifferentiableOptimizer`.
@@ -83,12 +96,14 @@ def create_diff_optim(
     track_higher_grads: bool = True,
     grad_callback: GradCallback | None = None,
 ) -> DifferentiableOptimizer:
-    """Return the differentiable counterpart of `opt_type(params, **opt_kwargs)`, before its first step.
+    """Return the differentiable counterpart of `opt_type(params, **opt_kwargs)`, before its first
+    step.
 
     Args:
         opt_type: a class of `torch.optim`, or one made known with `register_optim`.
         opt_kwargs: its options.
-        params: tensors of the parameters' shapes, or groups of them as torch has; by default those of `fmodel`.
+        params: tensors of the parameters' shapes, or groups of them as torch has; by default those
+            of `fmodel`.
         fmodel: as for `DifferentiableOptimizer`; so are the arguments that follow.
         device: see there.
         override: see there.
@@ -111,8 +126,11 @@ def create_diff_optim(
     return kind(opt, dummies, fmodel, device, override, grad_callback, track_higher_grads)
 
 
-def get_trainable_opt_params(opt: torch.optim.Optimizer, device: torch.device | str | None = None) -> Override:
-    """Return the numbers among an optimizer's options as tensors that require grad, in the form of an override.
+def get_trainable_opt_params(
+    opt: torch.optim.Optimizer, device: torch.device | str | None = None
+) -> Override:
+    """Return the numbers among an optimizer's options as tensors that require grad, in the form of
+    an override.
 
     Numbers inside pairs are taken too; flags are not, nor what holds anything else.
     """
@@ -120,26 +138,36 @@ def get_trainable_opt_params(opt: torch.optim.Optimizer, device: torch.device | 
     for group in opt.param_groups:
         for name, value in group.items():
             if name != "params" and all(_is_number(leaf) for leaf in flatten(value)):
-                override[name].append(map_leaves(lambda x: torch.tensor(float(x), device=device, requires_grad=True), value))
+                override[name].append(
+                    map_leaves(
+                        lambda x: torch.tensor(float(x), device=device, requires_grad=True), value
+                    )
+                )
     return override
 
 
 def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -> None:
-    """Write the values of an override into a live optimizer's groups, as numbers of the kind that stand there.
+    """Write the values of an override into a live optimizer's groups, as numbers of the kind that
+    stand there.
 
     Raises:
-        ValueError: the override has another number of values than the optimizer has groups, or another structure.
+        ValueError: the override has another number of values than the optimizer has groups, or
+            another structure.
     """
     for name, values in override.items():
-        for group, value in zip(opt.param_groups, one_each(name, values, len(opt.param_groups)), strict=True):
+        for group, value in zip(
+            opt.param_groups, one_each(name, values, len(opt.param_groups)), strict=True
+        ):
             group[name] = _written(name, value, group.get(name))
 
 
 def _counterpart(opt_type: type[torch.optim.Optimizer]) -> type[DifferentiableOptimizer]:
     if opt_type not in _counterparts:
         raise ValueError(
-            f"There is no differentiable counterpart of {opt_type.__module__}.{opt_type.__qualname__}; there is one of "
-            f"{sorted(known.__name__ for known in _counterparts)}. Write one and call `register_optim`."
+            f"There is no differentiable counterpart of "
+            f"{opt_type.__module__}.{opt_type.__qualname__}; there is one of "
+            f"{sorted(known.__name__ for known in _counterparts)}. Write one and call "
+            f"`register_optim`."
         )
     return _counterparts[opt_type]
 
@@ -161,8 +189,12 @@ def _written(name: str, new: Any, old: Any) -> Any:
         case int() if _is_scalar(new) and float(new).is_integer():
             return int(new)
         case int() | float() if _is_scalar(new):
-            return float(new)  # also where an integer stands: torch's default weight decay is the integer 0
-    raise ValueError(f"The override of {name!r} must have the form of the optimizer's own value {old!r}, got {new!r}.")
+            # also where an integer stands: torch's default weight decay is the integer 0
+            return float(new)
+    raise ValueError(
+        f"The override of {name!r} must have the form of the optimizer's own value {old!r}, got "
+        f"{new!r}."
+    )
 
 
 def _is_scalar(value: Any) -> bool:
@@ -217,6 +249,12 @@ def _recursive_apply(replacement: Any, target: Any) -> Any:
     if isinstance(target, Tensor) and isinstance(replacement, Tensor):
         with torch.no_grad():
             return target.copy_(replacement)
-    if isinstance(target, list | tuple) and isinstance(replacement, list | tuple) and len(target) == len(replacement):
-        return type(target)(_recursive_apply(*pair) for pair in zip(replacement, target, strict=True))
+    if (
+        isinstance(target, list | tuple)
+        and isinstance(replacement, list | tuple)
+        and len(target) == len(replacement)
+    ):
+        return type(target)(
+            _recursive_apply(*pair) for pair in zip(replacement, target, strict=True)
+        )
     return _written("an option", replacement, target)

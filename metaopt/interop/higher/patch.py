@@ -1,4 +1,6 @@
-"""A module whose parameters are values that can be replaced, and which remembers them all: what higher calls patching."""
+"""A module whose parameters are values that can be replaced, and which remembers them all: what
+higher calls patching.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,11 @@ from metaopt.kernels import any_order
 
 
 class FastWeights:
-    """The parameters of a patched module over time, and the places in its modules where the latest stand.
+    """The parameters of a patched module over time, and the places in its modules where the latest
+    stand.
 
-    The tensors themselves are never changed. `history` is empty until the first parameters are given; without `track` it holds
-    the latest only, so that their graph can go.
+    The tensors themselves are never changed. `history` is empty until the first parameters are
+    given; without `track` it holds the latest only, so that their graph can go.
     """
 
     def __init__(self, places: list[list[Place]], buffers: list[Place]):
@@ -33,12 +36,15 @@ class FastWeights:
         params = list(params)
         if len(params) != len(self.places):
             raise ValueError(
-                f"`params` must hold the {len(self.places)} parameters of the patched module, in the order of its `parameters()`, "
-                f"got {len(params)}."
+                f"`params` must hold the {len(self.places)} parameters of the patched module, in "
+                f"the order of its `parameters()`, got {len(params)}."
             )
         for param in params:
             if not isinstance(param, Tensor):
-                raise TypeError(f"`params` must be tensors, got {type(param).__name__}. Give what `diffopt.step` returned.")
+                raise TypeError(
+                    f"`params` must be tensors, got {type(param).__name__}. Give what "
+                    f"`diffopt.step` returned."
+                )
         self.history = [*(self.history if self.track else []), params]
         self.place(params)
 
@@ -54,7 +60,10 @@ class FastWeights:
 
     def convert_buffers(self, fn: Callable[[Tensor], Tensor]) -> list[Any]:
         """Put `fn` of each buffer in its places, and return what stood in each of them."""
-        before = [members.get(key) if isinstance(members, dict) else members[key] for members, key in self.buffers]
+        before = [
+            members.get(key) if isinstance(members, dict) else members[key]
+            for members, key in self.buffers
+        ]
         after = {id(buffer): fn(buffer) for buffer in before if isinstance(buffer, Tensor)}
         self.place_buffers([after.get(id(buffer), buffer) for buffer in before])
         return before
@@ -78,21 +87,26 @@ class Patched(nn.Module):
         elif isinstance(value, Tensor):
             self._fast.exchange(old, value)
         else:
-            raise TypeError(f"`{name}` of a patched module must be a tensor, got {type(value).__name__}.")
+            raise TypeError(
+                f"`{name}` of a patched module must be a tensor, got {type(value).__name__}."
+            )
 
 
 class PatchedModule(Patched):
-    """A patched module: it computes with its latest fast weights, or with the `params` that a call gives it."""
+    """A patched module: it computes with its latest fast weights, or with the `params` that a call
+    gives it.
+    """
 
     def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
         """Return what the module's own forward does with the fast weights.
 
-        Buffers that it changes are kept for the next call; those of the original stay as they are. If it raises, the fast
-        weights and the buffers are those before the call.
+        Buffers that it changes are kept for the next call; those of the original stay as they are.
+        If it raises, the fast weights and the buffers are those before the call.
 
         Args:
             *args: as for the original module.
-            params: new fast weights, one tensor for each of `parameters()`; they stay after the call.
+            params: new fast weights, one tensor for each of `parameters()`; they stay after the
+                call.
             **kwargs: as for the original module.
         """
         history, buffers = self._fast.history, self._fast.convert_buffers(torch.clone)
@@ -113,8 +127,9 @@ class PatchedModule(Patched):
 
         Args:
             recurse: whether to go below this module itself.
-            time: 0 for the first, t for those after t updates, -1 or None for the latest. An update is a step of the
-                differentiable optimizer, a call with `params`, or setting them by hand.
+            time: 0 for the first, t for those after t updates, -1 or None for the latest. An update
+                is a step of the differentiable optimizer, a call with `params`, or setting them by
+                hand.
 
         Raises:
             ValueError: there were no such parameters, or they were not kept.
@@ -123,13 +138,20 @@ class PatchedModule(Patched):
         time = -1 if time is None else time
         if not self._fast.track and time not in (-1, 0):
             raise ValueError(
-                f"`time` must be 0 or -1, got {time}. Only the latest parameters are kept with track_higher_grads=False."
+                f"`time` must be 0 or -1, got {time}. Only the latest parameters are kept with "
+                f"track_higher_grads=False."
             )
         if not -len(self._fast.history) <= time < len(self._fast.history):
-            raise ValueError(f"`time` must be at most {len(self._fast.history) - 1}, the number of updates so far, got {time}.")
+            raise ValueError(
+                f"`time` must be at most {len(self._fast.history) - 1}, the number of updates so "
+                f"far, got {time}."
+            )
         chosen = self._fast.history[time]
         if not recurse:
-            own = [any(members is self._parameters for members, _ in places) for places in self._fast.places]
+            own = [
+                any(members is self._parameters for members, _ in places)
+                for places in self._fast.places
+            ]
             chosen = [param for param, mine in zip(chosen, own, strict=True) if mine]
         return iter(chosen)  # type: ignore[arg-type]  # plain tensors take the place of parameters
 
@@ -179,8 +201,11 @@ class PatchedModule(Patched):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a second patched module that goes on from here: it shares the graph so far, and nothing that changes."""
-        marks = [nn.Parameter(torch.empty(0)) for _ in self._fast.places]  # distinct, which the fast weights need not be
+        """Return a second patched module that goes on from here: it shares the graph so far, and
+        nothing that changes.
+        """
+        # distinct, which the fast weights need not be
+        marks = [nn.Parameter(torch.empty(0)) for _ in self._fast.places]
         self._fast.place(marks)
         try:
             twins = Twins(self, marks, type)
@@ -195,13 +220,19 @@ class PatchedModule(Patched):
 
     def _require_params(self) -> None:
         if not self._fast.history:
-            raise ValueError("The patched module has no parameters yet. Call it with `params=`, or make it with `monkeypatch`.")
+            raise ValueError(
+                "The patched module has no parameters yet. Call it with `params=`, or make it with "
+                "`monkeypatch`."
+            )
 
 
 def make_functional(
-    module: nn.Module, encapsulator: Callable[[PatchedModule, nn.Module], None] | None = None, device: Any = None
+    module: nn.Module,
+    encapsulator: Callable[[PatchedModule, nn.Module], None] | None = None,
+    device: Any = None,
 ) -> PatchedModule:
-    """Return a patched module that has no parameters until a call, or `encapsulator(fmodel, module)`, gives it some.
+    """Return a patched module that has no parameters until a call, or `encapsulator(fmodel,
+    module)`, gives it some.
 
     Args:
         module: any module; it is not changed.
@@ -212,8 +243,16 @@ def make_functional(
         ValueError: the module is patched already, or cannot be (see `Twins`).
     """
     if any(isinstance(part, Patched) for part in module.modules()):
-        raise ValueError("`module` is a patched module already. To branch off from it, copy it with `copy.deepcopy`.")
-    twins = Twins(module, list(module.parameters()), lambda m: subclass(PatchedModule if m is module else Patched, type(m)), device)
+        raise ValueError(
+            "`module` is a patched module already. To branch off from it, copy it with "
+            "`copy.deepcopy`."
+        )
+    twins = Twins(
+        module,
+        list(module.parameters()),
+        lambda m: subclass(PatchedModule if m is module else Patched, type(m)),
+        device,
+    )
     _adopt(twins)
     if encapsulator is not None:
         encapsulator(twins.root, module)
@@ -221,15 +260,19 @@ def make_functional(
 
 
 def monkeypatch(
-    module: nn.Module, device: Any = None, copy_initial_weights: bool = True, track_higher_grads: bool = True
+    module: nn.Module,
+    device: Any = None,
+    copy_initial_weights: bool = True,
+    track_higher_grads: bool = True,
 ) -> PatchedModule:
     """Return a patched module that starts from the module's parameters.
 
     Args:
         module: any module; it is not changed, neither now nor when the patched one is used.
         device: for the fast weights and the buffers; by default that of the module.
-        copy_initial_weights: True: start from copies, so derivatives reach `fmodel.parameters(time=0)` and no further. False:
-            derivatives reach the module's own parameters.
+        copy_initial_weights: True: start from copies, so derivatives reach
+            `fmodel.parameters(time=0)` and no further. False: derivatives reach the module's own
+            parameters.
         track_higher_grads: False: keep only the latest fast weights, for use at test time.
 
     Raises:
@@ -259,10 +302,13 @@ def buffer_sync(module: nn.Module, fmodule: Patched, device: Any = None) -> None
     for name, part in module.named_modules(remove_duplicate=False):
         if name not in twins:
             raise ValueError(
-                f"`fmodule` must have the submodules of `module`, got none at {name!r}. Patch this module: `monkeypatch(module)`."
+                f"`fmodule` must have the submodules of `module`, got none at {name!r}. Patch this "
+                f"module: `monkeypatch(module)`."
             )
         for key, buffer in part._buffers.items():
-            twins[name]._buffers[key] = None if buffer is None else buffer.detach().to(device, copy=True)
+            twins[name]._buffers[key] = (
+                None if buffer is None else buffer.detach().to(device, copy=True)
+            )
 
 
 def _adopt(twins: Twins) -> FastWeights:
@@ -271,17 +317,27 @@ def _adopt(twins: Twins) -> FastWeights:
     modules = list(nn.Module.modules(twins.root))
     for module in modules:
         vars(module)["_fast"] = fast
-    fast.plain = all(map(_is_plain, modules))  # `any_order` would cost a small model 8 % of its time
+    # `any_order` would cost a small model 8 % of its time
+    fast.plain = all(map(_is_plain, modules))
     return fast
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Say whether a module is one of torch that calls no kernel which `any_order` replaces; others may call anything."""
+    """Say whether a module is one of torch that calls no kernel which `any_order` replaces; others
+    may call anything.
+    """
     hooked = module._forward_pre_hooks or module._forward_hooks  # weight norm is one
-    return type(module).__module__ in _PLAIN and not isinstance(module, nn.MultiheadAttention) and not hooked
+    return (
+        type(module).__module__ in _PLAIN
+        and not isinstance(module, nn.MultiheadAttention)
+        and not hooked
+    )
 
 
-_PLAIN = {f"torch.nn.modules.{name}" for name in ("activation", "container", "conv", "dropout", "flatten", "linear", "pooling")}
+_PLAIN = {
+    f"torch.nn.modules.{name}"
+    for name in ("activation", "container", "conv", "dropout", "flatten", "linear", "pooling")
+}
 
 # The names that programs take from `higher.patch` although they begin with an underscore.
 _MonkeyPatchBase = Patched

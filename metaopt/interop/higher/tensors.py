@@ -19,7 +19,8 @@ def flatten(tree: Any) -> list[Any]:
 
 
 def get_func_params(module: nn.Module, device: Any = None, safe_copy: bool = True) -> list[Tensor]:
-    """Return the module's parameters as leaves of a new graph, each requiring grad if the original does.
+    """Return the module's parameters as leaves of a new graph, each requiring grad if the original
+    does.
 
     Args:
         module: whose parameters.

@@ -15,11 +15,13 @@ Place = tuple[Any, Any]  # where a tensor stands: a dict and a key of it, or a l
 
 
 class Twins:
-    """The twins of all modules below `root`, as if each had been built a second time with tensors of its own.
+    """The twins of all modules below `root`, as if each had been built a second time with tensors
+    of its own.
 
-    What a module holds is taken over: numbers and other objects are shared, while lists, tuples and dicts (registered members and
-    hooks among them) are rebuilt, and in them modules become their twins; so do modules inside bound methods and in what functions
-    close over. Parameters are left for the caller to fill in, at `places`; a buffer is copied.
+    What a module holds is taken over: numbers and other objects are shared, while lists, tuples and
+    dicts (registered members and hooks among them) are rebuilt, and in them modules become their
+    twins; so do modules inside bound methods and in what functions close over. Parameters are left
+    for the caller to fill in, at `places`; a buffer is copied.
 
     Args:
         root: the module; it is only read.
@@ -28,7 +30,8 @@ class Twins:
         device: where the copies of the buffers are, by default where the buffers are.
 
     Raises:
-        ValueError: a module has a `forward` of its own in place of its class's, or keeps a parameter where it cannot be replaced.
+        ValueError: a module has a `forward` of its own in place of its class's, or keeps a
+            parameter where it cannot be replaced.
     """
 
     def __init__(
@@ -44,12 +47,16 @@ class Twins:
         self._buffers = {id(buffer): index for index, buffer in enumerate(root.buffers())}
         self._copies = [buffer.detach().to(device, copy=True) for buffer in root.buffers()]
         modules = list(root.modules())
-        self._done: dict[int, Any] = {id(module): object.__new__(kind(module)) for module in modules}
+        self._done: dict[int, Any] = {
+            id(module): object.__new__(kind(module)) for module in modules
+        }
         for module in modules:
             if "forward" in vars(module):
                 raise ValueError(
-                    f"The {type(module).__name__} to patch has a `forward` of its own, that of another object or compiled. It "
-                    "would go on using the original parameters. Define `forward` in the class; compile after patching."
+                    f"The {type(module).__name__} to patch has a `forward` of its own, that of "
+                    f"another object or compiled. It "
+                    "would go on using the original parameters. Define `forward` in the class; "
+                    "compile after patching."
                 )
             twin = vars(self._done[id(module)])
             self._fill(vars(module), twin, vars(module).items())
@@ -89,18 +96,27 @@ class Twins:
         """Return what stands for an item of a tuple."""
         if id(item) in self._parameters:
             raise ValueError(
-                f"A module keeps a parameter of shape {tuple(item.shape)} in a tuple or in the closure of a function, where "
+                f"A module keeps a parameter of shape {tuple(item.shape)} in a tuple or in the "
+                f"closure of a function, where "
                 "another cannot take its place. Keep it in a list, a dict or an attribute."
             )
         return self._translate(item)
 
-    def _rebound(self, function: types.FunctionType, cells: tuple[types.CellType, ...]) -> types.FunctionType:
-        """Return the function, closing over the twins of the modules (and over the same variables else)."""
+    def _rebound(
+        self, function: types.FunctionType, cells: tuple[types.CellType, ...]
+    ) -> types.FunctionType:
+        """Return the function, closing over the twins of the modules (and over the same variables
+        else).
+        """
         replaced = [self._cell(cell) for cell in cells]
         if all(new is old for new, old in zip(replaced, cells, strict=True)):
             return function
         twin = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(replaced)
+            function.__code__,
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            tuple(replaced),
         )
         twin.__kwdefaults__ = function.__kwdefaults__
         return twin
@@ -119,12 +135,16 @@ _classes: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakVal
 
 
 def subclass(mixin: type[nn.Module], kind: type[nn.Module]) -> Any:
-    """Return the class that is both, first the mixin; the same one each time, since making a class is slow."""
+    """Return the class that is both, first the mixin; the same one each time, since making a class
+    is slow.
+    """
     found = _classes.get((mixin, kind))
     if found is None:
         name = f"Functional{kind.__name__}"
         found = types.new_class(
-            name, (mixin, kind), exec_body=lambda body: body.update(__module__=kind.__module__, __doc__=kind.__doc__)
+            name,
+            (mixin, kind),
+            exec_body=lambda body: body.update(__module__=kind.__module__, __doc__=kind.__doc__),
         )
         _classes[mixin, kind] = found
     return found
