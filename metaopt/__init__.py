@@ -6,6 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from metaopt import tree
+from metaopt._functional import Functional, functional
+from metaopt._implicit import implicit
+from metaopt._meta_grad import assign_grads, meta_grad
+from metaopt._minimize import Minimized, minimize
 from metaopt.differentiate import (
     SAMA,
     T1T2,
@@ -18,8 +22,6 @@ from metaopt.differentiate import (
     Penalty,
 )
 from metaopt.errors import NonFiniteError
-from metaopt.functional import Functional, functional
-from metaopt.implicit import implicit
 from metaopt.linear_solve import (
     GMRES,
     BiCGStab,
@@ -31,8 +33,6 @@ from metaopt.linear_solve import (
     NystromCG,
     Solution,
 )
-from metaopt.meta_grad import assign_grads, meta_grad
-from metaopt.minimize import Minimized, minimize
 from metaopt.optimizer import Optimizer, apply_updates
 from metaopt.optimizer.schedule import Schedule
 from metaopt.scan.revolve import Revolve
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from metaopt.interop import from_torch, from_torchopt
     from metaopt.levels import Edge, Level, LevelGraph
     from metaopt.meta_training import FullUnroll, MetaTraining, Task, TaskFamily, TruncatedBackprop
-    from metaopt.meta_training.evaluate import Report, evaluate, tune
+    from metaopt.meta_training.evaluation import Report, evaluate, tune
     from metaopt.second_order import check_second_order
     from metaopt.train import TensorBoardLogger, Trainer
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 from metaopt.tree import Tree
 
 # parameters of a task, from which on a CPU's caches no longer hold a batch of them

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
+from metaopt._functional import Functional
 from metaopt.autodiff.graph import ancestors
-from metaopt.functional import Functional
 from metaopt.transforms import is_functorch_wrapped, is_tracked
 from metaopt.tree import Tree
 

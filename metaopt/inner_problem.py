@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from metaopt import tree
-from metaopt.functional import Params, functional, lent
-from metaopt.kernels import any_order
+from metaopt._functional import Params, functional, lent
+from metaopt.exact_ops import any_order
 from metaopt.optimizer import Observe, Optimizer
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.tree import Tree

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from metaopt import tree
-from metaopt.functional import functional
-from metaopt.kernels import any_order
+from metaopt._functional import functional
+from metaopt.exact_ops import any_order
 
 # of the derivatives' size: central differences in float64 come within 1e-7, wrong formulas are off
 # by 1e-3

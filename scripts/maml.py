@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import metaopt as mo
 from metaopt import tree
+from metaopt._functional import Params
 from metaopt.extras import extra
-from metaopt.functional import Params
 from metaopt.tasks.episode import Episode
 from metaopt.tasks.omniglot import CharacterTasks, conv4, read_omniglot, split_alphabets
 from metaopt.tasks.sinusoid import Sinusoids, sinusoid_mlp

@@ -15,7 +15,7 @@ import torch
 
 import metaopt as mo
 from metaopt.extras import extra
-from metaopt.meta_training.evaluate import VALIDATION_SEED
+from metaopt.meta_training.evaluation import VALIDATION_SEED
 from optimizers import Adam, Cosine, LSTMOptimizer, MLPOptimizer
 
 with extra("scripts/train_optimizer.py"):

@@ -15,7 +15,7 @@ from torch.func import vmap
 
 import metaopt as mo
 from metaopt.extras import extra
-from metaopt.meta_training.evaluate import TEST_SEED, VALIDATION_SEED
+from metaopt.meta_training.evaluation import TEST_SEED, VALIDATION_SEED
 from metaopt.meta_training.task import sample_tasks
 from optimizers import SGD, Adam, Cosine, LSTMSchedule
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 from optimizers import SGD, Adam
 
 pytestmark = pytest.mark.usefixtures("float64")

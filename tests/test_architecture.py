@@ -21,14 +21,14 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["errors", "extras", "table", "transforms"],
     ["tree"],
-    ["kernels", "compiled", "linear_solve"],
+    ["exact_ops", "compiled", "linear_solve"],
     ["autodiff"],
-    ["functional", "scan", "batching"],
+    ["_functional", "scan", "batching"],
     ["closure", "differentiate", "second_order"],
     ["optimizer"],
     ["inner_problem", "optimizers"],
-    ["minimize"],
-    ["implicit", "meta_grad", "meta_training", "levels"],
+    ["_minimize"],
+    ["_implicit", "_meta_grad", "meta_training", "levels"],
     ["tasks", "diagnostics"],
     ["train", "interop"],
     ["__init__"],
@@ -37,7 +37,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PACKAGES = ["metaopt", "optimizers", "scripts", "examples"]  # each may import the ones before it
 LAZY = {  # may import what is slow to load when it is asked for
     "metaopt/train/loggers.py",  # a logging backend
-    "metaopt/meta_training/evaluate.py",  # matplotlib, for a report's plot
+    "metaopt/meta_training/evaluation.py",  # matplotlib, for a report's plot
     "metaopt/levels/draw.py",  # matplotlib
     "metaopt/tasks/digits.py",  # scikit-learn, for its data
     "metaopt/tasks/omniglot.py",  # pillow, to read drawings

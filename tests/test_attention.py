@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 
 MASK = torch.tensor(
     [[True, False, True, False], [False, False, False, False], [True, True, True, True]]

@@ -9,7 +9,7 @@ from problems import assert_close
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 
 Given = tuple[Tensor, Tensor | None, Tensor | None]
 SHAPES = {"batch": (6, 4), "batch-2d": (3, 4, 2, 2), "layer": (3, 4), "layer-two-axes": (3, 2, 4)}

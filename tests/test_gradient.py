@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt.autodiff.gradient import constant_gradient, gradient
 from metaopt.autodiff.pullback import Linearized, chosen, pull_back, put, spread
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 
 torch.manual_seed(0)
 W = {

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
 import metaopt as mo
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 from optimizers import SGD, Adam
 
 pytestmark = [

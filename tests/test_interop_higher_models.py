@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaopt.exact_ops import any_order
 from metaopt.interop import higher
-from metaopt.kernels import any_order
 
 pytestmark = pytest.mark.usefixtures("float64")
 

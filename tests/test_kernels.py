@@ -14,7 +14,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch_versions import is_mended
 
 import metaopt as mo
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 from optimizers import SGD
 
 WEIGHT, BIAS = torch.linspace(0.5, 1.5, 4).double(), torch.linspace(-1, 1, 4).double()
@@ -105,7 +105,7 @@ def test_derivatives_of_every_order(name: str, order: int) -> None:
 def test_the_third_derivative_of_fused_norms_is_still_wrong_in_torch(name: str) -> None:
     """The cause of trap 1 and the reason for `any_order`.
 
-    If this fails, torch has mended it: simplify `metaopt/kernels.py`.
+    If this fails, torch has mended it: simplify `metaopt/exact_ops`.
     """
     assert_close(*directional(name, 2, inside=False), 1e-6)
     if not name.startswith("layer") and is_mended(
@@ -121,7 +121,7 @@ def test_the_third_derivative_of_fused_norms_is_still_wrong_in_torch(name: str) 
 
 
 def test_the_second_derivative_of_weight_norm_is_still_wrong_in_torch() -> None:
-    """If this fails, torch has mended it: take `_weight_norm` out of `metaopt/kernels.py`."""
+    """If this fails, torch has mended it: take `_weight_norm` out of `metaopt/exact_ops`."""
     assert_close(*directional("weight", 1, inside=False), 1e-6)
     wrong, difference = directional("weight", 2, inside=False)
     assert (wrong - difference).abs() > 1e-3 * (1 + difference.abs())

@@ -16,7 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import metaopt as mo
 from metaopt.differentiate import Rule
-from metaopt.kernels import AnyOrder
+from metaopt.exact_ops import AnyOrder
 from optimizers import SGD
 
 pytestmark = [

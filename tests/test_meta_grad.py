@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 from optimizers import SGD, Adam
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -370,7 +370,7 @@ def task_loss_of(params: dict[str, Tensor], target: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_recurrent_kernels_still_cannot_be_batched_by_torch(name: str) -> None:
-    """If this fails, torch can batch them: `metaopt/kernels/recurrent.py` is then for cuDNN and
+    """If this fails, torch can batch them: `metaopt/exact_ops/recurrent.py` is then for cuDNN and
     mkldnn only.
     """
     model, tasks = problem(name)
@@ -442,7 +442,7 @@ def test_a_hand_made_average_over_vmap_is_exact_with_our_inner_loop(name: str) -
 def test_the_derivative_of_an_average_over_vmap_is_still_wrong_in_torch(name: str) -> None:
     """Trap 1, a reason for `any_order`.
 
-    If this fails, torch has mended it: simplify `metaopt/kernels.py`.
+    If this fails, torch has mended it: simplify `metaopt/exact_ops`.
     """
     model, tasks = problem(name)
     net = mo.functional(model)

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 from optimizers import SGD
 
 pytestmark = pytest.mark.usefixtures("float64")

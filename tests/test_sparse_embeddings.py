@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import metaopt as mo
 from metaopt.differentiate import Rule
-from metaopt.kernels import Watching, any_order
+from metaopt.exact_ops import Watching, any_order
 from optimizers import SGD, Adam
 
 pytestmark = pytest.mark.usefixtures("float64")

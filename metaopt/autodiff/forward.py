@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 from metaopt.transforms import constant_when_compiled
 from metaopt.tree import Tree
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt._functional import Params
 from metaopt.autodiff.replay import drawn_again
 from metaopt.diagnostics.memory import peak_memory
 from metaopt.differentiate import Backprop, Rule
-from metaopt.functional import Params
 from metaopt.levels import LevelGraph
 from metaopt.levels.twin import with_rules
 from metaopt.table import write_table

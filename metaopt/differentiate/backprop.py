@@ -15,7 +15,7 @@ from metaopt.autodiff.pullback import plus, pull_back
 from metaopt.autodiff.replay import Ambient
 from metaopt.compiled import compiled
 from metaopt.differentiate.base import InnerLoop, Update, unroll
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 from metaopt.scan import Memory, check_memory
 from metaopt.scan.stream import Stream, first_row
 from metaopt.transforms import is_differentiable

@@ -16,7 +16,7 @@ from metaopt.autodiff.graph import is_varied
 from metaopt.autodiff.mean_gradient import MeanGradient
 from metaopt.autodiff.replay import drawn_again
 from metaopt.compiled import compiled
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 from metaopt.scan import Memory, Pullback, plain_loops_inside, scan
 from metaopt.scan.stream import Stream, last_row
 from metaopt.transforms import constant, has_tangent, is_last, is_tracked, tracking_levels

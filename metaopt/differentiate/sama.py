@@ -11,7 +11,7 @@ from metaopt.autodiff.mixed import mixed_difference
 from metaopt.autodiff.pullback import pull_back
 from metaopt.autodiff.replay import drawn_again
 from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 from metaopt.tree import Tree
 
 

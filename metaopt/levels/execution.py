@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt._functional import Params
 from metaopt.autodiff.gradient import gradient
 from metaopt.differentiate import End, InnerLoop, PointRule
 from metaopt.differentiate.base import run
-from metaopt.functional import Params
 from metaopt.levels.order import Event, Owner
 from metaopt.levels.program import Program, Rules, all_shown, rest, shown
 from metaopt.levels.response import Respond, Response, attached, noted, through

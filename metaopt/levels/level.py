@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from metaopt.functional import functional
+from metaopt._functional import functional
 from metaopt.optimizer import Optimizer
 
 if TYPE_CHECKING:

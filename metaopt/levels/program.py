@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from metaopt import tree
+from metaopt._functional import Functional
 from metaopt.differentiate import Backprop, FirstOrder, Penalty, PointRule, Rule
-from metaopt.functional import Functional
 from metaopt.levels.edge import Edge
 from metaopt.levels.level import Level
 from metaopt.levels.order import Event, Order, Owner

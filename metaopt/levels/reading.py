@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt._functional import Functional
 from metaopt.closure import find_hidden, tracked_names
-from metaopt.functional import Functional
-from metaopt.kernels import Watching
+from metaopt.exact_ops import Watching
 from metaopt.levels.level import Level
 from metaopt.levels.view import Scene, evaluate
 from metaopt.transforms import is_tracked

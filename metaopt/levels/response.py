@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt._functional import Params
 from metaopt.autodiff.pullback import plus
 from metaopt.autodiff.replay import Ambient
 from metaopt.differentiate import End, InnerLoop, PointRule, attach, pulled_back
-from metaopt.functional import Params
 from metaopt.levels.program import Rules, detached
 
 # (level, its rules, the steps it made, where they ended) -> the last parameters, with or without a

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt._functional import functional
 from metaopt.differentiate import Rule
-from metaopt.functional import functional
 from metaopt.levels.checks import check_program
 from metaopt.levels.data import Stream
 from metaopt.levels.edge import Edge

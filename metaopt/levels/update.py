@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.functional import Params, lent
+from metaopt._functional import Params, lent
 from metaopt.levels.level import Level
 from metaopt.levels.program import Program
 from metaopt.levels.reading import Reading

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from metaopt.functional import Functional, Params
-from metaopt.kernels import any_order
+from metaopt._functional import Functional, Params
+from metaopt.exact_ops import any_order
 from metaopt.levels.level import Level
 from metaopt.transforms import constant
 from metaopt.tree import Tree

@@ -1,7 +1,7 @@
 """Training optimizers, and judging them."""
 
 from metaopt.meta_training.estimators import Estimate, Estimator, FullUnroll, TruncatedBackprop
-from metaopt.meta_training.evaluate import Report, evaluate, tune
+from metaopt.meta_training.evaluation import Report, evaluate, tune
 from metaopt.meta_training.meta_training import MetaTraining
 from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
 

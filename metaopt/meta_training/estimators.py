@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 from metaopt import tree
+from metaopt._functional import Params
+from metaopt._minimize import minimize
 from metaopt.autodiff.gradient import gradient
 from metaopt.batching import prefers_loop
 from metaopt.differentiate import FirstOrder, Rule
-from metaopt.functional import Params
 from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
-from metaopt.minimize import minimize
 from metaopt.optimizer import Optimizer
 from metaopt.tree import Tree
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.functional import Params
+from metaopt._functional import Params
 from metaopt.meta_training.estimators import Estimator
 from metaopt.meta_training.task import TaskFamily
 from metaopt.optimizer import Optimizer, apply_updates

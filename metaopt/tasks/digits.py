@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt._functional import Params
 from metaopt.extras import extra
-from metaopt.functional import Params
 from metaopt.meta_training.task import Task
 
 CLASSES = 10

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import metaopt as mo
 from contenders import problems
 from contenders.problems import next_byte_losses
+from metaopt._functional import Functional, Params
 from metaopt.differentiate import Rule
-from metaopt.functional import Functional, Params
 from metaopt.tasks.episode import Episode
 from optimizers import SGD, Adam, Grouped, LSTMOptimizer
 

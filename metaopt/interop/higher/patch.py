@@ -11,9 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from metaopt.exact_ops import any_order
 from metaopt.interop.higher.tensors import get_func_params
 from metaopt.interop.higher.twin import Place, Twins, subclass
-from metaopt.kernels import any_order
 
 
 class FastWeights:

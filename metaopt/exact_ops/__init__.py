@@ -8,13 +8,13 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from metaopt.kernels.attention import ATTENTION
-from metaopt.kernels.dropout import DROPOUT
-from metaopt.kernels.embedding import EMBEDDINGS, asks_for_sparse
-from metaopt.kernels.losses import LOSSES
-from metaopt.kernels.norms import NORMS
-from metaopt.kernels.recurrent import RECURRENT
-from metaopt.kernels.requires_grad import REQUIRES_GRAD
+from metaopt.exact_ops.attention import ATTENTION
+from metaopt.exact_ops.dropout import DROPOUT
+from metaopt.exact_ops.embedding import EMBEDDINGS, asks_for_sparse
+from metaopt.exact_ops.losses import LOSSES
+from metaopt.exact_ops.norms import NORMS
+from metaopt.exact_ops.recurrent import RECURRENT
+from metaopt.exact_ops.requires_grad import REQUIRES_GRAD
 from metaopt.transforms import inside_jvp
 
 __all__ = ["AnyOrder", "Watching", "any_order"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metaopt.kernels.dropout import dropout
+from metaopt.exact_ops.dropout import dropout
 
 
 def _attention(

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from metaopt import tree
+from metaopt._minimize import minimize
 from metaopt.autodiff.replay import Ambient
 from metaopt.extras import extra
 from metaopt.meta_training.task import TaskFamily, sample_tasks
-from metaopt.minimize import minimize
 from metaopt.optimizer import Optimizer
 from metaopt.table import write_table
 

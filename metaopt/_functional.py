@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._C import _autograd as autograd
 from torch.nn.modules.batchnorm import _NormBase
 
-from metaopt.kernels import any_order
+from metaopt.exact_ops import any_order
 from metaopt.transforms import is_tracked
 
 Params = dict[str, Tensor]

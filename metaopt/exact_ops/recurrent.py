@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.kernels.dropout import dropout as dropped
+from metaopt.exact_ops.dropout import dropout as dropped
 
 States = tuple[Tensor, ...]  # (hidden, cell) of an LSTM, (hidden,) of the others; [rows, features]
 # (W_i x + b_i, states, the layer's other weights: W_h, b_h or None, projection or None) -> next

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.kernels.fused_norms import (
+from metaopt.exact_ops.fused_norms import (
     Axes,
     BatchAxes,
     FusedAxes,

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from metaopt._functional import Functional
 from metaopt.batching import widened
 from metaopt.closure import check_closure
 from metaopt.differentiate import Backprop, InnerLoop, Rule
 from metaopt.differentiate.base import refuse_zeros, with_refusal
 from metaopt.errors import NonFiniteError
-from metaopt.functional import Functional
 from metaopt.inner_problem import InnerProblem, Unused
 from metaopt.optimizer import Optimizer, State
 from metaopt.scan.rows import explain_first_row, rows_of
