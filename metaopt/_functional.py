@@ -7,10 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _autograd as autograd
 from torch.nn.modules.batchnorm import _NormBase
 
 from metaopt.exact_ops import any_order
+from metaopt.torch_internals import (
+    DisableTorchFunction,
+    allow_hooks,
+    foreach_copy_,
+    has_no_hooks,
+    refuse_hooks,
+)
 from metaopt.transforms import is_tracked
 
 Params = dict[str, Tensor]
@@ -188,7 +194,7 @@ class Functional:
         self._check("params", params, self.params)
         own = self.params
         with torch.no_grad():
-            torch._foreach_copy_(list(own.values()), [params[name] for name in own])
+            foreach_copy_(list(own.values()), [params[name] for name in own])
 
     def _call(
         self, params: Params, buffers: dict[str, Tensor | None], args: tuple, kwargs: dict[str, Any]
@@ -220,7 +226,7 @@ class Functional:
                 f"unknown {sorted(unknown)}. Start from `net.{what}`."
             )
         # under a mode every look at a shape is a call of its own
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             for name, tensor in own.items():
                 if given[name].shape != tensor.shape:
                     raise _misshapen(what, name, given[name], tensor)
@@ -263,7 +269,7 @@ def _lend(
     refuses = _may_refuse_hooks()
     try:
         # under a mode every look at a shape is a call of its own
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             for name, (modules, key) in paths.items():
                 at = module
                 # not by a function: these lines run for every tensor of every call
@@ -278,11 +284,11 @@ def _lend(
                 lent.append((name, members, key, own))
                 members[key] = tensor
         if refuses:
-            autograd._saved_tensors_hooks_disable(_RECOMPUTED)
+            refuse_hooks(_RECOMPUTED)
         return function(*args, **kwargs)
     finally:
         if refuses:
-            autograd._saved_tensors_hooks_enable()
+            allow_hooks()
         for name, members, key, own in lent:
             if left and name in left:
                 left[name] = members[key]
@@ -293,11 +299,7 @@ def _may_refuse_hooks() -> bool:
     """Say whether nobody else has set hooks on saved tensors, or refuses them; `torch.func` does,
     and a compiler sees through.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and autograd._saved_tensors_hooks_get_disabled_error_message() is None
-        and autograd._top_saved_tensors_default_hooks(True) is None
-    )
+    return not torch.compiler.is_compiling() and has_no_hooks()
 
 
 _RECOMPUTED = (

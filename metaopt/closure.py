@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from metaopt import tree
 from metaopt._functional import Functional
 from metaopt.autodiff.graph import ancestors
-from metaopt.transforms import is_functorch_wrapped, is_tracked
+from metaopt.torch_internals import is_wrapped
+from metaopt.transforms import is_tracked
 from metaopt.tree import Tree
 
 
@@ -100,7 +101,7 @@ def find_hidden(
         (value, {id(leaf): leaf for leaf in graph_leaves(value) if id(leaf) not in beside})
         for value in values
     ]
-    wrapped = next((value for value in values if is_functorch_wrapped(value)), None)
+    wrapped = next((value for value in values if is_wrapped(value)), None)
     if wrapped is not None or not any(leaves for _, leaves in found):
         return wrapped
     then = {id(leaf): leaf for value in again() for leaf in graph_leaves(value)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from metaopt import tree
+from metaopt.torch_internals import backend_failure, dynamo_config, load_compiler
 
 # compiled versions of one function: torch's limit of 8 is soon met by the step that all losses
 # share
@@ -51,17 +51,18 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             args = tree.map(_constant, args)
         _load_compiler()
-        limit = torch._dynamo.config.recompile_limit
+        config = dynamo_config()
+        limit = config.recompile_limit
         try:
-            torch._dynamo.config.recompile_limit = ENTRIES
+            config.recompile_limit = ENTRIES
             return (native if _are_real_and_on_cpu(args) else general)(*args)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except backend_failure() as error:
             reason = getattr(error, "inner_exception", None)
             if type(reason).__name__ not in _MISSING:
                 raise
             _MISSING_FOUND.append(str(reason).split("\n")[0])
         finally:
-            torch._dynamo.config.recompile_limit = limit
+            config.recompile_limit = limit
         warnings.warn(
             f"`compile=True` has no effect, because torch found no compiler: {_MISSING_FOUND[0]}. "
             f"Install one (Debian: apt install "
@@ -82,7 +83,7 @@ def _load_compiler() -> None:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.script(_method)?` is deprecated")
-        importlib.import_module("torch._inductor.compile_fx")
+        load_compiler()
 
 
 def _are_real_and_on_cpu(args: Any) -> bool:

@@ -14,6 +14,7 @@ from metaopt._functional import Params, functional, lent
 from metaopt.exact_ops import any_order
 from metaopt.optimizer import Observe, Optimizer
 from metaopt.optimizer.hyperparameter import Value
+from metaopt.torch_internals import version
 from metaopt.tree import Tree
 
 Unused = Literal["zero", "skip"]
@@ -120,9 +121,9 @@ class InnerProblem:
         arguments = (params, batch, inputs["meta"]) if self.has_meta else (params, batch)
         if not self.has_buffers:
             return function(*arguments)
-        before = [_version(leaf) for leaf in tree.leaves(state["buffers"])]
+        before = [version(leaf) for leaf in tree.leaves(state["buffers"])]
         result = function(*arguments, buffers=state["buffers"])
-        if [_version(leaf) for leaf in tree.leaves(state["buffers"])] != before:
+        if [version(leaf) for leaf in tree.leaves(state["buffers"])] != before:
             raise ValueError(
                 "`buffers` must not be changed in place, by `loss_fn` or `observe`. Return new "
                 "ones: `net.with_buffers(params, buffers, x)` works on copies."
@@ -163,16 +164,6 @@ def _check_buffers(before: Tree, after: Tree) -> None:
                 f"`loss_fn` must return buffers of the dtype and shape that they had, got "
                 f"{_kind(now)} at {path} after {_kind(was)}."
             )
-
-
-def _version(buffer: Any) -> int:
-    """Return how often a tensor was written to, as far as that is counted."""
-    is_counted = (
-        isinstance(buffer, Tensor)
-        and not torch.compiler.is_compiling()
-        and not buffer.is_inference()
-    )
-    return buffer._version if is_counted else 0
 
 
 def check_scalar(value: Any, where: str = "loss_fn") -> Tensor:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import (
-    retrieve_all_functorch_interpreters,
-    temporarily_clear_interpreter_stack,
-)
 from torch.autograd import forward_ad
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from metaopt import torch_internals
+from metaopt.torch_internals import outside_transforms as outside_transforms
 
 
 def is_tracked(tensor: Tensor) -> bool:
@@ -23,9 +17,9 @@ def is_tracked(tensor: Tensor) -> bool:
     through `tensor`.
     """
     while not tensor.requires_grad:
-        if not functorch.is_functorch_wrapped_tensor(tensor):
+        if not torch_internals.is_wrapped(tensor):
             return False
-        tensor = functorch.get_unwrapped(tensor)
+        tensor = torch_internals.unwrapped(tensor)
     return True
 
 
@@ -43,8 +37,8 @@ def innermost(tensor: Tensor) -> Tensor:
     """Return the plain tensor inside the wrappers of every level of `torch.func`; that of a `vmap`
     has all its rows.
     """
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
+    while torch_internals.is_wrapped(tensor):
+        tensor = torch_internals.unwrapped(tensor)
     return tensor
 
 
@@ -64,19 +58,19 @@ def tracking_levels(tensor: Tensor) -> set[int]:
     """
     levels = set()
     while True:
-        wrapped = functorch.is_functorch_wrapped_tensor(tensor)
+        wrapped = torch_internals.is_wrapped(tensor)
         if tensor.requires_grad:
-            levels.add(functorch.maybe_get_level(tensor) if wrapped else 0)
+            levels.add(torch_internals.level_of(tensor) if wrapped else 0)
         if not wrapped:
             return levels
-        tensor = functorch.get_unwrapped(tensor)
+        tensor = torch_internals.unwrapped(tensor)
 
 
 def values_are_readable() -> bool:
     """Say whether a tensor's value may decide what Python does next: not under vmap, grad, jvp or
     compile.
     """
-    return not torch.compiler.is_compiling() and functorch.peek_interpreter_stack() is None
+    return not torch.compiler.is_compiling() and not torch_internals.is_in_transform()
 
 
 def is_last() -> bool:
@@ -86,36 +80,28 @@ def is_last() -> bool:
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        and not torch_internals.is_in_transform()
+        and not torch_internals.uses_dual_numbers()
     )
 
 
 def inside_jvp() -> bool:
     """Say whether `torch.func.jvp` is active."""
-    return any(
-        level.key() == functorch.TransformType.Jvp
-        for level in retrieve_all_functorch_interpreters()
-    )
+    return any(level.key() == torch_internals.JVP for level in torch_internals.transforms())
 
 
 def has_tangent(leaf: Any) -> bool:
     """Say whether forward mode, of `torch.func.jvp` or by dual numbers, differentiates through a
     tensor.
     """
-    if forward_ad._current_level < 0 or not is_differentiable(leaf):
+    if not torch_internals.uses_dual_numbers() or not is_differentiable(leaf):
         return False
     # a batched one cannot be asked
-    while functorch.is_batchedtensor(leaf) or forward_ad.unpack_dual(leaf).tangent is None:
-        if not functorch.is_functorch_wrapped_tensor(leaf):
+    while torch_internals.is_batched(leaf) or forward_ad.unpack_dual(leaf).tangent is None:
+        if not torch_internals.is_wrapped(leaf):
             return False
-        leaf = functorch.get_unwrapped(leaf)
+        leaf = torch_internals.unwrapped(leaf)
     return True
-
-
-def outside_transforms() -> AbstractContextManager[object]:
-    """While entered, operations on tensors made inside run as if no `vmap` or `grad` were active."""
-    return temporarily_clear_interpreter_stack()
 
 
 def without_levels(tensor: Tensor) -> Tensor:
@@ -124,20 +110,15 @@ def without_levels(tensor: Tensor) -> Tensor:
     Raises:
         ValueError: there is a level of `vmap` among them.
     """
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
+    while torch_internals.is_wrapped(tensor):
+        if torch_internals.is_batched(tensor):
             raise ValueError(
                 'A loop with Revolve(store="disk") cannot run under `vmap` (nor `jacrev`), which '
                 "hides the values that are to be written. Go through the batch in a loop "
                 '(`meta_grad(..., chunk_size=1)`), or use store="cpu".'
             )
-        tensor = functorch.get_unwrapped(tensor)
+        tensor = torch_internals.unwrapped(tensor)
     return tensor
-
-
-def is_functorch_wrapped(tensor: Tensor) -> bool:
-    """Return True if a level of `torch.func` holds the tensor."""
-    return functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def alive(tensor: Tensor | None) -> Tensor | None:
@@ -147,15 +128,4 @@ def alive(tensor: Tensor | None) -> Tensor | None:
     there is still wrapped in it while the pullback runs. Operations see through that; a transform
     started inside `backward` fails ("escaped?").
     """
-    return None if tensor is None else functorch.unwrap_if_dead(tensor)
-
-
-def constant_when_compiled(fn: Function) -> Function:
-    """Mark a function that a compiler calls and does not look into: its result is a constant.
-
-    This is `torch.compiler.assume_constant_result` in all but time: to set one attribute, that one
-    imports the compiler, which takes as long as torch itself and is of no use to those who never
-    compile. A test compares the two.
-    """
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return fn
+    return None if tensor is None else torch_internals.unwrapped_if_over(tensor)

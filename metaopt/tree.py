@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils import _pytree as pytree
 
+from metaopt.torch_internals import foreach_add, foreach_norm, pytree
 from metaopt.transforms import is_last
 
 Tree = Any
@@ -249,7 +249,7 @@ def norm(tree: Tree) -> Tensor:
     found = leaves(tree)
     # in one pass and without a copy
     if is_last() and not any(leaf.dtype in _HALF for leaf in found):
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found)))
+        return torch.linalg.vector_norm(torch.stack(foreach_norm(found)))
     return safe_sqrt(sum_leaves(lambda leaf: as_real(leaf).square().sum(), tree))
 
 
@@ -275,7 +275,7 @@ def scaled_sum(x: Tensor, scale: float | Tensor, y: Tensor) -> Tensor:
 def scaled_sums(xs: list[Tensor], scale: float | Tensor, ys: list[Tensor]) -> list[Tensor]:
     """Return x + scale y for each."""
     if not isinstance(scale, Tensor) and is_last():
-        return list(torch._foreach_add(xs, ys, alpha=scale))
+        return list(foreach_add(xs, ys, alpha=scale))
     return [scaled_sum(x, scale, y) for x, y in zip(xs, ys, strict=True)]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metaopt.optimizer import Leaves
 from metaopt.optimizer.hyperparameter import Value, is_zero
+from metaopt.torch_internals import foreach_add, foreach_addcmul, foreach_mul, foreach_sqrt
 from metaopt.transforms import is_last
 from metaopt.tree import safe_sqrt, scaled_sums
 
@@ -24,7 +25,7 @@ def averages_of_squares(means: Leaves, xs: Leaves, decay: Value) -> Leaves:
     if isinstance(decay, Tensor):
         return [mean + (1 - decay) * x * x for mean, x in zip(before, xs, strict=True)]
     if is_last():
-        return list(torch._foreach_addcmul(before, xs, xs, value=1 - decay))
+        return list(foreach_addcmul(before, xs, xs, value=1 - decay))
     return [torch.addcmul(mean, x, x, value=1 - decay) for mean, x in zip(before, xs, strict=True)]
 
 
@@ -32,11 +33,11 @@ def roots(squares: Leaves, eps_root: Value, eps: Value) -> Leaves:
     """Return sqrt(v + eps_root) + eps for each, with derivative 0 of the root at 0."""
     raised = squares if is_zero(eps_root) else [v + eps_root for v in squares]
     if is_last():
-        positive = torch._foreach_sqrt(raised)
+        positive = foreach_sqrt(raised)
         return (
             [root + eps for root in positive]
             if isinstance(eps, Tensor)
-            else list(torch._foreach_add(positive, eps))
+            else list(foreach_add(positive, eps))
         )
     return [safe_sqrt(v) + eps for v in raised]
 
@@ -44,5 +45,5 @@ def roots(squares: Leaves, eps_root: Value, eps: Value) -> Leaves:
 def scaled(xs: Leaves, scale: Value) -> Leaves:
     """Return scale x for each."""
     if not isinstance(scale, Tensor) and is_last():
-        return list(torch._foreach_mul(xs, scale))
+        return list(foreach_mul(xs, scale))
     return [scale * x for x in xs]

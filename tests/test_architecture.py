@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its
 # neighbours.
 LAYERS = [
-    ["errors", "extras", "table", "transforms"],
+    ["torch_internals", "errors", "extras", "table"],
+    ["transforms"],
     ["tree"],
     ["exact_ops", "compiled", "linear_solve"],
     ["autodiff"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import metaopt
-from metaopt.transforms import constant_when_compiled
+from metaopt.torch_internals import mark_constant_when_compiled
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 1.15
@@ -82,5 +82,5 @@ def test_the_mark_is_that_of_torchs_own_decorator() -> None:
     def same() -> int:
         return 0
 
-    assert constant_when_compiled(marked) is marked
+    assert mark_constant_when_compiled(marked) is marked
     assert vars(marked) == vars(torch.compiler.assume_constant_result(same)) != {}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from metaopt.exact_ops import any_order
-from metaopt.transforms import constant_when_compiled
+from metaopt.torch_internals import mark_constant_when_compiled
 from metaopt.tree import Tree
 
 
@@ -54,7 +54,7 @@ def slope_along(
     return value, slope
 
 
-@constant_when_compiled
+@mark_constant_when_compiled
 def load_formulas() -> None:
     """Let torch load its forward derivatives, without the warnings that it gives itself at the
     first one.

@@ -7,15 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_function_stack
-from torch.autograd import forward_ad
 
 from metaopt import tree
 from metaopt.autodiff.graph import VARIABLES, beginning, goes_beyond
+from metaopt.torch_internals import uses_dual_numbers
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
-
-_ENGINE = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
 
 
 def stands_in(leaves: Sequence[Tensor]) -> bool:
@@ -29,7 +26,7 @@ def stands_in(leaves: Sequence[Tensor]) -> bool:
     """
     if not values_are_readable():  # first: a compiler cannot be asked the rest
         return False
-    return forward_ad._current_level < 0 and not (
+    return not uses_dual_numbers() and not (
         torch.is_inference_mode_enabled() or any(map(Tensor.is_inference, leaves))
     )
 
@@ -55,12 +52,12 @@ def evaluated(
         variables = [leaf.detach().requires_grad_() for leaf in leaves]
     running = VARIABLES.set((*VARIABLES.get(), *variables))
     before = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(True)  # the context manager takes as long as a small operation
+    torch.set_grad_enabled(True)
     try:
         return variables, function(variables)
     finally:
         VARIABLES.reset(running)
-        torch._C._set_grad_enabled(before)
+        torch.set_grad_enabled(before)
 
 
 def slopes(
@@ -103,27 +100,11 @@ def slopes(
 def slopes_of_scalar(
     value: Tensor, variables: Sequence[Tensor], *, again: bool, keep: bool = False
 ) -> Sequence[Tensor | None]:
-    """Return the derivatives of a scalar, None where it does not depend.
-
-    `torch.autograd.grad` without its looks at what it is given, which took a tenth of the gradient
-    of a small network.
-    """
+    """Return the derivatives of a scalar, None where it does not depend on a variable."""
     if not value.requires_grad:
         return [None] * len(variables)
-    keep = keep or again
-    if type(value) is not Tensor or value.ndim or value.is_complex() or _len_torch_function_stack():
-        return torch.autograd.grad(
-            value, variables, retain_graph=keep, create_graph=again, allow_unused=True
-        )
-    one = torch.ones_like(value)
-    return _ENGINE.run_backward(
-        (value,),
-        (one,),
-        keep,
-        again,
-        tuple(variables),
-        allow_unreachable=True,
-        accumulate_grad=False,
+    return torch.autograd.grad(
+        value, variables, retain_graph=keep or again, create_graph=again, allow_unused=True
     )
 
 

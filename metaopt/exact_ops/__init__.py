@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 from metaopt.exact_ops.attention import ATTENTION
 from metaopt.exact_ops.dropout import DROPOUT
@@ -15,6 +15,7 @@ from metaopt.exact_ops.losses import LOSSES
 from metaopt.exact_ops.norms import NORMS
 from metaopt.exact_ops.recurrent import RECURRENT
 from metaopt.exact_ops.requires_grad import REQUIRES_GRAD
+from metaopt.torch_internals import function_modes
 from metaopt.transforms import inside_jvp
 
 __all__ = ["AnyOrder", "Watching", "any_order"]
@@ -38,7 +39,7 @@ def any_order() -> AbstractContextManager[Any]:
     """
     # The stack, not a flag of ours: torch takes a mode off it while it hands a function on, a
     # backward pass for example.
-    entered = any(isinstance(mode, AnyOrder) for mode in _get_current_function_mode_stack())
+    entered = any(isinstance(mode, AnyOrder) for mode in function_modes())
     return nullcontext() if entered else AnyOrder()
 
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from metaopt.torch_internals import uses_dual_numbers
 from metaopt.transforms import values_are_readable
 
 aten = torch.ops.aten
@@ -134,7 +134,7 @@ def is_fusable(axes: FusedAxes, x: Tensor, weight: Tensor | None, bias: Tensor |
     """
     return (
         values_are_readable()
-        and forward_ad._current_level < 0
+        and not uses_dual_numbers()
         and x.dtype in (torch.float32, torch.float64)
         and x.numel() > 0
         and all(
@@ -164,7 +164,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         axes, (x, weight, bias, mean, r) = ctx.axes, ctx.saved_tensors
-        if values_are_readable() and forward_ad._current_level < 0:
+        if values_are_readable() and not uses_dual_numbers():
             bars = _PullBack.apply(axes, g, x, weight, bias, mean, r)
         else:  # cotangents in a batch, or a transform or forward mode that began after the forward pass
             h, _, p = _elementary(axes, x)

@@ -24,6 +24,7 @@ from metaopt.exact_ops.fused_norms import (
     fused_norm,
     is_fusable,
 )
+from metaopt.torch_internals import weight_norm
 from metaopt.transforms import constant
 
 
@@ -169,5 +170,5 @@ NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     ),
     torch.batch_norm: _in_torchs_order(_batch_norm),
     torch.instance_norm: _in_torchs_order(_instance_norm),
-    torch._weight_norm: _weight_norm,
+    weight_norm: _weight_norm,
 }

@@ -31,6 +31,7 @@ from metaopt.levels.state import check_state
 from metaopt.levels.text import describe
 from metaopt.levels.update import initial_state, values_of
 from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
+from metaopt.torch_internals import foreach_copy_
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
@@ -345,7 +346,7 @@ class LevelGraph:
                 models += own.values()
                 values += map(now.__getitem__, own)
         with torch.no_grad():
-            torch._foreach_copy_(models, values)
+            foreach_copy_(models, values)
 
 
 def _check_surroundings(method: str) -> None:

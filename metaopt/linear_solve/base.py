@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.transforms import constant_when_compiled, outside_transforms, values_are_readable
+from metaopt.torch_internals import mark_constant_when_compiled
+from metaopt.transforms import outside_transforms, values_are_readable
 from metaopt.tree import Tree
 
 Operator = Callable[[Tensor], Tensor]  # [n] -> [n], linear
@@ -177,7 +178,7 @@ def seeded_places(n: int, k: int, seed: int) -> Tensor:
     return _drawn(lambda generator: torch.randperm(n, generator=generator)[:k], seed)
 
 
-@constant_when_compiled
+@mark_constant_when_compiled
 def _drawn(draw: Callable[[torch.Generator], Tensor], seed: int) -> Tensor:
     """Draw outside of all transforms: `vmap` would refuse, or draw one per element; a compiler
     keeps the numbers.

@@ -7,9 +7,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from metaopt.transforms import constant_when_compiled
+from metaopt.torch_internals import mark_constant_when_compiled, pytree
 from metaopt.tree import Tree
 
 
@@ -64,7 +63,7 @@ def choose(
     return chosen
 
 
-@constant_when_compiled  # a compiler sees the index, not how patterns work
+@mark_constant_when_compiled  # a compiler sees the index, not how patterns work
 def _first(patterns: tuple[str, ...], name: str) -> int | None:
     """Return the index of the first pattern that matches."""
     return next((i for i, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), None)

@@ -22,6 +22,7 @@ from metaopt.optimizer.names import paths
 from metaopt.optimizer.per_parameter import require_gradients, separate_state, step_apart
 from metaopt.optimizer.rate import find_rate
 from metaopt.optimizer.schedule import Schedule, advance, read
+from metaopt.torch_internals import DisableTorchFunction
 from metaopt.tree import Tree
 
 State = dict[str, Any]
@@ -308,7 +309,7 @@ class Optimizer(Configurable):
         gradients = tree.leaves(grads)
         weights = None if params is None else tree.leaves_like(grads, params, "params")
         # under a mode every look at a dtype is a call of its own
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             try:
                 is_complex = [*map(Tensor.is_complex, gradients)]
             except TypeError:
@@ -339,7 +340,7 @@ class Optimizer(Configurable):
         if any(is_complex):
             pairs = zip(results, is_complex, strict=True)
             results = [tree.as_complex(result) if is_one else result for result, is_one in pairs]
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             after = {name: self._same_kind(name, after[name], old) for name, old in memory.items()}
         shared = {name: after.pop(name) for name in state["shared"]}
         return tree.with_leaves(grads, results), {
@@ -370,7 +371,7 @@ class Optimizer(Configurable):
         """Return (w + scale d, next slots)."""
         weights = self._require_params(params, "it moves them")
         scale, directions, after = self.direction(grads, weights, memory, hyper, step)
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             moves = zip(weights, tree.scaled_sums(weights, scale, directions), strict=True)
             return [
                 new if new.shape == w.shape and new.dtype == w.dtype else fitted(w, new)
@@ -394,14 +395,14 @@ class Optimizer(Configurable):
             return self._step_in_cells(step_on, grads, params, memory, cells, step)
         if not self.joinable or not self._joins(grads, params, memory, hyper):
             return step_on(grads, params, memory, hyper, step)
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             joined = {
                 name: join(slot) if isinstance(slot, list) else slot
                 for name, slot in memory.items()
             }
             lists = join(grads), None if params is None else join(params)
         results, after = step_on(*lists, joined, hyper, step)
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return part(results, grads), {
                 name: part(slot, grads) if isinstance(slot, list) else slot
                 for name, slot in after.items()
@@ -427,7 +428,7 @@ class Optimizer(Configurable):
         return results, memory
 
     def _joins(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper) -> bool:
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             slots = [slot for slot in memory.values() if isinstance(slot, list)]
             if not prefers_joined([grads, *([] if params is None else [params]), *slots]):
                 return False

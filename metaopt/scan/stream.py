@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.torch_internals import version
 from metaopt.tree import Tree
 
 
@@ -64,10 +65,10 @@ class Stream:
         leaves, versions = list[Any](), list[int]()
         for batch in self:
             leaves += tree.leaves(batch)
-            versions += [_version(leaf) for leaf in tree.leaves(batch)]
+            versions += [version(leaf) for leaf in tree.leaves(batch)]
             yield batch
-        for leaf, version in zip(leaves, versions, strict=True):
-            if _version(leaf) != version:
+        for leaf, before in zip(leaves, versions, strict=True):
+            if version(leaf) != before:
                 raise ValueError(
                     f"`batches` must not change a batch after yielding it, got one of shape "
                     f"{tuple(leaf.shape)} that was written "
@@ -83,11 +84,6 @@ def first_row(batches: Tree | Stream) -> Tree:
 def last_row(batches: Tree | Stream) -> Tree:
     """Return the batch of the last step; of a stream, the last one that it has yielded."""
     return batches.last if isinstance(batches, Stream) else tree.index(batches, -1)
-
-
-def _version(leaf: Any) -> int:
-    """Return how often a tensor was written to."""
-    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
 
 
 def _kinds(batch: Tree) -> tuple[dict[str, Any], tree.Structure]:
