@@ -10,6 +10,7 @@ from metaopt._functional import Functional, functional
 from metaopt._implicit import implicit
 from metaopt._meta_grad import assign_grads, meta_grad
 from metaopt._minimize import Minimized, minimize
+from metaopt.checks import NonFiniteError
 from metaopt.differentiate import (
     SAMA,
     T1T2,
@@ -21,7 +22,6 @@ from metaopt.differentiate import (
     Implicit,
     Penalty,
 )
-from metaopt.errors import NonFiniteError
 from metaopt.linear_solve import (
     GMRES,
     BiCGStab,

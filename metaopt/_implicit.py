@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from metaopt import tree
 from metaopt._functional import functional
+from metaopt.checks import check_scalar
 from metaopt.closure import check_closure
 from metaopt.differentiate import End, Implicit, InnerLoop, PointRule, attach
 from metaopt.differentiate.base import refuse_zeros, with_refusal, without_optimizer
 from metaopt.exact_ops import any_order
-from metaopt.inner_problem import check_scalar
 from metaopt.linear_solve import ConjugateGradient, LinearSolver
 from metaopt.transforms import is_differentiable
 from metaopt.tree import Tree

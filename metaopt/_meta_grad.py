@@ -13,15 +13,15 @@ from torch.func import grad_and_value, vmap
 
 from metaopt import tree
 from metaopt._functional import Functional, Params, functional, lent
-from metaopt._minimize import check_finite
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.graph import VARIABLES
 from metaopt.autodiff.plain import evaluated
 from metaopt.batching import prefers_loop
+from metaopt.checks import check_finite, check_scalar
 from metaopt.closure import find_hidden, graph_leaves, tracked_names
 from metaopt.compiled import compiled
 from metaopt.exact_ops import any_order
-from metaopt.inner_problem import as_tensor, check_scalar
+from metaopt.inner_problem import as_tensor
 from metaopt.transforms import is_differentiable, is_tracked, values_are_readable
 from metaopt.tree import Tree
 

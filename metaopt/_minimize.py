@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 
 from metaopt._functional import Functional
 from metaopt.batching import widened
+from metaopt.checks import check_finite
 from metaopt.closure import check_closure
 from metaopt.differentiate import Backprop, InnerLoop, Rule
 from metaopt.differentiate.base import refuse_zeros, with_refusal
-from metaopt.errors import NonFiniteError
 from metaopt.inner_problem import InnerProblem, Unused
 from metaopt.optimizer import Optimizer, State
 from metaopt.scan.rows import explain_first_row, rows_of
@@ -223,19 +222,3 @@ def _find_tracked(module: nn.Module) -> list[str]:
         for key, value in vars(module).items()
         if isinstance(value, Tensor) and is_tracked(value)
     ]
-
-
-def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:
-    """Raise `NonFiniteError` for the first entry of `losses` [n] that is not finite."""
-    if losses.is_meta:  # no values
-        return
-    values = losses.detach().tolist()
-    first = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-    if first is not None:
-        raise NonFiniteError(
-            where,
-            first,
-            values[first],
-            values[first - 1] if first and unit == "step" else None,
-            unit=unit,
-        )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metaopt import tree
 from metaopt._functional import Params, functional, lent
+from metaopt.checks import check_scalar, describe
 from metaopt.exact_ops import any_order
 from metaopt.optimizer import Observe, Optimizer
 from metaopt.optimizer.hyperparameter import Value
@@ -138,7 +139,7 @@ class InnerProblem:
                 raise ValueError(
                     "`loss_fn` must return (loss, buffers) or (loss, buffers, aux) where "
                     "`minimize` is given `buffers`, got "
-                    f"{_kind(result)}. For example `output, buffers = net.with_buffers(params, "
+                    f"{describe(result)}. For example `output, buffers = net.with_buffers(params, "
                     f"buffers, x)`."
                 )
             value, named["buffers"], *rest = result
@@ -162,22 +163,8 @@ def _check_buffers(before: Tree, after: Tree) -> None:
             path = tree.named_leaves(before)[place][0]
             raise ValueError(
                 f"`loss_fn` must return buffers of the dtype and shape that they had, got "
-                f"{_kind(now)} at {path} after {_kind(was)}."
+                f"{describe(now)} at {path} after {describe(was)}."
             )
-
-
-def check_scalar(value: Any, where: str = "loss_fn") -> Tensor:
-    """Return the value of a loss.
-
-    Raises:
-        ValueError: it is not a floating-point scalar; `where` says who returned it.
-    """
-    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-        raise ValueError(
-            f"`{where}` must return a floating-point scalar, got a {_kind(value)}. Take the mean "
-            f"or the sum."
-        )
-    return value
 
 
 def as_tensor(leaf: Any, where: str, like: Tensor) -> Tensor:
@@ -194,14 +181,4 @@ def as_tensor(leaf: Any, where: str, like: Tensor) -> Tensor:
         f"What `{where}` returns must be a tree of tensors, got a {type(leaf).__name__} in it. It "
         f"is stacked over steps: "
         "leave out what cannot be."
-    )
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} tensor of shape {tuple(value.shape)}"
-    return (
-        f"{type(value).__name__} of {len(value)}"
-        if isinstance(value, tuple)
-        else type(value).__name__
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from metaopt import torch_internals
@@ -71,6 +71,13 @@ def values_are_readable() -> bool:
     compile.
     """
     return not torch.compiler.is_compiling() and not torch_internals.is_in_transform()
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Return True if the entries can be looked at; those of other classes may be fake, or spread
+    over processes.
+    """
+    return values_are_readable() and not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
 
 
 def is_last() -> bool:

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from metaopt.checks import check_flag
 from metaopt.optimizer import Hyper, Leaves, Slots
-from metaopt.optimizer.arguments import check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, is_zero, set_hyperparameter
 
 from .betas import Pair, WithBetas

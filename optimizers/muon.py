@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.checks import check_choice, check_count, check_flag
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from metaopt.optimizer.arguments import check_choice, check_count, check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
 
 from .moving import averages

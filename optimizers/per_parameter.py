@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt import tree
-from metaopt.optimizer.arguments import check_number
+from metaopt.checks import check_number
 from metaopt.optimizer.by_name import ByName
 from metaopt.optimizer.names import paths
 from metaopt.tree import Tree

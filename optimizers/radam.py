@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metaopt.checks import check_flag
 from metaopt.optimizer import Hyper, Leaves, Slots
-from metaopt.optimizer.arguments import check_flag
 from metaopt.optimizer.hyperparameter import Hyperparameter, Value
 
 from .adam import Adam, bias_correction, moments

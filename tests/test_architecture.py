@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its
 # neighbours.
 LAYERS = [
-    ["torch_internals", "errors", "extras", "table"],
+    ["torch_internals", "extras", "table"],
     ["transforms"],
-    ["tree"],
+    ["checks", "tree"],
     ["exact_ops", "compiled", "linear_solve"],
     ["autodiff"],
     ["_functional", "scan", "batching"],

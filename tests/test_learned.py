@@ -335,7 +335,7 @@ def test_learned_optimizers_round_trip_through_a_file(tmp_path) -> None:
     [
         (lambda: LSTMOptimizer(hidden_size=0), "`hidden_size` must be a positive integer, got 0"),
         (lambda: MLPOptimizer(hidden_size=-1), "`hidden_size` must be a positive integer, got -1"),
-        (lambda: LSTMSchedule(initial=0.0), "`initial` must be positive, got 0.0"),
+        (lambda: LSTMSchedule(initial=0.0), "`initial` must be a positive number, got 0.0"),
         (lambda: LSTMSchedule(steps=-5), "`steps` must be a positive integer, got -5"),
         (lambda: Cosine(0.1, 0), "`steps` must be a positive integer, got 0"),
         (lambda: Constant(-1.0), "`value` must lie in"),

@@ -313,7 +313,7 @@ LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "accumulate": (
         lambda: level("a", 1.0, abs, accumulate=0),
         ValueError,
-        r"level 'a': `accumulate` must be an integer of at least 1, got 0",
+        r"level 'a': `accumulate` must be a positive integer, got 0",
     ),
     "warmup": (
         lambda: level("a", 1.0, abs, warmup=1.5),

@@ -454,13 +454,9 @@ def test_bad_arguments() -> None:
         ValueError, match="Direct: `damping` must be a finite number, at least 0, got nan"
     ):
         mo.Direct(damping=float("nan"))
-    with pytest.raises(
-        ValueError, match="Nystrom: `damping` must be a finite number, positive, got 0"
-    ):
+    with pytest.raises(ValueError, match="Nystrom: `damping` must be a positive number, got 0"):
         mo.Nystrom(damping=0)
-    with pytest.raises(
-        ValueError, match="Neumann: `step_size` must be a finite number, positive, got '1'"
-    ):
+    with pytest.raises(ValueError, match="Neumann: `step_size` must be a positive number, got '1'"):
         mo.Neumann("1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="NystromCG: `rank` must be a positive integer, got 2"):
         mo.NystromCG(rank=2.5)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +9,7 @@ import torch
 
 from metaopt import tree
 from metaopt.autodiff.replay import drawn_again
+from metaopt.checks import check_count, check_positive
 from metaopt.differentiate import Backprop
 from metaopt.levels import LevelGraph
 from metaopt.levels.twin import in_float64, with_rules
@@ -86,12 +86,8 @@ def hypergradient_check(
     Cost:
         One hypergradient, and 2 T a direction.
     """
-    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
-        raise ValueError(
-            f"hypergradient_check: `directions` must be a positive integer, got {directions!r}."
-        )
-    if not 0 < step < math.inf:
-        raise ValueError(f"hypergradient_check: `step` must be a positive number, got {step!r}.")
+    check_count("hypergradient_check", "directions", directions)
+    check_positive("hypergradient_check", "step", step)
     twin = in_float64(graph)
     by_steps = with_rules(twin, lambda _: Backprop())
     with drawn_again(graph.state_dict()["levels"]):

@@ -14,6 +14,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt._functional import Params
 from metaopt.autodiff.replay import drawn_again
+from metaopt.checks import check_count
 from metaopt.diagnostics.memory import peak_memory
 from metaopt.differentiate import Backprop, Rule
 from metaopt.levels import LevelGraph
@@ -108,8 +109,7 @@ def compare_rules(
             "compare_rules: `rules` must hold at least one rule, got none. For example "
             "`[mo.T1T2(), mo.SAMA()]`."
         )
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"compare_rules: `repeats` must be a positive integer, got {repeats!r}.")
+    check_count("compare_rules", "repeats", repeats)
     if level in graph.program.levels and not graph.program.lowers(level):
         raise ValueError(
             f"compare_rules: `level` must have levels below it, got {level!r}, whose gradient no "

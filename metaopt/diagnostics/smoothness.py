@@ -8,6 +8,7 @@ from typing import cast
 import torch
 
 from metaopt import tree
+from metaopt.checks import check_positive
 from metaopt.tree import Tree
 
 
@@ -38,8 +39,7 @@ def metasmoothness(train: Callable[[Tree], Tree], z: Tree, direction: Tree, step
     Reference:
         Engstrom, Ilyas, Chen, Feldmann, Moses, Madry 2025, arXiv:2503.13751, definition 2.
     """
-    if not step > 0:
-        raise ValueError(f"metasmoothness: `step` must be a positive number, got {step!r}.")
+    check_positive("metasmoothness", "step", step)
     _, structure = tree.flatten(z)
     v = tree.unflatten(structure, tree.flatten_like(structure, direction, "direction"))
     with torch.no_grad():

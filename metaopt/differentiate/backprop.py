@@ -13,6 +13,7 @@ from metaopt import tree
 from metaopt.autodiff.mean_gradient import Hvp, MeanGradient
 from metaopt.autodiff.pullback import plus, pull_back
 from metaopt.autodiff.replay import Ambient
+from metaopt.checks import check_count
 from metaopt.compiled import compiled
 from metaopt.differentiate.base import InnerLoop, Update, unroll
 from metaopt.exact_ops import any_order
@@ -82,14 +83,9 @@ class Backprop:
 
     def __post_init__(self) -> None:
         check_memory(self.memory)
-        if self.window is not None and not _is_positive(self.window):
-            raise ValueError(
-                f"Backprop: `window` must be a positive integer or None, got {self.window!r}."
-            )
-        if not _is_positive(self.microbatches):
-            raise ValueError(
-                f"Backprop: `microbatches` must be a positive integer, got {self.microbatches!r}."
-            )
+        if self.window is not None:
+            check_count(self, "window", self.window, or_none=True)
+        check_count(self, "microbatches", self.microbatches)
         if self.hvp not in ("reverse", "forward"):
             raise ValueError(f'Backprop: `hvp` must be "reverse" or "forward", got {self.hvp!r}.')
         if self.memory == "full" and self._splits_steps:
@@ -216,10 +212,6 @@ def _exact(update: Update) -> Update:
             return update(*args)
 
     return call
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _all(values: Tree) -> Tree:

@@ -313,14 +313,6 @@ def check_scale(rule: object, scale: object) -> None:
         )
 
 
-def check_positive(rule: object, name: str, value: object) -> None:
-    """Raise ValueError unless `value` is a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(
-            f"{type(rule).__name__}: `{name}` must be a positive number, got {value!r}."
-        )
-
-
 def without_optimizer(inputs: dict[str, Tree]) -> dict[str, Tree]:
     """Return what the loss reads."""
     return {name: part for name, part in inputs.items() if name != "optimizer"}

@@ -13,9 +13,9 @@ from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
 from metaopt.autodiff.pullback import chosen, put, spread
 from metaopt.autodiff.replay import Ambient
+from metaopt.checks import check_count, check_positive
 from metaopt.differentiate.base import (
     InnerLoop,
-    check_positive,
     run,
     sources,
     starting_from,
@@ -76,10 +76,7 @@ class EvolutionStrategy:
 
     def __post_init__(self) -> None:
         check_positive(self, "std", self.std)
-        if isinstance(self.pairs, bool) or not isinstance(self.pairs, int) or self.pairs < 1:
-            raise ValueError(
-                f"EvolutionStrategy: `pairs` must be a positive integer, got {self.pairs!r}."
-            )
+        check_count(self, "pairs", self.pairs)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"EvolutionStrategy: `seed` must be an integer, got {self.seed!r}.")
         object.__setattr__(self, "_draws", _Count())

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from metaopt.autodiff.mixed import mixed_difference
+from metaopt.checks import check_positive
 from metaopt.differentiate.base import (
     End,
     InnerLoop,
     PointRule,
     Scale,
     at_end,
-    check_positive,
     check_scale,
     scaled,
 )

@@ -11,7 +11,8 @@ from metaopt import tree
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.mixed import same_noise
 from metaopt.autodiff.pullback import chosen, put, spread
-from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
+from metaopt.checks import check_count, check_positive
+from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end
 from metaopt.tree import Tree
 
 
@@ -58,8 +59,7 @@ class Penalty(PointRule):
     def __post_init__(self) -> None:
         check_positive(self, "weight", self.weight)
         check_positive(self, "lr", self.lr)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"Penalty: `steps` must be a positive integer, got {self.steps!r}.")
+        check_count(self, "steps", self.steps)
 
     def pull_back(
         self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree

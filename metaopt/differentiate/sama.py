@@ -10,7 +10,8 @@ from metaopt.autodiff.mean_gradient import MeanGradient
 from metaopt.autodiff.mixed import mixed_difference
 from metaopt.autodiff.pullback import pull_back
 from metaopt.autodiff.replay import drawn_again
-from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
+from metaopt.checks import check_positive
+from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end
 from metaopt.exact_ops import any_order
 from metaopt.tree import Tree
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from metaopt.checks import check_count
 from metaopt.differentiate import Backprop, Rule
 from metaopt.levels.level import Level
 from metaopt.optimizer import Optimizer
@@ -55,8 +56,7 @@ class Edge:
                     f"Edge: `{what}` must be a Level, got {level!r}. An edge has a level at both "
                     f"ends."
                 )
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"{self}: `steps` must be a positive integer, got {self.steps!r}.")
+        check_count(str(self), "steps", self.steps)
         if self.start not in get_args(Start):
             raise ValueError(
                 f'{self}: `start` must be "continue", "restart" or "upper", got {self.start!r}.'

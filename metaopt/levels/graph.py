@@ -15,9 +15,9 @@ from metaopt import tree
 from metaopt._functional import Params
 from metaopt.autodiff.graph import VARIABLES
 from metaopt.batching import prefers_loop
+from metaopt.checks import NonFiniteError
 from metaopt.compiled import compiled
 from metaopt.differentiate import EvolutionStrategy
-from metaopt.errors import NonFiniteError
 from metaopt.levels.checks import check_program, named_levels
 from metaopt.levels.data import Stream, arranged
 from metaopt.levels.draw import draw

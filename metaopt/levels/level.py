@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt._functional import functional
+from metaopt.checks import check_count, check_flag
 from metaopt.optimizer import Optimizer
 
 if TYPE_CHECKING:
@@ -85,13 +86,8 @@ class Level:
             ("warmup", warmup, 0),
             ("copies", copies, 1),
         ):
-            if value is not None and (
-                not isinstance(value, int) or isinstance(value, bool) or value < least
-            ):
-                raise ValueError(
-                    f"level {name!r}: `{what}` must be an integer of at least {least}, got "
-                    f"{value!r}."
-                )
+            if value is not None:
+                check_count(f"level {name!r}", what, value, least=least)
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"level {name!r}: `model` must be an nn.Module, got {type(model).__name__}."
@@ -101,10 +97,7 @@ class Level:
                 f"level {name!r}: `loss` must be a function loss(levels, batch), got "
                 f"{type(loss).__name__}."
             )
-        if not isinstance(allow_unused, bool):
-            raise TypeError(
-                f"level {name!r}: `allow_unused` must be True or False, got {allow_unused!r}."
-            )
+        check_flag(f"level {name!r}", "allow_unused", allow_unused)
         if precision is not None and not (
             isinstance(precision, torch.dtype) and precision.is_floating_point
         ):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.checks import check_count, check_positive
 from metaopt.torch_internals import mark_constant_when_compiled
 from metaopt.transforms import outside_transforms, values_are_readable
 from metaopt.tree import Tree
@@ -52,7 +51,7 @@ class LinearSolver(ABC):
     damping: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_number(self, "damping", self.damping, at_least=0.0)
+        check_positive(self, "damping", self.damping, or_zero=True)
 
     def __call__(
         self, matvec: Callable[[Tree], Tree], b: Tree, *, start: Tree | None = None
@@ -108,7 +107,7 @@ class IterativeSolver(LinearSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self, "max_steps", self.max_steps)
-        check_number(self, "rtol", self.rtol, at_least=0.0)
+        check_positive(self, "rtol", self.rtol, or_zero=True)
 
     def _begin(
         self, operator: Operator, b: Tensor, start: Tensor | None
@@ -122,26 +121,6 @@ class IterativeSolver(LinearSolver):
     def _unsolved(self, residual: Tensor) -> Tensor:
         """Say whether the norm of the residual asks for another step."""
         return residual > max(self.rtol, torch.finfo(residual.dtype).eps)
-
-
-def check_count(owner: object, name: str, value: object) -> None:
-    """Raise ValueError unless `value` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"{type(owner).__name__}: `{name}` must be a positive integer, got {value!r}."
-        )
-
-
-def check_number(owner: object, name: str, value: object, *, at_least: float | None = None) -> None:
-    """Raise ValueError unless `value` is a finite number: positive, or not below `at_least`."""
-    number = (
-        isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    )
-    if not number or not (value > 0 if at_least is None else value >= at_least):  # type: ignore[operator]
-        bound = "positive" if at_least is None else f"at least {at_least:g}"
-        raise ValueError(
-            f"{type(owner).__name__}: `{name}` must be a finite number, {bound}, got {value!r}."
-        )
 
 
 def all_done(active: Tensor) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.linear_solve.base import LinearSolver, Operator, check_count, check_number
+from metaopt.checks import check_count, check_positive
+from metaopt.linear_solve.base import LinearSolver, Operator
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Neumann(LinearSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(self, "step_size", self.step_size)
+        check_positive(self, "step_size", self.step_size)
         check_count(self, "terms", self.terms)
 
     def _solve(

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.checks import check_count, check_positive
 from metaopt.linear_solve.base import (
     LinearSolver,
     Operator,
-    check_count,
-    check_number,
     products,
     seeded_places,
 )
@@ -45,7 +44,7 @@ class Nystrom(LinearSolver):
     damping: float = field(default=0.01, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_number(self, "damping", self.damping)
+        check_positive(self, "damping", self.damping)
         check_count(self, "rank", self.rank)
 
     def _solve(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metaopt.linear_solve.base import Operator, check_count, products, seeded_normal
+from metaopt.checks import check_count
+from metaopt.linear_solve.base import Operator, products, seeded_normal
 from metaopt.linear_solve.conjugate_gradient import ConjugateGradient
 from metaopt.transforms import values_are_readable
 

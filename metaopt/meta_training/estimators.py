@@ -15,6 +15,7 @@ from metaopt._functional import Params
 from metaopt._minimize import minimize
 from metaopt.autodiff.gradient import gradient
 from metaopt.batching import prefers_loop
+from metaopt.checks import check_count
 from metaopt.differentiate import FirstOrder, Rule
 from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
 from metaopt.optimizer import Optimizer
@@ -124,7 +125,7 @@ class FullUnroll:
     _way: _Way = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_positive("tasks", self.tasks)
+        check_count(self, "tasks", self.tasks)
         object.__setattr__(self, "_way", _Way())
 
     def init(self) -> None:
@@ -171,8 +172,8 @@ class TruncatedBackprop:
     _way: _Way = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_positive("window", self.window)
-        _check_positive("tasks", self.tasks)
+        check_count(self, "window", self.window)
+        check_count(self, "tasks", self.tasks)
         object.__setattr__(self, "_way", _Way())
 
     def init(self) -> None:
@@ -240,8 +241,3 @@ def _episode(
     """
     lent = {f"optimizer.{name}": value for name, value in theta.items()}
     return functional_call(_Unroll(optimizer), lent, (family, task, opt_state, rule))
-
-
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value}.")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt._functional import Params
+from metaopt.checks import check_count
 from metaopt.meta_training.estimators import Estimator
 from metaopt.meta_training.task import TaskFamily
 from metaopt.optimizer import Optimizer, apply_updates
@@ -48,8 +49,7 @@ class MetaTraining:
         clip: float | None = 1.0,
         seed: int = 0,
     ):
-        if horizon < 1:
-            raise ValueError(f"`horizon` must be a positive integer, got {horizon}.")
+        check_count(self, "horizon", horizon)
         if not isinstance(outer, Optimizer):
             raise TypeError(
                 f"`outer` must be a metaopt Optimizer, got {type(outer).__name__}. For example "

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metaopt.optimizer.arguments import Limits, note_limits
+from metaopt.checks import Limits
+from metaopt.optimizer.arguments import note_limits
 from metaopt.optimizer.by_name import ByName
 from metaopt.optimizer.schedule import Schedule
 

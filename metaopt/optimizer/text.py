@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metaopt.optimizer.arguments import is_readable
+from metaopt.transforms import is_readable
 
 FEW = 4  # entries of a tensor, or values by names, that are printed one by one
 

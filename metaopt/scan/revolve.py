@@ -8,6 +8,8 @@ from math import comb
 from pathlib import Path
 from typing import Literal
 
+from metaopt.checks import check_count
+
 
 @dataclass(frozen=True)
 class Revolve:
@@ -48,14 +50,7 @@ class Revolve:
     directory: str | Path | None = None
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.snapshots, bool)
-            or not isinstance(self.snapshots, int)
-            or self.snapshots < 1
-        ):
-            raise ValueError(
-                f"Revolve: `snapshots` must be a positive integer, got {self.snapshots!r}."
-            )
+        check_count(self, "snapshots", self.snapshots)
         if self.store not in ("device", "cpu", "disk"):
             raise ValueError(
                 f'Revolve: `store` must be "device", "cpu" or "disk", got {self.store!r}.'

@@ -4,13 +4,13 @@ an iterator.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.checks import check_count
 from metaopt.scan.stream import Stream
 from metaopt.tree import Tree
 
@@ -31,15 +31,14 @@ def rows_of(
     """
     streams = _is_stream(batches)
     if steps is not None:
-        if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
-            raise ValueError(f"`steps` must be a positive integer, got {steps!r}.")
+        steps = check_count(None, "steps", steps)
         if streams:
             raise ValueError(
                 f"`steps` must be left out when `batches` is an iterator, got {steps}: the loop "
                 f"ends when the iterator does. "
                 "Pass `itertools.islice(batches, steps)` to end it earlier."
             )
-        return (), batches, int(steps)
+        return (), batches, steps
     if isinstance(batches, list):
         _refuse_bare_tensors(batches)
         streams = True

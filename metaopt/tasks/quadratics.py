@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metaopt.checks import check_count
 from metaopt.meta_training.task import Task
 
 
@@ -24,10 +25,7 @@ class Quadratics:
     dimension: int = 10
 
     def __post_init__(self) -> None:
-        if self.dimension < 1:
-            raise ValueError(
-                f"Quadratics: `dimension` must be a positive integer, got {self.dimension}."
-            )
+        check_count(self, "dimension", self.dimension)
 
     def loss(self, params: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Return the squared residual."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from metaopt.checks import check_flag
 from metaopt.train.loggers import Logger
 from metaopt.train.progress import Progress, show_progress
 
@@ -73,8 +74,7 @@ class Trainer:
                 f"`validate` must be a function that returns a number, got {validate!r}. Write "
                 f"validate=lambda: ..."
             )
-        if not isinstance(progress, bool):
-            raise TypeError(f"`progress` must be True or False, got {progress!r}.")
+        check_flag(None, "progress", progress)
         self.training, self.logger, self.validate = training, logger, validate
         self.max_steps, self.validate_every = (
             _as_count("max_steps", max_steps),

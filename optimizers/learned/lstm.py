@@ -8,8 +8,8 @@ import torch
 from einops import pack, unpack
 from torch import Tensor, nn
 
+from metaopt.checks import check_count, check_number
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from metaopt.optimizer.arguments import check_count, check_number
 
 from ..cell import LSTMCell, uniform
 

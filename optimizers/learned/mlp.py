@@ -6,8 +6,8 @@ import torch
 from einops import pack, rearrange, unpack
 from torch import Tensor, nn
 
+from metaopt.checks import check_count, check_number
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from metaopt.optimizer.arguments import check_count, check_number
 
 from ..adam import bias_correction
 from ..cell import uniform

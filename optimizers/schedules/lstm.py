@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt import tree
-from metaopt.optimizer.arguments import check_count, check_positive
+from metaopt.checks import check_count, check_number, check_positive
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.schedule import Schedule
 
@@ -51,8 +51,10 @@ class LSTMSchedule(Schedule):
         seed: int = 0,
     ):
         super().__init__()
-        self.initial = check_positive(self, "initial", initial)
-        self.max_change = check_positive(self, "max_change", max_change)
+        self.initial = check_positive(self, "initial", check_number(self, "initial", initial))
+        self.max_change = check_positive(
+            self, "max_change", check_number(self, "max_change", max_change)
+        )
         self.steps, self.hidden_size = (
             check_count(self, "steps", steps),
             check_count(self, "hidden_size", hidden_size),

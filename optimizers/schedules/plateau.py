@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.optimizer.arguments import Limits, check_count, check_flag, check_number
+from metaopt.checks import Limits, check_count, check_flag, check_number
 from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
 

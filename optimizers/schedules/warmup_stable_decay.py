@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metaopt.optimizer.arguments import check_choice, check_count
+from metaopt.checks import check_choice, check_count
 from metaopt.optimizer.hyperparameter import Value, set_value
 from metaopt.optimizer.schedule import Schedule
 
