@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from metaopt.exact_ops import any_order
 from metaopt.torch_internals import (
-    DisableTorchFunction,
+    NormWithStatistics,
     allow_hooks,
     foreach_copy_,
     has_no_hooks,
     refuse_hooks,
+    tensors_of,
 )
 from metaopt.transforms import is_tracked
 
 Params = dict[str, Tensor]
-# the names of the modules that lead to a parameter or buffer, and its own in the last
-_Path = tuple[tuple[str, ...], str]
+
+
+class _Place(NamedTuple):
+    """Where a parameter or buffer stands.
+
+    Attributes:
+        path: the names of the modules that lead to it.
+        key: its own name in the last of them.
+    """
+
+    path: tuple[str, ...]
+    key: str
 
 
 def functional(model: nn.Module) -> Functional:
-    """Return `model` as a pure function: `net(params, x)` computes f(x; params) and changes
-    nothing.
+    """Return `model` as a pure function: `net(params, x)` computes f(x; params), changing nothing.
 
     Args:
         model: any module. It is read, never written: buffers that its forward updates in place are
@@ -49,13 +58,13 @@ def functional(model: nn.Module) -> Functional:
 
 
 def aliases(module: nn.Module) -> dict[str, list[str]]:
-    """Return, for each distinct parameter and buffer, its first name -> all its names; those as a
-    parameter come first.
+    """Return, for each distinct parameter and buffer, its first name -> all its names.
 
-    A parameter that is a buffer too, of whichever module, goes by the name that `named_parameters`
-    gives it. Unlike in `named_parameters(remove_duplicate=False)`, a module that stands in several
-    places counts once: given two names of one attribute, it would be lent to twice, and the wrong
-    tensor would be put back.
+    Its names as a parameter come first. A parameter that is a buffer too, of whichever module, goes
+    by the name that `named_parameters` gives it. Unlike in
+    `named_parameters(remove_duplicate=False)`, a module that stands in several places counts once:
+    given two names of one attribute, it would be lent to twice, and the wrong tensor would be put
+    back.
     """
     names: dict[Tensor, list[str]] = {}
     for members in (nn.Module.named_parameters, nn.Module.named_buffers):
@@ -68,16 +77,18 @@ def aliases(module: nn.Module) -> dict[str, list[str]]:
 def lent(
     module: nn.Module, tensors: Params, function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Return `function(*args, **kwargs)` while the module has other tensors, given by their first
-    names, in place of its own.
+    """Return `function(*args, **kwargs)` while the module has other tensors in place of its own.
+
+    Args:
+        module: what is lent to.
+        tensors: first name -> tensor.
+        function: what runs meanwhile.
+        *args: its arguments.
+        **kwargs: its arguments by name.
     """
-    everywhere = {
-        alias: tensors[name]
-        for name, same in aliases(module).items()
-        if name in tensors
-        for alias in same
-    }
-    return _lend(module, _paths(everywhere), everywhere, function, args, kwargs)
+    all_names = aliases(module)
+    everywhere = {alias: tensors[name] for name in tensors for alias in all_names.get(name, ())}
+    return _lend(module, _places(everywhere), everywhere, function, args, kwargs)
 
 
 class Functional:
@@ -90,19 +101,10 @@ class Functional:
                 f"its output."
             )
         self.model = model
-        self._trainable = _paths(
+        self._trainable = _places(
             name for name, parameter in model.named_parameters() if is_tracked(parameter)
         )
-        embeddings = [
-            layer for layer in model.modules() if isinstance(layer, nn.Embedding | nn.EmbeddingBag)
-        ]
-        if any(layer.max_norm is not None for layer in embeddings):
-            raise ValueError(
-                "`model` must leave its parameters alone, got an embedding with `max_norm`, which "
-                "rewrites its weight in every call. Leave `max_norm` out; to bound the weight, "
-                "clip it in a loss or after each step."
-            )
-        self._run = self._run_in_any_order if any(layer.sparse for layer in embeddings) else model
+        self._run = self._run_in_any_order if _has_sparse_gradients(model) else model
         shared = {first: same for first, same in aliases(model).items() if len(same) > 1}
         # any of the names -> all
         self._shared = {name: same for same in shared.values() for name in same}
@@ -110,35 +112,30 @@ class Functional:
             name for first, same in shared.items() if first in self._trainable for name in same
         }
         self._norms = [
-            (name, layer) for name, layer in model.named_modules() if isinstance(layer, _NormBase)
+            (f"{name}." if name else "", layer)
+            for name, layer in model.named_modules()
+            if isinstance(layer, NormWithStatistics)
         ]
 
     @property
     def params(self) -> Params:
         """The trainable parameters, live: name of the first use -> tensor; tied ones stand once.
+
         While others are lent, those.
         """
-        found: Params = {}
-        for name, (modules, key) in self._trainable.items():
-            at = self.model
-            for part in modules:
-                at = at._modules[part]  # type: ignore[assignment]
-            members: Any = at._parameters if key in at._parameters else _of_buffers(at, key, name)
-            found[name] = members[key]
-        return found
+        return {
+            name: _holder(self.model, name, place)[place.key]
+            for name, place in self._trainable.items()
+        }
 
     @property
     def buffers(self) -> Params:
-        """The buffers, live: name -> tensor. A trainable parameter that some module holds as a
-        buffer is none of them.
+        """The buffers, live: name -> tensor.
+
+        A trainable parameter that some module holds as a buffer is none of them.
         """
-        if not self._not_buffers:
-            return dict(self.model.named_buffers())
-        return {
-            name: buffer
-            for name, buffer in self.model.named_buffers()
-            if name not in self._not_buffers
-        }
+        named = self.model.named_buffers()
+        return {name: buffer for name, buffer in named if name not in self._not_buffers}
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
         """Return f(args; params).
@@ -153,26 +150,23 @@ class Functional:
         return self.frozen(params, self.buffers, *args, **kwargs)
 
     def frozen(self, params: Params, buffers: Params, *args: Any, **kwargs: Any) -> Any:
-        """Return f(args; params, buffers) as `__call__` does, with other buffers than the model's,
-        which keep their values.
+        """Return f(args; params, buffers), where the buffers keep their values, as in `__call__`.
+
+        Raises:
+            ValueError: `params` has other names or shapes than the model.
         """
         if not buffers:
             return self._call(params, {}, args, kwargs)
         given: dict[str, Tensor | None] = {name: buffer.clone() for name, buffer in buffers.items()}
-        for name, layer in self._norms:
+        for prefix, layer in self._norms:
             if layer.training and layer.track_running_stats:
-                prefix = f"{name}." if name else ""
-                given |= {
-                    f"{prefix}{statistic}": None
-                    for statistic, _ in layer.named_buffers(recurse=False)
-                }
+                given |= {prefix + key: None for key, _ in layer.named_buffers(recurse=False)}
         return self._call(params, given, args, kwargs)
 
     def with_buffers(
         self, params: Params, buffers: Params, *args: Any, **kwargs: Any
     ) -> tuple[Any, Params]:
-        """Return (f(args; params, buffers), the buffers after the call); the given buffers are not
-        changed.
+        """Return (f(args; params, buffers), the buffers after the call), changing no buffer.
 
         Under `vmap` give batched buffers (`tree.map(lambda b: b.expand(n, *b.shape),
         net.buffers)`): every element of the batch has its own statistics.
@@ -191,29 +185,34 @@ class Functional:
         Raises:
             ValueError: `params` has other names or shapes than the model.
         """
-        self._check("params", params, self.params)
         own = self.params
+        self._check("params", params, own)
         with torch.no_grad():
             foreach_copy_(list(own.values()), [params[name] for name in own])
 
     def _call(
-        self, params: Params, buffers: dict[str, Tensor | None], args: tuple, kwargs: dict[str, Any]
+        self,
+        params: Params,
+        buffers: dict[str, Tensor | None],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Run the model with these tensors; `buffers` then holds what the forward left in them."""
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
-        if not (buffers or self._shared):
-            return _lend(self.model, self._trainable, params, self._run, args, kwargs, exact=params)
-        given: dict[str, Any] = {**params, **buffers}
-        for name in self._shared.keys() & given.keys():
-            given |= dict.fromkeys(self._shared[name], given[name])
-        return _lend(
-            self.model, _paths(given), given, self._run, args, kwargs, exact=params, left=buffers
-        )
+        given: Mapping[str, Any] = params
+        places = self._trainable
+        if buffers or self._shared:
+            given = {**params, **buffers}
+            for name in self._shared.keys() & given.keys():
+                given |= dict.fromkeys(self._shared[name], given[name])
+            places = _places(given)
+        return _lend(self.model, places, given, self._run, args, kwargs, exact=params, left=buffers)
 
     def _run_in_any_order(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model so that gradients are dense: a sparse one could not be passed on to a loop
-        that led to `params`.
+        """Call the model so that gradients are dense.
+
+        A sparse one could not be passed on to a loop that led to `params`.
         """
         with any_order():
             return self.model(*args, **kwargs)
@@ -225,11 +224,28 @@ class Functional:
                 f"`{what}` must have the names of the model's {what}; missing {sorted(missing)}, "
                 f"unknown {sorted(unknown)}. Start from `net.{what}`."
             )
-        # under a mode every look at a shape is a call of its own
-        with DisableTorchFunction():
+        # Under a mode every look at a shape is a call of its own.
+        with torch.DisableTorchFunction():
             for name, tensor in own.items():
                 if given[name].shape != tensor.shape:
                     raise _misshapen(what, name, given[name], tensor)
+
+
+def _has_sparse_gradients(model: nn.Module) -> bool:
+    """Return True if the gradient of an embedding in the model would be sparse.
+
+    Raises:
+        ValueError: an embedding rewrites its weight.
+    """
+    kinds = nn.Embedding | nn.EmbeddingBag
+    embeddings = [layer for layer in model.modules() if isinstance(layer, kinds)]
+    if any(layer.max_norm is not None for layer in embeddings):
+        raise ValueError(
+            "`model` must leave its parameters alone, got an embedding with `max_norm`, which "
+            "rewrites its weight in every call. Leave `max_norm` out; to bound the weight, "
+            "clip it in a loss or after each step."
+        )
+    return any(layer.sparse for layer in embeddings)
 
 
 def _misshapen(what: str, name: str, given: Tensor, own: Tensor) -> ValueError:
@@ -241,10 +257,10 @@ def _misshapen(what: str, name: str, given: Tensor, own: Tensor) -> ValueError:
 
 def _lend(
     module: nn.Module,
-    paths: Mapping[str, _Path],
+    places: Mapping[str, _Place],
     tensors: Mapping[str, Any],
     function: Callable[..., Any],
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
     exact: Container[str] = (),
@@ -256,8 +272,8 @@ def _lend(
     first.
 
     Args:
-        module: that is lent to.
-        paths: name -> where it is.
+        module: what is lent to.
+        places: name -> where it is.
         tensors: name -> what it is to be.
         function: what runs meanwhile.
         args: its arguments.
@@ -266,18 +282,14 @@ def _lend(
         left: gets what the function left in the places of the names in it.
     """
     lent: list[tuple[str, dict[str, Any], str, Any]] = []
-    refuses = _may_refuse_hooks()
+    # Hooks are refused where nobody else has set or refused them. `torch.func` refuses them itself,
+    # and a compiler sees through.
+    refuses = not torch.compiler.is_compiling() and has_no_hooks()
     try:
-        # under a mode every look at a shape is a call of its own
-        with DisableTorchFunction():
-            for name, (modules, key) in paths.items():
-                at = module
-                # not by a function: these lines run for every tensor of every call
-                for part in modules:
-                    at = at._modules[part]  # type: ignore[assignment]
-                members: Any = (
-                    at._parameters if key in at._parameters else _of_buffers(at, key, name)
-                )
+        # Under a mode every look at a shape is a call of its own.
+        with torch.DisableTorchFunction():
+            for name, place in places.items():
+                members, key = _holder(module, name, place), place.key
                 own, tensor = members[key], tensors[name]
                 if name in exact and tensor.shape != own.shape:
                     raise _misshapen("params", name, tensor, own)
@@ -295,13 +307,6 @@ def _lend(
             members[key] = own
 
 
-def _may_refuse_hooks() -> bool:
-    """Say whether nobody else has set hooks on saved tensors, or refuses them; `torch.func` does,
-    and a compiler sees through.
-    """
-    return not torch.compiler.is_compiling() and has_no_hooks()
-
-
 _RECOMPUTED = (
     "A module that is called with other parameters than its own must not call "
     "torch.utils.checkpoint, nor set other hooks on saved tensors: what is computed again on the "
@@ -310,18 +315,17 @@ _RECOMPUTED = (
 )
 
 
-def _paths(names: Iterable[str]) -> dict[str, _Path]:
-    """Return name -> the names of the modules that lead to it, and its own in the last of them."""
-    return {name: (tuple(modules), key) for name in names for *modules, key in [name.split(".")]}
+def _places(names: Iterable[str]) -> dict[str, _Place]:
+    """Return name -> where a parameter or buffer of this name stands."""
+    return {name: _Place(tuple(path), key) for name in names for *path, key in [name.split(".")]}
 
 
-def _of_buffers(module: nn.Module, key: str, name: str) -> Any:
-    """Return the buffers of a module that has no such parameter now, and so must have such a
-    buffer.
-    """
-    if key not in module._buffers:
+def _holder(module: nn.Module, name: str, place: _Place) -> dict[str, Any]:
+    """Return the dictionary in which a module has its tensor of this name."""
+    members = tensors_of(module, place.path, place.key)
+    if place.key not in members:
         raise ValueError(
             f"The model has no tensor {name!r} any more, which it had when `functional` saw it. "
             f"Call `functional` again."
         )
-    return module._buffers
+    return members

@@ -1,31 +1,35 @@
-"""Every private name of torch that the library uses, with the reason: nothing else may use one.
+"""Every private name of torch that the library uses, with the reason: no other file may use one.
 
-Each was seen to be there, and to do this, in torch 2.13, 2.14 and 2.15; `test_torch_internals` checks
-them one by one, so a torch that changes one says so by that test's name.
+Each was seen to be there, and to do this, in torch 2.13, 2.14 and 2.15. `test_torch_internals`
+checks them one by one, so a torch that changes one says so by that test's name.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import warnings
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch._C import DisableTorchFunction as DisableTorchFunction
+from torch import Tensor, nn
 from torch._C import _autograd as _hooks
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters as transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_transforms
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _module
+from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "COMPILED_CALL",
     "JVP",
-    "DisableTorchFunction",
+    "NormWithStatistics",
     "allow_hooks",
-    "backend_failure",
-    "dynamo_config",
+    "buffers_of",
     "foreach_add",
     "foreach_addcmul",
     "foreach_copy_",
@@ -33,6 +37,7 @@ __all__ = [
     "foreach_norm",
     "foreach_sqrt",
     "function_modes",
+    "has_forward_hooks",
     "has_no_hooks",
     "is_batched",
     "is_in_transform",
@@ -41,8 +46,10 @@ __all__ = [
     "load_compiler",
     "mark_constant_when_compiled",
     "outside_transforms",
+    "parameters_of",
     "pytree",
     "refuse_hooks",
+    "tensors_of",
     "transforms",
     "unwrapped",
     "unwrapped_if_over",
@@ -53,14 +60,13 @@ __all__ = [
 
 Function = TypeVar("Function")
 
-# DisableTorchFunction: while entered, no torch function mode sees what runs. Under a mode every look
-# at a shape or a dtype is a Python call of its own. There is no public name for it.
+# pytree: trees of tensors, as torch.func itself takes them. Torch has no public module for them.
 
-# pytree: trees of tensors, as torch.func itself takes them. Its public name, `torch.utils.pytree`,
-# does not give paths to leaves.
+# NormWithStatistics: what the layers of batch and instance norm have in common, running statistics.
+# They have no public class in common.
 
 # What an operator over lists of tensors saves: one call for all of them. `torch.optim` is built on
-# these names, which have been the same since torch 1.9.
+# the same names.
 foreach_add = torch._foreach_add
 foreach_addcmul = torch._foreach_addcmul
 foreach_copy_ = torch._foreach_copy_
@@ -71,6 +77,9 @@ foreach_sqrt = torch._foreach_sqrt
 # What `torch.nn.utils.parametrizations.weight_norm` calls: a function mode that stands in for it has
 # to know it.
 weight_norm = torch._weight_norm
+
+# The attribute of a module that `module.compile()` sets: a call of what it was then.
+COMPILED_CALL = "_compiled_call_impl"
 
 # The kind of transform that `torch.func.jvp` is.
 JVP = _functorch.TransformType.Jvp
@@ -102,6 +111,45 @@ def version(leaf: Any) -> int:
     if not isinstance(leaf, Tensor) or torch.compiler.is_compiling() or leaf.is_inference():
         return 0
     return leaf._version
+
+
+def tensors_of(module: nn.Module, path: Iterable[str], key: str) -> dict[str, Any]:
+    """Return the dictionary of parameters, or else that of buffers, which holds a tensor.
+
+    A tensor that takes the place of a parameter must be written there: the attribute takes
+    parameters only.
+
+    Args:
+        module: where the path begins.
+        path: the names of the modules that lead to the tensor.
+        key: its own name in the last of them.
+
+    Raises:
+        KeyError: there is no such module.
+    """
+    for name in path:
+        module = module._modules[name]  # type: ignore[assignment]
+    return module._parameters if key in module._parameters else module._buffers
+
+
+def parameters_of(module: nn.Module) -> dict[str, Any]:
+    """Return the dictionary in which a module holds its own parameters; before it has one, none."""
+    return vars(module).get("_parameters", {})
+
+
+def buffers_of(module: nn.Module) -> dict[str, Any]:
+    """Return the dictionary in which a module holds its own buffers."""
+    return module._buffers
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Return True if something else runs where a module is called, by its own hooks or by all's."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+    )
 
 
 def has_no_hooks() -> bool:
@@ -137,16 +185,13 @@ def mark_constant_when_compiled(fn: Function) -> Function:
     return fn
 
 
+@functools.cache
 def load_compiler() -> None:
-    """Import the compiler behind `torch.compile`, which torch otherwise does at the first call."""
-    importlib.import_module("torch._inductor.compile_fx")
+    """Import the compiler behind `torch.compile`, which torch otherwise does at the first call.
 
-
-def dynamo_config() -> Any:
-    """Return the settings of the compiler's front end, which is imported for it."""
-    return torch._dynamo.config
-
-
-def backend_failure() -> type[Exception]:
-    """Return the error that `torch.compile` raises when the compiler behind it fails."""
-    return torch._dynamo.exc.BackendCompilerFailed
+    Torch warns then of a function of its own that is deprecated. Only once is that warning kept
+    off: it takes time, and is not safe where threads run beside.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script(_method)?` is deprecated")
+        importlib.import_module("torch._inductor.compile_fx")

@@ -5,12 +5,18 @@ from __future__ import annotations
 import ast
 import copy
 import graphlib
+import importlib
+import io
 import subprocess
 import sys
-from collections.abc import Iterator
+import tokenize
+import types
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import metaopt
 import optimizers
@@ -56,6 +62,37 @@ FORBIDDEN_CALLS = {
     "torch.load",
     "torch.set_default_dtype",
 }
+
+# Names of torch that begin with an underscore stand in `torch_internals`, but for methods that one
+# class has to override.
+INTERNALS = "metaopt.torch_internals"
+PRIVATE = {
+    name
+    for owner in (torch.Tensor, nn.Module(), torch.autograd.Function, torch.optim.Optimizer)
+    for name in dir(owner)
+    if name.startswith("_") and not name.startswith("__")
+} | {"_current_level"}
+OVERRIDDEN = {("metaopt.interop.higher.patch", "_apply")}  # what `to` and `double` call
+MOST_LINES = {ast.FunctionDef: 60, ast.ClassDef: 200}  # docstrings are not counted
+LONG = {  # being cut
+    "metaopt._meta_grad.MetaGradient",
+    "metaopt._minimize.minimize",
+    "metaopt.differentiate.backprop.__call__",
+    "metaopt.exact_ops.recurrent._layer",
+    "metaopt.levels.execution.Execution",
+    "metaopt.levels.graph.LevelGraph",
+    "metaopt.levels.level.__init__",
+    "metaopt.levels.program.Program",
+    "metaopt.levels.reading.read",
+    "metaopt.optimizer.optimizer.Optimizer",
+    "metaopt.scan.disk.Disk",
+    "metaopt.scan.scan.scan",
+}
+# Tokens of code, without comments and docstrings. Whoever needs more says why; whoever needs less
+# lowers it.
+MOST_TOKENS = {"metaopt": 84_400, "optimizers": 18_700}
+NOT_COUNTED = {"interop", "tasks", "diagnostics"}  # beside the core
+SHADOWED = {"metaopt.scan.scan"}  # being renamed
 
 FILES = sorted(
     path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")
@@ -164,6 +201,123 @@ def test_names_say_what_is_meant(name: str) -> None:
     assert not FORBIDDEN_NAMES & set(name.split("."))
     assert not name.startswith("scripts.optimizers")
     assert len(ast.unparse(SOURCES[name]).splitlines()) <= 400, "a file holds one concept"
+
+
+def torch_names(source: ast.Module) -> dict[str, str]:
+    """Return what a file imports from torch: its name there -> its full name."""
+    names = {}
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
+    return {name: full for name, full in names.items() if full.split(".")[0] == "torch"}
+
+
+def private_names(source: ast.Module) -> Iterator[str]:
+    """Yield the private names of torch in a file: imported, read, written, defined or in texts."""
+    names = torch_names(source)
+    yield from (full for full in names.values() if any(part[0] == "_" for part in full.split(".")))
+    for node in ast.walk(source):
+        if isinstance(node, ast.Attribute) and node.attr[0] == "_" and node.attr[:2] != "__":
+            if ast.unparse(node).split(".")[0] in names or node.attr in PRIVATE:
+                yield node.attr
+        elif isinstance(node, ast.Constant) and str(node.value) in PRIVATE:
+            yield str(node.value)
+        elif isinstance(node, ast.ClassDef):
+            methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+            yield from methods & PRIVATE
+
+
+@each_module
+def test_private_names_of_torch_stand_in_one_file(name: str) -> None:
+    if name.split(".")[0] not in ("metaopt", "optimizers") or name == INTERNALS:
+        return
+    found = [part for part in private_names(SOURCES[name]) if (name, part) not in OVERRIDDEN]
+    assert not found, f"{name} uses {found}: put them into {INTERNALS}, with the reason"
+
+
+def test_a_private_name_is_found_however_it_is_used() -> None:
+    for program in (
+        "import torch._dynamo",
+        "from torch._C import x",
+        "from torch.nn.modules.batchnorm import _NormBase",
+        "import torch; torch._foreach_add",
+        "from torch.autograd import forward_ad; forward_ad._current_level",
+        "import torch; torch._dynamo.config.x",
+        "tensor._version",
+        "module._parameters['x']",
+        "getattr(module, '_buffers')",
+        "class A(Module):\n    def _apply(self): ...",
+    ):
+        assert list(private_names(ast.parse(program))), program
+    assert not list(private_names(ast.parse("import torch; self._own; torch.add; x.__dict__")))
+
+
+def test_no_module_is_shadowed_by_what_its_package_exports() -> None:
+    """`import a.b as b` gives whatever `a.b` is."""
+    modules = {name for name in MODULES if name.split(".")[0] in ("metaopt", "optimizers")}
+    for name in modules:
+        importlib.import_module(name)
+    shadowed = {
+        name
+        for name in modules
+        for package, _, last in [name.rpartition(".")]
+        if package and not isinstance(getattr(sys.modules[package], last), types.ModuleType)
+    }
+    assert shadowed <= SHADOWED
+
+
+def lines_of_code(node: ast.AST) -> int:
+    """Return the number of lines of a function or class, without docstrings."""
+    kinds = ast.FunctionDef | ast.ClassDef
+    documented = [
+        part.body[0]
+        for part in ast.walk(node)
+        if isinstance(part, kinds) and ast.get_docstring(part)
+    ]
+    return sum(
+        sign * (part.end_lineno - part.lineno + 1)  # type: ignore[attr-defined]
+        for sign, parts in ((1, [node]), (-1, documented))
+        for part in parts
+    )
+
+
+@each_module
+def test_functions_and_classes_are_short(name: str) -> None:
+    if name.split(".")[0] not in ("metaopt", "optimizers"):
+        return
+    for node in ast.walk(TREES[name]):
+        most = MOST_LINES.get(type(node))
+        if most and f"{name.removesuffix('.__init__')}.{node.name}" not in LONG:  # type: ignore[attr-defined]
+            found = lines_of_code(node)
+            assert found <= most, f"{name}: {node.name} has {found} lines"  # type: ignore[attr-defined]
+
+
+def count_tokens(paths: Iterable[Path]) -> int:
+    """Return the number of names, numbers, operators and texts that are no docstrings."""
+    count = 0
+    starts = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
+    kinds = {tokenize.NAME, tokenize.NUMBER, tokenize.OP, tokenize.STRING}
+    for path in paths:
+        before = tokenize.ENCODING
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+            if token.type in (tokenize.COMMENT, tokenize.NL):
+                continue
+            is_docstring = token.type == tokenize.STRING and before in starts
+            count += token.type in kinds and not is_docstring
+            before = token.type
+    return count
+
+
+@pytest.mark.parametrize("package", MOST_TOKENS)
+def test_the_library_does_not_grow_unseen(package: str) -> None:
+    paths = [
+        path for path in FILES if path.parts[0] == package and path.parts[1] not in NOT_COUNTED
+    ]
+    assert count_tokens(ROOT / path for path in paths) <= MOST_TOKENS[package]
 
 
 @each_module

@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import metaopt
-from metaopt.torch_internals import mark_constant_when_compiled
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 1.15
@@ -73,14 +71,3 @@ def test_it_brings_along_only_what_every_program_needs() -> None:
         "sys.modules"
     )
     assert set(run(program).split()) <= NEEDED
-
-
-def test_the_mark_is_that_of_torchs_own_decorator() -> None:
-    def marked() -> int:
-        return 0
-
-    def same() -> int:
-        return 0
-
-    assert mark_constant_when_compiled(marked) is marked
-    assert vars(marked) == vars(torch.compiler.assume_constant_result(same)) != {}

@@ -107,7 +107,7 @@ class MetaTraining:
         }
         loss = estimate.losses[good].mean()
         if good.any():
-            self._apply(grads, theta, loss)
+            self._update(grads, theta, loss)
         self.estimator_state = estimate.state
         return {
             "loss": loss,
@@ -115,7 +115,7 @@ class MetaTraining:
             "tasks left out": (~good).sum(),
         }
 
-    def _apply(self, grads: Params, theta: Params, loss: Tensor) -> None:
+    def _update(self, grads: Params, theta: Params, loss: Tensor) -> None:
         """Let the outer optimizer write new values into the optimizer's parameters."""
         with torch.no_grad():
             updates, self.outer_state = self.outer(grads, self.outer_state, theta, loss=loss)

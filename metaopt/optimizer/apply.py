@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.torch_internals import DisableTorchFunction
 from metaopt.tree import Tree
 
 
@@ -17,7 +17,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     Raises:
         ValueError: an update has another shape than its parameter.
     """
-    with DisableTorchFunction():  # under a mode every look at a shape is a call of its own
+    with torch.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
         return tree.map(apply_update, params, updates)
 
 
@@ -48,7 +48,7 @@ def check_gradients(gradients: Sequence[Tensor], weights: Sequence[Tensor], grad
     """Raise ValueError if a gradient would be broadcast to its parameter; `grads` is their tree,
     for its names.
     """
-    with DisableTorchFunction():  # under a mode every look at a shape is a call of its own
+    with torch.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
         if [gradient.shape for gradient in gradients] == [weight.shape for weight in weights]:
             return
         for place, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):

@@ -34,7 +34,7 @@ class Configurable(nn.Module):
         name, "arguments": {...}} in JSON's types; tensors appear as their kind, shape and dtype.
         """
         arguments = self._arguments()
-        registered = set(map(id, (*self._parameters.values(), *self._buffers.values())))
+        registered = set(map(id, (*self.parameters(False), *self.buffers(False))))
         for name, value in arguments.items():
             if isinstance(value, Tensor) and id(value) not in registered:
                 raise TypeError(
@@ -60,8 +60,8 @@ class Configurable(nn.Module):
         known = {id(item) for row in rows for item in row}
         beside = {
             name: p
-            for name, p in self._parameters.items()
-            if p is not None and not p.ndim and id(p) not in known
+            for name, p in self.named_parameters(recurse=False)
+            if not p.ndim and id(p) not in known
         }
         return ", ".join(f"{name}={shorten(value)}" for name, value in (shown | beside).items())
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules import module
 
 from metaopt import tree
 from metaopt.optimizer.apply import apply_updates, check_gradients, fitted
@@ -22,7 +21,7 @@ from metaopt.optimizer.names import paths
 from metaopt.optimizer.per_parameter import require_gradients, separate_state, step_apart
 from metaopt.optimizer.rate import find_rate
 from metaopt.optimizer.schedule import Schedule, advance, read
-from metaopt.torch_internals import DisableTorchFunction
+from metaopt.torch_internals import has_forward_hooks
 from metaopt.tree import Tree
 
 State = dict[str, Any]
@@ -35,7 +34,6 @@ StepOn = Callable[[Leaves, Leaves | None, Slots, Hyper, Tensor], tuple[Leaves, S
 
 
 STATE_KEYS = frozenset(("step", "slots", "shared", "schedules"))
-_GLOBAL_HOOKS = (module._global_forward_hooks, module._global_forward_pre_hooks)
 
 
 class Optimizer(Configurable):
@@ -285,9 +283,7 @@ class Optimizer(Configurable):
             and kind.update is Optimizer.update
         )
         is_ours = is_ours and "forward" not in own and "update" not in own
-        return is_ours and not (
-            self._forward_hooks or self._forward_pre_hooks or _GLOBAL_HOOKS[0] or _GLOBAL_HOOKS[1]
-        )
+        return is_ours and not has_forward_hooks(self)
 
     def _on_leaves(
         self,
@@ -309,7 +305,7 @@ class Optimizer(Configurable):
         gradients = tree.leaves(grads)
         weights = None if params is None else tree.leaves_like(grads, params, "params")
         # under a mode every look at a dtype is a call of its own
-        with DisableTorchFunction():
+        with torch.DisableTorchFunction():
             try:
                 is_complex = [*map(Tensor.is_complex, gradients)]
             except TypeError:
@@ -340,7 +336,7 @@ class Optimizer(Configurable):
         if any(is_complex):
             pairs = zip(results, is_complex, strict=True)
             results = [tree.as_complex(result) if is_one else result for result, is_one in pairs]
-        with DisableTorchFunction():
+        with torch.DisableTorchFunction():
             after = {name: self._same_kind(name, after[name], old) for name, old in memory.items()}
         shared = {name: after.pop(name) for name in state["shared"]}
         return tree.with_leaves(grads, results), {
@@ -371,7 +367,7 @@ class Optimizer(Configurable):
         """Return (w + scale d, next slots)."""
         weights = self._require_params(params, "it moves them")
         scale, directions, after = self.direction(grads, weights, memory, hyper, step)
-        with DisableTorchFunction():
+        with torch.DisableTorchFunction():
             moves = zip(weights, tree.scaled_sums(weights, scale, directions), strict=True)
             return [
                 new if new.shape == w.shape and new.dtype == w.dtype else fitted(w, new)
@@ -395,14 +391,14 @@ class Optimizer(Configurable):
             return self._step_in_cells(step_on, grads, params, memory, cells, step)
         if not self.joinable or not self._joins(grads, params, memory, hyper):
             return step_on(grads, params, memory, hyper, step)
-        with DisableTorchFunction():
+        with torch.DisableTorchFunction():
             joined = {
                 name: join(slot) if isinstance(slot, list) else slot
                 for name, slot in memory.items()
             }
             lists = join(grads), None if params is None else join(params)
         results, after = step_on(*lists, joined, hyper, step)
-        with DisableTorchFunction():
+        with torch.DisableTorchFunction():
             return part(results, grads), {
                 name: part(slot, grads) if isinstance(slot, list) else slot
                 for name, slot in after.items()
@@ -428,7 +424,7 @@ class Optimizer(Configurable):
         return results, memory
 
     def _joins(self, grads: Leaves, params: Leaves | None, memory: Slots, hyper: Hyper) -> bool:
-        with DisableTorchFunction():
+        with torch.DisableTorchFunction():
             slots = [slot for slot in memory.values() if isinstance(slot, list)]
             if not prefers_joined([grads, *([] if params is None else [params]), *slots]):
                 return False

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from metaopt.exact_ops import any_order
 from metaopt.interop.higher.tensors import get_func_params
 from metaopt.interop.higher.twin import Place, Twins, subclass
+from metaopt.torch_internals import buffers_of, has_forward_hooks, parameters_of
 
 
 class FastWeights:
@@ -81,7 +82,7 @@ class Patched(nn.Module):
     _fast: FastWeights
 
     def __setattr__(self, name: str, value: Any) -> None:
-        old = self.__dict__.get("_parameters", {}).get(name)
+        old = parameters_of(self).get(name)
         if old is None:
             super().__setattr__(name, value)
         elif isinstance(value, Tensor):
@@ -149,7 +150,7 @@ class PatchedModule(Patched):
         chosen = self._fast.history[time]
         if not recurse:
             own = [
-                any(members is self._parameters for members, _ in places)
+                any(members is parameters_of(self) for members, _ in places)
                 for places in self._fast.places
             ]
             chosen = [param for param, mine in zip(chosen, own, strict=True) if mine]
@@ -305,8 +306,8 @@ def buffer_sync(module: nn.Module, fmodule: Patched, device: Any = None) -> None
                 f"`fmodule` must have the submodules of `module`, got none at {name!r}. Patch this "
                 f"module: `monkeypatch(module)`."
             )
-        for key, buffer in part._buffers.items():
-            twins[name]._buffers[key] = (
+        for key, buffer in buffers_of(part).items():
+            buffers_of(twins[name])[key] = (
                 None if buffer is None else buffer.detach().to(device, copy=True)
             )
 
@@ -323,14 +324,14 @@ def _adopt(twins: Twins) -> FastWeights:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Say whether a module is one of torch that calls no kernel which `any_order` replaces; others
-    may call anything.
+    """Return True for a module of torch that calls no kernel which `any_order` replaces.
+
+    Others may call anything.
     """
-    hooked = module._forward_pre_hooks or module._forward_hooks  # weight norm is one
     return (
         type(module).__module__ in _PLAIN
         and not isinstance(module, nn.MultiheadAttention)
-        and not hooked
+        and not has_forward_hooks(module)  # weight norm is one
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaopt.torch_internals import COMPILED_CALL
+
 Place = tuple[Any, Any]  # where a tensor stands: a dict and a key of it, or a list and an index
 
 
@@ -43,8 +45,8 @@ class Twins:
     ):
         self.places: list[list[Place]] = [[] for _ in parameters]
         self.buffers: list[Place] = []
-        self._parameters = {id(parameter): index for index, parameter in enumerate(parameters)}
-        self._buffers = {id(buffer): index for index, buffer in enumerate(root.buffers())}
+        self._parameter_at = {id(parameter): index for index, parameter in enumerate(parameters)}
+        self._buffer_at = {id(buffer): index for index, buffer in enumerate(root.buffers())}
         self._copies = [buffer.detach().to(device, copy=True) for buffer in root.buffers()]
         modules = list(root.modules())
         self._done: dict[int, Any] = {
@@ -60,7 +62,7 @@ class Twins:
                 )
             twin = vars(self._done[id(module)])
             self._fill(vars(module), twin, vars(module).items())
-            twin.pop("_compiled_call_impl", None)  # what `module.compile()` left calls the original
+            twin.pop(COMPILED_CALL, None)  # it calls the original
         self.root: Any = self._done[id(root)]
 
     def _translate(self, value: Any) -> Any:
@@ -82,19 +84,19 @@ class Twins:
     def _fill(self, source: Any, target: Any, items: Iterable[tuple[Any, Any]]) -> Any:
         self._done[id(source)] = target  # first, for its items may hold it
         for key, item in items:
-            if id(item) in self._parameters:
-                self.places[self._parameters[id(item)]].append((target, key))
+            if id(item) in self._parameter_at:
+                self.places[self._parameter_at[id(item)]].append((target, key))
                 target[key] = None
-            elif id(item) in self._buffers:
+            elif id(item) in self._buffer_at:
                 self.buffers.append((target, key))
-                target[key] = self._copies[self._buffers[id(item)]]
+                target[key] = self._copies[self._buffer_at[id(item)]]
             else:
                 target[key] = self._translate(item)
         return target
 
     def _movable(self, item: Any) -> Any:
         """Return what stands for an item of a tuple."""
-        if id(item) in self._parameters:
+        if id(item) in self._parameter_at:
             raise ValueError(
                 f"A module keeps a parameter of shape {tuple(item.shape)} in a tuple or in the "
                 f"closure of a function, where "
