@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from metaopt import tree
 from metaopt._functional import functional
-from metaopt.checks import check_scalar
+from metaopt.checks import check_differentiable, check_scalar
 from metaopt.closure import check_closure
 from metaopt.differentiate import End, Implicit, InnerLoop, PointRule, attach
 from metaopt.differentiate.base import refuse_zeros, with_refusal, without_optimizer
 from metaopt.exact_ops import any_order
 from metaopt.linear_solve import ConjugateGradient, LinearSolver
-from metaopt.transforms import is_differentiable
 from metaopt.tree import Tree
 
 
@@ -71,13 +70,7 @@ def implicit(
             f"{solver!r}. Use for example "
             "`ConjugateGradient(max_steps=20)` or `Penalty()`."
         )
-    for name, leaf in tree.named_leaves(solution):
-        if not is_differentiable(leaf):
-            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise ValueError(
-                f"implicit: `solution` must be floating-point tensors, got {kind} at {name}. "
-                f"Convert it: `torch.as_tensor(w)`."
-            )
+    check_differentiable("implicit", "solution", tree.named_leaves(solution))
     rule = solver if isinstance(solver, PointRule) else Implicit(solver)
     module = functional(loss_fn) if isinstance(loss_fn, nn.Module) else None
     inputs = {

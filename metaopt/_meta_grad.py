@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,25 @@ from metaopt._functional import Functional, Params, functional, lent
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.graph import VARIABLES
 from metaopt.autodiff.plain import evaluated
+from metaopt.autodiff.replay import drawn_again
 from metaopt.batching import prefers_loop
-from metaopt.checks import check_finite, check_scalar
+from metaopt.checks import check_differentiable, check_finite, check_scalar
 from metaopt.closure import find_hidden, graph_leaves, tracked_names
 from metaopt.compiled import compiled
 from metaopt.exact_ops import any_order
 from metaopt.inner_problem import as_tensor
-from metaopt.transforms import is_differentiable, is_tracked, values_are_readable
+from metaopt.transforms import is_tracked, values_are_readable
 from metaopt.tree import Tree
+
+
+class _Variables(NamedTuple):
+    """What is differentiated: `params`, and the parameters of what is learned beside."""
+
+    params: Tree
+    learned: Params
+
+
+_Differentiated = tuple[_Variables, Tensor, Tree]  # mean gradients, losses [n], aux [n, ...]
 
 
 def meta_grad(
@@ -58,13 +69,13 @@ def meta_grad(
     Returns:
         `meta_gradient(params, tasks) -> (grads, losses [n])`, or with `has_aux` `(grads, losses,
         aux)`. Every leaf of `tasks` has the leading axis n; or `tasks` is a list of tasks, whose
-        shapes may differ, and which are gone through one by one (aux is then stacked, or a list if
-        its shapes differ). With `learn`, `grads` is a pair: those of `params`, and those of the
+        shapes may differ, and which are differentiated one by one (aux is then stacked, or a list
+        if its shapes differ). With `learn`, `grads` is a pair: those of `params`, and those of the
         module's parameters by name. All is detached at the top level; to differentiate it again,
         call it inside `torch.func.grad`.
 
     Raises:
-        TypeError: `learn` is no module, or `chunk_size` no integer.
+        TypeError: `learn` is not a module, or `chunk_size` not an integer.
         ValueError: there are no tasks, or their leading axes differ. At the first call: the loss
             depends on a tensor that requires grad and is not differentiated here, which would be
             silently left out; or it does not depend on what is to be learned.
@@ -119,80 +130,84 @@ class MetaGradient:
                 f"`params` must be a tree of tensors, got a {type(params).__name__}. Pass "
                 f"`net.params`."
             )
-        listed = isinstance(tasks, list)
-        count = _count_listed(tasks) if listed else _count(tasks)
-        variables = params, {} if self.learned is None else self.learned.params
+        count = _count_listed(tasks) if isinstance(tasks, list) else _count(tasks)
+        variables = _Variables(params, {} if self.learned is None else self.learned.params)
         # Where plain autograd stands in for a transform around this, it is not the outermost one.
         outermost = values_are_readable() and not VARIABLES.get()
         if outermost:
-            if not self._is_checked:
-                self._check(variables, tasks if listed else [tree.index(tasks, 0)])
+            self._check(variables, tasks)
             variables = tree.map(torch.Tensor.detach, variables)
         total, losses, aux = None, [], []
         # Without gradients at the top level, autograd would record the whole computation once more.
         with torch.set_grad_enabled(not outermost):
-            for grads, loss, more in self._parts(variables, tasks, None if listed else count):
+            for grads, loss, more in self._differentiate_parts(variables, tasks, count):
                 total = _plus(total, grads, len(loss) / count)
                 losses.append(loss)
                 aux.append(more)
+        assert total is not None  # there is a task
         all_losses = losses[0] if len(losses) == 1 else torch.cat(losses)
         if outermost:
             check_finite(all_losses, "meta_grad", unit="task")
-        found = total if self.learned is not None or total is None else total[0]
+        found = total.params if self.learned is None else tuple(total)
         return (found, all_losses, _joined(aux)) if self.has_aux else (found, all_losses)
 
-    def _parts(
-        self, variables: Tree, tasks: Tree, count: int | None
-    ) -> Iterator[tuple[Tree, Tensor, Tree]]:
-        """Yield (mean gradients, losses, aux) of some tasks after the other; without a count, of
-        the tasks in a list.
-        """
-        if count is None:
-            for task in tasks:
-                yield self._one(variables, task)
+    def _check(self, variables: _Variables, tasks: Tree) -> None:
+        """Raise at the first call if derivatives would be left out."""
+        if self._is_checked or torch.is_inference_mode_enabled():
             return
-        if (
-            self._loops is None
-            and self.chunk_size is None
-            and count > 1
-            and not torch.compiler.is_compiling()
-        ):
-            self._loops = self._is_better_in_a_loop(variables, tasks)
-        chunk = self.chunk_size or (1 if self._loops else count)
+        check_differentiable(None, "params", tree.named_leaves(variables.params))
+        some = tasks if isinstance(tasks, list) else [tree.index(tasks, 0)]
+        _check_dependence(self.task_loss, self._value, variables, some)
+        self._is_checked = True
+
+    def _differentiate_parts(
+        self, variables: _Variables, tasks: Tree, count: int
+    ) -> Iterator[_Differentiated]:
+        """Differentiate some tasks after the other; those in a list, and in chunks of 1, singly."""
+        listed = isinstance(tasks, list)
+        chunk = 1 if listed else self._chunk(variables, tasks, count)
         for start in range(0, count, chunk):
             if chunk == 1:
-                yield self._one(variables, tree.index(tasks, start))
-            else:
-                some = tasks if chunk >= count else tree.index(tasks, slice(start, start + chunk))
-                yield self._many_explained(variables, some)
+                task = tasks[start] if listed else tree.index(tasks, start)
+                yield self._one(variables, task)
+                continue
+            some = tasks if chunk >= count else tree.index(tasks, slice(start, start + chunk))
+            try:
+                yield self._many(variables, some)
+            except Exception as error:
+                error.add_note(
+                    "meta_grad: tasks were batched by vmap. With `chunk_size=1` they are gone "
+                    "through one by one."
+                )
+                raise
 
-    def _many_explained(self, variables: Tree, tasks: Tree) -> tuple[Tree, Tensor, Tree]:
-        try:
-            return self._many(variables, tasks)  # type: ignore[no-any-return]
-        except Exception as error:
-            error.add_note(
-                "meta_grad: tasks were batched by vmap. With `chunk_size=1` they are gone through "
-                "one by one."
+    def _chunk(self, variables: _Variables, tasks: Tree, count: int) -> int:
+        """Return the number of tasks to batch; the first call finds out what is better."""
+        if self.chunk_size is not None:
+            return int(self.chunk_size)
+        if self._loops is None and count > 1 and not torch.compiler.is_compiling():
+            two = tree.index(tasks, slice(2))
+            self._loops = _is_better_in_a_loop(
+                self._differentiate, self._differentiate_batch, variables, two
             )
-            raise
+        return 1 if self._loops else count
 
     # One task, or a batch of them. The context is entered inside, for a compiled function then has
     # it only while it is traced.
 
-    def _differentiate(self, variables: Tree, task: Tree) -> tuple[Tree, Tensor, Tree]:
+    def _differentiate(self, variables: _Variables, task: Tree) -> _Differentiated:
         with any_order():
             grads, loss, aux = gradient(lambda at: self._value(at, task), variables)
         return grads, loss[None], tree.map(lambda leaf: leaf[None], aux)
 
-    def _differentiate_batch(self, variables: Tree, tasks: Tree) -> tuple[Tree, Tensor, Tree]:
+    def _differentiate_batch(self, variables: _Variables, tasks: Tree) -> _Differentiated:
         # vmap has no channels-last layout; `contiguous()` would leave a weight with one channel as
-        # it is
+        # it is.
         variables = tree.map(
             lambda leaf: leaf.clone(memory_format=torch.contiguous_format), variables
         )
-        # lists, which each transform takes apart again
-        values, rows = tree.leaves(variables), tree.leaves(tasks)
 
+        # Lists, which each transform takes apart again.
         def value(values: list[Tensor], row: list[Tensor]) -> tuple[Tensor, Tree]:
             return self._value(tree.with_leaves(variables, values), tree.with_leaves(tasks, row))
 
@@ -200,10 +215,10 @@ class MetaGradient:
             per_task = vmap(
                 grad_and_value(value, has_aux=True), in_dims=(None, 0), randomness="different"
             )
-            grads, (losses, aux) = per_task(values, rows)
+            grads, (losses, aux) = per_task(tree.leaves(variables), tree.leaves(tasks))
         return tree.with_leaves(variables, [grad.mean(0) for grad in grads]), losses, aux
 
-    def _value(self, variables: Tree, task: Tree) -> tuple[Tensor, Tree]:
+    def _value(self, variables: _Variables, task: Tree) -> tuple[Tensor, Tree]:
         """Return (loss, aux) of a task."""
         params, learned = variables
         if self.learned is None:
@@ -215,99 +230,99 @@ class MetaGradient:
         if type(result) is not tuple or len(result) != 2:
             raise ValueError(
                 f"`task_loss` must return (loss, aux) because of has_aux=True, got a "
-                f"{type(result).__name__}. Return both, or "
-                "leave `has_aux` out."
+                f"{type(result).__name__}. Return both, or leave `has_aux` out."
             )
         loss = check_scalar(result[0], "task_loss")
         return loss, tree.map(lambda leaf: as_tensor(leaf, "task_loss", loss), result[1])
 
-    # What the first call finds out
 
-    def _is_better_in_a_loop(self, variables: Tree, tasks: Tree) -> bool:
-        two = tree.index(tasks, slice(2))
-        try:
-            if prefers_loop(self._differentiate_batch, variables, two):
-                return True
-            if not all(leaf.is_cpu for leaf in tree.leaves(variables)):
-                self._differentiate_batch(variables, two)  # on a CPU that was tried just now
-        except Exception as error:
-            with torch.random.fork_rng(
-                devices={leaf.device.index for leaf in tree.leaves(variables) if leaf.is_cuda}
-            ):
-                # if the loss is wrong by itself, that is what to say
-                self._differentiate(variables, tree.index(tasks, 0))
-            reason = str(error).strip().split("\n")[0]
-            warnings.warn(
-                f"meta_grad: these tasks cannot be batched by vmap, so they are gone through one "
-                f"by one. The reason: {reason} Pass "
-                "`chunk_size=1` if that is all right.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+def _is_better_in_a_loop(
+    one: Callable[[_Variables, Tree], _Differentiated],
+    many: Callable[[_Variables, Tree], _Differentiated],
+    variables: _Variables,
+    two: Tree,
+) -> bool:
+    """Return True if tasks cannot be batched, or not faster; of the former warn.
+
+    Args:
+        one: differentiates one task.
+        many: differentiates a batch of tasks.
+        variables: what is differentiated.
+        two: a batch of two tasks.
+    """
+    leaves = tree.leaves(variables)
+    try:
+        if prefers_loop(many, variables, two):
             return True
+        if not all(leaf.is_cpu for leaf in leaves):
+            many(variables, two)  # on a CPU that was tried just now
         return False
+    except Exception as error:
+        with drawn_again(leaves):
+            # If the loss is wrong by itself, that is what to say.
+            one(variables, tree.index(two, 0))
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(
+            f"meta_grad: these tasks cannot be batched by vmap, so they are gone through one by "
+            f"one. The reason: {reason} Pass `chunk_size=1` if that is all right.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        return True
 
-    def _check(self, variables: Tree, tasks: Sequence[Tree]) -> None:
-        """Raise at the first call if derivatives would be left out: evaluate the loss, and see what
-        it depends on.
-        """
-        if torch.is_inference_mode_enabled():
-            return
-        for path, leaf in tree.named_leaves(variables[0]):
-            if not is_differentiable(leaf):
-                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise ValueError(
-                    f"`params` must be floating-point or complex tensors, got {kind} at {path}. "
-                    f"Convert it."
-                )
-        leaves = tree.leaves(variables)
-        devices = {leaf.device.index for leaf in leaves if leaf.is_cuda}
 
-        def evaluate(task: Tree) -> tuple[list[Tensor], Tensor]:
-            with torch.random.fork_rng(devices=devices), any_order():
-                return evaluated(
-                    lambda at: self._value(tree.with_leaves(variables, at), task)[0], leaves, False
-                )
+def _check_dependence(
+    task_loss: Any,
+    value: Callable[[_Variables, Tree], tuple[Tensor, Tree]],
+    variables: _Variables,
+    tasks: Sequence[Tree],
+) -> None:
+    """Raise if the loss depends on less, or on more, than what is differentiated.
 
-        reached: set[int] = set()
-        for task in tasks:
-            at, value = evaluate(task)
+    Args:
+        task_loss: the user's function, searched for the names of tensors.
+        value: returns the loss of a task, which is evaluated to see what it depends on.
+        variables: what is differentiated.
+        tasks: those to evaluate.
+    """
+    leaves = tree.leaves(variables)
 
-            def again(task: Tree = task) -> list[Tensor]:
-                return [evaluate(task)[1]]
-
-            if not is_tracked(value):
-                raise ValueError(
-                    "`task_loss` must depend on `params`, but its gradient would be zero: nothing "
-                    "that it computes from them reaches the loss. Call the model as `net(params, "
-                    "x)`; detach nothing on the way."
-                )
-            if find_hidden([value], again, at) is not None:
-                raise ValueError(
-                    f"`task_loss` depends on {tracked_names(self.task_loss, value)}, which "
-                    f"requires grad but is not "
-                    "differentiated here. To learn it, pass the module that it belongs to: "
-                    "`meta_grad(task_loss, learn=module)`. Otherwise detach it, or call "
-                    "`requires_grad_(False)`."
-                )
-            below = {id(leaf) for leaf in graph_leaves(value)}
-            reached |= {place for place, leaf in enumerate(at) if id(leaf) in below}
-        learned = variables[1]
-        first = len(leaves) - len(learned)
-        unused = [name for place, name in enumerate(learned, first) if place not in reached]
-        if unused:
-            raise ValueError(
-                f"`task_loss` must depend on all that is learned, but does not on {unused} of "
-                f"`learn`. Use it, or call "
-                "`requires_grad_(False)` on it. (A rule that looks at the end of a loop, such as "
-                "`Implicit`, gives the optimizer no derivative.)"
+    def evaluate(task: Tree) -> tuple[list[Tensor], Tensor]:
+        with drawn_again(leaves), any_order():
+            return evaluated(
+                lambda at: value(tree.with_leaves(variables, at), task)[0], leaves, False
             )
-        self._is_checked = True
+
+    reached: set[int] = set()
+    for task in tasks:
+        at, loss = evaluate(task)
+        if not is_tracked(loss):
+            raise ValueError(
+                "`task_loss` must depend on `params`, but its gradient would be zero: nothing "
+                "that it computes from them reaches the loss. Call the model as `net(params, "
+                "x)`; detach nothing on the way."
+            )
+        if find_hidden([loss], lambda task=task: [evaluate(task)[1]], at) is not None:
+            raise ValueError(
+                f"`task_loss` depends on {tracked_names(task_loss, loss)}, which requires grad but "
+                "is not differentiated here. To learn it, pass the module that it belongs to: "
+                "`meta_grad(task_loss, learn=module)`. Otherwise detach it, or call "
+                "`requires_grad_(False)`."
+            )
+        below = {id(leaf) for leaf in graph_leaves(loss)}
+        reached |= {place for place, leaf in enumerate(at) if id(leaf) in below}
+    first = len(leaves) - len(variables.learned)
+    unused = [name for place, name in enumerate(variables.learned, first) if place not in reached]
+    if unused:
+        raise ValueError(
+            f"`task_loss` must depend on all that is learned, but does not on {unused} of "
+            "`learn`. Use it, or call `requires_grad_(False)` on it. (A rule that looks at the end "
+            "of a loop, such as `Implicit`, gives the optimizer no derivative.)"
+        )
 
 
 def assign_grads(model: nn.Module, grads: Params) -> None:
-    """Write `grads` into the `.grad` of the model's parameters, for any `torch.optim` optimizer to
-    use.
+    """Write `grads` into the `.grad` of the model's parameters, for a `torch.optim` optimizer.
 
     Raises:
         ValueError: a name is not a parameter of the model, a trainable parameter is missing, or a
@@ -317,13 +332,10 @@ def assign_grads(model: nn.Module, grads: Params) -> None:
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
     if trainable.keys() != grads.keys():
-        missing, unknown = (
-            sorted(trainable.keys() - grads.keys()),
-            sorted(grads.keys() - trainable.keys()),
-        )
+        missing, unknown = trainable.keys() - grads.keys(), grads.keys() - trainable.keys()
         raise ValueError(
-            f"`grads` must name the model's trainable parameters; missing {missing}, unknown "
-            f"{unknown}."
+            f"`grads` must name the model's trainable parameters; missing {sorted(missing)}, "
+            f"unknown {sorted(unknown)}."
         )
     for name, parameter in trainable.items():
         if parameter.shape != grads[name].shape:
@@ -343,22 +355,22 @@ def _check_chunk_size(chunk_size: Any) -> None:
         raise ValueError(f"`chunk_size` must be a positive integer or None, got {chunk_size}.")
 
 
-def _plus(total: Tree | None, grads: Tree, share: float) -> Tree:
+def _plus(total: _Variables | None, grads: _Variables, share: float) -> _Variables:
     """Return total + share grads, where None is zero."""
-    if total is not None:
-        return tree.map(lambda total, g: tree.scaled_sum(total, share, g), total, grads)
-    return grads if share == 1 else tree.map(lambda g: share * g, grads)
+    if total is None:
+        return grads if share == 1 else tree.map(lambda g: share * g, grads)
+    return tree.map(lambda total, g: tree.scaled_sum(total, share, g), total, grads)
 
 
 def _joined(parts: list[Tree]) -> Tree:
     """Return the aux of all tasks, stacked; a list of them if their structures or shapes differ."""
     if len(parts) == 1:
         return parts[0]
-    leaves, structures = zip(*map(tree.flatten, parts), strict=True)
-    shapes = [[leaf.shape[1:] for leaf in own] for own in leaves]
-    if any(other != structures[0] for other in structures) or any(
-        other != shapes[0] for other in shapes
-    ):
+    kinds = []
+    for part in parts:
+        leaves, structure = tree.flatten(part)
+        kinds.append((structure, [leaf.shape[1:] for leaf in leaves]))
+    if any(kind != kinds[0] for kind in kinds):
         return [tree.index(part, 0) for part in parts]
     return tree.map(lambda *leaves: torch.cat(leaves), *parts)
 
@@ -368,8 +380,8 @@ def _count(tasks: Tree) -> int:
     if not count:
         raise ValueError(
             "Every leaf of `tasks` must have the number of tasks (at least 1) as its leading axis, "
-            "got "
-            f"{tree.leading_axes(tasks)} (-1: none). Stack the tasks first, or pass them as a list."
+            f"got {tree.leading_axes(tasks)} (-1: none). Stack the tasks first, or pass them as a "
+            "list."
         )
     return count
 
@@ -380,7 +392,6 @@ def _count_listed(tasks: list[Tree]) -> int:
     if all(isinstance(task, Tensor) for task in tasks):
         raise ValueError(
             f"`tasks` must be a list of tasks, such as [(x, y), (x, y)], got {len(tasks)} bare "
-            f"tensors. For stacked tasks pass a "
-            "tuple, `tuple(tasks)`."
+            "tensors. For stacked tasks pass a tuple, `tuple(tasks)`."
         )
     return len(tasks)

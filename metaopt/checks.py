@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from metaopt.transforms import is_readable
+from metaopt.transforms import is_differentiable, is_readable
 
 
 class NonFiniteError(FloatingPointError):
@@ -177,6 +177,17 @@ def check_scalar(value: Any, where: str = "loss_fn") -> Tensor:
             "mean or the sum."
         )
     return value
+
+
+def check_differentiable(owner: object, name: str, leaves: Iterable[tuple[str, Any]]) -> None:
+    """Raise ValueError unless all are of a kind that has derivatives; their paths stand beside."""
+    for path, leaf in leaves:
+        if not is_differentiable(leaf):
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ValueError(
+                f"{_argument(owner, name)} must be floating-point or complex tensors, got {kind} "
+                f"at {path}. Leave it out, or convert it: `torch.as_tensor(w, dtype=torch.float)`."
+            )
 
 
 def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:

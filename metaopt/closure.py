@@ -7,26 +7,25 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
 from metaopt._functional import Functional
 from metaopt.autodiff.graph import ancestors
+from metaopt.autodiff.replay import drawn_again
 from metaopt.torch_internals import is_wrapped
 from metaopt.transforms import is_tracked
 from metaopt.tree import Tree
 
 
 def check_closure(loss: Callable[..., Tree], source: Any, *arguments: Any) -> None:
-    """Raise if `loss(*arguments)` depends on what is none of its arguments: a tensor that requires
-    grad, a random generator.
+    """Raise if `loss(*arguments)` depends on anything that is not among its arguments.
 
-    The loss is evaluated once with every argument detached: a result that still requires grad has
-    another source. One that the loss makes itself is none: a hook may ask activations to require
-    grad, as that of Hugging Face models does. The global random state is put back. Cost: one
-    forward pass.
+    Looked for are tensors that require grad, and random generators. The loss is evaluated once with
+    every argument detached: a result that still requires grad has another source. One that the loss
+    makes itself is none: a hook may ask activations to require grad, as that of Hugging Face models
+    does. The global random state is put back. Cost: one forward pass.
 
     Args:
         loss: the function to evaluate; it returns a tree of tensors.
@@ -36,47 +35,32 @@ def check_closure(loss: Callable[..., Tree], source: Any, *arguments: Any) -> No
     Raises:
         ValueError: there is such a tensor, which the message names, or generator.
     """
+    # Not the tensors themselves: a loss may mark its arguments as requiring grad.
     detached = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, arguments)
-    devices = {
-        leaf.device.index
-        for leaf in tree.leaves(arguments)
-        if isinstance(leaf, Tensor) and leaf.is_cuda
-    }
 
     def evaluate() -> list[Tensor]:
-        return [
-            leaf
-            for leaf in tree.leaves(loss(*detached))
-            if isinstance(leaf, Tensor) and is_tracked(leaf)
-        ]
+        found = tree.leaves(loss(*detached))
+        return [leaf for leaf in found if isinstance(leaf, Tensor) and is_tracked(leaf)]
 
-    with torch.random.fork_rng(devices=devices), _NoGenerator():
+    with drawn_again(arguments), _NoGenerator():
         hidden = find_hidden(evaluate(), evaluate)
     if hidden is not None:
         raise ValueError(
             f"`loss_fn` reaches {tracked_names(source, hidden)} through its closure, and that "
-            f"requires grad. Only explicit "
-            "arguments are differentiated. Pass it as `meta`: `minimize(loss_fn, ..., meta=w)` "
-            "with `loss_fn(params, batch, meta)`; or detach it."
+            "requires grad. Only explicit arguments are differentiated. Pass it as `meta`: "
+            "`minimize(loss_fn, ..., meta=w)` with `loss_fn(params, batch, meta)`; or detach it."
         )
 
 
 class _NoGenerator(TorchFunctionMode):
     """Refuses to draw from a `torch.Generator` given by hand."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Any = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs and kwargs.get("generator") is not None:
             raise ValueError(
                 f"`loss_fn` draws from a torch.Generator of its own (`{func.__name__}`). A step "
-                f"that is run again on the way back "
-                "would draw other numbers. Draw from the global generator, which is wound back, or "
-                "pass the numbers in `batches`."
+                "that is run again on the way back would draw other numbers. Draw from the global "
+                "generator, which is wound back, or pass the numbers in `batches`."
             )
         return func(*args, **(kwargs or {}))
 
@@ -84,8 +68,7 @@ class _NoGenerator(TorchFunctionMode):
 def find_hidden(
     values: Sequence[Tensor], again: Callable[[], Sequence[Tensor]], known: Sequence[Tensor] = ()
 ) -> Tensor | None:
-    """Return one of the values that was computed from a hidden leaf that requires grad; None if
-    there is none.
+    """Return one of the values that was computed from a hidden leaf that requires grad, or None.
 
     Leaves that computing the values makes are not hidden: a gradient penalty makes its input one,
     and a hook of Hugging Face models its activations. They are others when the values are computed
@@ -109,19 +92,17 @@ def find_hidden(
 
 
 def tracked_names(source: Any, value: Tensor) -> str:
-    """Name the tracked tensors in the closure of `source`, or of several in a tuple, that `value`
-    was computed from.
+    """Name the tracked tensors in the closure of `source` that `value` was computed from.
+
+    Args:
+        source: a function or module, or several in a tuple.
+        value: a tracked tensor.
     """
     sources = source if isinstance(source, tuple) else (source,)
-    tracked = [
-        (name, tensor) for one in sources for name, tensor in reachable(one) if is_tracked(tensor)
-    ]
-    below = ancestors(value)
-    used = [
-        (name, tensor)
-        for name, tensor in tracked
-        if below.keys() & {id(tensor), id(tensor.grad_fn)}
-    ]
+    found = [pair for one in sources for pair in reachable(one)]
+    tracked = [(name, tensor) for name, tensor in found if is_tracked(tensor)]
+    below = ancestors(value).keys()
+    used = [pair for pair in tracked if below & {id(pair[1]), id(pair[1].grad_fn)}]
     names = {f"`{name}` (shape {tuple(tensor.shape)})" for name, tensor in used or tracked}
     return ", ".join(sorted(names)) or f"a tensor (last operation: {type(value.grad_fn).__name__})"
 
@@ -136,8 +117,9 @@ def graph_leaves(value: Tensor) -> list[Tensor]:
 def reachable(
     value: Any, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) for what a function or an object reaches besides arguments: closures,
-    globals, attributes, items.
+    """Yield (name, tensor) for what a function or an object reaches besides its arguments.
+
+    Closures, globals, attributes and items are followed.
     """
     seen = set() if seen is None else seen
     if id(value) in seen or isinstance(value, Functional | type | types.ModuleType):
@@ -149,29 +131,18 @@ def reachable(
         case Tensor():
             yield name, value
         case nn.Module():
-            members = {
-                prefix + key: tensor
-                for key, tensor in [*value.named_parameters(), *value.named_buffers()]
-            }
+            named = [*value.named_parameters(), *value.named_buffers()]
+            members = {prefix + key: tensor for key, tensor in named}
         case types.FunctionType():
+            known = value.__globals__
+            members = {key: known[key] for key in value.__code__.co_names if key in known}
             cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-            members = {
-                key: value.__globals__[key]
-                for key in value.__code__.co_names
-                if key in value.__globals__
-            }
             members |= {key: cell.cell_contents for key, cell in cells if cell != types.CellType()}
         case types.MethodType():
             members = {"self": value.__self__, "function": value.__func__}
         case functools.partial():
-            members = {
-                f"{prefix}{key}": item
-                for key, item in [
-                    ("function", value.func),
-                    *enumerate(value.args),
-                    *value.keywords.items(),
-                ]
-            }
+            given = {"function": value.func, **dict(enumerate(value.args)), **value.keywords}
+            members = {f"{prefix}{key}": item for key, item in given.items()}
         case dict():
             members = {f"{name}[{key!r}]": item for key, item in value.items()}
         case list() | tuple():

@@ -24,8 +24,9 @@ _MISSING = {"InvalidCxxCompiler", "TritonMissing"}
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return `fn` compiled by `torch.compile` as one graph.
 
-    It draws the random numbers that it would draw uncompiled. What is compiled is found again by the code of `fn` and what it closes over, so a new closure of
-    the same code is no new compilation. Every new shape, dtype or structure is one.
+    It draws the random numbers that it would draw uncompiled. What is compiled is found again by
+    the code of `fn` and what it closes over, so a new closure of the same code is no new
+    compilation. Every new shape, dtype or structure is one.
 
     Raises:
         torch._dynamo.exc.Unsupported: something in `fn` cannot be part of one graph; torch says

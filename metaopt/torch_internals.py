@@ -74,8 +74,8 @@ foreach_mul = torch._foreach_mul
 foreach_norm = torch._foreach_norm
 foreach_sqrt = torch._foreach_sqrt
 
-# What `torch.nn.utils.parametrizations.weight_norm` calls: a function mode that stands in for it has
-# to know it.
+# What `torch.nn.utils.parametrizations.weight_norm` calls: a function mode that stands in for it
+# has to know it.
 weight_norm = torch._weight_norm
 
 # The attribute of a module that `module.compile()` sets: a call of what it was then.

@@ -75,7 +75,6 @@ PRIVATE = {
 OVERRIDDEN = {("metaopt.interop.higher.patch", "_apply")}  # what `to` and `double` call
 MOST_LINES = {ast.FunctionDef: 60, ast.ClassDef: 200}  # docstrings are not counted
 LONG = {  # being cut
-    "metaopt._meta_grad.MetaGradient",
     "metaopt._minimize.minimize",
     "metaopt.differentiate.backprop.__call__",
     "metaopt.exact_ops.recurrent._layer",

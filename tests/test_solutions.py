@@ -167,11 +167,11 @@ def test_what_is_wrong_is_said() -> None:
         mo.implicit(ridge, w, (X, Y), meta=meta, solver=mo.Backprop())  # type: ignore[arg-type]
     with pytest.raises(
         ValueError,
-        match=r"`solution` must be floating-point tensors, got ndarray at \['w'\]. .*as_tensor",
+        match=r"`solution` must be floating-point or complex tensors, got ndarray at \['w'\]. .*as_tensor",
     ):
         mo.implicit(ridge, {"w": np.zeros(3)}, (X, Y), meta=meta)
     with pytest.raises(
-        ValueError, match=r"`solution` must be floating-point tensors, got torch\.int64"
+        ValueError, match=r"`solution` must be floating-point or complex tensors, got torch\.int64"
     ):
         mo.implicit(ridge, {"w": torch.zeros(3, dtype=torch.int64)}, (X, Y), meta=meta)
     with pytest.raises(ValueError, match=r"`loss_fn` reaches `meta`.* through its closure"):

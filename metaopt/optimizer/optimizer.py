@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.checks import check_differentiable
 from metaopt.optimizer.apply import apply_updates, check_gradients, fitted
 from metaopt.optimizer.by_name import ByName, Spread
 from metaopt.optimizer.cells import Cell, check_shapes, in_cells, slot_name, slots_in_cells
@@ -111,13 +112,7 @@ class Optimizer(Configurable):
             ValueError: there are no parameters, or one is neither a floating-point nor a complex
                 tensor; or as `separate`.
         """
-        for name, leaf in tree.named_leaves(params):
-            if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
-                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise ValueError(
-                    f"`params` must be floating-point or complex tensors, got {kind} at {name}. "
-                    f"Leave it out, or convert it."
-                )
+        check_differentiable(None, "params", tree.named_leaves(params))
         leaves, structure = tree.flatten(tree.map(lambda leaf: tree.as_real(leaf.detach()), params))
         if not leaves:
             raise ValueError(
