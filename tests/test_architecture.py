@@ -77,7 +77,6 @@ MOST_LINES = {ast.FunctionDef: 60, ast.ClassDef: 200}  # docstrings are not coun
 LONG = {  # being cut
     "metaopt._minimize.minimize",
     "metaopt.differentiate.backprop.__call__",
-    "metaopt.exact_ops.recurrent._layer",
     "metaopt.levels.execution.Execution",
     "metaopt.levels.graph.LevelGraph",
     "metaopt.levels.level.__init__",

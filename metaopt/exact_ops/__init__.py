@@ -22,14 +22,14 @@ __all__ = ["AnyOrder", "Watching", "any_order"]
 
 
 def any_order() -> AbstractContextManager[Any]:
-    """While entered, what torch computes can be differentiated again and again, in any nesting of
-    `grad` and `vmap`.
+    """While entered, what torch computes can be differentiated any number of times.
 
-    All is computed from elementary operations then, or by kernels with derivatives of our own. Of
-    attention the fused kernels have no second derivative; of layer, batch, instance and weight
-    norms torch's formulas for higher derivatives are wrong; recurrent layers have no batching rule,
-    and on some devices no second derivative. Gradients of `nn.Embedding(sparse=True)` are dense.
-    Inside a transform `requires_grad_(True)` does nothing, where torch raises an error.
+    It may stand in any nesting of `grad` and `vmap`. All is computed from elementary operations
+    then, or by kernels with derivatives of our own. Of attention the fused kernels have no second
+    derivative; of layer, batch, instance and weight norms torch's formulas for higher derivatives
+    are wrong; recurrent layers have no batching rule, and on some devices no second derivative.
+    Gradients of `nn.Embedding(sparse=True)` are dense. Inside a transform `requires_grad_(True)`
+    does nothing, where torch raises an error.
 
     Cost:
         About a microsecond for each call of a torch function, which Python then sees: 5 to 8 % of a
@@ -46,32 +46,18 @@ def any_order() -> AbstractContextManager[Any]:
 class AnyOrder(TorchFunctionMode):
     """Computes what is in the tables by the functions there."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Any = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
 
 
 class Watching(AnyOrder):
-    """Notes whether something must be computed otherwise for derivatives in reverse mode, or for
-    those in the loss.
-    """
+    """Notes whether derivatives ask for anything to be computed otherwise than torch does it."""
 
     found = False
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Any = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         is_dense = func in EMBEDDINGS and not asks_for_sparse(func, args, kwargs or {})
-        # but forward derivatives, which are always taken with care
+        # It lacks only forward derivatives, which are always taken with care.
         lacks_nothing = func in LOSSES and not inside_jvp()
         self.found = self.found or (func in _INSTEAD and not (is_dense or lacks_nothing))
         return super().__torch_function__(func, types, args, kwargs)

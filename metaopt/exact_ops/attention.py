@@ -28,8 +28,9 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return softmax(scale Q K' + mask) V, with rows of zeros for queries that may attend to
-    nothing.
+    """Return softmax(scale Q K' + mask) V.
+
+    A query that may attend to nothing gets a row of zeros.
     """
     if is_causal and attn_mask is not None:  # torch's error
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
@@ -55,9 +56,8 @@ def _attention(
 
 
 def _multi_head(*args: Any, **kwargs: Any) -> Any:
-    """Call torch's function with our attention inside it, where modes are off; a compiler cannot
-    trace it with other globals.
-    """
+    """Call torch's function with our attention inside it, where modes are off."""
+    # A compiler cannot trace the function with other globals.
     if torch.compiler.is_compiling():
         with sdpa_kernel(SDPBackend.MATH):
             return F.multi_head_attention_forward(*args, **kwargs)

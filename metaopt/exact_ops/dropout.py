@@ -18,11 +18,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     if not training or not 0 < p <= 1:  # torch's error
         return F.dropout(input, p, training, inplace)
     if inplace:
-        return input.mul_(
-            torch.native_dropout(
-                torch.ones_like(input, memory_format=torch.contiguous_format), p, True
-            )[0]
-        )
+        ones = torch.ones_like(input, memory_format=torch.contiguous_format)
+        return input.mul_(torch.native_dropout(ones, p, True)[0])
     return torch.native_dropout(input, p, True)[0]
 
 

@@ -14,7 +14,7 @@ _PLACES: dict[Callable[..., Any], int] = {F.embedding: 6, F.embedding_bag: 7, to
 
 
 def asks_for_sparse(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Say whether the gradient of this call would be sparse."""
+    """Return True if the gradient of this call would be sparse."""
     place = _PLACES[func]
     return bool(args[place] if len(args) > place else kwargs.get("sparse", False))
 
@@ -27,14 +27,12 @@ def _dense(func: Callable[..., Any]) -> Callable[..., Tensor]:
     """
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        args = (
-            args[: _PLACES[func]]
-            + (False,) * (len(args) > _PLACES[func])
-            + args[_PLACES[func] + 1 :]
-        )
-        result: Tensor = func(
-            *args, **{**kwargs, **({"sparse": False} if "sparse" in kwargs else {})}
-        )
+        place = _PLACES[func]
+        if len(args) > place:
+            args = (*args[:place], False, *args[place + 1 :])
+        elif "sparse" in kwargs:
+            kwargs["sparse"] = False
+        result: Tensor = func(*args, **kwargs)
         return result
 
     return call

@@ -35,10 +35,18 @@ from metaopt.transforms import values_are_readable
 aten = torch.ops.aten
 
 
+Affine = tuple[Tensor | None, Tensor | None]  # weight and bias
+Saved = tuple[Tensor, Tensor]  # <x> and r, which broadcast against x
+
+
 @dataclass(frozen=True)
 class Axes:
-    """What is normalized: `over` are the axes of the means, `shape` is that in which parameters
-    broadcast against x.
+    """What is normalized.
+
+    Attributes:
+        over: the axes of the means.
+        shape: that in which parameters broadcast against x.
+        eps: what is added to the variance.
     """
 
     over: tuple[int, ...]
@@ -46,7 +54,13 @@ class Axes:
     eps: float
 
     def mean(self, u: Tensor) -> Tensor:
+        """Return <u>."""
         return u.mean(self.over, keepdim=True)
+
+    def standardize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (x - <x>, r)."""
+        centred = x - self.mean(x)
+        return centred, torch.rsqrt(self.mean(centred * centred) + self.eps)
 
 
 class FusedAxes(Axes, ABC):
@@ -58,21 +72,11 @@ class FusedAxes(Axes, ABC):
         return self.shape
 
     @abstractmethod
-    def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (y, <x>, r) by torch's kernel; <x> and r broadcast against x."""
+    def forward(self, x: Tensor, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (y, <x>, r) by torch's kernel."""
 
     @abstractmethod
-    def backward(
-        self,
-        g: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        r: Tensor,
-    ) -> Any:
+    def backward(self, g: Tensor, x: Tensor, affine: Affine, saved: Saved) -> Any:
         """Return (p(w g), sum g h, sum g) by torch's kernel, None for a parameter that is None."""
 
 
@@ -81,52 +85,37 @@ class BatchAxes(FusedAxes):
 
     @property
     def parameters(self) -> tuple[int, ...]:
+        """Return the shape of weight and bias, [channels]."""
         return self.shape[1:2]
 
-    def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, r = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, self.eps)
+    def forward(self, x: Tensor, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, r = torch.native_batch_norm(x, *affine, None, None, True, 0.0, self.eps)
         return y, mean.view(self.shape), r.view(self.shape)
 
-    def backward(
-        self,
-        g: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        r: Tensor,
-    ) -> Any:
-        wanted = [True, weight is not None, bias is not None]
+    def backward(self, g: Tensor, x: Tensor, affine: Affine, saved: Saved) -> Any:
+        mean, r = (statistic.view(-1) for statistic in saved)
         return aten.native_batch_norm_backward(
-            g, x, weight, None, None, mean.view(-1), r.view(-1), True, self.eps, wanted
+            g, x, affine[0], None, None, mean, r, True, self.eps, _wanted(affine)
         )
 
 
 class LayerAxes(FusedAxes):
     """The last axes; the parameters are constant in all others."""
 
-    def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.native_layer_norm(x, self.shape, weight, bias, self.eps)
+    def forward(self, x: Tensor, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.native_layer_norm(x, self.shape, *affine, self.eps)
 
-    def backward(
-        self,
-        g: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        r: Tensor,
-    ) -> Any:
-        wanted = [True, weight is not None, bias is not None]
-        return aten.native_layer_norm_backward(g, x, self.shape, mean, r, weight, bias, wanted)
+    def backward(self, g: Tensor, x: Tensor, affine: Affine, saved: Saved) -> Any:
+        return aten.native_layer_norm_backward(g, x, self.shape, *saved, *affine, _wanted(affine))
 
 
-def is_fusable(axes: FusedAxes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Say whether `fused_norm` is for this.
+def _wanted(affine: Affine) -> list[bool]:
+    """Return which of the cotangents of (x, w, b) the kernels are to compute."""
+    return [True, *(parameter is not None for parameter in affine)]
+
+
+def is_fusable(axes: FusedAxes, x: Tensor, affine: Affine) -> bool:
+    """Return True if `fused_norm` is for this.
 
     Not under a transform of `torch.func`, which may need forward derivatives or rules for batches,
     nor under a compiler, which fuses by itself; in half precision the sums of a second derivative
@@ -137,15 +126,13 @@ def is_fusable(axes: FusedAxes, x: Tensor, weight: Tensor | None, bias: Tensor |
         and not uses_dual_numbers()
         and x.dtype in (torch.float32, torch.float64)
         and x.numel() > 0
-        and all(
-            p is None or (p.dtype == x.dtype and p.shape == axes.parameters) for p in (weight, bias)
-        )
+        and all(p is None or (p.dtype == x.dtype and p.shape == axes.parameters) for p in affine)
     )
 
 
-def fused_norm(axes: FusedAxes, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return y, of the shape of x [...]; `weight` and `bias` are those of torch."""
-    y: Tensor = _Norm.apply(axes, x, weight, bias)
+def fused_norm(axes: FusedAxes, x: Tensor, affine: Affine) -> Tensor:
+    """Return y, of the shape of x [...]; weight and bias are those of torch."""
+    y: Tensor = _Norm.apply(axes, x, *affine)
     return y
 
 
@@ -153,12 +140,11 @@ class _Norm(torch.autograd.Function):
     """(x, w, b) -> y."""
 
     @staticmethod
-    def forward(
-        ctx: Any, axes: FusedAxes, x: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        y, mean, r = axes.forward(x, weight, bias)
+    def forward(ctx: Any, axes: FusedAxes, x: Tensor, *affine: Tensor | None) -> Tensor:
+        weight, bias = affine
+        y, *saved = axes.forward(x, (weight, bias))
         ctx.axes = axes
-        ctx.save_for_backward(x, weight, bias, mean, r)
+        ctx.save_for_backward(x, weight, bias, *saved)
         return y
 
     @staticmethod
@@ -166,7 +152,9 @@ class _Norm(torch.autograd.Function):
         axes, (x, weight, bias, mean, r) = ctx.axes, ctx.saved_tensors
         if values_are_readable() and not uses_dual_numbers():
             bars = _PullBack.apply(axes, g, x, weight, bias, mean, r)
-        else:  # cotangents in a batch, or a transform or forward mode that began after the forward pass
+        else:
+            # Cotangents in a batch, or a transform or forward mode that began after the forward
+            # pass.
             h, _, p = _elementary(axes, x)
             bars = p(_times(axes, g, weight)), _total(axes, g * h, weight), _total(axes, g, bias)
         return None, *(
@@ -191,7 +179,7 @@ class _PullBack(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.axes = axes
         ctx.save_for_backward(g, x, weight, mean, r)
-        return tuple(axes.backward(g, x, weight, bias, mean, r))
+        return tuple(axes.backward(g, x, (weight, bias), (mean, r)))
 
     @staticmethod
     def backward(
@@ -199,7 +187,7 @@ class _PullBack(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         axes, (g, x, weight, mean, r) = ctx.axes, ctx.saved_tensors
         again = torch.is_grad_enabled() or not values_are_readable()
-        h, r, p = _elementary(axes, x) if again else _by_kernel(axes, x, mean, r)
+        h, r, p = _elementary(axes, x) if again else _by_kernel(axes, x, (mean, r))
         wg, ps = _times(axes, g, weight), p(s)
         to_g, to_h = _times(axes, ps, weight), -r * (axes.mean(wg * h) * s + axes.mean(s * h) * wg)
         if t is not None:
@@ -216,15 +204,15 @@ Parts = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 
 def _elementary(axes: Axes, x: Tensor) -> Parts:
     """Return h, r and p, differentiable in x."""
-    centred = x - axes.mean(x)
-    r = torch.rsqrt(axes.mean(centred * centred) + axes.eps)
+    centred, r = axes.standardize(x)
     h = centred * r
     return h, r, lambda u: r * (u - axes.mean(u) - h * axes.mean(u * h))
 
 
-def _by_kernel(axes: FusedAxes, x: Tensor, mean: Tensor, r: Tensor) -> Parts:
+def _by_kernel(axes: FusedAxes, x: Tensor, saved: Saved) -> Parts:
     """Return h, r and p from what the forward pass has saved."""
-    return torch.addcmul(-mean * r, x, r), r, lambda u: axes.backward(u, x, None, None, mean, r)[0]
+    mean, r = saved
+    return torch.addcmul(-mean * r, x, r), r, lambda u: axes.backward(u, x, (None, None), saved)[0]
 
 
 def _times(axes: Axes, u: Tensor, weight: Tensor | None) -> Tensor:

@@ -20,16 +20,9 @@ def _mse_loss(
     reduction: str = "mean",
     weight: Any = None,
 ) -> Tensor:
-    """Return the mean, the sum or all of (input - target)^2; in float32 at least, as the kernel
-    does.
-    """
-    is_plain = (
-        weight is None
-        and size_average is None
-        and reduce is None
-        and reduction in ("mean", "sum", "none")
-    )
-    if not is_plain or input.shape != target.shape:
+    """Return the mean, the sum or all of (input - target)^2, in float32 at least, as the kernel."""
+    is_plain = all(value is None for value in (size_average, reduce, weight))
+    if not is_plain or reduction not in ("mean", "sum", "none") or input.shape != target.shape:
         return F.mse_loss(input, target, size_average, reduce, reduction, **_given(weight))
     dtype = torch.promote_types(input.dtype, target.dtype)
     wide = torch.promote_types(dtype, torch.float32)

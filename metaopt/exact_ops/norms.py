@@ -1,4 +1,6 @@
-"""Norms equal to torch's: by its kernels where `fused_norms` can differentiate these, else from
+"""Norms equal to torch's, with derivatives that are right at every order.
+
+They are computed by torch's kernels where `fused_norms` can differentiate these, else from
 elementary operations.
 
 Torch's formula for the second derivative of layer, batch and instance norms takes the saved mean
@@ -34,6 +36,7 @@ def _layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,  # of `torch.layer_norm` only
 ) -> Tensor:
     axes = LayerAxes(tuple(range(-len(normalized_shape), 0)), tuple(normalized_shape), eps)
     return _normalize(axes, input, weight, bias)
@@ -51,21 +54,10 @@ def _batch_norm(
 ) -> Tensor:
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    # update the statistics; complain of a single value
     if running_mean is not None or input.numel() == input.shape[1]:
-        F.batch_norm(
-            input.detach(),
-            _constant(running_mean),
-            _constant(running_var),
-            None,
-            None,
-            training,
-            momentum,
-            eps,
-        )
-    return _normalize(
-        BatchAxes((0, *range(2, input.ndim)), _per_channel(input), eps), input, weight, bias
-    )
+        _update_statistics(F.batch_norm, input, running_mean, running_var, momentum)
+    axes = BatchAxes((0, *range(2, input.ndim)), _per_channel(input), eps)
+    return _normalize(axes, input, weight, bias)
 
 
 def _instance_norm(
@@ -83,19 +75,25 @@ def _instance_norm(
             input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
         )
     if running_mean is not None or input.numel() == input.shape[0] * input.shape[1]:
-        F.instance_norm(
-            input.detach(),
-            _constant(running_mean),
-            _constant(running_var),
-            None,
-            None,
-            use_input_stats,
-            momentum,
-            eps,
-        )
-    return _elementary(
-        Axes(tuple(range(2, input.ndim)), _per_channel(input), eps), input, weight, bias
-    )
+        _update_statistics(F.instance_norm, input, running_mean, running_var, momentum)
+    axes = Axes(tuple(range(2, input.ndim)), _per_channel(input), eps)
+    return _elementary(axes, input, weight, bias)
+
+
+def _update_statistics(
+    norm: Callable[..., Tensor],
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+) -> None:
+    """Let torch's own norm update the statistics, or complain of a single value.
+
+    It gets the same memory, to be written to: a loop that is run again has it among what it
+    differentiates.
+    """
+    constants = (constant(leaf) for leaf in (running_mean, running_var))
+    norm(input.detach(), *constants, None, None, True, momentum)
 
 
 def _in_torchs_order(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -116,13 +114,6 @@ def _in_torchs_order(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-def _constant(statistics: Tensor | None) -> Tensor | None:
-    """Return the same memory, to be written to; a loop that is run again has it among what it
-    differentiates.
-    """
-    return statistics if statistics is None else constant(statistics)
-
-
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Return v g / |v|, with one norm per index of `dim`, or of the whole tensor for dim = -1."""
     dims = tuple(i for i in range(v.ndim) if dim == -1 or i != dim % v.ndim)
@@ -137,25 +128,24 @@ def _per_channel(input: Tensor) -> tuple[int, ...]:
 def _normalize(
     axes: FusedAxes, input: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    if is_fusable(axes, input, weight, bias):
-        return fused_norm(axes, input, weight, bias)
+    if is_fusable(axes, input, (weight, bias)):
+        return fused_norm(axes, input, (weight, bias))
     return _elementary(axes, input, weight, bias)
 
 
 def _elementary(axes: Axes, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return (x - mean) / sqrt(variance + eps) * weight + bias; in float32 at least, as the kernels
-    do.
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias.
+
+    It is computed in float32 at least, as the kernels do.
     """
     x = input.to(torch.promote_types(input.dtype, torch.float32))
-    centred = x - axes.mean(x)
-    scale = torch.rsqrt(axes.mean(centred * centred) + axes.eps)
+    centred, scale = axes.standardize(x)
     if weight is not None:
         scale = scale * weight.reshape(axes.shape)
-    x = (
-        centred * scale
-        if bias is None
-        else torch.addcmul(bias.reshape(axes.shape).to(x.dtype), centred, scale.to(x.dtype))
-    )
+    if bias is None:
+        x = centred * scale
+    else:
+        x = torch.addcmul(bias.reshape(axes.shape).to(x.dtype), centred, scale.to(x.dtype))
     return x.to(input.dtype)
 
 
@@ -165,9 +155,7 @@ NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
-    torch.layer_norm: lambda input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True: (
-        _layer_norm(input, normalized_shape, weight, bias, eps)
-    ),
+    torch.layer_norm: _layer_norm,
     torch.batch_norm: _in_torchs_order(_batch_norm),
     torch.instance_norm: _in_torchs_order(_instance_norm),
     weight_norm: _weight_norm,

@@ -1,6 +1,4 @@
-"""Marking an activation as one to be differentiated, which inside a transform of `torch.func` says
-nothing.
-"""
+"""Marking an activation as one to be differentiated: inside a transform it has no effect."""
 
 from __future__ import annotations
 
@@ -12,12 +10,11 @@ from torch import Tensor
 
 
 def _marked(tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    """Do nothing where torch refuses: a transform differentiates what it is asked for, marked or
-    not.
+    """Mark a tensor, but do nothing where torch refuses.
 
-    Hooks that stay behind mark activations: Hugging Face's and PEFT's `enable_input_require_grads`.
-    Torch itself marks the inputs of its transforms in this way, and may: so it is asked, not
-    foreseen.
+    A transform differentiates what it is asked for, marked or not. Hooks that stay behind mark
+    activations: Hugging Face's and PEFT's `enable_input_require_grads`. Torch itself marks the
+    inputs of its transforms in this way, and may: so it is asked, not foreseen.
     """
     try:
         return tensor.requires_grad_(requires_grad)
