@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 
 from metaopt import tree
-from metaopt._functional import Params
+from metaopt._functional import Params, lent
 from metaopt._minimize import minimize
 from metaopt.autodiff.gradient import gradient
 from metaopt.batching import prefers_loop
@@ -21,10 +21,16 @@ from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
 from metaopt.optimizer import Optimizer
 from metaopt.tree import Tree
 
+End = tuple[Tree, Any]  # parameters and state of the optimizer where an episode ends
+
 
 class Estimate(NamedTuple):
-    """A meta-gradient, one per task [tasks, ...], the mean loss of each task [tasks], and the
-    estimator's next state.
+    """An estimate of the meta-gradient.
+
+    Attributes:
+        grads: a gradient per task, leaves [tasks, ...].
+        losses: the mean loss of each task, [tasks].
+        state: the estimator's next state.
     """
 
     grads: Params
@@ -33,8 +39,7 @@ class Estimate(NamedTuple):
 
 
 class Estimator(Protocol):
-    """Estimates the derivative of the mean loss over an episode with respect to an optimizer's
-    parameters.
+    """Estimates the derivative of the mean loss of an episode in an optimizer's parameters.
 
     Whatever it remembers (inner problems under way) is its explicit state.
     """
@@ -57,8 +62,9 @@ class Estimator(Protocol):
 
 
 class _Way:
-    """How several tasks are gone through: batched, or one after the other, as the first look at a
-    family decides.
+    """How several tasks are differentiated: batched, or one after the other.
+
+    The first look at a family of tasks decides.
     """
 
     def __init__(self) -> None:
@@ -73,29 +79,17 @@ class _Way:
         tasks: Task,
         opt_states: Any,
         rule: Rule,
-    ) -> tuple[Params, Tensor, tuple[Tree, Any]]:
-        """Return (gradients, mean losses, (params, optimizer states) at the end), with the leading
-        axis of the tasks.
-        """
+    ) -> tuple[Params, Tensor, End]:
+        """Return (gradients, mean losses, end), with the leading axis of the tasks."""
         given = (tuple(tasks), opt_states)
-
-        def one(theta: Params, given: Tree) -> tuple[Tensor, tuple[Tree, Any]]:
-            task, opt_state = given
-            return _episode(optimizer, theta, family, Task(*task), opt_state, rule)
-
-        def batched(theta: Params, given: Tree) -> tuple[Params, tuple[Tensor, tuple[Tree, Any]]]:
-            per_task = vmap(
-                grad_and_value(one, has_aux=True), in_dims=(None, 0), randomness="different"
-            )
-            return per_task(theta, given)  # type: ignore[no-any-return]
-
+        one = partial(_run_episode, optimizer, family, rule)
+        batched = vmap(grad_and_value(one, has_aux=True), in_dims=(None, 0), randomness="different")
         count = len(tree.leaves(tasks.params)[0])
         if count > 1 and self._family is not family:
             two = tree.index(given, slice(2))
-            self._family, self._loops = (
-                family,
-                prefers_loop(lambda _, two: batched(theta, two), tree.index(two[0][0], 0), two),
-            )
+            first = tree.index(two[0][0], 0)
+            self._loops = prefers_loop(lambda _, two: batched(theta, two), first, two)
+            self._family = family
         if count > 1 and not self._loops:
             grads, (losses, ends) = batched(theta, given)
             return grads, losses, ends
@@ -105,6 +99,33 @@ class _Way:
             ]
         grads, losses, ends = tree.stack(found)
         return grads, losses, ends
+
+
+def _run_episode(
+    optimizer: Optimizer, family: TaskFamily, rule: Rule, theta: Params, given: Tree
+) -> tuple[Tensor, End]:
+    """Return (mean loss, end) of the optimizer with parameters theta on one task.
+
+    Args:
+        optimizer: what is trained.
+        family: where the task is from.
+        rule: how gradients pass through the steps.
+        theta: the optimizer's parameters.
+        given: ((parameters, batches) of the task, state of the optimizer).
+    """
+    (params, batches), opt_state = given
+    out = lent(
+        optimizer,
+        theta,
+        minimize,
+        family.loss,
+        optimizer,
+        params,
+        batches,
+        opt_state=opt_state,
+        differentiate=rule,
+    )
+    return out.losses.mean(), tree.map(torch.Tensor.detach, (out.params, out.opt_state))
 
 
 @dataclass(frozen=True)
@@ -129,6 +150,7 @@ class FullUnroll:
         object.__setattr__(self, "_way", _Way())
 
     def init(self) -> None:
+        """Return nothing: there is nothing to remember."""
         return None
 
     def __call__(
@@ -177,8 +199,9 @@ class TruncatedBackprop:
         object.__setattr__(self, "_way", _Way())
 
     def init(self) -> None:
-        """Return the state before the first episode; later it is a dict of tasks, optimizer states
-        and the step.
+        """Return the state before the first episode.
+
+        Later it is a dict of tasks, optimizer states and the step.
         """
         return None
 
@@ -204,40 +227,7 @@ class TruncatedBackprop:
         grads, losses, (params, opt_state) = self._way.gradients(
             optimizer, theta, family, window, opt_state, self.differentiate
         )
-        after = (
-            {"task": (params, tasks.batches), "optimizer": opt_state, "step": stop}
-            if stop < horizon
-            else None
-        )
+        if stop == horizon:
+            return Estimate(grads, losses, None)
+        after = {"task": (params, tasks.batches), "optimizer": opt_state, "step": stop}
         return Estimate(grads, losses, after)
-
-
-class _Unroll(torch.nn.Module):
-    """Holds an optimizer so that `functional_call` can lend it other parameters for a whole unroll."""
-
-    def __init__(self, optimizer: Optimizer):
-        super().__init__()
-        self.optimizer = optimizer
-
-    def forward(
-        self, family: TaskFamily, task: Task, opt_state: Any, rule: Rule
-    ) -> tuple[Tensor, tuple[Tree, Any]]:
-        out = minimize(
-            family.loss,
-            self.optimizer,
-            task.params,
-            task.batches,
-            opt_state=opt_state,
-            differentiate=rule,
-        )
-        return out.losses.mean(), tree.map(torch.Tensor.detach, (out.params, out.opt_state))
-
-
-def _episode(
-    optimizer: Optimizer, theta: Params, family: TaskFamily, task: Task, opt_state: Any, rule: Rule
-) -> tuple[Tensor, tuple[Tree, Any]]:
-    """Return (mean loss, (params, optimizer state) at the end) of the optimizer with parameters
-    theta on one task.
-    """
-    lent = {f"optimizer.{name}": value for name, value in theta.items()}
-    return functional_call(_Unroll(optimizer), lent, (family, task, opt_state, rule))

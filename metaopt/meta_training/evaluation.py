@@ -35,63 +35,44 @@ class Report:
     curves: dict[str, Tensor]
 
     def mean(self, name: str) -> float:
-        """Return the mean loss over seeds and steps: the area under the curve, divided by the
-        horizon.
-        """
+        """Return the mean loss over seeds and steps: the area under the curve over the horizon."""
         return cast(float, self.curves[name].mean().tolist())
 
     def table(self) -> str:
-        """Return a row per optimizer: mean loss, its standard error over seeds, loss in the last
-        tenth, diverged runs.
+        """Return a row per optimizer.
+
+        It holds the mean loss, its standard error over seeds, the loss in the last tenth of the
+        steps, and the number of runs that diverged.
         """
         rows: list[list[str | float]] = []
         for name, losses in self.curves.items():
             per_seed = losses.mean(1)
-            error = (
-                per_seed.std() / len(per_seed) ** 0.5
-                if len(per_seed) > 1
-                else torch.tensor(torch.nan)
-            )
+            error = torch.tensor(torch.nan)
+            if len(per_seed) > 1:
+                error = per_seed.std() / len(per_seed) ** 0.5
             last = losses[:, -max(1, losses.shape[1] // 10) :].mean()
             diverged = (~losses.isfinite().all(1)).sum()
-            numbers = [
-                cast(float, number.tolist()) for number in (per_seed.mean(), error, last, diverged)
-            ]
-            rows.append([name, *numbers])
+            rows.append([name, *(x.tolist() for x in (per_seed.mean(), error, last, diverged))])
         headers = ["optimizer", "mean loss", "std. error", "final loss", "diverged"]
         return write_table(headers, rows, ["", ".4f", ".4f", ".4f", ""])
 
     def plot(self, path: str | Path, title: str = "") -> None:
-        """Draw the mean loss against the step, with a band of two standard errors, into an image
-        file.
-        """
+        """Draw the mean loss against the step, with a band of two standard errors, into a file."""
         with extra("`Report.plot`"):
             from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         for name, losses in self.curves.items():
-            mean, error = (
-                losses.mean(0),
-                losses.std(0, correction=len(losses) > 1) / len(losses) ** 0.5,
-            )
+            mean = losses.mean(0)
+            error = losses.std(0, correction=len(losses) > 1) / len(losses) ** 0.5
             steps = torch.arange(len(mean))
             (line,) = axes.plot(steps, mean, label=f"{name} (mean {self.mean(name):.3f})")
-            axes.fill_between(
-                steps,
-                mean - 2 * error,
-                mean + 2 * error,
-                color=line.get_color(),
-                alpha=0.2,
-                linewidth=0,
-            )
+            band = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+            axes.fill_between(steps, mean - 2 * error, mean + 2 * error, **band)
         seeds = len(next(iter(self.curves.values())))
-        axes.set(
-            xlabel="inner step",
-            ylabel=f"training loss, mean of {seeds} runs",
-            yscale="log",
-            title=title,
-        )
+        label = f"training loss, mean of {seeds} runs"
+        axes.set(xlabel="inner step", ylabel=label, yscale="log", title=title)
         for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             axis_formatter("{x:g}")
         axes.grid(alpha=0.3)

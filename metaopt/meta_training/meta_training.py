@@ -10,18 +10,17 @@ from torch import Tensor
 from metaopt import tree
 from metaopt._functional import Params
 from metaopt.checks import check_count
-from metaopt.meta_training.estimators import Estimator
+from metaopt.meta_training.estimators import Estimate, Estimator
 from metaopt.meta_training.task import TaskFamily
 from metaopt.optimizer import Optimizer, apply_updates
 
 
 class MetaTraining:
-    """theta_{k+1} = theta_k + outer update of the estimated meta-gradient; theta are the
-    optimizer's `nn.Parameter`s.
+    """Steps theta_{k+1} = theta_k + outer update of the estimated meta-gradient.
 
-    A task whose loss or gradient is not finite is left out of the mean, and counted. The gradient
-    of each other task is clipped to the norm `clip` before the mean, so that one wild episode does
-    not decide a step.
+    theta are the optimizer's `nn.Parameter`s. A task whose loss or gradient is not finite is left
+    out of the mean, and counted. The gradient of each other task is clipped to the norm `clip`
+    before the mean, so that one wild episode does not decide a step.
 
     Args:
         optimizer: what is trained, in place: a learned optimizer, or a hand-designed one with
@@ -63,46 +62,30 @@ class MetaTraining:
         if not self._theta():
             raise ValueError(
                 f"{type(optimizer).__name__} has nothing to train. Make a hyperparameter an "
-                f"nn.Parameter, "
-                "for example `SGD(lr=nn.Parameter(torch.tensor(0.1)))`, or use a learned optimizer."
+                "nn.Parameter, for example `SGD(lr=nn.Parameter(torch.tensor(0.1)))`, or use a "
+                "learned optimizer."
             )
         self.outer_state = outer.init(self._theta())
         self.estimator_state = estimator.init()
 
     def step(self) -> dict[str, float | Tensor]:
-        """Make one outer step; return the mean loss of its tasks, the meta-gradient's norm and how
-        many tasks were left out.
+        """Make one outer step.
+
+        Returns:
+            The mean loss of its tasks, the norm of the meta-gradient, and the number of tasks left
+            out.
         """
         theta = self._theta()
-        seed = int(torch.randint(2**62, (), generator=self.generator))
-        # what a loss draws from torch's own generator, dropout for example
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
-            estimate = self.estimator(
-                self.optimizer,
-                theta,
-                self.tasks,
-                self.horizon,
-                self.estimator_state,
-                self.generator,
-            )
-        norms = (
-            torch.stack(
-                [grad.reshape(len(grad), -1).square().sum(1) for grad in estimate.grads.values()]
-            )
-            .sum(0)
-            .sqrt()
-        )
+        estimate = self._estimate(theta)
+        squares = [grad.reshape(len(grad), -1).square().sum(1) for grad in estimate.grads.values()]
+        norms = torch.stack(squares).sum(0).sqrt()
         good = norms.isfinite() & estimate.losses.isfinite()
         weights = good / good.sum().clamp(min=1)
         if self.clip is not None:
             weights = weights * (self.clip / norms.clamp(min=self.clip))
+        weights = weights.masked_fill(~good, 0)
         grads = {
-            name: torch.einsum(
-                "t,t...->...",
-                weights.masked_fill(~good, 0),
-                torch.where(_like(good, grad), grad, 0),
-            )
+            name: torch.einsum("t,t...->...", weights, torch.where(_like(good, grad), grad, 0))
             for name, grad in estimate.grads.items()
         }
         loss = estimate.losses[good].mean()
@@ -114,6 +97,21 @@ class MetaTraining:
             "gradient norm": tree.norm(grads),
             "tasks left out": (~good).sum(),
         }
+
+    def _estimate(self, theta: Params) -> Estimate:
+        """Return the estimator's next estimate, which draws at random from our generator only."""
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        # What a loss draws from torch's own generator, dropout for example.
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+            return self.estimator(
+                self.optimizer,
+                theta,
+                self.tasks,
+                self.horizon,
+                self.estimator_state,
+                self.generator,
+            )
 
     def _update(self, grads: Params, theta: Params, loss: Tensor) -> None:
         """Let the outer optimizer write new values into the optimizer's parameters."""

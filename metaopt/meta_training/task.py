@@ -41,7 +41,7 @@ def sample_tasks(family: TaskFamily, generator: torch.Generator, count: int, ste
     if set(lengths.values()) != {steps}:
         raise ValueError(
             f"{type(family).__name__}: every leaf of a task's batches must have {steps} rows, one "
-            f"for each step, got {lengths} "
-            "(-1: no rows). For the same batch at every step, `expand` it."
+            f"for each step, got {lengths} (-1: no rows). For the same batch at every step, "
+            f"`expand` it."
         )
     return Task(*tree.stack([tuple(task) for task in drawn]))
