@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +13,36 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from metaopt import tree
 from metaopt._functional import functional
+from metaopt.autodiff.replay import drawn_again
 from metaopt.exact_ops import any_order
 
-# of the derivatives' size: central differences in float64 come within 1e-7, wrong formulas are off
-# by 1e-3
+# Of the derivatives' size: central differences in float64 come within 1e-7, wrong formulas are off
+# by 1e-3.
 _TOLERANCE = 1e-4
-_Problem = tuple[str, str, str]  # (operator, path of the submodule, what is wrong)
+
+
+class _Problem(NamedTuple):
+    """What cannot be differentiated twice."""
+
+    operator: str
+    submodule: str  # its path
+    why: str
+
+    def __str__(self) -> str:
+        where = f" in submodule {self.submodule!r}" if self.submodule else ""
+        return f"{self.operator}{where}: {self.why}"
 
 
 def check_second_order(
     model: nn.Module, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
 ) -> None:
-    """Raise if the second derivative of L(w) along a random line does not exist, or is not d/dt of
-    grad L(w + t v).
+    """Raise unless the second derivative of L(w) exists and is right, along a random line.
 
-    Inner loops with `Backprop` need it. The check runs as they do (norms, attention and recurrent
-    layers are computed by `any_order`), on a copy of the model in float64: the model itself, its
-    buffers and the random state stay as they are. Where the whole fails, every call of a torch
-    function is examined by itself. Piecewise linear functions are no problem: their second
-    derivative is rightly zero.
+    It is compared with differences of grad L(w + t v) in t. Inner loops with `Backprop` need it.
+    The check runs as they do (norms, attention and recurrent layers are computed by `any_order`),
+    on a copy of the model in float64: the model itself, its buffers and the random state stay as
+    they are. Where the whole fails, every call of a torch function is examined by itself. Piecewise
+    linear functions are no problem: their second derivative is rightly zero.
 
     Args:
         model: any module, in training or in evaluation mode.
@@ -64,21 +75,18 @@ def check_second_order(
         wrong = _compare(loss, params)
         if wrong is None:
             return
-        with _paths(exact) as path, _Examination(path) as examination, _random_state_kept(params):
+        with _paths(exact) as path, _Examination(path) as examination, drawn_again(params):
             loss([p.requires_grad_() for p in params])
-    found = dict.fromkeys(examination.problems) or {("the loss", "", wrong): None}
+    hint = ""
+    if not examination.problems:
+        examination.problems.append(_Problem("the loss", "", wrong))
+        hint = (
+            " Every torch function by itself is fine: look for an autograd.Function or a `detach`."
+        )
+    found = "; ".join(dict.fromkeys(map(str, examination.problems)))
     raise ValueError(
-        "The model cannot be differentiated twice: "
-        + "; ".join(
-            f"{operator}{f' in submodule {where!r}' if where else ''}: {why}"
-            for operator, where, why in found
-        )
-        + ". Write it with elementary operations or a twice differentiable autograd.Function, or use `FirstOrder()`."
-        + (
-            ""
-            if examination.problems
-            else " Every torch function by itself is fine: look for an autograd.Function or a `detach`."
-        )
+        f"The model cannot be differentiated twice: {found}. Write it with elementary operations "
+        f"or a twice differentiable autograd.Function, or use `FirstOrder()`.{hint}"
     )
 
 
@@ -105,8 +113,7 @@ def _mean_square(model: nn.Module, batch: Any) -> Tensor:
     if not outputs:
         raise ValueError(
             f"`model` must return a floating-point tensor, or a tree of some, got "
-            f"{type(output).__name__}. Give `loss_fn(model, "
-            "batch)`, which returns a scalar."
+            f"{type(output).__name__}. Give `loss_fn(model, batch)`, which returns a scalar."
         )
     return torch.stack([leaf.square().mean() for leaf in outputs]).sum()
 
@@ -115,13 +122,8 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _random_state_kept(leaves: Sequence[Any]) -> AbstractContextManager[None]:
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
-    return torch.random.fork_rng(devices)
-
-
 def _compare(fn: Callable[[Sequence[Tensor]], Tensor], point: Sequence[Tensor]) -> str | None:
-    """Say what is wrong with the second derivative of a scalar `fn`, or None.
+    """Return what is wrong with the second derivative of a scalar `fn`, or None.
 
     A difference that steps over a kink says nothing: smaller steps are tried, and another point, in
     case this one lies on it.
@@ -129,55 +131,55 @@ def _compare(fn: Callable[[Sequence[Tensor]], Tensor], point: Sequence[Tensor]) 
     generator = torch.Generator().manual_seed(0)
 
     def noise() -> list[Tensor]:
-        return [
-            torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in point
-        ]
+        drawn = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in point]
+        return [e.to(x.device) for e, x in zip(drawn, point, strict=True)]
 
-    def gradient(at: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with _random_state_kept(at):  # the same dropout every time
-            return torch.autograd.grad(fn(at), at, materialize_grads=True)
+    def gradient(at: list[Tensor]) -> list[Tensor]:
+        with drawn_again(at):  # the same dropout every time
+            return list(torch.autograd.grad(fn(at), at, materialize_grads=True))
 
     smallest = torch.tensor(torch.inf, dtype=torch.float64)
     direction = noise()
     for jitter in (0.0, 1e-3):
-        here = [
-            (x + jitter * e).detach().requires_grad_() for x, e in zip(point, noise(), strict=True)
-        ]
-        with _random_state_kept(here):
-            value = fn(here)
+        here = _move(point, jitter, noise())
         try:
-            first = torch.autograd.grad(value, here, create_graph=True, materialize_grads=True)
-            along = torch.stack(
-                [(g * v).sum() for g, v in zip(first, direction, strict=True)]
-            ).sum()
-            linear = not along.requires_grad
-            second = (
-                [torch.zeros_like(x) for x in here]
-                if linear
-                else torch.autograd.grad(along, here, materialize_grads=True)
-            )
+            first, second = _derivatives(fn, here, direction)
         except (RuntimeError, NotImplementedError) as error:
             return str(error).splitlines()[0].rstrip(".")
         if not jitter and not all(x.isfinite().all() for x in second):
             return "its second derivative is not finite (a root or a norm at zero?)"
         for h in (1e-5, 1e-6, 1e-7, 1e-8):
-            ends = [
-                [
-                    (x + s * h * v).detach().requires_grad_()
-                    for x, v in zip(here, direction, strict=True)
-                ]
-                for s in (1, -1)
-            ]
-            after, before = (gradient(at) for at in ends)
+            after, before = (gradient(_move(here, s * h, direction)) for s in (1, -1))
             slopes = [(a - b) / (2 * h) for a, b in zip(after, before, strict=True)]
-            gap = tree.norm(tree.map(torch.sub, list(second), slopes))
-            size = (
-                tree.norm(slopes) + tree.norm(list(second)) + tree.norm([g.detach() for g in first])
-            )
+            gap = tree.norm(tree.map(torch.sub, second, slopes))
+            size = tree.norm(slopes) + tree.norm(second) + tree.norm(first)
             smallest = torch.fmin(smallest, gap / size.clamp_min(1e-12))
             if not smallest > _TOLERANCE:
                 return None
-    return f"its second derivative is off by {smallest.tolist():.0e} of its size from a finite difference of the first"
+    return (
+        f"its second derivative is off by {smallest.tolist():.0e} of its size from a finite "
+        "difference of the first"
+    )
+
+
+def _move(point: Sequence[Tensor], step: float, direction: list[Tensor]) -> list[Tensor]:
+    """Return variables at x + step v."""
+    moved = tree.scaled_sums([x.detach() for x in point], step, direction)
+    return [x.requires_grad_() for x in moved]
+
+
+def _derivatives(
+    fn: Callable[[Sequence[Tensor]], Tensor], here: list[Tensor], direction: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return (gradient, second derivative along the direction)."""
+    with drawn_again(here):
+        value = fn(here)
+    first = torch.autograd.grad(value, here, create_graph=True, materialize_grads=True)
+    along = sum(((g * v).sum() for g, v in zip(first, direction, strict=True)), torch.zeros(()))
+    detached = [g.detach() for g in first]
+    if not along.requires_grad:
+        return detached, [torch.zeros_like(x) for x in here]
+    return detached, list(torch.autograd.grad(along, here, materialize_grads=True))
 
 
 @contextmanager
@@ -200,53 +202,42 @@ def _paths(model: nn.Module) -> Iterator[list[str]]:
 
 
 class _Examination(TorchFunctionMode):
-    """Compares, for each torch function that is called, its second derivative with finite
-    differences.
-    """
+    """Compares the second derivative of each torch function that is called with differences."""
 
     def __init__(self, path: list[str]):
         super().__init__()
         self.path = path
         self.problems: list[_Problem] = []
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: Any = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        leaves, structure = tree.flatten((args, kwargs or {}))
-        # it may work in place
-        before = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        places = [
-            i
-            for i, leaf in enumerate(leaves)
-            if torch.is_grad_enabled() and _is_float(leaf) and leaf.requires_grad
-        ]
-        with _random_state_kept(leaves):
-            wrong = self._examine(func, structure, before, places)
-        if wrong is not None:
-            name = resolve_name(func) or getattr(func, "__qualname__", repr(func))
-            self.problems.append((f"`{name}`", self.path[-1] if self.path else "", wrong))
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled():
+            with drawn_again((args, kwargs)):
+                wrong = _examine(func, args, kwargs)
+            if wrong is not None:
+                name = resolve_name(func) or getattr(func, "__qualname__", repr(func))
+                where = self.path[-1] if self.path else ""
+                self.problems.append(_Problem(f"`{name}`", where, wrong))
+        return func(*args, **kwargs)
 
-    @staticmethod
-    def _examine(
-        func: Callable[..., Any], structure: tree.Structure, leaves: list[Any], places: list[int]
-    ) -> str | None:
-        def value(at: Sequence[Tensor]) -> Tensor:
-            given = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            for place, tensor in zip(places, at, strict=True):
-                given[place] = tensor.clone()
-            args, kwargs = tree.unflatten(structure, given)
-            results = [
-                leaf
-                for leaf in tree.leaves(func(*args, **kwargs))
-                if _is_float(leaf) and leaf.requires_grad
-            ]
-            finite = [torch.where(leaf.isfinite(), leaf, 0) for leaf in results]
-            nothing = torch.where(at[0].isfinite(), at[0], 0).sum() * 0
-            return sum(((leaf + 0.5 * leaf.square()).sum() for leaf in finite), nothing)
 
-        return _compare(value, [leaves[place] for place in places]) if places else None
+def _examine(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> str | None:
+    """Return what is wrong with the second derivative of one call, or None."""
+    leaves, structure = tree.flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if _is_float(leaf) and leaf.requires_grad]
+    if not places:
+        return None
+
+    def value(at: Sequence[Tensor]) -> Tensor:
+        # Copies, since the function may work in place.
+        given = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for place, tensor in zip(places, at, strict=True):
+            given[place] = tensor.clone()
+        args, kwargs = tree.unflatten(structure, given)
+        results = tree.leaves(func(*args, **kwargs))
+        results = [leaf for leaf in results if _is_float(leaf) and leaf.requires_grad]
+        finite = [torch.where(leaf.isfinite(), leaf, 0) for leaf in results]
+        nothing = torch.where(at[0].isfinite(), at[0], 0).sum() * 0
+        return sum(((leaf + 0.5 * leaf.square()).sum() for leaf in finite), nothing)
+
+    return _compare(value, [leaves[place].detach().clone() for place in places])
