@@ -1,5 +1,6 @@
-"""Optimisation that learns: differentiable inner loops, meta-gradients and learned optimizers on
-top of `torch.func`.
+"""Optimisation that learns, on top of `torch.func`.
+
+Differentiable inner loops, meta-gradients, graphs of levels and learned optimizers.
 """
 
 from importlib import import_module
@@ -143,8 +144,9 @@ ON_DEMAND = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for (PEP 562): `metaopt.levels` and `metaopt.Level` import the module
-    `metaopt.levels`.
+    """Import what is asked for (PEP 562).
+
+    `metaopt.levels` and `metaopt.Level` import the module `metaopt.levels`.
     """
     for module, names in ON_DEMAND.items():
         if name == module:

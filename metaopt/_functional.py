@@ -282,7 +282,7 @@ def _lend(
         left: gets what the function left in the places of the names in it.
     """
     lent: list[tuple[str, dict[str, Any], str, Any]] = []
-    # Hooks are refused where nobody else has set or refused them. `torch.func` refuses them itself,
+    # Hooks are refused unless they are set, or refused, already. `torch.func` refuses them itself,
     # and a compiler sees through.
     refuses = not torch.compiler.is_compiling() and has_no_hooks()
     try:

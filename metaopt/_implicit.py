@@ -26,11 +26,11 @@ def implicit(
     meta: Tree = None,
     solver: LinearSolver | PointRule = ConjugateGradient(),  # noqa: B008
 ) -> Tree:
-    """Return w with the derivative dw/dl = -H^-1 d_l grad_w L that grad_w L(w, batch, l) = 0 gives
-    it.
+    """Return w with the derivative that grad_w L(w, batch, l) = 0 gives it.
 
-    w may come from anywhere: `torch.optim.LBFGS`, scipy, scikit-learn (made a tensor by
-    `torch.as_tensor`). What `minimize` with `Implicit` does at the end of its own loop:
+    It is dw/dl = -H^-1 d_l grad_w L. w may come from anywhere: `torch.optim.LBFGS`, scipy,
+    scikit-learn (made a tensor by `torch.as_tensor`). What `minimize` with `Implicit` does at the
+    end of its own loop:
 
         solution = fit(weights.detach())  # any solver
         w = mo.implicit(loss_fn, solution, batch, meta=weights)
@@ -53,7 +53,7 @@ def implicit(
 
     Raises:
         ValueError: `solution` holds something else; it is itself what is differentiated; the loss
-            is no scalar, or reaches a tensor that requires grad through its closure; a rule needs
+            is not a scalar, or reaches a tensor that requires grad through its closure; a rule needs
             an optimizer (`SAMA`, `scale="lr"`).
         TypeError: `solver` is neither a linear solver nor a rule that looks at one point.
 
@@ -67,8 +67,7 @@ def implicit(
     if not isinstance(solver, LinearSolver | PointRule):
         raise TypeError(
             f"implicit: `solver` must be a linear solver, or a rule that looks at one point, got "
-            f"{solver!r}. Use for example "
-            "`ConjugateGradient(max_steps=20)` or `Penalty()`."
+            f"{solver!r}. Use for example `ConjugateGradient(max_steps=20)` or `Penalty()`."
         )
     check_differentiable("implicit", "solution", tree.named_leaves(solution))
     rule = solver if isinstance(solver, PointRule) else Implicit(solver)
@@ -91,8 +90,7 @@ def implicit(
     def update(*_: Any) -> tuple[Tree, Any]:
         raise ValueError(
             f"implicit: `solver` must do without an optimizer, got {rule!r}, which asks for its "
-            f"update. Use a linear solver, "
-            "`FiniteDifference(scale=...)` or `Penalty()`."
+            "update. Use a linear solver, `FiniteDifference(scale=...)` or `Penalty()`."
         )
 
     read = without_optimizer(inputs)

@@ -13,8 +13,9 @@ from metaopt.torch_internals import outside_transforms as outside_transforms
 
 
 def is_tracked(tensor: Tensor) -> bool:
-    """Say whether autograd, at the top level or at any level of `torch.func.grad`, differentiates
-    through `tensor`.
+    """Return True if autograd differentiates through `tensor`.
+
+    It may do so at the top level, or at any level of `torch.func.grad`.
     """
     while not tensor.requires_grad:
         if not torch_internals.is_wrapped(tensor):
@@ -24,9 +25,9 @@ def is_tracked(tensor: Tensor) -> bool:
 
 
 def constant(leaf: Any) -> Any:
-    """Return a tensor that nobody differentiates, or what is no tensor.
+    """Return the tensor without its graph; anything that is not a tensor as it is.
 
-    To see that it is one already is faster than `detach`.
+    To see that it has no graph is faster than `detach`.
     """
     if not isinstance(leaf, Tensor) or not (torch.compiler.is_compiling() or is_tracked(leaf)):
         return leaf
@@ -34,8 +35,9 @@ def constant(leaf: Any) -> Any:
 
 
 def innermost(tensor: Tensor) -> Tensor:
-    """Return the plain tensor inside the wrappers of every level of `torch.func`; that of a `vmap`
-    has all its rows.
+    """Return the plain tensor inside the wrappers of every level of `torch.func`.
+
+    That of a `vmap` has all its rows.
     """
     while torch_internals.is_wrapped(tensor):
         tensor = torch_internals.unwrapped(tensor)
@@ -43,18 +45,19 @@ def innermost(tensor: Tensor) -> Tensor:
 
 
 def entries(tensor: Tensor) -> int:
-    """Return how many numbers it holds, in all rows of a `vmap` together."""
+    """Return the number of entries, in all rows of a `vmap` together."""
     return innermost(tensor).numel()
 
 
 def is_differentiable(leaf: Any) -> bool:
-    """Say whether it is a tensor of a kind that has derivatives."""
+    """Return True for a tensor of a kind that has derivatives."""
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def tracking_levels(tensor: Tensor) -> set[int]:
-    """Return the levels of `torch.func.grad` that differentiate through `tensor`; plain autograd is
-    level 0.
+    """Return the levels of `torch.func.grad` that differentiate through `tensor`.
+
+    Plain autograd is level 0.
     """
     levels = set()
     while True:
@@ -67,22 +70,25 @@ def tracking_levels(tensor: Tensor) -> set[int]:
 
 
 def values_are_readable() -> bool:
-    """Say whether a tensor's value may decide what Python does next: not under vmap, grad, jvp or
-    compile.
+    """Return True if a tensor's value may decide what Python does next.
+
+    It may not under vmap, grad, jvp or compile.
     """
     return not torch.compiler.is_compiling() and not torch_internals.is_in_transform()
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Return True if the entries can be looked at; those of other classes may be fake, or spread
-    over processes.
+    """Return True if the entries of a tensor can be looked at.
+
+    Those of other classes may be fake, or spread over processes.
     """
     return values_are_readable() and not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
 
 
 def is_last() -> bool:
-    """Say whether nobody differentiates what is computed now: no graph, no forward mode, no
-    transform and no compiler.
+    """Return True if nothing records derivatives.
+
+    There is then no graph, no forward mode, no transform and no compiler.
     """
     return (
         not torch.is_grad_enabled()
@@ -93,17 +99,18 @@ def is_last() -> bool:
 
 
 def inside_jvp() -> bool:
-    """Say whether `torch.func.jvp` is active."""
+    """Return True if `torch.func.jvp` is active."""
     return any(level.key() == torch_internals.JVP for level in torch_internals.transforms())
 
 
 def has_tangent(leaf: Any) -> bool:
-    """Say whether forward mode, of `torch.func.jvp` or by dual numbers, differentiates through a
-    tensor.
+    """Return True if forward mode differentiates through a tensor.
+
+    It may be that of `torch.func.jvp`, or dual numbers.
     """
     if not torch_internals.uses_dual_numbers() or not is_differentiable(leaf):
         return False
-    # a batched one cannot be asked
+    # A batched one cannot be asked.
     while torch_internals.is_batched(leaf) or forward_ad.unpack_dual(leaf).tangent is None:
         if not torch_internals.is_wrapped(leaf):
             return False

@@ -1,5 +1,6 @@
-"""Arithmetic on trees of tensors: nested dicts, lists, tuples and named tuples with tensors at the
-leaves.
+"""Arithmetic on trees of tensors.
+
+A tree is a nesting of dicts, lists, tuples and named tuples with tensors at the leaves.
 """
 
 from __future__ import annotations
@@ -23,18 +24,17 @@ flatten = pytree.tree_flatten
 
 _HALF = {torch.float16, torch.bfloat16}  # whose norms would be rounded one by one
 _LEAVES = {Tensor, Parameter, bool, int, float, str, type(None)}
-# of the types of some values; a loop in Python took three times as long
+# Of the types of some values; a loop in Python took three times as long.
 _all_leaves = _LEAVES.issuperset
 
 
 def map(
     fn: Callable[..., Any], tree: Tree, *rest: Tree, is_leaf: Callable[[Tree], bool] | None = None
 ) -> Tree:
-    """Return the tree of fn(leaf, *leaves at the same place in the `rest`); these begin with the
-    structure of the first.
+    """Return the tree of fn(leaf, *leaves at the same place in the `rest`).
 
-    As torch's `tree_map`, which makes a description of the structure first: on dicts, lists and
-    tuples this takes a quarter of the time.
+    The `rest` begin with the structure of the first. As torch's `tree_map`, which makes a
+    description of the structure first: on dicts, lists and tuples this takes a quarter of the time.
     """
     if torch.compiler.is_compiling() or is_leaf is not None:
         return pytree.tree_map(fn, tree, *rest, is_leaf=is_leaf)
@@ -45,7 +45,7 @@ def _map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     kind = type(tree)
     if kind in _LEAVES:
         return fn(tree, *rest)
-    # the leaves in it by themselves: to call this function for each is half of the time
+    # The leaves in it by themselves: to call this function for each is half of the time.
     if kind is dict:
         if not rest:
             if _all_leaves(builtins.map(type, tree.values())):
@@ -98,8 +98,9 @@ def _collect(tree: Tree, found: list[Any]) -> None:
 
 
 def _is_row(kind: type) -> bool:
-    """Say whether it is that of lists, tuples or named tuples, unless torch was told another way to
-    take these apart.
+    """Return True for lists, tuples and named tuples.
+
+    A named tuple is none of them if torch was told another way to take it apart.
     """
     return (
         kind is list
@@ -114,8 +115,9 @@ def unflatten(structure: Structure, leaves: Sequence[Any]) -> Tree:
 
 
 def with_leaves(tree: Tree, leaves: Iterable[Any]) -> Tree:
-    """Return the tree with other leaves, in their order; in a third of the time that torch's
-    flattening and unflattening take.
+    """Return the tree with other leaves, in their order.
+
+    This takes a third of the time of torch's flattening and unflattening.
     """
     if torch.compiler.is_compiling():
         return pytree.tree_unflatten(list(leaves), pytree.tree_structure(tree))
@@ -169,7 +171,7 @@ def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
 
 
 def is_alike(one: Tree, other: Tree) -> bool:
-    """Say whether two trees have one structure, keys of dicts in one order."""
+    """Return True if two trees have one structure, keys of dicts in one order."""
     kind = type(one)
     if kind in _LEAVES:
         return type(other) in _LEAVES
@@ -190,8 +192,9 @@ def is_alike(one: Tree, other: Tree) -> bool:
 
 
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
-    """Return (path, leaf) pairs; the path reads like Python indexing, for example
-    `['net.0.weight']`.
+    """Return (path, leaf) pairs.
+
+    The path reads like Python indexing, for example `['net.0.weight']`.
     """
     return [
         (pytree.keystr(path) or "the tensor itself", leaf)
@@ -207,8 +210,9 @@ def leading_axis(tree: Tree) -> int | None:
 
 
 def leading_axes(tree: Tree) -> dict[str, int]:
-    """Return path -> length of the leading axis for every leaf; -1 for a leaf that has none or is
-    no tensor.
+    """Return path -> length of the leading axis for every leaf.
+
+    It is -1 for a leaf that has none, or is not a tensor.
     """
     return {
         path: len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else -1
@@ -227,8 +231,9 @@ def index(tree: Tree, i: Any) -> Tree:
 
 
 def ravel(tree: Tree) -> Tensor:
-    """Return all entries in a row, [n], in the promoted dtype of the leaves; a complex one as two
-    real ones.
+    """Return all entries in a row, [n], in the promoted dtype of the leaves.
+
+    A complex entry counts as two real ones.
     """
     return torch.cat([as_real(leaf).reshape(-1) for leaf in leaves(tree)])
 
@@ -243,11 +248,12 @@ def unravel(vector: Tensor, like: Tree) -> Tree:
 
 
 def norm(tree: Tree) -> Tensor:
-    """Return the Euclidean norm of all entries together, real also of complex ones, with derivative
-    0 where the norm is 0.
+    """Return the Euclidean norm of all entries together.
+
+    It is real also of complex ones, and its derivative is 0 where the norm is 0.
     """
     found = leaves(tree)
-    # in one pass and without a copy
+    # In one pass and without a copy.
     if is_last() and not any(leaf.dtype in _HALF for leaf in found):
         return torch.linalg.vector_norm(torch.stack(foreach_norm(found)))
     return safe_sqrt(sum_leaves(lambda leaf: as_real(leaf).square().sum(), tree))
@@ -291,11 +297,10 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 
 def as_real(leaf: Tensor) -> Tensor:
-    """Return a complex tensor as a real one with a last axis for (real, imaginary); a real one as
-    it is.
+    """Return a complex tensor as a real one with a last axis for (real, imaginary).
 
-    No view of it: torch's derivative of `view_as_real` refuses a cotangent that begins at an odd
-    place, as one out of `cat` may.
+    A real tensor is returned as it is. No view of it: torch's derivative of `view_as_real` refuses
+    a cotangent that begins at an odd place, as one out of `cat` may.
     """
     return torch.stack([leaf.real, leaf.imag], -1) if leaf.is_complex() else leaf
 

@@ -55,7 +55,7 @@ def from_torch(
     Raises:
         TypeError: another class.
         ValueError: every parameter is frozen, there are several groups and no `params`, or `params`
-            holds what is no parameter of the optimizer; `scheduler` is another optimizer's, of
+            holds anything but the optimizer's parameters; `scheduler` is another optimizer's, of
             another kind, or not all that sets the rate; in `init`, the tensors are not those of the
             optimizer, by number, shape or order.
     """
@@ -165,9 +165,7 @@ class FromTorch(Optimizer):
         )
 
     def init(self, params: Tree, *, per_parameter: bool = False) -> State:
-        """Return the state in which the torch optimizer was, on the devices and in the dtypes of
-        `params`.
-        """
+        """Return the state of the torch optimizer, on the devices and in the dtypes of `params`."""
         state = super().init(params)
         leaves = self._leaves(params, "params")
         if not torch.compiler.is_compiling():  # a compiler does not see which tensor is which
@@ -218,9 +216,9 @@ class FromTorch(Optimizer):
         grads: Tree | None = None,
         params: Tree | None = None,
     ) -> dict[str, Value]:
-        """Return name -> value, as `Optimizer.values` does;
+        """Return name -> value, as `Optimizer.values` does.
 
-        names are led by "optimizers.0." and so on.
+        The names are led by "optimizers.0." and so on.
         """
         self._check_parts(state)
         own = [
@@ -256,7 +254,10 @@ class FromTorch(Optimizer):
         return list(zip(cast(Sequence[Optimizer], self.optimizers), self.parts, strict=True))
 
     def _check_order(self, params: Tree) -> None:
-        """Raise if the parameters are the live ones, in another order: equal shapes would not tell."""
+        """Raise if the parameters are the live ones in another order.
+
+        Equal shapes would not tell.
+        """
         place_of = {
             id(live): place
             for place, weight in enumerate(self._weights)
@@ -271,7 +272,10 @@ class FromTorch(Optimizer):
                 )
 
     def _leaves(self, given: Tree, what: str) -> Leaves:
-        """Return the leaves, which must be those of the torch optimizer as far as that can be seen."""
+        """Return the leaves, which must be those of the torch optimizer.
+
+        That is checked as far as it can be seen.
+        """
         leaves = (
             tree.leaves(given)
             if self.structure is None
@@ -373,8 +377,7 @@ def _weights(optimizer: torch.optim.Optimizer, params: Tree | None) -> Leaves:
 
 
 def counts(state: dict[str, Any]) -> tuple[float, ...]:
-    """Return the step count of a parameter, and a mark for whatever else of its state is one
-    number.
+    """Return the step count of a parameter, and a mark for each other number of its state.
 
     The mark is the value; of a tensor that is differentiated its id, since equal values may have
     different histories.

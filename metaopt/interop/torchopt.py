@@ -27,12 +27,11 @@ if TYPE_CHECKING:
 def from_torchopt(
     transform: GradientTransformation | Callable[..., GradientTransformation], **arguments: Any
 ) -> FromTorchOpt:
-    """Return a TorchOpt transformation as an `Optimizer`: pure, under `vmap` too, and
-    differentiable.
+    """Return a TorchOpt transformation as an `Optimizer`.
 
-    `from_torchopt(torchopt.adam(1e-3))`, or, to learn or schedule hyperparameters, the function and
-    its arguments: `from_torchopt(torchopt.adam, lr=nn.Parameter(torch.tensor(1e-3)), betas=(0.9,
-    0.99))`.
+    It is pure, under `vmap` too, and differentiable. `from_torchopt(torchopt.adam(1e-3))`, or, to
+    learn or schedule hyperparameters, the function and its arguments: `from_torchopt(torchopt.adam,
+    lr=nn.Parameter(torch.tensor(1e-3)), betas=(0.9, 0.99))`.
 
     The arithmetic is TorchOpt's, and so are its limits; those in `metaopt.optimizers` have none of
     these:
@@ -54,7 +53,7 @@ def from_torchopt(
             as it is.
 
     Raises:
-        TypeError: `transform` is no gradient transformation, or, with arguments, no function.
+        TypeError: `transform` is not a gradient transformation, or, with arguments, not a function.
         ValueError: a tensor that requires grad is hidden in the transformation or in an argument:
             give it by name.
     """
@@ -76,8 +75,9 @@ def from_torchopt(
 
 
 class FromTorchOpt(Optimizer):
-    """A TorchOpt transformation; made by `from_torchopt`. Its own state is
-    `state["shared"]["transform"]`.
+    """A TorchOpt transformation; made by `from_torchopt`.
+
+    Its own state is `state["shared"]["transform"]`.
 
     Args:
         transform: the transformation, or the function that makes it.
@@ -113,7 +113,7 @@ class FromTorchOpt(Optimizer):
             set_hyperparameter(self, name, value, low=-torch.inf)  # TorchOpt checks its own
 
     def extra_repr(self) -> str:
-        """Return the function's name and what is no tensor or module among its arguments."""
+        """Return the function's name, and its arguments but for tensors and modules."""
         numbers = {
             name: value
             for name in self.hyperparameters
@@ -232,8 +232,9 @@ def _uncounted(memory: Tree) -> Tree:
 
 
 def _batched(memory: Tree, like: Tree) -> Tree:
-    """Give the memory every batch axis of `vmap` that is in `like`: TorchOpt adds gradients to it
-    in place.
+    """Give the memory every batch axis of `vmap` that is in `like`.
+
+    TorchOpt adds gradients to it in place.
     """
     zero = tree.sum_leaves(
         lambda leaf: leaf.new_zeros(()),
@@ -266,13 +267,12 @@ class _SmoothRoots(TorchFunctionMode):
 
 
 class _FirstCall(NamedTuple):
-    """The hidden flag of `torchopt.transform.trace`: at its first call it forgets its memory and
-    does not dampen.
+    """The hidden flag of `torchopt.transform.trace`.
 
-    The flag belongs to the transformation, not to the state: rebuilt at every step it would never
-    have any memory, and used for a second run it would dampen the first gradient. We set it by the
-    step count of the state. It `matters` where there is dampening; without, a memory of zeros does
-    the same.
+    At its first call it forgets its memory and does not dampen. The flag belongs to the
+    transformation, not to the state: rebuilt at every step it would never have any memory, and used
+    for a second run it would dampen the first gradient. We set it by the step count of the state.
+    It `matters` where there is dampening; without, a memory of zeros does the same.
     """
 
     cell: types.CellType

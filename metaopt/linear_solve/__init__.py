@@ -1,5 +1,6 @@
-"""Solvers of (A + damping I) x = b for an operator known by its products with vectors, one per
-file.
+"""Solvers of (A + damping I) x = b for an operator known by its products with vectors.
+
+There is one in each file.
 """
 
 from metaopt.linear_solve.base import LinearSolver, Solution

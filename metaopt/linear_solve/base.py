@@ -119,33 +119,36 @@ class IterativeSolver(LinearSolver):
         )
 
     def _unsolved(self, residual: Tensor) -> Tensor:
-        """Say whether the norm of the residual asks for another step."""
+        """Return True where the norm of the residual asks for another step."""
         return residual > max(self.rtol, torch.finfo(residual.dtype).eps)
 
 
 def all_done(active: Tensor) -> bool:
-    """Say whether it is known that no element has anything left to do."""
+    """Return True if it is known that no element has anything left to do."""
     return values_are_readable() and not active.any()
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return the quotient, 0 where the denominator is 0: a method that breaks down stays where it
-    is.
+    """Return the quotient, 0 where the denominator is 0.
+
+    A method that breaks down then stays where it is.
     """
     regular = denominator != 0
     return torch.where(regular, numerator / torch.where(regular, denominator, 1), 0)
 
 
 def products(operator: Operator, rows: Tensor) -> Tensor:
-    """Return A r for each row r of [k, n], as rows, batched by `vmap`; randomness inside A is one
-    and the same for all.
+    """Return A r for each row r of [k, n], as rows, batched by `vmap`.
+
+    Randomness inside A is one and the same for all.
     """
     return torch.func.vmap(operator, randomness="same")(rows)
 
 
 def seeded_normal(n: int, k: int, seed: int) -> Tensor:
-    """Return the same standard normal numbers [n, k], float64, for the same arguments, under every
-    transform.
+    """Return standard normal numbers [n, k], float64, the same ones for the same arguments.
+
+    They are the same under every transform.
     """
     return _drawn(
         lambda generator: torch.randn(n, k, dtype=torch.float64, generator=generator), seed
@@ -153,14 +156,18 @@ def seeded_normal(n: int, k: int, seed: int) -> Tensor:
 
 
 def seeded_places(n: int, k: int, seed: int) -> Tensor:
-    """Return the same k of the numbers 0, ..., n - 1 for the same arguments, under every transform."""
+    """Return k of the numbers 0, ..., n - 1, the same ones for the same arguments.
+
+    They are the same under every transform.
+    """
     return _drawn(lambda generator: torch.randperm(n, generator=generator)[:k], seed)
 
 
 @mark_constant_when_compiled
 def _drawn(draw: Callable[[torch.Generator], Tensor], seed: int) -> Tensor:
-    """Draw outside of all transforms: `vmap` would refuse, or draw one per element; a compiler
-    keeps the numbers.
+    """Draw outside of all transforms.
+
+    `vmap` would refuse, or draw one per element; a compiler keeps the numbers.
     """
     with outside_transforms():
         return draw(torch.Generator().manual_seed(seed))

@@ -13,12 +13,12 @@ from metaopt.linear_solve.base import IterativeSolver, Operator, all_done, divid
 
 @dataclass(frozen=True)
 class ConjugateGradient(IterativeSolver):
-    """Solve A x = b for symmetric positive definite A, minimising the error in the norm x'Ax over
-    the Krylov space.
+    """Solve A x = b for symmetric positive definite A.
 
-    Exact after n steps in n dimensions; after k steps the error has fallen by 2 ((sqrt(c) - 1) /
-    (sqrt(c) + 1))^k at least, with the condition number c. A Hessian with negative eigenvalues
-    needs `damping` above the largest of them, or `NormalCG`.
+    The error in the norm x'Ax is minimal over the Krylov space. Exact after n steps in n
+    dimensions; after k steps the error has fallen by 2 ((sqrt(c) - 1) / (sqrt(c) + 1))^k at least,
+    with the condition number c. A Hessian with negative eigenvalues needs `damping` above the
+    largest of them, or `NormalCG`.
 
     Args:
         max_steps: iterations at most.

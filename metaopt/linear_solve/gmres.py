@@ -77,8 +77,9 @@ class GMRES(IterativeSolver):
 
 
 def _orthogonalized(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the coefficients of `vector` in the orthonormal rows of `basis`, and what is left;
-    twice, for full precision.
+    """Return the coefficients of `vector` in the orthonormal rows of `basis`, and what is left.
+
+    They are computed twice, for full precision.
     """
     first = basis @ vector
     left = vector - first @ basis

@@ -13,11 +13,11 @@ from metaopt.linear_solve.base import IterativeSolver, Operator, all_done, divid
 
 @dataclass(frozen=True)
 class NormalCG(IterativeSolver):
-    """Solve A'A x = A'b for any A, indefinite or not symmetric, minimising |b - A x| over the
-    Krylov space of A'A.
+    """Solve A'A x = A'b for any A, indefinite or not symmetric.
 
-    A' comes from the vjp of the product. If A is singular, x tends to a least-squares solution. The
-    condition number is squared, so expect about as many more steps.
+    |b - A x| is minimal over the Krylov space of A'A. A' comes from the vjp of the product. If A is
+    singular, x tends to a least-squares solution. The condition number is squared, so expect about
+    as many more steps.
 
     Args:
         max_steps: iterations at most.

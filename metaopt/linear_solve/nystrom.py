@@ -19,13 +19,13 @@ from metaopt.linear_solve.base import (
 
 @dataclass(frozen=True)
 class Nystrom(LinearSolver):
-    """Solve (H_K' W^+ H_K + rho I) x = b, with `rank` rows H_K of a symmetric H and their block W =
-    H_KK; no iteration.
+    """Solve (H_K' W^+ H_K + rho I) x = b without iterations.
 
-    With C = H_K' = Q R and M = R W^+ R', x = Q (M + rho I)^-1 Q'b + (b - Q Q'b) / rho: the same as
-    the paper's Woodbury formula b / rho - C (W + C'C / rho)^-1 C'b / rho^2, which squares the
-    condition number. What the columns miss counts as 0, so the error there is a factor rho / (rho +
-    eigenvalue); with all n columns x = (H + rho I)^-1 b.
+    H_K are `rank` rows of a symmetric H, and W = H_KK is their block. With C = H_K' = Q R and M = R
+    W^+ R', x = Q (M + rho I)^-1 Q'b + (b - Q Q'b) / rho: the same as the paper's Woodbury formula b
+    / rho - C (W + C'C / rho)^-1 C'b / rho^2, which squares the condition number. What the columns
+    miss counts as 0, so the error there is a factor rho / (rho + eigenvalue); with all n columns x
+    = (H + rho I)^-1 b.
 
     Args:
         rank: number of columns, at most n of which are used.

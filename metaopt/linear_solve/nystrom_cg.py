@@ -15,12 +15,12 @@ from metaopt.transforms import values_are_readable
 
 @dataclass(frozen=True)
 class NystromCG(ConjugateGradient):
-    """Solve (A + mu I) x = b for positive semidefinite A by conjugate gradients in the metric of a
-    sketch of A.
+    """Solve (A + mu I) x = b for positive semidefinite A by preconditioned conjugate gradients.
 
-    With an orthonormal random Omega [n, rank] and Y = A Omega, the sketch is Y (Omega'Y)^-1 Y' = U
-    L U', and the preconditioner P^-1 = U (l_rank + mu) (L + mu)^-1 U' + (I - U U') flattens the
-    `rank` largest eigenvalues: the condition number left is about (l_rank + mu) / (smallest + mu).
+    The preconditioner is a sketch of A. With an orthonormal random Omega [n, rank] and Y = A Omega,
+    the sketch is Y (Omega'Y)^-1 Y' = U L U', and the preconditioner P^-1 = U (l_rank + mu) (L +
+    mu)^-1 U' + (I - U U') flattens the `rank` largest eigenvalues: the condition number left is
+    about (l_rank + mu) / (smallest + mu).
 
     Args:
         max_steps: iterations at most.

@@ -93,7 +93,7 @@ class _Way:
         if count > 1 and not self._loops:
             grads, (losses, ends) = batched(theta, given)
             return grads, losses, ends
-        with torch.no_grad():  # nobody differentiates a meta-gradient again
+        with torch.no_grad():  # a meta-gradient is not differentiated again
             found = [
                 gradient(partial(one, given=tree.index(given, i)), theta) for i in range(count)
             ]
@@ -175,7 +175,7 @@ class TruncatedBackprop:
     """g = d/dtheta 1/window sum of L_t over a window, the inner state at its start held constant.
 
     Episodes go on from window to window and start afresh at the horizon; the last window of an
-    episode is shorter if the horizon is no multiple. Biased towards short-sighted updates, so
+    episode is shorter if the horizon is not a multiple of the window. Biased towards short-sighted updates, so
     select by validation (Wu, Ren, Liao, Grosse 2018, arXiv:1803.02021).
 
     Args:

@@ -11,8 +11,9 @@ from torch import Tensor
 def stratified_split(
     labels: Tensor, sizes: Sequence[int], generator: torch.Generator
 ) -> list[Tensor]:
-    """Return disjoint random parts with exactly sizes[i] examples of every class, and last
-    everything that is left.
+    """Return disjoint random parts with exactly sizes[i] examples of every class.
+
+    The last part is everything that is left.
 
     Args:
         labels: class of each example, [n], int64.
@@ -42,8 +43,9 @@ def stratified_split(
 
 
 def flip_labels(labels: Tensor, share: float, classes: int, generator: torch.Generator) -> Tensor:
-    """Return a copy in which exactly round(share n) labels are wrong: another class, each of the
-    others equally likely.
+    """Return a copy in which exactly round(share n) labels are wrong.
+
+    A wrong label is another class, each of the others equally likely.
 
     This is symmetric noise; "uniform" noise that may also hit the true class has the wrong share (1
     - 1 / classes) share.

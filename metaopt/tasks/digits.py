@@ -1,4 +1,7 @@
-"""The handwritten digits bundled with scikit-learn, and training a small network on them as a task."""
+"""The handwritten digits bundled with scikit-learn.
+
+Training a small network on them is a task.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,9 @@ PIXELS = 64
 
 @functools.cache
 def digits() -> tuple[Tensor, Tensor]:
-    """Return (images [1797, 64] in [0, 1], float32; labels [1797], int64). Do not change them in
-    place.
+    """Return (images [1797, 64] in [0, 1], float32; labels [1797], int64).
+
+    Do not change them in place.
 
     Reference:
         Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
@@ -38,8 +42,9 @@ def digits() -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class DigitsMLP:
-    """Cross-entropy of a ReLU network 64-hidden-10 on minibatches of digits, from a fresh
-    initialisation.
+    """Cross-entropy of a ReLU network 64-hidden-10 on minibatches of digits.
+
+    Each task starts from a fresh initialisation.
 
     Args:
         hidden: widths of the hidden layers.

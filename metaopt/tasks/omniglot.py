@@ -22,6 +22,8 @@ SIZE = 28
 _MEMBER = re.compile(
     r"(?:.*/)?(?P<alphabet>[^/]+)/(?P<character>character\d+)/(?P<drawing>\d+_\d+\.png)"
 )
+# What opening a damaged zip file raises.
+_DAMAGED = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error)
 MOST_BYTES = 2**20  # of a drawing's file; those of the archives have some 200
 MOST_PIXELS = 2**20  # of a drawing; those of the archives have 105 x 105
 
@@ -139,8 +141,9 @@ class CharacterTasks:
     def sample(
         self, generator: torch.Generator, tasks: int, *, ways: int, shots: int, queries: int
     ) -> Episode:
-        """Draw tasks: `ways` characters each, and for each of them `shots + queries` different
-        drawings.
+        """Draw tasks of `ways` characters each.
+
+        For each character there are `shots + queries` different drawings.
 
         Args:
             generator: source of all randomness, on the CPU.
@@ -169,18 +172,14 @@ class CharacterTasks:
         if shots + queries > self.drawings:
             raise ValueError(
                 f"`shots + queries` must be at most {self.drawings}, the drawings of a character, "
-                f"got {shots} + {queries}. "
-                "Ask for fewer queries."
+                f"got {shots} + {queries}. Ask for fewer queries."
             )
-        # the order of uniform numbers is a random permutation, for all tasks at once
-        characters = torch.rand(tasks, self.characters, generator=generator).argsort(-1)[
-            :, :ways, None
-        ]
+        # The order of uniform numbers is a random permutation, for all tasks at once.
+        characters = torch.rand(tasks, self.characters, generator=generator).argsort(-1)
         turns = torch.randint(self.turns, (tasks, ways, 1), generator=generator)
-        drawings = torch.rand(tasks, ways, self.drawings, generator=generator).argsort(-1)[
-            ..., : shots + queries
-        ]
-        images = self.classes[turns * self.characters + characters, drawings] / 255
+        drawings = torch.rand(tasks, ways, self.drawings, generator=generator).argsort(-1)
+        classes = turns * self.characters + characters[:, :ways, None]
+        images = self.classes[classes, drawings[..., : shots + queries]] / 255
         labels = torch.arange(ways)[:, None].expand(tasks, ways, shots + queries)
 
         def part(rows: slice) -> tuple[Tensor, Tensor]:
@@ -189,19 +188,22 @@ class CharacterTasks:
         return Episode(support=part(slice(shots)), query=part(slice(shots, None)))
 
     def batch(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
-        """Draw (images [size, 1, 28, 28], classes [size]) of all classes, for plain classification."""
+        """Draw (images [size, 1, 28, 28], classes [size]) of all classes.
+
+        They are for plain classification.
+        """
         classes = torch.randint(len(self.classes), (size,), generator=generator)
         drawings = torch.randint(self.drawings, (size,), generator=generator)
         return self.classes[classes, drawings] / 255, classes
 
 
 def conv4(ways: int, filters: int = 64) -> nn.Module:
-    """Return 4 x [3 x 3 convolution, batch norm, 2 x 2 max pooling, ReLU] and a linear head, for 28
-    x 28 images.
+    """Return four blocks and a linear head, for 28 x 28 images.
 
-    Batch norm always uses the statistics of its batch, so a query is classified together with the
-    other queries (transductively), as in the paper. Max pooling and ReLU commute; pooling first
-    leaves a quarter of the work.
+    A block is a 3 x 3 convolution, batch norm, 2 x 2 max pooling and a ReLU. Batch norm always uses
+    the statistics of its batch, so a query is classified together with the other queries
+    (transductively), as in the paper. Max pooling and ReLU commute; pooling first leaves a quarter
+    of the work.
 
     Reference:
         Vinyals et al. 2016, arXiv:1606.04080; Finn, Abbeel, Levine 2017, arXiv:1703.03400, section
@@ -237,13 +239,7 @@ def _zip_files(path: Path) -> list[Path]:
 def _open(file: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(file)
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        ValueError,
-        OverflowError,
-        struct.error,
-    ) as error:
+    except _DAMAGED as error:
         raise ValueError(
             f"{file} is damaged or no zip file ({error}). Download it again."
         ) from error
@@ -263,9 +259,8 @@ def _decode(archive: zipfile.ZipFile, file: Path, member: zipfile.ZipInfo) -> Te
                 small = image.convert("L").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
                 return torch.from_numpy(255 - np.asarray(small))[None]
             size = image.size
-    except (
-        Exception
-    ) as error:  # what zipfile, its decompressors and PIL raise on damaged bytes is no closed list
+    # There is no closed list of what zipfile, its decompressors and PIL raise on damaged bytes.
+    except Exception as error:
         raise _unreadable(file, member, error) from error
     raise _unreadable(file, member, f"{size[0]} x {size[1]} pixels, at most {MOST_PIXELS} are read")
 

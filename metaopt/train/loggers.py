@@ -20,8 +20,9 @@ class Logger(Protocol):
 
 
 class TensorBoardLogger:
-    """Writes TensorBoard events into `directory`; look at them with `tensorboard --logdir
-    DIRECTORY`.
+    """Writes TensorBoard events into `directory`.
+
+    Look at them with `tensorboard --logdir DIRECTORY`.
     """
 
     def __init__(self, directory: str | Path):

@@ -68,7 +68,10 @@ class Bar:
 
 
 class Lines:
-    """A line every 30 seconds and one at the end: in a pipe or a file nothing can be drawn again."""
+    """Writes a line every 30 seconds and one at the end.
+
+    In a pipe or a file nothing can be drawn again.
+    """
 
     def __init__(self, label: str, total: int):
         self._label, self._total = label, total

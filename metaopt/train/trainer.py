@@ -72,24 +72,22 @@ class Trainer:
         if validate is not None and not callable(validate):
             raise TypeError(
                 f"`validate` must be a function that returns a number, got {validate!r}. Write "
-                f"validate=lambda: ..."
+                "validate=lambda: ..."
             )
         check_flag(None, "progress", progress)
         self.training, self.logger, self.validate = training, logger, validate
-        self.max_steps, self.validate_every = (
-            _as_count("max_steps", max_steps),
-            _as_count("validate_every", validate_every),
-        )
+        self.max_steps = _as_count("max_steps", max_steps)
+        self.validate_every = _as_count("validate_every", validate_every)
         self.label, self.progress = label, progress
         self.best = math.inf
         self.best_step = 0
         self._best_state: dict[str, Any] | None = None
 
     def fit(self) -> None:
-        """Train; on return the best validated state is in place, and `best` and `best_step` say
-        which it was.
+        """Train, and go back to the state that validated best.
 
-        So it is if a step raises or the user interrupts: what was best by then is kept.
+        `best` and `best_step` then say which it was. So it is if a step raises or the user
+        interrupts: what was best by then is kept.
 
         Raises:
             TypeError: a metric, or what `validate` returned, is not one number.

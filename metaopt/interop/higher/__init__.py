@@ -61,8 +61,7 @@ def innerloop_ctx(
     override: optim.Override | None = None,
     track_higher_grads: bool = True,
 ) -> Iterator[tuple[PatchedModule, DifferentiableOptimizer]]:
-    """Yield (fmodel, diffopt): the model and its live optimizer, from where they stand, as values
-    in a graph.
+    """Yield (fmodel, diffopt): the model and its live optimizer, going on as values in a graph.
 
     Args:
         model: any module; it is not changed.

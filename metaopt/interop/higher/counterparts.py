@@ -1,5 +1,6 @@
-"""The optimizers of `torch.optim` as differentiable ones: ours make the updates, the memory keeps
-torch's names.
+"""The optimizers of `torch.optim` as differentiable ones.
+
+Ours make the updates, and the memory keeps torch's names.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Counterpart(DifferentiableOptimizer):
     def _move(
         self, group: Group, grads: dict[int, Any], memory: dict[int, Memory], steps: int
     ) -> None:
-        """Move the parameters that have `grads` and have made so many steps."""
+        """Move the parameters that have `grads` and have made this number of steps."""
         names, optimizer = kinds()[self.torch_type][1], self._optimizer(group)
         params = [tree.as_real(group["params"][i]) for i in grads]
         own = [memory[i] for i in grads]
@@ -69,8 +70,9 @@ class Counterpart(DifferentiableOptimizer):
                 memory[i]["step"] = steps + 1
 
     def _optimizer(self, group: Group) -> Optimizer:
-        """Return our optimizer with the group's options: the one of the last step, while they are
-        the same numbers.
+        """Return our optimizer with the group's options.
+
+        It is the one of the last step, while they are the same numbers.
         """
         options = {name: value for name, value in group.items() if name != "params"}
         known, optimizer, fixed = self._made.get(id(group), ({}, None, False))

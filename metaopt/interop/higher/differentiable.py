@@ -22,11 +22,10 @@ GradCallback = Callable[[list[Any]], Iterable[Any]]
 
 
 class DifferentiableOptimizer(abc.ABC):
-    """The differentiable counterpart of a live `torch.optim` optimizer, at the point where that one
-    stands.
+    """The differentiable counterpart of a live `torch.optim` optimizer.
 
-    For an optimizer of your own, define `_update` in a subclass and make it known with
-    `register_optim`.
+    It goes on from where that one stands. For an optimizer of your own, define `_update` in a
+    subclass and make it known with `register_optim`.
 
     `param_groups` are those of the live optimizer at that time, with the fast weights of the last
     step as "params"; what is written there counts from the next step on. A scheduler that changes
@@ -143,8 +142,9 @@ class DifferentiableOptimizer(abc.ABC):
 
     @abc.abstractmethod
     def _update(self, grouped_grads: list[Grads]) -> None:
-        """Put the new parameters of each group in place of `param_groups[i]["params"]`, out of
-        place, given its gradients.
+        """Put the new parameters of each group, given its gradients, into `param_groups`.
+
+        The list `param_groups[i]["params"]` is replaced, not changed.
         """
 
     def _grads(self, loss: Tensor, params: list[Tensor], callback: GradCallback | None) -> Grads:
@@ -203,8 +203,9 @@ class DifferentiableOptimizer(abc.ABC):
                 group[name] = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return an optimizer that goes on from here: it shares the graph so far, and nothing that
-        changes.
+        """Return an optimizer that goes on from here.
+
+        The two share the graph so far, and nothing that changes.
         """
         twin = object.__new__(type(self))
         memo[id(self)] = twin

@@ -1,5 +1,6 @@
-"""Differentiable counterparts of optimizers: finding them, and their options as tensors that can be
-learned.
+"""Differentiable counterparts of optimizers.
+
+They are found here, and their options become tensors that can be learned.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ _counterparts: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] 
 def register_optim(
     optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]
 ) -> None:
-    """Make `diff_optim_type` the differentiable counterpart of the optimizers whose class is
-    exactly `optim_type`.
+    """Register `diff_optim_type` as the differentiable counterpart of `optim_type`.
+
+    It is taken for optimizers whose class is exactly this one.
     """
     _counterparts[optim_type] = diff_optim_type
 
@@ -76,8 +78,9 @@ def get_diff_optim(
     track_higher_grads: bool = True,
     grad_callback: GradCallback | None = None,
 ) -> DifferentiableOptimizer:
-    """Return the differentiable counterpart of a live optimizer; see `DifferentiableOptimizer` for
-    the arguments.
+    """Return the differentiable counterpart of a live optimizer.
+
+    The arguments are those of `DifferentiableOptimizer`.
 
     Raises:
         ValueError: there is none for its class, or as for `DifferentiableOptimizer`.
@@ -96,8 +99,9 @@ def create_diff_optim(
     track_higher_grads: bool = True,
     grad_callback: GradCallback | None = None,
 ) -> DifferentiableOptimizer:
-    """Return the differentiable counterpart of `opt_type(params, **opt_kwargs)`, before its first
-    step.
+    """Return the differentiable counterpart of `opt_type(params, **opt_kwargs)`.
+
+    It stands before its first step.
 
     Args:
         opt_type: a class of `torch.optim`, or one made known with `register_optim`.
@@ -129,10 +133,10 @@ def create_diff_optim(
 def get_trainable_opt_params(
     opt: torch.optim.Optimizer, device: torch.device | str | None = None
 ) -> Override:
-    """Return the numbers among an optimizer's options as tensors that require grad, in the form of
-    an override.
+    """Return the numbers among an optimizer's options as tensors that require grad.
 
-    Numbers inside pairs are taken too; flags are not, nor what holds anything else.
+    They have the form of an override. Numbers inside pairs are taken too; flags are not, nor what
+    holds anything else.
     """
     override: Override = defaultdict(list)
     for group in opt.param_groups:
@@ -147,8 +151,9 @@ def get_trainable_opt_params(
 
 
 def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -> None:
-    """Write the values of an override into a live optimizer's groups, as numbers of the kind that
-    stand there.
+    """Write the values of an override into a live optimizer's groups.
+
+    They become numbers of the kind that stand there.
 
     Raises:
         ValueError: the override has another number of values than the optimizer has groups, or

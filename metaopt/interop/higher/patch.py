@@ -1,5 +1,6 @@
-"""A module whose parameters are values that can be replaced, and which remembers them all: what
-higher calls patching.
+"""A module whose parameters are values that can be replaced, and which remembers them all.
+
+This is what higher calls patching.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from metaopt.torch_internals import buffers_of, has_forward_hooks, parameters_of
 
 
 class FastWeights:
-    """The parameters of a patched module over time, and the places in its modules where the latest
-    stand.
+    """The parameters of a patched module over time, and the places where the latest stand.
 
     The tensors themselves are never changed. `history` is empty until the first parameters are
     given; without `track` it holds the latest only, so that their graph can go.
@@ -94,8 +94,9 @@ class Patched(nn.Module):
 
 
 class PatchedModule(Patched):
-    """A patched module: it computes with its latest fast weights, or with the `params` that a call
-    gives it.
+    """A patched module.
+
+    It computes with its latest fast weights, or with the `params` that a call gives it.
     """
 
     def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
@@ -202,8 +203,9 @@ class PatchedModule(Patched):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a second patched module that goes on from here: it shares the graph so far, and
-        nothing that changes.
+        """Return a second patched module that goes on from here.
+
+        The two share the graph so far, and nothing that changes.
         """
         # distinct, which the fast weights need not be
         marks = [nn.Parameter(torch.empty(0)) for _ in self._fast.places]
@@ -232,8 +234,9 @@ def make_functional(
     encapsulator: Callable[[PatchedModule, nn.Module], None] | None = None,
     device: Any = None,
 ) -> PatchedModule:
-    """Return a patched module that has no parameters until a call, or `encapsulator(fmodel,
-    module)`, gives it some.
+    """Return a patched module that has no parameters yet.
+
+    A call gives it some, or `encapsulator(fmodel, module)` does.
 
     Args:
         module: any module; it is not changed.

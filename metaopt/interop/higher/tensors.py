@@ -19,8 +19,9 @@ def flatten(tree: Any) -> list[Any]:
 
 
 def get_func_params(module: nn.Module, device: Any = None, safe_copy: bool = True) -> list[Tensor]:
-    """Return the module's parameters as leaves of a new graph, each requiring grad if the original
-    does.
+    """Return the module's parameters as leaves of a new graph.
+
+    Each requires grad if the original does.
 
     Args:
         module: whose parameters.
@@ -31,12 +32,15 @@ def get_func_params(module: nn.Module, device: Any = None, safe_copy: bool = Tru
 
 
 def leaf(tensor: Tensor, device: Any = None, *, copy: bool = True) -> Tensor:
-    """Return the tensor's value as a leaf of a new graph, which requires grad if the tensor does."""
+    """Return the tensor's value as a leaf of a new graph.
+
+    It requires grad if the tensor does.
+    """
     return tensor.detach().to(device, copy=copy).requires_grad_(tensor.requires_grad)
 
 
 def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """Return the tree with `fn` applied to whatever is no dict, list, tuple or set."""
+    """Return the tree with `fn` applied to anything but a dict, list, tuple or set."""
     if isinstance(tree, dict):
         return {key: map_leaves(fn, branch) for key, branch in tree.items()}
     if isinstance(tree, list | tuple | set):

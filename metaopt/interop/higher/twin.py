@@ -17,13 +17,13 @@ Place = tuple[Any, Any]  # where a tensor stands: a dict and a key of it, or a l
 
 
 class Twins:
-    """The twins of all modules below `root`, as if each had been built a second time with tensors
-    of its own.
+    """The twins of all modules below `root`.
 
-    What a module holds is taken over: numbers and other objects are shared, while lists, tuples and
-    dicts (registered members and hooks among them) are rebuilt, and in them modules become their
-    twins; so do modules inside bound methods and in what functions close over. Parameters are left
-    for the caller to fill in, at `places`; a buffer is copied.
+    It is as if each had been built a second time, with tensors of its own. What a module holds is
+    taken over: numbers and other objects are shared, while lists, tuples and dicts (registered
+    members and hooks among them) are rebuilt, and in them modules become their twins; so do modules
+    inside bound methods and in what functions close over. Parameters are left for the caller to
+    fill in, at `places`; a buffer is copied.
 
     Args:
         root: the module; it is only read.
@@ -66,7 +66,10 @@ class Twins:
         self.root: Any = self._done[id(root)]
 
     def _translate(self, value: Any) -> Any:
-        """Return what stands for `value` in the twins, and note where parameters and buffers stand."""
+        """Return what stands for `value` in the twins.
+
+        Where parameters and buffers stand is noted.
+        """
         if id(value) in self._done:
             return self._done[id(value)]
         if type(value) in (dict, OrderedDict):
@@ -107,8 +110,9 @@ class Twins:
     def _rebound(
         self, function: types.FunctionType, cells: tuple[types.CellType, ...]
     ) -> types.FunctionType:
-        """Return the function, closing over the twins of the modules (and over the same variables
-        else).
+        """Return the function, closing over the twins of the modules.
+
+        All other variables are the same ones.
         """
         replaced = [self._cell(cell) for cell in cells]
         if all(new is old for new, old in zip(replaced, cells, strict=True)):
@@ -137,8 +141,9 @@ _classes: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakVal
 
 
 def subclass(mixin: type[nn.Module], kind: type[nn.Module]) -> Any:
-    """Return the class that is both, first the mixin; the same one each time, since making a class
-    is slow.
+    """Return the class that is both, first the mixin.
+
+    It is the same one each time, since making a class is slow.
     """
     found = _classes.get((mixin, kind))
     if found is None:
