@@ -322,7 +322,8 @@ def test_a_loss_that_returns_aux_alone() -> None:
             lambda w, _, buffers: (w.sum(), buffers + w.sum()),
             {"buffers": torch.tensor(0)},
             ValueError,
-            r"must return buffers of the dtype and shape that they had, got torch.float64 tensor.* after torch.int64 tensor",
+            r"must return buffers of the dtype and shape that they had, got torch.float64 tensor.* "
+            r"after torch.int64 tensor",
         ),
         (
             lambda w, _, buffers: (w.sum(), 3),

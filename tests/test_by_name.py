@@ -551,7 +551,8 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: SGD(PerParameter({"a": torch.ones(2)}, 0.1)).init({"a": torch.ones(3)}),
         ValueError,
-        r"SGD: `lr` must be a scalar, or have the shape .* got shape \(2,\) for a parameter of shape \(3,\)",
+        r"SGD: `lr` must be a scalar, or have the shape .* got shape \(2,\) for a parameter of "
+        r"shape \(3,\)",
     ),
     (
         lambda: PerParameter({"a": torch.ones(2, dtype=torch.int64)}, 0.1),

@@ -229,7 +229,8 @@ def test_a_pair_and_its_items_are_the_same() -> None:
     assert "betas" not in Adam(0.1, (Cosine(0.9, 5), 0.9)).as_torch(weights).defaults
     with pytest.raises(
         ValueError,
-        match=r"A parameter group has betas=\(0.5, 0.6\) and beta1=0.4, which is one of them. Give it once",
+        match=r"A parameter group has betas=\(0.5, 0.6\) and beta1=0.4, which is one of them. Give "
+        r"it once",
     ):
         optimizer.add_param_group({"params": weights[3], "betas": (0.5, 0.6), "beta1": 0.4})
     with pytest.raises(
@@ -503,7 +504,8 @@ def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing() -> None:
     for other, message in [
         (
             SGD(0.07).as_torch(model.parameters()),
-            r"saved from another optimizer: group 0 lacks \['dampening', 'momentum'\], which SGD has",
+            r"saved from another optimizer: group 0 lacks \['dampening', 'momentum'\], which SGD "
+            r"has",
         ),
         (
             Adam(0.07).as_torch([model[0].weight]),
@@ -511,7 +513,8 @@ def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing() -> None:
         ),
         (
             Adam(0.07).as_torch(narrow.parameters()),
-            r"another model: the memory of group 0 has a tensor of shape \(4, 3\), expected \(4, 2\)",
+            r"another model: the memory of group 0 has a tensor of shape \(4, 3\), expected \(4, "
+            r"2\)",
         ),
         (
             Adam(0.07).as_torch([{"params": [p]} for p in model.parameters()]),

@@ -201,7 +201,8 @@ def test_an_implicit_rule_agrees_once_the_lower_level_has_converged() -> None:
     mo.hypergradient_check(quadratic(CG, steps=200), "lam", tolerance=1e-6)
     with pytest.raises(
         ValueError,
-        match=r"(?s)level 'lam' must agree with finite differences to 1e-05, got.*relative error.*Implicit",
+        match=r"(?s)level 'lam' must agree with finite differences to 1e-05, got.*relative "
+        r"error.*Implicit",
     ):
         mo.hypergradient_check(quadratic(CG, steps=5), "lam")
 

@@ -585,7 +585,8 @@ def test_a_file_without_a_checksum(tmp_path: Path) -> None:
     save_file({"0": torch.zeros(2)}, tmp_path / "state-00000003.safetensors")
     with pytest.raises(
         ValueError,
-        match=r"state-00000003.safetensors must be as it was written, got a damaged file: it has no checksum",
+        match=r"state-00000003.safetensors must be as it was written, got a damaged file: it has "
+        r"no checksum",
     ):
         parabola(tmp_path)(torch.tensor(0.3, requires_grad=True))
 

@@ -86,7 +86,8 @@ def test_a_tensor_reached_through_the_closure_is_named(kind: str, rule: Any) -> 
     loss, name = closures()[kind]
     with pytest.raises(
         ValueError,
-        match=rf"`loss_fn` reaches .*{name}.* through its closure, and that requires grad.*`minimize\(loss_fn, \.\.\., meta=w\)`",
+        match=rf"`loss_fn` reaches .*{name}.* through its closure, and that requires "
+        rf"grad.*`minimize\(loss_fn, \.\.\., meta=w\)`",
     ):
         mo.minimize(loss, SGD(0.1), torch.ones(2), None, steps=2, differentiate=rule)
 
@@ -172,7 +173,8 @@ def test_a_generator_of_ones_own_is_refused(rule: Any) -> None:
     ):
         with pytest.raises(
             ValueError,
-            match=r"`loss_fn` draws from a torch.Generator of its own \(`(rand|normal_|randperm)`\).*pass the numbers in `batches`",
+            match=r"`loss_fn` draws from a torch.Generator of its own "
+            r"\(`(rand|normal_|randperm)`\).*pass the numbers in `batches`",
         ):
             mo.minimize(
                 lambda w, _, draw=draw: (w * draw(w)).sum(),
@@ -190,7 +192,8 @@ MISSING = (
 BATCHES = {
     "missing": (
         None,
-        rf"{MISSING} \['the tensor itself'\] has not. Pass `steps=` to use the same batch at every step",
+        rf"{MISSING} \['the tensor itself'\] has not. Pass `steps=` to use the same batch at every "
+        rf"step",
     ),
     "empty": ((), rf"{MISSING} an empty tree has not"),
     "scalar": ((torch.ones(3), torch.tensor(1.0)), rf"{MISSING} \['\[1\]'\] has not"),
@@ -200,7 +203,8 @@ BATCHES = {
     ),
     "mismatch": (
         {"x": torch.ones(3), "y": torch.ones(4)},
-        r"leading axis of every leaf of `batches` must be the number of steps, got \{\"\['x'\]\": 3, \"\['y'\]\": 4\}",
+        r"leading axis of every leaf of `batches` must be the number of steps, got \{\"\['x'\]\": "
+        r"3, \"\['y'\]\": 4\}",
     ),
     "none": (torch.ones(0, 2), r"`batches` must hold at least one step, got the leading axis 0"),
 }
@@ -222,7 +226,8 @@ def test_steps_must_be_a_positive_integer(steps: Any) -> None:
 LOSSES = {
     "vector": (
         lambda w, _: w**2,
-        r"must return a floating-point scalar, got a torch.float32 tensor of shape \(2,\). Take the mean or the sum",
+        r"must return a floating-point scalar, got a torch.float32 tensor of shape \(2,\). Take "
+        r"the mean or the sum",
     ),
     "one-entry": (lambda w, _: (w**2).sum()[None], r"got a torch.float32 tensor of shape \(1,\)"),
     "integer": (lambda w, _: torch.tensor(3), r"got a torch.int64 tensor of shape \(\)"),
@@ -250,7 +255,8 @@ def test_a_loss_is_a_floating_point_scalar(kind: str, rule: Any) -> None:
 def test_a_loss_that_is_not_finite_names_step_and_last_value(rule: Any) -> None:
     with pytest.raises(
         mo.NonFiniteError,
-        match=r"minimize, step 3: the loss is nan. The last finite loss was 4 at step 2. Lower the learning rate",
+        match=r"minimize, step 3: the loss is nan. The last finite loss was 4 at step 2. Lower the "
+        r"learning rate",
     ) as info:
         mo.minimize(
             lambda w, x: w.sum() * 0 + x,
@@ -272,7 +278,8 @@ def test_a_loss_that_is_not_finite_names_step_and_last_value(rule: Any) -> None:
         )
     with pytest.raises(
         mo.NonFiniteError,
-        match=r"step \d+: the loss is (inf|nan). The last finite loss was [0-9.]+e\+\d+ at step \d+",
+        match=r"step \d+: the loss is (inf|nan). The last finite loss was [0-9.]+e\+\d+ at step "
+        r"\d+",
     ):
         # diverges by itself
         mo.minimize(square, SGD(lr=10.0), torch.ones(2), None, steps=40, differentiate=rule)
@@ -340,7 +347,8 @@ def test_gradients_params_and_state_must_have_one_structure() -> None:
     state, differs = optimizer.init(params), "does not have the expected structure"
     with pytest.raises(
         ValueError,
-        match=rf"`params` {differs}: missing \[\"\['b'\]\"\], unknown \[\]. Build it from the same tree",
+        match=rf"`params` {differs}: missing \[\"\['b'\]\"\], unknown \[\]. Build it from the same "
+        rf"tree",
     ):
         optimizer(params, state, {"a": torch.ones(1)})
     with pytest.raises(
@@ -504,12 +512,14 @@ def test_params_that_are_not_the_models() -> None:
     batched = tree.map(lambda p: p.expand(5, *p.shape), net.params)
     with pytest.raises(
         ValueError,
-        match=r"`params\['0.weight'\]` must have shape \(3, 2\), got \(5, 3, 2\). For a batch of models, map .* `torch.func.vmap`",
+        match=r"`params\['0.weight'\]` must have shape \(3, 2\), got \(5, 3, 2\). For a batch of "
+        r"models, map .* `torch.func.vmap`",
     ):
         net(batched, x)
     with pytest.raises(
         ValueError,
-        match=r"`buffers` must have the names of the model's buffers; missing \['1.num_batches_tracked', ",
+        match=r"`buffers` must have the names of the model's buffers; missing "
+        r"\['1.num_batches_tracked', ",
     ):
         net.with_buffers(net.params, {}, x)
     with pytest.raises(
@@ -526,7 +536,8 @@ TASKS = {
     ),
     "scalar": (
         torch.tensor(1.0),
-        r"Every leaf of `tasks` must have .* got \{'the tensor itself': -1\} \(-1: none\). Stack the tasks first",
+        r"Every leaf of `tasks` must have .* got \{'the tensor itself': -1\} \(-1: none\). Stack "
+        r"the tasks first",
     ),
     "none": (
         torch.ones(0, 2),
@@ -560,7 +571,8 @@ def test_gradients_that_are_not_the_models() -> None:
     model.bias.requires_grad_(False)
     with pytest.raises(
         ValueError,
-        match=r"`grads` must name the model's trainable parameters; missing \['weight'\], unknown \['bias'\]",
+        match=r"`grads` must name the model's trainable parameters; missing \['weight'\], unknown "
+        r"\['bias'\]",
     ):
         mo.assign_grads(model, {"bias": torch.ones(1)})
     with pytest.raises(

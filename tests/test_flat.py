@@ -355,7 +355,8 @@ class TestWhere:
         state = optimizer.init(tree.map(torch.t, params))
         with pytest.raises(
             ValueError,
-            match=r"this Adam for these parameters, with the memory 'mean' of shape \(3, 2\), got \(2, 3\)",
+            match=r"this Adam for these parameters, with the memory 'mean' of shape \(3, 2\), got "
+            r"\(2, 3\)",
         ):
             optimizer(params, state)
 

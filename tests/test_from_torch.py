@@ -387,7 +387,8 @@ def test_a_scheduler_that_is_not_known_is_refused(make: Callable[[Any], Any]) ->
     live = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(
         ValueError,
-        match=r"`scheduler` must be one of ConstantLR, .*StepLR, got .*\. Others are not carried over",
+        match=r"`scheduler` must be one of ConstantLR, .*StepLR, got .*\. Others are not carried "
+        r"over",
     ):
         mo.from_torch(live, scheduler=make(live))
 
@@ -499,7 +500,8 @@ def swapped() -> Any:
                 torch.ones(3)
             ),
             ValueError,
-            r"`params` must hold the trainable parameters of the torch optimizer in its order, shapes \[\(2,\)\], got \[\(3,\)\]",
+            r"`params` must hold the trainable parameters of the torch optimizer in its order, "
+            r"shapes \[\(2,\)\], got \[\(3,\)\]",
         ),
         (swapped, ValueError, r"in its order, got another one at \['0.weight'\]"),
     ],

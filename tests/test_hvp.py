@@ -177,7 +177,8 @@ def test_bad_arguments() -> None:
         mo.Backprop("steps", hvp="mixed")  # type: ignore[arg-type]
     with pytest.raises(
         ValueError,
-        match=r"`hvp='forward'` needs memory=\"steps\" or Revolve\(snapshots\), got memory=\"full\"",
+        match=r"`hvp='forward'` needs memory=\"steps\" or Revolve\(snapshots\), got "
+        r"memory=\"full\"",
     ):
         mo.Backprop(hvp="forward")
 

@@ -478,10 +478,12 @@ def test_half_public_names_are_there_and_do_the_same() -> None:
     """
     close(run(used_names, ours), run(used_names, theirs))
     names = {
-        "optim": "_add _addcdiv _addcmul _get_mask_closure _maybe_mask _recursive_apply _opt_mapping _GroupedGradsType _StateType "
+        "optim": "_add _addcdiv _addcmul _get_mask_closure _maybe_mask _recursive_apply "
+        "_opt_mapping _GroupedGradsType _StateType "
         "_GradClosureType _OverrideType _GradCallbackType",
         "patch": "_MonkeyPatchBase _EncapsulatorType _BufferType buffer_sync",
-        "utils": "_recursive_map _copy_tensor _recursive_copy_and_cast _is_container _find_param_in_list",
+        "utils": "_recursive_map _copy_tensor _recursive_copy_and_cast _is_container "
+        "_find_param_in_list",
     }
     for module, wanted in names.items():
         assert all(
@@ -494,7 +496,8 @@ def test_buffers_of_another_architecture_are_refused() -> None:
     fmodel = ours.monkeypatch(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(
         ValueError,
-        match=r"`fmodule` must have the submodules of `module`, got none at .1.\. Patch this module",
+        match=r"`fmodule` must have the submodules of `module`, got none at .1.\. Patch this "
+        r"module",
     ):
         ours.patch.buffer_sync(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), fmodel)
 

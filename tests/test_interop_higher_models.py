@@ -642,7 +642,8 @@ def test_learned_options_are_written_back() -> None:
         higher.apply_trainable_opt_params(opt, {"betas": [lr]})
     with pytest.raises(
         ValueError,
-        match="override of 'lr' must be a list with one value, or with one for each of the 4 groups",
+        match="override of 'lr' must be a list with one value, or with one for each of the 4 "
+        "groups",
     ):
         higher.apply_trainable_opt_params(opt, {"lr": [lr, lr]})
 

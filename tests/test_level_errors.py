@@ -192,11 +192,13 @@ GRAPHS: dict[str, tuple[Callable[[], mo.LevelGraph], str]] = {
     "one module": (one_module, r"levels 'a' and 'b' share a parameter of shape \(2,\)"),
     "unknown level": (
         lambda: two(lower={"loss": lambda s, _: (s.low() * s.tpo()).sum()}),
-        r"level 'low': its loss reads `levels.tpo`, but no edge leads to a level of this name. The graph has \['low', 'top'\]",
+        r"level 'low': its loss reads `levels.tpo`, but no edge leads to a level of this name. The "
+        r"graph has \['low', 'top'\]",
     ),
     "unrelated": (
         unrelated,
-        r"level 'left': its loss reads 'right', which is neither above nor below it.*Edge\(upper=right, lower=left\)",
+        r"level 'left': its loss reads 'right', which is neither above nor below "
+        r"it.*Edge\(upper=right, lower=left\)",
     ),
     "no data": (
         lambda: two(lower={"loss": lambda s, batch: (s.low() * s.top()).sum() * batch[0]}),
@@ -213,7 +215,8 @@ GRAPHS: dict[str, tuple[Callable[[], mo.LevelGraph], str]] = {
     ),
     "unused": (
         lambda: two(upper={"loss": lambda s, _: torch.zeros(())}),
-        r"Edge top -> low: the loss of 'top' does not depend on its parameter 'value'.*pass `allow_unused=True`",
+        r"Edge top -> low: the loss of 'top' does not depend on its parameter 'value'.*pass "
+        r"`allow_unused=True`",
     ),
     "unused bias": (
         unused_bias,
@@ -221,11 +224,13 @@ GRAPHS: dict[str, tuple[Callable[[], mo.LevelGraph], str]] = {
     ),
     "closure": (
         closure,
-        r"level 'low': its loss reaches `model.bias` \(shape \(1,\)\), `model.weight` .* through its closure",
+        r"level 'low': its loss reaches `model.bias` \(shape \(1,\)\), `model.weight` .* through "
+        r"its closure",
     ),
     "vector": (
         lambda: two(lower={"loss": lambda s, _: s.low() * s.top()}),
-        r"level 'low': the loss must return .* scalars, got for 'loss' a torch.float32 tensor of shape \(2,\). Take the mean",
+        r"level 'low': the loss must return .* scalars, got for 'loss' a torch.float32 tensor of "
+        r"shape \(2,\). Take the mean",
     ),
     "metric": (
         lambda: two(lower={"loss": lambda s, _: {"loss": (s.low() * s.top()).sum(), "count": 3}}),
@@ -237,27 +242,33 @@ GRAPHS: dict[str, tuple[Callable[[], mo.LevelGraph], str]] = {
     ),
     "shapes": (
         lambda: two(lower={"value": torch.ones(1)}, start="upper"),
-        r'Edge top -> low: start="upper" needs models with the same parameters, got .*\(2,\)\} above and .*\(1,\)\} below',
+        r'Edge top -> low: start="upper" needs models with the same parameters, got .*\(2,\)\} '
+        r"above and .*\(1,\)\} below",
     ),
     "two starts": (
         two_starts,
-        r"Edge a -> low: start='restart' needs a lower level with one upper level, but there is Edge b -> low too",
+        r"Edge a -> low: start='restart' needs a lower level with one upper level, but there is "
+        r"Edge b -> low too",
     ),
     "steps": (
         contradicting_steps,
-        r"Edge (left|right) -> low: steps=\d contradicts the other edges, by which 'low' makes \S+ steps for one of",
+        r"Edge (left|right) -> low: steps=\d contradicts the other edges, by which 'low' makes \S+ "
+        r"steps for one of",
     ),
     "rules": (
         contradicting_rules,
-        r"Edge right -> low: `differentiate` must be that of Edge left -> low.*on the way from 'top' down to 'low'",
+        r"Edge right -> low: `differentiate` must be that of Edge left -> low.*on the way from "
+        r"'top' down to 'low'",
     ),
     "deep": (
         deep_sharing,
-        r"Edge low -> deep: 'low' makes its steps inside those of 'mid', and so cannot share 'deep' with \['top'\]",
+        r"Edge low -> deep: 'low' makes its steps inside those of 'mid', and so cannot share "
+        r"'deep' with \['top'\]",
     ),
     "hidden": (
         hidden_response,
-        r"level 'top': its loss reads 'low', which runs inside the steps of 'solved'. Implicit there and Backprop for 'mid'",
+        r"level 'top': its loss reads 'low', which runs inside the steps of 'solved'. Implicit "
+        r"there and Backprop for 'mid'",
     ),
     "copies": (
         mixed_copies,
@@ -273,11 +284,13 @@ GRAPHS: dict[str, tuple[Callable[[], mo.LevelGraph], str]] = {
     ),
     "optimizer beside": (
         optimizer_of_a_level_beside,
-        r"level 'low': its optimizer's parameter 'lr' belongs to the level 'rate'.*Edge\(upper=rate, lower=low\)",
+        r"level 'low': its optimizer's parameter 'lr' belongs to the level "
+        r"'rate'.*Edge\(upper=rate, lower=low\)",
     ),
     "optimizer at a point": (
         optimizer_at_a_point,
-        r"Edge rate -> low: 'rate' is the optimizer of 'low', which Implicit does not differentiate",
+        r"Edge rate -> low: 'rate' is the optimizer of 'low', which Implicit does not "
+        r"differentiate",
     ),
 }
 
@@ -303,7 +316,8 @@ LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "optimizer": (
         lambda: mo.Level("a", (m := nn.Linear(1, 1)), None, torch.optim.SGD(m.parameters(), 0.1)),
         TypeError,
-        r"level 'a': `optimizer` must be a metaopt Optimizer, got torch.optim.sgd.SGD.*mo.from_torch",
+        r"level 'a': `optimizer` must be a metaopt Optimizer, got "
+        r"torch.optim.sgd.SGD.*mo.from_torch",
     ),
     "frozen": (
         lambda: mo.Level("a", nn.Linear(1, 1).requires_grad_(False), abs, SGD(0.1)),
@@ -343,7 +357,8 @@ LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "look ahead": (
         lambda: mo.Edge(*named("a", "b"), look_ahead="SGD"),
         TypeError,
-        r"Edge a -> b: `look_ahead` must be True, False, or the metaopt Optimizer of the virtual steps, got 'SGD'",
+        r"Edge a -> b: `look_ahead` must be True, False, or the metaopt Optimizer of the virtual "
+        r"steps, got 'SGD'",
     ),
     "loss": (
         lambda: level("a", 1.0, None),
@@ -368,7 +383,8 @@ LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an array": (
         lambda: two(lower={"data": torch.ones(3, 2).numpy()}),
         TypeError,
-        r"level 'low': `data` must be an iterable of batches, got a ndarray, which looks like one batch",
+        r"level 'low': `data` must be an iterable of batches, got a ndarray, which looks like one "
+        r"batch",
     ),
     "no edge": (
         lambda: mo.LevelGraph(named("a", "b")),
@@ -378,7 +394,8 @@ LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one batch": (
         lambda: two(lower={"data": (torch.ones(2), torch.ones(2))}),
         TypeError,
-        r"level 'low': `data` must be an iterable of batches, got a tuple, which looks like one batch.*`data=\[batch\]`",
+        r"level 'low': `data` must be an iterable of batches, got a tuple, which looks like one "
+        r"batch.*`data=\[batch\]`",
     ),
     "no iterable": (
         lambda: two(lower={"data": 3}),
@@ -412,7 +429,8 @@ def test_data_that_ends() -> None:
     once.step()
     with pytest.raises(
         ValueError,
-        match=r"level 'low': `data` ended after 3 batches and cannot begin again: it is an iterator",
+        match=r"level 'low': `data` ended after 3 batches and cannot begin again: it is an "
+        r"iterator",
     ):
         once.step()
     ragged = two(
@@ -424,7 +442,8 @@ def test_data_that_ends() -> None:
     )
     with pytest.raises(
         ValueError,
-        match=r"level 'low': the 2 batches of one step of the level above must have the same.*`drop_last=True`",
+        match=r"level 'low': the 2 batches of one step of the level above must have the "
+        r"same.*`drop_last=True`",
     ):
         ragged.step()
 
@@ -455,7 +474,8 @@ def test_what_a_loss_reads_must_not_change() -> None:
         flag[0] = True
         with pytest.raises(
             ValueError,
-            match=r"level 'top': no derivative arrives at its parameter 'value'.*pass `allow_unused=True`",
+            match=r"level 'top': no derivative arrives at its parameter 'value'.*pass "
+            r"`allow_unused=True`",
         ):
             changed.step()
 
@@ -574,16 +594,19 @@ def test_a_compiled_step_sees_it_too(bad: float) -> None:
 STATES: dict[str, tuple[Callable[[], Any], str]] = {
     "a list": (
         lambda: [],
-        r"a state must have the parts \['data', 'draws', 'initial', 'levels', 'steps'\], got a list",
+        r"a state must have the parts \['data', 'draws', 'initial', 'levels', 'steps'\], got a "
+        r"list",
     ),
     "a part": (lambda: {"levels": {}}, r"a state must have the parts .*, got \['levels'\]"),
     "another optimizer": (
         lambda: two(lower={"optimizer": Adam(0.1)}).state_dict(),
-        r"the state is that of another graph. At levels\['top'\].*\['optimizer'\].* where this graph has nothing",
+        r"the state is that of another graph. At levels\['top'\].*\['optimizer'\].* where this "
+        r"graph has nothing",
     ),
     "another shape": (
         lambda: two(lower={"value": torch.ones(3)}, upper={"value": torch.ones(3)}).state_dict(),
-        r"it has a torch.float\d+ of shape \(3,\), where this graph has a torch.float\d+ of shape \(2,\)",
+        r"it has a torch.float\d+ of shape \(3,\), where this graph has a torch.float\d+ of shape "
+        r"\(2,\)",
     ),
     "another level": (
         lambda: mo.LevelGraph(

@@ -187,7 +187,8 @@ def test_a_list_of_ragged_tasks_is_gone_through_one_by_one() -> None:
 def test_a_list_of_bare_tensors_is_ambiguous() -> None:
     with pytest.raises(
         ValueError,
-        match=r"`tasks` must be a list of tasks, such as \[\(x, y\), \(x, y\)\], got 2 bare tensors",
+        match=r"`tasks` must be a list of tasks, such as \[\(x, y\), \(x, y\)\], got 2 bare "
+        r"tensors",
     ):
         mo.meta_grad(line)(start(), [torch.randn(4, 3), torch.randn(4)])
     with pytest.raises(ValueError, match="Stack the tasks first, or pass them as a list"):
@@ -305,7 +306,8 @@ def test_what_is_not_used_is_named(options: dict[str, Any]) -> None:
         mo.meta_grad(lambda p, t: t[0][0].sum(), **options)(start(), tasks_of())
     with pytest.raises(
         ValueError,
-        match=r"depends on `model.bias` \(shape \(1,\)\), `model.weight`.*`requires_grad_\(False\)`",
+        match=r"depends on `model.bias` \(shape \(1,\)\), "
+        r"`model.weight`.*`requires_grad_\(False\)`",
     ):
         mo.meta_grad(lambda p, t: line(p, t[0]) + model(t[0][0]).sum(), **options)(
             start(), tasks_of()
@@ -445,6 +447,7 @@ def test_a_tensor_that_an_optimizer_hides_is_named() -> None:
     optimizer.secret = torch.tensor(1.0, requires_grad=True)
     with pytest.raises(
         ValueError,
-        match=r"SGD has tensors that require grad and are neither parameters nor buffers, \['secret'\]",
+        match=r"SGD has tensors that require grad and are neither parameters nor buffers, "
+        r"\['secret'\]",
     ):
         mo.minimize(lambda p, _: p.sum(), optimizer, torch.ones(2), None, steps=1)

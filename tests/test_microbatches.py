@@ -236,7 +236,8 @@ def test_batches_that_cannot_be_cut() -> None:
         run({"x": torch.randn(5, 6), "y": torch.randn(5, 4)})
     with pytest.raises(
         ValueError,
-        match=r"needs a batch whose every leaf has a leading axis of examples, which \['y'\] has not",
+        match=r"needs a batch whose every leaf has a leading axis of examples, which \['y'\] has "
+        r"not",
     ):
         run({"x": torch.randn(5, 6), "y": torch.randn(5)})
     with pytest.raises(ValueError, match="which the tensor itself has not"):

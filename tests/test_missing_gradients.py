@@ -504,7 +504,8 @@ def test_memory_that_cannot_be_divided_is_an_error() -> None:
     params = {"a": torch.ones(2), "b": torch.ones(2)}
     with pytest.raises(
         ValueError,
-        match=r"Coupled: the memory 'gram' over all parameters, of shape \(2, 2\), cannot be divided",
+        match=r"Coupled: the memory 'gram' over all parameters, of shape \(2, 2\), cannot be "
+        r"divided",
     ):
         Coupled().init(params, per_parameter=True)
 
@@ -519,7 +520,8 @@ def test_a_forward_that_may_not_know_none_is_an_error() -> None:
     weights[0].grad = torch.ones(2)
     with pytest.raises(
         ValueError,
-        match="Halved defines `forward` itself, so a parameter without a gradient cannot be left out",
+        match="Halved defines `forward` itself, so a parameter without a gradient cannot be left "
+        "out",
     ):
         Halved(0.1).as_torch(weights).step()
     weights[1].grad = torch.zeros(2)

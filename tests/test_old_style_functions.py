@@ -156,7 +156,8 @@ def test_a_derivative_that_is_none_of_its_function_is_kept() -> None:
 def test_what_needs_a_transform_says_so(rule: Rule) -> None:
     with pytest.raises(
         ValueError,
-        match=r"runs the loss inside a transform of `torch.func`, which takes no `autograd.Function`",
+        match=r"runs the loss inside a transform of `torch.func`, which takes no "
+        r"`autograd.Function`",
     ):
         two_derivatives(rule, Cube.apply)
 
@@ -164,6 +165,7 @@ def test_what_needs_a_transform_says_so(rule: Rule) -> None:
 def test_evolution_strategies_say_so_too() -> None:
     with pytest.raises(
         ValueError,
-        match=r"`EvolutionStrategy` runs the loop for all pairs at once by `vmap`.*Use `Backprop\(\)`",
+        match=r"`EvolutionStrategy` runs the loop for all pairs at once by `vmap`.*Use "
+        r"`Backprop\(\)`",
     ):
         two_derivatives(mo.EvolutionStrategy(), Cube.apply)

@@ -120,7 +120,8 @@ def test_the_split_is_disjoint_complete_and_as_asked(alphabets):
         split_alphabets(alphabets, ["Klingon"])
     with pytest.raises(
         ValueError,
-        match=r"Both sides of the split need an alphabet, got train \[\] and test \['Braille', 'Greek', 'Latin'\]",
+        match=r"Both sides of the split need an alphabet, got train \[\] and test "
+        r"\['Braille', 'Greek', 'Latin'\]",
     ):
         split_alphabets(alphabets, list(alphabets))
     with pytest.raises(
@@ -221,7 +222,8 @@ def test_a_file_that_is_no_archive_or_a_truncated_one(tmp_path, archive):
     for path in (text, truncated):
         with pytest.raises(
             ValueError,
-            match=rf"{path.name} is damaged or no zip file \(File is not a zip file\)\. Download it again",
+            match=rf"{path.name} is damaged or no zip file \(File is not a zip file\)\. Download "
+            rf"it again",
         ):
             read_omniglot(path)
 
@@ -230,7 +232,8 @@ def test_an_archive_without_alphabets(tmp_path):
     path = write(tmp_path / "holiday.zip", {"photos/beach.png": png(0, 0, 0)})
     with pytest.raises(
         ValueError,
-        match=r"No alphabets in .*holiday\.zip: drawings must be members like `images_background/Greek",
+        match=r"No alphabets in .*holiday\.zip: drawings must be members like "
+        r"`images_background/Greek",
     ):
         read_omniglot(path)
 
@@ -244,7 +247,8 @@ def test_a_damaged_member_is_named(tmp_path):
     stored.write_bytes(raw[:at] + bytes([raw[at] ^ 255]) + raw[at + 1 :])
     with pytest.raises(
         ValueError,
-        match=rf"stored\.zip: cannot read the drawing {name} \(Bad CRC-32 .*\)\. Download the file again",
+        match=rf"stored\.zip: cannot read the drawing {name} \(Bad CRC-32 .*\)\. Download the file "
+        rf"again",
     ):
         read_omniglot(stored)
     for wrong, why in (
@@ -268,7 +272,8 @@ def test_a_huge_member_is_refused_before_it_is_read(tmp_path):
     try:
         with pytest.raises(
             ValueError,
-            match=rf"bomb\.zip: cannot read the drawing {DRAWING} \(314572800 bytes unpacked, at most 1048576 are read\)",
+            match=rf"bomb\.zip: cannot read the drawing {DRAWING} \(314572800 bytes unpacked, at "
+            rf"most 1048576 are read\)",
         ):
             read_omniglot(path)
         assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
@@ -291,7 +296,8 @@ def test_a_huge_picture_is_refused_before_it_is_unpacked(tmp_path, side, why):
     path = write(tmp_path / "large.zip", {DRAWING: bytes(content)})
     with pytest.raises(
         ValueError,
-        match=rf"large\.zip: cannot read the drawing {DRAWING} \({why}.*\)\. Download the file again",
+        match=rf"large\.zip: cannot read the drawing {DRAWING} \({why}.*\)\. Download the file "
+        rf"again",
     ):
         read_omniglot(path)
 

@@ -661,19 +661,34 @@ def test_low_precision_stays_low_and_finite(name: str, dtype: torch.dtype) -> No
             ValueError,
             r"Lion: `beta2` must lie in \[0.0, 1.0\), got 1.0",
         ),
-        (lambda: Rprop(etas=1.2), ValueError, r"Rprop: `etas` must be a pair, got 1.2"),  # type: ignore[arg-type]
+        (
+            lambda: Rprop(etas=1.2),
+            ValueError,
+            r"Rprop: `etas` must be a pair, got "
+            r"1.2",
+        ),  # type: ignore[arg-type]
         (
             lambda: Rprop(etas=(0.5, 0.9)),
             ValueError,
             r"Rprop: `eta_plus` must lie in \[1.0, inf\], got 0.9",
         ),
-        (lambda: Rprop(step_sizes=()), ValueError, r"Rprop: `step_sizes` must be a pair, got \(\)"),  # type: ignore[arg-type]
+        (
+            lambda: Rprop(step_sizes=()),
+            ValueError,
+            r"Rprop: `step_sizes` must be a pair, got "
+            r"\(\)",
+        ),  # type: ignore[arg-type]
         (
             lambda: Adadelta(rho=1.1),
             ValueError,
             r"Adadelta: `rho` must lie in \[0.0, 1.0\], got 1.1",
         ),
-        (lambda: NAdam(momentum_decay="x"), TypeError, r"NAdam: `momentum_decay` must be a number"),  # type: ignore[arg-type]
+        (
+            lambda: NAdam(momentum_decay="x"),
+            TypeError,
+            r"NAdam: `momentum_decay` must be a "
+            r"number",
+        ),  # type: ignore[arg-type]
         (
             lambda: Muon(ns_coefficients=(1.0, 2.0)),
             ValueError,
@@ -687,7 +702,8 @@ def test_low_precision_stays_low_and_finite(name: str, dtype: torch.dtype) -> No
         (
             lambda: Muon(adjust_lr_fn="no"),
             ValueError,
-            r"`adjust_lr_fn` must be one of 'original', 'match_rms_adamw', 'spectral_unclamped', got 'no'",
+            r"`adjust_lr_fn` must be one of 'original', 'match_rms_adamw', 'spectral_unclamped', "
+            r"got 'no'",
         ),  # type: ignore[arg-type]
         (
             lambda: Muon().init(torch.ones(3)),

@@ -347,8 +347,10 @@ def test_a_rate_for_each_step_is_not_taken_for_one_for_each_column() -> None:
     """Where the last axis was as long as the list of rates it ran, with other numbers."""
     rates, w = nn.Parameter(torch.full((5,), 0.1)), {"w": torch.ones(3, 5), "b": torch.ones(5)}
     message = (
-        r"SGD: `lr` must be a scalar, or have the shape of every parameter that it meets, got shape \(5,\) for a parameter of "
-        r"shape \(3, 5\). A value for each step is `lr=PerStep\(values\)`, .*`Piecewise`.*`Grouped`.*PerParameter"
+        r"SGD: `lr` must be a scalar, or have the shape of every parameter that it meets, got "
+        r"shape \(5,\) for a parameter of "
+        r"shape \(3, 5\). A value for each step is `lr=PerStep\(values\)`, "
+        r".*`Piecewise`.*`Grouped`.*PerParameter"
     )
     with pytest.raises(ValueError, match=message):
         SGD(rates).init(w)

@@ -170,7 +170,8 @@ def test_a_loop_on_disk_is_not_resumed_with_other_settings(
         run(tmp_path, before, end_at)
     with pytest.raises(
         ValueError,
-        match=r"Revolve: `directory` must be empty or hold the snapshots of this very loop, got .*settings",
+        match=r"Revolve: `directory` must be empty or hold the snapshots of this very loop, got "
+        r".*settings",
     ):
         run(tmp_path, after, 10**6)
     (tmp_path / "whole").mkdir()
@@ -209,7 +210,8 @@ def test_what_settings_do_not_show_is_seen_by_the_step_made_again(
         run(tmp_path, Secret(), end_at)
     with pytest.raises(
         ValueError,
-        match=r"step [1-9], made again, does not give what it gave. Is the loss or the optimizer another",
+        match=r"step [1-9], made again, does not give what it gave. Is the loss or the optimizer "
+        r"another",
     ):
         run(tmp_path, Other(), 10**6)
     run(tmp_path, Secret(), 10**6)

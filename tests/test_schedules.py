@@ -431,7 +431,12 @@ def test_warmup_passes_on_what_a_learned_schedule_observes() -> None:
             ValueError,
             r"PerStep: `values` must have one axis .*, got shape \(2, 2\)",
         ),
-        (lambda: PerStep(0.1), TypeError, r"PerStep: `values` must be a tuple, got float"),  # type: ignore[arg-type]
+        (
+            lambda: PerStep(0.1),
+            TypeError,
+            r"PerStep: `values` must be a tuple, got "
+            r"float",
+        ),  # type: ignore[arg-type]
         (
             lambda: PerStep([0.1, "b"]),
             TypeError,
@@ -505,7 +510,8 @@ def test_warmup_passes_on_what_a_learned_schedule_observes() -> None:
         (
             lambda: Cosine(Constant(0.1), 5),  # type: ignore[arg-type]
             TypeError,
-            r"Cosine: `initial` must be a number, a tensor or an nn.Parameter, got the schedule Constant",
+            r"Cosine: `initial` must be a number, a tensor or an nn.Parameter, got the schedule "
+            r"Constant",
         ),
         (
             lambda: Warmup({"*": 0.1}, 5),

@@ -167,7 +167,8 @@ def test_what_is_wrong_is_said() -> None:
         mo.implicit(ridge, w, (X, Y), meta=meta, solver=mo.Backprop())  # type: ignore[arg-type]
     with pytest.raises(
         ValueError,
-        match=r"`solution` must be floating-point or complex tensors, got ndarray at \['w'\]. .*as_tensor",
+        match=r"`solution` must be floating-point or complex tensors, got ndarray at \['w'\]. "
+        r".*as_tensor",
     ):
         mo.implicit(ridge, {"w": np.zeros(3)}, (X, Y), meta=meta)
     with pytest.raises(

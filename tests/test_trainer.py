@@ -141,7 +141,8 @@ def test_integers_of_other_libraries_are_integers() -> None:
 def test_what_cannot_be_trained_is_named() -> None:
     with pytest.raises(
         TypeError,
-        match=r"`training` must have the methods step, state_dict, load_state_dict, got Linear without",
+        match=r"`training` must have the methods step, state_dict, load_state_dict, got Linear "
+        r"without",
     ):
         mo.Trainer(torch.nn.Linear(1, 1), max_steps=1)
 

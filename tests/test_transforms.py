@@ -311,14 +311,21 @@ def test_a_deployed_transform_has_its_own_options_and_a_factor_lr() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: ClipNorm(0.0, SGD(0.1)), ValueError, r"ClipNorm: `max_norm` must be positive, got 0.0. To freeze"),
-        (lambda: ClipNorm(-1.0, SGD(0.1)), ValueError, r"ClipNorm: `max_norm` must lie in \[0.0, inf\], got -1.0"),
-        (lambda: ClipValue(0.1, torch.optim.SGD), TypeError, r"ClipValue: `optimizer` must be .*, got builtins.type"),  # type: ignore[arg-type]
-        (lambda: Masked(0.1, "*"), TypeError, r"Masked: `optimizer` must be a metaopt Optimizer, got builtins.float"),  # type: ignore[arg-type]
-        (lambda: Grouped({"*": 0.1}), TypeError, r"Grouped: `optimizer` must be a metaopt Optimizer, got builtins.float"),  # type: ignore[dict-item]
+        (lambda: ClipNorm(0.0, SGD(0.1)), ValueError, r"ClipNorm: `max_norm` must be positive, got "
+        r"0.0. To freeze"),
+        (lambda: ClipNorm(-1.0, SGD(0.1)), ValueError, r"ClipNorm: `max_norm` must lie in "
+        r"\[0.0, inf\], got -1.0"),
+        (lambda: ClipValue(0.1, torch.optim.SGD), TypeError, r"ClipValue: `optimizer` must be .*, "
+        r"got builtins.type"),  # type: ignore[arg-type]
+        (lambda: Masked(0.1, "*"), TypeError, r"Masked: `optimizer` must be a metaopt Optimizer, "
+        r"got builtins.float"),  # type: ignore[arg-type]
+        (lambda: Grouped({"*": 0.1}), TypeError, r"Grouped: `optimizer` must be a metaopt "
+        r"Optimizer, got builtins.float"),  # type: ignore[dict-item]
         (lambda: Grouped({}), ValueError, r"Grouped: `groups` must not be empty"),
-        (lambda: Masked(SGD(0.1), "head.*").init(start()), ValueError, r"the pattern 'head.\*' of `mask` gets no parameter"),
-        (lambda: Grouped({"*.bias": SGD(0.1)}).init(start()), ValueError, r"no pattern of `groups` matches .* 'net.weight'"),
+        (lambda: Masked(SGD(0.1), "head.*").init(start()), ValueError, r"the pattern 'head.\*' of "
+        r"`mask` gets no parameter"),
+        (lambda: Grouped({"*.bias": SGD(0.1)}).init(start()), ValueError, r"no pattern of `groups` "
+        r"matches .* 'net.weight'"),
         (
             lambda: Grouped({"*": SGD(0.1), "*.bias": SGD(0.1)}).init(start()),
             ValueError,

@@ -72,7 +72,8 @@ def test_flatten_like_takes_only_the_same_structure() -> None:
     assert tree.flatten_like(structure, {"a": 3, "b": 4}, "x") == [3, 4]
     with pytest.raises(
         ValueError,
-        match=r"`x` does not have the expected structure: missing \[\"\['b'\]\"\], unknown \[\"\['c'\]\"\]",
+        match=r"`x` does not have the expected structure: missing \[\"\['b'\]\"\], unknown "
+        r"\[\"\['c'\]\"\]",
     ):
         tree.flatten_like(structure, {"a": 3, "c": 4}, "x")
 

@@ -214,7 +214,8 @@ def test_a_schedule_of_ones_own_that_observes() -> None:
     assert_close(optimizer.values(state, loss=LOSS)["lr"], 0.1 * LOSS, 1e-15)
     with pytest.raises(
         ValueError,
-        match=r"Observing: its value needs the loss, got None. Call `optimizer.values\(state, loss=loss",
+        match=r"Observing: its value needs the loss, got None. Call `optimizer.values\(state, "
+        r"loss=loss",
     ):
         optimizer.values(state)
     with pytest.raises(AttributeError, match="boom"):

@@ -241,7 +241,8 @@ SGD_CONFIG = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0,
                 "arguments": SGD_CONFIG | {"lr": {"parameter": [2], "dtype": "float32"}},
             },
             {"lr": torch.ones(3)},
-            r"does not fit SGD: tensor 'lr' should be floating-point \(2,\), found floating-point \(3,\)",
+            r"does not fit SGD: tensor 'lr' should be floating-point \(2,\), found floating-point "
+            r"\(3,\)",
         ),
         (
             {
@@ -249,7 +250,8 @@ SGD_CONFIG = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0,
                 "arguments": SGD_CONFIG | {"lr": {"parameter": [2], "dtype": "float32"}},
             },
             {"lr": torch.ones(2, dtype=torch.int64)},
-            r"does not fit SGD: tensor 'lr' should be floating-point \(2,\), found torch.int64 \(2,\)",
+            r"does not fit SGD: tensor 'lr' should be floating-point \(2,\), found torch.int64 "
+            r"\(2,\)",
         ),
         # Asks for 4 exabytes: an error about the tensor, at once, and no allocation.
         (
@@ -258,7 +260,8 @@ SGD_CONFIG = {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0,
                 "arguments": SGD_CONFIG | {"lr": {"parameter": [10**9, 10**9], "dtype": "float32"}},
             },
             {"lr": torch.ones(2)},
-            r"does not fit SGD: tensor 'lr' should be floating-point \(1000000000, 1000000000\), found",
+            r"does not fit SGD: tensor 'lr' should be floating-point \(1000000000, 1000000000\), "
+            r"found",
         ),
         (
             {"class": "SGD", "arguments": SGD_CONFIG},
@@ -326,7 +329,8 @@ def test_tensors_that_are_not_finite(value: float, tmp_path: Path) -> None:
         mo.Optimizer.load(write(tmp_path / "w", LSTM_CONFIG, optimizer.state_dict()))
     with pytest.raises(
         ValueError,
-        match=r"LSTMOptimizer: the tensor 'cells.1.bias' has entries that are not finite, so .* is not",
+        match=r"LSTMOptimizer: the tensor 'cells.1.bias' has entries that are not finite, so .* is "
+        r"not",
     ):
         optimizer.save(tmp_path / "new" / "w")
     assert not (tmp_path / "new").exists()
@@ -338,7 +342,8 @@ def test_one_tensor_in_another_precision(tmp_path: Path) -> None:
     tensors["cells.1.weight"] = tensors["cells.1.weight"].double()
     with pytest.raises(
         ValueError,
-        match=r"the tensor 'cells.1.weight' should be of torch.float32, as 'cells.0.bias', found torch.float64",
+        match=r"the tensor 'cells.1.weight' should be of torch.float32, as 'cells.0.bias', found "
+        r"torch.float64",
     ):
         mo.Optimizer.load(write(tmp_path / "w", LSTM_CONFIG, tensors))
     LSTMOptimizer(2).double().save(tmp_path / "w")
@@ -442,7 +447,8 @@ def test_an_argument_that_json_cannot_hold_is_refused_when_saving(tmp_path: Path
     decay.note = {1.0}  # type: ignore[assignment]
     with pytest.raises(
         TypeError,
-        match=r"A constructor argument of type set cannot be saved: \{1.0\}. Use numbers, tensors or modules",
+        match=r"A constructor argument of type set cannot be saved: \{1.0\}. Use numbers, tensors "
+        r"or modules",
     ):
         SGD(lr=decay).save(tmp_path / "w")
     decay.note = torch.ones(2)  # type: ignore[assignment]
@@ -495,7 +501,8 @@ def test_two_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
     twin = type("SGD", (mo.Optimizer,), {})
     with pytest.raises(
         ValueError,
-        match=r"names the class 'SGD', which \[.*'metaopt.optimizers.sgd'.*\] define. Rename all but one",
+        match=r"names the class 'SGD', which \[.*'metaopt.optimizers.sgd'.*\] define. Rename all "
+        r"but one",
     ):
         SGD.load(tmp_path / "w")
     del twin
