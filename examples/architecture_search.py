@@ -1,5 +1,6 @@
-"""Search the operations of a small convolutional cell on the digits, and compare with random
-architectures of the same space.
+"""Search the operations of a small convolutional cell on the digits.
+
+The result is compared with random architectures of the same space.
 
     python examples/architecture_search.py --seeds 3 --rivals 8
 
@@ -54,8 +55,9 @@ class Network(nn.Module):
         self.last = nn.Linear(4 * CHANNELS, CLASSES)
 
     def forward(self, x: Tensor, mixture: Any) -> Tensor:
-        """Return logits of images [n, 64]; `mixture`: for each connection, the weight of each
-        operation that is to run.
+        """Return logits of images [n, 64].
+
+        `mixture` holds, for each connection, the weight of each operation that is to run.
         """
         values = [self.first(x.view(-1, 1, 8, 8)).relu()]
         for j in range(1, NODES + 1):
@@ -115,7 +117,7 @@ def search(first: Tensor, second: Tensor, steps: int, generator: torch.Generator
 def trained_accuracy(
     chosen: list[int], seed: int, train: Tensor, test: Tensor, steps: int
 ) -> float:
-    """Return the accuracy on `test` of a network of these operations that was trained on `train`."""
+    """Train a network of these operations on `train`, and return its accuracy on `test`."""
     torch.manual_seed(seed)
     net, mixture = mo.functional(Network()), [{k: 1.0} for k in chosen]
 
@@ -129,8 +131,9 @@ def trained_accuracy(
 
 
 def main(seeds: int = 3, rivals: int = 8, steps: int = 150) -> Tensor:
-    """Return (accuracy of the derived architecture, median of random ones, best of these) for each
-    seed.
+    """Return the accuracies of the derived architecture, and the median and best of random ones.
+
+    There is one of each for every seed.
     """
     rows, kept = [], []
     for seed in range(seeds):

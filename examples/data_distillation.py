@@ -1,7 +1,6 @@
-"""Data distillation: a few images, learned so that whoever trains on them can read handwritten
-digits.
+"""Data distillation: a few images, learned so that others can learn to read digits from them.
 
-    python examples/data_distillation.py                           # 200 meta-steps, as in the README
+    python examples/data_distillation.py   # 200 meta-steps, as in the README
     python examples/data_distillation.py --steps 40 --learners 4   # a look
 
 The "learner" makes 10 full-batch SGD steps on the synthetic images, always from fresh random
@@ -60,8 +59,9 @@ def random_weights(generator: torch.Generator, copies: int) -> dict[str, Tensor]
 
 
 def starts(seed: int) -> Iterator[tuple[Any, Tensor, Tensor]]:
-    """Yield random weights, and real digits to judge what becomes of them: the same for both
-    levels, by the seed.
+    """Yield random weights, and real digits to judge what becomes of them.
+
+    By the seed, they are the same for both levels.
     """
     images, labels = digits()
     generator = torch.Generator().manual_seed(seed)
@@ -82,9 +82,7 @@ def learner_loss(levels: Any, start: Any) -> Tensor:
 
 
 def accuracies(x: Tensor, y: Tensor, lr: float | Tensor, learners: int) -> Tensor:
-    """Return the accuracy on held-out digits of each of some new learners after their steps on x,
-    y.
-    """
+    """Return the accuracy of each of some new learners on held-out digits, after their steps."""
     test_x, test_y = (part[TRAIN:] for part in digits())
 
     def accuracy(start: Any) -> Tensor:
@@ -115,8 +113,9 @@ def main(
     learners: int = 20,
     out: Path = Path("runs/data_distillation/images.png"),
 ) -> None:
-    """Learn synthetic images in so many steps; compare them, for so many learners, with as many
-    choices of real images.
+    """Learn synthetic images, and compare them with choices of real images.
+
+    There are as many choices as learners.
     """
     torch.manual_seed(0)
     images = Images(per_class)

@@ -1,6 +1,6 @@
 """Implicit MAML on few-shot digits: the meta-gradient without remembering how a task was learned.
 
-    python examples/implicit_maml.py                                        # 100 meta-steps, as in the README
+    python examples/implicit_maml.py   # 100 meta-steps, as in the README
     python examples/implicit_maml.py --steps 20 --tasks 8 --test-tasks 50   # a look
 
 Each task is to tell 5 digits apart, in a random order, from one image of each. A network adapts to
@@ -38,8 +38,9 @@ WAYS, QUERIES = 5, 10
 def episodes(
     split: slice, seed: int, tasks: int, part: int, repeat: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images [tasks, n, 64], labels) of fresh tasks, to adapt on (part 0) or be judged on
-    (part 1), each `repeat` times.
+    """Yield (images [tasks, n, 64], labels) of fresh tasks, each `repeat` times.
+
+    Part 0 of a task is to adapt on, part 1 to be judged on.
     """
     images, labels = (values[split] for values in digits())
     generator = torch.Generator().manual_seed(seed)
@@ -68,9 +69,7 @@ def level_graph(
     tasks: int,
     adapt: int,
 ) -> mo.LevelGraph:
-    """Return the graph in which `model` is the start of `tasks` tasks at once, new ones at every
-    step.
-    """
+    """Return the graph in which `model` is the start of `tasks` tasks, new ones at every step."""
 
     def task_loss(levels: Any, batch: Any) -> Tensor:
         x, y = batch

@@ -1,7 +1,8 @@
-"""Regularisation that is learned to be learned: an implicit middle level under a top level that
-unrolls it.
+"""Regularisation that is learned to be learned.
 
-    python examples/implicit_middle.py                                          # 30 meta-steps, as in the README
+An implicit middle level stands under a top level that unrolls it.
+
+    python examples/implicit_middle.py   # 30 meta-steps, as in the README
     python examples/implicit_middle.py --steps 1 --copies 4 --test-tasks 10     # a look
 
 Each task is to tell two handwritten digits apart from 8 noisy images of each, 8 x 8 pixels.
@@ -48,8 +49,9 @@ def vector(value: float) -> nn.Module:
 def tasks(
     pairs: Pairs, seed: int, copies: int, part: int, repeat: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images [copies, 16, 64] and labels [copies, 16] of one of the three disjoint parts of a
-    task, each `repeat` times.
+    """Yield images [copies, 16, 64] and labels [copies, 16] of one part of a task, `repeat` times.
+
+    A task has three disjoint parts.
     """
     images, labels = digits()
     images = (images - images.mean(0)).to(torch.get_default_dtype())
@@ -86,8 +88,9 @@ def held_out_loss(levels: Any, batch: Any) -> Tensor:
 def level_graph(
     start: nn.Module, optimizer: mo.Optimizer, pairs: Pairs, seed: int, copies: int, solve: int
 ) -> mo.LevelGraph:
-    """Return the graph in which `start` holds the initial strengths of `copies` tasks at once, new
-    ones at every step.
+    """Return the graph in which `start` holds the initial strengths of `copies` tasks.
+
+    There are new tasks at every step.
     """
     data = [
         tasks(pairs, seed, copies, part, repeat)
@@ -113,8 +116,9 @@ def level_graph(
 
 
 def check_hypergradient() -> None:
-    """Compare a directional derivative of the top loss with central differences, in float64 and
-    with w solved to rounding.
+    """Compare a directional derivative of the top loss with central differences.
+
+    This is in float64, with w solved to rounding.
     """
     torch.set_default_dtype(torch.float64)
 
@@ -139,8 +143,9 @@ def check_hypergradient() -> None:
 
 
 def main(steps: int = 30, copies: int = 16, solve: int = 40, test_tasks: int = 200) -> None:
-    """Learn where strengths start, from `copies` tasks a step; `solve` steps fit a classifier for
-    each step of its strengths.
+    """Learn where strengths start, from `copies` tasks a step.
+
+    For each step of the strengths, `solve` steps fit a classifier.
     """
     check_hypergradient()
     learned = vector(-3.0)

@@ -1,5 +1,6 @@
-"""Learn which examples of a pretraining set to ignore: three levels, on digits of which many have
-wrong labels.
+"""Learn which examples of a pretraining set to ignore, with three levels.
+
+The examples are digits, of which many have wrong labels.
 
     python examples/learning_by_ignoring.py --noise 0.5 --seeds 5
 
@@ -93,9 +94,7 @@ def learned_weights(pretraining: Any, finetuning: Any, valid: Any, steps: int) -
 
 @torch.no_grad()
 def accuracy(weights: Tensor, pretraining: Any, finetuning: Any, test: Any) -> float:
-    """Return the accuracy on `test` of a model that is pretrained with these weights, then
-    finetuned.
-    """
+    """Pretrain a model with these weights, finetune it, and return its accuracy on `test`."""
     net, optimizer = mo.functional(nn.Linear(PIXELS, CLASSES)), SGD(0.5, momentum=0.9)
     start = {name: torch.zeros_like(param) for name, param in net.params.items()}
 

@@ -1,6 +1,6 @@
 """The learning rate of the learning rate, itself learned: three composed unrolls.
 
-    python examples/learning_rate_of_learning_rate.py                # 40 meta-meta-steps, as in the README
+    python examples/learning_rate_of_learning_rate.py   # 40 meta-meta-steps, as in the README
     python examples/learning_rate_of_learning_rate.py --steps 3      # a look
 
 - "learner", a network on the handwritten digits, makes SGD steps with a learning rate alpha;
@@ -47,7 +47,10 @@ def minibatches(
 
 
 def loss(levels: Any, batch: Any) -> Tensor:
-    """Return the learner's cross-entropy: every level minimises it, each on minibatches of its own."""
+    """Return the learner's cross-entropy.
+
+    Every level minimises it, each on minibatches of its own.
+    """
     x, y = batch
     return F.cross_entropy(levels.learner(x), y)
 
@@ -55,8 +58,9 @@ def loss(levels: Any, batch: Any) -> Tensor:
 def level_graph(
     eta: float, *, learns_alpha: bool = True, learns_eta: bool = True
 ) -> tuple[mo.LevelGraph, SGD, SGD]:
-    """Return the graph, and the optimizers that hold alpha and eta; a rate that is not learned has
-    an optimizer that stands.
+    """Return the graph, and the optimizers that hold alpha and eta.
+
+    A rate that is not learned has an optimizer that stands.
     """
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
@@ -80,8 +84,9 @@ def level_graph(
 
 
 def check_hypergradient() -> None:
-    """Compare d(top loss) / d(eta) through 15 steps of the learner and 3 of its rate with central
-    differences, in float64.
+    """Compare a derivative with central differences, in float64.
+
+    It is d(top loss) / d(eta) through 15 steps of the learner and 3 of its rate.
     """
     torch.set_default_dtype(torch.float64)
     exact = level_graph(ETA)[0].hypergradient("rate_of_rate")["lr"]

@@ -1,5 +1,6 @@
-"""MAML++: an initialisation, a rate for each layer and step, and a batch norm for each step,
-learned together.
+"""MAML++: an initialisation, a rate and a batch norm for each step, learned together.
+
+The rates differ from layer to layer.
 
     python examples/maml_plus_plus.py                             # 200 meta-steps, as in the README
     python examples/maml_plus_plus.py --steps 20 --test-tasks 20  # a look
@@ -63,8 +64,9 @@ class StepNorm(nn.Module):
 
 
 class Network(nn.Module):
-    """Two blocks of 3 x 3 convolution, norm of the step, ReLU and 2 x 2 max pooling, and a linear
-    head, for 8 x 8 images.
+    """Two blocks and a linear head, for 8 x 8 images.
+
+    A block is a 3 x 3 convolution, the norm of the step, a ReLU and 2 x 2 max pooling.
     """
 
     def __init__(self, steps: int):
@@ -119,8 +121,9 @@ def task_loss(net: mo.Functional, inner: SGD, rule: Any, params: Any, task: Any)
 
 
 def train(plus: bool, steps: int, tasks: int, test_tasks: int) -> list[float]:
-    """Return the test accuracy of MAML++, or of MAML, after so many meta-steps: with the batch's
-    statistics, with running ones.
+    """Train MAML++, or MAML, and return its test accuracies.
+
+    One is with the batch's statistics, the other with running ones.
     """
     (images, labels), generator, count = (
         digits(),
@@ -181,9 +184,7 @@ def train(plus: bool, steps: int, tasks: int, test_tasks: int) -> list[float]:
 
 
 def main(steps: int = 200, tasks: int = 8, test_tasks: int = 400) -> dict[str, list[float]]:
-    """Train MAML and MAML++ for so many meta-steps of so many tasks, and return their test
-    accuracies.
-    """
+    """Train MAML and MAML++, and return their test accuracies."""
     found = {
         name: train(plus, steps, tasks, test_tasks)
         for name, plus in (("MAML", False), ("MAML++", True))

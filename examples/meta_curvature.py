@@ -1,7 +1,8 @@
-"""Meta-Curvature: an initialisation, and a transformation of each layer's gradient, learned
-together; how to write an optimizer.
+"""Meta-Curvature: an initialisation and a transformation of each layer's gradient.
 
-    python examples/meta_curvature.py                               # 1200 meta-steps, as in the README
+They are learned together. The program also shows how to write an optimizer.
+
+    python examples/meta_curvature.py   # 1200 meta-steps, as in the README
     python examples/meta_curvature.py --steps 100 --test-tasks 50   # a look
 
 A task is to tell five turned digits apart, from one image of each, by 3 gradient steps. Park and
@@ -58,9 +59,7 @@ class MetaCurvature(mo.Optimizer):
 
 
 def train(learned: bool, steps: int, tasks: int, sides: Any, test_tasks: int) -> Tensor:
-    """Return the accuracy on each test task after so many meta-steps, with or without learning the
-    matrices.
-    """
+    """Train with or without learning the matrices, and return the accuracy on each test task."""
     generator = torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 5)
@@ -93,9 +92,7 @@ def train(learned: bool, steps: int, tasks: int, sides: Any, test_tasks: int) ->
 
 
 def main(steps: int = 1200, tasks: int = 16, test_tasks: int = 1000) -> dict[str, Tensor]:
-    """Train MAML and Meta-Curvature for so many meta-steps of so many tasks, and return the
-    accuracy on each test task.
-    """
+    """Train MAML and Meta-Curvature, and return the accuracy on each test task."""
     images, labels = digits()
     drawn = [
         (255 * images[labels == digit][:170]).to(torch.uint8).view(-1, 1, 8, 8)

@@ -28,8 +28,9 @@ RATES, TASKS, COUNT = (0.003, 0.01, 0.03), 25, {"shots": 10, "queries": 10}
 
 
 def train(lr: float, learned: bool, steps: int, tests: Any) -> tuple[Tensor, Any]:
-    """Return (the squared error on each test task after one step, the inner SGD); MAML, or Meta-SGD
-    if the rates are learned.
+    """Return (the squared error on each test task after one step, the inner SGD).
+
+    This is MAML, or Meta-SGD if the rates are learned.
     """
     torch.manual_seed(0)
     model, waves, generator = sinusoid_mlp(), Sinusoids(), torch.Generator().manual_seed(0)
@@ -56,9 +57,7 @@ def train(lr: float, learned: bool, steps: int, tests: Any) -> tuple[Tensor, Any
 
 
 def main(steps: int = 2000, test_tasks: int = 1000) -> dict[str, Tensor]:
-    """Train MAML with some rates, and Meta-SGD, and return the squared error of each on each of so
-    many test tasks.
-    """
+    """Train MAML with some rates, and Meta-SGD, and return the squared errors on the test tasks."""
     tests = Sinusoids().sample(torch.Generator().manual_seed(1), test_tasks, shots=10, queries=100)
     found = {f"MAML, rate {lr:g}": train(lr, False, steps, tests)[0] for lr in RATES}
     ours, inner = train(0.01, True, steps, tests)

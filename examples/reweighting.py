@@ -1,5 +1,6 @@
-"""Learn which training examples to believe: meta-weight-net on digits of which many have wrong
-labels.
+"""Learn which training examples to believe: meta-weight-net.
+
+The examples are digits, of which many have wrong labels.
 
     python examples/reweighting.py --noise 0.4 --seeds 5
 
@@ -46,8 +47,9 @@ def meta_loss(levels: Any, batch: Any) -> Tensor:
 
 
 def split(seed: int, noise: float) -> tuple[Any, Tensor, Any, Any]:
-    """Return (training images and given labels, which of these are wrong, clean examples, test
-    examples).
+    """Return training data, which labels in it are wrong, clean examples and test examples.
+
+    The training data are images and the labels that are given for them.
     """
     (images, truth), generator = digits(), torch.Generator().manual_seed(seed)
     clean, train, test = stratified_split(truth, (CLEAN, TRAIN), generator)
@@ -70,7 +72,10 @@ def batches(examples: Any, steps: int, seed: int) -> Any:
 
 @torch.no_grad()
 def plain(net: mo.Functional, train: Any, stop: Any, test: Any) -> tuple[float, float]:
-    """Return the accuracy after training on these batches, and where the loss on `stop` was least."""
+    """Train on these batches, and return two accuracies.
+
+    One is that at the end, the other that where the loss on `stop` was least.
+    """
 
     def loss(params: Any, batch: Any) -> Tensor:
         return F.cross_entropy(net(params, batch[0]), batch[1])
@@ -91,8 +96,9 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def draw(path: Path, seen: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Draw the weight of every training example over its loss, from (losses, weights, whether the
-    label is wrong) of each seed.
+    """Draw the weight of every training example over its loss.
+
+    There are (losses, weights, whether the label is wrong) of each seed.
     """
     losses, weights, wrong = (torch.cat(parts) for parts in zip(*seen, strict=True))
     axis = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()

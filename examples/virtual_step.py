@@ -1,5 +1,6 @@
-"""Meta-weight-net as its authors programmed it: the hypergradient through a virtual step of plain
-SGD, then the real step.
+"""Meta-weight-net as its authors programmed it.
+
+The hypergradient goes through a virtual step of plain SGD. Then comes the real step.
 
     python examples/virtual_step.py                        # as in the README
     python examples/virtual_step.py --seeds 1 --steps 50   # a look

@@ -1,5 +1,6 @@
-"""Learn one weight decay for every parameter of a logistic regression, exactly and by the implicit
-function theorem.
+"""Learn one weight decay for every parameter of a logistic regression.
+
+The derivative is exact, or from the implicit function theorem.
 
     python examples/weight_decay.py --seeds 3
 
@@ -98,9 +99,7 @@ def validation_losses(rule: Any, seed: int, steps: int) -> list[float]:
 
 
 def main(seeds: int = 3, steps: int = 20) -> dict[str, list[float]]:
-    """Return the validation loss in the last of so many outer steps, of each rule for each of so
-    many data sets.
-    """
+    """Return the validation loss in the last outer step, for each rule and data set."""
     found: dict[str, list[float]] = {}
     for name, rule in RULES.items():
         runs = [validation_losses(rule, seed, steps) for seed in range(seeds)]

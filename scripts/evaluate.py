@@ -31,8 +31,9 @@ HAND_DESIGNED: dict[str, Callable[[float], mo.Optimizer]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Tune hand-designed optimizers on validation tasks, then run them and the learned ones on the
-    same test tasks.
+    """Tune hand-designed optimizers on validation tasks, and compare them on test tasks.
+
+    The learned ones run on the same test tasks.
     """
 
     weights: tuple[Path, ...] = ()

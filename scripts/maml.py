@@ -203,8 +203,9 @@ def fine_tune(
     *,
     larger_is_better: bool,
 ) -> tuple[Tensor, list[float]]:
-    """Return (scores [test tasks, steps], learning rates): for each number of steps the rate that
-    does best on validation tasks.
+    """Return (scores [test tasks, steps], learning rates).
+
+    For each number of steps the rate is the one that does best on validation tasks.
     """
     means = torch.stack([curves(rate, validation).mean(0) for rate in rates]) * (
         1 if larger_is_better else -1
@@ -215,8 +216,9 @@ def fine_tune(
 
 
 def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
-    """Train, test, and write everything into `config.out`; return squared errors [test tasks,
-    steps] by method.
+    """Train, test, and write everything into `config.out`.
+
+    The result is squared errors [test tasks, steps] by method.
     """
     torch.manual_seed(config.seed)
     model, pretrained, waves = sinusoid_mlp(), sinusoid_mlp(), Sinusoids()
@@ -287,8 +289,9 @@ def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
 
 
 def run_omniglot(config: OmniglotConfig) -> dict[str, Tensor]:
-    """Train, test, and write everything into `config.out`; return accuracies [test tasks, steps] by
-    method.
+    """Train, test, and write everything into `config.out`.
+
+    The result is accuracies [test tasks, steps] by method.
     """
     torch.manual_seed(config.seed)
     seen, unseen = split_alphabets(read_omniglot(config.data), config.test_alphabets)
@@ -348,7 +351,8 @@ def run_omniglot(config: OmniglotConfig) -> dict[str, Tensor]:
     task = tree.index(test, 0)
     (adapted,) = adapt(loss, config.inner_lr, config.test_steps[-1:], net.params, task)
     right = net(adapted, task.query[0]).argmax(-1) == task.query[1]
-    title = f"Omniglot, {config.ways}-way {config.shots}-shot, on alphabets never seen in training: {', '.join(unseen)}"
+    title = f"Omniglot, {config.ways}-way {config.shots}-shot, on alphabets never seen in training: "
+    title += ", ".join(unseen)
     plot_omniglot(
         config.out / "maml.png", scores, config.test_steps, task, right, training.losses, title
     )
@@ -356,8 +360,9 @@ def run_omniglot(config: OmniglotConfig) -> dict[str, Tensor]:
 
 
 def nearest_centroid(train: CharacterTasks, test: Episode, config: OmniglotConfig) -> Tensor:
-    """Return accuracies [test tasks, 1] by the nearest class mean, with features trained to tell
-    all training characters apart.
+    """Return accuracies [test tasks, 1] by the nearest class mean.
+
+    The features are trained to tell all training characters apart.
     """
     model = conv4(len(train.classes), config.filters)
     net = mo.functional(model)

@@ -83,8 +83,7 @@ def plot_omniglot(
     losses: list[float],
     title: str,
 ) -> None:
-    """Draw a test task with the answers, the accuracy over the number of steps, and the training
-    curve.
+    """Draw a test task with the answers, the accuracy over the steps, and the training curve.
 
     Args:
         path: where the picture goes.
@@ -130,8 +129,9 @@ def plot_omniglot(
 
 
 def _plot_task(axes: plt.Axes, task: Episode, right: Tensor) -> None:
-    """Draw the first drawing of each class of the support set beside queries, in the colour of the
-    answer.
+    """Draw the first drawing of each class of the support set beside queries.
+
+    The queries have the colour of the answer.
     """
     (images, labels), (queries, _) = task
     ways = min(len(labels.unique()), 10)

@@ -1,8 +1,10 @@
-"""Learning from damaged data: plain training, clean data only, meta-weight-net and an oracle on the
-handwritten digits.
+"""Learning from damaged data, on the handwritten digits.
 
-    python scripts/meta_weight_net.py --noise 0.4                      # 40 % of the labels are wrong
-    python scripts/meta_weight_net.py --noise 0 --imbalance 50         # long-tailed classes, from 100 examples down to 2
+Plain training, clean data only, meta-weight-net and an oracle are compared.
+
+    python scripts/meta_weight_net.py --noise 0.4   # 40 % of the labels are wrong
+    # Long-tailed classes, from 100 examples down to 2:
+    python scripts/meta_weight_net.py --noise 0 --imbalance 50
     python scripts/meta_weight_net.py --noise 0 --imbalance 50 --weight-input "loss and class"
 
 Every method makes SGD steps with momentum on minibatches; they differ in where these come from and
@@ -99,8 +101,9 @@ METHODS = ("plain", "clean only", "meta-weight-net", "oracle")
 
 
 class Data(NamedTuple):
-    """One seed's split, or a stack of them; the pool is the damaged training set, then the clean
-    examples.
+    """One seed's split, or a stack of them.
+
+    The pool is the damaged training set, then the clean examples.
     """
 
     images: Tensor  # [pool, 64]
@@ -116,8 +119,9 @@ class Data(NamedTuple):
 
 
 def damaged_digits(config: Config, seed: int) -> Data:
-    """Split the digits afresh into clean, training and test, and damage the training set: first its
-    classes, then its labels.
+    """Split the digits afresh into clean, training and test, and damage the training set.
+
+    First its classes are damaged, then its labels.
     """
     generator = torch.Generator().manual_seed(seed)
     images, truth = digits()
@@ -153,8 +157,9 @@ def sampling(method: str, data: Data) -> Tensor:
 
 
 class Learner:
-    """The learner's step: SGD with momentum on the mean cross-entropy of a minibatch. The state is
-    a dict of trees.
+    """The learner's step: SGD with momentum on the mean cross-entropy of a minibatch.
+
+    The state is a dict of trees.
     """
 
     def __init__(self, net: mo.Functional):
@@ -182,16 +187,15 @@ class Learner:
 
 
 class MetaWeightNet(Learner):
-    """A learner whose minibatch loss is sum_i v_i l_i / sum_i v_i, v_i = V(l_i; theta), with theta
-    learned on the way.
+    """A learner whose minibatch loss is sum_i v_i l_i / sum_i v_i, v_i = V(l_i; theta).
 
-    Two differences from the paper. It looks ahead with a plain gradient step, we with the learner's
-    own optimizer and state: the step that the learner is going to make. And it takes mean_i v_i
-    l_i. There the common scale of the weights acts as a learning rate: early in training, when
-    every example lowers the clean loss, all weights rise together, and with a fast weight net (Adam
-    at 1e-3) they saturate at 1, which is plain training. Dividing by the sum leaves only the choice
-    between examples. It too can saturate if the weight net learns fast; hence the default rate,
-    3e-4.
+    theta is learned on the way. Two differences from the paper. It looks ahead with a plain
+    gradient step, we with the learner's own optimizer and state: the step that the learner is going
+    to make. And it takes mean_i v_i l_i. There the common scale of the weights acts as a learning
+    rate: early in training, when every example lowers the clean loss, all weights rise together,
+    and with a fast weight net (Adam at 1e-3) they saturate at 1, which is plain training. Dividing
+    by the sum leaves only the choice between examples. It too can saturate if the weight net learns
+    fast; hence the default rate, 3e-4.
 
     Args:
         net: the learner.
@@ -273,7 +277,8 @@ class Result(NamedTuple):
     states: list[Tree]  # for each length, leaves [seeds, rates, ...]
 
     def choose(self, *, longest: bool) -> Tensor:
-        """Return the index of the best score on the grid of each seed, [seeds, 2]: rate, length;
+        """Return the index of the best score on the grid of each seed, [seeds, 2]: rate, length.
+
         `longest` fixes the length.
         """
         rates, lengths = self.score.shape[1:]
@@ -333,8 +338,9 @@ def train(method: str, config: Config, data: Data, logger: TensorBoardLogger) ->
 
 
 def make_learner(method: str, config: Config) -> tuple[Learner, Tree]:
-    """Return the method's learner, and for every seed a state before the first step; methods start
-    from the same networks.
+    """Return the method's learner, and for every seed a state before the first step.
+
+    All methods start from the same networks.
     """
     classes = CLASSES if config.weight_input == "loss and class" else 0
     starts = []
@@ -358,8 +364,9 @@ def make_learner(method: str, config: Config) -> tuple[Learner, Tree]:
 
 
 def score(logits: Tensor, data: Data) -> Tensor:
-    """Return how many clean examples are right, plus exp(-their mean loss) to break ties, [seeds,
-    rates].
+    """Return the number of clean examples that are right, [seeds, rates].
+
+    To break ties, exp(-their mean loss) is added.
 
     Args:
         logits: [seeds, rates, trainings, clean examples, classes]. With one training all examples
@@ -379,8 +386,9 @@ def score(logits: Tensor, data: Data) -> Tensor:
 
 
 def report(config: Config, results: Mapping[str, Result]) -> str:
-    """Return the tables: the tuned and the long training with the paired differences, and the long
-    training at every rate.
+    """Return the tables of the tuned and the long training, and of the long one at every rate.
+
+    The first comes with the paired differences.
     """
     ours, steps = results["meta-weight-net"], f"{config.lengths[-1]} steps"
     rows, fixed = [], []
@@ -421,8 +429,9 @@ def report(config: Config, results: Mapping[str, Result]) -> str:
 
 
 def percent(values: Tensor, *, signed: bool = False) -> str:
-    """Return 'mean ± standard error' in per cent; a signed mean more than two standard errors from
-    0 gets a star.
+    """Return 'mean ± standard error' in per cent.
+
+    A signed mean more than two standard errors from 0 gets a star.
     """
     mean, error = 100 * values.mean().item(), 100 * values.std().item() / len(values) ** 0.5
     return (
@@ -442,11 +451,11 @@ def title(config: Config) -> str:
 def learned_weights(
     config: Config, data: Data, result: Result
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return for every seed, after the long training at its tuned rate, (losses, weights, group) of
-    the training set.
+    """Return (losses, weights, group) of the training set, for every seed.
 
-    The weights are divided by their mean, as in the learner's loss. Group 1 is what should be
-    treated apart: wrong labels or, if there is no noise, the five rarest classes.
+    They are those after the long training at its tuned rate. The weights are divided by their mean,
+    as in the learner's loss. Group 1 is what should be treated apart: wrong labels or, if there is
+    no noise, the five rarest classes.
     """
     learner, _ = make_learner("meta-weight-net", config)
     assert isinstance(learner, MetaWeightNet)
@@ -466,9 +475,7 @@ def learned_weights(
 
 
 def plot(config: Config, data: Data, results: Mapping[str, Result], path: Path) -> None:
-    """Draw test accuracy over training at every learning rate, and the learned weight over the
-    loss.
-    """
+    """Draw test accuracy over training at every learning rate, and the weight over the loss."""
     figure = plt.figure(figsize=(14, 8), layout="constrained")
     figure.suptitle(
         f"{title(config)}: test accuracy over training, and what the weight net learned"

@@ -1,7 +1,6 @@
-"""Train an LSTM learning-rate schedule through the inner loop, and compare it with tuned constant
-and cosine rates.
+"""Train an LSTM learning-rate schedule through the inner loop.
 
-python scripts/train_schedule.py
+It is compared with tuned constant and cosine rates. python scripts/train_schedule.py
 """
 
 from __future__ import annotations
@@ -142,8 +141,9 @@ def main(config: Config) -> None:
 
 
 def observed_rates(optimizer: SGD, family: mo.TaskFamily, horizon: int, seeds: int = 16) -> Tensor:
-    """Return the learning rate used at each step of `seeds` test runs, [seeds, horizon], as -update
-    / gradient.
+    """Return the learning rate used at each step of `seeds` test runs, [seeds, horizon].
+
+    It is read off as -update / gradient.
     """
     schedule, rates = optimizer.lr, []
 
