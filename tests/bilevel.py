@@ -1,5 +1,6 @@
-"""Bilevel problems with known hypergradients, and what each rule says it gives, by dense linear
-algebra.
+"""Bilevel problems with known hypergradients.
+
+What each rule says it gives is computed by dense linear algebra.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ class Bilevel:
 
 
 def quadratic() -> Bilevel:
-    """1/2 w'Hw - w'B l and 1/2 |w - c|^2: hypergradient B'H^-1 (w* - c). 0.8^110 = 2e-11 is left."""
+    """1/2 w'Hw - w'B l and 1/2 |w - c|^2: hypergradient B'H^-1 (w* - c).
+
+    0.8^110 = 2e-11 is left.
+    """
     torch.manual_seed(0)
     A, B, c, l = torch.randn(5, 5), torch.randn(5, 5), torch.randn(5), torch.randn(5)
     H = A @ A.T / 5 + torch.eye(5) / 2
@@ -76,8 +80,9 @@ def quadratic() -> Bilevel:
 
 
 def ridge() -> Bilevel:
-    """Least squares in two leaves, a penalty on each: w* = (X'X/n + k P)^-1 X'Y/n, normal
-    equations; 0.7^80 = 4e-13 is left.
+    """Least squares in two leaves, a penalty on each.
+
+    w* = (X'X/n + k P)^-1 X'Y/n, normal equations; 0.7^80 = 4e-13 is left.
     """
     torch.manual_seed(1)
     x, y = torch.randn(12, 3), torch.randn(12, 2)
@@ -117,6 +122,7 @@ def ridge() -> Bilevel:
 
 def dynamics() -> Bilevel:
     """w_{t+1} = A w_t + lr B l with A = I - lr H, four steps: dw_T/dl = lr (I + A + A^2 + A^3) B.
+
     Far from converged.
     """
     torch.manual_seed(2)
@@ -161,8 +167,9 @@ def logistic() -> Bilevel:
 
 
 def stated(problem: Bilevel, x: str | Tensor) -> Any:
-    """Return -[d grad_w L]' X v at the end of the loop, dense, for X = "inverse" of H, "identity",
-    or a given matrix.
+    """Return -[d grad_w L]' X v at the end of the loop, dense.
+
+    X is "inverse" of H, "identity", or a given matrix.
     """
     w, meta = problem.end(), leaf(problem.meta)
     leaves = mo.tree.leaves(w)

@@ -59,8 +59,9 @@ def coupled(own: Tensor, above: Sequence[Tensor], below: Sequence[Tensor], x: Te
 def tower_losses(
     depth: int, top_reads: Sequence[int]
 ) -> list[Callable[[list[Tensor], Tensor], Tensor]]:
-    """Return the losses of levels 0 (top) to depth - 1: each reads the one above and the one below,
-    the top one `top_reads`.
+    """Return the losses of levels 0 (top) to depth - 1.
+
+    Each reads the one above and the one below, the top one `top_reads`.
     """
 
     def loss(i: int) -> Callable[[list[Tensor], Tensor], Tensor]:

@@ -16,11 +16,10 @@ def peak():
 
 
 def printed(program: str, *arguments: object) -> int:
-    """Return the number that `program`, which may call `peak()` for its largest size so far in KiB,
-    prints.
+    """Return the number that `program` prints.
 
-    glibc is told to give large blocks back at once: by default it keeps them, and small ones
-    between hide what is needed.
+    It may call `peak()`, which returns its largest size so far in KiB. glibc is told to give large
+    blocks back at once: by default it keeps them, and small ones between hide what is needed.
     """
     command = [sys.executable, "-c", PEAK + program, *map(str, arguments)]
     exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -1,5 +1,6 @@
-"""An inner problem and the update rules written out by hand: the witness that `minimize` and the
-optimizers must agree with.
+"""An inner problem and the update rules written out by hand.
+
+The witness that `minimize` and the optimizers must agree with.
 """
 
 from __future__ import annotations
@@ -131,8 +132,9 @@ VARIANTS = [
 
 
 def regression(params: dict[str, Tensor], batch: tuple[Tensor, Tensor], meta: Tensor) -> Tensor:
-    """Squared error of a small nonlinear model with a learned penalty: every input matters, at
-    second order too.
+    """Squared error of a small nonlinear model with a learned penalty.
+
+    Every input matters, at second order too.
     """
     x, y = batch
     prediction = torch.tanh(x @ params["w"] + params["b"]).sum(-1) * params["scale"]
@@ -168,8 +170,9 @@ def by_hand(
     done: int = 0,
     first_order: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], Tensor]:
-    """Return (parameters, memory, losses [T]) of the loop written out, for `torch.autograd` to
-    differentiate.
+    """Return (parameters, memory, losses [T]) of the loop written out.
+
+    `torch.autograd` can differentiate them.
     """
     losses = []
     for t, batch in enumerate(batches, start=done + 1):

@@ -1,5 +1,6 @@
-"""Random graphs of levels against a simulation: hand-written loops, plain autograd, and each rule's
-formula written out.
+"""Random graphs of levels against a simulation.
+
+Hand-written loops, plain autograd, and each rule's formula written out.
 
 Of the library only the order of execution is taken (`graph.program.order`). More graphs than the
 suite runs:
@@ -47,8 +48,9 @@ class Vector(nn.Module):
 
 @dataclass
 class Spec:
-    """A level as numbers: its loss, optimizer, data and what it reads; of the levels in `averages`
-    their averages.
+    """A level as numbers: its loss, optimizer, data and what it reads.
+
+    Of the levels in `averages` their averages.
     """
 
     name: str
@@ -238,7 +240,10 @@ def constant(values: Any) -> Any:
 
 
 class AtPoint(torch.autograd.Function):
-    """The end of some steps, with the derivative that a rule gives it: of T(w, leaves) at w = end."""
+    """The end of some steps, with the derivative that a rule gives it.
+
+    Of T(w, leaves) at w = end.
+    """
 
     @staticmethod
     def forward(ctx: Any, end: Tensor, rule: Any, total: Any, move: Any, *leaves: Tensor) -> Tensor:
@@ -432,9 +437,7 @@ class Simulation:
         return loss, below, ema
 
     def replayed(self, name: str, w: Tensor, scene: Scene, history: list[Event]) -> Scene:
-        """Let what the level shares move again as it did since its last step, now as functions of
-        w.
-        """
+        """Let what the level shares move again as it did since its last step, as functions of w."""
         shared = self.order.shared[name]
         last = max((i for i, event in enumerate(history) if event.level == name), default=-1)
         again, states, scene = list(history[: last + 1]), None, dict(scene)

@@ -1,5 +1,6 @@
-"""What `minimize` tells of the steps: auxiliary outputs, buffers and observations, under every
-memory, against a loop by hand.
+"""What `minimize` tells of the steps.
+
+Auxiliary outputs, buffers and observations, under every memory, against a loop by hand.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ SECOND = [name for name in RULES if name != "disk"]
 
 
 class Averaging(nn.Module):
-    """y = tanh(W x) + average, where the buffer average <- .7 average + .3 mean(W) in each call: a
-    buffer with a derivative.
+    """y = tanh(W x) + average, where the buffer average <- .7 average + .3 mean(W) in each call.
+
+    A buffer with a derivative.
     """
 
     def __init__(self) -> None:

@@ -152,8 +152,9 @@ def test_imports_point_downwards(name: str) -> None:
 def test_imports_are_relative_in_the_package_with_two_names_and_absolute_elsewhere(
     name: str,
 ) -> None:
-    """The modules of `optimizers` are loaded as `metaopt.optimizers`; what they call by its first
-    name may be a user's file.
+    """The modules of `optimizers` are loaded as `metaopt.optimizers`.
+
+    What they call by its first name may be a user's file.
     """
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.ImportFrom):
@@ -347,17 +348,16 @@ def test_one_file_each_knows_distribution_and_logging_backends() -> None:
     [(package, name) for package in (metaopt, optimizers) for name in package.__all__],
 )
 def test_what_is_public_is_documented(package: object, name: str) -> None:
-    """By hand: a dataclass or a named tuple without a docstring is given one that starts with its
-    own name.
-    """
+    """A dataclass or a named tuple without a docstring is given one that starts with its own name."""
     doc = getattr(package, name).__doc__
     assert doc
     assert not doc.startswith(f"{name}(")
 
 
 def test_importing_the_library_has_no_side_effect_on_torch() -> None:
-    """A fresh interpreter: the random state, the default dtype and the thread count are as torch
-    leaves them.
+    """A fresh interpreter.
+
+    The random state, the default dtype and the thread count are as torch leaves them.
     """
     program = (
         "import torch; state = lambda: (torch.get_rng_state().tolist(), torch.get_default_dtype(), "

@@ -1,5 +1,6 @@
-"""Hyperparameters that differ from parameter to parameter: a dict of patterns, or a tensor of the
-shape of each parameter.
+"""Hyperparameters that differ from parameter to parameter.
+
+A dict of patterns, or a tensor of the shape of each parameter.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def curve(params: dict[str, Tensor], shift: Tensor) -> Tensor:
 
 
 def make(kind: Any, **named: Any) -> Callable[..., mo.Optimizer]:
-    """Return the optimizer as a function of some of its hyperparameters, betas and the like put
-    together.
+    """Return the optimizer as a function of some of its hyperparameters.
+
+    Betas and the like are put together.
     """
 
     def build(**given: Any) -> mo.Optimizer:
@@ -349,8 +351,9 @@ def test_under_transforms(transform: str) -> None:
 
 
 def test_meta_sgd_in_one_line() -> None:
-    """w' = w - alpha * g with a learned alpha for each entry: its derivative is -g times the slope
-    at w'.
+    """w' = w - alpha * g with a learned alpha for each entry.
+
+    Its derivative is -g times the slope at w'.
     """
     first = start()
     optimizer = SGD(lr=PerParameter(first, 0.1))
@@ -370,8 +373,9 @@ def test_meta_sgd_in_one_line() -> None:
 
 
 def test_rates_of_entries_with_memory_and_for_complex_parameters() -> None:
-    """All rates alike are one rate, in Adam with every hyperparameter that may be one, and for two
-    numbers of a complex entry.
+    """All rates alike are one rate.
+
+    In Adam with every hyperparameter that may be one, and for two numbers of a complex entry.
     """
     first = {"w": torch.randn(3, dtype=torch.complex128), "b": torch.randn(())}
     per = lambda value: PerParameter(first, value)

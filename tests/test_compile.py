@@ -1,5 +1,6 @@
-"""`compile=True` against the eager loop: equal values, one compilation for every length, and a
-warning without a compiler.
+"""`compile=True` against the eager loop.
+
+Equal values, one compilation for every length, and a warning without a compiler.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ def gradients(
     dropout: float = 0.0,
     create_graph: bool = False,
 ) -> list:
-    """Return the losses and the derivative of their sum with respect to all parameters, of
-    optimizer and network.
+    """Return the losses and the derivative of their sum with respect to all parameters.
+
+    These are the optimizer's and the network's.
     """
     loss_fn, params = made(dropout)
     torch.manual_seed(2)
@@ -157,8 +159,9 @@ class TestEquality:
         gradient(True)
 
     def test_a_sum_with_a_scaled_product_of_matrices(self) -> None:
-        """Before 2.15 torch makes `addmm` of it and forgets the scale, the reason for the second
-        way in `scaled_sum`.
+        """Before 2.15 torch makes `addmm` of it and forgets the scale.
+
+        That is the reason for the second way in `scaled_sum`.
         """
         x, y = torch.randn(3, 3), torch.randn(3, 3)
         assert_equal(
@@ -174,8 +177,9 @@ class TestEquality:
     def test_a_loop_over_tasks_is_compiled_once(
         self, whole: bool, no_recompilation: Callable[[], None]
     ) -> None:
-        """For all tasks, for every call with other episodes, and for parameters of a module as for
-        plain tensors.
+        """For all tasks, for every call with other episodes.
+
+        And for parameters of a module as for plain tensors.
         """
         torch.manual_seed(0)
         net = mo.functional(
@@ -257,8 +261,9 @@ class TestEquality:
             torch.autograd.grad(first[1], [*optimizer.parameters()])
 
     def test_a_whole_loop_is_one_graph_for_an_outer_compiler(self) -> None:
-        """With Adam and a learnable schedule, the derivative in the schedule and in the initial
-        parameters included.
+        """With Adam and a learnable schedule.
+
+        The derivative in the schedule and in the initial parameters is included.
         """
         optimizer = Adam(lr=Cosine(nn.Parameter(torch.tensor(0.1)), steps=4))
         loss_fn, params, rows = *made(), batches(4)

@@ -150,8 +150,9 @@ CYCLES = {
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "adamax", "nadam", "radam", "rmsprop"])
 @pytest.mark.parametrize("cycle", CYCLES)
 def test_the_momentum_may_be_cycled(kind: str, cycle: str) -> None:
-    """A case of groups that said `beta1` where schedulers look for `betas`: OneCycleLR's default
-    refused every Adam.
+    """A case of groups that said `beta1` where schedulers look for `betas`.
+
+    OneCycleLR's default refused every Adam.
     """
     ends = []
     for build in (KINDS[kind][0]().as_torch, KINDS[kind][1]):
@@ -262,8 +263,9 @@ def test_a_group_may_say_where_a_scheduler_began() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sparse_gradients_act_as_dense_ones(kind: str) -> None:
-    """A case of an embedding with sparse=True: all but SGD failed inside of torch. torch's SGD and
-    Adagrad take them.
+    """A case of an embedding with sparse=True: all but SGD failed inside of torch.
+
+    torch's SGD and Adagrad take them.
     """
     x = torch.tensor([[0, 2, 2], [4, 0, 2]])
     ends = []
@@ -341,8 +343,9 @@ def test_resuming_from_a_file_is_bit_for_bit(kind: str) -> None:
 
 
 def test_float32_memory_resumes_on_a_model_of_another_dtype_as_it_was() -> None:
-    """Torch casts a state to the dtype of its parameter; ours is per group and keeps what was
-    saved, the int64 step too.
+    """Torch casts a state to the dtype of its parameter.
+
+    Ours is per group and keeps what was saved, the int64 step too.
     """
     model = nn.Linear(2, 1)
     optimizer = Adam(0.1).as_torch(model.parameters())
@@ -541,7 +544,10 @@ def test_pickling_keeps_what_is_needed_to_go_on() -> None:
 
 
 def test_named_parameters_keep_their_names_for_groups() -> None:
-    """`Grouped` sees what the user calls the parameters, and the state is kept under these names."""
+    """`Grouped` sees what the user calls the parameters.
+
+    The state is kept under these names.
+    """
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = Grouped({"*.bias": SGD(0.0), "*": SGD(0.5, 0.9)}).as_torch(model.named_parameters())

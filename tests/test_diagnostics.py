@@ -24,8 +24,9 @@ CURVATURE = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
 
 
 def quadratic(rule: Any = CG, steps: int = 1, **options: Any) -> mo.LevelGraph:
-    """Inner 1/2 w'Hw - w'lam with H = diag(1, 2, 5), from its solution; outer 1/2 |w - 3|^2:
-    dF/dlam = H^-1 (w - 3).
+    """Inner 1/2 w'Hw - w'lam with H = diag(1, 2, 5), from its solution.
+
+    Outer 1/2 |w - 3|^2: dF/dlam = H^-1 (w - 3).
     """
     lam = torch.tensor([1.0, -2.0, 0.5])
     outer = level("lam", lam, lambda s, _: 0.5 * (s.w() - 3).square().sum(), 1.0)
@@ -48,8 +49,9 @@ def mixed_tower() -> mo.LevelGraph:
 
 
 def test_rules_beside_the_closed_form() -> None:
-    """T1T2 takes H for 1: x = w - 3 beside H^-1 (w - 3); ten steps of Backprop give (1 - (1 - .1
-    H)^10) H^-1 (w - 3).
+    """T1T2 takes H for 1: x = w - 3 beside H^-1 (w - 3).
+
+    Ten steps of Backprop give (1 - (1 - .1 H)^10) H^-1 (w - 3).
     """
     report = mo.compare_rules(
         quadratic(steps=10), [mo.T1T2(), mo.Backprop()], "lam", exact=CG, repeats=1
@@ -79,8 +81,9 @@ def test_rules_beside_the_closed_form() -> None:
 
 @pytest.mark.parametrize("rule", [mo.Backprop(), mo.T1T2(), CG])
 def test_the_hypergradient_is_that_of_the_next_step(rule: Any) -> None:
-    """The upper level makes a step of plain SGD with rate 1; comparing changes neither state nor
-    data.
+    """The upper level makes a step of plain SGD with rate 1.
+
+    Comparing changes neither state nor data.
     """
     graph = quadratic(rule, steps=3)
     graph.step()
@@ -105,7 +108,10 @@ def test_all_edges_below_the_level_get_the_rule() -> None:
 
 
 def test_memory_grows_with_the_graph_of_the_steps_only_where_it_is_kept() -> None:
-    """Sixty steps over 20000 numbers: Backprop keeps several of 160 kB each a step, Implicit none."""
+    """Sixty steps over 20000 numbers.
+
+    Backprop keeps several of 160 kB each a step, Implicit none.
+    """
     n = 20000
     outer = level("lam", torch.ones(n), lambda s, _: s.w().square().mean())
     inner = level(
@@ -208,8 +214,9 @@ def test_an_implicit_rule_agrees_once_the_lower_level_has_converged() -> None:
 
 
 def test_a_biased_rule_fails_by_its_bias() -> None:
-    """T1T2 along d: <w - 3, d> beside <H^-1 (w - 3), d>; with a tolerance of None it says so
-    without raising.
+    """T1T2 along d: <w - 3, d> beside <H^-1 (w - 3), d>.
+
+    With a tolerance of None it says so without raising.
     """
     check = mo.hypergradient_check(
         quadratic(mo.T1T2(), steps=200), "lam", tolerance=None, directions=50
@@ -272,8 +279,10 @@ def test_silly_checks(options: dict, message: str) -> None:
 
 
 def test_smoothness_of_known_functions() -> None:
-    """theta = z goes on: 1. theta = (z - h)^2 comes back with no distance but in the second entry,
-    which goes on. A zigzag: -1.
+    """theta = z goes on: 1.
+
+    theta = (z - h)^2 comes back with no distance but in the second entry, which goes on. A zigzag:
+    -1.
     """
     z, v = {"z": torch.zeros(3)}, {"z": torch.ones(3)}
     assert mo.metasmoothness(lambda z: 2 * z["z"], z, v, 0.1) == 1
@@ -281,8 +290,9 @@ def test_smoothness_of_known_functions() -> None:
     assert bent == pytest.approx(1, abs=1e-12)
 
     def zigzag(z: Any) -> Tensor:
-        """0, 3, 2 in the first entry: d = 2, signs opposite; 0, 1, 2 in the others: d = 2 each. S =
-        (-2 + 2 + 2) / 6.
+        """0, 3, 2 in the first entry: d = 2, signs opposite; 0, 1, 2 in the others: d = 2 each.
+
+        S = (-2 + 2 + 2) / 6.
         """
         t = (z["z"] * 10).round()
         return torch.where(torch.arange(3) == 0, torch.where(t == 1, 3.0, t), t)

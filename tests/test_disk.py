@@ -1,5 +1,6 @@
-"""Snapshots on disk: a loop that is killed goes on where it was, and gives the same gradient bit
-for bit.
+"""Snapshots on disk.
+
+A loop that is killed goes on where it was, and gives the same gradient bit for bit.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ class Killed(BaseException):
 
 
 class Run:
-    """One program: a loop with dropout, Adam and a gradient for everything, whose loss can end it
-    at any call.
+    """One program, whose loss can end it at any call.
+
+    It is a loop with dropout, Adam and a gradient for everything.
     """
 
     def __init__(self) -> None:
@@ -137,8 +139,9 @@ def test_equals_snapshots_in_memory(tmp_path: Path, snapshots: int, streamed: bo
 
 
 def test_a_run_that_ends_at_any_call_goes_on_there(tmp_path: Path, unkilled: list[Tensor]) -> None:
-    """All calls of the loss, forward and backward; each time a fresh program goes on, and ends once
-    more three calls later.
+    """All calls of the loss, forward and backward.
+
+    Each time a fresh program goes on, and ends once more three calls later.
     """
     run = Run()
     run(tmp_path)
@@ -214,8 +217,9 @@ print("the same bits")
 
 
 def test_sigkill(tmp_path: Path) -> None:
-    """Processes that kill themselves, one on the way forward and one half-way back; a third one
-    ends what they began.
+    """Processes that kill themselves, one on the way forward and one half-way back.
+
+    A third one ends what they began.
     """
 
     def process(call: int) -> subprocess.CompletedProcess:
@@ -288,8 +292,9 @@ def test_any_file_may_be_missing(tmp_path: Path, unkilled: list[Tensor], name: s
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
 @pytest.mark.parametrize("call", [3, STEPS + 6], ids=["forward", "backward"])
 def test_a_full_disk_loses_nothing(tmp_path: Path, unkilled: list[Tensor], call: int) -> None:
-    """ENOSPC of the system: the file that would be written next is a link to /dev/full, where every
-    write fails.
+    """ENOSPC of the system.
+
+    The file that would be written next is a link to /dev/full, where every write fails.
     """
 
     def fill(now: int) -> None:
@@ -499,8 +504,9 @@ def test_without_gradients_nothing_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_any_kind_of_tensor(tmp_path: Path) -> None:
-    """One tensor twice, a view, an expanded one, integers, bfloat16, booleans, complex and empty
-    ones in the carry.
+    """One tensor twice, a view, an expanded one, integers, and more in the carry.
+
+    There are also bfloat16, booleans, complex and empty ones.
     """
     a = torch.tensor(0.7, requires_grad=True)
     w, scale = torch.randn(4, 3), torch.randn(5, dtype=torch.complex128)

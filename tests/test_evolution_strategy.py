@@ -120,8 +120,9 @@ def test_no_number_depends_on_the_order_of_a_set() -> None:
 
 
 def test_running_statistics_are_those_of_each_run() -> None:
-    """Batch norm in training mode: the perturbed runs update statistics of their own, which vmap
-    refused for common ones.
+    """Batch norm in training mode.
+
+    The perturbed runs update statistics of their own, which vmap refused for common ones.
     """
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()

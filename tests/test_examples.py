@@ -1,5 +1,6 @@
-"""Every example runs in a small form, where its own assertions hold too; those with fixed figures
-print these.
+"""Every example runs in a small form, where its own assertions hold too.
+
+Those with fixed figures print these.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Updates on tensors joined to one: the same numbers and derivatives as one tensor after another,
-in every transform.
+"""Updates on tensors joined to one.
+
+The same numbers and derivatives as one tensor after another, in every transform.
 """
 
 from __future__ import annotations
@@ -85,8 +86,9 @@ def _as_tensor(value: Any) -> Any:
 
 
 def start() -> dict[str, Tensor]:
-    """Return parameters of many kinds: matrices, a transposed one, vectors, a scalar, an empty and
-    a complex one.
+    """Return parameters of many kinds.
+
+    Matrices, a transposed one, vectors, a scalar, an empty and a complex one.
     """
     params = {str(i): torch.randn(2, i + 1) for i in range(5)}
     params |= {
@@ -99,8 +101,9 @@ def start() -> dict[str, Tensor]:
 
 
 def curve(params: dict[str, Tensor], shift: Tensor) -> Tensor:
-    """A loss that couples all parameters, whose gradient is 0 in the first entry of the vector all
-    the time.
+    """A loss that couples all parameters.
+
+    Its gradient is 0 in the first entry of the vector all the time.
     """
     real = {name: torch.view_as_real(p) if p.is_complex() else p for name, p in params.items()}
     reach = (
@@ -114,7 +117,10 @@ def curve(params: dict[str, Tensor], shift: Tensor) -> Tensor:
 
 @contextmanager
 def ways(joined: bool) -> Iterator[list[int]]:
-    """While entered, all updates are made in one way; yields the number of tensors that each saw."""
+    """While entered, all updates are made in one way.
+
+    Yields the number of tensors that each saw.
+    """
     seen: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         if not joined:

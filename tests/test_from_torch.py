@@ -116,8 +116,9 @@ def test_it_goes_on_as_the_live_optimizer_does(kind: Any, options: Any, done: in
 
 @each_case
 def test_its_meta_gradients_under_every_transform(kind: Any, options: Any) -> None:
-    """Autograd, `func.grad`, rebuilt steps and a batch of tasks agree; finite differences say with
-    what.
+    """Autograd, `func.grad`, rebuilt steps and a batch of tasks agree.
+
+    Finite differences say with what.
     """
     model = network()
     net, live = mo.functional(model), kind(model.parameters(), **options)
@@ -159,8 +160,9 @@ def test_its_meta_gradients_under_every_transform(kind: Any, options: Any) -> No
 
 
 def test_muon_goes_on_with_its_memory() -> None:
-    """torch iterates in bfloat16: a step agrees to 2^-8 of its entries, which are at most 1.2; the
-    memory is exact.
+    """torch iterates in bfloat16: a step agrees to 2^-8 of its entries, which are at most 1.2.
+
+    The memory is exact.
     """
     weight = nn.Parameter(torch.randn(4, 3))
     live = torch.optim.Muon([weight], lr=0.02, weight_decay=0.1)
@@ -337,8 +339,9 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("schedule", SCHEDULERS)
 @pytest.mark.parametrize("kind", ["sgd-momentum", "adamw", "asgd"])
 def test_a_scheduler_goes_on_where_it_stands(kind: str, schedule: str) -> None:
-    """A case of a scheduler without effect, without a word: relative difference 2.1. Two groups,
-    four live steps, then eight.
+    """A case of a scheduler without effect, without a word: relative difference 2.1.
+
+    Two groups, four live steps, then eight.
     """
     make, options = CASES[kind]
     torch.manual_seed(0)
@@ -364,8 +367,9 @@ def test_a_scheduler_goes_on_where_it_stands(kind: str, schedule: str) -> None:
 
 
 def test_a_carried_schedule_is_learned() -> None:
-    """w - lr (1 + gamma + gamma^2): by gamma the derivative is -lr (1 + 2 gamma), by lr -(1 + gamma
-    + gamma^2).
+    """w - lr (1 + gamma + gamma^2).
+
+    By gamma the derivative is -lr (1 + 2 gamma), by lr -(1 + gamma + gamma^2).
     """
     weight = nn.Parameter(torch.zeros(()))
     live = torch.optim.SGD([weight], lr=0.1)

@@ -98,8 +98,9 @@ def test_params_are_live_and_backward_fills_grad() -> None:
 
 
 def test_a_module_in_several_places_is_restored() -> None:
-    """`functional_call` given both names of one module would swap it twice and put the wrong tensor
-    back.
+    """`functional_call` given both names of one module would swap it twice.
+
+    It would put the wrong tensor back.
     """
     model = Tied()
     before, net = snapshot(model), mo.functional(model)
@@ -140,8 +141,9 @@ def test_the_module_is_never_changed(training: bool) -> None:
 
 
 class Held(nn.Module):
-    """A parameter that other modules hold as a buffer, before or after it; a buffer of its own, a
-    frozen parameter held too.
+    """A parameter that other modules hold as a buffer, before or after it.
+
+    A buffer of its own, a frozen parameter held too.
     """
 
     def __init__(self, order: str) -> None:
@@ -173,8 +175,9 @@ class Held(nn.Module):
 
 @pytest.mark.parametrize("order", ["bp", "pb", "bm", "mb", "bbpb", "bnm", "n", "bpmm"])
 def test_a_parameter_that_is_a_buffer_elsewhere_is_lent_as_torch_lends_it(order: str) -> None:
-    """It was never lent where an earlier module holds it as a buffer: value and gradient were those
-    of the module's own.
+    """It was never lent where an earlier module holds it as a buffer.
+
+    Value and gradient were those of the module's own.
     """
     model, x = Held(order), torch.randn(3, 2)
     net = mo.functional(model)
@@ -405,8 +408,10 @@ def test_nested_functionals_and_lazy_names_of_the_root() -> None:
 
 
 def test_running_statistics_can_be_carried_through_an_inner_loop() -> None:
-    """Step by step: in training mode the loss does not depend on them, and they depend on the
-    parameters before each step.
+    """Step by step.
+
+    In training mode the loss does not depend on them, and they depend on the parameters before each
+    step.
     """
     model, xs = (
         nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)),

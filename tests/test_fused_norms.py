@@ -67,8 +67,9 @@ def towers(norm: object, kind: str, at: Given, wanted: list[Tensor], order: int)
 def test_mixed_derivatives_of_every_order_are_those_of_the_norm_written_out(
     kind: str, affine: bool, order: int
 ) -> None:
-    """In input, weight and bias at once; the last order is by the kernels, those before by
-    elementary operations.
+    """In input, weight and bias at once.
+
+    The last order is by the kernels, those before by elementary operations.
     """
     at = given(kind, affine=affine)
     wanted = [leaf for leaf in at if leaf is not None]
@@ -185,8 +186,9 @@ def test_parameters_of_a_wrong_size_are_an_error(kind: str) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_second_derivatives_in_float32_and_either_layout(layout: torch.memory_format) -> None:
-    """The two functions differ in rounding, 1e-7, times the 1 / std = 3 of a layer's input, cubed,
-    and sums over 400 numbers.
+    """The two functions differ in rounding.
+
+    That is 1e-7, times the 1 / std = 3 of a layer's input, cubed, and sums over 400 numbers.
     """
     x, weight, bias = torch.randn(4, 8, 10, 10) / 3, torch.randn(8), torch.randn(8)
 

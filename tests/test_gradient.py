@@ -33,9 +33,7 @@ class TestGradient:
     @pytest.mark.parametrize("is_under_a_mode", [False, True])
     @pytest.mark.parametrize("again", [False, True])
     def test_it_is_that_of_torch(self, again: bool, is_under_a_mode: bool) -> None:
-        """Directly from the engine, or, under a mode for torch's functions, from
-        `torch.autograd.grad`.
-        """
+        """Directly from the engine, or, under a mode for torch's functions, from `torch.autograd`."""
         at = {
             "a": W["a"].clone().requires_grad_(),
             "b": [leaf.clone().requires_grad_() for leaf in W["b"]],
@@ -77,13 +75,17 @@ class TestGradient:
                 assert torch.is_grad_enabled() == again
 
     def test_no_graph_begins_where_nobody_asked_for_one(self) -> None:
-        """Of what is not differentiated, with gradients enabled: constants, unless f reads what is."""
+        """Of what is not differentiated, with gradients enabled.
+
+        Constants, unless f reads what is.
+        """
         w = {"a": torch.ones(2), "b": torch.ones(2, requires_grad=True)}
         meta = torch.tensor(2.0, requires_grad=True)
 
         def through(*names: str, scale: Any = 1.0, other: Any = 0.0) -> list[bool]:
-            """Return of which results (grads of a and b, value, aux that reads a, aux that reads
-            meta) a graph goes on.
+            """Return of which results a graph goes on.
+
+            They are the grads of a and b, the value, an aux that reads a, and one that reads meta.
             """
             at = {name: w[name] for name in names}
             grads, value, aux = gradient(
@@ -101,7 +103,8 @@ class TestGradient:
         assert through("a", "b") == [False, True, True, False, True]
 
     def test_a_gradient_inside_another_knows_its_variables(self) -> None:
-        """Both at what autograd does not track, the inner one reading the outer one's variable:
+        """Both at what autograd does not track, the inner one reading the outer one's variable.
+
         d/dv of dL/dw at w = 1 is 2 v.
         """
         w, v = torch.tensor(1.0), torch.tensor(3.0)

@@ -1,5 +1,6 @@
-"""BERT and GPT-2 of Hugging Face, small and with random weights, in inner loops and levels, against
-plain torch by hand.
+"""BERT and GPT-2 of Hugging Face in inner loops and levels, against plain torch by hand.
+
+They are small and have random weights.
 """
 
 from __future__ import annotations
@@ -202,8 +203,9 @@ def tasks_of(kind: str, count: int = 3) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
 def test_meta_gradients_are_those_by_hand(kind: str, options: Any, hooked: bool) -> None:
-    """A mask check that reads values, which vmap cannot, ended in torch's own text; now in the
-    loop, with one warning.
+    """A mask check that reads values, which vmap cannot, ended in torch's own text.
+
+    Now in the loop, with one warning.
     """
     model = build(kind, hooked=hooked)
     net, tasks, inner = mo.functional(model), tasks_of(kind), SGD(nn.Parameter(torch.tensor(0.1)))
@@ -233,8 +235,9 @@ def test_meta_gradients_are_those_by_hand(kind: str, options: Any, hooked: bool)
 
 
 def weighing(kind: str, rule: Any, optimizer: Any, **options: Any) -> Any:
-    """Return (graph, model, weights, support, query) of a level that weighs the examples of
-    another, a Hugging Face model.
+    """Return (graph, model, weights, support, query) of a level that weighs another's examples.
+
+    The other is a Hugging Face model.
     """
     model, weights = build(kind, attention="eager", **options), nn.Linear(LENGTH, 1)
     support, query = batch_of(kind), batch_of(kind)

@@ -192,8 +192,9 @@ def test_bad_arguments() -> None:
 )
 @pytest.mark.parametrize("options", [{"microbatches": 2}, {"hvp": "forward"}], ids=str)
 def test_compiled_pieces_equal_the_eager_ones(options: dict[str, Any]) -> None:
-    """With dropout: the gradient is evaluated twice on the way back, and must draw the same numbers
-    both times.
+    """With dropout.
+
+    The gradient is evaluated twice on the way back, and must draw the same numbers both times.
     """
     net = mo.functional(
         nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 1)).double()

@@ -82,8 +82,9 @@ each_way = pytest.mark.parametrize("way", WAYS)
 
 @each_solver
 def test_the_seeded_quadratic(solver: LinearSolver) -> None:
-    """Inner 1/2 w'Hw - w'B lam, outer 1/2 |w - c|^2: hypergradient B'H^-1 (w* - c), whose
-    derivative is B'H^-1 H^-1 B.
+    """Inner 1/2 w'Hw - w'B lam, outer 1/2 |w - c|^2.
+
+    Hypergradient B'H^-1 (w* - c), whose derivative is B'H^-1 H^-1 B.
     """
     A, B, c, lam = torch.randn(5, 5), torch.randn(5, 5), torch.randn(5), torch.randn(5)
     H = A @ A.T / 5 + torch.eye(5) / 2
@@ -168,8 +169,9 @@ def cubic(w: Tensor, inputs: dict[str, Any]) -> Tensor:
 
 
 def cubic_problem() -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Return (point -> number) through the theorem, and through enough steps of a fixed-point
-    iteration that converges.
+    """Return (point -> number) through the theorem, and through a fixed-point iteration.
+
+    The iteration has enough steps to converge.
     """
     matrix = torch.randint(-2, 3, (3, 2))
 
@@ -213,8 +215,9 @@ def bowl(w: Tensor, top: Tensor, middle: Tensor) -> Tensor:
 
 
 def stack(rules: tuple[Any, Any], steps: tuple[int, int], top: Tensor) -> Tensor:
-    """Fit w to the middle level, the middle level to w*, and look at both; `top` is read
-    everywhere.
+    """Fit w to the middle level, the middle level to w*, and look at both.
+
+    `top` is read everywhere.
     """
 
     def lower(middle: Tensor, top: Tensor) -> Tensor:
@@ -321,8 +324,9 @@ def test_with_a_batch_per_step_the_last_one_counts() -> None:
 
 
 def test_implicit_maml() -> None:
-    """Inner 1/2 |a (w - t)|^2 + lam / 2 |w - start|^2 under `meta_grad`: dw* / dstart = lam / (a^2
-    + lam).
+    """Inner 1/2 |a (w - t)|^2 + lam / 2 |w - start|^2 under `meta_grad`.
+
+    Dw* / dstart = lam / (a^2 + lam).
     """
     lam = 0.7
 

@@ -92,8 +92,9 @@ def maml(higher: ModuleType) -> dict[str, Any]:
 
 
 def learned_rates(higher: ModuleType) -> dict[str, Any]:
-    """Learn the rate, momentum and decay of two groups by descending the loss after a few steps,
-    and write them back.
+    """Learn the rate, momentum and decay of two groups, and write them back.
+
+    They descend the loss after a few steps.
     """
     model = mlp()
     x, y = batch()
@@ -137,8 +138,10 @@ class Classifier(nn.Module):
 
 
 def by_hand(higher: ModuleType) -> dict[str, Any]:
-    """Patch by hand: other parameters in a call, clipped gradients, submodules, buffers,
-    derivatives along the trajectory.
+    """Patch by hand.
+
+    Other parameters in a call, clipped gradients, submodules, buffers, derivatives along the
+    trajectory.
     """
     model = Classifier()
     x, y = batch(8)
@@ -242,8 +245,9 @@ def advance(model: nn.Module, opt: torch.optim.Optimizer, steps: int, x: Tensor,
 def unroll(
     higher: ModuleType, kind: type[torch.optim.Optimizer], options: dict[str, Any], before: int
 ) -> dict[str, Any]:
-    """Three differentiable steps: the parameters, the derivatives in the first ones and in the
-    rate.
+    """Three differentiable steps.
+
+    The parameters, the derivatives in the first ones and in the rate.
     """
     model, opt = live(kind, options, before)
     x, y = batch()
@@ -296,8 +300,9 @@ def test_steps_are_those_that_the_live_optimizer_would_make(
 
 
 def scalar_loop(update: Callable[..., Any], hyper: list[Tensor], steps: int = 4) -> Tensor:
-    """Return sum w^2 after steps on 1/4 sum w^4, each made by `update(w, gradient, memory, t,
-    *hyper)`.
+    """Return sum w^2 after steps on 1/4 sum w^4.
+
+    Each is made by `update(w, gradient, memory, t, *hyper)`.
     """
     w, memory = torch.tensor([0.7, -1.2, 0.4], requires_grad=True), None
     for t in range(1, steps + 1):
@@ -348,8 +353,9 @@ def hyper(*values: float) -> list[Tensor]:
 
 
 def test_the_betas_of_adam_have_their_true_derivative() -> None:
-    """Trap 13: higher takes math.sqrt of the bias correction, which forgets how it depends on
-    beta2.
+    """Trap 13: higher takes math.sqrt of the bias correction.
+
+    It forgets how that depends on beta2.
     """
     by_definition = hyper(0.1, 0.9, 0.99, 1e-8, 0.05)
     expected = torch.autograd.grad(scalar_loop(adam, by_definition), by_definition)
@@ -378,8 +384,9 @@ def test_the_options_of_asgd_have_their_true_derivative() -> None:
 
 @pytest.mark.parametrize(("kind", "options"), [*OPTIMIZERS, *BEYOND], ids=IDS)
 def test_every_option_can_be_learned(kind: Any, options: dict[str, Any]) -> None:
-    """By central differences of 1e-5: truncation 1e-10, rounding 1e-11, both times derivatives of
-    at most some hundreds.
+    """By central differences of 1e-5.
+
+    Truncation 1e-10, rounding 1e-11, both times derivatives of at most some hundreds.
     """
     model = mlp()
     if kind is torch.optim.Rprop:
@@ -473,8 +480,9 @@ def used_names(higher: ModuleType) -> dict[str, Any]:
 
 @needs_higher
 def test_half_public_names_are_there_and_do_the_same() -> None:
-    """A case of names without a counterpart: `_recursive_map`, `_add`, `_MonkeyPatchBase`,
-    `buffer_sync` and others.
+    """A case of names without a counterpart.
+
+    `_recursive_map`, `_add`, `_MonkeyPatchBase`, `buffer_sync` and others.
     """
     close(run(used_names, ours), run(used_names, theirs))
     names = {
@@ -503,8 +511,9 @@ def test_buffers_of_another_architecture_are_refused() -> None:
 
 
 def test_what_is_written_back_is_of_the_kind_that_stood_there() -> None:
-    """higher's own testGetApplyRoundTrip: an integer 0 comes back as an integer; what was learned
-    is not cut off.
+    """higher's own testGetApplyRoundTrip: an integer 0 comes back as an integer.
+
+    What was learned is not cut off.
     """
     opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     before = {name: value for name, value in opt.param_groups[0].items() if name != "params"}
@@ -521,8 +530,9 @@ def test_what_is_written_back_is_of_the_kind_that_stood_there() -> None:
 
 
 def test_a_scheduler_inside_the_loop_is_warned_of_and_an_override_is_not() -> None:
-    """A case of a rate that stays, without a word: higher reads the options when it makes its
-    optimizer, and so do we.
+    """A case of a rate that stays, without a word.
+
+    Higher reads the options when it makes its optimizer, and so do we.
     """
     model, x, y = nn.Linear(2, 1), torch.ones(3, 2), torch.zeros(3, 1)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,5 +1,6 @@
-"""The bridge for programs written for `higher`: models that higher gets wrong, exceptions, copies,
-and what it refuses.
+"""The bridge for programs written for `higher`.
+
+Models that higher gets wrong, exceptions, copies, and what it refuses.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def snapshot(model: nn.Module) -> list[Tensor]:
 def unrolled(
     model: nn.Module, x: Tensor, y: Tensor, steps: int = 3, rate: float = 0.1
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss after plain gradient steps and its derivative in the initial parameters, with
-    `functional_call` by hand.
+    """Return the loss after plain gradient steps and its derivative in the initial parameters.
+
+    It is computed with `functional_call` by hand.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     own = dict(model.named_parameters())
@@ -181,8 +183,9 @@ MODELS: list[Callable[[], nn.Module]] = [
 
 @pytest.mark.parametrize("build", MODELS)
 def test_models_as_they_are(build: Callable[[], nn.Module]) -> None:
-    """Tied, frozen, unused and normalised parameters, recurrence, attention, hooks, layers reached
-    by detours; nothing leaks.
+    """Tied, frozen, unused and normalised parameters, recurrence, attention, hooks, and more.
+
+    There are layers reached by detours. Nothing leaks.
     """
     torch.manual_seed(0)
     model = build()
@@ -267,8 +270,9 @@ def test_buffers_are_carried_by_the_patched_model_only() -> None:
 
 
 def test_every_call_of_a_program_is_differentiable_twice() -> None:
-    """A third derivative through a norm is that of elementary operations; torch's own is wrong by
-    per cents.
+    """A third derivative through a norm is that of elementary operations.
+
+    torch's own is wrong by per cents.
     """
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1))
     fmodel = higher.monkeypatch(model)

@@ -28,8 +28,9 @@ STEPS = 7  # radam is rectified from step 6 on where beta2 = 0.9
 
 
 def matrices(params: Any) -> Any:
-    """A mask: TorchOpt's own containers and ours have different names, but the same numbers of
-    axes.
+    """A mask, where TorchOpt's own containers and ours have the same numbers of axes.
+
+    They have different names.
     """
     return torchopt.pytree.tree_map(lambda p: p.ndim > 1, params)
 
@@ -206,8 +207,9 @@ def test_meta_gradients_equal_finite_differences(name: str) -> None:
 
 
 def test_clipping_takes_the_norm_for_a_constant_as_promised() -> None:
-    """du/dg of -g / max(|g|, 1) is -I / |g| instead of -(I - g g' / |g|^2) / |g|; the 1e-6 is
-    TorchOpt's.
+    """du/dg of -g / max(|g|, 1) is -I / |g| instead of -(I - g g' / |g|^2) / |g|.
+
+    The 1e-6 is TorchOpt's.
     """
     optimizer = mo.from_torchopt(torchopt.chain(torchopt.clip_grad_norm(1.0), torchopt.sgd(1.0)))
     g = torch.tensor([3.0, 4.0])
@@ -323,8 +325,9 @@ def test_learned_hyperparameters(name: str, memory: Any) -> None:
 
 
 def test_a_step_rebuilt_from_its_function_keeps_its_momentum() -> None:
-    """Trap: the transformation counts its first call itself. w = -(.1 + .15 + .175) g with momentum
-    1/2.
+    """Trap: the transformation counts its first call itself.
+
+    w = -(.1 + .15 + .175) g with momentum 1/2.
     """
     for optimizer in (
         mo.from_torchopt(torchopt.sgd, lr=0.1, momentum=0.5),
@@ -397,8 +400,9 @@ def test_it_composes_with_transforms_and_groups() -> None:
 
 
 def test_our_schedules_and_deployment() -> None:
-    """TorchOpt's sgd with our linear rate: w = -(.1 + .075 + .05) g; a copy does not share a step
-    count.
+    """TorchOpt's sgd with our linear rate: w = -(.1 + .075 + .05) g.
+
+    A copy does not share a step count.
     """
     weight = nn.Parameter(torch.zeros(2))
     deployed = mo.from_torchopt(torchopt.sgd, lr=Linear(0.1, 4, final=0.0)).as_torch([weight])
@@ -438,6 +442,7 @@ def test_gradients_that_are_zero_have_the_derivative_of_our_optimizers(
     name: str, options: dict[str, Any]
 ) -> None:
     """A case of sqrt'(0) = inf times 0: TorchOpt's derivatives were not a number, without a word.
+
     Values are TorchOpt's.
     """
     options = {"lr": 0.1, "eps": 1e-8, **options}
@@ -462,8 +467,9 @@ def test_gradients_that_are_zero_have_the_derivative_of_our_optimizers(
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "adagrad"])
 def test_a_meta_gradient_through_a_dead_unit_is_finite(name: str) -> None:
-    """Linear -> BatchNorm -> ReLU with a dead unit: entries of a gradient are exactly zero. It
-    equals a finite difference.
+    """Linear -> BatchNorm -> ReLU with a dead unit: entries of a gradient are exactly zero.
+
+    It equals a finite difference.
     """
     torch.manual_seed(0)
     net = mo.functional(

@@ -66,8 +66,9 @@ FUSED = ["layer", "layer-two-axes", "layer-weight-only", "batch", "batch-2d", "i
 
 
 def directional(name: str, order: int, inside: bool = True) -> tuple[Tensor, Tensor]:
-    """Return (the derivative of that order along a line by autograd, by a central difference of the
-    order below).
+    """Return a derivative along a line, by autograd and by a central difference.
+
+    The difference is of derivatives of the order below.
     """
     layer, shape = LAYERS[name]
     torch.manual_seed(0)
@@ -179,8 +180,9 @@ def test_a_single_value_per_channel_is_torchs_error() -> None:
 
 
 def test_entering_it_again_adds_nothing_except_where_torch_has_left_it() -> None:
-    """Torch takes a mode off its stack for the time of a backward pass: a step that runs again
-    there needs it again.
+    """Torch takes a mode off its stack for the time of a backward pass.
+
+    A step that runs again there needs it again.
     """
     depths: list[int] = []
 
@@ -223,8 +225,9 @@ RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_plain_autograd_and_torch_func_draw_the_same_numbers(name: str) -> None:
-    """A step may run first in one and then in the other: torch's own dropout then draws other masks
-    for what is transposed.
+    """A step may run first in one and then in the other.
+
+    torch's own dropout then draws other masks for what is transposed.
     """
     x = torch.randn(4, 3, 5).transpose(0, 1)
 
@@ -241,8 +244,9 @@ def test_plain_autograd_and_torch_func_draw_the_same_numbers(name: str) -> None:
 
 @pytest.mark.parametrize("form", ["method", "attribute"])
 def test_a_hook_that_marks_activations_does_no_harm_inside_a_transform(form: str) -> None:
-    """Hugging Face leaves one after `gradient_checkpointing_enable(); ..._disable()`; under `vmap`
-    it was torch's error.
+    """Hugging Face leaves one after `gradient_checkpointing_enable(); ..._disable()`.
+
+    Under `vmap` it was torch's error.
     """
 
     def mark(module: nn.Module, _: Any, output: Tensor) -> None:

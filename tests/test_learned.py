@@ -1,5 +1,6 @@
-"""Learned optimizers and schedules: against networks written out coordinate by coordinate, and
-their meta-gradients.
+"""Learned optimizers and schedules.
+
+Against networks written out coordinate by coordinate, and their meta-gradients.
 """
 
 from __future__ import annotations
@@ -256,8 +257,9 @@ def test_a_schedule_changes_the_rate_by_a_bounded_factor() -> None:
 
 
 def test_the_schedule_under_no_grad_never_learns_and_ours_does() -> None:
-    """The widespread recipe computes the rate under `no_grad` from a schedule that then gets no
-    gradient at all.
+    """The widespread recipe computes the rate under `no_grad`.
+
+    It takes it from a schedule that then gets no gradient at all.
     """
     net, x, y = inner_problem()
     schedule = busy_schedule()

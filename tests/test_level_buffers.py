@@ -1,5 +1,6 @@
-"""Derivatives through the buffers of a level: averages of weights that losses read, against
-autograd through loops by hand.
+"""Derivatives through the buffers of a level.
+
+Averages of weights that losses read, against autograd through loops by hand.
 """
 
 from __future__ import annotations
@@ -87,9 +88,7 @@ def by_hand(
     first_order: bool = False,
     window: int | None = None,
 ) -> list[Tensor]:
-    """Return the hypergradients of several steps of the upper level, by autograd through
-    everything.
-    """
+    """Return the hypergradients of several upper steps, by autograd through everything."""
     above, itself = READERS[reader]
     rows, tests = batches(5, 1), batches(4, 2)
     w, v = batches(2, 3)
@@ -182,7 +181,10 @@ def test_each_copy_has_an_average_of_its_own(rule: Any) -> None:
 
 
 def graph_of(rules: tuple[Any, Any], reads: str) -> mo.LevelGraph:
-    """Return top -> mid -> low, of which mid and low have averages; `reads` says who reads whose."""
+    """Return top -> mid -> low, of which mid and low have averages.
+
+    `reads` says who reads whose.
+    """
     start = batches(3, 5)
 
     def seen(levels: Any, reader: str, name: str) -> Tensor:
@@ -261,8 +263,9 @@ def test_an_own_average_is_refused_too() -> None:
     ids=str,
 )
 def test_nothing_else_is_refused(rules: tuple[Any, Any], reads: str) -> None:
-    """A point below what reads the average, or above what has it, loses no derivative; nor does an
-    average that nobody reads.
+    """A point below what reads the average, or above what has it, loses no derivative.
+
+    Nor does an average that nobody reads.
     """
     graph = graph_of(rules, reads)
     graph.step()
@@ -282,8 +285,9 @@ def test_nothing_else_is_refused(rules: tuple[Any, Any], reads: str) -> None:
     ids=str,
 )
 def test_running_statistics_are_constants(rule: Any, training: bool) -> None:
-    """They have no derivative in torch, which refused them where they came out of a loop that is
-    one Function.
+    """They have no derivative in torch.
+
+    It refused them where they came out of a loop that is one Function.
     """
     torch.manual_seed(0)
     net = (

@@ -29,8 +29,9 @@ def two(
 
 
 def named(*names: str, reads: dict[str, str] | None = None) -> list[mo.Level]:
-    """Return levels whose losses are the squared sum of their own value and of those of the levels
-    in `reads`.
+    """Return levels whose losses are the squared sum of their own value and of others.
+
+    The others are the levels in `reads`.
     """
 
     def loss(name: str) -> Callable[..., Tensor]:
@@ -418,7 +419,10 @@ def test_a_bad_part_says_what_is_wrong(kind: str) -> None:
 
 
 def test_data_that_ends() -> None:
-    """A generator cannot begin again; batches of one step of the level above must have one shape."""
+    """A generator cannot begin again.
+
+    Batches of one step of the level above must have one shape.
+    """
     once = two(
         lower={
             "data": (x for x in [torch.ones(2)] * 3),
@@ -449,8 +453,9 @@ def test_data_that_ends() -> None:
 
 
 def test_what_a_loss_reads_must_not_change() -> None:
-    """And what it depends on neither: a derivative that was there and no longer arrives is an
-    error, not zeros.
+    """And what it depends on neither.
+
+    A derivative that was there and no longer arrives is an error, not zeros.
     """
     flag = [False]
 

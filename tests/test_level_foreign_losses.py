@@ -1,5 +1,6 @@
-"""Losses of levels with what torch.func refuses: an old-style autograd.Function, a hook that lets
-activations require grad.
+"""Losses of levels with what torch.func refuses.
+
+An old-style autograd.Function, a hook that lets activations require grad.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ def test_an_old_style_function_under_every_rule_that_needs_only_gradients(rule: 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_hook_that_lets_activations_require_grad(rule: Any) -> None:
-    """Hugging Face models have one after `gradient_checkpointing_enable();
-    gradient_checkpointing_disable()`.
+    """Hugging Face models have one after checkpointing was switched on and off.
+
+    The calls are `gradient_checkpointing_enable(); gradient_checkpointing_disable()`.
     """
     torch.testing.assert_close(
         hypergradient(rule, hooked=True), hypergradient(rule), rtol=1e-9, atol=1e-10

@@ -1,5 +1,6 @@
-"""What a level graph does besides nesting: real models, optimizers as levels, shared levels,
-copies, starts, statistics.
+"""What a level graph does besides nesting.
+
+Real models, optimizers as levels, shared levels, copies, starts, statistics.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def meta_weight_net(**options: Any) -> mo.LevelGraph:
 @pytest.mark.parametrize("look_ahead", [False, True])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_meta_weight_net_equals_a_loop_by_hand(steps: int, look_ahead: bool) -> None:
-    """Three rounds with torch.optim's formulas; 1e-10: float64 rounding of some thousand
-    operations.
+    """Three rounds with torch.optim's formulas.
+
+    1e-10: float64 rounding of some thousand operations.
     """
     graph = meta_weight_net(steps=steps, look_ahead=look_ahead)
     model, weight_net = (graph.program.levels[name].model for name in ("learner", "weights"))
@@ -122,8 +124,9 @@ def test_meta_weight_net_equals_a_loop_by_hand(steps: int, look_ahead: bool) -> 
 
 
 def test_the_virtual_step_of_the_official_meta_weight_net() -> None:
-    """It is one of plain SGD on a copy of the learner; the real step is by SGD with momentum and
-    weight decay.
+    """It is one of plain SGD on a copy of the learner.
+
+    The real step is by SGD with momentum and weight decay.
 
     As in the authors' program: virtual step, meta-step of the weight net by Adam, real step with
     the new weights.
@@ -167,8 +170,9 @@ def test_the_virtual_step_of_the_official_meta_weight_net() -> None:
 
 
 def test_a_level_learns_the_rate_of_the_virtual_step() -> None:
-    """T(a) = (w - a w)^2 / 2 from w = 2: dT/da = -w^2 (1 - a). The real step is the lower level's
-    own, by half.
+    """T(a) = (w - a w)^2 / 2 from w = 2: dT/da = -w^2 (1 - a).
+
+    The real step is the lower level's own, by half.
     """
     virtual = SGD(nn.Parameter(torch.tensor(0.1)))
     rate = mo.Level("rate", virtual, lambda s, _: s.low().square() / 2, SGD(0.01))
@@ -243,8 +247,9 @@ def shared(steps: tuple[int, int], rules: tuple[Any, Any]) -> mo.LevelGraph:
 
 
 def three_steps_ahead() -> Tensor:
-    """Return the first hypergradient of "a" in `shared((3, 2), ...)`, with the other upper level as
-    it stands.
+    """Return the first hypergradient of "a" in `shared((3, 2), ...)`.
+
+    The other upper level is as it stands.
     """
     a, b, w = batches(3, 5)
     at, v = a.clone().requires_grad_(), torch.zeros(3)
@@ -332,8 +337,9 @@ def test_shared_levels_are_attached_once_and_each_upper_gets_its_own_part() -> N
 
 
 def test_a_layered_graph_costs_as_much_as_it_has_edges_not_paths(monkeypatch: Any) -> None:
-    """16 levels wide and 4 deep: 528 edges below each top level, 4096 paths. What is counted is
-    pullbacks: one a level below.
+    """16 levels wide and 4 deep: 528 edges below each top level, 4096 paths.
+
+    What is counted is pullbacks: one a level below.
     """
     calls = []
     original = mo.Implicit.pull_back
@@ -445,8 +451,9 @@ def copies(
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_copies_are_maml(norm: bool) -> None:
-    """The mean over tasks of the gradient of each; with a norm layer, where torch's derivative of a
-    vmapped mean is wrong.
+    """The mean over tasks of the gradient of each.
+
+    With a norm layer, where torch's derivative of a vmapped mean is wrong.
     """
     graph, support, query = copies(4, norm=norm)
     net = mo.functional(graph.program.levels["meta"].model)
@@ -595,8 +602,9 @@ def test_accumulation_is_the_mean_over_batches() -> None:
     ids=lambda rule: type(rule).__name__,
 )
 def test_accumulation_carries_statistics_and_differentiates_as_one_loss(rule: Any) -> None:
-    """Running statistics pass from batch to batch; the mean over two batches has the derivatives of
-    one loss that does so.
+    """Running statistics pass from batch to batch.
+
+    The mean over two batches has the derivatives of one loss that does so.
     """
     torch.manual_seed(0)
     x, y = torch.randn(2, 6, 3), torch.randn(2, 6, 1)
@@ -669,8 +677,9 @@ def test_accumulation_takes_the_memory_of_one_batch() -> None:
 
 
 def test_a_level_warms_up() -> None:
-    """The top level stays for two of its steps, the middle one for three of its: its state of
-    momentum too.
+    """The top level stays for two of its steps, the middle one for three of its.
+
+    Its state of momentum too.
     """
     start = batches(3, 5)
     top = level(
@@ -916,8 +925,9 @@ def test_a_graph_as_text() -> None:
 
 
 def test_the_present_values_of_schedules_and_learned_rates_can_be_read() -> None:
-    """A cosine over 4 steps from 0.4, two steps of the lower level for one of the upper, which
-    learns the rate of the third.
+    """A cosine over 4 steps from 0.4, which learns the rate of the third.
+
+    There are two steps of the lower level for one of the upper.
     """
     rate = SGD(nn.Parameter(torch.tensor(0.1)))
     top = mo.Level("top", rate, lambda s, _: s.low().square().sum(), SGD(0.5))
@@ -1035,8 +1045,9 @@ def test_a_data_loader_feeds_a_level() -> None:
 def test_a_derivative_that_does_not_arrive_is_missed_also_when_batches_accumulate(
     accumulate: int,
 ) -> None:
-    """The optimizer's observations are constants, so nothing of the lower level's steps depends on
-    the upper one.
+    """The optimizer's observations are constants.
+
+    So nothing of the lower level's steps depends on the upper one.
     """
     low = mo.Level(
         "low",

@@ -53,8 +53,9 @@ def validation_loss(levels: Any, batch: Any) -> Tensor:
     ids=str,
 )
 def test_the_loss_after_twenty_outer_steps(rule: Any, seed: int, expected: float) -> None:
-    """Figures to four digits, of 100 inner steps from 0 for each of 20 outer ones; float32 moves
-    the sixth.
+    """Figures to four digits, of 100 inner steps from 0 for each of 20 outer ones.
+
+    float32 moves the sixth.
 
     Two more data sets are in the test of `examples/weight_decay.py`.
     """

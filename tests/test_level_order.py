@@ -1,6 +1,8 @@
-"""Small graphs of every shape, against one definition: a level's gradient is that of its loss now,
-as a function of its parameters since its last step, through all steps that the levels below it have
-made since."""
+"""Small graphs of every shape, against one definition.
+
+A level's gradient is that of its loss now, as a function of its parameters since its last step,
+through all steps that the levels below it have made since.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,8 @@ def test_a_level_that_steps_twice_while_one_it_shares_has_not_moved(kind: str) -
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_random_graph_equals_its_simulation(seed: int) -> None:
-    """Rules, starts, shared and nested levels, several batches a step, warm-up, virtual steps,
-    averages in buffers.
+    """Rules, starts, shared and nested levels, several batches a step, warm-up, and more.
+
+    There are virtual steps, and averages in buffers.
     """
     random_level_graphs.compare(seed, steps=2)

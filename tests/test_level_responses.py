@@ -1,5 +1,6 @@
-"""The gradient above point rules, put together from pullbacks: equal to autograd's way, and
-compiled as one function.
+"""The gradient above point rules, put together from pullbacks.
+
+Equal to autograd's way, and compiled as one function.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule)._
 
 
 def diamond(rule: Any, **options: Any) -> mo.LevelGraph:
-    """Return a top level that reads its lowest one alone, by two ways, each level nonlinear; the
-    ways differ in their rule.
+    """Return a top level that reads its lowest one alone, by two ways, each level nonlinear.
+
+    The ways differ in their rule.
     """
     start, x = batches(4, 5), [batches(3, seed) for seed in range(4)]
     top = level(
@@ -66,8 +68,9 @@ def diamond(rule: Any, **options: Any) -> mo.LevelGraph:
 
 
 def shared(rule: Any, **options: Any) -> mo.LevelGraph:
-    """Return two top levels of different rates above one level: each waits for several of its
-    steps, in turns.
+    """Return two top levels of different rates above one level.
+
+    Each waits for several of its steps, in turns.
     """
     start = batches(3, 5)
     a = level(
@@ -92,8 +95,9 @@ def shared(rule: Any, **options: Any) -> mo.LevelGraph:
 
 
 def two_layers(rule: Any, **options: Any) -> mo.LevelGraph:
-    """Return two top levels above two levels that read each other's uppers and one another's
-    follower.
+    """Return two top levels above two levels that read each other's uppers.
+
+    They also read one another's follower.
     """
     start = batches(6, 7)
 
@@ -138,8 +142,9 @@ def tops(graph: mo.LevelGraph) -> list[str]:
 def test_it_equals_autograd_through_attached_responses(
     make: Any, rule: Any, monkeypatch: Any
 ) -> None:
-    """The other way, which also serves nested responses: each response is a Function. 1e-10: the
-    order of the sums.
+    """The other way, which also serves nested responses: each response is a Function.
+
+    1e-10: the order of the sums.
     """
     graph, other = make(rule), make(rule)
     assert all(graph.program.responds_at_points(name) for name in tops(graph))
@@ -201,8 +206,9 @@ def noisy(rule: Any, **options: Any) -> mo.LevelGraph:
 
 @each_rule
 def test_random_numbers_are_those_of_attached_responses(rule: Any, monkeypatch: Any) -> None:
-    """A pullback sees the numbers that follow the steps, and leaves no trace; so the next step
-    draws the same too.
+    """A pullback sees the numbers that follow the steps, and leaves no trace.
+
+    So the next step draws the same too.
     """
 
     def run() -> tuple[Any, Tensor]:
@@ -280,8 +286,9 @@ def test_a_whole_step_is_one_compiled_function(
 
 
 def test_what_is_compiled_as_one_function_and_what_is_not() -> None:
-    """A compiler cannot wind random numbers back, which a pullback needs; nor compile Penalty, or a
-    response inside of one.
+    """A compiler cannot wind random numbers back, which a pullback needs.
+
+    Nor compile Penalty, or a response inside of one.
     """
     assert all(make(mo.FiniteDifference()).program.is_one_function for make in GRAPHS)
     assert not noisy(mo.FiniteDifference()).program.is_one_function

@@ -55,15 +55,18 @@ def nested(rule: Any) -> mo.LevelGraph:
 
 @pytest.mark.parametrize(("graph", "expected"), [(chain, -28.0), (diamond, -243.6), (nested, -1.4)])
 def test_every_path_counts(graph: Any, expected: float) -> None:
-    """-2.8 x 2 x 5; -2.8 x (2 x 5 + 7 x 11);  -2.8 / 2, since the middle level's curvature includes
-    the response below it.
+    """-2.8 x 2 x 5.
+
+    -2.8 x (2 x 5 + 7 x 11);  -2.8 / 2, since the middle level's curvature includes the response
+    below it.
     """
     assert_close(graph(CG).hypergradient("t")["value"], torch.tensor(expected), 1e-12)
 
 
 def test_each_edge_into_a_shared_level_has_its_own_rule() -> None:
-    """The diamond with H = 4 in its lowest level: T1T2 takes it for 1 on one side, -2.8 x (2 x 5 +
-    4 x 7 x 11).
+    """The diamond with H = 4 in its lowest level.
+
+    T1T2 takes it for 1 on one side, -2.8 x (2 x 5 + 4 x 7 x 11).
     """
     t = level("t", 0.7, lambda s, _: 0.5 * (s.m() - 3) ** 2)
     left = level("left", 0.5, lambda s, _: 0.5 * (s.left() - 5 * s.t()) ** 2)
@@ -90,11 +93,10 @@ def brute_force(
     top_reads: list[int],
     solve: int | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return (the top level's hypergradient, the values after one turn below it), everything
-    unrolled by hand.
+    """Return (the top level's hypergradient, the values after one turn below it).
 
-    The level `solve` is not unrolled but differentiated where it ended, by a dense system with the
-    Hessian of its total loss.
+    Everything is unrolled by hand. The level `solve` is not unrolled but differentiated where it
+    ended, by a dense system with the Hessian of its total loss.
     """
     losses = tower_losses(depth, top_reads)
 
@@ -198,8 +200,9 @@ def test_levels_of_backprop_equal_autograd_through_everything(
 def test_implicit_among_backprop_equals_its_brute_force(
     depth: int, steps: list[int], top_reads: list[int], solve: int, memory: Any
 ) -> None:
-    """The last one: Backprop below Implicit below Backprop. 1e-8: conjugate gradients on systems of
-    condition about ten.
+    """The last one: Backprop below Implicit below Backprop.
+
+    1e-8: conjugate gradients on systems of condition about ten.
     """
     data = [batches(3 + i, i) for i in range(depth)]
     rules = [CG if i + 1 == solve else mo.Backprop(memory=memory) for i in range(depth - 1)]
@@ -236,8 +239,9 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_an_edge_is_an_inner_loop(rule: Any) -> None:
-    """What a rule makes of `minimize` it makes of an edge: with momentum, after three steps of it,
-    in the second round.
+    """What a rule makes of `minimize` it makes of an edge.
+
+    With momentum, after three steps of it, in the second round.
     """
     a, w = batches(2, 5)
     rows, outer_rows = batches(6, 2), batches(2, 1)
@@ -269,8 +273,9 @@ def test_an_edge_is_an_inner_loop(rule: Any) -> None:
 
 
 def test_an_evolution_strategy_on_an_edge() -> None:
-    """Within four standard errors, |g| sqrt(2 / pairs) each, of the exact hypergradient; the
-    smoothing is of order std^2.
+    """Within four standard errors, |g| sqrt(2 / pairs) each, of the exact hypergradient.
+
+    The smoothing is of order std^2.
     """
     data, pairs = [batches(3 + i, i) for i in range(2)], 2000
     exact = tower(2, [3], [mo.Backprop()], data, [1]).hypergradient("v0")["value"]
@@ -286,8 +291,9 @@ def test_an_evolution_strategy_on_an_edge() -> None:
     "rule", [mo.Backprop(), mo.Backprop(memory="steps")], ids=["full", "steps"]
 )
 def test_a_compiled_graph_steps_as_an_eager_one(rule: Any) -> None:
-    """Of rules that go back along the path; `test_level_responses` has those that look at one
-    point.
+    """Of rules that go back along the path.
+
+    `test_level_responses` has those that look at one point.
     """
     data = [batches(2, 1), batches(4, 2)]
     eager, fast = tower(2, [2], [rule], data, [1]), tower(2, [2], [rule], data, [1])

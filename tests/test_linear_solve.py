@@ -1,4 +1,4 @@
-"""Solvers of linear systems on trees, against dense algebra and against what their theory predicts."""
+"""Solvers of linear systems on trees, against dense algebra and against their theory."""
 
 from __future__ import annotations
 
@@ -152,8 +152,9 @@ def test_neumann_leaves_one_minus_eta_mu_to_the_terms(terms: int) -> None:
 
 @pytest.mark.parametrize("rank", [1, 10, 20, 50])
 def test_nystrom_equals_its_formula(rank: int) -> None:
-    """x = b / rho - C (W + C'C / rho)^-1 C'b / rho^2, with the columns C that the seed chooses; (H
-    + rho)^-1 b for all of them.
+    """x = b / rho - C (W + C'C / rho)^-1 C'b / rho^2, with the columns C that the seed chooses.
+
+    (H + rho)^-1 b for all of them.
     """
     H, b, _ = stiff()
     rho, k = 0.1, min(rank, 20)
@@ -180,8 +181,9 @@ def test_nystrom_with_columns_of_zeros() -> None:
 
 
 def test_a_sketch_of_the_large_eigenvalues_saves_steps() -> None:
-    """Rank 30 and damping, as of a Hessian on little data: a sketch of 40 columns takes all there
-    is, to rounding.
+    """Rank 30 and damping, as of a Hessian on little data.
+
+    A sketch of 40 columns takes all there is, to rounding.
     """
     eigenvalues = torch.cat([torch.logspace(1, 4, 30), torch.zeros(370)])
     Q, _ = torch.linalg.qr(torch.randn(400, 400))
@@ -237,7 +239,10 @@ def test_damping_is_added_to_the_diagonal(solver: LinearSolver) -> None:
 @named([*EXACT, *APPROXIMATE])
 @pytest.mark.parametrize("scale", [2.0**-664, 2.0**-10, 2.0**23, 2.0**664])
 def test_results_scale_with_the_right_hand_side(solver: LinearSolver, scale: float) -> None:
-    """Powers of two leave every digit as it is, so that rounding cannot decide about one more step."""
+    """Powers of two leave every digit as it is.
+
+    So rounding cannot decide about one more step.
+    """
     A, b = spd(6), torch.randn(6)
     one, scaled = solver(matvec(A), b), solver(matvec(A), scale * b)
     assert_close(scaled.value / scale, one.value, 1e-11)
@@ -374,8 +379,9 @@ def test_what_has_converged_stays_as_it_is(solver: LinearSolver) -> None:
 
 @named([*EXACT, *APPROXIMATE])
 def test_derivatives_through_a_solver(solver: LinearSolver) -> None:
-    """Of <g, A(t)^-1 b(t)>: through the iterations, which for exact methods is the derivative of
-    the inverse.
+    """Of <g, A(t)^-1 b(t)>.
+
+    Through the iterations, which for exact methods is the derivative of the inverse.
     """
     A, D, b, g = spd(4), torch.randn(4, 4), torch.randn(4), torch.randn(4)
     D = D + D.T

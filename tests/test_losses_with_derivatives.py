@@ -1,5 +1,6 @@
-"""Losses that contain second derivatives of a norm: one more, and torch's own kernels are wrong by
-per cents.
+"""Losses that contain second derivatives of a norm.
+
+One more, and torch's own kernels are wrong by per cents.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def points() -> Tensor:
 
 @each_rule
 def test_in_an_inner_loop(rule: Rule) -> None:
-    """1e-8: the finite difference divides rounding by its radius; torch's kernels are off by 5e-3
-    and more.
+    """1e-8: the finite difference divides rounding by its radius.
+
+    torch's kernels are off by 5e-3 and more.
     """
 
     def hypergradient(norm: type) -> Any:
@@ -140,8 +142,9 @@ def test_running_statistics_below_a_rule_that_rebuilds_steps(norm: Any, memory: 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.Identity])
 def test_a_level_whose_loss_calls_nothing_delicate_pays_nothing(norm: type) -> None:
-    """`any_order` costs a microsecond for each call; a graph finds out when it is built who needs
-    it.
+    """`any_order` costs a microsecond for each call.
+
+    A graph finds out when it is built who needs it.
     """
     entered: list[bool] = []
 
@@ -170,8 +173,9 @@ each_square = pytest.mark.parametrize(
 
 @each_square
 def test_squares_pay_nothing_but_where_derivatives_are_forward(criterion: Any) -> None:
-    """A third of what iMAML took beyond PyTorch by hand was a mode that only forward derivatives
-    need.
+    """A third of what iMAML took beyond PyTorch by hand was a mode.
+
+    Only forward derivatives need it.
     """
     entered: list[bool] = []
 
@@ -201,8 +205,9 @@ def test_squares_pay_nothing_but_where_derivatives_are_forward(criterion: Any) -
 
 @each_square
 def test_squares_whose_forward_derivative_is_part_of_the_loss(criterion: Any) -> None:
-    """A product with a Hessian, forward over reverse: here the loss itself asks for the derivative
-    that torch lacks.
+    """A product with a Hessian, forward over reverse.
+
+    Here the loss itself asks for the derivative that torch lacks.
     """
 
     def after_a_step(of: Any) -> Any:

@@ -1,5 +1,6 @@
-"""`meta_grad` against a Python loop over tasks, for the layers whose batched derivatives go wrong
-most easily.
+"""`meta_grad` against a Python loop over tasks.
+
+The layers are those whose batched derivatives go wrong most easily.
 """
 
 from __future__ import annotations
@@ -370,8 +371,9 @@ def task_loss_of(params: dict[str, Tensor], target: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_recurrent_kernels_still_cannot_be_batched_by_torch(name: str) -> None:
-    """If this fails, torch can batch them: `metaopt/exact_ops/recurrent.py` is then for cuDNN and
-    mkldnn only.
+    """If this fails, torch can batch them.
+
+    `metaopt/exact_ops/recurrent.py` is then for cuDNN and mkldnn only.
     """
     model, tasks = problem(name)
     params = tree.map(torch.Tensor.detach, mo.functional(model).params)
@@ -423,8 +425,9 @@ FUSED_NORMS = [
 
 @pytest.mark.parametrize("name", FUSED_NORMS)
 def test_a_hand_made_average_over_vmap_is_exact_with_our_inner_loop(name: str) -> None:
-    """Trap 1: `any_order` inside `minimize` takes away its cause, so users may nest `grad` and
-    `vmap` as they like.
+    """Trap 1: `any_order` inside `minimize` takes away its cause.
+
+    So users may nest `grad` and `vmap` as they like.
     """
     model, tasks = problem(name)
     task_loss, params = (

@@ -1,5 +1,6 @@
-"""What `meta_grad` learns beside the parameters, what it tells, and how it goes through tasks that
-are not alike.
+"""What `meta_grad` learns beside the parameters, and what it tells.
+
+And how it goes through tasks that are not alike.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def start() -> dict[str, Tensor]:
 
 
 def by_hand(params: Any, tasks: Any, adapt: Any, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return the derivatives of the mean loss over tasks in the leaves, by autograd through
-    everything.
+    """Return the derivatives of the mean loss over tasks in the leaves.
+
+    They are by autograd through everything.
     """
     (xs, ys), (queries, targets) = tasks
     losses = [
@@ -268,8 +270,9 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("options", [*LOOPS, {"count": 1}, {"conv": True}])
 def test_rules_that_look_at_the_end_never_answer_zero(rule: Any, options: dict[str, Any]) -> None:
-    """Wherever tasks were gone through in a loop, and so by default for convolutions, the gradient
-    was zero, silently.
+    """The gradient was zero, silently, wherever tasks were gone through in a loop.
+
+    So it was by default for convolutions.
     """
     options = dict(options)
     count, conv = options.pop("count", 4), options.pop("conv", False)
@@ -368,8 +371,9 @@ def test_aux_must_be_there_and_params_must_be_tensors() -> None:
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 def test_it_is_differentiated_inside_a_loss(chunk_size: int | None) -> None:
-    """In a loss whose gradient plain autograd takes it thought itself outermost: its part of the
-    gradient was zero.
+    """In a loss whose gradient plain autograd takes it thought itself outermost.
+
+    Its part of the gradient was zero.
     """
     tasks = torch.arange(6.0).reshape(3, 2)
     inner = mo.meta_grad(lambda p, t: ((p - t) ** 3).sum(), chunk_size=chunk_size)

@@ -73,8 +73,9 @@ class Images:
 @pytest.mark.parametrize("rule", [mo.FirstOrder(), mo.Backprop(), mo.Backprop(memory="steps")])
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_one_task_and_convolutions_go_without_vmap(tasks: int, rule) -> None:
-    """In a loop one task took 125 ms for 200; the values are those of each task by itself, its
-    dropout masks too.
+    """In a loop one task took 125 ms for 200.
+
+    The values are those of each task by itself, its dropout masks too.
     """
     torch.manual_seed(0)
     family, optimizer = Images(), SGD(nn.Parameter(torch.tensor(0.01)))
@@ -136,8 +137,9 @@ def test_windows_go_on_where_they_stopped_and_start_afresh_at_the_horizon() -> N
 
 @pytest.mark.usefixtures("float64")
 def test_a_window_holds_its_start_constant() -> None:
-    """Two windows of one step on L = (w - 1)^2 / 2 with SGD: dL_1/dlr through the state is left
-    out.
+    """Two windows of one step on L = (w - 1)^2 / 2 with SGD.
+
+    dL_1/dlr through the state is left out.
     """
 
     @dataclass(frozen=True)
@@ -422,8 +424,9 @@ def test_dropout_in_a_loss_is_part_of_the_seed() -> None:
 
 
 def test_evaluation_with_dropout_is_decided_by_its_seed() -> None:
-    """Whatever was drawn before; every optimizer meets the same masks, every task and step others;
-    nothing is drawn globally.
+    """Whatever was drawn before.
+
+    Every optimizer meets the same masks, every task and step others; nothing is drawn globally.
     """
 
     def curves(seed: int) -> Tensor:

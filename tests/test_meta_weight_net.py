@@ -42,8 +42,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(params=["loss", "loss and class"])
 def problem(request):
-    """Return (learner, learner module, weight module, batches of digits with their clean batches),
-    in float64.
+    """Return (learner, learner module, weight module, batches with clean ones), in float64.
+
+    The batches are of digits.
     """
     torch.manual_seed(0)
     inputs = 1 if request.param == "loss" else 1 + script.CLASSES

@@ -38,8 +38,9 @@ each_memory = pytest.mark.parametrize("memory", ["steps", mo.Revolve(2)], ids=st
 def test_both_derivatives_equal_those_of_the_whole_batch_by_hand(
     name: str, same: bool, memory: Any
 ) -> None:
-    """With respect to parameters, meta, hyperparameters and every example: five parts of one
-    example each.
+    """With respect to parameters, meta, hyperparameters and every example.
+
+    Five parts of one example each.
     """
     variant = next(variant for variant in VARIANTS if variant.name == name)
     params, (x, y), meta = leaf(start())
@@ -100,8 +101,9 @@ def test_under_transforms(transform: str, window: int | None) -> None:
 
 
 def test_random_numbers_and_batch_statistics_are_those_of_the_parts() -> None:
-    """The witness is a loss that cuts its own batch, whose whole graph is kept; it draws in the
-    same order.
+    """The witness is a loss that cuts its own batch, whose whole graph is kept.
+
+    It draws in the same order.
     """
     model = nn.Sequential(
         nn.Linear(3, 8),

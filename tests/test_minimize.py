@@ -1,5 +1,6 @@
-"""Meta-gradients of `minimize`, first and second order, against loops written by hand and against
-finite differences.
+"""Meta-gradients of `minimize`, first and second order.
+
+They are compared with loops written by hand and with finite differences.
 """
 
 from __future__ import annotations
@@ -156,8 +157,9 @@ def test_plain_tensors_as_hyperparameters_inside_func_grad(variant: Variant, mod
 @each_memory
 @each_variant
 def test_finite_differences_agree(variant: Variant, mode: str) -> None:
-    """A witness that shares neither our code nor autograd: central differences of the values, then
-    of the gradient.
+    """A witness that shares neither our code nor autograd.
+
+    Central differences of the values, then of the gradient.
     """
     params, batches, meta = start()
     tensors = leaf((variant.tensors(), params, batches[1], meta))
@@ -218,8 +220,9 @@ def test_first_order_equals_a_loop_with_detached_gradients(variant: Variant, mod
 
 
 def test_first_order_needs_no_second_derivative() -> None:
-    """The backward pass of the loss is not recorded: an operator without a second derivative is
-    fine.
+    """The backward pass of the loss is not recorded.
+
+    An operator without a second derivative is fine.
     """
 
     class Cube(torch.autograd.Function):
@@ -337,8 +340,9 @@ def test_a_loss_that_is_a_module_is_differentiated_in_its_parameters(mode: str, 
 
 @each_memory
 def test_a_loss_module_inside_func_grad(mode: str) -> None:
-    """`functional_call` on the loss puts other parameters in; they are seen through the closure
-    check.
+    """`functional_call` on the loss puts other parameters in.
+
+    They are seen through the closure check.
     """
     loss, w, targets = Penalised(), torch.randn(3), torch.randn(6, 3)
 
@@ -354,7 +358,10 @@ def test_a_loss_module_inside_func_grad(mode: str) -> None:
 
 @each_memory
 def test_a_loss_module_with_a_layer_in_several_places_and_tied_weights(mode: str) -> None:
-    """`functional_call` on its own would lose the gradient and leave other tensors in the module."""
+    """`functional_call` on its own would lose the gradient.
+
+    It would leave other tensors in the module.
+    """
 
     class Shared(nn.Module):
         def __init__(self) -> None:
@@ -726,8 +733,9 @@ class LossRate(mo.Schedule):
 @each_memory
 @pytest.mark.parametrize("rule", [mo.Backprop, mo.FirstOrder])
 def test_a_schedule_that_observes_the_loss(mode: str, rule: type) -> None:
-    """Exact through what the schedule sees and remembers; to first order that is a constant, as the
-    gradient is.
+    """Exact through what the schedule sees and remembers.
+
+    To first order that is a constant, as the gradient is.
     """
     start, gain = torch.tensor([1.0, -0.5], requires_grad=True), nn.Parameter(torch.tensor(0.02))
     out = mo.minimize(

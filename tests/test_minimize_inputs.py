@@ -1,5 +1,6 @@
-"""What `minimize` makes of batches, parameters and models as people write them, and the likely
-mistake that an error names.
+"""What `minimize` makes of batches, parameters and models as people write them.
+
+An error names the likely mistake.
 """
 
 from __future__ import annotations
@@ -101,8 +102,9 @@ def test_a_model_is_no_tree_of_parameters() -> None:
 
 
 class _Asking(nn.Module):
-    """A model whose activations are asked to require grad by a hook, as Hugging Face's
-    `enable_input_require_grads` leaves it.
+    """A model whose activations are asked to require grad by a hook.
+
+    Hugging Face's `enable_input_require_grads` leaves it so.
     """
 
     def __init__(self) -> None:
@@ -194,8 +196,9 @@ def test_tensors_without_values(memory: Any) -> None:
 
 @pytest.mark.parametrize("memory", ["full", "steps"])
 def test_a_window_that_forgets_the_start_never_answers_zero(memory: Any) -> None:
-    """The derivative in the initial parameters was a silent zero under `torch.func` and in
-    `meta_grad`.
+    """The derivative in the initial parameters was a silent zero.
+
+    It was so under `torch.func` and in `meta_grad`.
     """
     rule = mo.Backprop(window=2, memory=memory)
 

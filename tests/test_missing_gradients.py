@@ -1,5 +1,6 @@
-"""A parameter without a gradient is not moved, its memory stays and its step is not counted: what
-torch.optim does.
+"""A parameter without a gradient is not moved, its memory stays and its step is not counted.
+
+What torch.optim does.
 """
 
 from __future__ import annotations
@@ -94,8 +95,9 @@ def start() -> list[nn.Parameter]:
 
 
 def gradients(steps: int = STEPS, share: float = 0.6) -> Iterator[list[Tensor | None]]:
-    """Yield a gradient for each parameter, None at random; the last parameter has none at first,
-    one step has none at all.
+    """Yield a gradient for each parameter, None at random.
+
+    The last parameter has none at first, one step has none at all.
     """
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
@@ -139,8 +141,9 @@ def run_pure(optimizer: mo.Optimizer, *, method: str, steps: int = STEPS) -> lis
 
 @each_equal
 def test_deployed_it_equals_torch(name: str) -> None:
-    """A case of one step count a group: 10 of 17 configurations left torch's trajectory, Rprop by
-    .30 after 90 steps.
+    """A case of one step count a group.
+
+    10 of 17 configurations left torch's trajectory, Rprop by .30 after 90 steps.
     """
     ours, theirs, options = EQUALS[name]
     assert_close(deploy(ours(**options).as_torch), deploy(lambda p: theirs(p, **options)), 1e-12)
@@ -157,8 +160,9 @@ def test_the_pure_optimizer_equals_torch(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("name", ["adam", "nadam", "asgd", "sgd-momentum", "rprop"])
 def test_under_a_schedule_of_torch_too(name: str) -> None:
-    """OneCycleLR moves lr and the first beta or momentum: memory over all parameters (NAdam's
-    product) differs between them.
+    """OneCycleLR moves lr and the first beta or momentum.
+
+    Memory over all parameters (NAdam's product) differs between them.
     """
     ours, theirs, options = EQUALS[name]
     cycles = name in ("adam", "nadam", "sgd-momentum")
@@ -280,8 +284,9 @@ def test_with_every_gradient_there_it_is_the_same_as_ever(optimizer: mo.Optimize
 
 
 def test_counts_may_be_batched_and_differentiated() -> None:
-    """A batch of states with different counts: the step's own bias correction for each row, and its
-    derivative.
+    """A batch of states with different counts.
+
+    The step's own bias correction for each row, and its derivative.
     """
     optimizer, params = Adam(0.1), {"a": torch.ones(2), "b": torch.ones(2)}
     states = []
@@ -398,8 +403,9 @@ def test_masked_parameters_stay() -> None:
 
 @pytest.mark.parametrize("optimizer", [LSTMOptimizer(4), MLPOptimizer(4), Lion(0.01)])
 def test_every_parameter_has_a_memory_of_its_own(optimizer: mo.Optimizer) -> None:
-    """Coordinatewise, or a tensor at a time: it is as if each parameter had been alone and had made
-    its own steps only.
+    """Coordinatewise, or a tensor at a time.
+
+    It is as if each parameter had been alone and had made its own steps only.
     """
     found = run_pure(optimizer, method="forward", steps=20)
     assert_close(deploy(optimizer.as_torch, steps=20), found, 1e-6)  # the networks are float32
@@ -416,8 +422,9 @@ def test_every_parameter_has_a_memory_of_its_own(optimizer: mo.Optimizer) -> Non
 def test_a_learned_memory_is_divided_among_the_parameters_when_the_first_gradient_is_missing() -> (
     None
 ):
-    """Three steps with all gradients, then one without the second: the others go on as if they had
-    been alone.
+    """Three steps with all gradients, then one without the second.
+
+    The others go on as if they had been alone.
     """
     optimizer = LSTMOptimizer(4)
     params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]

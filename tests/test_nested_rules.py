@@ -1,5 +1,6 @@
-"""Every pair of rules nested, a loss that calls `minimize` inside `minimize`: exact, or a clear
-error.
+"""Every pair of rules nested, a loss that calls `minimize` inside `minimize`.
+
+Exact, or a clear error.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def lower_loss(w: Tensor, top: Tensor, middle: Tensor) -> Tensor:
 
 
 def middle_loss(w: Tensor, middle: Tensor, top: Tensor) -> Tensor:
-    """With w = TURN m + sin top its Hessian in m is the identity: one step of size 1 solves it, and
-    all rules are exact.
+    """With w = TURN m + sin top its Hessian in m is the identity.
+
+    One step of size 1 solves it, and all rules are exact.
     """
     return KEPT / 2 * (middle - top**2).square().sum() + (w - 1).square().sum() / 2
 
@@ -77,8 +79,9 @@ def nested(lower: Any, upper: Any, top: Tensor) -> Tensor:
 
 
 def by_hand(top: Tensor, *, first_order: tuple[bool, bool] = (False, False)) -> Tensor:
-    """The same two loops as `torch.autograd` sees them; the lower and the middle level's gradients
-    may be constants.
+    """The same two loops as `torch.autograd` sees them.
+
+    The lower and the middle level's gradients may be constants.
     """
 
     def descend(loss: Callable[[Tensor], Tensor], start: Tensor, constant: bool) -> Tensor:
@@ -125,8 +128,9 @@ def test_the_problem_tells_rules_apart() -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("lower", "upper"), [*itertools.product(RULES, RULES)])
 def test_every_pair(lower: str, upper: str, way: str) -> None:
-    """All losses are quadratic in what is minimised, so differences are exact too: what is left is
-    rounding, 1e-16 / radius^2.
+    """All losses are quadratic in what is minimised, so differences are exact too.
+
+    What is left is rounding, 1e-16 / radius^2.
     """
 
     def value(top: Tensor) -> Tensor:
@@ -168,8 +172,9 @@ def test_evolution_strategies_above_every_rule(rule: str) -> None:
     "rule", [name for name in RULES if name not in ("forward", "difference", "SAMA")]
 )
 def test_evolution_strategies_below_every_rule(rule: str) -> None:
-    """A noisy response moves the middle level itself. Many pairs: the estimate's relative error is
-    sqrt(3 / 20000) = 1 %.
+    """A noisy response moves the middle level itself.
+
+    Many pairs: the estimate's relative error is sqrt(3 / 20000) = 1 %.
 
     Differences divide that by their radius. A penalty multiplies it: its error is 5 to 20 %, and
     below 10 for this seed.

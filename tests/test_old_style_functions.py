@@ -1,5 +1,6 @@
-"""Losses with an `autograd.Function` of the old style, whose `forward` has a `ctx`: no transform of
-`torch.func` takes one.
+"""Losses with an `autograd.Function` of the old style, whose `forward` has a `ctx`.
+
+No transform of `torch.func` takes one.
 """
 
 from __future__ import annotations
@@ -92,7 +93,10 @@ def two_derivatives(rule: Rule, cube: Callable[[Tensor], Tensor]) -> list[Tensor
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_differentiates_it_twice(name: str) -> None:
-    """Only those that differentiate the steps, of parameters that require grad, could do so once."""
+    """Only those that differentiate the steps could do so once.
+
+    They have parameters that require grad.
+    """
     found = two_derivatives(RULES[name], Cube.apply)
     assert found[0].abs().sum() + found[1].abs() > 0
     assert_close(found, two_derivatives(RULES[name], lambda x: x**3), 1e-10)

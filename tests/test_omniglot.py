@@ -20,8 +20,9 @@ DRAWINGS = 6
 
 
 def png(alphabet: int, character: int, drawing: int) -> bytes:
-    """A black rectangle on white whose place and size tell the three numbers apart, in the format
-    of the official files.
+    """A black rectangle on white, in the format of the official files.
+
+    Its place and size tell the three numbers apart.
     """
     image = Image.new("1", (105, 105), 1)
     ImageDraw.Draw(image).rectangle(
@@ -304,8 +305,9 @@ def test_a_huge_picture_is_refused_before_it_is_unpacked(tmp_path, side, why):
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_zipfile_does_not_know_is_damage(tmp_path, whole):
-    """NotImplementedError, which is no BadZipFile: a method of compression, or a version of the
-    format, that does not exist.
+    """NotImplementedError, which is no BadZipFile.
+
+    A method of compression, or a version of the format, that does not exist.
     """
     raw = bytearray(write(tmp_path / "new.zip", {DRAWING: png(0, 0, 0)}).read_bytes())
     central = raw.index(b"PK\1\2")

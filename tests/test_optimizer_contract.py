@@ -1,5 +1,6 @@
-"""What every optimizer must be: equal to its published algorithm, pure, differentiable in
-everything, and usable under vmap.
+"""What every optimizer must be.
+
+Equal to its published algorithm, pure, differentiable in everything, and usable under vmap.
 """
 
 from __future__ import annotations
@@ -305,8 +306,9 @@ def start(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 
 def curve(params: dict[str, Tensor], shift: Tensor) -> Tensor:
-    """A loss whose gradient changes size and sign, and is 0 in the first column of a matrix all the
-    time.
+    """A loss whose gradient changes size and sign.
+
+    It is 0 in the first column of a matrix all the time.
     """
     hidden = torch.tanh(
         params["matrix0"][:, 1:] @ params["matrix1"][:, 1:].T + shift.to(params["matrix0"].dtype)
@@ -331,8 +333,9 @@ def trained(
 
 @pytest.fixture
 def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take out of torch's Muon the rounding to bfloat16; it works in place on the result, hence the
-    copy.
+    """Take out of torch's Muon the rounding to bfloat16.
+
+    It works in place on the result, hence the copy.
 
     It rounds by `bfloat16()`, and from 2.15 on by `to(dtype=torch.bfloat16)`.
     """
@@ -371,8 +374,9 @@ def test_fifty_steps_equal_torch_optim(case: Case, deployed: bool) -> None:
     "case", [case for case in CASES if not case.name.startswith("muon")], ids=lambda case: case.name
 )
 def test_in_float32_it_rounds_as_torch_does(case: Case) -> None:
-    """Tolerance: 50 steps of 2^-24, and 1 - 0.999 in float32 is off by 3e-5, its root by half of
-    that.
+    """The tolerance is 50 steps of 2^-24.
+
+    And 1 - 0.999 in float32 is off by 3e-5, its root by half of that.
     """
     first, shifts = start(case.name, torch.float32), torch.randn(50)
     expected = trained(lambda p: case.theirs(p, **case.options), first, shifts)
@@ -380,8 +384,10 @@ def test_in_float32_it_rounds_as_torch_does(case: Case) -> None:
 
 
 def test_muon_is_torchs_up_to_its_rounding_to_bfloat16() -> None:
-    """bfloat16 has 8 bits: entries of the update are off by about 2^-8 each, here 3 steps of lr
-    0.02 and factor at most 1.2.
+    """bfloat16 has 8 bits.
+
+    Entries of the update are off by about 2^-8 each, here 3 steps of lr 0.02 and factor at most
+    1.2.
     """
     first, shifts = start("muon", torch.float32), torch.randn(3)
     expected = trained(lambda p: torch.optim.Muon(p, lr=0.02), first, shifts)
@@ -441,8 +447,9 @@ def as_tensors(value: Any) -> Any:
 
 
 def memory(optimizer: mo.Optimizer, params: Tensor, step: int) -> dict[str, Any]:
-    """Return a state as in the middle of a run: positive where it is a square or a size, and on
-    both sides of each maximum.
+    """Return a state as in the middle of a run.
+
+    Positive where it is a square or a size, and on both sides of each maximum.
     """
     state = optimizer.init(params)
     values = {
@@ -491,8 +498,9 @@ def one_update(
 def test_one_update_is_differentiated_exactly_in_all_it_takes(
     case: Case, step: int, zero: bool
 ) -> None:
-    """Gradients, parameters, memory and every hyperparameter, twice; the sign in Rprop jumps at a
-    zero gradient.
+    """Gradients, parameters, memory and every hyperparameter, twice.
+
+    The sign in Rprop jumps at a zero gradient.
     """
     if case.ours is Rprop and zero:
         pytest.skip("the next test says which derivative it has there")
@@ -515,8 +523,9 @@ def test_the_derivative_of_a_sign_is_zero_also_at_zero(kind: type[mo.Optimizer])
 @pytest.mark.usefixtures("float64")
 @each_case
 def test_hyperparameters_are_differentiated_exactly_through_a_loop(case: Case) -> None:
-    """Four steps from fresh memory: what starts as a hyperparameter (Rprop's sizes, Adagrad's sum)
-    counts too.
+    """Four steps from fresh memory.
+
+    What starts as a hyperparameter (Rprop's sizes, Adagrad's sum) counts too.
     """
     optimizer = case.ours(**{name: as_tensors(value) for name, value in case.smooth.items()})
     names, values = zip(*dict(optimizer.named_buffers()).items(), strict=True)
@@ -544,8 +553,10 @@ def parameters(value: Any) -> Any:
 def test_meta_gradients_are_finite_where_the_gradient_is_zero(
     kind: type[mo.Optimizer], steps: int
 ) -> None:
-    """Default settings: one weight never has a gradient, one starts at a stationary point, one
-    tensor is at rest altogether.
+    """Default settings.
+
+    One weight never has a gradient, one starts at a stationary point, one tensor is at rest
+    altogether.
     """
     defaults = {
         name: p.default

@@ -1,5 +1,6 @@
-"""What is refused, cast or renamed where an optimizer meets gradients, losses, names and saved
-states.
+"""What is refused, cast or renamed where an optimizer meets what does not fit it.
+
+This may be gradients, losses, names and saved states.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ def test_rates_by_name_stay_with_their_parameters_when_a_state_is_loaded() -> No
 )
 @pytest.mark.parametrize("skips", [False, True])
 def test_memory_goes_by_places_as_in_torch(make: Any, skips: bool) -> None:
-    """Saved unnamed and loaded named, or under other names: it was refused, with an empty message
-    for another order.
+    """Saved unnamed and loaded named, or under other names.
+
+    It was refused, with an empty message for another order.
     """
     first, second = live(2, 3), live(2, 3)
     names = ["x", "y"]

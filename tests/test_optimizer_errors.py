@@ -1,5 +1,6 @@
-"""Arguments and states that do not fit an optimizer: each a clear error, where it was silent or a
-KeyError.
+"""Arguments and states that do not fit an optimizer.
+
+Each a clear error, where it was silent or a KeyError.
 """
 
 from __future__ import annotations
@@ -200,8 +201,9 @@ def test_groups_one_of_whose_patterns_begins_as_another() -> None:
 
 
 def test_a_momentum_that_is_turned_off_leaves_its_memory() -> None:
-    """As in torch, whose groups may say so at any step; a schedule of the deployed optimizer may
-    reach 0.
+    """As in torch, whose groups may say so at any step.
+
+    A schedule of the deployed optimizer may reach 0.
     """
     w = torch.ones(2)
     for on, off in (

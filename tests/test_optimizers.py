@@ -160,8 +160,9 @@ def test_one_update_is_pure(
 @each_variant
 @pytest.mark.parametrize("steps", [1, 3])
 def test_meta_gradients_are_finite_where_the_gradient_is_zero(variant: Variant, steps: int) -> None:
-    """Traps 12 and 13, with default eps: one weight never has a gradient, one starts at a
-    stationary point.
+    """Traps 12 and 13, with default eps.
+
+    One weight never has a gradient, one starts at a stationary point.
     """
     values = {k: v for k, v in variant.values.items() if k not in ("eps", "eps_root")}
     h = {name: nn.Parameter(torch.tensor(value)) for name, value in values.items()}
@@ -187,8 +188,9 @@ def test_meta_gradients_are_finite_where_the_gradient_is_zero(variant: Variant, 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", [Adam, AdamW, RMSprop], ids=lambda kind: kind.__name__)
 def test_gradcheck_of_one_update_including_an_exact_zero(kind: type[mo.Optimizer]) -> None:
-    """Every tensor argument of an update; at the zero entry the memory is positive, as it is after
-    any nonzero gradient.
+    """Every tensor argument of an update.
+
+    At the zero entry the memory is positive, as it is after any nonzero gradient.
     """
     grads = torch.tensor([0.3, 0.0, -0.7], requires_grad=True)
     params = torch.randn(3, requires_grad=True)
@@ -403,8 +405,9 @@ def test_a_state_without_the_schedules() -> None:
 
 
 def test_a_spread_that_rounding_makes_negative() -> None:
-    """Centered RMSprop subtracts a square from a mean of squares, which are equal for a constant
-    gradient.
+    """Centered RMSprop subtracts a square from a mean of squares.
+
+    The two are equal for a constant gradient.
     """
     optimizer, params = RMSprop(0.1, alpha=0.1, centered=True), torch.tensor([0.1, 0.3, 0.7, 1.1])
     state = optimizer.init(params)

@@ -1,5 +1,6 @@
-"""What the rules that look at the end of a loop promise besides their formula: its derivatives,
-protocol, compilation, errors.
+"""What the rules that look at the end of a loop promise besides their formula.
+
+Its derivatives, protocol, compilation, errors.
 """
 
 from __future__ import annotations
@@ -78,10 +79,10 @@ def test_a_slope_may_be_a_view_of_the_displaced_parameters() -> None:
 @float64
 @pytest.mark.parametrize("kind", ["T1T2", "difference", "SAMA", "penalty"])
 def test_the_second_derivative_is_that_of_the_formula(kind: str) -> None:
-    """By hand: with dw/dl given by the rule's own formula, d/dl <h(l), u> = h_l + h_w dw/dl, all by
-    autograd at the end.
+    """By hand, with dw/dl given by the rule's own formula.
 
-    SAMA's D for SGD is -lr. Differences: radius 1e-3 leaves 1e-6.
+    d/dl <h(l), u> = h_l + h_w dw/dl, all by autograd at the end. SAMA's D for SGD is -lr.
+    Differences: radius 1e-3 leaves 1e-6.
     """
     bilevel = replace(logistic(), lr=0.3)
     rule = {
@@ -167,8 +168,9 @@ def test_what_a_rule_does_not_reach_is_an_error_or_constant(rule: PointRule) -> 
 def test_a_loop_over_tasks_answers_an_error_as_vmap_does(
     rule: PointRule, chunk_size: int | None, tasks: int, is_convolution: bool
 ) -> None:
-    """It was zeros wherever plain autograd stood in for `torch.func.grad`: one task, chunks of one,
-    convolutions.
+    """It was zeros wherever plain autograd stood in for `torch.func.grad`.
+
+    One task, chunks of one, convolutions.
     """
     first = nn.Conv1d(1, 2, 2) if is_convolution else nn.Linear(3, 4)
     net = mo.functional(nn.Sequential(first, nn.Flatten(), nn.Linear(4, 1)))
@@ -215,8 +217,9 @@ def test_forward_mode_is_refused_and_not_answered_by_zeros(rule: PointRule) -> N
 
 @each_rule
 def test_what_no_running_gradient_differentiates_may_require_grad(rule: PointRule) -> None:
-    """As under `torch.func.grad`, initial parameters that are computed from what plain autograd
-    alone tracks are constants.
+    """Initial parameters computed from what plain autograd alone tracks are constants.
+
+    So they are under `torch.func.grad`.
     """
     outside = torch.ones(2, requires_grad=True)
 
@@ -241,8 +244,9 @@ def test_what_no_running_gradient_differentiates_may_require_grad(rule: PointRul
     ids=repr,
 )
 def test_a_loss_that_reads_the_state_and_hands_on_results(rule: Any) -> None:
-    """State (optimizer's, running mean of w); the loss pulls w to that mean, and hands on the new
-    one.
+    """State (optimizer's, running mean of w).
+
+    The loss pulls w to that mean, and hands on the new one.
     """
 
     def loss(inputs: Any, w: Tensor, state: Any, batch: Any) -> tuple[Tensor, Tensor]:
@@ -335,8 +339,9 @@ def test_compiled_is_equal(rule: PointRule) -> None:
 @float64
 @each_rule
 def test_nothing_is_pulled_back_to_what_only_the_optimizer_reads(rule: PointRule) -> None:
-    """A level of `grad` that differentiates the optimizer's tensors alone, around one that
-    differentiates `meta`.
+    """A level of `grad` that differentiates the optimizer's tensors alone.
+
+    It stands around one that differentiates `meta`.
     """
     loop, end = recorded(
         square, SGD(torch.tensor(0.1)), torch.zeros(2), None, steps=3, meta=torch.ones(2)
@@ -504,8 +509,9 @@ def test_the_formulas_of_the_tests_are_dense() -> None:
     "rule", [mo.FiniteDifference(5.0), mo.FiniteDifference(), mo.SAMA(5.0)], ids=str
 )
 def test_a_cotangent_of_zero_gives_zero(rule: Any) -> None:
-    """Also with a radius that, divided by the least number there is, is none; and with what comes
-    of it once more.
+    """Also with a radius that, divided by the least number there is, is none.
+
+    And with what comes of it once more.
     """
     w, c = torch.ones(2, requires_grad=True), torch.zeros((), requires_grad=True)
 

@@ -1,5 +1,6 @@
-"""Few-shot programs of others, ported as examples: their meta-gradients against plain torch by
-hand, and finite differences.
+"""Few-shot programs of others, ported as examples.
+
+Their meta-gradients against plain torch by hand, and finite differences.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def load(name: str) -> Any:
 def check_slopes(
     value: Any, params: Any, tensors: dict[str, Tensor], found: dict[str, Tensor], tolerance: float
 ) -> None:
-    """Compare gradients with central differences of `value(params)` along a random direction in
-    each tensor.
+    """Compare gradients with central differences of `value(params)`.
+
+    They are along a random direction in each tensor.
     """
     for name, tensor in tensors.items():
         direction, ends = torch.randn_like(tensor), []
@@ -49,8 +51,9 @@ def check_slopes(
 def maml_plus_plus_by_hand(
     program: Any, model: nn.Module, params: Any, rates: Any, tasks: Any, first_order: bool
 ) -> Any:
-    """Return (the mean over tasks, the running statistics of each), with one plain loop over tasks
-    and one over steps.
+    """Return (the mean over tasks, the running statistics of each).
+
+    There is one plain loop over tasks and one over steps.
     """
     losses, statistics = [], []
     (support, query), weights = tasks
@@ -121,8 +124,9 @@ def maml_plus_plus(program: Any, monkeypatch: Any) -> tuple[nn.Module, SGD, Any]
 )
 @pytest.mark.parametrize("chunk_size", [1, 2])
 def test_maml_plus_plus_is_the_plain_loop(rule: Any, chunk_size: int, monkeypatch: Any) -> None:
-    """In all parameters, the norms' rows of each step and the rates of each layer in each step; the
-    running statistics too.
+    """In all parameters, the norms' rows of each step and the rates of each layer in each step.
+
+    The running statistics too.
     """
     program = load("maml_plus_plus")
     model, inner, tasks = maml_plus_plus(program, monkeypatch)
@@ -200,8 +204,9 @@ def by_hand(params: Any, tasks: Any, move: Any, leaves: list[Tensor]) -> tuple[T
 
 
 def check_meta_gradient(inner: mo.Optimizer, move: Any, rule: Any, chunk_size: int) -> None:
-    """Compare the meta-gradient in the parameters and in the optimizer with that by hand, and with
-    finite differences.
+    """Compare the meta-gradient in the parameters and in the optimizer with that by hand.
+
+    It is compared with finite differences too.
     """
     params, tasks = few_shots()
     params = {name: p.requires_grad_() for name, p in params.items()}

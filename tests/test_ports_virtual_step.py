@@ -1,5 +1,6 @@
-"""The published program of meta-weight-net, ported as an example, against the same written in plain
-torch.
+"""The published program of meta-weight-net, ported as an example.
+
+It is compared with the same written in plain torch.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ def load() -> Any:
 
 
 class Published:
-    """The iteration of the published program: a virtual step of plain SGD, the weight net's Adam,
-    the real SGD.
+    """The iteration of the published program.
+
+    A virtual step of plain SGD, the weight net's Adam, the real SGD.
     """
 
     def __init__(self, classifier: nn.Module, weight_net: nn.Module, lr: float):

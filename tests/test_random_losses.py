@@ -41,8 +41,9 @@ class Net(nn.Module):
 
 
 def digits_problem(dropout: float) -> tuple[Net, InnerLoop, End, Callable[[Any], Tensor], Tensor]:
-    """Return a network trained for a while, weights of its examples as meta, and the loss of other
-    digits.
+    """Return a network trained for a while, weights of its examples as meta, and a loss.
+
+    The loss is that of other digits.
     """
     torch.manual_seed(0)
     model = Net(dropout)
@@ -92,8 +93,9 @@ def hypergradient(
     ids=lambda rule: type(rule).__name__,
 )
 def test_both_sides_see_one_dropout_mask(rule: PointRule) -> None:
-    """Cosine to the same rule without dropout above .95, nothing left behind; two masks would give
-    noise.
+    """Cosine to the same rule without dropout above .95, nothing left behind.
+
+    Two masks would give noise.
     """
     _, *clean, meta = digits_problem(0.0)
     expected = hypergradient(rule, *clean, meta)
@@ -135,6 +137,7 @@ def test_with_dropout_the_difference_is_the_exact_product(
     rule: PointRule, exact: PointRule, batched: bool
 ) -> None:
     """Of the very same mask, one per row of a `vmap`; and a second backward pass sees it again.
+
     Radius and weight leave 1e-6.
     """
 

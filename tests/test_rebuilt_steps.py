@@ -1,5 +1,6 @@
-"""A step that is made again is the step that was taken: within one process, and when a killed
-program is started again.
+"""A step that is made again is the step that was taken.
+
+Within one process, and when a killed program is started again.
 """
 
 from __future__ import annotations
@@ -124,8 +125,9 @@ def run(
     stop: Callable[[int], Any] = lambda call: None,
     power: float = 2.0,
 ) -> Tensor:
-    """Return the gradient of a loop of ten steps on disk; the loss is called once a step, forward
-    and backward.
+    """Return the gradient of a loop of ten steps on disk.
+
+    The loss is called once a step, forward and backward.
     """
     w, calls = torch.tensor([1.0, 2.0], requires_grad=True), 0
 
@@ -162,8 +164,9 @@ OTHERS: dict[str, tuple[Any, Any]] = {
 def test_a_loop_on_disk_is_not_resumed_with_other_settings(
     kind: str, end_at: int, tmp_path: Path
 ) -> None:
-    """Numbers that act from the second step on were not in the loop's identity: a wrong gradient,
-    silently.
+    """Numbers that act from the second step on were not in the loop's identity.
+
+    A wrong gradient, silently.
     """
     before, after = OTHERS[kind]
     with pytest.raises(Killed):
@@ -181,8 +184,9 @@ def test_a_loop_on_disk_is_not_resumed_with_other_settings(
 
 
 class Secret(mo.Optimizer):
-    """Its constant is neither an argument of the constructor nor a tensor, and acts from the second
-    step on.
+    """Its constant is neither an argument of the constructor nor a tensor.
+
+    It acts from the second step on.
     """
 
     momentum = 0.9

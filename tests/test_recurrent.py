@@ -1,4 +1,7 @@
-"""Recurrent layers in the inner loss: equal to torch's, differentiable at every order, and batched."""
+"""Recurrent layers in the inner loss.
+
+Equal to torch's, differentiable at every order, and batched.
+"""
 
 from __future__ import annotations
 
@@ -76,8 +79,9 @@ def inputs(layer: Any, kind: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize("kind", ["batch", "packed", "unbatched"])
 @each_layer
 def test_values_and_two_derivatives_are_torchs(name: str, kind: str) -> None:
-    """On CPU, in float64, torch's own kernels are made of differentiable pieces: a witness for the
-    first two derivatives.
+    """On CPU, in float64, torch's own kernels are made of differentiable pieces.
+
+    A witness for the first two derivatives.
     """
     layer = LAYERS[name]()
     x, states = inputs(layer, kind)

@@ -20,8 +20,9 @@ from optimizers import SGD, Adam
 
 @functools.cache
 def fewest(steps: int, snapshots: int) -> int:
-    """The definition: advance m steps, reverse the rest with one snapshot less, then the first m
-    with all.
+    """The definition.
+
+    Advance m steps, reverse the rest with one snapshot less, then the first m with all.
     """
     if steps == 1:
         return 0

@@ -1,5 +1,6 @@
-"""Every rule on every problem: exact ones to 1e-8, biased ones against their stated bias, random
-ones within 4 standard errors.
+"""Every rule on every problem.
+
+Exact ones to 1e-8, biased ones against their stated bias, random ones within 4 standard errors.
 """
 
 from __future__ import annotations
@@ -79,8 +80,9 @@ def test_path_rules_are_exact(rule: str, problem: str, way: str) -> None:
 @each_problem
 @pytest.mark.parametrize("rule", POINT)
 def test_point_rules_give_what_they_state(rule: str, problem: str, way: str) -> None:
-    """Differences: radius 1e-4 leaves 1e-8 of bias and 1e-12 of rounding. Penalty: weight 1e6
-    leaves 1e-6 and 1e-10.
+    """Differences: radius 1e-4 leaves 1e-8 of bias and 1e-12 of rounding.
+
+    Penalty: weight 1e6 leaves 1e-6 and 1e-10.
     """
     bilevel = PROBLEMS[problem]()
     x = "inverse" if of_solution(rule) else "identity"
@@ -151,8 +153,9 @@ def sample(bilevel: Bilevel, rule: mo.EvolutionStrategy, count: int) -> tuple[Te
 
 @each_way
 def test_evolution_strategies_are_unbiased_where_the_loop_is_linear(way: str) -> None:
-    """In l the dynamics are linear: no bias at any std, and the variance that is stated. A factor
-    of std would show.
+    """In l the dynamics are linear: no bias at any std, and the variance that is stated.
+
+    A factor of std would show.
     """
     bilevel = PROBLEMS["dynamics"]()
     pairs = 4000
@@ -212,8 +215,9 @@ def test_pairs_that_are_not_finite_are_left_out() -> None:
 
 
 def test_path_rules_reach_everything_that_backprop_reaches() -> None:
-    """Initial parameters, optimizer state, hyperparameters, a batch per step; and what the loop
-    returns besides parameters.
+    """Initial parameters, optimizer state, hyperparameters, a batch per step.
+
+    And what the loop returns besides parameters.
     """
     x = torch.randn(4, 5, 3)
 
@@ -241,8 +245,9 @@ def test_path_rules_reach_everything_that_backprop_reaches() -> None:
 
 
 def test_the_first_forward_derivative_warns_of_nothing() -> None:
-    """In a new process, and inside a compiler: torch warns of its own `torch.jit.script` when it
-    loads its formulas.
+    """In a new process, and inside a compiler.
+
+    Torch warns of its own `torch.jit.script` when it loads its formulas.
     """
     program = """
 import sys, torch

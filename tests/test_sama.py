@@ -61,8 +61,10 @@ LEARNED: dict[str, Callable[[], mo.Optimizer]] = {
 @float64
 @pytest.mark.parametrize("name", [*HAND, *LEARNED])
 def test_the_preconditioner_is_the_derivative_of_the_update(name: str) -> None:
-    """At steps 1, ..., 1000: against autograd of the formula by hand or, for what has none, central
-    differences of the update.
+    """At steps 1, ..., 1000.
+
+    Against autograd of the formula by hand or, for what has none, central differences of the
+    update.
 
     Differences of a displacement of 1e-6 leave 1e-12 of bias and 1e-10 of rounding, relative to
     updates over 1e-3.
@@ -110,7 +112,10 @@ def test_the_preconditioner_is_the_derivative_of_the_update(name: str) -> None:
 
 @float64
 def test_sama_with_adam_is_its_formula() -> None:
-    """At the state after the last step: [d grad_w L]' D' v with D of the step that would come next."""
+    """At the state after the last step.
+
+    [d grad_w L]' D' v with D of the step that would come next.
+    """
     bilevel = logistic()
     meta = leaf(bilevel.meta)
     out = mo.minimize(

@@ -1,5 +1,6 @@
-"""The step size xi of DARTS' equation 8 in the rules that put a multiple of the identity for the
-inverse Hessian.
+"""The step size xi of DARTS' equation 8.
+
+It is in the rules that put a multiple of the identity for the inverse Hessian.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def inner(w: Tensor, _: Any, a: Tensor) -> Tensor:
 
 
 def hypergradient(rule: Any, optimizer: mo.Optimizer, *, steps: int = 1) -> Tensor:
-    """Return d/da of a w - 2 a + 1 after steps on (w - a)^2 from w = -2, a = 2: the toy problem of
-    DARTS.
+    """Return d/da of a w - 2 a + 1 after steps on (w - a)^2 from w = -2, a = 2.
+
+    The toy problem of DARTS.
     """
     a = torch.tensor([2.0], requires_grad=True)
     w = mo.minimize(
@@ -148,8 +150,9 @@ def test_a_schedule_that_looks_at_gradients_sees_those_of_the_end(kind: Kind) ->
 
 @each_kind
 def test_the_learned_schedule_and_second_derivatives(kind: Kind) -> None:
-    """The rule is a formula, and that is differentiated again: d/da (a w + ...) with dw/da = 2 lr,
-    and once more with lr.
+    """The rule is a formula, and that is differentiated again.
+
+    d/da (a w + ...) with dw/da = 2 lr, and once more with lr.
     """
     assert hypergradient(kind(scale="lr"), SGD(LSTMSchedule(initial=0.1))).isfinite()
     lr, a = nn.Parameter(torch.tensor(0.2)), leaf(torch.tensor([2.0]))

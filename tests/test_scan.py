@@ -26,8 +26,9 @@ each_memory = pytest.mark.parametrize("mode", MODES)
 def rotate(
     inputs: dict[str, Tensor], carry: tuple[Tensor, Tensor], x: dict[str, Tensor]
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """A step with an integer in its carry and in its rows, and one input that some steps leave
-    alone.
+    """A step with an integer in its carry and in its rows.
+
+    It also has one input that some steps leave alone.
     """
     position, count = carry
     after = torch.sin(inputs["a"] * position + x["shift"]) + count * inputs["b"] * x["choice"]
@@ -92,7 +93,10 @@ def test_a_carry_that_a_step_returns_unchanged(mode: str) -> None:
 
 @each_memory
 def test_one_tensor_in_several_places_of_a_result(mode: str) -> None:
-    """A schedule that remembers the loss returns it twice: in the carry and as the step's output."""
+    """A schedule that remembers the loss returns it twice.
+
+    In the carry and as the step's output.
+    """
     a = torch.tensor(0.5, requires_grad=True)
 
     def step(
@@ -115,8 +119,9 @@ def test_one_tensor_in_several_places_of_a_result(mode: str) -> None:
 
 @each_memory
 def test_complex_tensors_are_differentiated(mode: str) -> None:
-    """z_{t+1} = i a z_t + x_t: a complex carry, a complex input and complex rows, both derivatives
-    by hand-unrolled autograd.
+    """z_{t+1} = i a z_t + x_t.
+
+    A complex carry, a complex input and complex rows, both derivatives by hand-unrolled autograd.
     """
     a, z = torch.randn(2, dtype=torch.complex128).unbind()
     a, z, xs = (
@@ -159,8 +164,10 @@ def quartic(w: Tensor, target: Tensor, penalty: Tensor) -> Tensor:
 
 
 def nested(top: Tensor, modes: tuple[str, str, str], rule: type = mo.Backprop) -> Tensor:
-    """Three loops: the lowest fits w, the middle one learns its penalty through it, the top one
-    learns the start of both.
+    """Three loops, each learning for the one below.
+
+    The lowest fits w, the middle one learns its penalty through it, the top one learns the start of
+    both.
     """
     target = torch.tensor([0.5, -1.0])
 
@@ -331,8 +338,9 @@ def test_first_order_nested_in_first_order(modes: tuple[str, str]) -> None:
 @pytest.mark.slow
 @each_memory
 def test_a_compiled_loop_equals_the_eager_one(mode: str) -> None:
-    """An outer `fullgraph` compile sees through both memory modes; this backend needs no C++
-    compiler.
+    """An outer `fullgraph` compile sees through both memory modes.
+
+    This backend needs no C++ compiler.
     """
 
     def value(w: Tensor) -> Tensor:
@@ -383,7 +391,10 @@ def test_steps_bounds_the_memory_of_a_meta_gradient() -> None:
 
 
 def test_a_state_that_is_no_tensor_is_refused() -> None:
-    """A plain loop may carry a Python number; a rebuilt one would see the number of another step."""
+    """A plain loop may carry a Python number.
+
+    A rebuilt one would see the number of another step.
+    """
 
     def step(
         inputs: Tensor, carry: tuple[Tensor, int], _: tuple[()]

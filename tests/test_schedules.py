@@ -338,7 +338,10 @@ def test_a_plateau_is_seen_where_torch_sees_it(relative: bool, cooldown: int) ->
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("factor", [1, 2, 3, 10])
 def test_restarts_are_where_torch_has_them_for_thousands_of_steps(factor: int) -> None:
-    """Of every period the first and the last step: the number of the period is a rounded logarithm."""
+    """Of every period the first and the last step.
+
+    The number of the period is a rounded logarithm.
+    """
     schedule = WarmRestarts(1.0, 7, factor=factor)
     start, length = 0, 7
     for _ in range(12):
@@ -352,8 +355,9 @@ def test_restarts_are_where_torch_has_them_for_thousands_of_steps(factor: int) -
 
 @pytest.mark.usefixtures("float64")
 def test_each_value_of_a_step_is_learned_by_itself() -> None:
-    """MAML++: five rates, one a step. The derivative of the last w is -g_t in rate t, times what
-    later steps do to it.
+    """MAML++: five rates, one a step.
+
+    The derivative of the last w is -g_t in rate t, times what later steps do to it.
     """
     rates = nn.Parameter(torch.tensor([0.1, 0.2, 0.3, 0.05, 0.15]))
     optimizer = SGD(PerStep(rates))
@@ -401,7 +405,10 @@ def test_steps_are_counted_also_in_half_precision(schedule: mo.Schedule) -> None
 
 
 def test_a_joined_schedule_observes_only_while_it_is_its_turn() -> None:
-    """A learned schedule after two steps of warm-up is where it would be without, two steps later."""
+    """A learned schedule after two steps of warm-up is where it would be without.
+
+    It comes there two steps later.
+    """
     learned = LSTMSchedule(0.1, seed=3)
     with torch.no_grad():
         learned.readout.normal_()

@@ -1,4 +1,7 @@
-"""The command lines: each runs end to end in a small form, and says what is wrong when it cannot."""
+"""The command lines.
+
+Each runs end to end in a small form, and says what is wrong when it cannot.
+"""
 
 from __future__ import annotations
 

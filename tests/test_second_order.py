@@ -151,8 +151,9 @@ def test_each_of_several_is_named() -> None:
 
 
 def test_a_wrong_second_derivative_is_found() -> None:
-    """Torch's own weight norm, which `any_order` replaces under its usual name: reached here by
-    another.
+    """Torch's own weight norm, which `any_order` replaces under its usual name.
+
+    Reached here by another.
     """
 
     class Weight(nn.Module):
@@ -181,8 +182,9 @@ def test_a_second_derivative_that_is_silently_missing_is_found(
 
 
 def test_constants_inside_the_forward_count_as_missing() -> None:
-    """Spectral norm takes its singular vectors for constants: the second derivative lacks their
-    part.
+    """Spectral norm takes its singular vectors for constants.
+
+    The second derivative lacks their part.
     """
     with pytest.raises(ValueError, match=r"the loss: .*an autograd\.Function or a `detach`"):
         mo.check_second_order(

@@ -1,5 +1,6 @@
-"""Levels that several others wait for, and that themselves wait for shared ones, against nested
-gradients by hand.
+"""Levels that several others wait for, and that themselves wait for shared ones.
+
+They are compared with nested gradients by hand.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def low_loss(j: int, x: Tensor, m: Pair) -> Tensor:
 
 
 def three_layers(steps: tuple[int, int], rule: Rule, *, tops: int = 2) -> mo.LevelGraph:
-    """Return two levels under each of two under each of the tops: losses read the layer above and
-    the layer below.
+    """Return two levels under each of two under each of the tops.
+
+    Losses read the layer above and the layer below.
     """
     start = batches(6, 7)
 
@@ -85,10 +87,10 @@ def low_steps(x: Pair, m: Pair, count: int) -> Pair:
 
 
 def middle_steps(t: Pair, m: Pair, x: Pair, steps: tuple[int, int]) -> tuple[Pair, Pair]:
-    """Return where the middle and the low levels are after the steps of the middle ones, which see
-    how the low ones followed.
+    """Return where the middle and the low levels are after the steps of the middle ones.
 
-    Both low levels move, then m1, then m0: the later one of two levels side by side moves first.
+    The middle ones see how the low ones followed. Both low levels move, then m1, then m0: the later
+    one of two levels side by side moves first.
     """
     for _ in range(steps[0]):
         before, x_before = m, x
@@ -141,8 +143,9 @@ def test_three_layers_of_shared_levels_equal_nested_gradients(
 
 @pytest.mark.parametrize("tops", [1, 2])
 def test_implicit_over_implicit_with_shared_levels(tops: int) -> None:
-    """The derivative of x* is -H^-1 C wherever x stands, that of m* the same of the total loss, in
-    which x* moves with m.
+    """The derivative of x* is -H^-1 C wherever x stands.
+
+    That of m* is the same of the total loss, in which x* moves with m.
     """
     graph = three_layers((1, 1), EXACT, tops=tops)
     values = batches(6, 7)

@@ -1,4 +1,7 @@
-"""Embeddings whose gradient torch would make sparse: in inner loops, tasks and levels it is dense."""
+"""Embeddings whose gradient torch would make sparse.
+
+In inner loops, tasks and levels it is dense.
+"""
 
 from __future__ import annotations
 
@@ -125,8 +128,9 @@ def test_every_function_that_has_the_option(form: str) -> None:
 
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_an_embedding_that_rewrites_its_weight_is_refused(kind: Any) -> None:
-    """Under `functional` it would write into the tensors that it is lent, which may be live
-    parameters.
+    """Under `functional` it would write into the tensors that it is lent.
+
+    These may be live parameters.
     """
     with pytest.raises(
         ValueError,

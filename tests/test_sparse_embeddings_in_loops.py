@@ -1,5 +1,6 @@
-"""Embeddings that ask for sparse gradients, in loops, meta-gradients and levels: as those with
-dense ones.
+"""Embeddings that ask for sparse gradients, in loops, meta-gradients and levels.
+
+As those with dense ones.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def loss_of(net: mo.Functional) -> Any:
     ids=["sgd", "momentum", "adam"],
 )
 def test_a_loop_is_that_with_dense_gradients(optimizer: Any, rule: str) -> None:
-    """torch has no reshape, no addcmul and no second derivative for them: each ended in its own
-    text.
+    """torch has no reshape, no addcmul and no second derivative for them.
+
+    Each ended in its own text.
     """
     batch, query, ends = batch_of(), batch_of(), []
     for model in pair():

@@ -34,8 +34,9 @@ each_memory = pytest.mark.parametrize("memory", MEMORIES, ids=str)
 
 
 def held(steps: int, snapshots: int) -> list[int]:
-    """The states that are held when the loop ends after `steps` steps, the most of them at any time
-    being checked.
+    """The states that are held when the loop ends after `steps` steps.
+
+    The most of them at any time is checked.
     """
     online, times = Online(snapshots), list[int]()
     for t in range(1, steps):
@@ -48,8 +49,9 @@ def held(steps: int, snapshots: int) -> list[int]:
 
 
 def test_the_schedule_needs_no_more_than_it_says() -> None:
-    """At most r T steps without a graph, forward included, whenever the stream ends; r is that of
-    the offline optimum.
+    """At most r T steps without a graph, forward included, whenever the stream ends.
+
+    r is that of the offline optimum.
     """
     for snapshots in range(1, 12):
         for steps in range(2, 250):
@@ -143,8 +145,9 @@ def test_equals_steps_one_by_one(rule: Any, memory: Any, steps: int) -> None:
 
 @each_memory
 def test_batches_computed_from_what_is_learned(memory: Any) -> None:
-    """w_{t+1} = w_t - lr (w_t - s d_t): the generator itself is differentiated, by autograd and by
-    `torch.func`.
+    """w_{t+1} = w_t - lr (w_t - s d_t).
+
+    The generator itself is differentiated, by autograd and by `torch.func`.
     """
     data = torch.randn(7)
 
@@ -201,7 +204,10 @@ def test_only_a_late_batch_requires_grad(memory: Any) -> None:
 
 @each_memory
 def test_nobody_asks_for_a_batch_before_its_step(memory: Any) -> None:
-    """The iterator may end because of what the loop has done so far: here when the loss is small."""
+    """The iterator may end because of what the loop has done so far.
+
+    Here when the loss is small.
+    """
     seen: list[float] = []
 
     def loss(w: Tensor, _: None) -> Tensor:
@@ -250,8 +256,9 @@ def test_runs_as_many_steps_as_the_schedule_says(memory: mo.Revolve, steps: int)
 
 
 def test_dropout_has_the_same_masks_and_the_loader_draws_from_the_same_generator() -> None:
-    """The order of a shuffling DataLoader and the masks come from one generator: batches are kept,
-    not drawn again.
+    """The order of a shuffling DataLoader and the masks come from one generator.
+
+    Batches are kept, not drawn again.
     """
     start = torch.ones(5, requires_grad=True)
     data = TensorDataset(torch.randn(11, 5))
@@ -347,8 +354,9 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_steps() -> None:
-    """A state is 1 MB: 8 of them, as many again on the way back, and one step's graph, also inside
-    `torch.func.grad`.
+    """A state is 1 MB.
+
+    8 of them, as many again on the way back, and one step's graph, also inside `torch.func.grad`.
     """
     grown = [printed(PROGRAM, steps) for steps in (20, 120)]
     assert grown[1] < 40_000  # KiB; "steps" needs 120,000

@@ -1,5 +1,6 @@
-"""Gradient transforms: equal to torch's, exact in their derivatives, and composed with any
-optimizer and each other.
+"""Gradient transforms.
+
+Equal to torch's, exact in their derivatives, and composed with any optimizer and each other.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def by_torch(
     make: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
     clip: Any = None,
 ) -> dict[str, Tensor]:
-    """Return the parameters after one step of torch's optimizer per shift, with gradients changed
-    by `clip` before each.
+    """Return the parameters after one step of torch's optimizer per shift.
+
+    The gradients are changed by `clip` before each.
     """
     params = {name: p.clone().requires_grad_() for name, p in start.items()}
     optimizer = make(params)
@@ -111,7 +113,10 @@ def test_fifty_steps_equal_torch(ours: Any, theirs: Any, clip: Any) -> None:
 
 
 def test_clipping_the_norm_is_torchs_but_for_its_constant() -> None:
-    """Torch divides by |g| + 1e-6: with |g| > 0.5 a relative difference below 2e-6 in every step."""
+    """Torch divides by |g| + 1e-6.
+
+    With |g| > 0.5 a relative difference below 2e-6 in every step.
+    """
     first, shifts = start(), torch.randn(5)
     expected = by_torch(
         first, shifts, of_all(torch.optim.SGD, lr=0.1), lambda p: nn.utils.clip_grad_norm_(p, 0.5)

@@ -105,8 +105,9 @@ class Pair(NamedTuple):
 
 
 def test_trees_are_mapped_and_read_as_torch_does() -> None:
-    """Also nodes that only torch knows, structures that differ, empty ones, and dicts in another
-    order.
+    """Also nodes that only torch knows, and structures that differ.
+
+    And empty ones, and dicts in another order.
     """
     nested = {
         "b": [1, (2.0, None)],

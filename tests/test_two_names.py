@@ -30,8 +30,9 @@ NAMES = [
 
 
 def run(program: str, *, cwd: Path = ROOT, before: Path | None = None) -> str:
-    """Run a program in a fresh interpreter and return what it prints; `before` precedes this
-    checkout.
+    """Run a program in a fresh interpreter and return what it prints.
+
+    `before` precedes this checkout.
     """
     path = os.pathsep.join(str(folder) for folder in (before, ROOT) if folder is not None)
     done = subprocess.run(

@@ -1,4 +1,7 @@
-"""Parameters that the loss of a step does not depend on: zeros, or as in `torch.optim` left alone."""
+"""Parameters that the loss of a step does not depend on.
+
+Zeros, or as in `torch.optim` left alone.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,10 @@ def rows() -> tuple[Tensor, Tensor]:
 
 
 def batches(x: tuple[Tensor, Tensor]) -> list[Any]:
-    """A list: which layer a step uses is known to Python, as in a network that leaves layers out."""
+    """A list, since which layer a step uses is known to Python.
+
+    So it is in a network that leaves layers out.
+    """
     return [((x[0][t], x[1][t]), USED[t]) for t in range(STEPS)]
 
 
@@ -102,8 +108,9 @@ RULES: list[Any] = [
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_skipped_parameter_stays_as_in_torch(name: str, rule: Any) -> None:
-    """It had a zero gradient, so that weight decay and momentum moved it, and the step counted for
-    it.
+    """It had a zero gradient, so that weight decay and momentum moved it.
+
+    The step counted for it.
     """
     ours, theirs = OPTIMIZERS[name]
     torch.manual_seed(1)
@@ -161,8 +168,9 @@ def test_its_derivatives_are_those_of_a_loop_by_hand(rule: Any) -> None:
 
 
 def test_under_transforms_and_nested() -> None:
-    """Inside `torch.func` a gradient is never None: what a loss depends on is read off its graph
-    there.
+    """Inside `torch.func` a gradient is never None.
+
+    What a loss depends on is read off its graph there.
     """
     torch.manual_seed(1)
     params, x = {key: p.detach() for key, p in start().items()}, rows()

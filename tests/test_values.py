@@ -1,5 +1,6 @@
-"""`Optimizer.values`: the hyperparameters that the next step uses, exact, differentiable, and
-without any effect.
+"""`Optimizer.values`.
+
+The hyperparameters that the next step uses, exact, differentiable, and without any effect.
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ RATES: dict[str, tuple[Any, str, str]] = {
 
 @pytest.mark.parametrize("name", RATES)
 def test_it_is_what_the_next_step_uses(name: str) -> None:
-    """Of plain SGD the update is -lr g: read off the lr, at every one of five steps, by division."""
+    """Of plain SGD the update is -lr g.
+
+    Read off the lr, at every one of five steps, by division.
+    """
     make, leaf, key = RATES[name]
     optimizer, w = make(), params()
     state = optimizer.init(w)
@@ -119,7 +123,10 @@ def test_without_the_loss_a_schedule_that_observes_answers_with_its_last_value(n
 
 
 def test_a_transform_says_what_the_schedule_behind_it_will_see() -> None:
-    """The clipped norm of .1, not that of the gradient; weight decay needs the parameters for it."""
+    """The clipped norm of .1, not that of the gradient.
+
+    Weight decay needs the parameters for it.
+    """
     optimizer, w = ClipNorm(0.1, SGD(learned())), params()
     state = optimizer.init(w)
     small, large = (
@@ -166,8 +173,9 @@ def test_every_hyperparameter_has_a_value() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_is_as_precise_as_the_step(dtype: torch.dtype) -> None:
-    """Of memory or gradients in float64 in float64, else in float32: 0.1 (1 + cos(pi / 3)) / 2 has
-    no exact float32.
+    """Of memory or gradients in float64 in float64, else in float32.
+
+    0.1 (1 + cos(pi / 3)) / 2 has no exact float32.
     """
     grads = torch.ones(1, dtype=dtype)
     for optimizer, given in ((Adam(Cosine(0.1, 3)), None), (SGD(Cosine(0.1, 3)), grads)):

@@ -1,5 +1,6 @@
-"""Every rule under every way to differentiate: plain backward, `torch.func.grad`, `vmap` of it give
-one answer.
+"""Every rule under every way to differentiate.
+
+Plain backward, `torch.func.grad`, `vmap` of it give one answer.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class Model(nn.Module):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 @pytest.mark.parametrize("name", RULES)
 def test_the_three_ways_agree(name: str) -> None:
-    """In weights of examples, a number, and the batch, beside integers in `meta` and in the batch;
-    buffers are read.
+    """In weights of examples, a number, and the batch, beside integers in `meta` and in the batch.
+
+    Buffers are read.
     """
     torch.manual_seed(0)
     rule, net = RULES[name], mo.functional(Model())

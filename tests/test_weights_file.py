@@ -365,8 +365,9 @@ def test_one_tensor_in_another_precision(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_its_class_refuses(tmp_path: Path) -> None:
-    """Numbers of a configuration were checked, those in tensors not; a lower limit above 0 must not
-    meet a placeholder's zeros.
+    """Numbers of a configuration were checked, those in tensors not.
+
+    A lower limit above 0 must not meet a placeholder's zeros.
     """
     config = {
         "class": "SGD",
@@ -574,8 +575,9 @@ class TestPrinting:
         assert "lr=tensor([])" in repr(SGD(torch.ones(0)))
 
     def test_an_optimizer_of_ones_own(self) -> None:
-        """It raised a TypeError unless every argument of the constructor is an attribute: here none
-        is.
+        """It raised a TypeError unless every argument of the constructor is an attribute.
+
+        Here none is.
         """
 
         class MetaSGD(mo.Optimizer):

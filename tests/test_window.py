@@ -55,8 +55,9 @@ def test_equals_a_loop_that_detaches(window: int, memory: Any) -> None:
 
 
 def test_under_transforms_and_with_the_bias_that_it_states() -> None:
-    """On L = (w - meta)^2 / 2 with SGD the window k leaves out (1 - lr)^k of the derivative 1 - (1
-    - lr)^T.
+    """With SGD the window k leaves out (1 - lr)^k of the derivative 1 - (1 - lr)^T.
+
+    The loss is L = (w - meta)^2 / 2.
     """
 
     def last(meta: Tensor, window: int | None) -> Tensor:

@@ -1,5 +1,6 @@
-"""What torch mended in which version: the one place where tests ask for it. Tests of what torch
-gets wrong state it by these.
+"""What torch mended in which version: the one place where tests ask for it.
+
+Tests of what torch gets wrong state it by these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a wheel must do where only what it requires is installed; run by `scripts/check_wheel.py`."""
+"""What a wheel must do where only what it requires is installed.
+
+Run by `scripts/check_wheel.py`.
+"""
 
 from __future__ import annotations
 
