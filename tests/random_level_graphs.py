@@ -620,9 +620,9 @@ pytree.register_pytree_node(
 
 
 def compare(seed: int, steps: int = 3) -> str:
-    """Return "same" or why the graph is refused;
+    """Return "same" or why the graph is refused.
 
-    raise if a number differs from the simulation's.
+    Raises AssertionError if a number differs from the simulation's.
     """
     specs, links = generate(seed)
     try:

@@ -348,7 +348,7 @@ def test_one_file_each_knows_distribution_and_logging_backends() -> None:
     [(package, name) for package in (metaopt, optimizers) for name in package.__all__],
 )
 def test_what_is_public_is_documented(package: object, name: str) -> None:
-    """A dataclass or a named tuple without a docstring is given one that starts with its own name."""
+    """By hand: the docstring that Python gives a dataclass or named tuple starts with its name."""
     doc = getattr(package, name).__doc__
     assert doc
     assert not doc.startswith(f"{name}(")

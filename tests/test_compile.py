@@ -368,7 +368,10 @@ from optimizers import SGD
 warnings.simplefilter("ignore", DeprecationWarning)
 net = mo.functional(torch.nn.Linear(2, 1))
 loss_fn = lambda params, batch: net(params, batch).square().mean()
-run = lambda c: mo.minimize(loss_fn, SGD(lr=.1), net.params, torch.ones(3, 4, 2), differentiate=mo.Backprop("steps"), compile=c)
+def run(c):
+    rule = mo.Backprop("steps")
+    batches = torch.ones(3, 4, 2)
+    return mo.minimize(loss_fn, SGD(.1), net.params, batches, differentiate=rule, compile=c)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always", RuntimeWarning)
     found = [run(True).losses, run(True).losses]

@@ -231,9 +231,7 @@ def test_a_biased_rule_fails_by_its_bias() -> None:
     assert max(check.relative_errors) > 0.1
 
 
-def test_levels_in_float32_with_modules_data_dropout_and_frozen_parameters_are_checked_in_float64() -> (
-    None
-):
+def test_levels_in_float32_with_modules_data_and_dropout_are_checked_in_float64() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 1)).float()
     model[0].bias.requires_grad_(False)

@@ -209,7 +209,10 @@ sys.path.insert(0, sys.argv[1])
 from test_disk import Run, same
 torch.set_num_threads(1)
 directory, call = sys.argv[2], int(sys.argv[3])
-result = Run()(directory, at_call=lambda now: os.kill(os.getpid(), signal.SIGKILL) if now == call else None)
+def die(now):
+    if now == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+result = Run()(directory, at_call=die)
 with tempfile.TemporaryDirectory() as other:
     assert same(result, Run()(other))
 print("the same bits")
@@ -302,7 +305,10 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, unkilled: list[Tensor], call:
             for name in [*(f"state-{t:08}" for t in range(STEPS + 1)), "pulled"]:
                 (tmp_path / f"{name}.partial").symlink_to("/dev/full")
 
-    message = r"No space left on device: [\d,]+ bytes could not be written. What was written before is intact. Make room there"
+    message = (
+        r"No space left on device: [\d,]+ bytes could not be written. What was written before is "
+        "intact. Make room there"
+    )
     with pytest.raises(OSError, match=message) as error:
         Run()(tmp_path, at_call=fill)
     assert error.value.filename.startswith(str(tmp_path))
@@ -477,7 +483,8 @@ def run(steps):
     start = torch.ones(500_000, requires_grad=True)
     with tempfile.TemporaryDirectory() as directory:
         rule = mo.Backprop(memory=mo.Revolve(100, store="disk", directory=directory))
-        out = mo.minimize(lambda w, _: w.sin().sum(), SGD(0.01), start, None, steps=steps, differentiate=rule)
+        loss = lambda w, _: w.sin().sum()
+        out = mo.minimize(loss, SGD(0.01), start, None, steps=steps, differentiate=rule)
         out.params.sum().backward()
 run(3)
 before = peak()
@@ -489,7 +496,7 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_states_on_disk_need_no_memory() -> None:
-    """50 states of 2 MB, none of which has to be computed again;
+    """50 states of 2 MB, none of which has to be computed again.
 
     "steps" needs 100,000 KiB for them.
     """

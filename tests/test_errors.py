@@ -410,7 +410,10 @@ def test_a_missing_key_in_an_update_is_not_blamed_on_the_state() -> None:
     ids=repr,
 )
 def test_weight_decay_needs_params(optimizer: mo.Optimizer) -> None:
-    message = rf"`{type(optimizer).__name__}` needs `params` because weight_decay=0.01. Call `optimizer\(grads, state, params\)`"
+    message = (
+        f"`{type(optimizer).__name__}` needs `params` because weight_decay=0.01. Call "
+        r"`optimizer\(grads, state, params\)`"
+    )
     with pytest.raises(ValueError, match=message):
         optimizer(torch.ones(2), optimizer.init(torch.ones(2)))
 
@@ -501,7 +504,10 @@ def test_params_that_are_not_the_models() -> None:
     missing = {name: p for name, p in net.params.items() if name != "0.bias"} | {
         "extra": torch.ones(1)
     }
-    message = r"`params` must have the names of the model's params; missing \['0.bias'\], unknown \['extra'\]. Start from `net.params`"
+    message = (
+        r"`params` must have the names of the model's params; missing \['0.bias'\], unknown "
+        r"\['extra'\]. Start from `net.params`"
+    )
     for call in (
         lambda: net(missing, x),
         lambda: net.load(missing),

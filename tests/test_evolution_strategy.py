@@ -87,16 +87,22 @@ from level_problems import level
 def loss(name, *others):
     def of(levels, x):
         w = getattr(levels, name)()
-        return (w.sin() - sum((i + 1) * getattr(levels, o)() for i, o in enumerate(others))).square().sum()
+        read = sum((i + 1) * getattr(levels, other)() for i, other in enumerate(others))
+        return (w.sin() - read).square().sum()
     return of
 
 torch.set_default_dtype(torch.float64)
 start = torch.tensor([0.5, -0.2])
-names = {"top": ("left", "right"), "left": ("top", "low"), "right": ("top", "low"), "low": ("left", "right")}
-levels = {name: level(name, start + i, loss(name, *others)) for i, (name, others) in enumerate(names.items())}
+sides, ends = ("left", "right"), ("top", "low")
+names = {"top": sides, "left": ends, "right": ends, "low": sides}
+levels = {
+    name: level(name, start + i, loss(name, *others))
+    for i, (name, others) in enumerate(names.items())
+}
 pairs = [("top", "left", 2), ("top", "right", 2), ("left", "low", 1), ("right", "low", 1)]
 rule = mo.EvolutionStrategy(0.1, 3)
-graph = mo.LevelGraph([mo.Edge(levels[u], levels[l], steps=k, differentiate=rule) for u, l, k in pairs])
+edges = [mo.Edge(levels[u], levels[l], steps=k, differentiate=rule) for u, l, k in pairs]
+graph = mo.LevelGraph(edges)
 for _ in range(2):
     graph.step()
 print(graph.params("top")["value"].tolist(), graph.hypergradient("left")["value"].tolist())

@@ -53,8 +53,10 @@ def towers(norm: object, kind: str, at: Given, wanted: list[Tensor], order: int)
     x, weight, bias = at
     value, found = norm(kind, x.sin(), weight, bias), []  # type: ignore[operator]
     for n in range(order):
-        scalar = sum(((leaf + n) * torch.linspace(-1, 2, leaf.numel(), dtype=leaf.dtype).view(leaf.shape)).sin().sum() for leaf in
-                     ([value] if not found else found[-len(wanted):]))  # fmt: skip
+        scalar = torch.zeros(())
+        for leaf in found[-len(wanted) :] if found else [value]:
+            slopes = torch.linspace(-1, 2, leaf.numel(), dtype=leaf.dtype).view(leaf.shape)
+            scalar = scalar + ((leaf + n) * slopes).sin().sum()
         found += torch.autograd.grad(
             scalar, wanted, create_graph=n + 1 < order, materialize_grads=True
         )

@@ -33,7 +33,7 @@ class TestGradient:
     @pytest.mark.parametrize("is_under_a_mode", [False, True])
     @pytest.mark.parametrize("again", [False, True])
     def test_it_is_that_of_torch(self, again: bool, is_under_a_mode: bool) -> None:
-        """Directly from the engine, or, under a mode for torch's functions, from `torch.autograd`."""
+        """From the engine, or, under a mode for torch's functions, from `torch.autograd.grad`."""
         at = {
             "a": W["a"].clone().requires_grad_(),
             "b": [leaf.clone().requires_grad_() for leaf in W["b"]],

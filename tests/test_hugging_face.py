@@ -149,9 +149,9 @@ RULES = {
     "options", [{}, {"attention": "eager"}, {"hooked": True}], ids=["sdpa", "eager", "hooked"]
 )
 def test_the_derivative_through_a_loop_is_that_by_hand(kind: str, rule: str, options: Any) -> None:
-    """With the hook every loop was refused:
+    """With the hook every loop was refused, as one that reaches a tensor through its closure.
 
-    "reaches a tensor through its closure", which it does not.
+    It does not.
     """
     model, batch, query = build(kind, **options), batch_of(kind), batch_of(kind)
     net, lr = mo.functional(model), torch.tensor(0.1, requires_grad=True)

@@ -39,7 +39,10 @@ def test_it_takes_hardly_longer_than_torch() -> None:
     1.08; all modules at once take 1.20, of which .07 is a pass of Python's collector over torch's
     objects.
     """
-    program = "import time, torch; alone = time.process_time(); import metaopt; print(time.process_time() / alone)"
+    program = (
+        "import time, torch; alone = time.process_time(); import metaopt; "
+        "print(time.process_time() / alone)"
+    )
     run(program)  # compiles the modules
     ratios = [float(run(program)) for _ in range(RUNS)]
     assert statistics.median(ratios) <= LIMIT, f"{ratios}"

@@ -50,7 +50,7 @@ def batch(n: int = 6, *, seed: int = 1) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 3, generator=generator), torch.randn(n, 2, generator=generator)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # three programs
 
 
@@ -193,7 +193,7 @@ def test_a_program_written_for_higher_returns_the_same(program: Callable[..., An
     close(run(program, ours), run(program, theirs))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # optimizers
 
 # eps: higher adds it before the bias correction, torch after.
@@ -541,7 +541,10 @@ def test_a_scheduler_inside_the_loop_is_warned_of_and_an_override_is_not() -> No
         diffopt.step(F.mse_loss(fmodel(x), y))
         opt.step()
         scheduler.step()
-        message = r"changed from 0\.1 to 0\.05 since .* It goes on with 0\.1: .*`diffopt.step\(loss, override=\{'lr': \[0\.05\]\}\)`"
+        message = (
+            r"changed from 0\.1 to 0\.05 since .* It goes on with 0\.1: .*"
+            r"`diffopt.step\(loss, override=\{'lr': \[0\.05\]\}\)`"
+        )
         before = list(fmodel.parameters())
         loss = F.mse_loss(fmodel(x), y)
         grads = torch.autograd.grad(loss, before, retain_graph=True)

@@ -261,9 +261,9 @@ def three_steps_ahead() -> Tensor:
 
 
 def test_two_uppers_of_one_level_see_the_steps_since_their_own_last_one() -> None:
-    """ "a" every 3 steps of the lower level, "b" every 2:
+    """The level "a" moves every 3 steps of the lower level, "b" every 2.
 
-    in six of these, "a" moves twice and "b" three times.
+    In six of these, "a" moves twice and "b" three times.
     """
     graph = shared((3, 2), (mo.Backprop(), mo.FirstOrder()))
     start, rows = (
@@ -657,8 +657,12 @@ wide = nn.Sequential(*[layer for _ in range(10) for layer in (nn.Linear(50, 50),
 rate = nn.ParameterDict({"weight": nn.Parameter(torch.ones(()))})
 data = [torch.randn(10_000, 50) for _ in range(count)]
 options = {"optimizer": SGD(0.1), "data": data, "accumulate": count}
-low = mo.Level("low", wide, lambda s, x: s.top.params["weight"] * s.low(x).square().mean(), **options)
-top = mo.Level("top", rate, lambda s, x: s.low(x).square().mean() + s.top.params["weight"] ** 2, **options)
+def low_loss(s, x):
+    return s.top.params["weight"] * s.low(x).square().mean()
+def top_loss(s, x):
+    return s.low(x).square().mean() + s.top.params["weight"] ** 2
+low = mo.Level("low", wide, low_loss, **options)
+top = mo.Level("top", rate, top_loss, **options)
 graph = mo.LevelGraph([mo.Edge(top, low, differentiate=mo.FiniteDifference())])
 before = peak()
 graph.step()
@@ -882,9 +886,9 @@ def test_a_step_leaves_no_circles() -> None:
 
 
 def test_a_step_and_a_hypergradient_leave_the_random_state_where_a_loop_would() -> None:
-    """Dropout:
+    """Dropout draws what it should.
 
-    the same numbers under "full" and "steps" memory, and other ones in the next step.
+    These are the same numbers under "full" and "steps" memory, and other ones in the next step.
     """
 
     def run(memory: Any) -> list[Tensor]:

@@ -190,7 +190,8 @@ meta = torch.tensor(-5.0, requires_grad=True)
 rule = mo.Backprop("steps", microbatches=int(sys.argv[1]))
 def run(n):
     batch = torch.randn(n, 64), torch.randn(n, 1)
-    loss = lambda params, batch, meta: (net(params, batch[0]) - batch[1]).square().mean() * meta.exp()
+    def loss(params, batch, meta):
+        return (net(params, batch[0]) - batch[1]).square().mean() * meta.exp()
     out = mo.minimize(loss, Adam(0.01), net.params, batch, steps=3, meta=meta, differentiate=rule)
     return torch.autograd.grad(out.losses.sum(), meta)
 run(8)

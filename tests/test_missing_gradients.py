@@ -494,7 +494,10 @@ def test_none_without_a_count_for_each_is_an_error(optimizer: mo.Optimizer, miss
     params = {"a": torch.ones(2), "b": torch.ones(2)}
     grads = {name: None if name in missing else torch.ones(2) for name in params}
     where = r"\['a'\], \['b'\]" if missing == "ab" else r"\['b'\]"
-    message = rf"a gradient for every parameter, got None at {where}. Give zeros. .*`optimizer.init\(params, per_parameter=True\)`"
+    message = (
+        rf"a gradient for every parameter, got None at {where}. Give zeros. .*"
+        r"`optimizer.init\(params, per_parameter=True\)`"
+    )
     for method in (optimizer, optimizer.moved):
         with pytest.raises(ValueError, match=message):
             method(grads, optimizer.init(params), params)

@@ -35,14 +35,14 @@ def png(alphabet: int, character: int, drawing: int) -> bytes:
 
 
 def members(root: str = "images_background") -> dict[str, bytes]:
-    return {
-        f"{root}/{name}/character{character + 1:02d}/{100 * index + character:04d}_{drawing + 1:02d}.png": png(
-            index, character, drawing
-        )
-        for index, (name, count) in enumerate(ALPHABETS.items())
-        for character in range(count)
-        for drawing in range(DRAWINGS)
-    }
+    files = {}
+    for index, (name, count) in enumerate(ALPHABETS.items()):
+        for character in range(count):
+            folder = f"{root}/{name}/character{character + 1:02d}"
+            for drawing in range(DRAWINGS):
+                file = f"{100 * index + character:04d}_{drawing + 1:02d}.png"
+                files[f"{folder}/{file}"] = png(index, character, drawing)
+    return files
 
 
 def write(path: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:

@@ -56,7 +56,10 @@ def test_numbers_that_cannot_be_wound_back_are_found(rule: Any, make: Callable[[
     """The rebuilt step drew others: a wrong gradient, silently."""
     w, lr = torch.ones(2, requires_grad=True), torch.tensor(0.1, requires_grad=True)
     out = mo.minimize(make(), SGD(lr), w, torch.ones(4, 2, 2), differentiate=rule)
-    message = r"A step that is made again on the way back.*the loss of step \d was .* and is now .*Draw with torch"
+    message = (
+        r"A step that is made again on the way back.*the loss of step \d was .* and is now .*"
+        "Draw with torch"
+    )
     with pytest.raises(ValueError, match=message):
         out.params.sum().backward()
 

@@ -252,7 +252,8 @@ def test_the_first_forward_derivative_warns_of_nothing() -> None:
     program = """
 import sys, torch
 from metaopt.autodiff.forward import slope_along
-slope = lambda x: slope_along(lambda y: (y ** 3).sum(), x, torch.ones(2), asked="a test", instead="nothing")[1]
+cubes = lambda y: (y ** 3).sum()
+slope = lambda x: slope_along(cubes, x, torch.ones(2), asked="a test", instead="nothing")[1]
 if sys.argv[1] == "compiled":
     slope = torch.compile(slope, fullgraph=True, backend="eager")
 assert slope(torch.ones(2)) == 6

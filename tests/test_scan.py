@@ -369,7 +369,8 @@ net = mo.functional(model)
 batch = torch.randn(512, 64), torch.randn(512, 1)
 loss = lambda params, batch: (net(params, batch[0]) - batch[1]).square().mean()
 def task_loss(params, task, steps=steps):
-    return mo.minimize(loss, SGD(0.01), params, task, steps=steps, differentiate=mo.Backprop(memory=memory)).losses.sum()
+    rule = mo.Backprop(memory=memory)
+    return mo.minimize(loss, SGD(0.01), params, task, steps=steps, differentiate=rule).losses.sum()
 one = tuple(leaf[None] for leaf in batch)
 mo.meta_grad(lambda params, task: task_loss(params, task, 2))(net.params, one)
 before = peak()
@@ -380,9 +381,9 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_steps_bounds_the_memory_of_a_meta_gradient() -> None:
-    """`torch.func.grad` records the backward pass;
+    """`torch.func.grad` records the backward pass.
 
-    unless that is undone, "steps" keeps as much as "full".
+    Unless that is undone, "steps" keeps as much as "full".
     """
     grown = {memory: printed(MEMORY_PROGRAM, memory, 300) for memory in ("full", "steps")}
     assert grown["full"] > 50_000  # KiB; measured 92,000

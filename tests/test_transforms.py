@@ -95,17 +95,41 @@ def by_group(params: dict[str, Tensor]) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("ours", "theirs", "clip"),
     [
-        (lambda: ClipValue(0.1, SGD(0.1, 0.9)), of_all(torch.optim.SGD, lr=0.1, momentum=0.9), CLIP_VALUE),
+        (
+            lambda: ClipValue(0.1, SGD(0.1, 0.9)),
+            of_all(torch.optim.SGD, lr=0.1, momentum=0.9),
+            CLIP_VALUE,
+        ),
         (lambda: ClipNorm(0.5, Adam(0.05)), of_all(torch.optim.Adam, lr=0.05), scale_by_norm),
-        (lambda: WeightDecay(0.1, Adam(0.05)), of_all(torch.optim.Adam, lr=0.05, weight_decay=0.1), None),
-        (lambda: DecoupledWeightDecay(0.05 * 0.1, Adam(0.05)), of_all(torch.optim.AdamW, lr=0.05, weight_decay=0.1), None),
-        (lambda: ClipNorm(0.5, ClipValue(1e9, AdamW(0.05))), of_all(torch.optim.AdamW, lr=0.05), scale_by_norm),
+        (
+            lambda: WeightDecay(0.1, Adam(0.05)),
+            of_all(torch.optim.Adam, lr=0.05, weight_decay=0.1),
+            None,
+        ),
+        (
+            lambda: DecoupledWeightDecay(0.05 * 0.1, Adam(0.05)),
+            of_all(torch.optim.AdamW, lr=0.05, weight_decay=0.1),
+            None,
+        ),
+        (
+            lambda: ClipNorm(0.5, ClipValue(1e9, AdamW(0.05))),
+            of_all(torch.optim.AdamW, lr=0.05),
+            scale_by_norm,
+        ),
         (lambda: Grouped({"*.bias": Adam(0.2, (0.5, 0.9)), "*": Adam(0.05)}), by_group, None),
-        (lambda: ClipNorm(0.5, Grouped({"*.bias": Adam(0.2, (0.5, 0.9)), "*": Adam(0.05)})), by_group, scale_by_norm),
-        (lambda: Masked(Adam(0.05), mask=("*bias", "s*")), lambda p: torch.optim.Adam([p["net.bias"], p["scale"]], 0.05), None),
+        (
+            lambda: ClipNorm(0.5, Grouped({"*.bias": Adam(0.2, (0.5, 0.9)), "*": Adam(0.05)})),
+            by_group,
+            scale_by_norm,
+        ),
+        (
+            lambda: Masked(Adam(0.05), mask=("*bias", "s*")),
+            lambda p: torch.optim.Adam([p["net.bias"], p["scale"]], 0.05),
+            None,
+        ),
     ],
     ids=["value", "norm", "decay", "decoupled", "nested", "grouped", "norm-grouped", "masked"],
-)  # fmt: skip
+)
 def test_fifty_steps_equal_torch(ours: Any, theirs: Any, clip: Any) -> None:
     first, shifts = start(), torch.randn(50)
     expected = by_torch(first, shifts, theirs, clip)

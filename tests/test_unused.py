@@ -274,9 +274,9 @@ def test_a_state_that_counts_for_all_goes_on_for_each() -> None:
 
 
 def test_a_frozen_layer_of_a_model() -> None:
-    """A branch that a model never takes:
+    """A branch that a model never takes.
 
-    with zeros AdamW decays its weights, with "skip" they stay.
+    With zeros AdamW decays its weights, with "skip" they stay.
     """
 
     class Branches(nn.Module):
