@@ -53,8 +53,8 @@ def implicit(
 
     Raises:
         ValueError: `solution` holds something else; it is itself what is differentiated; the loss
-            is not a scalar, or reaches a tensor that requires grad through its closure; a rule needs
-            an optimizer (`SAMA`, `scale="lr"`).
+            is not a scalar, or reaches a tensor that requires grad through its closure; a rule
+            needs an optimizer (`SAMA`, `scale="lr"`).
         TypeError: `solver` is neither a linear solver nor a rule that looks at one point.
 
     Cost:

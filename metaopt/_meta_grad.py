@@ -302,7 +302,11 @@ def _check_dependence(
                 "that it computes from them reaches the loss. Call the model as `net(params, "
                 "x)`; detach nothing on the way."
             )
-        if find_hidden([loss], lambda task=task: [evaluate(task)[1]], at) is not None:
+
+        def again(task: Tree = task) -> list[Tensor]:
+            return [evaluate(task)[1]]
+
+        if find_hidden([loss], again, at) is not None:
             raise ValueError(
                 f"`task_loss` depends on {tracked_names(task_loss, loss)}, which requires grad but "
                 "is not differentiated here. To learn it, pass the module that it belongs to: "
@@ -357,9 +361,11 @@ def _check_chunk_size(chunk_size: Any) -> None:
 
 def _plus(total: _Variables | None, grads: _Variables, share: float) -> _Variables:
     """Return total + share grads, where None is zero."""
-    if total is None:
-        return grads if share == 1 else tree.map(lambda g: share * g, grads)
-    return tree.map(lambda total, g: tree.scaled_sum(total, share, g), total, grads)
+    if total is not None:
+        grads = tree.map(lambda total, g: tree.scaled_sum(total, share, g), total, grads)
+    elif share != 1:
+        grads = tree.map(lambda g: share * g, grads)
+    return grads
 
 
 def _joined(parts: list[Tree]) -> Tree:

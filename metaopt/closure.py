@@ -141,8 +141,9 @@ def reachable(
         case types.MethodType():
             members = {"self": value.__self__, "function": value.__func__}
         case functools.partial():
-            given = {"function": value.func, **dict(enumerate(value.args)), **value.keywords}
-            members = {f"{prefix}{key}": item for key, item in given.items()}
+            given: list[tuple[Any, Any]] = [("function", value.func), *enumerate(value.args)]
+            given += value.keywords.items()
+            members = {f"{prefix}{key}": item for key, item in given}
         case dict():
             members = {f"{name}[{key!r}]": item for key, item in value.items()}
         case list() | tuple():

@@ -42,9 +42,11 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
             "guard_filter_fn": lambda guards: [_may_change(guard) for guard in guards],
             **more,
         }
-        return torch.compile(
+        # The overloads of torch 2.13 lack `recompile_limit`.
+        result: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
             fn, fullgraph=True, dynamic=False, recompile_limit=VERSIONS, options=options
         )
+        return result
 
     general, native = version(), version(cpp_wrapper=True)
 

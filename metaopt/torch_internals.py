@@ -134,7 +134,8 @@ def tensors_of(module: nn.Module, path: Iterable[str], key: str) -> dict[str, An
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
     """Return the dictionary in which a module holds its own parameters; before it has one, none."""
-    return vars(module).get("_parameters", {})
+    own: dict[str, Any] = vars(module).get("_parameters", {})
+    return own
 
 
 def buffers_of(module: nn.Module) -> dict[str, Any]:

@@ -255,7 +255,8 @@ def norm(tree: Tree) -> Tensor:
     found = leaves(tree)
     # In one pass and without a copy.
     if is_last() and not any(leaf.dtype in _HALF for leaf in found):
-        return torch.linalg.vector_norm(torch.stack(foreach_norm(found)))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(found)))
+        return total
     return safe_sqrt(sum_leaves(lambda leaf: as_real(leaf).square().sum(), tree))
 
 

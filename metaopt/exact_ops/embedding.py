@@ -13,7 +13,9 @@ from torch import Tensor
 _PLACES: dict[Callable[..., Any], int] = {F.embedding: 6, F.embedding_bag: 7, torch.embedding: 4}
 
 
-def asks_for_sparse(func: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> bool:
+def asks_for_sparse(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
     """Return True if the gradient of this call would be sparse."""
     place = _PLACES[func]
     return bool(args[place] if len(args) > place else kwargs.get("sparse", False))

@@ -132,7 +132,7 @@ def is_fusable(axes: FusedAxes, x: Tensor, affine: Affine) -> bool:
 
 def fused_norm(axes: FusedAxes, x: Tensor, affine: Affine) -> Tensor:
     """Return y, of the shape of x [...]; weight and bias are those of torch."""
-    y: Tensor = _Norm.apply(axes, x, *affine)
+    y: Tensor = _Norm.apply(axes, x, *affine)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -151,7 +151,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         axes, (x, weight, bias, mean, r) = ctx.axes, ctx.saved_tensors
         if values_are_readable() and not uses_dual_numbers():
-            bars = _PullBack.apply(axes, g, x, weight, bias, mean, r)
+            bars = _PullBack.apply(axes, g, x, weight, bias, mean, r)  # type: ignore[no-untyped-call]
         else:
             # Cotangents in a batch, or a transform or forward mode that began after the forward
             # pass.

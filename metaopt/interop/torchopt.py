@@ -200,13 +200,13 @@ class FromTorchOpt(Optimizer):
             if isinstance(value := hyper.get(name), Tensor) and value == 0:
                 raise ValueError(
                     f"`{name}` must not be 0 where it is a tensor, got {value}. TorchOpt leaves it "
-                    f"out then, and it would get no "
-                    "gradient. Start from a positive value, or use the optimizer of that name in "
-                    "`metaopt.optimizers`."
+                    "out then, and it would get no gradient. Start from a positive value, or use "
+                    "the optimizer of that name in `metaopt.optimizers`."
                 )
-        return (
-            self.transform(**self.arguments, **hyper) if self.arguments or hyper else self.transform
-        )
+        made: GradientTransformation = self.transform
+        if self.arguments or hyper:
+            made = self.transform(**self.arguments, **hyper)
+        return made
 
 
 class _Count(NamedTuple):

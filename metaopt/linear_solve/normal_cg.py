@@ -38,7 +38,9 @@ class NormalCG(IterativeSolver):
         _, pullback, *_ = torch.func.vjp(operator, torch.zeros_like(b))
 
         def transposed(y: Tensor) -> Tensor:
-            return pullback(y)[0]
+            (found,) = pullback(y)
+            assert isinstance(found, Tensor)
+            return found
 
         x, r, steps = self._begin(operator, b, start)
         s = p = transposed(r)

@@ -175,8 +175,8 @@ class TruncatedBackprop:
     """g = d/dtheta 1/window sum of L_t over a window, the inner state at its start held constant.
 
     Episodes go on from window to window and start afresh at the horizon; the last window of an
-    episode is shorter if the horizon is not a multiple of the window. Biased towards short-sighted updates, so
-    select by validation (Wu, Ren, Liao, Grosse 2018, arXiv:1803.02021).
+    episode is shorter if the horizon is not a multiple of the window. Biased towards short-sighted
+    updates, so select by validation (Wu, Ren, Liao, Grosse 2018, arXiv:1803.02021).
 
     Args:
         window: steps per estimate.

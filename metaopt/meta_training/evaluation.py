@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from metaopt.extras import extra
 from metaopt.meta_training.task import TaskFamily, sample_tasks
 from metaopt.optimizer import Optimizer
 from metaopt.table import write_table
+from metaopt.tree import Tree
 
 VALIDATION_SEED = 1_000_003
 TEST_SEED = 2_000_003
@@ -52,7 +53,8 @@ class Report:
                 error = per_seed.std() / len(per_seed) ** 0.5
             last = losses[:, -max(1, losses.shape[1] // 10) :].mean()
             diverged = (~losses.isfinite().all(1)).sum()
-            rows.append([name, *(x.tolist() for x in (per_seed.mean(), error, last, diverged))])
+            numbers: Any = [x.tolist() for x in (per_seed.mean(), error, last, diverged)]
+            rows.append([name, *numbers])
         headers = ["optimizer", "mean loss", "std. error", "final loss", "diverged"]
         return write_table(headers, rows, ["", ".4f", ".4f", ".4f", ""])
 
@@ -68,7 +70,7 @@ class Report:
             error = losses.std(0, correction=len(losses) > 1) / len(losses) ** 0.5
             steps = torch.arange(len(mean))
             (line,) = axes.plot(steps, mean, label=f"{name} (mean {self.mean(name):.3f})")
-            band = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+            band: Any = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
             axes.fill_between(steps, mean - 2 * error, mean + 2 * error, **band)
         seeds = len(next(iter(self.curves.values())))
         label = f"training loss, mean of {seeds} runs"
@@ -111,15 +113,16 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     drawn = sample_tasks(tasks, generator, seeds, horizon)
     noise = Ambient.after(generator, tree.leaves(tuple(drawn)))
-    curves = {}
-    for name, optimizer in optimizers.items():
 
-        def losses(params, batches, optimizer=optimizer):
+    def losses(optimizer: Optimizer) -> Tensor:
+        def run(params: Tree, batches: Tree) -> Tensor:
             return minimize(tasks.loss, optimizer, params, batches).losses
 
         with torch.no_grad(), noise.restored():
-            curves[name] = vmap(losses, randomness="different")(*drawn)
-    return Report(curves)
+            found: Tensor = vmap(run, randomness="different")(*drawn)
+        return found
+
+    return Report({name: losses(optimizer) for name, optimizer in optimizers.items()})
 
 
 def tune(

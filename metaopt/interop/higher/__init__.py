@@ -27,6 +27,7 @@ from torch import nn
 
 from metaopt.interop.higher import optim, patch
 from metaopt.interop.higher import tensors as utils
+from metaopt.interop.higher.differentiable import Override
 from metaopt.interop.higher.optim import (
     DifferentiableOptimizer,
     apply_trainable_opt_params,
@@ -58,7 +59,7 @@ def innerloop_ctx(
     opt: torch.optim.Optimizer,
     device: torch.device | str | None = None,
     copy_initial_weights: bool = True,
-    override: optim.Override | None = None,
+    override: Override | None = None,
     track_higher_grads: bool = True,
 ) -> Iterator[tuple[PatchedModule, DifferentiableOptimizer]]:
     """Yield (fmodel, diffopt): the model and its live optimizer, going on as values in a graph.

@@ -97,7 +97,8 @@ class Counterpart(DifferentiableOptimizer):
     ) -> Leaves | Tensor:
         """Return what is remembered under torch's name, else `fresh`."""
         if isinstance(fresh, Tensor):  # one for all parameters
-            return memory[0].get(name, fresh)
+            known: Tensor = memory[0].get(name, fresh)
+            return known
         return [tree.as_real(own.get(name, zero)) for own, zero in zip(memory, fresh, strict=True)]
 
 
@@ -108,9 +109,10 @@ class DifferentiableSGD(Counterpart):
     counted = False
 
     def _build(self, options: dict[str, Any]) -> Optimizer:
-        optimizer: Any = super()._build({**options, "nesterov": False})
-        # set afterwards, for a dampening of 0 that is learned to be let in
-        optimizer.nesterov = bool(options["nesterov"])
+        optimizer = super()._build({**options, "nesterov": False})
+        # Set afterwards, for a dampening of 0 that is learned to be let in.
+        changeable: Any = optimizer
+        changeable.nesterov = bool(options["nesterov"])
         return optimizer
 
 

@@ -219,17 +219,20 @@ _opt_mapping = _counterparts
 
 def _add(tensor: Tensor, a1: Any, a2: Any = None) -> Tensor:
     """Return tensor + a1, or tensor + a1 a2."""
-    return tensor + (a1 if a2 is None else a1 * a2)
+    product: Tensor = a1 if a2 is None else a1 * a2
+    return tensor + product
 
 
 def _addcmul(tensor: Tensor, a1: Any, a2: Any, a3: Any = None) -> Tensor:
     """Return tensor + a1 a2, or tensor + a1 a2 a3."""
-    return tensor + (a1 * a2 if a3 is None else a1 * a2 * a3)
+    product: Tensor = a1 * a2 if a3 is None else a1 * a2 * a3
+    return tensor + product
 
 
 def _addcdiv(tensor: Tensor, a1: Any, a2: Any, a3: Any = None) -> Tensor:
     """Return tensor + a1 / a2, or tensor + a1 (a2 / a3)."""
-    return tensor + (a1 / a2 if a3 is None else a1 * (a2 / a3))
+    quotient: Tensor = a1 / a2 if a3 is None else a1 * (a2 / a3)
+    return tensor + quotient
 
 
 def _get_mask_closure(mask: Tensor) -> Callable[[Tensor], Tensor]:

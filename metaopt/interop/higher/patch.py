@@ -218,8 +218,9 @@ class PatchedModule(Patched):
         fast.history, fast.track = list(self._fast.history), self._fast.track
         if fast.history:
             fast.place(fast.history[-1])
-        memo[id(self)] = twins.root
-        return twins.root
+        copied: Self = twins.root
+        memo[id(self)] = copied
+        return copied
 
     def _require_params(self) -> None:
         if not self._fast.history:
@@ -258,9 +259,10 @@ def make_functional(
         device,
     )
     _adopt(twins)
+    fmodel: PatchedModule = twins.root
     if encapsulator is not None:
-        encapsulator(twins.root, module)
-    return twins.root
+        encapsulator(fmodel, module)
+    return fmodel
 
 
 def monkeypatch(
