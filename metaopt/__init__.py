@@ -21,13 +21,17 @@ from metaopt.differentiate import (
     FirstOrder,
     ForwardMode,
     Implicit,
+    InnerLoop,
     Penalty,
+    PointRule,
+    Rule,
 )
 from metaopt.linear_solve import (
     GMRES,
     BiCGStab,
     ConjugateGradient,
     Direct,
+    LinearSolver,
     Neumann,
     NormalCG,
     Nystrom,
@@ -49,69 +53,101 @@ if TYPE_CHECKING:
         metasmoothness,
     )
     from metaopt.interop import from_torch, from_torchopt
-    from metaopt.levels import Edge, Level, LevelGraph
-    from metaopt.meta_training import FullUnroll, MetaTraining, Task, TaskFamily, TruncatedBackprop
-    from metaopt.meta_training.evaluation import Report, evaluate, tune
+    from metaopt.levels import Edge, Level, LevelGraph, Levels
+    from metaopt.meta_training import (
+        Estimate,
+        Estimator,
+        FullUnroll,
+        MetaTraining,
+        Report,
+        Task,
+        TaskFamily,
+        TruncatedBackprop,
+        evaluate,
+        tune,
+    )
     from metaopt.second_order import check_second_order
-    from metaopt.train import TensorBoardLogger, Trainer
+    from metaopt.tasks import Episode
+    from metaopt.train import Logger, TensorBoardLogger, Trainer
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "GMRES",
-    "SAMA",
-    "T1T2",
+__all__ = [  # noqa: RUF022 - in groups
+    # a model as a pure function, and trees of tensors
+    "Functional",
+    "functional",
+    "tree",
+    # an inner loop, and the derivative of a solution found elsewhere
+    "Minimized",
+    "NonFiniteError",
+    "implicit",
+    "minimize",
+    # gradients averaged over tasks
+    "Episode",
+    "assign_grads",
+    "meta_grad",
+    # how gradients pass through a loop: exactly
     "Backprop",
-    "BiCGStab",
-    "ConjugateGradient",
-    "Direct",
-    "Edge",
+    "ForwardMode",
+    "Implicit",
+    "Revolve",
+    # how gradients pass through a loop: with a bias or noise that is stated
     "EvolutionStrategy",
     "FiniteDifference",
     "FirstOrder",
-    "ForwardMode",
-    "FullUnroll",
-    "Functional",
-    "HypergradientCheck",
-    "Implicit",
-    "Level",
-    "LevelGraph",
-    "MeasuredRule",
-    "MetaTraining",
-    "Minimized",
+    "Penalty",
+    "SAMA",
+    "T1T2",
+    # to write a rule
+    "InnerLoop",
+    "PointRule",
+    "Rule",
+    # linear systems, and to write a solver
+    "BiCGStab",
+    "ConjugateGradient",
+    "Direct",
+    "GMRES",
+    "LinearSolver",
     "Neumann",
-    "NonFiniteError",
     "NormalCG",
     "Nystrom",
     "NystromCG",
-    "Optimizer",
-    "Penalty",
-    "Report",
-    "Revolve",
-    "RuleComparison",
-    "Schedule",
     "Solution",
-    "Task",
-    "TaskFamily",
-    "TensorBoardLogger",
-    "Trainer",
-    "TruncatedBackprop",
+    # optimizers, to use and to write
+    "Optimizer",
+    "Schedule",
     "apply_updates",
-    "assign_grads",
-    "check_second_order",
-    "compare_rules",
-    "evaluate",
     "from_torch",
     "from_torchopt",
-    "functional",
-    "hypergradient_check",
-    "implicit",
-    "meta_grad",
-    "metasmoothness",
-    "minimize",
+    # levels in a graph; `Levels` is what a loss is given
+    "Edge",
+    "Level",
+    "LevelGraph",
+    "Levels",
+    # training optimizers and comparing them, and to write a family of tasks or an estimator
+    "Estimate",
+    "Estimator",
+    "FullUnroll",
+    "MetaTraining",
+    "Report",
+    "Task",
+    "TaskFamily",
+    "TruncatedBackprop",
+    "evaluate",
     "tasks",
-    "tree",
     "tune",
+    # checks of a hypergradient, a rule, a model
+    "HypergradientCheck",
+    "MeasuredRule",
+    "RuleComparison",
+    "check_second_order",
+    "compare_rules",
+    "hypergradient_check",
+    "metasmoothness",
+    # running a training
+    "Logger",
+    "TensorBoardLogger",
+    "Trainer",
 ]
 
 # The core is imported with the package, what stands on it when it is asked for: a program pays for
@@ -126,8 +162,10 @@ ON_DEMAND = {
         "metasmoothness",
     ],
     "interop": ["from_torch", "from_torchopt"],
-    "levels": ["Edge", "Level", "LevelGraph"],
+    "levels": ["Edge", "Level", "LevelGraph", "Levels"],
     "meta_training": [
+        "Estimate",
+        "Estimator",
         "FullUnroll",
         "MetaTraining",
         "Report",
@@ -138,8 +176,8 @@ ON_DEMAND = {
         "tune",
     ],
     "second_order": ["check_second_order"],
-    "tasks": [],
-    "train": ["TensorBoardLogger", "Trainer"],
+    "tasks": ["Episode"],
+    "train": ["Logger", "TensorBoardLogger", "Trainer"],
 }
 
 
