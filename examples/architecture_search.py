@@ -85,7 +85,7 @@ def search_loss(levels: Any, batch: Any) -> Tensor:
 
 
 def batches(examples: Tensor, steps: int, generator: torch.Generator) -> Any:
-    """Return so many random batches of these digits, stacked."""
+    """Return a number of random batches of these digits, stacked."""
     images, labels = digits()
     drawn = examples[torch.randint(len(examples), (steps, BATCH), generator=generator)]
     return images[drawn], labels[drawn]

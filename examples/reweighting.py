@@ -63,7 +63,7 @@ def split(seed: int, noise: float) -> tuple[Any, Tensor, Any, Any]:
 
 
 def batches(examples: Any, steps: int, seed: int) -> Any:
-    """Return so many random batches, stacked."""
+    """Return a number of random batches, stacked."""
     drawn = torch.randint(
         len(examples[0]), (steps, BATCH), generator=torch.Generator().manual_seed(seed)
     )

@@ -165,7 +165,7 @@ def refuse_hooks(reason: str) -> None:
     """Let whoever sets hooks on saved tensors get an error with this text, until `allow_hooks`.
 
     `torch.autograd.graph.disable_saved_tensors_hooks` does the same, as a context manager that
-    takes three times as long.
+    takes several times as long.
     """
     _hooks._saved_tensors_hooks_disable(reason)
 

@@ -351,7 +351,7 @@ def run_omniglot(config: OmniglotConfig) -> dict[str, Tensor]:
     task = tree.index(test, 0)
     (adapted,) = adapt(loss, config.inner_lr, config.test_steps[-1:], net.params, task)
     right = net(adapted, task.query[0]).argmax(-1) == task.query[1]
-    title = f"Omniglot, {config.ways}-way {config.shots}-shot, on alphabets never seen in training: "
+    title = f"Omniglot, {config.ways}-way {config.shots}-shot, on alphabets not seen in training: "
     title += ", ".join(unseen)
     plot_omniglot(
         config.out / "maml.png", scores, config.test_steps, task, right, training.losses, title

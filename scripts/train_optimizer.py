@@ -41,7 +41,7 @@ class Config:
     horizon: int | None = None
     """Inner steps per episode; by default the task's own."""
     window: int | None = None
-    """Truncate backpropagation to windows of so many steps; by default whole episodes."""
+    """The number of steps in a window of truncated backpropagation; by default whole episodes."""
     second_order: bool = False
     """Differentiate through the inner gradients too."""
     batch: int = 8

@@ -5,54 +5,25 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
 
 
-class Progress(Protocol):
-    """Is told of each step."""
-
-    def advance(self) -> None:
-        """Take note of one more step."""
-        ...
-
-    def note(self, facts: Mapping[str, str]) -> None:
-        """Show these facts from now on."""
-        ...
-
-    def close(self) -> None:
-        """Show how it ended."""
-        ...
-
-
-def show_progress(label: str, total: int, *, shown: bool) -> Progress:
-    """Return a bar if stderr is a terminal, else lines; nothing if it is not to be `shown`."""
-    if not shown:
-        return Silence()
-    return Bar(label, total) if sys.stderr.isatty() else Lines(label, total)
-
-
-class Silence:
-    """Shows nothing."""
-
-    def advance(self) -> None:
-        """Do nothing."""
-
-    def note(self, facts: Mapping[str, str]) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
+def show_progress(label: str, total: int, *, shown: bool) -> Bar | Lines:
+    """Return a bar if stderr is a terminal, else lines; a bar that is not drawn if not `shown`."""
+    if shown and not sys.stderr.isatty():
+        return Lines(label, total)
+    return Bar(label, total, shown=shown)
 
 
 class Bar:
     """A bar that is drawn again twice a second."""
 
-    def __init__(self, label: str, total: int):
-        self._bar: tqdm = tqdm(total=total, desc=label, mininterval=0.5)
+    def __init__(self, label: str, total: int, *, shown: bool = True):
+        self._bar: tqdm[Any] = tqdm(total=total, desc=label, mininterval=0.5, disable=not shown)
 
     def advance(self) -> None:
         """Move it by one step."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metaopt.checks import check_flag
 from metaopt.train.loggers import Logger
-from metaopt.train.progress import Progress, show_progress
+from metaopt.train.progress import Bar, Lines, show_progress
 
 
 class Training(Protocol):
@@ -113,7 +113,7 @@ class Trainer:
             if self.logger is not None:
                 self.logger.close()
 
-    def _validate(self, step: int, progress: Progress) -> None:
+    def _validate(self, step: int, progress: Bar | Lines) -> None:
         if self.validate is None:
             return
         value = _as_number("What `validate` returns", self.validate())

@@ -228,7 +228,7 @@ def one_each(name: str, values: Sequence[Any], groups: int) -> Sequence[Any]:
     """Return the values of an override, one for each group.
 
     Raises:
-        ValueError: there are neither one nor as many as groups.
+        ValueError: there are neither one nor one for each group.
     """
     if not isinstance(values, list | tuple) or len(values) not in (1, groups):
         raise ValueError(
