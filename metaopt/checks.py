@@ -108,8 +108,9 @@ def check_number(owner: object, name: str, value: Any, limits: Limits | None = N
         raise TypeError(
             f"{_argument(owner, name)} must be a number, got {value!r}. Write {name}=0.1."
         )
-    (limits or Limits(low=-sys.float_info.max)).check(owner, name, value)
-    return float(value)
+    number = float(value)
+    (limits or Limits(low=-sys.float_info.max)).check(owner, name, number)
+    return number
 
 
 def check_positive(owner: object, name: str, value: Any, *, or_zero: bool = False) -> float:

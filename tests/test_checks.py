@@ -28,7 +28,7 @@ from optimizers import SGD
 TAKEN: list[tuple[Callable[..., Any], Any, dict[str, Any]]] = [
     (check_number, -2, {}),
     (check_number, np.float32(0.5), {}),
-    (check_positive, Fraction(1, 3), {}),
+    (check_positive, Fraction(1, 2), {}),
     (check_positive, 0, {"or_zero": True}),
     (check_count, 3, {}),
     (check_count, np.int64(3), {}),
