@@ -88,7 +88,7 @@ def lent(
     """
     all_names = aliases(module)
     everywhere = {alias: tensors[name] for name in tensors for alias in all_names.get(name, ())}
-    return _lend(module, _places(everywhere), everywhere, function, args, kwargs)
+    return _lend(module, _locate(everywhere), everywhere, function, args, kwargs)
 
 
 class Functional:
@@ -101,7 +101,7 @@ class Functional:
                 f"its output."
             )
         self.model = model
-        self._trainable = _places(
+        self._trainable = _locate(
             name for name, parameter in model.named_parameters() if is_tracked(parameter)
         )
         self._run = self._run_in_any_order if _has_sparse_gradients(model) else model
@@ -124,7 +124,7 @@ class Functional:
         While others are lent, those.
         """
         return {
-            name: _holder(self.model, name, place)[place.key]
+            name: _find_holder(self.model, name, place)[place.key]
             for name, place in self._trainable.items()
         }
 
@@ -206,7 +206,7 @@ class Functional:
             given = {**params, **buffers}
             for name in self._shared.keys() & given.keys():
                 given |= dict.fromkeys(self._shared[name], given[name])
-            places = _places(given)
+            places = _locate(given)
         return _lend(self.model, places, given, self._run, args, kwargs, exact=params, left=buffers)
 
     def _run_in_any_order(self, *args: Any, **kwargs: Any) -> Any:
@@ -289,7 +289,7 @@ def _lend(
         # Under a mode every look at a shape is a call of its own.
         with torch.DisableTorchFunction():
             for name, place in places.items():
-                members, key = _holder(module, name, place), place.key
+                members, key = _find_holder(module, name, place), place.key
                 own, tensor = members[key], tensors[name]
                 if name in exact and tensor.shape != own.shape:
                     raise _misshapen("params", name, tensor, own)
@@ -315,12 +315,12 @@ _RECOMPUTED = (
 )
 
 
-def _places(names: Iterable[str]) -> dict[str, _Place]:
+def _locate(names: Iterable[str]) -> dict[str, _Place]:
     """Return name -> where a parameter or buffer of this name stands."""
     return {name: _Place(tuple(path), key) for name in names for *path, key in [name.split(".")]}
 
 
-def _holder(module: nn.Module, name: str, place: _Place) -> dict[str, Any]:
+def _find_holder(module: nn.Module, name: str, place: _Place) -> dict[str, Any]:
     """Return the dictionary in which a module has its tensor of this name."""
     members = tensors_of(module, place.path, place.key)
     if place.key not in members:

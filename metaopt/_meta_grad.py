@@ -141,7 +141,7 @@ class MetaGradient:
         # Without gradients at the top level, autograd would record the whole computation once more.
         with torch.set_grad_enabled(not outermost):
             for grads, loss, more in self._differentiate_parts(variables, tasks, count):
-                total = _plus(total, grads, len(loss) / count)
+                total = _add(total, grads, len(loss) / count)
                 losses.append(loss)
                 aux.append(more)
         assert total is not None  # there is a task
@@ -149,7 +149,7 @@ class MetaGradient:
         if outermost:
             check_finite(all_losses, "meta_grad", unit="task")
         found = total.params if self.learned is None else tuple(total)
-        return (found, all_losses, _joined(aux)) if self.has_aux else (found, all_losses)
+        return (found, all_losses, _join(aux)) if self.has_aux else (found, all_losses)
 
     def _check(self, variables: _Variables, tasks: Tree) -> None:
         """Raise at the first call if derivatives would be left out."""
@@ -359,7 +359,7 @@ def _check_chunk_size(chunk_size: Any) -> None:
         raise ValueError(f"`chunk_size` must be a positive integer or None, got {chunk_size}.")
 
 
-def _plus(total: _Variables | None, grads: _Variables, share: float) -> _Variables:
+def _add(total: _Variables | None, grads: _Variables, share: float) -> _Variables:
     """Return total + share grads, where None is zero."""
     if total is not None:
         grads = tree.map(lambda total, g: tree.scaled_sum(total, share, g), total, grads)
@@ -368,7 +368,7 @@ def _plus(total: _Variables | None, grads: _Variables, share: float) -> _Variabl
     return grads
 
 
-def _joined(parts: list[Tree]) -> Tree:
+def _join(parts: list[Tree]) -> Tree:
     """Return the aux of all tasks, stacked; a list of them if their structures or shapes differ."""
     if len(parts) == 1:
         return parts[0]

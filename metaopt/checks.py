@@ -75,7 +75,7 @@ class Limits(NamedTuple):
             found = [] if self._holds(value) else [value]
         elif not value.is_floating_point():
             raise TypeError(
-                f"{_argument(owner, name)} must be real and floating-point, got a tensor of "
+                f"{_name_argument(owner, name)} must be real and floating-point, got a tensor of "
                 f"{value.dtype}. It would be rounded, or lose a part of its derivative. Write "
                 "torch.tensor(0.1)."
             )
@@ -84,7 +84,7 @@ class Limits(NamedTuple):
         if found:
             end = f"{self.below})" if math.isfinite(self.below) else f"{self.high}]"
             raise ValueError(
-                f"{_argument(owner, name)} must lie in [{self.low}, {end}, got {found[0]}."
+                f"{_name_argument(owner, name)} must lie in [{self.low}, {end}, got {found[0]}."
             )
 
     def _holds(self, value: float) -> bool:
@@ -106,7 +106,7 @@ def check_number(owner: object, name: str, value: Any, limits: Limits | None = N
     """
     if not _is_number(value):
         raise TypeError(
-            f"{_argument(owner, name)} must be a number, got {value!r}. Write {name}=0.1."
+            f"{_name_argument(owner, name)} must be a number, got {value!r}. Write {name}=0.1."
         )
     number = float(value)
     (limits or Limits(low=-sys.float_info.max)).check(owner, name, number)
@@ -121,7 +121,7 @@ def check_positive(owner: object, name: str, value: Any, *, or_zero: bool = Fals
     """
     if not _is_number(value) or not (0 < value < math.inf or (or_zero and value == 0)):
         wanted = "a finite number, at least 0" if or_zero else "a positive number"
-        raise ValueError(f"{_argument(owner, name)} must be {wanted}, got {value!r}.")
+        raise ValueError(f"{_name_argument(owner, name)} must be {wanted}, got {value!r}.")
     return float(value)
 
 
@@ -136,7 +136,7 @@ def check_count(
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
         wanted += " or None" if or_none else ""
-        raise ValueError(f"{_argument(owner, name)} must be {wanted}, got {value!r}.")
+        raise ValueError(f"{_name_argument(owner, name)} must be {wanted}, got {value!r}.")
     return int(value)
 
 
@@ -148,7 +148,7 @@ def check_flag(owner: object, name: str, value: Any) -> bool:
     """
     if not isinstance(value, bool):
         raise TypeError(
-            f"{_argument(owner, name)} must be True or False, got {value!r}. Write {name}=True."
+            f"{_name_argument(owner, name)} must be True or False, got {value!r}. Write {name}=True."
         )
     return value
 
@@ -162,7 +162,7 @@ def check_choice(owner: object, name: str, value: Any, choices: Sequence[str]) -
     if value not in choices:
         words = [repr(word) for word in choices]
         wanted = " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
-        raise ValueError(f"{_argument(owner, name)} must be {wanted}, got {value!r}.")
+        raise ValueError(f"{_name_argument(owner, name)} must be {wanted}, got {value!r}.")
     return value
 
 
@@ -186,7 +186,7 @@ def check_differentiable(owner: object, name: str, leaves: Iterable[tuple[str, A
         if not is_differentiable(leaf):
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(
-                f"{_argument(owner, name)} must be floating-point or complex tensors, got {kind} "
+                f"{_name_argument(owner, name)} must be floating-point or complex tensors, got {kind} "
                 f"at {path}. Leave it out, or convert it: `torch.as_tensor(w, dtype=torch.float)`."
             )
 
@@ -210,7 +210,7 @@ def describe(value: Any) -> str:
     return f"{kind} of {len(value)}" if isinstance(value, tuple) else kind
 
 
-def _argument(owner: object, name: str) -> str:
+def _name_argument(owner: object, name: str) -> str:
     if owner is None:
         return f"`{name}`"
     return f"{owner if isinstance(owner, str) else type(owner).__name__}: `{name}`"

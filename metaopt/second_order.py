@@ -75,7 +75,7 @@ def check_second_order(
         wrong = _compare(loss, params)
         if wrong is None:
             return
-        with _paths(exact) as path, _Examination(path) as examination, drawn_again(params):
+        with _follow_calls(exact) as path, _Examination(path) as examination, drawn_again(params):
             loss([p.requires_grad_() for p in params])
     hint = ""
     if not examination.problems:
@@ -143,7 +143,7 @@ def _compare(fn: Callable[[Sequence[Tensor]], Tensor], point: Sequence[Tensor]) 
     for jitter in (0.0, 1e-3):
         here = _move(point, jitter, noise())
         try:
-            first, second = _derivatives(fn, here, direction)
+            first, second = _differentiate(fn, here, direction)
         except (RuntimeError, NotImplementedError) as error:
             return str(error).splitlines()[0].rstrip(".")
         if not jitter and not all(x.isfinite().all() for x in second):
@@ -168,7 +168,7 @@ def _move(point: Sequence[Tensor], step: float, direction: list[Tensor]) -> list
     return [x.requires_grad_() for x in moved]
 
 
-def _derivatives(
+def _differentiate(
     fn: Callable[[Sequence[Tensor]], Tensor], here: list[Tensor], direction: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return (gradient, second derivative along the direction)."""
@@ -183,7 +183,7 @@ def _derivatives(
 
 
 @contextmanager
-def _paths(model: nn.Module) -> Iterator[list[str]]:
+def _follow_calls(model: nn.Module) -> Iterator[list[str]]:
     """Yield the paths of the submodules being called at the moment, the innermost one last."""
     path: list[str] = []
     handles = []

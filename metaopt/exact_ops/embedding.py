@@ -21,7 +21,7 @@ def asks_for_sparse(
     return bool(args[place] if len(args) > place else kwargs.get("sparse", False))
 
 
-def _dense(func: Callable[..., Any]) -> Callable[..., Tensor]:
+def _make_dense(func: Callable[..., Any]) -> Callable[..., Tensor]:
     """Return the function with `sparse=False`.
 
     Optimizers compute with gradients, and of sparse ones torch can neither take roots nor map over
@@ -41,5 +41,5 @@ def _dense(func: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 EMBEDDINGS: dict[Callable[..., object], Callable[..., Tensor]] = {
-    func: _dense(func) for func in _PLACES
+    func: _make_dense(func) for func in _PLACES
 }

@@ -95,7 +95,7 @@ class BatchAxes(FusedAxes):
     def backward(self, g: Tensor, x: Tensor, affine: Affine, saved: Saved) -> Any:
         mean, r = (statistic.view(-1) for statistic in saved)
         return aten.native_batch_norm_backward(
-            g, x, affine[0], None, None, mean, r, True, self.eps, _wanted(affine)
+            g, x, affine[0], None, None, mean, r, True, self.eps, _list_wanted(affine)
         )
 
 
@@ -106,10 +106,12 @@ class LayerAxes(FusedAxes):
         return torch.native_layer_norm(x, self.shape, *affine, self.eps)
 
     def backward(self, g: Tensor, x: Tensor, affine: Affine, saved: Saved) -> Any:
-        return aten.native_layer_norm_backward(g, x, self.shape, *saved, *affine, _wanted(affine))
+        return aten.native_layer_norm_backward(
+            g, x, self.shape, *saved, *affine, _list_wanted(affine)
+        )
 
 
-def _wanted(affine: Affine) -> list[bool]:
+def _list_wanted(affine: Affine) -> list[bool]:
     """Return which of the cotangents of (x, w, b) the kernels are to compute."""
     return [True, *(parameter is not None for parameter in affine)]
 
@@ -156,7 +158,7 @@ class _Norm(torch.autograd.Function):
             # Cotangents in a batch, or a transform or forward mode that began after the forward
             # pass.
             h, _, p = _elementary(axes, x)
-            bars = p(_times(axes, g, weight)), _total(axes, g * h, weight), _total(axes, g, bias)
+            bars = p(_scale(axes, g, weight)), _sum_to(axes, g * h, weight), _sum_to(axes, g, bias)
         return None, *(
             bar if needed else None
             for bar, needed in zip(bars, ctx.needs_input_grad[1:], strict=True)
@@ -188,15 +190,15 @@ class _PullBack(torch.autograd.Function):
         axes, (g, x, weight, mean, r) = ctx.axes, ctx.saved_tensors
         again = torch.is_grad_enabled() or not values_are_readable()
         h, r, p = _elementary(axes, x) if again else _by_kernel(axes, x, (mean, r))
-        wg, ps = _times(axes, g, weight), p(s)
-        to_g, to_h = _times(axes, ps, weight), -r * (axes.mean(wg * h) * s + axes.mean(s * h) * wg)
+        wg, ps = _scale(axes, g, weight), p(s)
+        to_g, to_h = _scale(axes, ps, weight), -r * (axes.mean(wg * h) * s + axes.mean(s * h) * wg)
         if t is not None:
             t = t.reshape(axes.shape)
             to_g, to_h = to_g + t * h, to_h + t * g
         if u is not None:
             to_g = to_g + u.reshape(axes.shape)
         to_x = p(to_h) - r * axes.mean(wg * ps) * h
-        return None, to_g, to_x, _total(axes, g * ps, weight), None, None, None
+        return None, to_g, to_x, _sum_to(axes, g * ps, weight), None, None, None
 
 
 Parts = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
@@ -215,10 +217,10 @@ def _by_kernel(axes: FusedAxes, x: Tensor, saved: Saved) -> Parts:
     return torch.addcmul(-mean * r, x, r), r, lambda u: axes.backward(u, x, (None, None), saved)[0]
 
 
-def _times(axes: Axes, u: Tensor, weight: Tensor | None) -> Tensor:
+def _scale(axes: Axes, u: Tensor, weight: Tensor | None) -> Tensor:
     return u if weight is None else u * weight.reshape(axes.shape)
 
 
-def _total(axes: Axes, u: Tensor, parameter: Tensor | None) -> Tensor | None:
+def _sum_to(axes: Axes, u: Tensor, parameter: Tensor | None) -> Tensor | None:
     """Sum to the shape of the parameter."""
     return None if parameter is None else u.sum_to_size(axes.shape).reshape(parameter.shape)

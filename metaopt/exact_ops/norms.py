@@ -96,7 +96,7 @@ def _update_statistics(
     norm(input.detach(), *constants, None, None, True, momentum)
 
 
-def _in_torchs_order(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _reorder(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a norm that takes its arguments as `torch.batch_norm` does, not as `F.batch_norm`."""
 
     def call(
@@ -156,7 +156,7 @@ NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     torch.layer_norm: _layer_norm,
-    torch.batch_norm: _in_torchs_order(_batch_norm),
-    torch.instance_norm: _in_torchs_order(_instance_norm),
+    torch.batch_norm: _reorder(_batch_norm),
+    torch.instance_norm: _reorder(_instance_norm),
     weight_norm: _weight_norm,
 }

@@ -67,7 +67,7 @@ def _relu_step(x: Tensor, states: States, weights: _Weights) -> States:
     return (torch.relu(x + weights.act(states[0])),)
 
 
-def _layers(step: Cell) -> Callable[..., tuple[Tensor, ...]]:
+def _make_layers(step: Cell) -> Callable[..., tuple[Tensor, ...]]:
     """Return what computes all layers of a recurrent network, called like `torch.lstm`.
 
     It takes a batch, or sequences that are packed.
@@ -172,7 +172,7 @@ def _run(
     return torch.cat(outputs[::-1] if backwards else outputs), states
 
 
-def _cell(step: Cell) -> Callable[..., Any]:
+def _make_cell(step: Cell) -> Callable[..., Any]:
     """Return one step of one layer, called like `torch.lstm_cell`."""
 
     def cell(
@@ -190,12 +190,12 @@ def _cell(step: Cell) -> Callable[..., Any]:
 
 
 RECURRENT: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.lstm: _layers(_lstm_step),
-    torch.gru: _layers(_gru_step),
-    torch.rnn_tanh: _layers(_tanh_step),
-    torch.rnn_relu: _layers(_relu_step),
-    torch.lstm_cell: _cell(_lstm_step),
-    torch.gru_cell: _cell(_gru_step),
-    torch.rnn_tanh_cell: _cell(_tanh_step),
-    torch.rnn_relu_cell: _cell(_relu_step),
+    torch.lstm: _make_layers(_lstm_step),
+    torch.gru: _make_layers(_gru_step),
+    torch.rnn_tanh: _make_layers(_tanh_step),
+    torch.rnn_relu: _make_layers(_relu_step),
+    torch.lstm_cell: _make_cell(_lstm_step),
+    torch.gru_cell: _make_cell(_gru_step),
+    torch.rnn_tanh_cell: _make_cell(_tanh_step),
+    torch.rnn_relu_cell: _make_cell(_relu_step),
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def _marked(tensor: Tensor, requires_grad: bool = True) -> Tensor:
+def _mark(tensor: Tensor, requires_grad: bool = True) -> Tensor:
     """Mark a tensor, but do nothing where torch refuses.
 
     A transform differentiates what it is asked for, marked or not. Hooks that stay behind mark
@@ -25,10 +25,10 @@ def _marked(tensor: Tensor, requires_grad: bool = True) -> Tensor:
 
 
 def _set(tensor: Tensor, requires_grad: bool) -> None:
-    _marked(tensor, requires_grad)
+    _mark(tensor, requires_grad)
 
 
 REQUIRES_GRAD: dict[Callable[..., object], Callable[..., Any]] = {
-    torch.Tensor.requires_grad_: _marked,
+    torch.Tensor.requires_grad_: _mark,
     torch.Tensor.requires_grad.__set__: _set,  # type: ignore[attr-defined]
 }

@@ -85,7 +85,9 @@ class MetaTraining:
             weights = weights * (self.clip / norms.clamp(min=self.clip))
         weights = weights.masked_fill(~good, 0)
         grads = {
-            name: torch.einsum("t,t...->...", weights, torch.where(_like(good, grad), grad, 0))
+            name: torch.einsum(
+                "t,t...->...", weights, torch.where(_expand_like(good, grad), grad, 0)
+            )
             for name, grad in estimate.grads.items()
         }
         loss = estimate.losses[good].mean()
@@ -143,5 +145,5 @@ class MetaTraining:
         }
 
 
-def _like(mask: Tensor, tensor: Tensor) -> Tensor:
+def _expand_like(mask: Tensor, tensor: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (tensor.ndim - 1))

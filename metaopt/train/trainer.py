@@ -96,7 +96,7 @@ class Trainer:
         try:
             self._validate(0, progress)
             for step in range(1, self.max_steps + 1):
-                values = {} if self.logger is None else _values(self.training)
+                values = {} if self.logger is None else _read_values(self.training)
                 metrics = {
                     name: _as_number(f"The metric {name!r}", value)
                     for name, value in self.training.step().items()
@@ -134,7 +134,7 @@ def _require_methods(name: str, given: Any, methods: tuple[str, ...]) -> None:
         )
 
 
-def _values(training: Any) -> dict[str, float]:
+def _read_values(training: Any) -> dict[str, float]:
     """Return the hyperparameters that are single numbers, of a training that tells them."""
     tell = getattr(training, "values", None)
     found: Mapping[str, Any] = tell() if callable(tell) else {}
