@@ -148,7 +148,8 @@ def check_flag(owner: object, name: str, value: Any) -> bool:
     """
     if not isinstance(value, bool):
         raise TypeError(
-            f"{_name_argument(owner, name)} must be True or False, got {value!r}. Write {name}=True."
+            f"{_name_argument(owner, name)} must be True or False, got {value!r}. Write "
+            f"{name}=True."
         )
     return value
 
@@ -186,8 +187,9 @@ def check_differentiable(owner: object, name: str, leaves: Iterable[tuple[str, A
         if not is_differentiable(leaf):
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(
-                f"{_name_argument(owner, name)} must be floating-point or complex tensors, got {kind} "
-                f"at {path}. Leave it out, or convert it: `torch.as_tensor(w, dtype=torch.float)`."
+                f"{_name_argument(owner, name)} must be floating-point or complex tensors, got "
+                f"{kind} at {path}. Leave it out, or convert it: `torch.as_tensor(w, "
+                "dtype=torch.float)`."
             )
 
 
