@@ -350,6 +350,16 @@ def test_what_calls_the_kernels_is_compiled_for_real_tensors_on_a_cpu() -> None:
     assert (len(kinds[True]), len(kinds[False])) == (1, 2)
 
 
+def test_more_shapes_than_torch_remembers_by_itself() -> None:
+    """The step that all losses share meets torch's limit of 8 compiled versions soon."""
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        fast = compiled(lambda x: x.sin() + 1)
+    for length in range(1, 12):
+        assert_equal([fast(torch.ones(length))], [torch.ones(length).sin() + 1], 0.0)
+
+
 def test_inside_a_transform_the_outermost_function_is_to_be_compiled() -> None:
     loss_fn, params = made()
 
