@@ -138,7 +138,7 @@ def main(
         accuracies[name] = float(test.step()["meta/accuracy"])
     print(
         f"Accuracy on {test_tasks} tasks with held-out images, {WAYS} digits to tell apart from "
-        f"one image of each:"
+        "one image of each:"
     )
     for name, accuracy in accuracies.items():
         print(f"{name:>17}: {accuracy:.3f}")

@@ -98,7 +98,7 @@ class Functional:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"`model` must be an nn.Module, got {type(model).__name__}. Pass the module, not "
-                f"its output."
+                "its output."
             )
         self.model = model
         self._trainable = _locate(
@@ -326,6 +326,6 @@ def _find_holder(module: nn.Module, name: str, place: _Place) -> dict[str, Any]:
     if place.key not in members:
         raise ValueError(
             f"The model has no tensor {name!r} any more, which it had when `functional` saw it. "
-            f"Call `functional` again."
+            "Call `functional` again."
         )
     return members

@@ -66,7 +66,7 @@ def implicit(
     """
     if not isinstance(solver, LinearSolver | PointRule):
         raise TypeError(
-            f"implicit: `solver` must be a linear solver, or a rule that looks at one point, got "
+            "implicit: `solver` must be a linear solver, or a rule that looks at one point, got "
             f"{solver!r}. Use for example `ConjugateGradient(max_steps=20)` or `Penalty()`."
         )
     check_differentiable("implicit", "solution", tree.named_leaves(solution))

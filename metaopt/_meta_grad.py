@@ -116,7 +116,7 @@ class MetaGradient:
         if self.learned is not None and not self.learned.params:
             raise ValueError(
                 f"`learn` must have a parameter that requires grad, got a {type(learn).__name__} "
-                f"without."
+                "without."
             )
         self._one = compiled(self._differentiate) if compile else self._differentiate
         self._many = compiled(self._differentiate_batch) if compile else self._differentiate_batch
@@ -128,7 +128,7 @@ class MetaGradient:
         if isinstance(params, nn.Module | Functional):
             raise TypeError(
                 f"`params` must be a tree of tensors, got a {type(params).__name__}. Pass "
-                f"`net.params`."
+                "`net.params`."
             )
         count = _count_listed(tasks) if isinstance(tasks, list) else _count(tasks)
         variables = _Variables(params, {} if self.learned is None else self.learned.params)
@@ -229,7 +229,7 @@ class MetaGradient:
             return check_scalar(result, "task_loss"), ()
         if type(result) is not tuple or len(result) != 2:
             raise ValueError(
-                f"`task_loss` must return (loss, aux) because of has_aux=True, got a "
+                "`task_loss` must return (loss, aux) because of has_aux=True, got a "
                 f"{type(result).__name__}. Return both, or leave `has_aux` out."
             )
         loss = check_scalar(result[0], "task_loss")
@@ -263,7 +263,7 @@ def _is_better_in_a_loop(
             one(variables, tree.index(two, 0))
         reason = str(error).strip().split("\n")[0]
         warnings.warn(
-            f"meta_grad: these tasks cannot be batched by vmap, so they are gone through one by "
+            "meta_grad: these tasks cannot be batched by vmap, so they are gone through one by "
             f"one. The reason: {reason} Pass `chunk_size=1` if that is all right.",
             RuntimeWarning,
             stacklevel=5,

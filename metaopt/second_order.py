@@ -112,7 +112,7 @@ def _mean_square(model: nn.Module, batch: Any) -> Tensor:
     outputs = [leaf for leaf in tree.leaves(output) if _is_float(leaf)]
     if not outputs:
         raise ValueError(
-            f"`model` must return a floating-point tensor, or a tree of some, got "
+            "`model` must return a floating-point tensor, or a tree of some, got "
             f"{type(output).__name__}. Give `loss_fn(model, batch)`, which returns a scalar."
         )
     return torch.stack([leaf.square().mean() for leaf in outputs]).sum()

@@ -165,7 +165,7 @@ def flatten_like(structure: Structure, tree: Tree, what: str) -> list[Any]:
             differs = "the same names in another order, or other kinds of nodes"
         raise ValueError(
             f"`{what}` does not have the expected structure: {differs}. Build it from the same "
-            f"tree, in the same order."
+            "tree, in the same order."
         )
     return found
 

@@ -59,7 +59,7 @@ def check_files(wheel: Path) -> None:
     if missing:
         sys.exit(
             f"check_wheel: the wheel lacks {sorted(missing)}. Add them to "
-            f"[tool.setuptools.package-data]."
+            "[tool.setuptools.package-data]."
         )
 
 

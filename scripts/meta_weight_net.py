@@ -421,10 +421,10 @@ def report(config: Config, results: Mapping[str, Result]) -> str:
     ]
     rates = [f"rate {rate:g}, {steps}" for rate in config.learning_rates]
     return (
-        f"{title(config)}; test accuracy in %, mean ± standard error over {config.seeds} seeds\n"
-        f"{tabulate.tabulate(rows, headers=tuned, disable_numparse=True)}\n"
-        "Differences are paired by seed; * means more than two standard errors.\n\n"
-        f"{tabulate.tabulate(fixed, headers=['method', *rates], disable_numparse=True)}"
+        f"{title(config)}; test accuracy in %, mean ± standard error over {config.seeds} "
+        f"seeds\n{tabulate.tabulate(rows, headers=tuned, disable_numparse=True)}\nDifferences are "
+        "paired by seed; * means more than two standard "
+        f"errors.\n\n{tabulate.tabulate(fixed, headers=['method', *rates], disable_numparse=True)}"
     )
 
 

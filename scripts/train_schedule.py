@@ -129,7 +129,7 @@ def main(config: Config) -> None:
     report = mo.evaluate(optimizers, family, horizon=config.horizon, seeds=config.seeds)
     print(
         f"\nSGD on digits, {config.horizon} steps from {config.seeds} fresh initialisations none "
-        f"of which was seen before"
+        "of which was seen before"
     )
     print(report.table())
     rates = {

@@ -31,8 +31,7 @@ def continue_scheduler(scheduler: Any, group: int, step: int) -> Schedule:
         raise ValueError(
             f"`scheduler` must be one of {', '.join(sorted(kind.__name__ for kind in known))}, got "
             f"{type(scheduler).__name__}. Others are not carried over. Leave it out and give each "
-            f"optimizer a "
-            "schedule of ours: `pure.optimizers[0].lr = OneCycle(0.1, steps=100)`."
+            "optimizer a schedule of ours: `pure.optimizers[0].lr = OneCycle(0.1, steps=100)`."
         )
     schedule = known[type(scheduler)](scheduler, group)
     like = torch.zeros((), dtype=torch.float64)
@@ -44,8 +43,8 @@ def continue_scheduler(scheduler: Any, group: int, step: int) -> Schedule:
         raise ValueError(
             f"The rate of group {group} must be that of `scheduler`, {float(value):.6g} after its "
             f"{scheduler.last_epoch} steps, got {now:.6g}. Another scheduler, or somebody, changed "
-            f"it too. Leave `scheduler` out and give "
-            "each optimizer a schedule of ours: `pure.optimizers[0].lr = Cosine(0.1, steps=100)`."
+            "it too. Leave `scheduler` out and give each optimizer a schedule of ours: "
+            "`pure.optimizers[0].lr = Cosine(0.1, steps=100)`."
         )
     ahead = scheduler.last_epoch - step
     return Ahead(schedule, ahead) if ahead else schedule

@@ -64,10 +64,9 @@ def from_torch(
         raise TypeError(
             f"`optimizer` must be one of torch.optim's {sorted(kind.__name__ for kind in known)}, "
             f"got {type(optimizer).__module__}.{type(optimizer).__name__}. Others, and subclasses, "
-            f"have no known equal here: write "
-            "it as an `Optimizer`, and say so by `metaopt.optimizer.register_equal`. To "
-            "differentiate a solution that it found, run it by itself and pass the result to "
-            "`mo.implicit(loss_fn, params, batch, meta=meta)`."
+            "have no known equal here: write it as an `Optimizer`, and say so by "
+            "`metaopt.optimizer.register_equal`. To differentiate a solution that it found, run "
+            "it by itself and pass the result to `mo.implicit(loss_fn, params, batch, meta=meta)`."
         )
     _check_scheduler(optimizer, scheduler)
     kind, names = known[type(optimizer)]
@@ -246,8 +245,7 @@ class FromTorch(Optimizer):
         if found != len(self.parts):
             raise ValueError(
                 f"`state` must be that of this FromTorch, with {len(self.parts)} parts, got "
-                f"{found}. Pass what its own `init`, or "
-                "the step before, returned."
+                f"{found}. Pass what its own `init`, or the step before, returned."
             )
 
     def _pairs(self) -> list[tuple[Optimizer, Part]]:
@@ -266,9 +264,9 @@ class FromTorch(Optimizer):
         for place, (path, leaf) in enumerate(tree.named_leaves(params)):
             if place_of.get(id(leaf), place) != place:
                 raise ValueError(
-                    f"`params` must hold the parameters of the torch optimizer in its order, got "
-                    f"another one at {path}. "
-                    "Call from_torch(optimizer, params=functional(model).params)."
+                    "`params` must hold the parameters of the torch optimizer in its order, got "
+                    f"another one at {path}. Call from_torch(optimizer, "
+                    "params=functional(model).params)."
                 )
 
     def _leaves(self, given: Tree, what: str) -> Leaves:
@@ -288,8 +286,7 @@ class FromTorch(Optimizer):
             raise ValueError(
                 f"`{what}` must hold the trainable parameters of the torch optimizer in its order, "
                 f"shapes {self._shapes}, got {found}. If some are left out or stand in another "
-                f"order, call "
-                "from_torch(optimizer, params=functional(model).params)."
+                "order, call from_torch(optimizer, params=functional(model).params)."
             )
         return leaves
 
@@ -337,16 +334,15 @@ def _check_scheduler(optimizer: torch.optim.Optimizer, scheduler: LRScheduler | 
     if scheduler is not None and getattr(scheduler, "optimizer", None) is not optimizer:
         raise ValueError(
             f"`scheduler` must be a scheduler of `optimizer`, got {type(scheduler).__name__} of "
-            f"another one. Pass the "
-            "one that was made with it: `StepLR(optimizer, 10)`."
+            "another one. Pass the one that was made with it: `StepLR(optimizer, 10)`."
         )
     scheduled = [group["lr"] for group in optimizer.param_groups if "initial_lr" in group]
     if scheduler is None and scheduled:
         warnings.warn(
-            f"`optimizer` has a scheduler of torch, which is not carried over: the rate stays "
-            f"{scheduled[0]}, what it is "
-            "now. Pass it, `from_torch(optimizer, scheduler=scheduler)`, or give a schedule of "
-            "ours, `pure.optimizers[0].lr = Cosine(0.1, steps=100)`.",
+            "`optimizer` has a scheduler of torch, which is not carried over: the rate stays "
+            f"{scheduled[0]}, what it is now. Pass it, `from_torch(optimizer, "
+            "scheduler=scheduler)`, or give a schedule of ours, `pure.optimizers[0].lr = "
+            "Cosine(0.1, steps=100)`.",
             UserWarning,
             stacklevel=3,
         )
@@ -358,20 +354,18 @@ def _weights(optimizer: torch.optim.Optimizer, params: Tree | None) -> Leaves:
     if params is None:
         if len(optimizer.param_groups) > 1:
             raise ValueError(
-                f"`params` is needed where there are several groups, got "
-                f"{len(optimizer.param_groups)} groups. They do not "
-                "say which parameter has which name. Call from_torch(optimizer, "
-                "params=functional(model).params)."
+                "`params` is needed where there are several groups, got "
+                f"{len(optimizer.param_groups)} groups. They do not say which parameter has which "
+                "name. Call from_torch(optimizer, params=functional(model).params)."
             )
         return [weight for weight in every if weight.requires_grad]
     known = {id(weight) for weight in every}
     for path, leaf in tree.named_leaves(params):
         if id(leaf) not in known:
             raise ValueError(
-                f"`params` must hold live parameters of the optimizer, got another tensor at "
-                f"{path}. Give "
-                "functional(model).params as it is, with no copies, and leave out what the "
-                "optimizer does not update."
+                "`params` must hold live parameters of the optimizer, got another tensor at "
+                f"{path}. Give functional(model).params as it is, with no copies, and leave out "
+                "what the optimizer does not update."
             )
     return tree.leaves(params)
 

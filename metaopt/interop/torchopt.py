@@ -61,15 +61,13 @@ def from_torchopt(
 
     if arguments and (isinstance(transform, GradientTransformation) or not callable(transform)):
         raise TypeError(
-            f"With arguments, `transform` must be the function that makes a transformation, got "
-            f"{type(transform).__name__}. "
-            "Write from_torchopt(torchopt.adam, lr=...)."
+            "With arguments, `transform` must be the function that makes a transformation, got "
+            f"{type(transform).__name__}. Write from_torchopt(torchopt.adam, lr=...)."
         )
     if not arguments and not isinstance(transform, GradientTransformation):
         raise TypeError(
-            f"`transform` must be a TorchOpt gradient transformation, got "
-            f"{type(transform).__name__}. "
-            "Call the function: from_torchopt(torchopt.adam(1e-3))."
+            "`transform` must be a TorchOpt gradient transformation, got "
+            f"{type(transform).__name__}. Call the function: from_torchopt(torchopt.adam(1e-3))."
         )
     return FromTorchOpt(transform, arguments)
 
@@ -105,8 +103,8 @@ class FromTorchOpt(Optimizer):
         if hidden:
             raise ValueError(
                 f"`from_torchopt` finds tensors that require grad in {', '.join(sorted(hidden))}. "
-                f"They would get no gradient. "
-                "Give each by a name of its own: from_torchopt(torchopt.adam, lr=...)."
+                "They would get no gradient. Give each by a name of its own: "
+                "from_torchopt(torchopt.adam, lr=...)."
             )
         self.hyperparameters = tuple(learnable)
         for name, value in learnable.items():
@@ -160,9 +158,9 @@ class FromTorchOpt(Optimizer):
         hyper, schedules = self._hyper_at(state, tree.leaves(grads), loss)
         if "transform" not in state["shared"]:
             raise ValueError(
-                f"`state` must be that of this FromTorchOpt, got memory named "
-                f"{sorted(state['slots'] | state['shared'])}. Pass "
-                "what its own `init`, or the step before, returned."
+                "`state` must be that of this FromTorchOpt, got memory named "
+                f"{sorted(state['slots'] | state['shared'])}. Pass what its own `init`, or the "
+                "step before, returned."
             )
         memory = state["shared"]["transform"]
         if not values_are_readable():
@@ -307,8 +305,8 @@ def _explained() -> Iterator[None]:
         if "setup_context" in str(error) or "register a hook" in str(error):
             raise ValueError(
                 "`from_torchopt`: TorchOpt's accelerated operators and its hooks work in plain "
-                "autograd only, with "
-                "every step's graph kept: not under `torch.func` transforms, nor with "
+                "autograd only, with every step's graph kept: not under `torch.func` transforms, "
+                "nor with "
                 'memory="steps". Leave out '
                 "use_accelerated_op or register_hook."
             ) from error
@@ -324,8 +322,7 @@ def _explained() -> Iterator[None]:
         if "must be Number" not in str(error):
             raise
         raise TypeError(
-            f"`from_torchopt`: TorchOpt needs a number where a tensor that requires grad was given "
-            f"({error}). Of its "
-            "hyperparameters lr, eps, eps_root and momentum (without nesterov) can be learned. "
-            "Those in `metaopt.optimizers` can all be."
+            "`from_torchopt`: TorchOpt needs a number where a tensor that requires grad was given "
+            f"({error}). Of its hyperparameters lr, eps, eps_root and momentum (without nesterov) "
+            "can be learned. Those in `metaopt.optimizers` can all be."
         ) from error

@@ -52,7 +52,7 @@ class MetaTraining:
         if not isinstance(outer, Optimizer):
             raise TypeError(
                 f"`outer` must be a metaopt Optimizer, got {type(outer).__name__}. For example "
-                f"`outer=Adam(3e-3)`."
+                "`outer=Adam(3e-3)`."
             )
         if clip is not None and clip <= 0:
             raise ValueError(f"`clip` must be positive or None, got {clip}.")

@@ -42,6 +42,6 @@ def sample_tasks(family: TaskFamily, generator: torch.Generator, count: int, ste
         raise ValueError(
             f"{type(family).__name__}: every leaf of a task's batches must have {steps} rows, one "
             f"for each step, got {lengths} (-1: no rows). For the same batch at every step, "
-            f"`expand` it."
+            "`expand` it."
         )
     return Task(*tree.stack([tuple(task) for task in drawn]))

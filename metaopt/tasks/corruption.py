@@ -98,7 +98,7 @@ def long_tail(labels: Tensor, ratio: float, generator: torch.Generator) -> Tenso
         raise ValueError(
             f"`ratio` of the largest to the smallest class must lie in [1, {largest}], got "
             f"{ratio}. The largest class can have {largest} examples and the smallest must keep "
-            f"one. Write 50 for 1:50."
+            "one. Write 50 for 1:50."
         )
     kept = []
     for rank, label in enumerate(present[torch.randperm(len(present), generator=generator)]):

@@ -167,7 +167,7 @@ class CharacterTasks:
         if ways > self.characters:
             raise ValueError(
                 f"`ways` must be at most the number of characters, {self.characters}, got {ways}. "
-                f"Add alphabets."
+                "Add alphabets."
             )
         if shots + queries > self.drawings:
             raise ValueError(
@@ -226,7 +226,7 @@ def _zip_files(path: Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(
             f"No Omniglot data at {path}. Give an official `images_*.zip`, or a folder that holds "
-            f"some."
+            "some."
         )
     files = sorted(path.glob("*.zip")) if path.is_dir() else [path]
     if not files:

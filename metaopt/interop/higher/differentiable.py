@@ -67,10 +67,9 @@ class DifferentiableOptimizer(abc.ABC):
             for param in group["params"]:
                 if id(param) not in index:
                     raise ValueError(
-                        f"`reference_params` must hold every parameter of the optimizer, but one "
-                        f"of shape {tuple(param.shape)} is "
-                        "missing. Pass `model.parameters()` of the model that the optimizer was "
-                        "made for."
+                        "`reference_params` must hold every parameter of the optimizer, but one "
+                        f"of shape {tuple(param.shape)} is missing. Pass `model.parameters()` of "
+                        "the model that the optimizer was made for."
                     )
             options = {name: copied(value) for name, value in group.items() if name != "params"}
             self.param_groups.append({**options, "params": [None] * len(group["params"])})
@@ -187,9 +186,8 @@ class DifferentiableOptimizer(abc.ABC):
                 warnings.warn(
                     f"The learning rate of the live optimizer changed from {before} to {now} since "
                     f"this differentiable optimizer was made. It goes on with {before}: as in "
-                    f"higher, options are "
-                    "read once. For a schedule inside the loop give each step its rate, "
-                    f"`diffopt.step(loss, override={{'lr': [{now}]}})`.",
+                    "higher, options are read once. For a schedule inside the loop give each step "
+                    f"its rate, `diffopt.step(loss, override={{'lr': [{now}]}})`.",
                     UserWarning,
                     stacklevel=3,
                 )

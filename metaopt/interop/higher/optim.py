@@ -169,10 +169,10 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -
 def _counterpart(opt_type: type[torch.optim.Optimizer]) -> type[DifferentiableOptimizer]:
     if opt_type not in _counterparts:
         raise ValueError(
-            f"There is no differentiable counterpart of "
+            "There is no differentiable counterpart of "
             f"{opt_type.__module__}.{opt_type.__qualname__}; there is one of "
             f"{sorted(known.__name__ for known in _counterparts)}. Write one and call "
-            f"`register_optim`."
+            "`register_optim`."
         )
     return _counterparts[opt_type]
 

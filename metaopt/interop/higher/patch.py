@@ -44,7 +44,7 @@ class FastWeights:
             if not isinstance(param, Tensor):
                 raise TypeError(
                     f"`params` must be tensors, got {type(param).__name__}. Give what "
-                    f"`diffopt.step` returned."
+                    "`diffopt.step` returned."
                 )
         self.history = [*(self.history if self.track else []), params]
         self.place(params)
@@ -141,7 +141,7 @@ class PatchedModule(Patched):
         if not self._fast.track and time not in (-1, 0):
             raise ValueError(
                 f"`time` must be 0 or -1, got {time}. Only the latest parameters are kept with "
-                f"track_higher_grads=False."
+                "track_higher_grads=False."
             )
         if not -len(self._fast.history) <= time < len(self._fast.history):
             raise ValueError(
@@ -309,7 +309,7 @@ def buffer_sync(module: nn.Module, fmodule: Patched, device: Any = None) -> None
         if name not in twins:
             raise ValueError(
                 f"`fmodule` must have the submodules of `module`, got none at {name!r}. Patch this "
-                f"module: `monkeypatch(module)`."
+                "module: `monkeypatch(module)`."
             )
         for key, buffer in buffers_of(part).items():
             buffers_of(twins[name])[key] = (

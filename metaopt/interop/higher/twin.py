@@ -56,9 +56,8 @@ class Twins:
             if "forward" in vars(module):
                 raise ValueError(
                     f"The {type(module).__name__} to patch has a `forward` of its own, that of "
-                    f"another object or compiled. It "
-                    "would go on using the original parameters. Define `forward` in the class; "
-                    "compile after patching."
+                    "another object or compiled. It would go on using the original parameters. "
+                    "Define `forward` in the class; compile after patching."
                 )
             twin = vars(self._done[id(module)])
             self._fill(vars(module), twin, vars(module).items())
@@ -102,8 +101,8 @@ class Twins:
         if id(item) in self._parameter_at:
             raise ValueError(
                 f"A module keeps a parameter of shape {tuple(item.shape)} in a tuple or in the "
-                f"closure of a function, where "
-                "another cannot take its place. Keep it in a list, a dict or an attribute."
+                "closure of a function, where another cannot take its place. Keep it in a list, a "
+                "dict or an attribute."
             )
         return self._translate(item)
 
