@@ -61,18 +61,11 @@ class Network(nn.Module):
         """
         values = [self.first(x.view(-1, 1, 8, 8)).relu()]
         for j in range(1, NODES + 1):
-            inputs = [
-                (ops, weights, values[i])
-                for (i, to), ops, weights in zip(PAIRS, self.cell, mixture, strict=True)
-                if to == j
-            ]
-            values.append(
-                torch.stack(
-                    [w * ops[k](x) for ops, weights, x in inputs for k, w in weights.items()]
-                )
-                .sum(0)
-                .relu()
-            )
+            terms = []
+            for (i, to), ops, weights in zip(PAIRS, self.cell, mixture, strict=True):
+                if to == j:
+                    terms += [w * ops[k](values[i]) for k, w in weights.items()]
+            values.append(torch.stack(terms).sum(0).relu())
         return self.last(F.adaptive_avg_pool2d(values[-1], 2).flatten(1))
 
 
@@ -99,16 +92,9 @@ def search(first: Tensor, second: Tensor, steps: int, generator: torch.Generator
     architecture = mo.Level(
         "architecture", nn.ParameterDict({"logits": logits}), search_loss, Adam(0.1), data=data[1]
     )
-    graph = mo.LevelGraph(
-        [
-            mo.Edge(
-                architecture,
-                network,
-                differentiate=mo.FiniteDifference(scale="lr"),
-                look_ahead=True,
-            )
-        ]
-    )
+    rule = mo.FiniteDifference(scale="lr")
+    edge = mo.Edge(architecture, network, differentiate=rule, look_ahead=True)
+    graph = mo.LevelGraph([edge])
     mo.Trainer(graph, max_steps=steps, label="search").fit()
     return logits.argmax(-1).tolist()
 
@@ -154,13 +140,8 @@ def main(seeds: int = 3, rivals: int = 8, steps: int = 150) -> Tensor:
         for seed, (row, names) in enumerate(zip(found, kept, strict=True))
     ]
     table.append(("mean", *(100 * found.mean(0)), ""))
-    print(
-        tabulate(
-            table,
-            ["seed", "derived (%)", f"median of {rivals} random", "best of these", "derived"],
-            floatfmt=".1f",
-        )
-    )
+    headers = ["seed", "derived (%)", f"median of {rivals} random", "best of these", "derived"]
+    print(tabulate(table, headers, floatfmt=".1f"))
     assert found[:, 0].mean() > 0.2, (
         "the derived architecture is better than twice chance, however short the training"
     )

@@ -51,10 +51,8 @@ def episodes(
                 found = (labels == digit).nonzero()[:, 0]
                 task[way] = found[torch.randperm(len(found), generator=generator)[: 1 + QUERIES]]
         chosen = rows[:, :, :1] if part == 0 else rows[:, :, 1:]
-        x, y = (
-            images[chosen].flatten(1, 2),
-            torch.arange(WAYS)[:, None].expand(chosen.shape).flatten(1),
-        )
+        x = images[chosen].flatten(1, 2)
+        y = torch.arange(WAYS)[:, None].expand(chosen.shape).flatten(1)
         for _ in range(repeat):
             yield x, y
 

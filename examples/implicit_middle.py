@@ -122,11 +122,9 @@ def check_hypergradient() -> None:
     """
     torch.set_default_dtype(torch.float64)
 
-    start, direction, h = (
-        vector(-2.0),
-        torch.randn(1, PIXELS, generator=torch.Generator().manual_seed(0)),
-        1e-4,
-    )
+    start = vector(-2.0)
+    direction = torch.randn(1, PIXELS, generator=torch.Generator().manual_seed(0))
+    h = 1e-4
     graph = level_graph(start, SGD(0.0), TRAIN_PAIRS, seed=5, copies=2, solve=400)
     exact = (graph.hypergradient("initial_strength")["weight"] * direction).sum()
     high, low = (
@@ -160,7 +158,8 @@ def main(steps: int = 30, copies: int = 16, solve: int = 40, test_tasks: int = 2
     grid = {s: test_loss(vector(s)) for s in (-5.0, -4.0, -3.0, -2.0)}
     for s, loss in grid.items():
         print(f"start at strength exp({s:g}) for every pixel: test loss {loss:.4f}")
-    print(f"learned start: test loss {(found := test_loss(learned)):.4f}")
+    found = test_loss(learned)
+    print(f"learned start: test loss {found:.4f}")
     print(
         "log strengths learned, by pixel:\n", learned.weight.detach().reshape(8, 8).numpy().round(1)
     )

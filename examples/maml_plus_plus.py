@@ -38,10 +38,8 @@ class StepNorm(nn.Module):
 
     def __init__(self, steps: int):
         super().__init__()
-        self.scale, self.shift = (
-            nn.Parameter(torch.ones(steps, FILTERS)),
-            nn.Parameter(torch.zeros(steps, FILTERS)),
-        )
+        self.scale = nn.Parameter(torch.ones(steps, FILTERS))
+        self.shift = nn.Parameter(torch.zeros(steps, FILTERS))
         self.register_buffer("mean", torch.zeros(steps, FILTERS))
         self.register_buffer("var", torch.ones(steps, FILTERS))
 
@@ -52,10 +50,8 @@ class StepNorm(nn.Module):
         )
         if not self.training:
             return F.batch_norm(x, mean, var, scale, shift)
-        is_row, news = (
-            (torch.arange(len(self.scale)) == row)[:, None],
-            torch.var_mean(x.detach(), (0, 2, 3)),
-        )
+        is_row = (torch.arange(len(self.scale)) == row)[:, None]
+        news = torch.var_mean(x.detach(), (0, 2, 3))
         self.var, self.mean = (
             torch.where(is_row, 0.9 * old + 0.1 * new, old)
             for old, new in zip((self.var, self.mean), news)
@@ -125,11 +121,9 @@ def train(plus: bool, steps: int, tasks: int, test_tasks: int) -> list[float]:
 
     One is with the batch's statistics, the other with running ones.
     """
-    (images, labels), generator, count = (
-        digits(),
-        torch.manual_seed(0),
-        {"ways": 5, "shots": 1, "queries": 5},
-    )
+    images, labels = digits()
+    generator = torch.manual_seed(0)
+    count = {"ways": 5, "shots": 1, "queries": 5}
     drawn = [
         (255 * images[labels == digit][:170]).to(torch.uint8).view(-1, 1, 8, 8)
         for digit in range(10)
@@ -138,10 +132,9 @@ def train(plus: bool, steps: int, tasks: int, test_tasks: int) -> list[float]:
         CharacterTasks({"digits": torch.stack(drawn[half::2])}, rotations=True) for half in (0, 1)
     )
     inner = SGD(lr={layer: PerStep(nn.Parameter(torch.full((ADAPT,), 0.1))) for layer in LAYERS})
-    net, options = (
-        mo.functional(model := Network(ADAPT if plus else 1)),
-        {"learn": inner, "has_aux": True, "chunk_size": tasks},
-    )
+    model = Network(ADAPT if plus else 1)
+    net = mo.functional(model)
+    options = {"learn": inner, "has_aux": True, "chunk_size": tasks}
     first, exact = (
         mo.meta_grad(partial(task_loss, net, inner, rule), **options)
         for rule in (mo.FirstOrder(), mo.Backprop())
@@ -149,13 +142,11 @@ def train(plus: bool, steps: int, tasks: int, test_tasks: int) -> list[float]:
     outer = torch.optim.Adam([*model.parameters(), *(inner.parameters() if plus else [])], lr=3e-3)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(outer, steps, 1e-5 if plus else 3e-3)
     for over in (torch.arange(steps) / (0.3 * steps)).tolist():
-        # the weight of every step but the last
+        # The weight of every step but the last.
         early = max(1 - over, 0.03) / ADAPT if plus else 0.0
         weights = torch.tensor([early, early, early, early, 1 - 4 * early])
-        meta_gradient, batch = (
-            first if plus and over < 1 else exact,
-            known.sample(generator, tasks, **count),
-        )
+        meta_gradient = first if plus and over < 1 else exact
+        batch = known.sample(generator, tasks, **count)
         (grads, of_rates), _, (_, buffers) = meta_gradient(
             net.params, (batch, weights.expand(tasks, -1))
         )
@@ -166,19 +157,16 @@ def train(plus: bool, steps: int, tasks: int, test_tasks: int) -> list[float]:
         model.load_state_dict(
             {name: buffer.mean(0) for name, buffer in buffers.items()}, strict=False
         )
-    tests, found = (
-        (
-            new.sample(torch.Generator().manual_seed(1), test_tasks, **count),
-            torch.ones(test_tasks, ADAPT),
-        ),
-        [],
+    tests = (
+        new.sample(torch.Generator().manual_seed(1), test_tasks, **count),
+        torch.ones(test_tasks, ADAPT),
     )
+    test_all = torch.func.vmap(partial(task_loss, net, inner, mo.FirstOrder()), (None, 0))
+    found = []
     for training in (True, False):
         model.train(training)
         with torch.no_grad():
-            _, (accuracies, _) = torch.func.vmap(
-                partial(task_loss, net, inner, mo.FirstOrder()), (None, 0)
-            )(net.params, tests)
+            _, (accuracies, _) = test_all(net.params, tests)
         found.append(accuracies.mean().item())
     return found
 
@@ -189,13 +177,8 @@ def main(steps: int = 200, tasks: int = 8, test_tasks: int = 400) -> dict[str, l
         name: train(plus, steps, tasks, test_tasks)
         for name, plus in (("MAML", False), ("MAML++", True))
     }
-    print(
-        *(
-            f"{name:>6}: test accuracy {batch:.3f}, with running statistics {r:.3f}"
-            for name, (batch, r) in found.items()
-        ),
-        sep="\n",
-    )
+    for name, (batch, running) in found.items():
+        print(f"{name:>6}: test accuracy {batch:.3f}, with running statistics {running:.3f}")
     assert steps < 200 or min(found["MAML"][0], found["MAML++"][0]) > 0.75, (
         "both tell new digits apart; chance is 0.2"
     )

@@ -101,7 +101,8 @@ def draw(path: Path, seen: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     There are (losses, weights, whether the label is wrong) of each seed.
     """
     losses, weights, wrong = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    axis = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
     for name, colour, chosen in (("right label", "C0", ~wrong), ("wrong label", "C3", wrong)):
         axis.scatter(
             losses[chosen], weights[chosen], s=6, alpha=0.4, linewidths=0, color=colour, label=name

@@ -295,11 +295,9 @@ def run_omniglot(config: OmniglotConfig) -> dict[str, Tensor]:
     """
     torch.manual_seed(config.seed)
     seen, unseen = split_alphabets(read_omniglot(config.data), config.test_alphabets)
-    train, validate_on, test_on = (
-        CharacterTasks(seen, rotations=True),
-        CharacterTasks(seen),
-        CharacterTasks(unseen),
-    )
+    train = CharacterTasks(seen, rotations=True)
+    validate_on = CharacterTasks(seen)
+    test_on = CharacterTasks(unseen)
     print(
         f"training on {train.characters} characters of {', '.join(seen)}; test on "
         f"{test_on.characters} of {', '.join(unseen)}"
@@ -381,10 +379,8 @@ def nearest_centroid(train: CharacterTasks, test: Episode, config: OmniglotConfi
     features = nn.Sequential(*list(model)[:-1])
 
     def one(task: Episode) -> Tensor:
-        support, query = (
-            F.normalize(features(task.support[0])),
-            F.normalize(features(task.query[0])),
-        )
+        support = F.normalize(features(task.support[0]))
+        query = F.normalize(features(task.query[0]))
         centroids = torch.stack(
             [support[task.support[1] == label].mean(0) for label in range(config.ways)]
         )

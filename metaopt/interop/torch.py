@@ -140,11 +140,9 @@ class FromTorch(Optimizer):
         structure: Structure | None,
     ):
         super().__init__()
-        self.optimizers, self.parts, self.structure = (
-            nn.ModuleList(optimizers),
-            tuple(parts),
-            structure,
-        )
+        self.optimizers = nn.ModuleList(optimizers)
+        self.parts = tuple(parts)
+        self.structure = structure
         self._shapes = [tuple(weight.shape) for weight in weights]
         self._weights = [weakref.ref(weight) for weight in weights]
 

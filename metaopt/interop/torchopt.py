@@ -89,10 +89,8 @@ class FromTorchOpt(Optimizer):
             for name, value in arguments.items()
             if isinstance(value, float | Tensor | Schedule)
         }
-        self.transform, self.arguments = (
-            transform,
-            {k: v for k, v in arguments.items() if k not in learnable},
-        )
+        self.transform = transform
+        self.arguments = {k: v for k, v in arguments.items() if k not in learnable}
         hidden = [name for name, tensor in reachable(transform, "transform") if is_tracked(tensor)]
         hidden += [
             name
