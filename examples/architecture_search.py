@@ -1,16 +1,15 @@
 """Search the operations of a small convolutional cell on the digits.
 
-The result is compared with random architectures of the same space.
-
     python examples/architecture_search.py --seeds 3 --rivals 8
 
-A cell has an input and three nodes; a node is the sum of all earlier ones, each through one of four
-operations: 4^6 architectures. During the search every connection mixes its operations by softmax
-weights. The network learns on one half of the data, the weights on the other half, through a step
-of the network (`FiniteDifference` with its step size; the network then steps once more with the new
-weights). The operation of greatest weight is kept, and the derived architecture trained afresh on
-all data; so are random architectures, from the same seed on the same batches. The derived ones beat
-the median of these but not the best of eight: 87.3, 85.0 and 90.8 %. Liu, Simonyan, Yang 2019,
+The result is compared with random architectures of the same space. A cell has an input and three
+nodes; a node is the sum of all earlier ones, each through one of four operations: 4^6
+architectures. During the search every connection mixes its operations by softmax weights. The
+network learns on one half of the data, the weights on the other half, through a step of the network
+(`FiniteDifference` with its step size; the network then steps once more with the new weights). The
+operation of greatest weight is kept, and the derived architecture trained afresh on all data; so
+are random architectures, from the same seed on the same batches. The derived ones beat the median
+of these but not the best of eight: 87.3, 85.0 and 90.8 %. Liu, Simonyan, Yang 2019,
 arXiv:1806.09055.
 """
 

@@ -1,17 +1,16 @@
 """MAML++: an initialisation, a rate and a batch norm for each step, learned together.
 
-The rates differ from layer to layer.
-
     python examples/maml_plus_plus.py                             # 200 meta-steps, as in the README
     python examples/maml_plus_plus.py --steps 20 --test-tasks 20  # a look
 
-A task is to tell five turned digits apart, from one image of each, by 5 gradient steps. To MAML,
-Antoniou, Edwards and Storkey (ICLR 2019, arXiv:1810.09502) add a learned rate for each layer and
-step; a batch norm with a scale, a shift and running statistics for each step; the query loss after
-every step, with weights that go over to the last one; first-order gradients at first; a cosine for
-the outer rate. Here all are arguments of one `minimize`. Both are tested on digits that were not
-trained on, with the statistics of the batch, as in the authors' program, and with the running ones.
-In so short a training it is no better than MAML.
+The rates differ from layer to layer. A task is to tell five turned digits apart, from one image of
+each, by 5 gradient steps. To MAML, Antoniou, Edwards and Storkey (ICLR 2019, arXiv:1810.09502) add
+a learned rate for each layer and step; a batch norm with a scale, a shift and running statistics
+for each step; the query loss after every step, with weights that go over to the last one;
+first-order gradients at first; a cosine for the outer rate. Here all are arguments of one
+`minimize`. Both are tested on digits that were not trained on, with the statistics of the batch, as
+in the authors' program, and with the running ones. In so short a training it is no better than
+MAML.
 """
 
 from __future__ import annotations

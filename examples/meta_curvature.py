@@ -1,16 +1,15 @@
 """Meta-Curvature: an initialisation and a transformation of each layer's gradient.
 
-They are learned together. The program also shows how to write an optimizer.
-
     python examples/meta_curvature.py   # 1200 meta-steps, as in the README
     python examples/meta_curvature.py --steps 100 --test-tasks 50   # a look
 
-A task is to tell five turned digits apart, from one image of each, by 3 gradient steps. Park and
-Oliva (2019, arXiv:1902.03356) transform the gradient G of a matrix to M_o G M_i before the step;
-both matrices are the identity at first and are learned by the outer loop, as the initial weights
-are. In `minimize` this is an `Optimizer` like any other. It is compared with MAML, whose only
-difference is that the matrices stay as they are, on digits that were not trained on. (Its rate, 0.1
-for both, was not tuned.)
+They are learned together. The program also shows how to write an optimizer. A task is to tell five
+turned digits apart, from one image of each, by 3 gradient steps. Park and Oliva (2019,
+arXiv:1902.03356) transform the gradient G of a matrix to M_o G M_i before the step; both matrices
+are the identity at first and are learned by the outer loop, as the initial weights are. In
+`minimize` this is an `Optimizer` like any other. It is compared with MAML, whose only difference is
+that the matrices stay as they are, on digits that were not trained on. (Its rate, 0.1 for both, was
+not tuned.)
 """
 
 from __future__ import annotations

@@ -1,16 +1,14 @@
 """Meta-weight-net as its authors programmed it.
 
-The hypergradient goes through a virtual step of plain SGD. Then comes the real step.
-
     python examples/virtual_step.py                        # as in the README
     python examples/virtual_step.py --seeds 1 --steps 50   # a look
 
-Each iteration (Shu et al. 2019, arXiv:1902.07379, algorithm 1, and the published program): a copy
-of the classifier makes one step of plain SGD on the weighted loss; the weight net descends the
-copy's loss on clean examples; the classifier itself then steps by SGD with momentum and weight
-decay, with the new weights. So two optimizers move the same parameters. 40 % of the labels are
-wrong; as so short a training asks for it, the weight net learns ten times as fast as in that
-program.
+The hypergradient goes through a virtual step of plain SGD. Then comes the real step. Each iteration
+(Shu et al. 2019, arXiv:1902.07379, algorithm 1, and the published program): a copy of the
+classifier makes one step of plain SGD on the weighted loss; the weight net descends the copy's loss
+on clean examples; the classifier itself then steps by SGD with momentum and weight decay, with the
+new weights. So two optimizers move the same parameters. 40 % of the labels are wrong; as so short a
+training asks for it, the weight net learns ten times as fast as in that program.
 """
 
 from __future__ import annotations

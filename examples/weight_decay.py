@@ -1,13 +1,11 @@
 """Learn one weight decay for every parameter of a logistic regression.
 
-The derivative is exact, or from the implicit function theorem.
-
     python examples/weight_decay.py --seeds 3
 
-The lower level minimises BCE(w) + 1/2 sum_i lam_i w_i^2 on 500 examples, by 100 steps from 0; the
-upper level moves lam to lower the loss on 500 others. Two rules differentiate the response of w:
-`Backprop` through all steps, which is exact, and `Implicit(ConjugateGradient(max_steps=3))`, which
-looks only at where the steps ended.
+The derivative is exact, or from the implicit function theorem. The lower level minimises BCE(w) +
+1/2 sum_i lam_i w_i^2 on 500 examples, by 100 steps from 0; the upper level moves lam to lower the
+loss on 500 others. Two rules differentiate the response of w: `Backprop` through all steps, which
+is exact, and `Implicit(ConjugateGradient(max_steps=3))`, which looks only at where the steps ended.
 """
 
 from __future__ import annotations

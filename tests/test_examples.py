@@ -86,7 +86,7 @@ def test_every_example_is_in_the_table_and_opens_with_its_command() -> None:
         lines = (FOLDER / f"{name}.py").read_text().splitlines()
         assert lines[0].startswith('"""')
         assert lines[2].startswith(f"    python examples/{name}.py")
-        assert len(lines) <= 120
+        assert len(lines) <= 190, "an example is read in a sitting"
 
 
 @pytest.mark.slow
