@@ -132,7 +132,7 @@ class Functional:
     def buffers(self) -> Params:
         """The buffers, live: name -> tensor.
 
-        A trainable parameter that some module holds as a buffer is none of them.
+        A trainable parameter that a module holds as a buffer is not among them.
         """
         named = self.model.named_buffers()
         return {name: buffer for name, buffer in named if name not in self._not_buffers}
@@ -274,7 +274,7 @@ def _lend(
     Args:
         module: what is lent to.
         places: name -> where it is.
-        tensors: name -> what it is to be.
+        tensors: name -> the tensor to put there.
         function: what runs meanwhile.
         args: its arguments.
         kwargs: its arguments by name.

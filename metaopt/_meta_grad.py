@@ -382,14 +382,14 @@ def _join(parts: list[Tree]) -> Tree:
 
 
 def _count(tasks: Tree) -> int:
-    count = tree.leading_axis(tasks)
-    if not count:
+    axes = tree.leading_axes(tasks)
+    lengths = set(axes.values())
+    if len(lengths) != 1 or min(lengths) < 1:
         raise ValueError(
             "Every leaf of `tasks` must have the number of tasks (at least 1) as its leading axis, "
-            f"got {tree.leading_axes(tasks)} (-1: none). Stack the tasks first, or pass them as a "
-            "list."
+            f"got {axes} (-1: none). Stack the tasks first, or pass them as a list."
         )
-    return count
+    return lengths.pop()
 
 
 def _count_listed(tasks: list[Tree]) -> int:

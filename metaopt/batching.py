@@ -20,11 +20,11 @@ MOST_ENTRIES = 2**18
 def prefers_loop(batched: Callable[[Tree, Tree], Any], params: Tree, tasks: Tree) -> bool:
     """Return True if `batched(params, tasks)`, mapped over tasks by `vmap`, is slower than a loop.
 
-    So it is on a CPU for convolutions, whose batched form is a grouped convolution, and for large
-    models. Measured with torch 2.13 on one thread, time of `vmap` over time of the loop, 8 tasks of
-    16 examples, 3 inner steps of an MLP with three square layers: width 16 .19, 64 .27, 128 .46,
-    256 (197,000 parameters) .79, 512 (786,000) 1.33; with 128 examples, width 64 .32, 256 .85.
-    Accelerators always take the batch.
+    This is the case on a CPU for convolutions, whose batched form is a grouped convolution, and for
+    large models. Measured with torch 2.13 on one thread, time of `vmap` over time of the loop, 8
+    tasks of 16 examples, 3 inner steps of an MLP with three square layers: width 16 .19, 64 .27,
+    128 .46, 256 (197,000 parameters) .79, 512 (786,000) 1.33; with 128 examples, width 64 .32, 256
+    .85. Accelerators always take the batch.
 
     Cost:
         One evaluation of `batched` (two tasks are enough), up to the first convolution. What it

@@ -29,7 +29,7 @@ class NonFiniteError(FloatingPointError):
         value: that value.
         last_finite: the loss before it, if there was one.
         unit: what `step` counts, "step" or "task".
-        what: of what it is the value.
+        what: what the value is.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ def check_choice(owner: object, name: str, value: Any, choices: Sequence[str]) -
     """Return one of some words.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is another one.
     """
     if value not in choices:
         words = [repr(word) for word in choices]

@@ -24,8 +24,8 @@ def check_closure(loss: Callable[..., Tree], source: Any, *arguments: Any) -> No
 
     Looked for are tensors that require grad, and random generators. The loss is evaluated once with
     every argument detached: a result that still requires grad has another source. One that the loss
-    makes itself is none: a hook may ask activations to require grad, as that of Hugging Face models
-    does. The global random state is put back. Cost: one forward pass.
+    makes itself does not count: a hook may ask activations to require grad, as that of Hugging Face
+    models does. The global random state is put back. Cost: one forward pass.
 
     Args:
         loss: the function to evaluate; it returns a tree of tensors.

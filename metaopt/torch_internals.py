@@ -104,9 +104,9 @@ def uses_dual_numbers() -> bool:
 
 
 def version(leaf: Any) -> int:
-    """Return how often a tensor was written to in place; 0 where torch does not count it.
+    """Return the number of times a tensor was written to in place; 0 where torch does not count.
 
-    So it is in inference mode and in a compiler, and for anything that is not a tensor.
+    It does not in inference mode and in a compiler, nor for anything that is not a tensor.
     """
     if not isinstance(leaf, Tensor) or torch.compiler.is_compiling() or leaf.is_inference():
         return 0
@@ -162,7 +162,7 @@ def has_no_hooks() -> bool:
 
 
 def refuse_hooks(reason: str) -> None:
-    """Let whoever sets hooks on saved tensors get an error with this text, until `allow_hooks`.
+    """Make setting hooks on saved tensors an error with this text, until `allow_hooks`.
 
     `torch.autograd.graph.disable_saved_tensors_hooks` does the same, as a context manager that
     takes several times as long.

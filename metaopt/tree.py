@@ -100,7 +100,7 @@ def _collect(tree: Tree, found: list[Any]) -> None:
 def _is_row(kind: type) -> bool:
     """Return True for lists, tuples and named tuples.
 
-    A named tuple is none of them if torch was told another way to take it apart.
+    A named tuple does not count if torch was told another way to take it apart.
     """
     return (
         kind is list
@@ -200,13 +200,6 @@ def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
         (pytree.keystr(path) or "the tensor itself", leaf)
         for path, leaf in pytree.tree_flatten_with_path(tree)[0]
     ]
-
-
-def leading_axis(tree: Tree) -> int | None:
-    """Return the length of the leading axis that all leaves have; None if it is not one."""
-    found = leaves(tree)
-    lengths = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in found}
-    return lengths.pop() if len(lengths) == 1 else None
 
 
 def leading_axes(tree: Tree) -> dict[str, int]:

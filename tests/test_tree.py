@@ -85,18 +85,11 @@ def test_a_complex_number_is_two_real_ones_in_a_row() -> None:
     torch.testing.assert_close(tree.unravel(row, values), values, rtol=0, atol=0)
 
 
-def test_the_leading_axis_is_the_one_that_all_leaves_have() -> None:
-    one, two = torch.ones(2, 3), torch.ones(2)
-    assert tree.leading_axis({"a": one, "b": [two]}) == 2
-    for without in (
-        {},
-        {"a": one, "b": torch.ones(3)},
-        {"a": one, "b": torch.tensor(1.0)},
-        {"a": one, "b": 2},
-        torch.tensor(1.0),
-    ):
-        assert tree.leading_axis(without) is None
-    assert tree.leading_axis(torch.ones(0)) == 0
+def test_leading_axes_are_told_by_path() -> None:
+    one, two = torch.ones(2, 3), torch.ones(0)
+    assert tree.leading_axes({"a": one, "b": [two]}) == {"['a']": 2, "['b'][0]": 0}
+    assert tree.leading_axes({"a": torch.tensor(1.0), "b": 2}) == {"['a']": -1, "['b']": -1}
+    assert tree.leading_axes({}) == {}
 
 
 class Pair(NamedTuple):

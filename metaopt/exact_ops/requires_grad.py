@@ -14,7 +14,8 @@ def _mark(tensor: Tensor, requires_grad: bool = True) -> Tensor:
 
     A transform differentiates what it is asked for, marked or not. Hooks that stay behind mark
     activations: Hugging Face's and PEFT's `enable_input_require_grads`. Torch itself marks the
-    inputs of its transforms in this way, and may: so it is asked, not foreseen.
+    inputs of its transforms in this way, and may: the call is tried, since its answer cannot be
+    foreseen.
     """
     try:
         return tensor.requires_grad_(requires_grad)

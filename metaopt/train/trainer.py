@@ -86,7 +86,7 @@ class Trainer:
     def fit(self) -> None:
         """Train, and go back to the state that validated best.
 
-        `best` and `best_step` then say which it was. So it is if a step raises or the user
+        `best` and `best_step` then say which it was. The same happens if a step raises or the user
         interrupts: what was best by then is kept.
 
         Raises:

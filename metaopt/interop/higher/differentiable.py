@@ -45,7 +45,7 @@ class DifferentiableOptimizer(abc.ABC):
         track_higher_grads: False: no graph is kept from one step to the next.
 
     Raises:
-        ValueError: the live optimizer has a parameter that is none of `reference_params`, or an
+        ValueError: the live optimizer has a parameter that is not among `reference_params`, or an
             override does not fit.
     """
 
