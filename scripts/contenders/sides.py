@@ -47,7 +47,10 @@ class Side:
             return f"{library} is not installed. {how}"
         if library == "betty" and _numbers(version("betty-ml")) < _numbers(BETTY_VERSION):
             found = version("betty-ml")
-            return f"betty-ml must be {BETTY_VERSION}, got {found}: older ones have other arguments. {how}"
+            return (
+                f"betty-ml must be {BETTY_VERSION}, got {found}: older ones have other arguments. "
+                f"{how}"
+            )
         return None
 
 

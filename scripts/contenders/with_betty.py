@@ -113,7 +113,7 @@ def upper_problem(
 
 
 def hypergradients(lower: ImplicitProblem, upper: ImplicitProblem, steps: int) -> Run:
-    """Return a run of as many of the engine's steps, the last of which is one of the upper problem."""
+    """Return a run of the engine's steps up to and including one of the upper problem."""
     logging.disable(logging.INFO)
     engine = Engine(
         problems=[lower, upper],
