@@ -59,7 +59,7 @@ class Config:
     out: Path = Path("runs/bench")
     """folder for the results"""
     write: bool = False
-    """publish all results in `out`: in docs/benchmarks.md, benchmarks/history.jsonl and README.md"""
+    """publish all results in `out`: docs/benchmarks.md, benchmarks/history.jsonl, README.md"""
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.repeats < 1:
