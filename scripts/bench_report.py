@@ -185,7 +185,7 @@ def _point(point: Memory | None) -> str:
 
 def duration(seconds: float) -> str:
     """Return a time for reading: three digits."""
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1e3:.3g} ms"
     return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
