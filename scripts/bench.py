@@ -128,8 +128,9 @@ def check_equal(results: dict[str, dict[str, np.ndarray]], tolerance: float) -> 
 def measure(
     function: str, side: Side, problem: Any, lengths: Sequence[int], threads: int, limit: float
 ) -> list[Memory]:
-    """Return the memory that loops of these lengths need, each in a fresh process; an estimate
-    where that exceeds the limit.
+    """Return the memory that loops of these lengths need, each in a fresh process.
+
+    Where that would exceed the limit, nothing runs, and an estimate is the last entry.
     """
     done: list[Memory] = []
     for steps in lengths:

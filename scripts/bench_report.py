@@ -77,8 +77,9 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def publish(results: list[dict[str, Any]], root: Path = ROOT) -> None:
-    """Put the tables into `docs/benchmarks.md`, a line for each into `benchmarks/history.jsonl`,
-    and the ratios into the README.
+    """Publish results: tables, a line for each in the history, and the README's ratios.
+
+    They go to `docs/benchmarks.md`, `benchmarks/history.jsonl` and `README.md`.
 
     Raises:
         ValueError: the markers are not there, or a comparison that the README shows was never

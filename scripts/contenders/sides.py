@@ -36,8 +36,9 @@ class Side:
 
     @property
     def missing(self) -> str | None:
-        """What keeps it from taking part, and how to mend that; None if it can. Nothing is
-        imported.
+        """What keeps it from taking part, and how to mend that; None if it can.
+
+        Nothing is imported.
         """
         library = self.module.removeprefix("with_")
         if library == self.module:
