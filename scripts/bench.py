@@ -5,8 +5,8 @@ python scripts/bench.py lstm transformer --write
 
 Before anything is timed, every side's gradient is compared with that of the first; a difference
 ends the run. Results go to `--out`, where later runs add theirs; the tables show all that is there.
-`--write` publishes them: tables in docs/benchmarks.md, a line for each in benchmarks/history.jsonl,
-ratios in the README.
+`--write` publishes them: a line for each in benchmarks/history.jsonl, the README's ratios, and the
+tables in docs/benchmarks.md, which then has these and no others.
 """
 
 from __future__ import annotations

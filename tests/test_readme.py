@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import metaopt
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,6 +72,11 @@ def test_the_readme_is_short_and_has_its_two_commands() -> None:
     assert len(text.encode()) <= 9 * 1024
     assert "\nscripts/demo    # " in text
     assert "\nscripts/test    # " in text
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert f"\nversion: {metaopt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{metaopt.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_layout_names_every_module() -> None:
