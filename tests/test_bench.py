@@ -1,5 +1,6 @@
-"""The benchmarks: every side computes the same numbers, in a small form, and what is published is
-what was measured. How fast a side is, is not tested.
+"""The benchmarks: every side computes the same numbers, in a small form.
+
+How fast is no matter of a test.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ NAMES = [
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # Betty imports what calls it
 @pytest.mark.parametrize("comparison", NAMES)
 def test_all_sides_compute_the_same(comparison: str) -> None:
-    """Here, not in processes of their own; compiled sides are left to the benchmark, which compares
-    them too.
+    """Here, not in processes of their own.
+
+    Compiled sides are left to the benchmark, which compares them too.
     """
     import bench
     import bench_process
