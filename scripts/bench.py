@@ -1,10 +1,12 @@
 """metaopt beside its peers: the same meta-gradients, timed in turns, one process a side.
 
 python scripts/bench.py sinusoid omniglot --threads 2
-python scripts/bench.py lstm transformer --write-readme
+python scripts/bench.py lstm transformer --write
 
 Before anything is timed, every side's gradient is compared with that of the first; a difference
 ends the run. Results go to `--out`, where later runs add theirs; the tables show all that is there.
+`--write` publishes them: a line for each in benchmarks/history.jsonl, the README's ratios, and the
+tables in docs/benchmarks.md, which then has these and no others.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 from bench_process import Contender
-from bench_report import Memory, Times, readme_with, tables, write
+from bench_report import Memory, Times, publish, read, tables, write
 from contenders.sides import COMPARISONS, Side, function_of
 from tqdm import tqdm
 
@@ -36,7 +38,6 @@ Name = Literal[
     "regression-neumann",
     "many-tensors",
 ]
-README = Path(__file__).parents[1] / "README.md"
 
 
 @dataclass
@@ -57,8 +58,8 @@ class Config:
     """runs that would need more memory are left out"""
     out: Path = Path("runs/bench")
     """folder for the results"""
-    write_readme: bool = False
-    """put the tables of all results in `out` into the README"""
+    write: bool = False
+    """publish all results in `out`: docs/benchmarks.md, benchmarks/history.jsonl, README.md"""
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.repeats < 1:
@@ -127,8 +128,9 @@ def check_equal(results: dict[str, dict[str, np.ndarray]], tolerance: float) -> 
 def measure(
     function: str, side: Side, problem: Any, lengths: Sequence[int], threads: int, limit: float
 ) -> list[Memory]:
-    """Return the memory that loops of these lengths need, each in a fresh process; an estimate
-    where that exceeds the limit.
+    """Return the memory that loops of these lengths need, each in a fresh process.
+
+    Where that would exceed the limit, nothing runs, and an estimate is the last entry.
     """
     done: list[Memory] = []
     for steps in lengths:
@@ -143,7 +145,7 @@ def measure(
 
 
 def _extrapolated(points: list[Memory], steps: int) -> int:
-    """Return the memory on the line through the last two points; through one and the origin; or 0."""
+    """Return the memory on the line through the last two points, or through one and the origin."""
     if not points:
         return 0
     last = points[-1]
@@ -177,10 +179,10 @@ def main(config: Config) -> None:
                 )
                 if rows:  # what is there is kept if a later side takes too long
                     write(config.out, name, config.threads, problem, rows)
-    text = tables(config.out)
-    print(text)
-    if config.write_readme:
-        README.write_text(readme_with(README.read_text(), text))
+    results = read(config.out)
+    print(tables(results))
+    if config.write:
+        publish(results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One contender of `bench.py` in a process of its own, on its own cores, asked to run by messages."""
+"""One contender of `bench.py` in a process of its own, on its own cores, that runs when asked."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ class Contender:
             answer = self._pipe.recv()
         except EOFError:
             self._process.join()
-            answer = f"The process ended with exit code {self._process.exitcode}; -9 usually means: out of memory."
+            answer = (
+                f"The process ended with exit code {self._process.exitcode}; -9 usually means: "
+                f"out of memory."
+            )
         if isinstance(answer, str):
             self.__exit__(None, None, None)
             raise RuntimeError(f"{self.name} failed. {answer}")

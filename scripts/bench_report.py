@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from bench_history import headlines, record
 from tabulate import tabulate
 
 import metaopt
 
 PACKAGES = ("torch", "higher", "torchopt", "jax", "betty-ml")
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ def write(
         "comparison": comparison,
         "kind": kind,
         "threads": threads,
-        "problem": {"about": type(problem).__doc__, **asdict(problem)},
+        "commit": _commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "problem": {"about": " ".join(str(type(problem).__doc__).split()), **asdict(problem)},
         "versions": _versions(),
         "machine": _machine(),
         "rows": [asdict(row) for row in rows],
@@ -66,11 +71,32 @@ def write(
     (out / f"{comparison}-{kind}-{threads}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def tables(out: Path) -> str:
-    """Return all tables that `out` has rows for, as Markdown."""
-    found = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+def read(out: Path) -> list[dict[str, Any]]:
+    """Return the results in `out`, by comparison."""
+    return [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+
+
+def publish(results: list[dict[str, Any]], root: Path = ROOT) -> None:
+    """Publish results: tables, a line for each in the history, and the README's ratios.
+
+    They go to `docs/benchmarks.md`, `benchmarks/history.jsonl` and `README.md`.
+
+    Raises:
+        ValueError: the markers are not there, or a comparison that the README shows was never
+            recorded.
+    """
+    lines = record(root / "benchmarks" / "history.jsonl", results)
+    for name, marker, text in (
+        ("docs/benchmarks.md", "bench", tables(results)),
+        ("README.md", "ratios", headlines(lines)),
+    ):
+        (root / name).write_text(between((root / name).read_text(), marker, text))
+
+
+def tables(results: list[dict[str, Any]]) -> str:
+    """Return all results as Markdown."""
     parts = []
-    for table in found:
+    for table in results:
         threads = f"{table['threads']} thread{'s' if table['threads'] > 1 else ''}"
         sizes = ", ".join(
             f"{name} {value}" for name, value in table["problem"].items() if name != "about"
@@ -78,29 +104,40 @@ def tables(out: Path) -> str:
         build = _times if table["kind"] == "times" else _memory
         head = f"**{table['comparison']}**, {threads}. {table['problem']['about']} ({sizes})"
         parts.append(f"{head}\n\n{build(table['rows'])}")
-    numbers: dict[str, set[str]] = {}
-    for name, number in [pair for table in found for pair in table["versions"].items()]:
-        numbers.setdefault(name, set()).add(number)
-    with_these = ", ".join(
-        f"{name} {' and '.join(sorted(of_it))}" for name, of_it in numbers.items()
-    )
-    machines = " and ".join(sorted({table["machine"] for table in found}))
-    return "\n\n".join([*parts, f"Measured with {with_these} on {machines}."])
+    return "\n\n".join([*parts, _measured_with(results)])
 
 
-def readme_with(readme: str, text: str) -> str:
-    """Return the README with `text` between its two markers.
+def between(page: str, marker: str, text: str) -> str:
+    """Return the page with `text` between `<!-- marker -->` and `<!-- /marker -->`.
 
     Raises:
         ValueError: the markers are not there.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
         raise ValueError(
-            f"The README has no place for the tables. Put `{BEGIN}` and `{END}` where they belong."
+            f"The page has no place for the tables. Put `{begin}` and `{end}` where they belong."
         )
     return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def _measured_with(results: list[dict[str, Any]]) -> str:
+    """Return a sentence about versions, machines, commits and days."""
+    numbers: dict[str, set[str]] = {}
+    for result in results:
+        for name, number in result["versions"].items():
+            numbers.setdefault(name, set()).add(number)
+    versions = ", ".join(f"{name} {_joined(found)}" for name, found in numbers.items())
+    machines, commits, dates = (
+        _joined({result[key] for result in results}) for key in ("machine", "commit", "date")
+    )
+    return f"Measured on {dates}, at commit {commits}, with {versions} on {machines}."
+
+
+def _joined(names: set[str]) -> str:
+    return " and ".join(sorted(names))
 
 
 def _times(rows: list[dict[str, Any]]) -> str:
@@ -108,10 +145,10 @@ def _times(rows: list[dict[str, Any]]) -> str:
     cells = [
         [
             side.name,
-            _duration(side.median),
-            f"{_duration(min(side.seconds))} to {_duration(max(side.seconds))}",
+            duration(side.median),
+            f"{duration(min(side.seconds))} to {duration(max(side.seconds))}",
             f"{sides[0].median / side.median:.3g}",
-            _duration(side.first),
+            duration(side.first),
         ]
         for side in sides
     ]
@@ -129,7 +166,7 @@ def _memory(rows: list[dict[str, Any]]) -> str:
         per_step = (
             ""
             if len(measured) < 2
-            else _size(
+            else size(
                 (measured[-1].grown - measured[-2].grown)
                 / (measured[-1].steps - measured[-2].steps)
             )
@@ -143,17 +180,19 @@ def _point(point: Memory | None) -> str:
     if point is None:
         return ""
     if point.seconds is None:
-        return f"(would be {_size(point.grown)})"
-    return f"{_size(point.grown)}, {_duration(point.seconds)}"
+        return f"(would be {size(point.grown)})"
+    return f"{size(point.grown)}, {duration(point.seconds)}"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 1:
+def duration(seconds: float) -> str:
+    """Return a time for reading: three digits."""
+    if seconds < 0.9995:
         return f"{seconds * 1e3:.3g} ms"
     return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Return a number of bytes for reading: three digits."""
     return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
@@ -166,6 +205,13 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _commit() -> str:
+    """Return the commit of the source that runs, with "-dirty" if it was changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"  # no checkout: an unpacked archive
 
 
 def _machine() -> str:

@@ -6,7 +6,6 @@ How fast is no matter of a test.
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import subprocess
 import sys
@@ -173,8 +172,8 @@ def test_memory_that_would_not_fit_is_estimated(monkeypatch) -> None:
     ]
 
 
-def test_tables_go_between_the_markers_of_the_readme(tmp_path) -> None:
-    from bench_report import Memory, Times, readme_with, tables, write
+def test_results_become_tables(tmp_path) -> None:
+    from bench_report import Memory, Times, read, tables, write
 
     write(
         tmp_path,
@@ -189,9 +188,10 @@ def test_tables_go_between_the_markers_of_the_readme(tmp_path) -> None:
         Memory("slow", 40, 2**31, None, None),
     ]
     write(tmp_path, "lstm", 1, small("lstm"), points)
-    versions = json.loads((tmp_path / "lstm-times-1.json").read_text())["versions"]
-    assert {"torch", "metaopt"} <= versions.keys()
-    text = tables(tmp_path)
+    memory, times = read(tmp_path)
+    assert {"torch", "metaopt"} <= times["versions"].keys()
+    assert "\n" not in times["problem"]["about"]
+    text = tables([memory, times])
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in text.splitlines()
@@ -200,23 +200,152 @@ def test_tables_go_between_the_markers_of_the_readme(tmp_path) -> None:
     assert ["slow", "200 ms", "100 ms to 400 ms", "1", "3 s"] in rows
     assert ["fast", "50 ms", "50 ms to 50 ms", "4", "60 s"] in rows
     assert ["slow", "10 MiB, 1 s", "30 MiB, 2 s", "(would be 2 GiB)", "2 MiB"] in rows
-    readme = "before <!-- bench --> old <!-- /bench --> after"
-    assert readme_with(readme, "new") == "before <!-- bench -->\nnew\n<!-- /bench --> after"
+    assert f"Measured on {times['date']}, at commit {times['commit']}, with metaopt" in text
+
+
+# What is published
+
+
+def result(comparison: str, kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what `bench_report.write` would have written."""
+    about = {"comparison": comparison, "kind": kind, "threads": 1, "problem": {"about": "A."}}
+    when = {"commit": "abc", "date": "2026-01-02", "versions": {"torch": "2"}, "machine": "a CPU"}
+    return {**about, **when, "rows": rows}
+
+
+def times(comparison: str, **seconds: float) -> dict[str, Any]:
+    rows = [{"name": name, "first": 1.0, "seconds": [s, s, 9.0]} for name, s in seconds.items()]
+    return result(comparison, "times", rows)
+
+
+def point(name: str, steps: int, grown: int, seconds: float | None) -> dict[str, Any]:
+    peak = None if seconds is None else 1
+    return {"name": name, "steps": steps, "grown": grown, "peak": peak, "seconds": seconds}
+
+
+OURS = {"metaopt": 2.0, "metaopt, compiled": 0.5}
+RESULTS = [
+    times("sinusoid", **{"higher": 4.0, "JAX jit": 1.0, **OURS}),
+    times("meta-weight-net", **{"Betty": 1.9, **OURS}),
+    result(
+        "transformer",
+        "memory",
+        [
+            point("higher", 16, 100, 1.0),
+            point("higher", 64, 800, 3.0),
+            point("higher", 256, 9000, None),
+            point("metaopt, Revolve(16)", 16, 100, 1.0),
+            point("metaopt, Revolve(16)", 64, 200, 4.0),
+            point("metaopt, Revolve(16)", 256, 300, 8.0),
+        ],
+    ),
+]
+
+
+def test_the_history_has_a_line_for_each_result_once(tmp_path) -> None:
+    from bench_history import latest, record
+
+    path = tmp_path / "benchmarks" / "history.jsonl"
+    first = record(path, RESULTS)
+    assert first == record(path, RESULTS)  # published again, it is no other run
+    assert [line["comparison"] for line in first] == ["sinusoid", "meta-weight-net", "transformer"]
+    assert first[0] == {
+        "comparison": "sinusoid",
+        "kind": "times",
+        "threads": 1,
+        "commit": "abc",
+        "date": "2026-01-02",
+        "versions": {"torch": "2"},
+        "machine": "a CPU",
+        "medians": {"higher": 4.0, "JAX jit": 1.0, "metaopt": 2.0, "metaopt, compiled": 0.5},
+        "ratios": {"higher": 1.0, "JAX jit": 4.0, "metaopt": 2.0, "metaopt, compiled": 8.0},
+    }
+    assert first[2]["memory"]["higher"] == {"16": [100, 1.0], "64": [800, 3.0], "256": [9000, None]}
+    assert first[2]["ratios"]["metaopt, Revolve(16)"] == {"16": 1.0, "64": 4.0, "256": 30.0}
+
+    later = record(path, [RESULTS[1] | {"commit": "def"}])
+    assert len(later) == 4
+    assert latest(later, "meta-weight-net", "times")["commit"] == "def"
+    with pytest.raises(
+        ValueError, match=r"a line of 'lstm', memory, 1 thread, got none\. Run `pyt"
+    ):
+        latest(later, "lstm", "memory")
+
+
+def test_ratios_say_where_ours_is_slower() -> None:
+    from bench_history import headlines, summarize
+
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in headlines([*map(summarize, RESULTS)]).splitlines()
+    ]
+    assert rows[2:] == [
+        ["MAML on sine waves, 5 SGD steps", "higher", "2", "8", ""],
+        ["the same", "JAX jit", "0.5", "2", ""],
+        ["an iteration of meta-weight-net", "Betty", "0.95", "3.8", ""],
+        ["64 SGD steps of a small transformer", "higher", "0.75", "", "1/4"],
+    ]
+
+
+def test_publishing_fills_the_pages(tmp_path) -> None:
+    from bench_report import between, publish
+
+    page = "before <!-- bench --> old <!-- /bench --> after"
+    assert between(page, "bench", "new") == "before <!-- bench -->\nnew\n<!-- /bench --> after"
     with pytest.raises(ValueError, match=r"no place for the tables\. Put `<!-- bench -->`"):
-        readme_with("nothing", text)
+        between("nothing", "bench", "new")
+
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "benchmarks.md").write_text("<!-- bench --><!-- /bench -->")
+    (tmp_path / "README.md").write_text("<!-- ratios --><!-- /ratios -->")
+    publish(RESULTS, tmp_path)
+    assert "2026-01-02, at commit abc" in (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "MAML on sine waves" in (tmp_path / "README.md").read_text()
+    assert len((tmp_path / "benchmarks" / "history.jsonl").read_text().splitlines()) == 3
 
 
-def test_the_readme_has_the_place() -> None:
-    from bench_report import readme_with
+ROOT = SCRIPTS.parent
 
-    assert "the tables" in readme_with((SCRIPTS.parent / "README.md").read_text(), "the tables")
+
+def test_the_ratios_of_the_readme_are_those_of_the_last_run() -> None:
+    from bench_history import headlines, read
+    from bench_report import between
+
+    readme = (ROOT / "README.md").read_text()
+    lines = read(ROOT / "benchmarks" / "history.jsonl")
+    assert readme == between(readme, "ratios", headlines(lines))
+
+
+def test_the_tables_of_the_benchmarks_are_those_of_the_last_run() -> None:
+    """Medians and, of memory, sizes."""
+    from bench_history import read
+    from bench_report import duration, size
+
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    rows = {
+        tuple(cell.strip() for cell in line.strip("|").split("|"))
+        for line in page.splitlines()
+        if line.startswith("|")
+    }
+    cells = {(row[0], cell) for row in rows for cell in row[1:]}
+    newest = {
+        (line["comparison"], line["kind"], line["threads"]): line
+        for line in read(ROOT / "benchmarks" / "history.jsonl")
+    }
+    for line in newest.values():
+        for name, seconds in line.get("medians", {}).items():
+            assert (name, duration(seconds)) in cells, line["comparison"]
+        for name, points in line.get("memory", {}).items():
+            for grown, seconds in points.values():
+                if seconds is not None:
+                    assert (name, f"{size(grown)}, {duration(seconds)}") in cells
 
 
 def test_help_lists_the_options() -> None:
     done = subprocess.run(
         [sys.executable, SCRIPTS / "bench.py", "--help"], capture_output=True, text=True, check=True
     )
-    assert "--write-readme" in done.stdout
+    assert "--write" in done.stdout
 
 
 @pytest.mark.parametrize(

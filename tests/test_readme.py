@@ -1,28 +1,88 @@
-"""The README's programs run as written, one after the other in one namespace."""
+"""The programs of the README and of docs/ run as written: the blocks of a page one after the other,
+in one namespace.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import linecache
 import re
-import runpy
+import sys
+import types
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+import pytest
+import torch
+
+import metaopt
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = [page for page in PAGES if BLOCK.search(page.read_text())]
 
 
-def test_the_python_blocks_of_the_readme_run(tmp_path, monkeypatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 5
-    (tmp_path / "readme.py").write_text("\n".join(blocks))
+@pytest.fixture(autouse=True)
+def _default_dtype():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.stem)
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # torch's own, at its first compilation
+def test_the_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypatch) -> None:
+    """What a page shows in a block of text after a program is what the program prints."""
     monkeypatch.chdir(tmp_path)
-    after = runpy.run_path(str(tmp_path / "readme.py"))
-    assert after["report"].curves["learned"].shape == (8, 50)
-    assert after["gradient"].abs().sum() > 0
-    assert (tmp_path / "runs/readme/curves.png").exists()
-    assert list((tmp_path / "runs/readme").glob("events.*"))
+    torch.manual_seed(0)
+    module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where classes look themselves up
+    for number, (program, expected) in enumerate(BLOCK.findall(page.read_text()), 1):
+        name = f"{page.name}, block {number}"
+        linecache.cache[name] = (len(program), None, program.splitlines(keepends=True), name)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(program, name, "exec", dont_inherit=True), vars(module))
+        if expected:
+            assert printed.getvalue() == expected, name
+    if page.stem == "README":
+        errors = [float(line.split(": ")[1]) for line in printed.getvalue().splitlines()]
+        assert errors[1] < 0.8 * errors[0]
+    if page.stem == "learned-optimizers":
+        assert (tmp_path / "runs/docs-learned/curves.png").exists()
+        assert list((tmp_path / "runs/docs-learned").glob("events.*"))
 
 
-def test_the_commands_of_the_readme_exist() -> None:
-    commands = set(re.findall(r"(scripts/[a-z_]+(?:\.py)?)", README.read_text()))
-    assert {"scripts/demo", "scripts/test"} <= commands
-    for command in commands:
-        assert (README.parent / command).is_file(), command
+def test_pages_with_programs() -> None:
+    names = {page.name for page in PROGRAMS}
+    assert {"README.md", "minimize.md", "optimizers.md", "maml.md", "levels.md"} <= names
+    assert {"learned-optimizers.md", "interop.md", "extending.md"} <= names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_and_links_lead_somewhere(page) -> None:
+    text = page.read_text()
+    for command in re.findall(r"((?:scripts|examples)/[a-z_]+(?:\.py)?)\b", text):
+        assert (ROOT / command).exists(), command
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_readme_is_short_and_has_its_two_commands() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 9 * 1024
+    assert "\nscripts/demo    # " in text
+    assert "\nscripts/test    # " in text
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    assert f"\nversion: {metaopt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{metaopt.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_layout_names_every_module() -> None:
+    """Of the first level; what is inside a package is its own matter."""
+    layout = (ROOT / "docs" / "architecture.md").read_text()
+    layout = layout[layout.index("## The layout") : layout.index("## How to add")]
+    named = set(re.findall(r"\w+", layout))
+    modules = {path.stem for path in (ROOT / "metaopt").iterdir() if not path.name.startswith("__")}
+    assert modules - {"py"} <= named, modules - named

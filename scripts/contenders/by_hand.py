@@ -1,5 +1,6 @@
-"""The comparisons in plain PyTorch, without a library for meta-learning: what the others cost
-beyond the work itself.
+"""The comparisons in plain PyTorch, without a library for meta-learning.
+
+They show what the others cost beyond the work itself.
 """
 
 from __future__ import annotations
@@ -137,8 +138,9 @@ def imaml(problem: problems.IMAML) -> Run:
 
 
 def logistic_regression(problem: problems.LogisticRegression) -> Run:
-    """Move parameters in place, as in DARTS; one graph of the gradient serves all products with the
-    Hessian.
+    """Move parameters in place, as in DARTS.
+
+    One graph of the gradient serves all products with the Hessian.
     """
     model, decay = problem.model(), problem.decay()
     (x, y), (other_x, other_y) = problem.data()
@@ -212,8 +214,9 @@ def descend(
 def conjugate_gradients(
     grads: Sequence[Tensor], params: list[Tensor], v: Sequence[Tensor], steps: int
 ) -> list[Tensor]:
-    """Return x after so many steps from zero towards H x = v, where H is the derivative of the
-    gradients.
+    """Return x after this number of steps from zero towards H x = v.
+
+    H is the derivative of the gradients.
     """
     x, r, p = [torch.zeros_like(part) for part in v], v, v
     rr = dot(r, r)
@@ -238,8 +241,9 @@ def mixed_difference(
     v: Sequence[Tensor],
     radius: float,
 ) -> list[Tensor]:
-    """Return -d/de grad_above loss(params + e v), as a difference over twice the radius; params are
-    as before.
+    """Return -d/de grad_above loss(params + e v), as a difference over twice the radius.
+
+    The parameters are as before on return.
     """
     eps = radius / torch.cat([part.flatten() for part in v]).norm().item()
     before = [param.detach().clone() for param in params]
@@ -266,8 +270,9 @@ def again_and_again(
     inner: torch.optim.SGD,
     outer: torch.optim.Adam,
 ) -> Run:
-    """Return a run that makes the first step of all, and says with which gradient Adam moved the
-    parameters above.
+    """Return a run that makes the first step of all problems.
+
+    It returns the gradient with which Adam moved the parameters above.
     """
     params = [*above.values(), *below]
     initial = [param.detach().clone() for param in params]

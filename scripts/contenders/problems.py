@@ -1,5 +1,6 @@
-"""The problems that are compared: sizes, data, initial weights. The same float32 numbers for
-everyone.
+"""The problems that are compared: sizes, data, initial weights.
+
+Everyone gets the same float32 numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ VOCABULARY = 256
 
 @dataclass(frozen=True)
 class Sinusoid:
-    """MAML on sine waves: the gradient of the query loss after SGD steps, averaged over tasks, in
-    the initial weights.
+    """MAML on sine waves.
+
+    The gradient of the query loss after SGD steps, averaged over tasks, in the initial weights.
     """
 
     tasks: int = 25
@@ -48,8 +50,9 @@ class Sinusoid:
 
 @dataclass(frozen=True)
 class Omniglot:
-    """MAML on images with the four-layer convolution network; what is drawn on them does not matter
-    for the time.
+    """MAML on images with the four-layer convolution network.
+
+    What is drawn on the images does not matter for the time.
     """
 
     tasks: int = 8
@@ -76,8 +79,9 @@ class Omniglot:
         return Episode(support=part(self.shots), query=part(self.queries))
 
     def channels_last(self) -> tuple[nn.Module, Episode]:
-        """Return both in that layout, in which `contiguous(memory_format=...)` would not put images
-        of one channel.
+        """Return model and data in that layout.
+
+        `contiguous(memory_format=...)` would not put images of one channel there.
         """
 
         def laid_out(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -94,8 +98,9 @@ class Omniglot:
 
 @dataclass(frozen=True)
 class LSTM:
-    """A coordinatewise LSTM trains a perceptron: the gradient of the sum of losses in the LSTM's
-    weights, first order.
+    """A coordinatewise LSTM trains a perceptron.
+
+    The gradient of the sum of losses in the LSTM's weights, first order.
     """
 
     steps: int = 20
@@ -117,8 +122,9 @@ class LSTM:
 
 @dataclass(frozen=True)
 class Transformer:
-    """SGD on a language model of bytes: the gradient of a validation loss in a rate a tensor and a
-    weight an example.
+    """SGD on a language model of bytes.
+
+    The gradient of a validation loss in a rate for each tensor and a weight for each example.
     """
 
     steps: int = 16
@@ -134,8 +140,9 @@ class Transformer:
         return LanguageModel(self.length, self.width, self.layers, self.heads)
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """Return (bytes [steps, batch, length + 1] to train on, [batch, length + 1] to validate
-        on).
+        """Return the bytes to train on and those to validate on.
+
+        They are [steps, batch, length + 1] and [batch, length + 1].
         """
         rows = (self.steps + 1) * self.batch
         text = library_source(rows * (self.length + 1)).view(
@@ -153,8 +160,9 @@ class Transformer:
 
 @dataclass(frozen=True)
 class MetaWeightNet:
-    """One iteration of meta-weight-net: a step of the learner, the hypergradient by finite
-    differences, a step of the weights.
+    """One iteration of meta-weight-net.
+
+    A step of the learner, the hypergradient by finite differences, a step of the weights.
     """
 
     batch: int = 100
@@ -190,8 +198,9 @@ class MetaWeightNet:
 
 @dataclass(frozen=True)
 class IMAML:
-    """Implicit MAML on one sine wave: SGD near the initial weights, conjugate gradients, a step of
-    the initial weights.
+    """Implicit MAML on one sine wave.
+
+    SGD near the initial weights, conjugate gradients, a step of the initial weights.
     """
 
     shots: int = 10
@@ -220,8 +229,9 @@ class IMAML:
 
 @dataclass(frozen=True)
 class LogisticRegression:
-    """Logistic regression with a learned decay for each weight, as in Betty's example: SGD from
-    zero, one hypergradient.
+    """Logistic regression with a learned decay for each weight, as in Betty's example.
+
+    SGD from zero, one hypergradient.
     """
 
     rule: Literal["darts", "cg", "neumann"]
@@ -251,8 +261,9 @@ class LogisticRegression:
 
 @dataclass(frozen=True)
 class ManyTensors:
-    """MAML with Adam on a narrow network of many layers: the gradient of a loss after its steps, in
-    the initial weights.
+    """MAML with Adam on a narrow network of many layers.
+
+    The gradient of a loss after Adam's steps, in the initial weights.
     """
 
     layers: int = 32
@@ -335,8 +346,9 @@ class LanguageModel(nn.Module):
         )
 
     def forward(self, text: Tensor) -> Tensor:
-        """Return logits [batch, length, vocabulary] for text [batch, length + 1], whose last byte
-        is not read.
+        """Return logits [batch, length, vocabulary] for text [batch, length + 1].
+
+        The last byte of the text is not read.
         """
         return self.head(self.blocks(self.embed(text[:, :-1]) + self.position))
 

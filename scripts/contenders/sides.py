@@ -36,8 +36,9 @@ class Side:
 
     @property
     def missing(self) -> str | None:
-        """What keeps it from taking part, and how to mend that; None if it can. Nothing is
-        imported.
+        """What keeps it from taking part, and how to mend that; None if it can.
+
+        Nothing is imported.
         """
         library = self.module.removeprefix("with_")
         if library == self.module:
@@ -47,7 +48,10 @@ class Side:
             return f"{library} is not installed. {how}"
         if library == "betty" and _numbers(version("betty-ml")) < _numbers(BETTY_VERSION):
             found = version("betty-ml")
-            return f"betty-ml must be {BETTY_VERSION}, got {found}: older ones have other arguments. {how}"
+            return (
+                f"betty-ml must be {BETTY_VERSION}, got {found}: older ones have other arguments. "
+                f"{how}"
+            )
         return None
 
 

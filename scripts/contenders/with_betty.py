@@ -113,7 +113,7 @@ def upper_problem(
 
 
 def hypergradients(lower: ImplicitProblem, upper: ImplicitProblem, steps: int) -> Run:
-    """Return a run of as many of the engine's steps, the last of which is one of the upper problem."""
+    """Return a run of the engine's steps up to and including one of the upper problem."""
     logging.disable(logging.INFO)
     engine = Engine(
         problems=[lower, upper],
@@ -133,8 +133,7 @@ def hypergradients(lower: ImplicitProblem, upper: ImplicitProblem, steps: int) -
 
 
 def mend_conjugate_gradients() -> None:
-    """Put r_(k+1) in the place of r_k in the direction p_(k+1) = r_(k+1) + beta p_k of its rule
-    "cg".
+    """Put r_(k+1) in the place of r_k in p_(k+1) = r_(k+1) + beta p_k of its rule "cg".
 
     Without it, the method is wrong from its second iteration on: after n of them, in n = 6
     dimensions, the solution is off by a third of its norm. The time is the same.

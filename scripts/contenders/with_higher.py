@@ -73,8 +73,9 @@ def transformer(problem: problems.Transformer) -> Run:
 
 
 def many_tensors(problem: problems.ManyTensors) -> Run:
-    """Its eps is torch's, but without the correction of the bias: it is told another one at every
-    step.
+    """Tell its Adam another eps at every step.
+
+    Its eps is torch's, but without the correction of the bias.
     """
     model, ((x, y), (other_x, other_y)) = problem.model(), problem.data()
     optimizer = torch.optim.Adam(model.parameters(), problem.lr, eps=problem.eps)

@@ -35,8 +35,9 @@ def omniglot(
     chunk_size: int | None = 1,
     channels_last: bool = True,
 ) -> Run:
-    """Compile a step of the inner loop; the evaluation on many queries is fastest with torch's own
-    kernels.
+    """Compile a step of the inner loop.
+
+    The evaluation on many queries is fastest with torch's own kernels.
     """
     model, tasks = problem.channels_last() if channels_last else (problem.model(), problem.data())
     net = mo.functional(model)
@@ -192,8 +193,9 @@ def logistic_regression(problem: problems.LogisticRegression) -> Run:
 
 
 def hypergradients(graph: mo.LevelGraph, level: str) -> Run:
-    """Return a run that makes the first step of all, and says with which gradient Adam moved the
-    level's parameters.
+    """Return a run that makes the first step of the graph.
+
+    It returns the gradient with which Adam moved the level's parameters.
     """
     start, decay = graph.state_dict(), 0.9  # Adam's beta1
 

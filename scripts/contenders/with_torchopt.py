@@ -1,5 +1,6 @@
-"""The comparisons in TorchOpt: `MetaSGD` as in its MAML examples, the functional interface where
-rates are learned.
+"""The comparisons in TorchOpt.
+
+`MetaSGD` as in its MAML examples; the functional interface where rates are learned.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def maml(
     criterion: Callable[..., Tensor],
     problem: problems.Sinusoid | problems.Omniglot,
 ) -> Run:
-    """Adapt to one task after the other, each from the initial weights; the query losses add up in
-    their `.grad`.
+    """Adapt to one task after the other, each from the initial weights.
+
+    The gradients of the query losses add up in the `.grad` of these.
     """
     inner = torchopt.MetaSGD(model, lr=problem.lr)
     start = dict(model.named_parameters())

@@ -1,0 +1,132 @@
+"""What became of `bench.py`'s figures from run to run, and the three ratios that the README shows.
+
+`benchmarks/history.jsonl` has one line for each table that was ever published: the newest line of a
+comparison is what `docs/benchmarks.md` shows.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+Result = dict[str, Any]  # what `bench_report.write` writes, read back
+Line = dict[str, Any]  # what `summarize` makes of it
+
+
+def summarize(result: Result) -> Line:
+    """Return what the history keeps of a result: who was measured with what, and the figures.
+
+    Of times: the median of each side in seconds, and how many times as fast as the first side it
+    is. Of memory: bytes and seconds of each side by number of steps, and how many times less than
+    the first side it needs.
+    """
+    about = {
+        key: result[key]
+        for key in ("comparison", "kind", "threads", "commit", "date", "versions", "machine")
+    }
+    figures = _times(result["rows"]) if result["kind"] == "times" else _memory(result["rows"])
+    return about | figures
+
+
+def record(path: Path, results: list[Result]) -> list[Line]:
+    """Append a line for each result that the file does not have yet, and return all its lines."""
+    lines = read(path)
+    new = [line for line in map(summarize, results) if line not in lines]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in new)
+    return lines + new
+
+
+def read(path: Path) -> list[Line]:
+    """Return the lines of the history, oldest first; none if there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def latest(lines: list[Line], comparison: str, kind: str, threads: int = 1) -> Line:
+    """Return the newest line of a comparison.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for line in reversed(lines):
+        if (line["comparison"], line["kind"], line["threads"]) == (comparison, kind, threads):
+            return line
+    raise ValueError(
+        f"benchmarks/history.jsonl must have a line of {comparison!r}, {kind}, {threads} thread, "
+        f"got none. Run `python scripts/bench.py {comparison} --write`."
+    )
+
+
+class Headline(NamedTuple):
+    """A row of the README's table: one of our sides beside a peer."""
+
+    about: str
+    comparison: str
+    peer: str
+    eager: str = "metaopt"
+    compiled: str = "metaopt, compiled"
+
+
+SPEED = [
+    Headline("MAML on sine waves, 5 SGD steps", "sinusoid", "higher"),
+    Headline("the same", "sinusoid", "JAX jit"),
+    Headline("an iteration of meta-weight-net", "meta-weight-net", "Betty"),
+]
+MEMORY = Headline(
+    "{steps} SGD steps of a small transformer", "transformer", "higher", "metaopt, Revolve(16)"
+)
+COLUMNS = ["gradient", "beside", "speed", "speed, compiled", "memory"]
+
+
+def headlines(lines: list[Line]) -> str:
+    """Return the README's table: ratios of what was measured in one run, side by side."""
+    rows = []
+    for row in SPEED:
+        medians = latest(lines, row.comparison, "times")["medians"]
+        eager, compiled = (medians[row.peer] / medians[name] for name in (row.eager, row.compiled))
+        rows.append([row.about, row.peer, f"{eager:.2g}", f"{compiled:.2g}", ""])
+    memory = latest(lines, MEMORY.comparison, "memory")["memory"]
+    ours, theirs = memory[MEMORY.eager], memory[MEMORY.peer]
+    # the longest loop that both have run; what was only estimated has no time
+    steps = max((n for n in ours if n in theirs and ours[n][1] and theirs[n][1]), key=int)
+    (own_bytes, own_seconds), (their_bytes, their_seconds) = ours[steps], theirs[steps]
+    speed, size = f"{their_seconds / own_seconds:.2g}", f"1/{their_bytes / own_bytes:.2g}"
+    rows.append([MEMORY.about.format(steps=steps), MEMORY.peer, speed, "", size])
+    return tabulate(rows, headers=COLUMNS, tablefmt="github", disable_numparse=True)
+
+
+def _times(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    medians = {row["name"]: statistics.median(row["seconds"]) for row in rows}
+    first = medians[rows[0]["name"]]
+    return {
+        "medians": {name: _rounded(median) for name, median in medians.items()},
+        "ratios": {name: _rounded(first / median) for name, median in medians.items()},
+    }
+
+
+def _memory(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for row in rows:
+        seconds = None if row["seconds"] is None else _rounded(row["seconds"])
+        found.setdefault(row["name"], {})[str(row["steps"])] = [row["grown"], seconds]
+    first = found[rows[0]["name"]]
+    ratios = {
+        name: {
+            steps: _rounded(first[steps][0] / grown)
+            for steps, (grown, _) in points.items()
+            if steps in first
+        }
+        for name, points in found.items()
+    }
+    return {"memory": found, "ratios": ratios}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
