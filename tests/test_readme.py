@@ -1,5 +1,6 @@
-"""The programs of the README and of docs/ run as written: the blocks of a page one after the other,
-in one namespace.
+"""The programs of the README and of docs/ run as written.
+
+The blocks of a page run one after the other, in one namespace.
 """
 
 from __future__ import annotations
