@@ -70,6 +70,7 @@ def implicit(
             f"{solver!r}. Use for example `ConjugateGradient(max_steps=20)` or `Penalty()`."
         )
     check_differentiable("implicit", "solution", tree.named_leaves(solution))
+    # A linear solver alone means the implicit function theorem.
     rule = solver if isinstance(solver, PointRule) else Implicit(solver)
     module = functional(loss_fn) if isinstance(loss_fn, nn.Module) else None
     inputs = {
@@ -80,9 +81,9 @@ def implicit(
     }
 
     def loss(inputs: Tree, params: Tree, *_: Any) -> tuple[Tensor, tuple[()]]:
-        arguments = (
-            (params, inputs["batch"]) if meta is None else (params, inputs["batch"], inputs["meta"])
-        )
+        arguments = [params, inputs["batch"]]
+        if meta is not None:
+            arguments.append(inputs["meta"])
         with any_order():
             value = loss_fn(*arguments) if module is None else module(inputs["loss"], *arguments)
         return check_scalar(value), ()
@@ -96,6 +97,7 @@ def implicit(
     read = without_optimizer(inputs)
     check_closure(lambda *given: loss(*given)[0], loss_fn, inputs, solution)
     refuse_zeros(rule, "solution", solution, read)
+    # A loop of no steps, which starts and ends at the solution.
     loop = InnerLoop(loss, update, inputs, solution, (), (), 0)
     return with_refusal(
         rule, attach(rule, loop, End(solution, (), ())), {"solution": solution}, read

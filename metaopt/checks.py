@@ -93,6 +93,7 @@ class Limits(NamedTuple):
     def _outside(self, value: Tensor) -> list[float]:
         """Return the entries out of the limits; nan is."""
         value = value.detach()
+        # Written so that nan, for which every comparison is False, is outside.
         inside = (value >= self.low) & (value <= self.high) & (value < self.below)
         return [] if bool(inside.all()) else value[~inside].tolist()
 
@@ -133,6 +134,7 @@ def check_count(
     Raises:
         ValueError: it is not an integer, or less than `least`. `or_none` is for the message only.
     """
+    # True is an integer to Python, and a mistake here.
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
         wanted += " or None" if or_none else ""
@@ -197,6 +199,7 @@ def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:
     """Raise `NonFiniteError` for the first entry of `losses` [n] that is not finite."""
     if losses.is_meta:  # no values
         return
+    # One transfer from the device for all of them.
     values = losses.detach().tolist()
     first = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
     if first is not None:

@@ -79,11 +79,14 @@ def find_hidden(
         again: computes them once more; called only if something looks hidden.
         known: leaves that are not hidden.
     """
+    # By id, since tensors compare entry by entry. The dicts keep them alive, so that no id is used
+    # twice.
     beside = {id(leaf) for leaf in known}
     found = [
         (value, {id(leaf): leaf for leaf in graph_leaves(value) if id(leaf) not in beside})
         for value in values
     ]
+    # A tensor at a level of `torch.func` has no graph to follow: what it depends on is outside.
     wrapped = next((value for value in values if is_wrapped(value)), None)
     if wrapped is not None or not any(leaves for _, leaves in found):
         return wrapped
@@ -101,6 +104,7 @@ def tracked_names(source: Any, value: Tensor) -> str:
     sources = source if isinstance(source, tuple) else (source,)
     found = [pair for one in sources for pair in reachable(one)]
     tracked = [(name, tensor) for name, tensor in found if is_tracked(tensor)]
+    # A leaf is among the ancestors by itself, any other tensor by the node that made it.
     below = ancestors(value).keys()
     used = [pair for pair in tracked if below & {id(pair[1]), id(pair[1].grad_fn)}]
     names = {f"`{name}` (shape {tuple(tensor.shape)})" for name, tensor in used or tracked}
@@ -122,6 +126,7 @@ def reachable(
     Closures, globals, attributes and items are followed.
     """
     seen = set() if seen is None else seen
+    # What is in a `Functional` is passed to it; classes and modules of Python lead everywhere.
     if id(value) in seen or isinstance(value, Functional | type | types.ModuleType):
         return
     seen.add(id(value))

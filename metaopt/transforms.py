@@ -17,6 +17,7 @@ def is_tracked(tensor: Tensor) -> bool:
 
     It may do so at the top level, or at any level of `torch.func.grad`.
     """
+    # Each level of `torch.func.grad` has a wrapper with a `requires_grad` of its own.
     while not tensor.requires_grad:
         if not torch_internals.is_wrapped(tensor):
             return False

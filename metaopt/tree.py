@@ -121,6 +121,7 @@ def with_leaves(tree: Tree, leaves: Iterable[Any]) -> Tree:
     """
     if torch.compiler.is_compiling():
         return pytree.tree_unflatten(list(leaves), pytree.tree_structure(tree))
+    # Flat ones, which are most: without a call for each leaf.
     if type(tree) is dict and _all_leaves(builtins.map(type, tree.values())):
         return dict(zip(tree, leaves, strict=True))
     if type(tree) is list and _all_leaves(builtins.map(type, tree)):

@@ -85,6 +85,7 @@ class _Way:
         one = partial(_run_episode, optimizer, family, rule)
         batched = vmap(grad_and_value(one, has_aux=True), in_dims=(None, 0), randomness="different")
         count = len(tree.leaves(tasks.params)[0])
+        # Asked once for each family: the answer costs an evaluation.
         if count > 1 and self._family is not family:
             two = tree.index(given, slice(2))
             first = tree.index(two[0][0], 0)
@@ -125,6 +126,7 @@ def _run_episode(
         opt_state=opt_state,
         differentiate=rule,
     )
+    # Detached: what goes on into the next window is a constant there.
     return out.losses.mean(), tree.map(torch.Tensor.detach, (out.params, out.opt_state))
 
 
@@ -227,6 +229,7 @@ class TruncatedBackprop:
         grads, losses, (params, opt_state) = self._way.gradients(
             optimizer, theta, family, window, opt_state, self.differentiate
         )
+        # At the horizon the next window begins new episodes.
         if stop == horizon:
             return Estimate(grads, losses, None)
         after = {"task": (params, tasks.batches), "optimizer": opt_state, "step": stop}

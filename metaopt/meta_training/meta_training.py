@@ -81,8 +81,10 @@ class MetaTraining:
         norms = torch.stack(squares).sum(0).sqrt()
         good = norms.isfinite() & estimate.losses.isfinite()
         weights = good / good.sum().clamp(min=1)
+        # Each task is clipped by itself: one wild episode then does not decide a step.
         if self.clip is not None:
             weights = weights * (self.clip / norms.clamp(min=self.clip))
+        # A weight of 0 is not enough, since 0 times nan is nan: the gradient is masked too.
         weights = weights.masked_fill(~good, 0)
         grads = {
             name: torch.einsum(
@@ -102,6 +104,7 @@ class MetaTraining:
 
     def _estimate(self, theta: Params) -> Estimate:
         """Return the estimator's next estimate, which draws at random from our generator only."""
+        # The estimator draws tasks from our generator, so the losses' draws need one of their own.
         seed = int(torch.randint(2**62, (), generator=self.generator))
         # What a loss draws from torch's own generator, dropout for example.
         with torch.random.fork_rng(devices=[]):

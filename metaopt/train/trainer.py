@@ -96,6 +96,7 @@ class Trainer:
         try:
             self._validate(0, progress)
             for step in range(1, self.max_steps + 1):
+                # Before the step: these are the values that it uses.
                 values = {} if self.logger is None else _read_values(self.training)
                 metrics = {
                     name: _as_number(f"The metric {name!r}", value)
@@ -108,6 +109,7 @@ class Trainer:
                     self._validate(step, progress)
         finally:
             progress.close()
+            # Also after an interruption: what was best by then is kept.
             if self._best_state is not None:
                 self.training.load_state_dict(self._best_state)
             if self.logger is not None:
