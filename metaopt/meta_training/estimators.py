@@ -145,11 +145,10 @@ class FullUnroll:
 
     tasks: int = 8
     differentiate: Rule = field(default=FirstOrder())
-    _way: _Way = field(init=False, compare=False, repr=False)
+    _way: _Way = field(default_factory=_Way, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count(self, "tasks", self.tasks)
-        object.__setattr__(self, "_way", _Way())
 
     def init(self) -> None:
         """Return nothing: there is nothing to remember."""
@@ -164,12 +163,7 @@ class FullUnroll:
         state: None,
         generator: torch.Generator,
     ) -> Estimate:
-        tasks = sample_tasks(family, generator, self.tasks, horizon)
-        opt_states = vmap(optimizer.init)(tasks.params)
-        grads, losses, _ = self._way.gradients(
-            optimizer, theta, family, tasks, opt_states, self.differentiate
-        )
-        return Estimate(grads, losses, None)
+        return _estimate(self, horizon, optimizer, theta, family, horizon, None, generator)
 
 
 @dataclass(frozen=True)
@@ -193,12 +187,11 @@ class TruncatedBackprop:
     window: int
     tasks: int = 8
     differentiate: Rule = field(default=FirstOrder())
-    _way: _Way = field(init=False, compare=False, repr=False)
+    _way: _Way = field(default_factory=_Way, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count(self, "window", self.window)
         check_count(self, "tasks", self.tasks)
-        object.__setattr__(self, "_way", _Way())
 
     def init(self) -> None:
         """Return the state before the first episode.
@@ -216,21 +209,32 @@ class TruncatedBackprop:
         state: Any,
         generator: torch.Generator,
     ) -> Estimate:
-        if state is None:
-            tasks = sample_tasks(family, generator, self.tasks, horizon)
-            state = {
-                "task": tuple(tasks),
-                "optimizer": vmap(optimizer.init)(tasks.params),
-                "step": 0,
-            }
-        tasks, opt_state, start = Task(*state["task"]), state["optimizer"], state["step"]
-        stop = min(start + self.window, horizon)
-        window = Task(tasks.params, tree.map(lambda leaf: leaf[:, start:stop], tasks.batches))
-        grads, losses, (params, opt_state) = self._way.gradients(
-            optimizer, theta, family, window, opt_state, self.differentiate
-        )
-        # At the horizon the next window begins new episodes.
-        if stop == horizon:
-            return Estimate(grads, losses, None)
-        after = {"task": (params, tasks.batches), "optimizer": opt_state, "step": stop}
-        return Estimate(grads, losses, after)
+        return _estimate(self, self.window, optimizer, theta, family, horizon, state, generator)
+
+
+def _estimate(
+    estimator: FullUnroll | TruncatedBackprop,
+    window: int,
+    optimizer: Optimizer,
+    theta: Params,
+    family: TaskFamily,
+    horizon: int,
+    state: Any,
+    generator: torch.Generator,
+) -> Estimate:
+    """Estimate over the next `window` steps of the episodes in the state, or of new ones."""
+    if state is None:
+        drawn = sample_tasks(family, generator, estimator.tasks, horizon)
+        opt_states = vmap(optimizer.init)(drawn.params)
+        state = {"task": tuple(drawn), "optimizer": opt_states, "step": 0}
+    tasks, opt_states, start = Task(*state["task"]), state["optimizer"], state["step"]
+    stop = min(start + window, horizon)
+    seen = Task(tasks.params, tree.map(lambda leaf: leaf[:, start:stop], tasks.batches))
+    grads, losses, (params, opt_states) = estimator._way.gradients(
+        optimizer, theta, family, seen, opt_states, estimator.differentiate
+    )
+    # At the horizon the next window begins new episodes.
+    after = None
+    if stop < horizon:
+        after = {"task": (params, tasks.batches), "optimizer": opt_states, "step": stop}
+    return Estimate(grads, losses, after)
