@@ -88,7 +88,7 @@ LONG = {  # being cut
 }
 # Tokens of code, without comments and docstrings. Whoever needs more says why; whoever needs less
 # lowers it.
-MOST_TOKENS = {"metaopt": 84_400, "optimizers": 18_700}
+MOST_TOKENS = {"metaopt": 84_300, "optimizers": 18_700}
 NOT_COUNTED = {"interop", "tasks", "diagnostics"}  # beside the core
 SHADOWED = {"metaopt.scan.scan"}  # being renamed
 
