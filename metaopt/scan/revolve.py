@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 from typing import Literal
+
+# The time of a state that has come -> that of the one to let go, if any; which may be this one.
+Schedule = Callable[[int], int | None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def split(steps: int, snapshots: int) -> int:
 
 
 @functools.cache
-def kept(steps: int, snapshots: int) -> tuple[int, ...]:
+def choose_times(steps: int, snapshots: int) -> tuple[int, ...]:
     """Return the states to keep on the way forward: 0 < t_1 < t_2 < ... < steps, at most
     `snapshots` of them.
     """
@@ -113,10 +117,16 @@ def kept(steps: int, snapshots: int) -> tuple[int, ...]:
     return tuple(positions)
 
 
-class Online:
-    """Which states to hold when nobody knows how many steps will come: at most `snapshots` besides
-    the initial one.
+def plan_ahead(steps: int, snapshots: int) -> Schedule:
+    """Return the schedule that holds the states of `choose_times`."""
+    times = frozenset(choose_times(steps, snapshots))
+    return lambda time: None if time in times else time
 
+
+class Online:
+    """Which states to hold of a stream: at most `snapshots` besides the initial one.
+
+    Nobody knows how many steps will come.
     Every new state is held, at level 0 while there is room. Then one goes that is earlier and of
     lower level than another. If there is none, the newest one goes, and its successor takes its
     place one level higher.

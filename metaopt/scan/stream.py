@@ -56,7 +56,7 @@ class Stream:
             self.last = batch
             yield batch
 
-    def kept(self) -> Iterator[Tree]:
+    def watch(self) -> Iterator[Tree]:
         """Yield the batches to one who needs them again afterwards.
 
         Raises:
