@@ -198,8 +198,8 @@ class Disk:
                 f"The backward pass must be the one that was interrupted, got other cotangents or "
                 f"other tensors that require grad than {path} has started from. {_BACK}"
             )
-        times = range(bars.time - 1, int(facts["time"]) - 1, -1)
-        if facts["rows"] == "none":
+        times = range(bars.time - 1, int(facts["low"]) - 1, -1)
+        if facts["has rows"] == "False":
             rows = [tree.map(lambda _: None, near.xs)] * len(times)
         elif {*times} <= {*self._directory.times("row")}:
             rows = [self._directory.read("row", t, devices.xs)[0] for t in times]
@@ -209,14 +209,11 @@ class Disk:
 
     def note_back(self, bars: Bars) -> None:
         """Write down what has been found so far, in the layout in which it is read."""
-        has_row = any(isinstance(leaf, Tensor) for leaf in tree.leaves(bars.rows[-1]))
+        row = bars.rows[-1]
+        has_row = any(leaf is not None for leaf in tree.leaves(row))
         if has_row:
-            self._directory.write("row", bars.time, bars.rows[-1])
-        facts = {
-            "time": str(bars.time),
-            "asked": self._asked,
-            "rows": "some" if has_row else "none",
-        }
+            self._directory.write("row", bars.time, row)
+        facts = {"low": str(bars.time), "asked": self._asked, "has rows": str(has_row)}
         self._directory.write("pulled", None, (bars.carry, bars.inputs), **facts)
         bars.carry, bars.inputs = tree.map(_make_contiguous, (bars.carry, bars.inputs))
 
