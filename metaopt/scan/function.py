@@ -27,7 +27,7 @@ from metaopt.transforms import (
     tracking_levels,
     values_are_readable,
 )
-from metaopt.tree import Structure, Tree
+from metaopt.tree import Tree
 
 
 def run_differentiably(
@@ -42,10 +42,10 @@ def run_differentiably(
         disk: where its states lie, if on disk.
         recorded: what it gave, if it has run already.
     """
-    leaves, structure = tree.flatten((given, recorded or ()))
-    call = Call(loop, structure, length, disk)
-    outputs = ScanFunction.apply(call, *leaves)
-    return tree.unflatten(call.results[0], outputs)
+    arguments = (given, recorded or ())
+    call = Call(loop, _empty(arguments), length, disk)
+    outputs = ScanFunction.apply(call, *tree.leaves(arguments))
+    return tree.with_leaves(call.results[0], outputs)
 
 
 def record(loop: Loop, given: Given) -> tuple[Given, Result]:
@@ -71,17 +71,18 @@ class Call:
 
     Attributes:
         loop: what runs.
-        arguments: structure of (`Given`, `Result` of a loop that has run already, else empty).
+        arguments: (`Given`, `Result` of a loop that has run already, else ()), with None for every
+            leaf.
         length: number of steps.
         disk: where its states lie, if on disk.
-        results: the structure of the `Result`, noted when there is one.
+        results: the `Result`, with None for every leaf, noted when there is one.
     """
 
     loop: Loop
-    arguments: Structure
+    arguments: tuple[Given, Result | tuple[()]]
     length: int
     disk: Disk | None
-    results: list[Structure] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
 
     def run(self, given: Given) -> Result:
         """Run the loop forward."""
@@ -103,9 +104,10 @@ class ScanFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, *leaves: Any) -> tuple[Tensor, ...]:
-        given, recorded = tree.unflatten(call.arguments, leaves)
-        outputs, structure = tree.flatten(recorded or call.run(given))
-        call.results.append(structure)
+        given, recorded = tree.with_leaves(call.arguments, leaves)
+        result = recorded or call.run(given)
+        call.results.append(_empty(result))
+        outputs = tree.leaves(result)
         if recorded:
             # The last carry is a copy, for a user may write to it, which views forbid.
             last = len(tree.leaves(recorded.carry))
@@ -124,27 +126,32 @@ class ScanFunction(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[tensor for tensor in output if not is_differentiable(tensor)])
-        given, _ = tree.unflatten(call.arguments, leaves)
-        result = tree.unflatten(call.results[0], output)
+        given, _ = tree.with_leaves(call.arguments, leaves)
+        result = tree.with_leaves(call.results[0], output)
         firsts = [tree.leaves(out)[0] for out in result.outs]  # to compare a rebuilt step with
-        kept, ctx.kept = tree.flatten((given, result.states, firsts))
-        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in kept]
-        ctx.save_for_backward(*[leaf if isinstance(leaf, Tensor) else None for leaf in kept])
+        kept = (given, result.states, firsts)
+        leaves, ctx.kept = tree.leaves(kept), _empty(kept)
+        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.save_for_backward(*[leaf if isinstance(leaf, Tensor) else None for leaf in leaves])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         pairs = zip(map(alive, ctx.saved_tensors), ctx.constants, strict=True)
         kept = [constant if tensor is None else tensor for tensor, constant in pairs]
-        given, states, firsts = tree.unflatten(ctx.kept, kept)
-        bars = tree.unflatten(call.results[0], map(alive, cotangents))
-        needed, recorded = tree.unflatten(call.arguments, ctx.needs_input_grad[1:])
+        given, states, firsts = tree.with_leaves(ctx.kept, kept)
+        bars = tree.with_leaves(call.results[0], map(alive, cotangents))
+        needed, recorded = tree.with_leaves(call.arguments, ctx.needs_input_grad[1:])
         again = torch.is_grad_enabled() and _is_differentiated_again((given, states, bars))
         disk = call.disk
         with torch.set_grad_enabled(again), nullcontext() if disk is None else disk.reopen(again):
             store = call.loop.store(given.carry, states) if disk is None else disk
             found = Reversal(call.loop, given, needed, store, disk).run(bars, firsts)
-        return None, *tree.leaves((found, tree.map(lambda _: None, recorded)))
+        return None, *tree.leaves((found, _empty(recorded)))
+
+
+def _empty(values: Tree) -> Tree:
+    return tree.map(lambda _: None, values)
 
 
 def _is_differentiated_again(tensors: Tree) -> bool:
