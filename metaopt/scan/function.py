@@ -45,13 +45,16 @@ def run_differentiably(
     arguments = (given, recorded or ())
     call = Call(loop, _empty(arguments), length, disk)
     outputs = ScanFunction.apply(call, *tree.leaves(arguments))
-    return tree.with_leaves(call.results[0], outputs)
+    result: Result = tree.with_leaves(call.results[0], outputs)
+    return result
 
 
 def record(loop: Loop, given: Given) -> tuple[Given, Result]:
     """Run a loop forward over a stream and return (it with the list of its batches, what it gave).
 
-    The steps see constants, so that no level of autograd or `torch.func` keeps a graph.
+    The steps see constants, so that no level of autograd or `torch.func` keeps a graph. The batches
+    are held, for the iterator gives each once, while the step on it is made again on the way back,
+    with the same random numbers; a shuffling loader would draw others.
     """
     batches = list[Tree]()
 

@@ -1,4 +1,4 @@
-"""Is a step that was made again the step that was taken?"""
+"""Seeing whether a step that was made again is the step that was taken."""
 
 from __future__ import annotations
 
