@@ -44,7 +44,7 @@ def run_differentiably(
     """
     arguments = (given, recorded or ())
     call = Call(loop, _empty(arguments), length, disk)
-    outputs = ScanFunction.apply(call, *tree.leaves(arguments))
+    outputs = ScanFunction.apply(call, *tree.leaves(arguments))  # type: ignore[no-untyped-call]
     result: Result = tree.with_leaves(call.results[0], outputs)
     return result
 
