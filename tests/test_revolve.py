@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import metaopt as mo
-from metaopt.scan.revolve import advances, kept, split
+from metaopt.scan.revolve import advances, choose_times, split
 from optimizers import SGD, Adam
 
 
@@ -47,7 +47,7 @@ def test_the_schedule_is_optimal() -> None:
             assert (
                 fewest(steps, snapshots) == ours(steps, snapshots) == advances(steps, snapshots)
             ), (steps, snapshots)
-            assert len(kept(steps, snapshots)) <= snapshots
+            assert len(choose_times(steps, snapshots)) <= snapshots
     # 2.5 and 3.5 runs: arXiv:2503.13751 needs 2.8 and 5.4
     assert (advances(1000, 28), advances(1000, 11)) == (2535, 3545)
 

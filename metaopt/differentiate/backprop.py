@@ -191,7 +191,7 @@ class Backprop:
 def _parted(loop: InnerLoop, window: int) -> tuple[InnerLoop | None, InnerLoop]:
     """Return the loop's (steps before the last `window`, if any; last `window` steps)."""
     if isinstance(loop.batches, Stream):
-        rows = list(loop.batches.kept())
+        rows = list(loop.batches.watch())
         first, last = (Stream(part) if part else None for part in (rows[:-window], rows[-window:]))
         return replace(loop, batches=first) if first else None, replace(loop, batches=last)
     steps = loop.steps or 0

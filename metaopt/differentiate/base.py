@@ -261,7 +261,7 @@ def sources(loop: InnerLoop) -> tuple[dict[str, Tree], Tree, Any, Tree]:
     """Return everything that is given to the loop: inputs, params, state and batches, those of a
     stream as a list.
     """
-    batches = list(loop.batches.kept()) if isinstance(loop.batches, Stream) else loop.batches
+    batches = list(loop.batches.watch()) if isinstance(loop.batches, Stream) else loop.batches
     return loop.inputs, loop.params, loop.state, batches
 
 

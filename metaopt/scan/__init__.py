@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from metaopt.scan._scan import Memory, check_memory, scan
 from metaopt.scan.loop import Pullback, Step
 from metaopt.scan.nesting import plain_loops_inside
 from metaopt.scan.revolve import Revolve
-from metaopt.scan.scan import Memory, check_memory, scan
 from metaopt.scan.stream import Stream
 
 __all__ = [

@@ -1,91 +1,164 @@
-"""The scan as one differentiable operation that keeps some of its carries."""
+"""The scan as one differentiable operation that keeps some of its carries.
+
+A loop runs inside this operation, below the levels of `torch.func`, where it is fastest. Only a
+stream runs outside and before it: the inputs of an operation must be known when it begins, while
+nobody knows how many batches will come, nor which are computed from what requires grad.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import chain
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaopt.autodiff.replay import Ambient
+from metaopt import tree
+from metaopt.scan.backward import Reversal
 from metaopt.scan.disk import Disk
-from metaopt.scan.loop import Loop
-from metaopt.scan.reversal import Reversal
-from metaopt.scan.revolve import kept
-from metaopt.scan.tensor_file import digest_of
-from metaopt.transforms import alive, is_differentiable, tracking_levels, values_are_readable
+from metaopt.scan.loop import Given, Loop, Result, run_in_memory
+from metaopt.scan.revolve import Online, plan_ahead
+from metaopt.transforms import (
+    alive,
+    constant,
+    is_differentiable,
+    tracking_levels,
+    values_are_readable,
+)
+from metaopt.tree import Tree
+
+
+def run_differentiably(
+    loop: Loop, given: Given, length: int, disk: Disk | None, recorded: Result | None
+) -> Result:
+    """Run a loop such that what it gives can be differentiated in what it is given.
+
+    Args:
+        loop: what it is.
+        given: what it starts from.
+        length: number of steps.
+        disk: where its states lie, if on disk.
+        recorded: what it gave, if it has run already.
+    """
+    arguments = (given, recorded or ())
+    call = Call(loop, _empty(arguments), length, disk)
+    outputs = ScanFunction.apply(call, *tree.leaves(arguments))  # type: ignore[no-untyped-call]
+    result: Result = tree.with_leaves(call.results[0], outputs)
+    return result
+
+
+def record(loop: Loop, given: Given) -> tuple[Given, Result]:
+    """Run a loop forward over a stream and return (it with the list of its batches, what it gave).
+
+    The steps see constants, so that no level of autograd or `torch.func` keeps a graph. The batches
+    are held, for the iterator gives each once, while the step on it is made again on the way back,
+    with the same random numbers; a shuffling loader would draw others.
+    """
+    batches = list[Tree]()
+
+    def rows() -> Iterator[Tree]:
+        for batch in given.xs.watch():
+            batches.append(batch)
+            yield tree.map(constant, batch)
+
+    start = tree.map(constant, given._replace(xs=None))
+    result = run_in_memory(loop, start, rows(), Online(loop.plan.snapshots).add)
+    return given._replace(xs=batches), result
+
+
+@dataclass
+class Call:
+    """One call of `ScanFunction`, apart from its tensors.
+
+    Attributes:
+        loop: what runs.
+        arguments: (`Given`, `Result` of a loop that has run already, else ()), with None for every
+            leaf.
+        length: number of steps.
+        disk: where its states lie, if on disk.
+        results: the `Result`, with None for every leaf, noted when there is one.
+    """
+
+    loop: Loop
+    arguments: tuple[Given, Result | tuple[()]]
+    length: int
+    disk: Disk | None
+    results: list[Result] = field(default_factory=list)
+
+    def run(self, given: Given) -> Result:
+        """Run the loop forward."""
+        if self.disk is not None:
+            return self.disk.run(self.loop, given, self.length)
+        rows = (self.loop.row(given.xs, t) for t in range(self.length))
+        schedule = plan_ahead(self.length, self.loop.plan.snapshots)
+        return run_in_memory(self.loop, given, rows, schedule)
 
 
 class ScanFunction(torch.autograd.Function):
     """Run the loop without a graph and return the last carry, the outs and the kept carries.
 
     The kept carries being outputs makes the backward differentiable again, with exact second
-    derivatives. Of a loop that has run already, these outputs follow the leaves.
+    derivatives. Of a loop that has run already, these outputs follow what it was given.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(loop: Loop, *args: Any) -> tuple[Tensor, ...]:
-        leaves, recorded = args[: loop.count], args[loop.count :]
+    def forward(call: Call, *leaves: Any) -> tuple[Tensor, ...]:
+        given, recorded = tree.with_leaves(call.arguments, leaves)
+        result = recorded or call.run(given)
+        call.results.append(_empty(result))
+        outputs = tree.leaves(result)
         if recorded:
-            # these may be written to
-            last = tuple(tensor.clone() for tensor in recorded[: loop.carried])
-            return *last, *[tensor.view_as(tensor) for tensor in recorded[loop.carried :]]
-        shared, carry, xs = loop.split(leaves)
-        if loop.disk is not None:
-            facts = {
-                "length": str(loop.length),
-                "snapshots": str(loop.plan.snapshots),
-                "inputs": digest_of(leaves),
-            }
-            held = [*kept(loop.length, loop.plan.snapshots), loop.length]
-            near = [*shared, *carry, *[x[0] for x in xs]]
-
-            def step(t: int, carry: list[Any]) -> tuple[list[Any], list[Any]]:
-                return loop.run(shared, carry, [x[t] for x in xs])
-
-            return _distinct(
-                loop.disk.forward(step, carry, held, facts, near, loop.ambients),
-                {id(leaf) for leaf in leaves},
-            )
-        times, outs, snapshots = set(loop.times), [], []
-        for t in range(loop.length):
-            if t in times:
-                snapshots += loop.stored(carry)
-            loop.ambients.append(Ambient.now(leaves, loop.ambients[-1] if t else None))
-            carry, out = loop.run(shared, carry, [x[t] for x in xs])
-            outs += out
-        return _distinct([*carry, *outs, *snapshots], {id(leaf) for leaf in leaves})
+            # The last carry is a copy, for a user may write to it, which views forbid.
+            last = len(tree.leaves(recorded.carry))
+            views = [tensor.view_as(tensor) for tensor in outputs[last:]]
+            return *[tensor.clone() for tensor in outputs[:last]], *views
+        seen = {id(leaf) for leaf in leaves}
+        for place, tensor in enumerate(outputs):
+            if id(tensor) in seen:  # a Function may not return one tensor twice, nor an input
+                outputs[place] = tensor.clone()
+            seen.add(id(tensor))
+        return tuple(outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        loop, *args = inputs
-        leaves = args[: loop.count]
-        ctx.loop = loop
+        call, *leaves = inputs
+        ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[tensor for tensor in output if not is_differentiable(tensor)])
+        given, _ = tree.with_leaves(call.arguments, leaves)
+        result = tree.with_leaves(call.results[0], output)
+        firsts = [tree.leaves(out)[0] for out in result.outs]  # to compare a rebuilt step with
+        kept = (given, result.states, firsts)
+        leaves, ctx.kept = tree.leaves(kept), _empty(kept)
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        _, outs, snapshots = loop.parts(output)
-        firsts = [out[0] for out in outs]  # by which a rebuilt step is compared
-        given = [leaf if isinstance(leaf, Tensor) else None for leaf in leaves]
-        ctx.save_for_backward(*given, *chain(*snapshots.values()), *firsts)
+        ctx.save_for_backward(*[leaf if isinstance(leaf, Tensor) else None for leaf in leaves])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, cotangents = tuple(map(alive, ctx.saved_tensors)), tuple(map(alive, cotangents))
-        tensors = saved[: len(saved) - ctx.loop.length]  # without the losses
-        again = torch.is_grad_enabled() and _is_differentiated_again(tensors, cotangents)
-        disk: Disk | None = ctx.loop.disk
-        with torch.set_grad_enabled(again), nullcontext() if disk is None else disk.reopened(again):
-            return Reversal(ctx, saved).run(cotangents)
+        call: Call = ctx.call
+        pairs = zip(map(alive, ctx.saved_tensors), ctx.constants, strict=True)
+        kept = [constant if tensor is None else tensor for tensor, constant in pairs]
+        given, states, firsts = tree.with_leaves(ctx.kept, kept)
+        bars = tree.with_leaves(call.results[0], map(alive, cotangents))
+        needed, recorded = tree.with_leaves(call.arguments, ctx.needs_input_grad[1:])
+        again = torch.is_grad_enabled() and _is_differentiated_again((given, states, bars))
+        disk = call.disk
+        with torch.set_grad_enabled(again), nullcontext() if disk is None else disk.reopen(again):
+            store = call.loop.store(given.carry, states) if disk is None else disk
+            found = Reversal(call.loop, given, needed, store, disk).run(bars, firsts)
+        return None, *tree.leaves((found, _empty(recorded)))
 
 
-def _is_differentiated_again(*tensors: Iterable[Tensor | None]) -> bool:
-    """Say whether the backward pass itself must be recorded.
+def _empty(values: Tree) -> Tree:
+    return tree.map(lambda _: None, values)
+
+
+def _is_differentiated_again(tensors: Tree) -> bool:
+    """Return True if the backward pass itself must be recorded.
 
     `torch.func.grad` always asks for that, which would keep every rebuilt step. The graph is of use
     only to a level below the one whose backward pass this is. In plain autograd the caller says so
@@ -93,25 +166,5 @@ def _is_differentiated_again(*tensors: Iterable[Tensor | None]) -> bool:
     """
     if values_are_readable():
         return True
-    return (
-        len(
-            {
-                level
-                for tensor in chain(*tensors)
-                if tensor is not None
-                for level in tracking_levels(tensor)
-            }
-        )
-        > 1
-    )
-
-
-def _distinct(tensors: list[Tensor], seen: set[int]) -> tuple[Tensor, ...]:
-    """Clone the tensors met before: a Function may not return one tensor twice, nor an input as it
-    is.
-    """
-    fresh = []
-    for tensor in tensors:
-        fresh.append(tensor.clone() if id(tensor) in seen else tensor)
-        seen.add(id(fresh[-1]))
-    return tuple(fresh)
+    levels = [tracking_levels(leaf) for leaf in tree.leaves(tensors) if isinstance(leaf, Tensor)]
+    return len(set[int]().union(*levels)) > 1

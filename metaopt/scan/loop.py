@@ -1,22 +1,26 @@
-"""What a scan is, apart from its tensors, and how it runs forward over a stream."""
+"""What a scan is, apart from its tensors, and how it runs forward.
+
+`run_forward` is the forward of every memory mode that rebuilds steps: states held on a device, in
+main memory or on disk, rows that are stacked or come one by one. It needs a carry of tensors alone
+and runs without a graph. The plain loop in `_scan` is another one, of three lines: there torch
+keeps the graph or a compiler sees the steps, and the carry may hold anything.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.replay import Ambient
-from metaopt.scan.disk import Disk
 from metaopt.scan.nesting import plain_loops_inside
-from metaopt.scan.revolve import Online, Revolve
-from metaopt.scan.stream import Stream
-from metaopt.tree import Structure, Tree
+from metaopt.scan.revolve import Revolve, Schedule
+from metaopt.scan.store import CpuStates, DeviceStates
+from metaopt.tree import Tree
 
 Step = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
@@ -29,139 +33,153 @@ Pullback = Callable[
 ]
 
 
+class Given(NamedTuple):
+    """What a loop starts from, or the cotangents of that.
+
+    Attributes:
+        inputs: what every step reads.
+        carry: the initial carry.
+        xs: what the steps read one by one, stacked over time; of a stream, whose batches may have
+            shapes of their own, a list.
+    """
+
+    inputs: Tree
+    carry: Tree
+    xs: Tree
+
+
+class Result(NamedTuple):
+    """What a loop gives, or the cotangents of that.
+
+    Attributes:
+        carry: the last carry.
+        outs: each step's out.
+        states: time -> the carry before that step, where it is kept.
+    """
+
+    carry: Tree
+    outs: list[Tree]
+    states: dict[int, Tree]
+
+
+@dataclass
+class Run:
+    """The steps taken so far.
+
+    Attributes:
+        carry: the carry after the last one of them.
+        ambients: the random state and the autocast mode before each of them, and before the next.
+        outs: what each of them gave out.
+    """
+
+    carry: Tree
+    ambients: list[Ambient]
+    outs: list[Tree] = field(default_factory=list)
+
+    @property
+    def time(self) -> int:
+        """Number of steps taken."""
+        return len(self.outs)
+
+
+@dataclass
+class Bars:
+    """The cotangents found so far, from the last step down to that of a time.
+
+    Attributes:
+        time: of the step that was pulled back last.
+        carry: those of the carry before that step, None for zero.
+        inputs: those of what every step reads, summed over these steps.
+        rows: those of each step's x, the last step first; None where not wanted.
+    """
+
+    time: int
+    carry: Tree
+    inputs: Tree
+    rows: list[Tree] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Loop:
-    """What a scan is, apart from its tensors; leaves are flat: inputs, carry, xs.
+    """What a scan is, apart from its tensors.
 
-    Of a stream they are inputs, carry, x_0, x_1, ...: its batches are leaves one by one, since
-    their shapes may differ.
+    Attributes:
+        step: (inputs, carry, x) -> (next carry, out).
+        pullback: its derivative.
+        plan: how many states are held, and where.
+        streamed: whether xs is a list.
+        ambients: one a step, noted as the loop runs forward.
     """
 
     step: Step
     pullback: Pullback
-    structure: Structure
-    shared: int  # leaves in `inputs`
-    carried: int  # leaves in the carry
-    length: int
     plan: Revolve
-    disk: Disk | None
-    streamed: bool = False
-    times: tuple[int, ...] = ()  # whose carries are kept on the way forward, apart from 0
-    # one a step, noted as the loop runs forward
+    streamed: bool
     ambients: list[Ambient] = field(default_factory=list)
-    # the structure of an out, noted at the first step
-    outs: list[Structure] = field(default_factory=list)
 
-    @property
-    def count(self) -> int:
-        """How many leaves there are."""
-        before = self.shared + self.carried
-        return before + (self.structure.num_leaves - before) * (self.length if self.streamed else 1)
+    def row(self, xs: Tree, time: int) -> Tree:
+        """Return what the step of a time reads of xs."""
+        return xs[time] if self.streamed else tree.index(xs, time)
 
-    def split(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Return the leaves of (inputs, carry, xs), such that `[x[t] for x in xs]` are those of
-        step t.
-        """
-        shared, carry, xs = self.cut(leaves)
-        width = self.structure.num_leaves - self.shared - self.carried
-        return shared, carry, [xs[i::width] for i in range(width)] if self.streamed else xs
-
-    def cut(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Return the leaves of (inputs, carry, the rest)."""
-        middle = self.shared + self.carried
-        return (
-            list(leaves[: self.shared]),
-            list(leaves[self.shared : middle]),
-            list(leaves[middle:]),
-        )
-
-    @property
-    def width(self) -> int:
-        """How many leaves an out has."""
-        return self.outs[0].num_leaves
-
-    def parts(
-        self, outputs: Sequence[Any]
-    ) -> tuple[list[Any], list[list[Any]], dict[int, list[Any]]]:
-        """Return (last carry, leaves of each out, time -> kept carry) of what the Function returns,
-        or of its cotangents.
-        """
-        end = self.carried + self.length * self.width
-        outs = [
-            list(outputs[start : start + self.width])
-            for start in range(self.carried, end, self.width)
-        ]
-        carries = {
-            t: list(outputs[end + i * self.carried :][: self.carried])
-            for i, t in enumerate(self.times)
-        }
-        return list(outputs[: self.carried]), outs, carries
-
-    def stored(self, carry: list[Any]) -> list[Any]:
-        """Return the carry where it lies until it is needed again."""
-        return moved(carry, ["cpu"] * len(carry)) if self.plan.store == "cpu" else carry
-
-    def run(self, shared: list[Any], carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Make one step on flat leaves, of (next carry, out); inner scans are plain loops
-        meanwhile.
-        """
-        trees = self.trees(shared, carry, x)
+    def run(self, inputs: Tree, carry: Tree, x: Tree) -> tuple[Tree, Tree]:
+        """Make one step."""
         with plain_loops_inside():
-            after, out = self.step(*trees)
-        if not tree.is_alike(trees[1], after):  # leaves find their places by their order
-            tree.flatten_like(tree.flatten(trees[1])[1], after, "the carry that a step returns")
-        leaves, structure = tree.flatten(out)
-        if not self.outs:
-            self.outs.append(structure)
-        elif self.outs[0] != structure:
-            tree.flatten_like(self.outs[0], out, "what a step gives out")
-        return tree.leaves(after), leaves
+            after, out = self.step(inputs, carry, x)
+        tree.leaves_like(carry, after, "the carry that a step returns")
+        if self.plan.store == "disk":
+            # as a file gives it back: the layout decides the order of sums, hence the last bits
+            after = tree.map(Tensor.contiguous, after)
+        return after, out
 
-    def trees(
-        self, shared: Sequence[Any], carry: Sequence[Any], x: Sequence[Any]
-    ) -> tuple[Tree, Tree, Tree]:
-        """Return the trees (inputs, carry, x) with these leaves."""
-        return tree.unflatten(self.structure, [*shared, *carry, *x])
+    def store(self, first: Tree, states: dict[int, Tree]) -> DeviceStates:
+        """Return a store in memory that holds these states, for a loop with this initial carry."""
+        return CpuStates(states, first) if self.plan.store == "cpu" else DeviceStates(states)
 
 
-def record(loop: Loop, leaves: list[Any], batches: Stream) -> tuple[Loop, list[Any], list[Tensor]]:
-    """Run forward over a stream and return (the loop that it was, its leaves, what `ScanFunction`
-    has to return).
+def run_forward(
+    loop: Loop, inputs: Tree, run: Run, rows: Iterable[Tree], note: Callable[[Run], object]
+) -> None:
+    """Make one more step for each row, without a graph.
 
-    This happens outside the Function, for its inputs must be known, and batches may be computed
-    from what requires grad. The steps see constants, so that no level of autograd or `torch.func`
-    keeps a graph.
+    Args:
+        loop: whose step it is.
+        inputs: what every step reads.
+        run: the steps taken so far; grows.
+        rows: what the steps read one by one.
+        note: called before each step, when its random state is known.
     """
-    shared, carry = (
-        [_constant(leaf) for leaf in leaves[: loop.shared]],
-        [_constant(leaf) for leaf in leaves[loop.shared :]],
-    )
-    online, states, outs, rows = (
-        Online(loop.plan.snapshots),
-        dict[int, list[Any]](),
-        [],
-        list[Any](),
-    )
-    for t, batch in enumerate(batches.kept()):
-        x = tree.leaves(batch)
-        if t:
-            gone = online.add(t)
-            if gone is not None:
-                del states[gone]
-            states[t] = loop.stored(carry)
-        loop.ambients.append(Ambient.now([*leaves, *x], loop.ambients[-1] if t else None))
+    near = tree.leaves((inputs, run.carry))
+    for x in rows:
+        before = run.ambients[-1] if run.ambients else None
+        run.ambients.append(Ambient.now([*near, *tree.leaves(x)], before))
+        note(run)
         with torch.no_grad():
-            carry, out = loop.run(shared, carry, [_constant(leaf) for leaf in x])
-        outs += out
-        rows += x
-    loop = replace(loop, length=len(outs) // loop.width, streamed=True, times=tuple(states))
-    return loop, [*leaves, *rows], [*carry, *outs, *chain(*states.values())]
+            run.carry, out = loop.run(inputs, run.carry, x)
+        run.outs.append(out)
+        tree.leaves_like(run.outs[0], out, "what a step gives out")
 
 
-def _constant(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+def run_in_memory(loop: Loop, given: Given, rows: Iterable[Tree], schedule: Schedule) -> Result:
+    """Run a loop forward and keep the states that a schedule says.
 
+    Args:
+        loop: what it is.
+        given: what it starts from; its xs are not looked at.
+        rows: what the steps read one by one.
+        schedule: which states to keep.
+    """
+    states, run = loop.store(given.carry, {}), Run(given.carry, loop.ambients)
 
-def moved(leaves: list[Any], devices: Sequence[Any]) -> list[Any]:
-    """Return the leaves on these devices."""
-    return [leaf.to(device) for leaf, device in zip(leaves, devices, strict=True)]
+    def hold(run: Run) -> None:
+        """Hold the present state if the schedule says so.
+
+        Before the step, not after it: one that goes makes room for the one that comes.
+        """
+        gone = schedule(run.time) if run.time else 0  # the initial state is at hand anyway
+        if gone != run.time:
+            if gone is not None:
+                states.drop(gone)
+            states.put(run.time, run.carry)
+
+    run_forward(loop, given.inputs, run, rows, hold)
+    return Result(run.carry, run.outs, states.states)

@@ -23,5 +23,5 @@ def plain_loops_inside() -> Iterator[None]:
 
 
 def is_inside_step() -> bool:
-    """Say whether scans are to run as plain loops."""
+    """Return True if scans are to run as plain loops."""
     return _inside_step.get()

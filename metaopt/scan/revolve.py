@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 from typing import Literal
 
 from metaopt.checks import check_count
+
+# The time of a state that has come -> that of the one to let go, if any; which may be this one.
+Schedule = Callable[[int], int | None]
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,8 @@ class Revolve:
 
     Cost:
         "disk": on the way forward each snapshot is written once, with a SHA-256 of all inputs; on
-            the way back, at each
-        step, the cotangents of state and inputs. One state in memory, and two copies while it is
-        written.
+            the way back, at each step, the cotangents of state and inputs. One state in memory, and
+            two copies while it is written.
 
     Reference:
         Griewank and Walther 2000, Algorithm 799: revolve, ACM TOMS 26(1), equations 2 to 4.
@@ -64,9 +67,7 @@ class Revolve:
 
 
 def repeats(steps: int, snapshots: int) -> int:
-    """Return the smallest r with C(snapshots + r, snapshots) >= steps: how often the most repeated
-    step runs.
-    """
+    """Return how often the most repeated step runs: the smallest r with C(s + r, s) >= T."""
     r = 0
     while comb(snapshots + r, snapshots) < steps:
         r += 1
@@ -74,16 +75,15 @@ def repeats(steps: int, snapshots: int) -> int:
 
 
 def advances(steps: int, snapshots: int) -> int:
-    """Return r T - C(s + r, s + 1), the steps to run without a graph in order to reverse `steps` of
-    them.
-    """
+    """Return how many steps to run without a graph to reverse T of them: r T - C(s + r, s + 1)."""
     r = repeats(steps, snapshots)
     return r * steps - comb(snapshots + r, snapshots + 1)
 
 
 def split(steps: int, snapshots: int) -> int:
-    """Return how far to advance before the next snapshot, to reverse `steps` >= 2 with `snapshots`,
-    the state at hand being one.
+    """Return how far to advance before the next snapshot.
+
+    That is to reverse `steps` >= 2 with `snapshots`, the state at hand being one of them.
 
     Optimal is any m with m <= C(s + r - 1, s), steps - m <= C(s + r - 1, s - 1), and m >= C(s + r -
     2, s): both parts are then reversed with the repeats that their own numbers ask for. This is the
@@ -96,9 +96,10 @@ def split(steps: int, snapshots: int) -> int:
 
 
 @functools.cache
-def kept(steps: int, snapshots: int) -> tuple[int, ...]:
-    """Return the states to keep on the way forward: 0 < t_1 < t_2 < ... < steps, at most
-    `snapshots` of them.
+def choose_times(steps: int, snapshots: int) -> tuple[int, ...]:
+    """Return the times of the states to keep on the way forward, at most `snapshots` of them.
+
+    0 < t_1 < t_2 < ... < steps.
     """
     positions: list[int] = []
     low = 0
@@ -108,9 +109,16 @@ def kept(steps: int, snapshots: int) -> tuple[int, ...]:
     return tuple(positions)
 
 
+def plan_ahead(steps: int, snapshots: int) -> Schedule:
+    """Return the schedule that holds the states of `choose_times`."""
+    times = frozenset(choose_times(steps, snapshots))
+    return lambda time: None if time in times else time
+
+
 class Online:
-    """Which states to hold when nobody knows how many steps will come: at most `snapshots` besides
-    the initial one.
+    """Which states to hold of a stream: at most `snapshots` besides the initial one.
+
+    Nobody knows how many steps will come.
 
     Every new state is held, at level 0 while there is room. Then one goes that is earlier and of
     lower level than another. If there is none, the newest one goes, and its successor takes its

@@ -1,5 +1,6 @@
-"""What each step of a loop sees: one batch for all, a row of stacked batches, or the next batch of
-an iterator.
+"""What each step of a loop sees.
+
+One batch for all of them, a row of stacked batches, or the next batch of an iterator.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from metaopt.tree import Tree
 def rows_of(
     batches: Tree | Iterable[Tree], steps: int | None
 ) -> tuple[Tree | Stream, Tree, int | None]:
-    """Return (rows to scan over, the batch of every step, number of steps if known); one of the
-    first two is empty.
+    """Return (rows to scan over, the batch of every step, number of steps if known).
+
+    One of the first two is empty.
 
     Args:
         batches: with `steps`, the batch of every step; else a list or an iterator of batches, or a
@@ -35,8 +37,8 @@ def rows_of(
         if streams:
             raise ValueError(
                 f"`steps` must be left out when `batches` is an iterator, got {steps}: the loop "
-                f"ends when the iterator does. "
-                "Pass `itertools.islice(batches, steps)` to end it earlier."
+                "ends when the iterator does. Pass `itertools.islice(batches, steps)` to end it "
+                "earlier."
             )
         return (), batches, steps
     if isinstance(batches, list):
@@ -49,16 +51,14 @@ def rows_of(
         without = [path for path, length in lengths.items() if length < 0]
         raise ValueError(
             "`steps` is missing: without it every leaf of `batches` needs the leading axis time, "
-            "which "
-            f"{without or 'an empty tree'} has not. Pass `steps=` to use the same batch at every "
-            f"step."
+            f"which {without or 'an empty tree'} has not. Pass `steps=` to use the same batch at "
+            "every step."
         )
     if len(set(lengths.values())) > 1:
         raise ValueError(
             f"The leading axis of every leaf of `batches` must be the number of steps, got "
-            f"{lengths}. "
-            "Stack one batch per step, pass a list of batches, or pass `steps=` to use the same "
-            "batch at every step."
+            f"{lengths}. Stack one batch per step, pass a list of batches, or pass `steps=` to use "
+            "the same batch at every step."
         )
     (length,) = set(lengths.values())
     if length == 0:
@@ -68,8 +68,9 @@ def rows_of(
 
 @contextmanager
 def explain_first_row(batches: Tree, steps: int | None, first: Tree) -> Iterator[None]:
-    """Add to whatever is raised inside how the first batch came about, since torch's own error
-    cannot know.
+    """Add how the first batch came about to whatever is raised inside.
+
+    torch's own error cannot know it.
     """
     try:
         yield
@@ -101,7 +102,6 @@ def _refuse_bare_tensors(batches: list[Tree]) -> None:
     if all(isinstance(batch, Tensor) for batch in batches):
         raise ValueError(
             f"`batches` must not be a list of tensors, got {len(batches)}: is it one batch, or one "
-            f"tensor a step? For one batch "
-            "pass `steps=`; for stacked batches a tuple, `tuple(batches)`; for one tensor a step "
-            "`torch.stack(batches)`."
+            "tensor a step? For one batch pass `steps=`; for stacked batches a tuple, "
+            "`tuple(batches)`; for one tensor a step `torch.stack(batches)`."
         )

@@ -33,8 +33,7 @@ class Stream:
         except StopIteration:
             raise ValueError(
                 f"`batches` must hold at least one step, got an empty {type(batches).__name__}. An "
-                f"iterator can be gone through "
-                "once: make a fresh one for each call."
+                "iterator can be gone through once: make a fresh one for each call."
             ) from None
         self._batches = chain([self.first], rest)
 
@@ -56,7 +55,7 @@ class Stream:
             self.last = batch
             yield batch
 
-    def kept(self) -> Iterator[Tree]:
+    def watch(self) -> Iterator[Tree]:
         """Yield the batches to one who needs them again afterwards.
 
         Raises:
@@ -71,8 +70,8 @@ class Stream:
             if version(leaf) != before:
                 raise ValueError(
                     f"`batches` must not change a batch after yielding it, got one of shape "
-                    f"{tuple(leaf.shape)} that was written "
-                    "to. Batches are kept for the way back. Yield a fresh tensor, or a `clone()`."
+                    f"{tuple(leaf.shape)} that was written to. Batches are kept for the way back. "
+                    "Yield a fresh tensor, or a `clone()`."
                 )
 
 

@@ -19,8 +19,9 @@ from metaopt.transforms import outside_transforms, without_levels
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Write tensors and a few facts into a safetensors file, with a checksum; it takes its name
-    when it is on the disk.
+    """Write tensors and a few facts, with a checksum, into a safetensors file.
+
+    It takes its name when its content is on the disk.
 
     Args:
         path: the file; one of this name is replaced.
@@ -34,17 +35,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -
     Cost:
         Two copies of the tensors in main memory, while it writes.
     """
-    partial = path.with_suffix(".partial")
     with outside_transforms():
-        own = {name: _on_cpu(tensor) for name, tensor in tensors.items()}
+        own = {name: _to_cpu(tensor) for name, tensor in tensors.items()}
         # not every complex dtype can be written
         pairs = [name for name, tensor in own.items() if tensor.is_complex()]
         header = {**facts, "complex": json.dumps(pairs), "checksum": digest(own.items())}
-        own = {
-            name: (torch.view_as_real(tensor) if name in pairs else tensor).clone()
-            for name, tensor in own.items()
-        }
-        content = save(own, header)
+        own |= {name: torch.view_as_real(own[name]) for name in pairs}
+        # one tensor under two names is refused, hence the copies
+        content = save({name: tensor.clone() for name, tensor in own.items()}, header)
+    partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -54,17 +53,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
-        missing = not path.parent.is_dir()
-        fix = (
-            "The directory is gone: make it again"
-            if missing
-            else "Make room there, or lift the limit"
-        )
+        fix = "Make room there, or lift the limit"
+        if not path.parent.is_dir():
+            fix = "The directory is gone: make it again"
         raise OSError(
             error.errno,
             f"{error.strerror}: {len(content):,} bytes could not be written. What was written "
-            f"before is intact. {fix}, and run the "
-            "same program again: it goes on from there",
+            f"before is intact. {fix}, and run the same program again: it goes on from there",
             str(path),
         ) from error
 
@@ -77,22 +72,14 @@ def read(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: it cannot be read.
     """
     facts = read_facts(path, remedy)
-    try:
-        with outside_transforms(), safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise _damaged(path, str(error), remedy) from error
-    with outside_transforms():
-        tensors |= {
-            name: torch.view_as_complex(tensors[name]) for name in json.loads(facts.pop("complex"))
-        }
-    found, expected = digest(tensors.items()), facts.pop("checksum")
+    pairs, expected = json.loads(facts.pop("complex")), facts.pop("checksum")
+    with outside_transforms(), safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        tensors |= {name: torch.view_as_complex(tensors[name]) for name in pairs}
+    found = digest(tensors.items())
     if found != expected:
-        raise _damaged(
-            path,
-            f"its checksum is {found[:12]}..., not {expected[:12]}... as written in it",
-            remedy,
-        )
+        how = f"its checksum is {found[:12]}..., not {expected[:12]}... as written in it"
+        raise _damaged(path, how, remedy)
     return tensors, facts
 
 
@@ -114,15 +101,12 @@ def digest(leaves: Iterable[tuple[str, Any]]) -> str:
     for name, leaf in sorted(leaves):
         if isinstance(leaf, Tensor):
             with outside_transforms():
-                tensor = _on_cpu(leaf)
+                tensor = _to_cpu(leaf)
                 sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
-            value = (
-                repr(leaf)
-                if isinstance(leaf, bool | int | float | str | None)
-                else type(leaf).__name__
-            )
+            is_plain = isinstance(leaf, bool | int | float | str | None)
+            value = repr(leaf) if is_plain else type(leaf).__name__
             sha.update(f"{name} {value}\n".encode())
     return sha.hexdigest()
 
@@ -132,7 +116,7 @@ def digest_of(leaves: Iterable[Any]) -> str:
     return digest((f"{i:08}", leaf) for i, leaf in enumerate(leaves))
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
+def _to_cpu(tensor: Tensor) -> Tensor:
     return without_levels(tensor).detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
