@@ -17,6 +17,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters as transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_transforms
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _modules
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.utils import _pytree as pytree
 
@@ -33,6 +34,7 @@ __all__ = [
     "foreach_norm",
     "foreach_sqrt",
     "function_modes",
+    "has_forward_hooks",
     "has_no_hooks",
     "is_batched",
     "is_in_transform",
@@ -110,6 +112,12 @@ def has_no_hooks() -> bool:
         _hooks._saved_tensors_hooks_get_disabled_error_message() is None
         and _hooks._top_saved_tensors_default_hooks(True) is None
     )
+
+
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Return True if calling the module calls hooks too: its own, or those of all modules."""
+    own = module._forward_hooks or module._forward_pre_hooks
+    return bool(own or _modules._global_forward_hooks or _modules._global_forward_pre_hooks)
 
 
 def refuse_hooks(reason: str) -> None:

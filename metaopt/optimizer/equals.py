@@ -45,8 +45,7 @@ def register_equal(
             raise TypeError(
                 f"register_equal: `{name}` must be a class derived from "
                 f"{base.__module__}.{base.__name__}, got {value!r}. Give the classes, not an "
-                f"optimizer "
-                "of each: register_equal(torch.optim.SGD, MySGD, {})."
+                "optimizer of each: register_equal(torch.optim.SGD, MySGD, {})."
             )
     _EQUALS[theirs] = Equal(ours, dict(slots))
 
