@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from metaopt import tree
-from metaopt.optimizer.state import Arguments, Leaves, Slots
+from metaopt.optimizer.state import Leaves, Slots
 from metaopt.torch_internals import DisableTorchFunction
 from metaopt.tree import Tree
 
@@ -79,16 +79,15 @@ def require_params(owner: nn.Module, params: Leaves | None, reason: str) -> Leav
     return params
 
 
-def move(optimizer: Optimizer, *arguments: Any) -> tuple[Leaves, Slots]:
+def move(
+    optimizer: Optimizer, grads: Leaves, params: Leaves | None, *arguments: Any
+) -> tuple[Leaves, Slots]:
     """Return (w + scale d, next slots) for an update u = scale d, without making u first.
 
-    Args:
-        optimizer: makes the update.
-        arguments: those of its `direction`.
+    The arguments are those of `Optimizer.direction`.
     """
-    given = Arguments(*arguments)
-    weights = require_params(optimizer, given.params, "it moves them")
-    scale, directions, after = optimizer.direction(*given)
+    weights = require_params(optimizer, params, "it moves them")
+    scale, directions, after = optimizer.direction(grads, weights, *arguments)
     with DisableTorchFunction():
         moved = tree.scaled_sums(weights, scale, directions)
         pairs = zip(weights, moved, strict=True)

@@ -37,6 +37,9 @@ def is_joinable(kind: type) -> bool:
 
 def call_joined(optimizer: Optimizer, rule: Rule, given: Arguments) -> tuple[Leaves, Slots]:
     """Return what `rule` does, called on joined tensors where that is the same and faster."""
+    # a compiler fuses the loop over tensors itself
+    if len(given.grads) < LEAST_TENSORS or torch.compiler.is_compiling():
+        return rule(*given)
     if not is_joinable(type(optimizer)) or not _is_faster(optimizer, given):
         return rule(*given)
     with DisableTorchFunction():
@@ -75,14 +78,13 @@ def prefers_joined(lists: Sequence[list[Tensor]]) -> bool:
     ```
 
     Under `torch.func.vjp` it is as with a graph; under `vmap`, where the entries of all rows count
-    and there are no kernels for lists, joining was faster too. A compiler fuses the loop over
-    tensors itself. Memory is the same.
+    and there are no kernels for lists, joining was faster too. Memory is the same.
 
     Args:
         lists: of equal length: the gradients, and what else is to be joined.
     """
     first = lists[0]
-    if torch.compiler.is_compiling() or len(first) < LEAST_TENSORS or is_last():
+    if len(first) < LEAST_TENSORS or is_last():
         return False
     if sum(map(entries, first)) > min(len(first) * MOST_ENTRIES, MOST_TOGETHER):
         return False

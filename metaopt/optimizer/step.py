@@ -64,16 +64,17 @@ def start(optimizer: Optimizer, params: Tree) -> State:
     }
 
 
-def find_present(gradients: Sequence[Tensor | None], grads: Tree, state: State) -> list[int]:
+def find_present(gradients: Sequence[Tensor | None], grads: Tree, state: State) -> Sequence[int]:
     """Return the places of the parameters with a gradient; `grads` is the gradients' tree.
 
     Raises:
         ValueError: one has none, and the state does not count the steps of each.
     """
-    present = [place for place, gradient in enumerate(gradients) if gradient is not None]
-    if len(present) < len(gradients) and "steps" not in state:
+    if type(None) not in map(type, gradients):
+        return range(len(gradients))
+    if "steps" not in state:
         require_gradients(grads)
-    return present
+    return [place for place, gradient in enumerate(gradients) if gradient is not None]
 
 
 def step_leaves(
@@ -96,9 +97,8 @@ def step_leaves(
     if not present:
         return grads, {**state, "step": state["step"] + 1}
     with DisableTorchFunction():  # under a mode every look at a dtype is a call of its own
-        is_complex = [gradient is not None and gradient.is_complex() for gradient in gradients]
-    has_complex = True in is_complex
-    if has_complex:
+        complex_places = [place for place in present if gradients[place].is_complex()]
+    if complex_places:
         gradients = [None if one is None else tree.as_real(one) for one in gradients]
         weights = None if weights is None else [tree.as_real(weight) for weight in weights]
     if weights is not None:
@@ -112,9 +112,10 @@ def step_leaves(
         given = Arguments(gradients, weights, slots | state["shared"], hyper, step)
         results, slots = _call(optimizer, rule, given)
         shared, counts = {name: slots.pop(name) for name in state["shared"]}, {}
-    if has_complex:
-        pairs = zip(results, is_complex, strict=True)
-        results = [tree.as_complex(result) if is_one else result for result, is_one in pairs]
+    if complex_places:
+        results = [*results]
+        for place in complex_places:
+            results[place] = tree.as_complex(results[place])
     return tree.with_leaves(grads, results), {
         "step": step,
         "slots": {name: tree.with_leaves(grads, slot) for name, slot in slots.items()},
@@ -130,7 +131,7 @@ def _step_in_parts(
     given: Arguments,
     state: State,
     grads: Tree,
-    present: list[int],
+    present: Sequence[int],
 ) -> tuple[list[Any], dict[str, Tree], dict[str, Tree]]:
     """Return (one tensor per parameter, or None, the shared memory, {"steps": the counts}).
 
@@ -162,7 +163,7 @@ def _step_in_parts(
 def _read(state: State, kind: str, grads: Tree) -> dict[str, list[Any]]:
     """Return name -> one tensor per parameter, of a kind of memory."""
     return {
-        name: [*tree.leaves_like(grads, slot, f"state[{kind!r}][{name!r}]")]
+        name: tree.leaves_like(grads, slot, f"state[{kind!r}][{name!r}]")
         for name, slot in state[kind].items()
     }
 

@@ -54,11 +54,10 @@ def advance_schedules(
         return advance(schedule, before, step=state["step"], loss=loss, grads=seen)
 
     hyper, schedules = _evaluate(optimizer, state, leaves, grads, ask)
-    if any(
-        type(value) is Spread or (isinstance(value, Tensor) and value.ndim)
-        for value in hyper.values()
-    ):
-        check_shapes(optimizer, hyper, leaves)
+    for value in hyper.values():
+        if type(value) is Spread or (isinstance(value, Tensor) and value.ndim):
+            check_shapes(optimizer, hyper, leaves)
+            break
     return hyper, schedules
 
 
@@ -102,7 +101,7 @@ def _evaluate(
     hyper: Hyper = {name: getattr(optimizer, name) for name in optimizer.hyperparameters}
     schedules = {}
     for name, value in hyper.items():
-        if not isinstance(value, Schedule | ByName):
+        if type(value) is float or not isinstance(value, Schedule | ByName):
             continue
         if name not in state["schedules"]:
             check_schedule_names(optimizer, state)
