@@ -33,7 +33,7 @@ def as_pair(owner: Optimizer, name: str, value: Any, example: str) -> Pair:
     """Return the two items of `value`.
 
     Raises:
-        ValueError: it is no pair.
+        ValueError: it is not a pair.
     """
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise ValueError(

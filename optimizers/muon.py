@@ -54,7 +54,7 @@ class Muon(Optimizer):
         adjust_lr_fn: how s depends on the shape.
 
     Raises:
-        ValueError: a number out of range, or (in `init`) a parameter that is no matrix.
+        ValueError: a number out of range, or (in `init`) a parameter that is not a matrix.
 
     Cost:
         One copy of the parameters; 3 `ns_steps` matrix products a step.

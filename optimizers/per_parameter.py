@@ -16,11 +16,11 @@ from metaopt.tree import Tree
 
 
 class PerParameter(ByName):
-    """One `nn.Parameter` of the shape of each parameter: `SGD(lr=PerParameter(net.params, 0.1))` is
-    Meta-SGD.
+    """A number for each entry: `SGD(lr=PerParameter(net.params, 0.1))` is Meta-SGD.
 
-    The update of w is that with the rates of w, entry by entry; all rates are learned, saved and
-    loaded. A complex parameter has two rates for each entry, those of its real and imaginary part.
+    It holds one `nn.Parameter` of the shape of each parameter. The update of w is that with the
+    rates of w, entry by entry; all rates are learned, saved and loaded. A complex parameter has two
+    rates for each entry, those of its real and imaginary part.
 
     Args:
         params: the tree of parameters that will be updated, for names, shapes, precision and
@@ -29,7 +29,7 @@ class PerParameter(ByName):
 
     Raises:
         ValueError: there are no parameters, or (in `init`) others are updated.
-        TypeError: `value` is no number, or a leaf is no floating-point or complex tensor.
+        TypeError: `value` is not a number, or a leaf is not a floating-point or complex tensor.
 
     Cost:
         One copy of the parameters. The update is made for each parameter by itself.
@@ -68,6 +68,6 @@ class PerParameter(ByName):
             raise ValueError(
                 f"{type(owner).__name__}: `{what}` must be for the parameters that are updated, "
                 f"missing {missing}, unknown {unknown}. Write {what}=PerParameter(params, 0.1) "
-                f"with their tree."
+                "with their tree."
             )
         return [[name] for name in self.patterns]

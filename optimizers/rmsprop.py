@@ -91,7 +91,7 @@ class RMSprop(Optimizer):
             if "velocity" not in slots:
                 raise ValueError(
                     f"RMSprop: momentum={momentum}, but `state` was made without. Call `init` "
-                    f"again."
+                    "again."
                 )
             direction = after["velocity"] = scaled_sums(direction, momentum, slots["velocity"])
         return [-lr * d for d in direction], after

@@ -74,7 +74,7 @@ def require_params(owner: nn.Module, params: Leaves | None, reason: str) -> Leav
     if params is None:
         raise ValueError(
             f"`{type(owner).__name__}` needs `params` because {reason}. Call `optimizer(grads, "
-            f"state, params)`."
+            "state, params)`."
         )
     return params
 

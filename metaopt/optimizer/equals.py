@@ -38,7 +38,7 @@ def register_equal(
         slots: name of a slot of `ours` -> its name in the state of `theirs`.
 
     Raises:
-        TypeError: one of the two is no such class.
+        TypeError: one of the two is not such a class.
     """
     for name, value, base in (("theirs", theirs, torch.optim.Optimizer), ("ours", ours, Optimizer)):
         if not (inspect.isclass(value) and issubclass(value, base)):

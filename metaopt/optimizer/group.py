@@ -75,7 +75,7 @@ def with_items(options: Mapping[str, Any]) -> dict[str, Any]:
             if taken.setdefault(item, part) is not part and taken[item] != part:
                 raise ValueError(
                     f"A parameter group has {name}={value!r} and {item}={taken[item]!r}, which is "
-                    f"one of them. Give it once."
+                    "one of them. Give it once."
                 )
     return taken
 

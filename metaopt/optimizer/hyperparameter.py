@@ -60,7 +60,7 @@ def set_value(owner: nn.Module, name: str, value: Any, *, below: float = math.in
         raise TypeError(
             f"{type(owner).__name__}: `{name}` must be a number, a tensor or an nn.Parameter, got "
             f"the schedule {type(value).__name__}. Put schedules one after the other with "
-            f"`Joined`, or write a `Schedule` of your own."
+            "`Joined`, or write a `Schedule` of your own."
         )
     limits = Limits(below=below)
     _check(owner, name, value, limits, takes="a number, a tensor or an nn.Parameter")

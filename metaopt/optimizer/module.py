@@ -77,7 +77,7 @@ class Configurable(nn.Module):
 
         Raises:
             ValueError: a tensor has an entry that is not finite.
-            TypeError: an argument of the constructor is no attribute, or cannot be saved.
+            TypeError: an argument of the constructor is not an attribute, or cannot be saved.
         """
         path = Path(path)
         for name, tensor in self.state_dict().items():

@@ -73,7 +73,7 @@ class Optimizer(Configurable):
         """
         raise TypeError(
             f"{type(self).__name__} must define `update(grads, params, slots, hyper, step)`, or "
-            f"`direction`."
+            "`direction`."
         )
 
     def init(self, params: Tree, *, per_parameter: bool = False) -> State:

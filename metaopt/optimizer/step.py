@@ -38,7 +38,7 @@ def start(optimizer: Optimizer, params: Tree) -> State:
             kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(
                 f"`params` must be floating-point or complex tensors, got {kind} at {name}. "
-                f"Leave it out, or convert it."
+                "Leave it out, or convert it."
             )
     leaves = [tree.as_real(leaf.detach()) for leaf in tree.leaves(params)]
     if not leaves:

@@ -149,7 +149,7 @@ def check_shapes(
                 f"{type(owner).__name__}: `{name}` must be a scalar, or have the shape of every "
                 f"parameter that it meets, got shape {tuple(one.shape)} for a parameter of shape "
                 f"{tuple(leaf.shape)}. A value for each step is `{name}=PerStep(values)`, one for "
-                f"each of some steps `Piecewise`; one for some parameters is "
+                "each of some steps `Piecewise`; one for some parameters is "
                 f'`{name}={{"*.bias": 0.01, "*": 0.1}}`, or `Grouped`; one for each entry of each '
                 f"parameter `{name}=PerParameter(params, 0.1)`."
             )

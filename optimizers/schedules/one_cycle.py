@@ -66,7 +66,7 @@ class OneCycle(OfTime):
         self._ends = (0.0, up, 2 * up, steps - 1.0) if three_phase else (0.0, up, steps - 1.0)
         if any(start >= end for start, end in zip(self._ends, self._ends[1:], strict=False)):
             raise ValueError(
-                f"OneCycle: every phase needs a length, got phases that end at steps "
+                "OneCycle: every phase needs a length, got phases that end at steps "
                 f"{self._ends[1:]}. Give more `steps`, or another `pct_start` than {pct_start}."
             )
 

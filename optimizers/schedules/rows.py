@@ -36,7 +36,7 @@ def check_boundaries(owner: Schedule, what: str, pieces: Any, boundaries: Any) -
     if not all(type(b) is int and b > a for a, b in zip((0, *row), row, strict=False)):
         raise ValueError(
             f"{name}: `boundaries` must be increasing positive integers, got {boundaries!r}. Write "
-            f"(30, 60)."
+            "(30, 60)."
         )
     if len(pieces) != len(row) + 1:
         raise ValueError(
@@ -64,7 +64,7 @@ def check_row(owner: Schedule, name: str, value: Any) -> Any:
     if not isinstance(value, tuple | list):
         raise TypeError(
             f"{kind}: `{name}` must be a tuple, got {type(value).__name__}. Write {name}=(0.1, "
-            f"0.01)."
+            "0.01)."
         )
     if not value:
         raise ValueError(f"{kind}: `{name}` must not be empty, got {value!r}.")

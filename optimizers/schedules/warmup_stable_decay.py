@@ -28,7 +28,7 @@ class WarmupStableDecay(OfTime):
         shape: of the decay: "linear", "cosine" or "sqrt".
 
     Raises:
-        ValueError: a length that is no such integer, a number below 0, or another shape.
+        ValueError: a length that is not such an integer, a number below 0, or another shape.
 
     Reference:
         Hu et al. 2024, arXiv:2404.06395 (MiniCPM), section 4.2; "sqrt": Haegele et al. 2024,

@@ -110,7 +110,7 @@ class Transform(Optimizer):
         """Return (the state of the inner optimizer, the state with this one's own schedules).
 
         Raises:
-            ValueError: it is the state of no transform.
+            ValueError: it is not the state of a transform.
         """
         schedules = dict(state["schedules"])
         if "optimizer" not in schedules:
