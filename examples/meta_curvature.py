@@ -1,6 +1,6 @@
 """Meta-Curvature: an initialisation and a transformation of each layer's gradient.
 
-    python examples/meta_curvature.py   # 1200 meta-steps, as in the README
+    python examples/meta_curvature.py   # 1200 meta-steps, as in docs/results.md
     python examples/meta_curvature.py --steps 100 --test-tasks 50   # a look
 
 They are learned together. The program also shows how to write an optimizer. A task is to tell five

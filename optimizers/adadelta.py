@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
+from metaopt.optimizer import Hyper, Hyperparameter, Leaves, Optimizer, Slots, set_hyperparameter
 
-from .moving import averages_of_squares
+from .moving import averages_of_squares, zeros
 from .weight_decay import penalized
 
 
 class Adadelta(Optimizer):
-    """v = rho v + (1 - rho) g^2;  d = sqrt(a + eps) / sqrt(v + eps) g;  a = rho a + (1 - rho) d^2;
-    u = -lr d.
+    """v = rho v + (1 - rho) g^2;  u = -lr d  with  d = sqrt(a + eps) / sqrt(v + eps) g.
 
-    Equal to `torch.optim.Adadelta`.
+    Then a = rho a + (1 - rho) d^2. Equal to `torch.optim.Adadelta`.
 
     Args:
         lr: factor on the update.
@@ -52,7 +49,7 @@ class Adadelta(Optimizer):
         set_hyperparameter(self, "weight_decay", weight_decay)
 
     def slots(self, params: Leaves) -> Slots:
-        return {name: [torch.zeros_like(p) for p in params] for name in ("square", "moved")}
+        return zeros(params, "square", "moved")
 
     def update(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
@@ -64,7 +61,5 @@ class Adadelta(Optimizer):
             (a + eps).sqrt() / (v + eps).sqrt() * g
             for a, v, g in zip(slots["moved"], square, grads, strict=True)
         ]
-        return [-lr * d for d in delta], {
-            "square": square,
-            "moved": averages_of_squares(slots["moved"], delta, rho),
-        }
+        moved = averages_of_squares(slots["moved"], delta, rho)
+        return [-lr * d for d in delta], {"square": square, "moved": moved}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
+from metaopt.optimizer import (
+    Hyper,
+    Hyperparameter,
+    Leaves,
+    Optimizer,
+    Slots,
+    is_zero,
+    set_hyperparameter,
+)
 
-from .moving import roots
-from .precision import scalar_dtype
+from .moving import roots, zeros
+from .scalars import precise
 from .weight_decay import penalized
 
 
@@ -57,7 +63,7 @@ class Adagrad(Optimizer):
         set_hyperparameter(self, "eps", eps)
 
     def slots(self, params: Leaves) -> Slots:
-        return {"square": [torch.zeros_like(p) for p in params]}
+        return zeros(params, "square")
 
     def update(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
@@ -65,9 +71,8 @@ class Adagrad(Optimizer):
         lr, lr_decay, decay, initial, eps = (hyper[name] for name in self.hyperparameters)
         grads = penalized(self, grads, params, decay)
         if not is_zero(lr_decay):
-            lr = lr / (1 + (step - 1).to(scalar_dtype(grads[0])) * lr_decay)
+            lr = lr / (1 + precise(step - 1, grads[0]) * lr_decay)
         square = [v + g * g for v, g in zip(slots["square"], grads, strict=True)]
         spread = square if is_zero(initial) else [v + initial for v in square]
-        return [-lr * g / root for g, root in zip(grads, roots(spread, 0.0, eps), strict=True)], {
-            "square": square
-        }
+        pairs = zip(grads, roots(spread, 0.0, eps), strict=True)
+        return [-lr * g / root for g, root in pairs], {"square": square}

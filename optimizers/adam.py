@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from metaopt.checks import check_flag
-from metaopt.optimizer import Hyper, Leaves, Slots
-from metaopt.optimizer.hyperparameter import Hyperparameter, Value, is_zero, set_hyperparameter
+from metaopt.optimizer import (
+    Hyper,
+    Hyperparameter,
+    Leaves,
+    Slots,
+    Value,
+    is_zero,
+    set_hyperparameter,
+)
 
 from .betas import Pair, WithBetas
-from .moving import averages, averages_of_squares, roots
-from .precision import scalar_dtype
+from .moving import averages, averages_of_squares, roots, zeros
+from .scalars import bias_correction, precise
 from .weight_decay import decayed, penalized
 
 
 class Adam(WithBetas):
-    """m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  u = -lr m^ / (sqrt(v^ +
-    eps_root) + eps).
+    """u = -lr m^ / (sqrt(v^ + eps_root) + eps).
 
-    m^ = m / (1 - beta1^t) and v^ = v / (1 - beta2^t); with `amsgrad`, v^ = max(v_1, ..., v_t) / (1
-    - beta2^t). Equal to `torch.optim.Adam`; unlike it, the derivative with respect to the gradient
-    is finite where v = 0 (there sqrt has derivative 0, and what remains is the exact 1 / eps at the
-    first step).
+    m = beta1 m + (1 - beta1) g and v = beta2 v + (1 - beta2) g^2; m^ = m / (1 - beta1^t) and
+    v^ = v / (1 - beta2^t); with `amsgrad`, v^ = max(v_1, ..., v_t) / (1 - beta2^t). Equal to
+    `torch.optim.Adam`; unlike it, the derivative with respect to the gradient is finite where v = 0
+    (there sqrt has derivative 0, and what remains is the exact 1 / eps at the first step).
 
     Args:
         lr: step size.
@@ -67,8 +71,7 @@ class Adam(WithBetas):
         self.amsgrad = check_flag(self, "amsgrad", amsgrad)
 
     def slots(self, params: Leaves) -> Slots:
-        names = ["mean", "square", *["largest"] * self.amsgrad]
-        return {name: [torch.zeros_like(p) for p in params] for name in names}
+        return zeros(params, "mean", "square", *["largest"] * self.amsgrad)
 
     def direction(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
@@ -78,14 +81,17 @@ class Adam(WithBetas):
     def _adam(
         self, grads: Leaves, slots: Slots, hyper: Hyper, step: Tensor
     ) -> tuple[Value, Leaves, Slots]:
-        """Return (scale, directions, next slots), without any decay of the weights."""
+        """Return (scale, directions, next slots), without any decay of the weights.
+
+        This is what the variants of Adam change.
+        """
         after = moments(grads, slots, hyper)
         spread = after["square"]
         if self.amsgrad:
             spread = after["largest"] = [
                 torch.maximum(old, v) for old, v in zip(slots["largest"], spread, strict=True)
             ]
-        step = step.to(scalar_dtype(grads[0]))  # once for both
+        step = precise(step, grads[0])  # once for both
         scale = -hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])
         bias = bias_correction(hyper["beta2"], step, grads[0])
         # sqrt(v / bias) + eps = (sqrt(v) + eps sqrt(bias)) / sqrt(bias)
@@ -98,9 +104,23 @@ class Adam(WithBetas):
         return scale, [m / root for m, root in zip(after["mean"], spread, strict=True)], after
 
 
-class AdamW(Adam):
-    """Adam with decoupled weight decay: u = -lr (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay
-    w).
+class MaybeDecoupled(Adam):
+    """A variant of Adam whose weight decay may be decoupled: u = scale d - lr weight_decay w."""
+
+    decoupled_weight_decay = True
+
+    def update(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
+        if not self.decoupled_weight_decay:
+            return super().update(grads, params, slots, hyper, step)
+        scale, directions, after = self._adam(grads, slots, hyper, step)
+        updates = [scale * d for d in directions]
+        return decayed(self, updates, params, hyper["lr"], hyper["weight_decay"]), after
+
+
+class AdamW(MaybeDecoupled):
+    """Adam with decoupled decay: u = -lr (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay w).
 
     Equal to `torch.optim.AdamW`. Arguments, cost and errors as for `Adam`.
 
@@ -124,34 +144,10 @@ class AdamW(Adam):
             lr, betas, eps=eps, eps_root=eps_root, weight_decay=weight_decay, amsgrad=amsgrad
         )
 
-    def update(
-        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
-    ) -> tuple[Leaves, Slots]:
-        scale, directions, after = self._adam(grads, slots, hyper, step)
-        return decayed(
-            self, [scale * d for d in directions], params, hyper["lr"], hyper["weight_decay"]
-        ), after
-
 
 def moments(grads: Leaves, slots: Slots, hyper: Hyper) -> Slots:
-    """Return the moving averages {"mean":
-
-    beta1 m + (1 - beta1) g, "square": beta2 v + (1 - beta2) g^2}.
-    """
+    """Return the next averages of the gradients, "mean", and of their squares, "square"."""
     return {
         "mean": averages(slots["mean"], grads, hyper["beta1"]),
         "square": averages_of_squares(slots["square"], grads, hyper["beta2"]),
     }
-
-
-def bias_correction(beta: Value, step: Tensor, like: Tensor) -> Tensor:
-    """Return 1 - beta^step in float64 if `like` is, else in float32; differentiable in beta.
-
-    For a number as -expm1(step log beta): in float32 the difference of 1 and .999 would be off by
-    5e-5 of its size.
-    """
-    dtype = scalar_dtype(like)
-    if not isinstance(beta, Tensor) and beta > 0:
-        return -torch.expm1(step.to(dtype) * math.log(beta))
-    base = beta.to(step.device, dtype) if isinstance(beta, Tensor) else beta
-    return torch.rsub(torch.pow(base, step.to(dtype)), 1)

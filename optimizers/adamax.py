@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt.optimizer import Hyper, Leaves, Slots
-from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
+from metaopt.optimizer import Hyper, Hyperparameter, Leaves, Slots, set_hyperparameter
 
-from .adam import bias_correction
 from .betas import Pair, WithBetas
-from .moving import averages
+from .moving import averages, zeros
+from .scalars import bias_correction
 from .weight_decay import penalized
 
 
@@ -53,7 +52,7 @@ class Adamax(WithBetas):
         set_hyperparameter(self, "weight_decay", weight_decay)
 
     def slots(self, params: Leaves) -> Slots:
-        return {name: [torch.zeros_like(p) for p in params] for name in ("mean", "largest")}
+        return zeros(params, "mean", "largest")
 
     def update(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
@@ -66,7 +65,5 @@ class Adamax(WithBetas):
             for n, g in zip(slots["largest"], grads, strict=True)
         ]
         rate = lr / bias_correction(beta1, step, grads[0])
-        return [-rate * m / n for m, n in zip(mean, largest, strict=True)], {
-            "mean": mean,
-            "largest": largest,
-        }
+        updates = [-rate * m / n for m, n in zip(mean, largest, strict=True)]
+        return updates, {"mean": mean, "largest": largest}

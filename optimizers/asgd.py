@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
+from metaopt.optimizer import (
+    Hyper,
+    Hyperparameter,
+    Leaves,
+    Optimizer,
+    Slots,
+    require_params,
+    set_hyperparameter,
+)
 
-from .precision import scalar_dtype
+from .moving import zeros
+from .scalars import precise, scalar_dtype
 from .weight_decay import penalized
 
 
@@ -61,15 +69,15 @@ class ASGD(Optimizer):
     def slots(self, params: Leaves) -> Slots:
         shape = self.lr.shape if isinstance(self.lr, Tensor) else ()
         eta = torch.zeros(shape, dtype=scalar_dtype(params[0]), device=params[0].device)
-        return {"average": [torch.zeros_like(p) for p in params], "eta": eta}
+        return zeros(params, "average") | {"eta": eta}
 
     def update(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
     ) -> tuple[Leaves, Slots]:
         lr, lambd, alpha, t0, decay = (hyper[name] for name in self.hyperparameters)
-        weights = self._require_params(params, "it averages them")
+        weights = require_params(self, params, "it averages them")
         grads = penalized(self, grads, weights, decay)
-        done = (step - 1).to(scalar_dtype(grads[0]))
+        done = precise(step - 1, grads[0])
         eta = torch.where(step == 1, lr, slots["eta"])
         mu = 1 / (done - t0).clamp(min=1)
         shrink = eta * lambd

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from metaopt.optimizer import Optimizer
-from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
+from metaopt.optimizer import Hyperparameter, Optimizer, set_hyperparameter
 
 Pair = tuple[Hyperparameter, Hyperparameter]
 
 
 class WithBetas(Optimizer):
-    """An optimizer with `betas`, the decays of two moving averages; they are the hyperparameters
-    `beta1` and `beta2`.
+    """An optimizer with `betas`, the decays of two moving averages.
+
+    They are the hyperparameters `beta1` and `beta2`.
     """
 
     beta1: Hyperparameter
@@ -33,7 +33,7 @@ def as_pair(owner: Optimizer, name: str, value: Any, example: str) -> Pair:
     """Return the two items of `value`.
 
     Raises:
-        ValueError: it is no pair.
+        ValueError: it is not a pair.
     """
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise ValueError(

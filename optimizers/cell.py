@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 
 class LSTMCell(nn.Module):
-    """[i; f; g; o] = W [x; h] + b;  c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o)
-    tanh(c').
+    """c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o) tanh(c').
 
-    One matrix product for all n columns. Plain operations only, so it can be differentiated any
-    number of times.
+    With [i; f; g; o] = W [x; h] + b, one matrix product for all n columns. Plain operations only,
+    so it can be differentiated any number of times.
 
     Args:
         inputs: number of rows of x.
@@ -29,9 +28,8 @@ class LSTMCell(nn.Module):
     def __init__(self, inputs: int, hidden: int, generator: torch.Generator):
         super().__init__()
         self.weight = uniform((4 * hidden, inputs + hidden), hidden, generator)
-        self.bias = nn.Parameter(
-            torch.cat([torch.zeros(hidden), torch.ones(hidden), torch.zeros(2 * hidden)])
-        )
+        i, f, g_and_o = torch.zeros(hidden), torch.ones(hidden), torch.zeros(2 * hidden)
+        self.bias = nn.Parameter(torch.cat([i, f, g_and_o]))
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Return (h', c') for x [inputs, n], h and c [hidden, n]."""
@@ -45,6 +43,5 @@ class LSTMCell(nn.Module):
 
 def uniform(shape: tuple[int, ...], fan: int, generator: torch.Generator) -> nn.Parameter:
     """Return a parameter drawn from U(-1/sqrt(fan), 1/sqrt(fan))."""
-    return nn.Parameter(
-        torch.empty(shape).uniform_(-1 / math.sqrt(fan), 1 / math.sqrt(fan), generator=generator)
-    )
+    bound = 1 / math.sqrt(fan)
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from metaopt.optimizer import Hyper, Leaves, Slots
-from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
+from metaopt.optimizer import Hyper, Hyperparameter, Leaves, Slots, set_hyperparameter
 
 from .betas import Pair, WithBetas
-from .moving import averages
+from .moving import averages, zeros
 from .weight_decay import decayed
 
 
@@ -51,13 +49,12 @@ class Lion(WithBetas):
         set_hyperparameter(self, "weight_decay", weight_decay)
 
     def slots(self, params: Leaves) -> Slots:
-        return {"mean": [torch.zeros_like(p) for p in params]}
+        return zeros(params, "mean")
 
     def update(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
     ) -> tuple[Leaves, Slots]:
         lr, beta1, beta2, decay = (hyper[name] for name in self.hyperparameters)
         updates = [-lr * m.sign() for m in averages(slots["mean"], grads, beta1)]
-        return decayed(self, updates, params, lr, decay), {
-            "mean": averages(slots["mean"], grads, beta2)
-        }
+        mean = averages(slots["mean"], grads, beta2)
+        return decayed(self, updates, params, lr, decay), {"mean": mean}

@@ -1,5 +1,6 @@
-"""Moving averages and their roots, of lists of tensors: by torch's kernels for lists where nobody
-differentiates them.
+"""Memory on lists of tensors: zeros to begin with, moving averages, and their roots.
+
+Where nobody differentiates them, torch's kernels for lists compute them.
 """
 
 from __future__ import annotations
@@ -7,11 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt.optimizer import Leaves
-from metaopt.optimizer.hyperparameter import Value, is_zero
+from metaopt.optimizer import Leaves, Slots, Value, is_zero
 from metaopt.torch_internals import foreach_add, foreach_addcmul, foreach_mul, foreach_sqrt
 from metaopt.transforms import is_last
 from metaopt.tree import safe_sqrt, scaled_sums
+
+
+def zeros(params: Leaves, *names: str) -> Slots:
+    """Return name -> zeros like the parameters."""
+    return {name: [torch.zeros_like(p) for p in params] for name in names}
 
 
 def averages(means: Leaves, xs: Leaves, decay: Value) -> Leaves:
@@ -32,14 +37,12 @@ def averages_of_squares(means: Leaves, xs: Leaves, decay: Value) -> Leaves:
 def roots(squares: Leaves, eps_root: Value, eps: Value) -> Leaves:
     """Return sqrt(v + eps_root) + eps for each, with derivative 0 of the root at 0."""
     raised = squares if is_zero(eps_root) else [v + eps_root for v in squares]
-    if is_last():
-        positive = foreach_sqrt(raised)
-        return (
-            [root + eps for root in positive]
-            if isinstance(eps, Tensor)
-            else list(foreach_add(positive, eps))
-        )
-    return [safe_sqrt(v) + eps for v in raised]
+    if not is_last():
+        return [safe_sqrt(v) + eps for v in raised]
+    positive = foreach_sqrt(raised)
+    if isinstance(eps, Tensor):
+        return [root + eps for root in positive]
+    return list(foreach_add(positive, eps))
 
 
 def scaled(xs: Leaves, scale: Value) -> Leaves:

@@ -6,15 +6,21 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from metaopt import tree
 from metaopt.checks import check_choice, check_count, check_flag
-from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from metaopt.optimizer.hyperparameter import Hyperparameter, Value, set_hyperparameter
+from metaopt.optimizer import (
+    Hyper,
+    Hyperparameter,
+    Leaves,
+    Optimizer,
+    Slots,
+    Value,
+    set_hyperparameter,
+)
 
-from .moving import averages
+from .moving import averages, zeros
 from .weight_decay import decayed
 
 FACTORS: dict[str, Callable[[int, int], float]] = {
@@ -48,7 +54,7 @@ class Muon(Optimizer):
         adjust_lr_fn: how s depends on the shape.
 
     Raises:
-        ValueError: a number out of range, or (in `init`) a parameter that is no matrix.
+        ValueError: a number out of range, or (in `init`) a parameter that is not a matrix.
 
     Cost:
         One copy of the parameters; 3 `ns_steps` matrix products a step.
@@ -87,10 +93,8 @@ class Muon(Optimizer):
         for name, value in zip("abc", ns_coefficients, strict=True):
             set_hyperparameter(self, name, value, low=-math.inf)
         set_hyperparameter(self, "eps", eps)
-        self.nesterov, self.ns_steps = (
-            check_flag(self, "nesterov", nesterov),
-            check_count(self, "ns_steps", ns_steps),
-        )
+        self.nesterov = check_flag(self, "nesterov", nesterov)
+        self.ns_steps = check_count(self, "ns_steps", ns_steps)
         self.adjust_lr_fn = check_choice(self, "adjust_lr_fn", adjust_lr_fn, tuple(FACTORS))
 
     @property
@@ -103,11 +107,10 @@ class Muon(Optimizer):
             if p.ndim != 2:
                 raise ValueError(
                     f"Muon: `params` must be matrices, got shape {tuple(p.shape)}. Only matrices "
-                    f"have singular values. Give "
-                    'the others to another optimizer: `Grouped({"*.weight": Muon(), "*": '
-                    "AdamW()})`."
+                    "have singular values. Give the others to another optimizer: "
+                    '`Grouped({"*.weight": Muon(), "*": AdamW()})`.'
                 )
-        return {"mean": [torch.zeros_like(p) for p in params]}
+        return zeros(params, "mean")
 
     def update(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
@@ -115,14 +118,12 @@ class Muon(Optimizer):
         lr, decay, momentum, *coefficients, eps = (hyper[name] for name in self.hyperparameters)
         mean = averages(slots["mean"], grads, momentum)
         ahead = averages(mean, grads, momentum) if self.nesterov else mean
+        factor = FACTORS[self.adjust_lr_fn]
         updates = [
-            -lr * self._factor(x) * orthogonalized(x, coefficients, eps, self.ns_steps)
+            -lr * factor(*x.shape) * orthogonalized(x, coefficients, eps, self.ns_steps)
             for x in ahead
         ]
         return decayed(self, updates, params, lr, decay), {"mean": mean}
-
-    def _factor(self, matrix: Tensor) -> float:
-        return FACTORS[self.adjust_lr_fn](*matrix.shape)
 
 
 def orthogonalized(matrix: Tensor, coefficients: list[Value], eps: Value, steps: int) -> Tensor:

@@ -11,15 +11,16 @@ from metaopt import tree
 from metaopt.checks import check_number
 from metaopt.optimizer.by_name import ByName
 from metaopt.optimizer.names import paths
+from metaopt.transforms import is_differentiable
 from metaopt.tree import Tree
 
 
 class PerParameter(ByName):
-    """One `nn.Parameter` of the shape of each parameter: `SGD(lr=PerParameter(net.params, 0.1))` is
-    Meta-SGD.
+    """A number for each entry: `SGD(lr=PerParameter(net.params, 0.1))` is Meta-SGD.
 
-    The update of w is that with the rates of w, entry by entry; all rates are learned, saved and
-    loaded. A complex parameter has two rates for each entry, those of its real and imaginary part.
+    It holds one `nn.Parameter` of the shape of each parameter. The update of w is that with the
+    rates of w, entry by entry; all rates are learned, saved and loaded. A complex parameter has two
+    rates for each entry, those of its real and imaginary part.
 
     Args:
         params: the tree of parameters that will be updated, for names, shapes, precision and
@@ -28,7 +29,7 @@ class PerParameter(ByName):
 
     Raises:
         ValueError: there are no parameters, or (in `init`) others are updated.
-        TypeError: `value` is no number, or a leaf is no floating-point or complex tensor.
+        TypeError: `value` is not a number, or a leaf is not a floating-point or complex tensor.
 
     Cost:
         One copy of the parameters. The update is made for each parameter by itself.
@@ -40,18 +41,14 @@ class PerParameter(ByName):
     def __init__(self, params: Tree, value: float):
         value, named = check_number(self, "value", value), paths(params)
         for name, leaf in named.items():
-            if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            if not is_differentiable(leaf):
                 kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise TypeError(
                     f"PerParameter: `params` must be floating-point or complex tensors, got {kind} "
                     f"at {name!r}."
                 )
-        super().__init__(
-            {
-                name: nn.Parameter(torch.full_like(tree.as_real(leaf), value))
-                for name, leaf in named.items()
-            }
-        )
+        rates = {name: torch.full_like(tree.as_real(leaf), value) for name, leaf in named.items()}
+        super().__init__({name: nn.Parameter(rate) for name, rate in rates.items()})
         self.value = value
 
     @property
@@ -66,13 +63,11 @@ class PerParameter(ByName):
             ValueError: they are others than those of `params`.
         """
         if sorted(names) != sorted(self.patterns):
-            missing, unknown = (
-                sorted(set(self.patterns) - set(names)),
-                sorted(set(names) - set(self.patterns)),
-            )
+            missing = sorted(set(self.patterns) - set(names))
+            unknown = sorted(set(names) - set(self.patterns))
             raise ValueError(
                 f"{type(owner).__name__}: `{what}` must be for the parameters that are updated, "
                 f"missing {missing}, unknown {unknown}. Write {what}=PerParameter(params, 0.1) "
-                f"with their tree."
+                "with their tree."
             )
         return [[name] for name in self.patterns]

@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from metaopt.checks import check_flag
-from metaopt.optimizer import Hyper, Leaves, Slots
-from metaopt.optimizer.hyperparameter import Hyperparameter, Value
+from metaopt.optimizer import Hyper, Hyperparameter, Leaves, Slots, Value
 
-from .adam import Adam, bias_correction, moments
+from .adam import MaybeDecoupled, moments
 from .betas import Pair
 from .moving import roots
-from .weight_decay import decayed, penalized
+from .scalars import bias_correction
 
 
-class RAdam(Adam):
+class RAdam(MaybeDecoupled):
     """u = -lr m^ r sqrt(1 - beta2^t) / (sqrt(v + eps_root) + eps) where rho_t > 5, else u = -lr m^.
 
     m, m^ and v as in `Adam`; rho = 2 / (1 - beta2) - 1, rho_t = rho - 2 t beta2^t / (1 - beta2^t),
@@ -28,8 +27,8 @@ class RAdam(Adam):
         betas: decay of the two moments, each in [0, 1).
         eps: added to the denominator.
         eps_root: added under the root; a positive value smooths the meta-gradient.
-        weight_decay: coefficient of 1/2 |w|^2, added to the gradient, or, if decoupled, u = ... -
-            lr weight_decay w.
+        weight_decay: coefficient of 1/2 |w|^2, added to the gradient, or, if decoupled,
+            u = ... - lr weight_decay w.
         decoupled_weight_decay: decay the weights as `AdamW` does.
 
     Raises:
@@ -60,27 +59,21 @@ class RAdam(Adam):
             self, "decoupled_weight_decay", decoupled_weight_decay
         )
 
-    def update(
-        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
-    ) -> tuple[Leaves, Slots]:
-        lr, beta1, beta2, eps, eps_root, decay = (hyper[name] for name in self.hyperparameters)
-        if not self.decoupled_weight_decay:
-            grads = penalized(self, grads, params, decay)
+    def _adam(
+        self, grads: Leaves, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Value, Leaves, Slots]:
         after = moments(grads, slots, hyper)
-        rate = lr / bias_correction(beta1, step, grads[0])
-        rectified, scale = rectification(beta2, step)
-        updates = [
-            -rate * m * torch.where(rectified, scale / root, 1)
-            for m, root in zip(after["mean"], roots(after["square"], eps_root, eps), strict=True)
-        ]
-        if self.decoupled_weight_decay:
-            updates = decayed(self, updates, params, lr, decay)
-        return updates, after
+        rectified, scale = rectification(hyper["beta2"], step)
+        spread = roots(after["square"], hyper["eps_root"], hyper["eps"])
+        pairs = zip(after["mean"], spread, strict=True)
+        directions = [m * torch.where(rectified, scale / root, 1) for m, root in pairs]
+        return -hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0]), directions, after
 
 
 def rectification(beta: Value, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (rho_t > 5, r sqrt(1 - beta^t)), in float64: rho_t of about 5 is a difference of
-    numbers of about 2000.
+    """Return (rho_t > 5, r sqrt(1 - beta^t)).
+
+    In float64: rho_t of about 5 is a difference of numbers of about 2000.
     """
     base, t = torch.as_tensor(beta, dtype=torch.float64, device=step.device), step.double()
     power = base**t

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from metaopt.checks import check_flag
-from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero, set_hyperparameter
+from metaopt.optimizer import (
+    Hyper,
+    Hyperparameter,
+    Leaves,
+    Optimizer,
+    Slots,
+    is_zero,
+    set_hyperparameter,
+)
 from metaopt.tree import scaled_sums
 
-from .moving import averages, averages_of_squares, roots
+from .moving import averages, averages_of_squares, roots, zeros
 from .weight_decay import penalized
 
 
@@ -64,7 +70,7 @@ class RMSprop(Optimizer):
 
     def slots(self, params: Leaves) -> Slots:
         names = ["square", *["mean"] * self.centered, *["velocity"] * (not is_zero(self.momentum))]
-        return {name: [torch.zeros_like(p) for p in params] for name in names}
+        return zeros(params, *names)
 
     def update(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
@@ -85,7 +91,7 @@ class RMSprop(Optimizer):
             if "velocity" not in slots:
                 raise ValueError(
                     f"RMSprop: momentum={momentum}, but `state` was made without. Call `init` "
-                    f"again."
+                    "again."
                 )
             direction = after["velocity"] = scaled_sums(direction, momentum, slots["velocity"])
         return [-lr * d for d in direction], after

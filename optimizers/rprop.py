@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from metaopt.optimizer.hyperparameter import Hyperparameter, set_hyperparameter
+from metaopt.optimizer import Hyper, Hyperparameter, Leaves, Optimizer, Slots, set_hyperparameter
 
 from .betas import Pair, as_pair
+from .moving import zeros
 
 
 class Rprop(Optimizer):
@@ -65,7 +65,7 @@ class Rprop(Optimizer):
         return self.step_min, self.step_max
 
     def slots(self, params: Leaves) -> Slots:
-        return {name: [torch.zeros_like(p) for p in params] for name in ("previous", "size")}
+        return zeros(params, "previous", "size")
 
     def update(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from metaopt.checks import check_flag
-from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
-from metaopt.optimizer.hyperparameter import (
+from metaopt.optimizer import (
+    Hyper,
     Hyperparameter,
+    Leaves,
+    Optimizer,
+    Slots,
     Value,
     is_zero,
     is_zero_anywhere,
@@ -16,15 +19,16 @@ from metaopt.optimizer.hyperparameter import (
 )
 from metaopt.tree import scaled_sums
 
+from .moving import zeros
 from .weight_decay import penalized
 
 
 class SGD(Optimizer):
-    """g = grad + weight_decay w;  b = momentum b + (1 - dampening) g  (b = g at the first step);  u
-    = -lr b.
+    """g = grad + weight_decay w;  b = momentum b + (1 - dampening) g;  u = -lr b.
 
-    With `nesterov`, u = -lr (g + momentum b). A momentum that is turned off, to 0, leaves b in the
-    state as it is. Equal to `torch.optim.SGD` and differentiable in every hyperparameter.
+    At the first step b = g. With `nesterov`, u = -lr (g + momentum b). A momentum that is turned
+    off, to 0, leaves b in the state as it is. Equal to `torch.optim.SGD` and differentiable in
+    every hyperparameter.
 
     Args:
         lr: step size.
@@ -71,7 +75,7 @@ class SGD(Optimizer):
             )
 
     def slots(self, params: Leaves) -> Slots:
-        return {} if is_zero(self.momentum) else {"velocity": [torch.zeros_like(p) for p in params]}
+        return {} if is_zero(self.momentum) else zeros(params, "velocity")
 
     def direction(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
@@ -84,13 +88,9 @@ class SGD(Optimizer):
             raise ValueError(
                 f"SGD: momentum={momentum}, but `state` was made without. Call `init` again."
             )
-        velocity = scaled_sums(
-            [self._damp(g, dampening, step) for g in grads], momentum, slots["velocity"]
-        )
+        damped = grads
+        if not is_zero(dampening):  # the velocity starts as the whole first gradient
+            damped = [torch.where(step == 1, g, (1 - dampening) * g) for g in grads]
+        velocity = scaled_sums(damped, momentum, slots["velocity"])
         ahead = scaled_sums(grads, momentum, velocity) if self.nesterov else velocity
         return -lr, ahead, {"velocity": velocity}
-
-    @staticmethod
-    def _damp(grad: Tensor, dampening: float | Tensor, step: Tensor) -> Tensor:
-        """Scale the gradient; the velocity starts as the whole first one."""
-        return grad if is_zero(dampening) else torch.where(step == 1, grad, (1 - dampening) * grad)

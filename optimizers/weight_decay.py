@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from metaopt.optimizer import Leaves, Optimizer
-from metaopt.optimizer.hyperparameter import Value, is_zero
+from metaopt.optimizer import Leaves, Optimizer, Value, is_zero, require_params
 from metaopt.tree import scaled_sums
 
 
@@ -15,8 +14,7 @@ def penalized(owner: Optimizer, grads: Leaves, params: Leaves | None, decay: Val
     """
     if is_zero(decay):
         return grads
-    weights = owner._require_params(params, f"weight_decay={decay}")
-    return scaled_sums(grads, decay, weights)
+    return scaled_sums(grads, decay, require_params(owner, params, f"weight_decay={decay}"))
 
 
 def decayed(
@@ -29,5 +27,5 @@ def decayed(
     """
     if is_zero(decay):
         return updates
-    weights = owner._require_params(params, f"weight_decay={decay}")
+    weights = require_params(owner, params, f"weight_decay={decay}")
     return scaled_sums(updates, -lr * decay, weights)

@@ -17,6 +17,7 @@ from metaopt.interop.scheduler import continue_scheduler
 from metaopt.optimizer import Leaves, Optimizer, State
 from metaopt.optimizer.equals import Equal, equals
 from metaopt.optimizer.hyperparameter import Value
+from metaopt.optimizer.state import require_state
 from metaopt.transforms import is_tracked
 from metaopt.tree import Structure, Tree
 
@@ -238,7 +239,7 @@ class FromTorch(Optimizer):
 
     def _check_parts(self, state: Any) -> None:
         """Raise ValueError if the state is another optimizer's."""
-        self._check_state_keys(state)
+        require_state(self, state)
         found = len(state["shared"].get("parts", []))
         if found != len(self.parts):
             raise ValueError(

@@ -15,8 +15,10 @@ from metaopt import tree
 from metaopt.closure import reachable
 from metaopt.optimizer import Hyper, Optimizer, State
 from metaopt.optimizer.hyperparameter import set_hyperparameter
-from metaopt.optimizer.per_parameter import require_gradients
+from metaopt.optimizer.missing import require_gradients
 from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer.state import require_state
+from metaopt.optimizer.values import advance_schedules
 from metaopt.transforms import is_last, is_tracked, values_are_readable
 from metaopt.tree import Tree
 
@@ -126,9 +128,8 @@ class FromTorchOpt(Optimizer):
         leaves = tree.leaves(params)
         # Schedules may observe what there is not yet; a TorchOpt state starts from zeros or from
         # constants.
-        hyper, _ = self._hyper_at(
-            state, [torch.zeros_like(leaf) for leaf in leaves], leaves[0].new_zeros(())
-        )
+        zeros = [torch.zeros_like(leaf) for leaf in leaves]
+        hyper, _ = advance_schedules(self, state, zeros, leaves[0].new_zeros(()), params)
         with _explained():
             memory = self._made(hyper).init(tree.map(torch.Tensor.detach, params))
         memory = tree.map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, memory)
@@ -151,9 +152,9 @@ class FromTorchOpt(Optimizer):
         self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None
     ) -> tuple[Tree, State]:
         """Return (updates, next state), as `Optimizer.forward` does."""
-        self._check_state_keys(state)
+        require_state(self, state)
         require_gradients(grads)
-        hyper, schedules = self._hyper_at(state, tree.leaves(grads), loss)
+        hyper, schedules = advance_schedules(self, state, tree.leaves(grads), loss, grads)
         if "transform" not in state["shared"]:
             raise ValueError(
                 "`state` must be that of this FromTorchOpt, got memory named "

@@ -1,21 +1,39 @@
-"""What an optimizer is: its state, hyperparameters, schedules, and how it serves `torch.optim`'s
-users.
+"""What an optimizer is: its state, hyperparameters, schedules, and a `torch.optim` face.
+
+What one needs to write an optimizer or a schedule is imported from here.
 """
 
 from __future__ import annotations
 
-from metaopt.optimizer.apply import apply_update, apply_updates
+from metaopt.optimizer.apply import apply_update, apply_updates, require_params
 from metaopt.optimizer.equals import register_equal
+from metaopt.optimizer.hyperparameter import (
+    Hyperparameter,
+    Value,
+    is_zero,
+    is_zero_anywhere,
+    set_hyperparameter,
+    set_value,
+)
 from metaopt.optimizer.optimizer import Hyper, Leaves, Observe, Optimizer, Slots, State
+from metaopt.optimizer.schedule import Schedule
 
 __all__ = [
     "Hyper",
+    "Hyperparameter",
     "Leaves",
     "Observe",
     "Optimizer",
+    "Schedule",
     "Slots",
     "State",
+    "Value",
     "apply_update",
     "apply_updates",
+    "is_zero",
+    "is_zero_anywhere",
     "register_equal",
+    "require_params",
+    "set_hyperparameter",
+    "set_value",
 ]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from torch import DisableTorchFunction, Tensor, nn
 
 from metaopt import tree
+from metaopt.optimizer.state import Leaves, Slots
 from metaopt.tree import Tree
+
+if TYPE_CHECKING:
+    from metaopt.optimizer.optimizer import Optimizer
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
@@ -17,7 +21,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     Raises:
         ValueError: an update has another shape than its parameter.
     """
-    with torch.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
+    with DisableTorchFunction():  # under a mode every look at a shape is a call of its own
         return tree.map(apply_update, params, updates)
 
 
@@ -25,10 +29,10 @@ def apply_update(param: Tensor, update: Tensor | None) -> Tensor:
     """Return w + u for one tensor; see `apply_updates`."""
     if update is None:
         return param
-    return fitted(param, param + update if param.shape == update.shape else update)
+    return fit(param, param + update if param.shape == update.shape else update)
 
 
-def fitted(param: Tensor, after: Tensor) -> Tensor:
+def fit(param: Tensor, after: Tensor) -> Tensor:
     """Return what a parameter became, in its dtype.
 
     Raises:
@@ -37,23 +41,56 @@ def fitted(param: Tensor, after: Tensor) -> Tensor:
     if param.shape != after.shape:
         raise ValueError(
             f"An update must have the shape of its parameter, {tuple(param.shape)}, got "
-            f"{tuple(after.shape)}. A tensor "
-            "hyperparameter must be a scalar or have the shape of every parameter; for different "
-            "parameters use `Grouped`."
+            f"{tuple(after.shape)}. A tensor hyperparameter must be a scalar or have the shape of "
+            "every parameter; for different parameters use `Grouped`."
         )
     return after if after.dtype == param.dtype else after.to(param.dtype)
 
 
-def check_gradients(gradients: Sequence[Tensor], weights: Sequence[Tensor], grads: Tree) -> None:
-    """Raise ValueError if a gradient would be broadcast to its parameter; `grads` is their tree,
-    for its names.
+def check_gradients(gradients: Sequence[Any], weights: Leaves, grads: Tree) -> None:
+    """Raise ValueError if a gradient would be broadcast to its parameter.
+
+    Args:
+        gradients: one for each weight, or None.
+        weights: the parameters.
+        grads: the gradients' tree, for its names.
     """
-    with torch.DisableTorchFunction():  # under a mode every look at a shape is a call of its own
-        if [gradient.shape for gradient in gradients] == [weight.shape for weight in weights]:
-            return
+    with DisableTorchFunction():  # under a mode every look at a shape is a call of its own
         for place, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
-            if gradient.shape != weight.shape:
+            if gradient is not None and gradient.shape != weight.shape:
                 raise ValueError(
                     f"`grads` must have the shapes of `params`, got {tuple(gradient.shape)} for "
                     f"{tuple(weight.shape)} at {tree.named_leaves(grads)[place][0]}."
                 )
+
+
+def require_params(owner: nn.Module, params: Leaves | None, reason: str) -> Leaves:
+    """Return the parameters.
+
+    Raises:
+        ValueError: they were not given.
+    """
+    if params is None:
+        raise ValueError(
+            f"`{type(owner).__name__}` needs `params` because {reason}. Call `optimizer(grads, "
+            "state, params)`."
+        )
+    return params
+
+
+def move(
+    optimizer: Optimizer, grads: Leaves, params: Leaves | None, *arguments: Any
+) -> tuple[Leaves, Slots]:
+    """Return (w + scale d, next slots) for an update u = scale d, without making u first.
+
+    The arguments are those of `Optimizer.direction`.
+    """
+    weights = require_params(optimizer, params, "it moves them")
+    scale, directions, after = optimizer.direction(grads, weights, *arguments)
+    with DisableTorchFunction():
+        moved = tree.scaled_sums(weights, scale, directions)
+        pairs = zip(weights, moved, strict=True)
+        return [
+            new if new.shape == w.shape and new.dtype == w.dtype else fit(w, new)
+            for w, new in pairs
+        ], after

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from metaopt.optimizer.module import Configurable
+from metaopt.optimizer.module import Configurable, store
 from metaopt.optimizer.names import choose
-from metaopt.optimizer.schedule import Schedule, advance, read
+from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer.state import Leaves, refuse_state
 from metaopt.optimizer.text import FEW, shorten
 
 Value = float | Tensor
+# (schedule, its state, the gradients it sees, if they are known) -> (its value, its next state)
+Ask = Callable[[Schedule, Any, Leaves | None], tuple[Value, Any]]
 
 
 class Spread(NamedTuple):
@@ -28,8 +31,7 @@ class Spread(NamedTuple):
 
 
 class ByName(Configurable):
-    """A hyperparameter whose value is that of the first pattern which the name of a parameter
-    matches.
+    """A hyperparameter whose value is that of the first pattern that a parameter's name matches.
 
     `SGD(lr={"*.bias": 0.01, "*": Cosine(0.1, 100)})` makes one. Names are dict keys, list indices
     and fields, joined by dots; patterns are those of `fnmatch`. Each value may be a number, a
@@ -57,16 +59,20 @@ class ByName(Configurable):
                 )
         self.patterns = tuple(values)
         for place, value in enumerate(values.values()):
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                self.register_buffer(f"value{place}", value)
-            else:
-                setattr(self, f"value{place}", float(value) if type(value) is int else value)
+            store(self, f"value{place}", value)
 
     @property
     def values(self) -> dict[str, Any]:
         """Pattern -> value."""
         return {
             pattern: getattr(self, f"value{place}") for place, pattern in enumerate(self.patterns)
+        }
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """Pattern -> its value, where that is a schedule."""
+        return {
+            pattern: value for pattern, value in self.values.items() if isinstance(value, Schedule)
         }
 
     def extra_repr(self) -> str:
@@ -76,15 +82,15 @@ class ByName(Configurable):
 
     def init(self, like: Tensor) -> dict[str, Any]:
         """Return pattern -> state of its schedule before the first step."""
-        return {
-            pattern: value.init(like)
-            for pattern, value in self.values.items()
-            if isinstance(value, Schedule)
-        }
+        return {pattern: schedule.init(like) for pattern, schedule in self.schedules.items()}
 
     def match(self, owner: nn.Module, what: str, names: list[str]) -> list[list[str]]:
-        """Return for each pattern the names that take its value; `owner` and `what`, its
-        hyperparameter, are for messages.
+        """Return for each pattern the names that take its value.
+
+        Args:
+            owner: the optimizer, for messages.
+            what: the hyperparameter's name, for messages.
+            names: those of all parameters.
 
         Raises:
             ValueError: a name that matches no pattern, or a pattern that gets none.
@@ -97,69 +103,38 @@ class ByName(Configurable):
         key_of = {name: pattern for pattern, own in found for name in own}
         return Spread([key_of[name] for name in names], self.values)
 
-    def advance(
+    def evaluate(
         self,
         owner: nn.Module,
         what: str,
         state: Any,
-        *,
-        named: dict[str, Tensor | None],
-        step: Tensor,
-        loss: Tensor | None,
+        named: dict[str, Tensor | None] | None,
+        ask: Ask,
     ) -> tuple[Spread, dict[str, Any]]:
-        """Return (the values at this step, the next states of the schedules).
+        """Return the values at a step, and what `ask` says are the schedules' next states.
 
         Args:
-            owner: the optimizer.
-            what: the hyperparameter's name.
-            state: pattern -> state.
-            named: name -> gradient or None, in the order of the parameters.
-            step: index of the step, from 0.
-            loss: the loss, if the caller of the optimizer gave it.
+            owner: the optimizer, for messages.
+            what: the hyperparameter's name, for messages.
+            state: pattern -> state of its schedule.
+            named: name -> gradient, or None for a parameter without one, in the parameters' order;
+                None if they are not known.
+            ask: evaluates a schedule.
+
+        Raises:
+            ValueError: the state has other schedules.
         """
-        keys, values = self.spread(owner, what, [*named])
-        after = {}
-        for pattern, schedule in self._schedules(owner, what, state).items():
-            pairs = zip(keys, named.values(), strict=True)
-            grads = [grad for key, grad in pairs if key == pattern and grad is not None]
-            if not grads:  # nobody takes its value at this step, and it has nothing to see
-                values[pattern], after[pattern] = 0.0, state[pattern]
-                continue
-            values[pattern], after[pattern] = advance(
-                schedule, state[pattern], step=step, loss=loss, grads=grads
-            )
-        return Spread(keys, values), after
-
-    def values_at(
-        self,
-        owner: nn.Module,
-        what: str,
-        state: Any,
-        *,
-        named: dict[str, Tensor] | None,
-        like: Tensor,
-        **seen: Any,
-    ) -> dict[str, Value]:
-        """Return pattern -> value at this step; see `Schedule.value_at`."""
-        keys, values = ([], self.values) if named is None else self.spread(owner, what, [*named])
-        for pattern, schedule in self._schedules(owner, what, state).items():
-            grads = None
-            if named is not None:
-                grads = [
-                    grad for key, grad in zip(keys, named.values(), strict=True) if key == pattern
-                ]
-            values[pattern] = read(schedule, state[pattern], grads=grads, like=like, **seen)
-        return values
-
-    def _schedules(self, owner: nn.Module, what: str, state: Any) -> dict[str, Schedule]:
-        """Return pattern -> schedule; raise ValueError if the state has others."""
-        schedules = {
-            pattern: value for pattern, value in self.values.items() if isinstance(value, Schedule)
-        }
+        schedules = self.schedules
         if schedules.keys() != state.keys():
-            raise ValueError(
-                f"`state` must be that of this {type(owner).__name__}, with the schedules "
-                f"{sorted(schedules)} of `{what}`, got {sorted(state)}. Pass what its own `init`, "
-                f"or the step before, returned."
+            refuse_state(
+                owner, f", with the schedules {sorted(schedules)} of `{what}`", sorted(state)
             )
-        return schedules
+        spread = Spread([], self.values) if named is None else self.spread(owner, what, [*named])
+        after = {}
+        for pattern, schedule in schedules.items():
+            seen = None
+            if named is not None:
+                pairs = zip(spread.keys, named.values(), strict=True)
+                seen = [grad for key, grad in pairs if key == pattern and grad is not None]
+            spread.values[pattern], after[pattern] = ask(schedule, state[pattern], seen)
+        return spread, after

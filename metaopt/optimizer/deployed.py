@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.optimizer.group import TUPLES, by_items, with_items, with_tuples
-from metaopt.optimizer.per_parameter import share_equal
+from metaopt.optimizer.group import TUPLES, Group, by_items, with_items
+from metaopt.optimizer.missing import share_equal
 
 if TYPE_CHECKING:
     from metaopt.optimizer import Optimizer
@@ -22,13 +22,13 @@ _OF_SCHEDULERS = {"initial_lr", "min_lr", "max_lr", "base_momentum", "max_moment
 
 
 class Deployed(torch.optim.Optimizer):
-    """Steps a model's parameters in place with a frozen copy of an `Optimizer`; made by
-    `Optimizer.as_torch`.
+    """A frozen copy of an `Optimizer` that steps a model's parameters in place.
 
-    Every scalar hyperparameter of the optimizer is a key of each parameter group, so groups may
-    differ and `torch.optim.lr_scheduler` works; a pair has torch's name too, such as `betas` for
-    `beta1` and `beta2`. Where the optimizer has no scalar `lr` (learned ones, and those whose `lr`
-    is a schedule), the group's `lr` is 1.0 and multiplies the updates.
+    `Optimizer.as_torch` makes it. Every scalar hyperparameter of the optimizer is a key of each
+    parameter group, so groups may differ and `torch.optim.lr_scheduler` works; a pair has torch's
+    name too, such as `betas` for `beta1` and `beta2`. Where the optimizer has no scalar `lr`
+    (learned ones, and those whose `lr` is a schedule), the group's `lr` is 1.0 and multiplies the
+    updates.
 
     A parameter whose `.grad` is None is not moved, its memory stays and its step is not counted, as
     in torch. Schedules inside the optimizer count the steps in which a parameter of the group has a
@@ -48,9 +48,9 @@ class Deployed(torch.optim.Optimizer):
         numbers = {name: getattr(self._optimizer, name) for name in optimizer.hyperparameters}
         # A tensor with several rates stays as it is: schedulers of torch know scalars only.
         self._numeric = {name: float(value) for name, value in numbers.items() if _is_scalar(value)}
-        for name in self._numeric:
+        for name in self._numeric:  # a buffer or a parameter takes no number
             delattr(self._optimizer, name)
-        super().__init__(params, with_tuples({"lr": 1.0} | self._numeric))
+        super().__init__(params, Group({"lr": 1.0} | self._numeric))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with the optimizer's numeric hyperparameters and `lr` as options.
@@ -88,26 +88,27 @@ class Deployed(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         observed = torch.as_tensor(loss).detach() if loss is not None else None
-        for index, group in enumerate(self.param_groups):
+        for key, group in zip(self._keys(), self.param_groups, strict=True):
             if any(param.grad is not None for param in group["params"]):
-                self._step_group(f"group {index}", group, observed)
+                self._step_group(key, group, observed)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; tensors move to the devices and dtypes of the
-        parameters, which are known by their places, as in torch, whatever names they were saved
-        under.
+        """Restore what `state_dict` returned.
+
+        Tensors move to the devices and dtypes of the parameters, which are known by their places,
+        as in torch, whatever names they were saved under.
 
         Raises:
             ValueError: the groups or the optimizer's memory do not fit these parameters; nothing is
                 changed then.
         """
-        fitted = {
-            f"group {index}": self._fitted(f"group {index}", group, saved, state_dict["state"])
-            for index, (group, saved) in enumerate(
-                zip(self.param_groups, state_dict["param_groups"], strict=False)
-            )
-        }
+        pairs = zip(self.param_groups, state_dict["param_groups"], strict=False)
+        memories = {}
+        for key, (group, saved) in zip(self._keys(), pairs, strict=False):
+            self._check_options(key, saved)
+            if key in state_dict["state"]:
+                memories[key] = self._fit_memory(key, group, saved, state_dict["state"][key])
         names = [group.get("param_names") for group in self.param_groups]
         super().load_state_dict(state_dict)
         self.param_groups = [by_items(group) for group in self.param_groups]
@@ -115,93 +116,76 @@ class Deployed(torch.optim.Optimizer):
         for group, own in zip(self.param_groups, names, strict=True):
             group.pop("param_names", None)
             group |= {} if own is None else {"param_names": own}
-        self.state.update({key: memory for key, memory in fitted.items() if memory is not None})
+        self.state.update(memories)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
         return super().__getstate__() | {"_optimizer": self._optimizer, "_numeric": self._numeric}
 
-    def _fitted(
-        self, key: str, group: dict[str, Any], saved: dict[str, Any], states: dict[Any, Any]
-    ) -> tree.Tree | None:
-        """Return the saved memory of a group, if there is one, on the devices of its parameters.
+    def _keys(self) -> list[str]:
+        return [f"group {index}" for index in range(len(self.param_groups))]
 
-        Raises:
-            ValueError: the saved group or its memory does not fit this optimizer and these
-                parameters.
-        """
+    def _check_options(self, key: str, saved: dict[str, Any]) -> None:
+        """Raise ValueError if a saved group lacks options of this optimizer."""
         missing = self.defaults.keys() - saved.keys() - TUPLES.keys()
         if missing:
             raise ValueError(
                 f"`state_dict` was saved from another optimizer: {key} lacks {sorted(missing)}, "
                 f"which {type(self._optimizer).__name__} has."
             )
-        if key not in states:
-            return None
-        params = _named(group)
-        with self._options(saved):
-            empty = self._optimizer.init(params)
-            expected, structure = tree.flatten(
-                self._optimizer.separate(empty, params) if "steps" in states[key] else empty
-            )
-        memory = _renamed(
-            states[key],
-            dict(
-                zip(saved.get("param_names") or map(str, range(len(params))), params, strict=False)
-            ),
-        )
-        found = tree.flatten_like(structure, memory, f"state_dict['state'][{key!r}]")
-        for own, other in zip(expected, found, strict=True):
-            if own.shape != other.shape:
+
+    def _fit_memory(
+        self, key: str, group: dict[str, Any], saved: dict[str, Any], memory: tree.Tree
+    ) -> tree.Tree:
+        """Return the saved memory of a group, like that of its parameters.
+
+        Raises:
+            ValueError: it does not fit these parameters.
+        """
+        params = _name(group)
+        optimizer = self._with_options(saved)
+        own = optimizer.init(params)
+        if "steps" in memory:
+            own = optimizer.separate(own, params)
+        saved_names = saved.get("param_names") or map(str, range(len(params)))
+        memory = _rename(memory, dict(zip(saved_names, params, strict=False)))
+        what = f"state_dict['state'][{key!r}]"
+        expected, found = tree.leaves(own), tree.leaves_like(own, memory, what)
+        for one, other in zip(expected, found, strict=True):
+            if one.shape != other.shape:
                 raise ValueError(
                     f"`state_dict` was saved for another model: the memory of {key} has a tensor "
-                    f"of shape {tuple(other.shape)}, expected {tuple(own.shape)}."
+                    f"of shape {tuple(other.shape)}, expected {tuple(one.shape)}."
                 )
-        return share_equal(
-            tree.unflatten(
-                structure, [other.to(own) for own, other in zip(expected, found, strict=True)]
-            )
-        )
+        moved = [other.to(one) for one, other in zip(expected, found, strict=True)]
+        return share_equal(tree.with_leaves(own, moved))
 
     def _step_group(self, key: str, group: dict[str, Any], loss: Tensor | None) -> None:
-        params = _named(group)
-        grads = {name: _dense(param.grad) for name, param in params.items()}
-        with self._options(group):
-            before = self.state[key] if key in self.state else self._optimizer.init(params)
-            if "steps" not in before and any(grad is None for grad in grads.values()):
-                before = self._optimizer.separate(before, params)
-            updates, self.state[key] = self._optimizer(grads, before, params, loss=loss)
+        params, optimizer = _name(group), self._with_options(group)
+        grads = {name: _as_dense(param.grad) for name, param in params.items()}
+        before = self.state[key] if key in self.state else optimizer.init(params)
+        if "steps" not in before and any(grad is None for grad in grads.values()):
+            before = optimizer.separate(before, params)
+        updates, self.state[key] = optimizer(grads, before, params, loss=loss)
         scale = 1.0 if "lr" in self._numeric else group["lr"]
         for name, update in updates.items():
             if update is not None:
                 params[name].add_(update.to(params[name].dtype), alpha=scale)
 
-    def _options(self, group: dict[str, Any]) -> _Options:
-        return _Options(self._optimizer, {name: group[name] for name in self._numeric})
+    def _with_options(self, group: dict[str, Any]) -> Optimizer:
+        """Return the optimizer with the hyperparameters of a group."""
+        for name in self._numeric:
+            self._optimizer.__dict__[name] = group[name]
+        return self._optimizer
 
 
-class _Options:
-    """While entered, the optimizer has a group's hyperparameters."""
-
-    def __init__(self, optimizer: Optimizer, values: dict[str, Any]):
-        self.optimizer, self.values = optimizer, values
-
-    def __enter__(self) -> None:
-        for name, value in self.values.items():
-            setattr(self.optimizer, name, value)
-
-    def __exit__(self, *_: object) -> None:
-        for name in self.values:
-            delattr(self.optimizer, name)
-
-
-def _named(group: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the parameters of a group by the names they were given with, else by their position."""
+def _name(group: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the parameters of a group by the names they were given with, else by their places."""
     params = group["params"]
     return dict(zip(group.get("param_names") or map(str, range(len(params))), params, strict=True))
 
 
-def _renamed(memory: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+def _rename(memory: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """Return a saved memory with other names for the parameters, in their order."""
 
     def rename(node: Any) -> Any:
@@ -211,19 +195,15 @@ def _renamed(memory: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
             return {own: node[saved] for saved, own in names.items() if saved in node}
         return {key: rename(part) for key, part in node.items()}
 
-    of_params = {kind: memory[kind] for kind in ("slots", "shared") if kind in memory}
-    renamed: dict[str, Any] = {
-        kind: {name: rename(slot) for name, slot in slots.items()}
-        for kind, slots in of_params.items()
-    }
-    return {
-        **memory,
-        **renamed,
-        **({"steps": rename(memory["steps"])} if "steps" in memory else {}),
-    }
+    renamed = {**memory}
+    if "steps" in memory:
+        renamed["steps"] = rename(memory["steps"])
+    for kind in memory.keys() & {"slots", "shared"}:
+        renamed[kind] = {name: rename(slot) for name, slot in memory[kind].items()}
+    return renamed
 
 
-def _dense(grad: Tensor | None) -> Tensor | None:
+def _as_dense(grad: Tensor | None) -> Tensor | None:
     return grad if grad is None or grad.layout is torch.strided else grad.to_dense()
 
 

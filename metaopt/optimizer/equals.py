@@ -38,15 +38,14 @@ def register_equal(
         slots: name of a slot of `ours` -> its name in the state of `theirs`.
 
     Raises:
-        TypeError: one of the two is no such class.
+        TypeError: one of the two is not such a class.
     """
     for name, value, base in (("theirs", theirs, torch.optim.Optimizer), ("ours", ours, Optimizer)):
         if not (inspect.isclass(value) and issubclass(value, base)):
             raise TypeError(
                 f"register_equal: `{name}` must be a class derived from "
                 f"{base.__module__}.{base.__name__}, got {value!r}. Give the classes, not an "
-                f"optimizer "
-                "of each: register_equal(torch.optim.SGD, MySGD, {})."
+                "optimizer of each: register_equal(torch.optim.SGD, MySGD, {})."
             )
     _EQUALS[theirs] = Equal(ours, dict(slots))
 

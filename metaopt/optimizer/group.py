@@ -21,17 +21,16 @@ class Group(dict[str, Any]):
     as options of their own.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, options: Mapping[str, Any]):
         super().__init__()
-        self.update(*args, **kwargs)
+        self.update(options)
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
-        for whole, items in TUPLES.items():
-            if name == whole and self.keys() >= set(items):
-                for item, part in zip(items, value, strict=True):
-                    super().__setitem__(item, part)
-            elif name in items and self.keys() >= set(items):
+        for whole, items in _wholes(self):
+            if name == whole:
+                super().update(zip(items, value, strict=True))
+            elif name in items:
                 super().__setitem__(whole, tuple(self[item] for item in items))
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -50,20 +49,10 @@ class Group(dict[str, Any]):
         return self
 
 
-def with_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, and each tuple whose items are all among them."""
-    whole = {
-        name: tuple(options[item] for item in items)
-        for name, items in TUPLES.items()
-        if options.keys() >= set(items)
-    }
-    return {**options, **whole}
-
-
 def by_items(options: Mapping[str, Any]) -> Group:
     """Return the group in which the items of a tuple decide what it is."""
-    whole = {name for name, items in TUPLES.items() if options.keys() >= set(items)}
-    return Group({name: value for name, value in options.items() if name not in whole})
+    wholes = {name for name, _ in _wholes(options)}
+    return Group({name: value for name, value in options.items() if name not in wholes})
 
 
 def with_items(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,6 +75,11 @@ def with_items(options: Mapping[str, Any]) -> dict[str, Any]:
             if taken.setdefault(item, part) is not part and taken[item] != part:
                 raise ValueError(
                     f"A parameter group has {name}={value!r} and {item}={taken[item]!r}, which is "
-                    f"one of them. Give it once."
+                    "one of them. Give it once."
                 )
     return taken
+
+
+def _wholes(options: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
+    """Return (name, items) of each tuple whose items are all among the options."""
+    return [(name, items) for name, items in TUPLES.items() if options.keys() >= set(items)]

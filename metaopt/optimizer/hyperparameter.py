@@ -1,5 +1,6 @@
-"""What may stand for a hyperparameter: a number, a tensor, a parameter or a schedule, or a dict of
-these by names.
+"""What may stand for a hyperparameter: a number, a tensor, a parameter, a schedule, or a dict.
+
+The dict goes from patterns of the parameters' names to these.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from metaopt.checks import Limits
-from metaopt.optimizer.arguments import note_limits
-from metaopt.optimizer.by_name import ByName
+from metaopt.optimizer.by_name import ByName, Value
+from metaopt.optimizer.module import note_limits, store
 from metaopt.optimizer.schedule import Schedule
 
-Value = float | Tensor
 Hyperparameter = Value | Schedule | ByName | Mapping[str, Any]
 
 
@@ -28,10 +28,9 @@ def set_hyperparameter(
     high: float = math.inf,
     below: float = math.inf,
 ) -> None:
-    """Store `value` as an attribute of `owner`: numbers are checked, a tensor becomes a buffer, a
-    module is registered.
+    """Store `value` as an attribute: numbers are checked, and a tensor becomes a buffer.
 
-    A dict with patterns of names becomes a `ByName`, of an optimizer only.
+    A module is registered. A dict with patterns of names becomes a `ByName`, of an optimizer only.
 
     Raises:
         ValueError: a number or an entry outside low <= value <= high, value < below.
@@ -41,40 +40,32 @@ def set_hyperparameter(
     if isinstance(value, Mapping | ByName) and not isinstance(owner, Schedule):
         by_name = value if isinstance(value, ByName) else ByName(value)
         for place, (pattern, item) in enumerate(by_name.values.items()):
-            _check(owner, f"{name}[{pattern!r}]", item, limits, takes=_ITEM)
+            _check(owner, f"{name}[{pattern!r}]", item, limits)
             note_limits(by_name, f"value{place}", limits)
         setattr(owner, name, by_name)
-    else:
-        takes = "a number, a tensor, an nn.Parameter or a Schedule"
-        _check(owner, name, value, limits, takes=takes)
-        _store(owner, name, value, limits)
+        return
+    _check(owner, name, value, limits)
+    store(owner, name, value)
+    note_limits(owner, name, limits)
 
 
-def set_value(
-    owner: nn.Module,
-    name: str,
-    value: Any,
-    *,
-    low: float = 0.0,
-    high: float = math.inf,
-    below: float = math.inf,
-) -> None:
-    """Store a number, tensor or parameter as `set_hyperparameter` does; what a schedule computes
-    with is no schedule itself.
+def set_value(owner: nn.Module, name: str, value: Any, *, below: float = math.inf) -> None:
+    """Store a number, tensor or parameter that a schedule computes with.
 
     Raises:
-        ValueError: a number or an entry outside low <= value <= high, value < below.
+        ValueError: a number or an entry outside 0 <= value < below.
         TypeError: none of the kinds above, or a tensor that is not real and floating-point.
     """
-    limits = Limits(low, high, below)
     if isinstance(value, Schedule):
         raise TypeError(
             f"{type(owner).__name__}: `{name}` must be a number, a tensor or an nn.Parameter, got "
             f"the schedule {type(value).__name__}. Put schedules one after the other with "
-            f"`Joined`, or write a `Schedule` of your own."
+            "`Joined`, or write a `Schedule` of your own."
         )
+    limits = Limits(below=below)
     _check(owner, name, value, limits, takes="a number, a tensor or an nn.Parameter")
-    _store(owner, name, value, limits)
+    store(owner, name, value)
+    note_limits(owner, name, limits)
 
 
 def is_zero(value: Hyperparameter) -> bool:
@@ -83,14 +74,17 @@ def is_zero(value: Hyperparameter) -> bool:
 
 
 def is_zero_anywhere(value: Hyperparameter) -> bool:
-    """Return True for the number 0, and for a dict in which it is given to some of the parameters."""
+    """Return True for the number 0, and for a dict that gives it to some of the parameters."""
     return any(map(is_zero, value.values.values())) if isinstance(value, ByName) else is_zero(value)
 
 
-_ITEM = "a number, a tensor, an nn.Parameter or a Schedule"
-
-
-def _check(owner: nn.Module, name: str, value: Any, limits: Limits, *, takes: str) -> None:
+def _check(
+    owner: nn.Module,
+    name: str,
+    value: Any,
+    limits: Limits,
+    takes: str = "a number, a tensor, an nn.Parameter or a Schedule",
+) -> None:
     if isinstance(value, Schedule):
         return
     if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
@@ -98,11 +92,3 @@ def _check(owner: nn.Module, name: str, value: Any, limits: Limits, *, takes: st
             f"{type(owner).__name__}: `{name}` must be {takes}, got {type(value).__name__}."
         )
     limits.check(owner, name, value)
-
-
-def _store(owner: nn.Module, name: str, value: Any, limits: Limits) -> None:
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        owner.register_buffer(name, value)
-    else:
-        setattr(owner, name, float(value) if isinstance(value, int) else value)
-    note_limits(owner, name, limits)

@@ -1,5 +1,6 @@
-"""Modules that can be written to a file and read back: weights as safetensors, constructor
-arguments as JSON.
+"""Modules that can be written to a file and read back.
+
+Weights are written as safetensors, constructor arguments as JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from metaopt.optimizer.arguments import check_limits
+from metaopt.checks import Limits
 from metaopt.optimizer.text import shorten
 
 FORMAT = "metaopt-1"
@@ -29,9 +30,9 @@ class Configurable(nn.Module):
     """
 
     def config(self) -> dict[str, Any]:
-        """Return {"class":
+        """Return {"class": name, "arguments": {...}} in JSON's types.
 
-        name, "arguments": {...}} in JSON's types; tensors appear as their kind, shape and dtype.
+        Tensors appear as their kind, shape and dtype.
         """
         arguments = self._arguments()
         registered = set(map(id, (*self.parameters(False), *self.buffers(False))))
@@ -39,8 +40,7 @@ class Configurable(nn.Module):
             if isinstance(value, Tensor) and id(value) not in registered:
                 raise TypeError(
                     f"{type(self).__name__}: the tensor `{name}` is neither parameter nor buffer, "
-                    f"so it would not be saved. "
-                    "Set it with `set_hyperparameter`."
+                    "so it would not be saved. Set it with `set_hyperparameter`."
                 )
         return {
             "class": type(self).__name__,
@@ -48,22 +48,16 @@ class Configurable(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """Return the arguments, as far as they are attributes, and learned scalars beside them;
-        modules print themselves.
-        """
-        shown: dict[str, Any] = {}
-        for name in _names_of_arguments(type(self)):
-            value = getattr(self, name, None)
-            if isinstance(value, bool | int | float | str | Tensor | tuple):
-                shown[name] = value
+        """Return the arguments, and learned scalars beside them; modules print themselves."""
+        given = {name: getattr(self, name, None) for name in _names_of_arguments(type(self))}
+        kinds = bool | int | float | str | Tensor | tuple
+        shown = {name: value for name, value in given.items() if isinstance(value, kinds)}
         rows = [value if isinstance(value, tuple) else (value,) for value in shown.values()]
         known = {id(item) for row in rows for item in row}
-        beside = {
-            name: p
-            for name, p in self.named_parameters(recurse=False)
-            if not p.ndim and id(p) not in known
-        }
-        return ", ".join(f"{name}={shorten(value)}" for name, value in (shown | beside).items())
+        for name, p in self.named_parameters(recurse=False):
+            if not p.ndim and id(p) not in known:
+                shown[name] = p
+        return ", ".join(f"{name}={shorten(value)}" for name, value in shown.items())
 
     def _arguments(self) -> dict[str, Any]:
         names = _names_of_arguments(type(self))
@@ -77,37 +71,35 @@ class Configurable(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def save(self, path: str | Path) -> None:
-        """Write all tensors as safetensors, the configuration in the file's header; the folder is
-        made if need be.
+        """Write all tensors as safetensors, with the configuration in the file's header.
+
+        The folder is made if need be.
 
         Raises:
             ValueError: a tensor has an entry that is not finite.
-            TypeError: an argument of the constructor is no attribute, or cannot be saved.
+            TypeError: an argument of the constructor is not an attribute, or cannot be saved.
         """
         path = Path(path)
         for name, tensor in self.state_dict().items():
             if not bool(tensor.isfinite().all()):
                 raise ValueError(
                     f"{type(self).__name__}: the tensor {name!r} has entries that are not finite, "
-                    f"so {path} is not written. They "
-                    "would spread to all that is updated. Save what was there before, and lower "
-                    "the learning rate."
+                    f"so {path} is not written. They would spread to all that is updated. Save "
+                    "what was there before, and lower the learning rate."
                 )
         path.parent.mkdir(parents=True, exist_ok=True)
         # safetensors refuses tensors that share memory or are not contiguous.
         tensors = {
             name: tensor.detach().contiguous().clone() for name, tensor in self.state_dict().items()
         }
-        path.write_bytes(
-            safetensors.torch.save(
-                tensors, metadata={"format": FORMAT, "config": json.dumps(self.config())}
-            )
-        )
+        header = {"format": FORMAT, "config": json.dumps(self.config())}
+        path.write_bytes(safetensors.torch.save(tensors, metadata=header))
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> Self:
-        """Read a module that `save` wrote. Only classes that are imported and derive from `cls` are
-        built; nothing is unpickled.
+        """Read a module that `save` wrote.
+
+        Only classes that are imported and derive from `cls` are built; nothing is unpickled.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -129,7 +121,7 @@ class Configurable(nn.Module):
         if metadata.get("format") != FORMAT:
             raise ValueError(
                 f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}. Write it with "
-                f"`save`."
+                "`save`."
             )
         try:
             with torch.device("meta"):  # allocates nothing, whatever sizes the file asks for
@@ -145,12 +137,12 @@ class Configurable(nn.Module):
             )
         _check_tensors(path, module, tensors)
         # The sizes are those of the file's tensors: now it is safe to allocate, and constants that
-        # are not saved become real. What stands for the file's tensors stays on "meta": its numbers
-        # would be checked.
+        # are not saved become real. What stands for the file's tensors stays on "meta": there its
+        # numbers are not checked.
         module = _build(json.loads(metadata["config"]), path)
         module.load_state_dict(tensors, assign=True)
         try:
-            check_limits(module)
+            _check_limits(module)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} has a tensor that its class refuses: {error}") from error
         return module.to(device)
@@ -167,8 +159,29 @@ def known_classes() -> dict[str, list[type[Configurable]]]:
     return known
 
 
+def store(owner: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute: a tensor becomes a buffer, so that it is saved, and an integer a float."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        owner.register_buffer(name, value)
+    else:
+        setattr(owner, name, float(value) if type(value) is int else value)
+
+
+def note_limits(owner: nn.Module, name: str, limits: Limits) -> None:
+    """Remember the limits of the attribute `name`, for what `load` puts there."""
+    owner.__dict__.setdefault("_limits", {})[name] = limits
+
+
+def _check_limits(module: nn.Module) -> None:
+    """Raise ValueError if a number or tensor in a module is out of the limits it was given with."""
+    for owner in module.modules():
+        for name, limits in owner.__dict__.get("_limits", {}).items():
+            if isinstance(value := getattr(owner, name), float | Tensor):
+                limits.check(owner, name, value)
+
+
 def _check_tensors(path: Path, module: Configurable, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError if the tensors of a file do not fit a module built from its configuration."""
+    """Raise ValueError if the tensors of a file do not fit the module that it describes."""
     own = module.state_dict(keep_vars=True)
     for name in sorted(own.keys() | tensors.keys()):
         expected = _kind(own[name]) if name in own else "absent"
@@ -176,14 +189,13 @@ def _check_tensors(path: Path, module: Configurable, tensors: dict[str, Tensor])
         if expected != found:
             raise ValueError(
                 f"{path} does not fit {type(module).__name__}: tensor {name!r} should be "
-                f"{expected}, found {found}. "
-                "The file was written by another version or configuration."
+                f"{expected}, found {found}. The file was written by another version or "
+                "configuration."
             )
         if not bool(tensors[name].isfinite().all()):
             raise ValueError(
                 f"{path} has entries that are not finite in the tensor {name!r}. They would spread "
-                f"to all that is updated. Take an "
-                "earlier file."
+                "to all that is updated. Take an earlier file."
             )
     known: dict[Any, tuple[str, torch.dtype]] = {}
     for name, tensor in tensors.items():
@@ -198,8 +210,8 @@ def _check_tensors(path: Path, module: Configurable, tensors: dict[str, Tensor])
             like = "as its configuration says" if is_described else f"as {first!r}"
             raise ValueError(
                 f"{path}: the tensor {name!r} should be of {expected_dtype}, {like}, found "
-                f"{tensor.dtype}. What computes with both "
-                "fails. Convert the whole module before it is saved: `module.to(dtype)`."
+                f"{tensor.dtype}. What computes with both fails. Convert the whole module before "
+                "it is saved: `module.to(dtype)`."
             )
 
 
@@ -224,10 +236,9 @@ def _names_of_arguments(kind: type) -> list[str]:
 
 
 def _kind(tensor: Tensor) -> str:
-    """Say what must agree between a file and a class; the precision need not."""
-    return (
-        f"{'floating-point' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
-    )
+    """Return what must agree between a file and a class; the precision need not."""
+    dtype = "floating-point" if tensor.is_floating_point() else tensor.dtype
+    return f"{dtype} {tuple(tensor.shape)}"
 
 
 def _describe(value: Any) -> Any:
@@ -245,7 +256,7 @@ def _describe(value: Any) -> Any:
             return value
     raise TypeError(
         f"A constructor argument of type {type(value).__name__} cannot be saved: {value!r}. Use "
-        f"numbers, tensors or modules."
+        "numbers, tensors or modules."
     )
 
 
@@ -257,9 +268,8 @@ def _build(value: Any, path: Path) -> Any:
             if name not in known:
                 raise ValueError(
                     f"{path} names the class {name!r}, which is not known; known are "
-                    f"{sorted(known)}. "
-                    "Import the module that defines it; if it is one of this library, write "
-                    "`import metaopt.optimizers`."
+                    f"{sorted(known)}. Import the module that defines it; if it is one of this "
+                    "library, write `import metaopt.optimizers`."
                 )
             if len(known[name]) > 1:
                 modules = sorted(cls.__module__ for cls in known[name])

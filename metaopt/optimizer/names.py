@@ -13,18 +13,18 @@ from metaopt.tree import Tree
 
 
 def paths(params: Tree) -> dict[str, Any]:
-    """Return name -> leaf: dict keys, list indices and fields, joined by dots; a tensor by itself
-    is named ''.
+    """Return name -> leaf: dict keys, list indices and fields, joined by dots.
+
+    A tensor by itself is named ''.
     """
-    leaves, _ = pytree.tree_flatten_with_path(params)
-    named = {".".join(str(_key(entry)) for entry in path): leaf for path, leaf in leaves}
-    if len(named) < len(leaves):
-        names = [".".join(str(_key(entry)) for entry in path) for path, _ in leaves]
+    found, _ = pytree.tree_flatten_with_path(params)
+    names = [".".join(str(_key(entry)) for entry in path) for path, _ in found]
+    if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(
             f"Parameters must have names of their own, got {twice} for two of them. Rename a key."
         )
-    return named
+    return dict(zip(names, (leaf for _, leaf in found), strict=True))
 
 
 def choose(
@@ -50,15 +50,13 @@ def choose(
         elif not rest:
             raise ValueError(
                 f"{type(owner).__name__}: no pattern of `{what}` matches the parameter {name!r}, "
-                f"got {list(patterns)}. "
-                'Add a last group "*".'
+                f'got {list(patterns)}. Add a last group "*".'
             )
     for pattern, own in zip(patterns, chosen, strict=True):
         if not own:
             raise ValueError(
                 f"{type(owner).__name__}: the pattern {pattern!r} of `{what}` gets no parameter of "
-                f"{list(names)}. Leave it out, "
-                "or put it before the more general ones."
+                f"{list(names)}. Leave it out, or put it before the more general ones."
             )
     return chosen
 

@@ -12,11 +12,10 @@ from metaopt.optimizer.module import Configurable
 
 
 class Schedule(Configurable):
-    """A hyperparameter as a function of the step and of what the optimizer observes; a module, so
-    it can be learned.
+    """A hyperparameter as a function of the step and of what the optimizer observes.
 
-    A subclass defines `forward`, and `init` if it remembers something. Any optimizer takes it
-    wherever it takes a number: `SGD(lr=Cosine(0.1, steps=100))`.
+    It is a module, so it can be learned. A subclass defines `forward`, and `init` if it remembers
+    something. Any optimizer takes it wherever it takes a number: `SGD(lr=Cosine(0.1, steps=100))`.
     """
 
     def init(self, like: Tensor) -> Any:
@@ -47,8 +46,9 @@ class Schedule(Configurable):
         grads: list[Tensor] | None,
         like: Tensor,
     ) -> float | Tensor:
-        """Return the value at this step, for somebody who only looks; a subclass that observes
-        answers with its last value.
+        """Return the value at this step, for somebody who only looks.
+
+        A subclass that observes answers with its last value.
 
         Args:
             state: from `init` or the step before.
@@ -68,15 +68,15 @@ class Schedule(Configurable):
                 raise
             raise ValueError(
                 f"{type(self).__name__}: its value needs the loss, got None. Call "
-                f"`optimizer.values(state, loss=loss, "
-                "grads=grads)`, or define `value_at`, with the value that it had last."
+                "`optimizer.values(state, loss=loss, grads=grads)`, or define `value_at`, with "
+                "the value that it had last."
             ) from error
 
 
 def advance(
     schedule: Schedule, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
 ) -> tuple[float | Tensor, Any]:
-    """Return what `schedule(state, ...)` does, and say so if the state is that of another schedule.
+    """Return what `schedule(state, ...)` does, and see that the state is its own.
 
     Raises:
         ValueError: the state is another schedule's, or the schedule's own errors.
@@ -87,7 +87,7 @@ def advance(
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
             f"`loss` must be a scalar for {type(schedule).__name__} to observe, got {found}. Take "
-            f"the mean."
+            "the mean."
         )
     if type(schedule).init is Schedule.init and (type(state) is not dict or state):
         _check_state(schedule, state, grads[0])
@@ -121,13 +121,14 @@ def _check_state(schedule: Schedule, state: Any, like: Tensor) -> None:
     if own != given:
         raise ValueError(
             f"`state` must be that of this {type(schedule).__name__}, a tree {own}, got {given}. "
-            f"Pass what `init` of this "
-            "optimizer, or the step before, returned."
+            "Pass what `init` of this optimizer, or the step before, returned."
         )
 
 
 def _shapes(state: Any) -> Any:
     """Return the tree of shapes."""
-    return tree.map(
-        lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__, state
-    )
+
+    def describe(leaf: Any) -> Any:
+        return tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+
+    return tree.map(describe, state)

@@ -12,8 +12,9 @@ FEW = 4  # entries of a tensor, or values by names, that are printed one by one
 
 
 def shorten(value: Any) -> str:
-    """Return a value in a few characters; of a tensor its entries, or their range, where they can
-    be looked at.
+    """Return a value in a few characters.
+
+    Of a tensor these are its entries, or their range, where they can be looked at.
     """
     if isinstance(value, tuple | list):
         return f"({', '.join(map(shorten, value))}{',' * (len(value) == 1)})"
@@ -27,7 +28,8 @@ def shorten(value: Any) -> str:
     entries = value.detach()
     if entries.numel() <= FEW:
         return f"{kind}({_round(entries.tolist())})"
-    return f"{kind}(shape={tuple(entries.shape)}, {float(entries.min()):.4g} to {float(entries.max()):.4g})"
+    low, high = float(entries.min()), float(entries.max())
+    return f"{kind}(shape={tuple(entries.shape)}, {low:.4g} to {high:.4g})"
 
 
 def _round(entries: Any) -> str:

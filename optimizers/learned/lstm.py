@@ -18,11 +18,10 @@ CUTOFF = 10.0  # p in the paper: gradients below e^-p are seen linearly
 
 
 class LSTMOptimizer(Optimizer):
-    """u_i = scale * LSTM(LogAndSign(g_i), hidden state of coordinate i), two layers, weights shared
-    over all coordinates.
+    """u_i = scale * LSTM(LogAndSign(g_i), hidden state of coordinate i).
 
-    Works on any model: coordinates of all tensors are the columns of one matrix, so a step is one
-    matrix product per layer.
+    It has two layers, whose weights all coordinates share. Works on any model: coordinates of all
+    tensors are the columns of one matrix, so a step is one matrix product per layer.
 
     Args:
         hidden_size: width of both layers.
@@ -42,18 +41,13 @@ class LSTMOptimizer(Optimizer):
         self.scale = check_number(self, "scale", scale)
         self.seed = check_count(self, "seed", seed, least=0)
         generator = torch.Generator().manual_seed(seed)
-        self.cells = nn.ModuleList(
-            [
-                LSTMCell(inputs, hidden_size, generator)
-                for inputs in (2, *[hidden_size] * (LAYERS - 1))
-            ]
-        )
+        sizes = (2, *[hidden_size] * (LAYERS - 1))
+        self.cells = nn.ModuleList([LSTMCell(size, hidden_size, generator) for size in sizes])
         self.readout = uniform((1, hidden_size), hidden_size, generator)
 
     def slots(self, params: Leaves) -> Slots:
-        zeros = self.readout.new_zeros(
-            self.hidden_size, sum(p.numel() for p in params), device=params[0].device
-        )
+        columns = sum(p.numel() for p in params)
+        zeros = self.readout.new_zeros(self.hidden_size, columns, device=params[0].device)
         return {name: zeros for layer in range(LAYERS) for name in (f"h{layer}", f"c{layer}")}
 
     def update(
@@ -68,8 +62,9 @@ class LSTMOptimizer(Optimizer):
 
 
 def log_and_sign(x: Tensor) -> Tensor:
-    """Return [2, n]: (log|x| / p, sign x) where |x| >= e^-p, else (-1, e^p x); finite derivatives
-    everywhere.
+    """Return [2, n]: (log|x| / p, sign x) where |x| >= e^-p, else (-1, e^p x).
+
+    Its derivatives are finite everywhere.
 
     Reference:
         arXiv:1606.04474, appendix A.

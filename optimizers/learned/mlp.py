@@ -7,10 +7,10 @@ from einops import pack, rearrange, unpack
 from torch import Tensor, nn
 
 from metaopt.checks import check_count, check_number
-from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
+from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots, require_params
 
-from ..adam import bias_correction
 from ..cell import uniform
+from ..scalars import bias_correction
 
 DECAYS = (0.5, 0.9, 0.99)
 SQUARE_DECAY = 0.999
@@ -19,13 +19,13 @@ PER_COORDINATE = 4 + 2 * len(DECAYS)
 
 
 class MLPOptimizer(Optimizer):
-    """u = step_size * d * exp(sharpness * s), with (d, s) = MLP(features of one coordinate), shared
-    over all coordinates.
+    """u = step_size * d * exp(sharpness * s), with (d, s) = MLP(features of one coordinate).
 
-    Features, each divided by its root mean square over the tensor: the gradient g, the parameter w,
-    momenta m at decays .5, .9, .99, 1 / sqrt(v), g / sqrt(v) and m / sqrt(v), with m and v
-    corrected for their start at 0; and tanh(t / h) for horizons h from 3 to 1000 steps, which are
-    the same for all coordinates and are folded into the first bias.
+    The network is shared over all coordinates. Features, each divided by its root mean square over
+    the tensor: the gradient g, the parameter w, momenta m at decays .5, .9, .99, 1 / sqrt(v), g /
+    sqrt(v) and m / sqrt(v), with m and v corrected for their start at 0; and tanh(t / h) for
+    horizons h from 3 to 1000 steps, which are the same for all coordinates and are folded into the
+    first bias.
 
     Args:
         hidden_size: width of both hidden layers (16: 578 weights).
@@ -74,13 +74,12 @@ class MLPOptimizer(Optimizer):
     def update(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
     ) -> tuple[Leaves, Slots]:
-        params = self._require_params(params, "the parameter is one of its features")
+        params = require_params(self, params, "the parameter is one of its features")
         # All is computed in the network's precision: half precision could not hold the square of a
         # small gradient.
-        grads, params = (
-            [x.to(self.input_weight.dtype) for x in leaves] for leaves in (grads, params)
-        )
-        decays = torch.tensor(DECAYS, dtype=self.input_weight.dtype, device=grads[0].device)
+        dtype = self.input_weight.dtype
+        grads, params = [g.to(dtype) for g in grads], [p.to(dtype) for p in params]
+        decays = torch.tensor(DECAYS, dtype=dtype, device=grads[0].device)
         each = [decays.view(-1, *[1] * g.ndim) for g in grads]
         momenta = [
             d * m + (1 - d) * g for d, m, g in zip(each, slots["momenta"], grads, strict=True)
@@ -89,23 +88,16 @@ class MLPOptimizer(Optimizer):
             SQUARE_DECAY * v + (1 - SQUARE_DECAY) * g * g
             for v, g in zip(slots["square"], grads, strict=True)
         ]
-        unbias, scale = (
-            1 / bias_correction(decays, step, grads[0]),
-            1 / bias_correction(SQUARE_DECAY, step, grads[0]),
-        )
+        unbias = 1 / bias_correction(decays, step, grads[0])
+        scale = 1 / bias_correction(SQUARE_DECAY, step, grads[0])
         unbiased = [m * unbias.view(d.shape) for m, d in zip(momenta, each, strict=True)]
-        columns = [
-            _features(g, p, m, v * scale)
-            for g, p, m, v in zip(grads, params, unbiased, square, strict=True)
-        ]
-        features, shapes = pack(columns, "f *")
+        rows = zip(grads, params, unbiased, square, strict=True)
+        features, shapes = pack([_features(g, p, m, v * scale) for g, p, m, v in rows], "f *")
 
-        time = torch.tanh(
-            step / torch.tensor(HORIZONS, dtype=features.dtype, device=features.device)
-        )[:, None]
-        x = self.input_weight[:, :PER_COORDINATE] @ features + (
-            self.input_weight[:, PER_COORDINATE:] @ time + self.input_bias
-        )
+        horizons = torch.tensor(HORIZONS, dtype=features.dtype, device=features.device)
+        time = torch.tanh(step / horizons)[:, None]
+        of_coordinate, of_time = self.input_weight.split([PER_COORDINATE, len(HORIZONS)], dim=1)
+        x = of_coordinate @ features + (of_time @ time + self.input_bias)
         x = self.hidden_weight @ x.relu() + self.hidden_bias
         direction, sharpness = self.output_weight @ x.relu() + self.output_bias
         updates = self.step_size * direction * torch.exp(self.sharpness * sharpness)

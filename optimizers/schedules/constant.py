@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Value, set_value
+
+from .of_time import OfTime
 
 
-class Constant(Schedule):
+class Constant(OfTime):
     """value_t = value.
 
     Args:
@@ -23,7 +22,5 @@ class Constant(Schedule):
         super().__init__()
         set_value(self, "value", value)
 
-    def forward(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
-    ) -> tuple[Value, Any]:
-        return self.value, state
+    def at(self, t: Tensor) -> Value:
+        return self.value

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from metaopt.checks import check_count
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Value, set_value
 
-from .progress import fraction
+from .of_time import OfTime, fraction, half_wave
 
 
-class Cosine(Schedule):
-    """value_t = final + (initial - final) (1 + cos(pi t / steps)) / 2, and `final` from t = steps
-    on.
+class Cosine(OfTime):
+    """value_t = final + (initial - final) (1 + cos(pi t / steps)) / 2, then `final`.
 
     Args:
         initial: the value at step 0.
@@ -40,8 +34,5 @@ class Cosine(Schedule):
         set_value(self, "final", final)
         self.steps = check_count(self, "steps", steps)
 
-    def forward(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
-    ) -> tuple[Value, Any]:
-        over = fraction(step, self.steps, grads[0])
-        return self.final + (self.initial - self.final) * (1 + torch.cos(math.pi * over)) / 2, state
+    def at(self, t: Tensor) -> Value:
+        return half_wave(self.initial, self.final, fraction(t, self.steps))

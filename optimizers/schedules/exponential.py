@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Value, set_value
 
-from ..precision import scalar_dtype
+from .of_time import OfTime
 
 
-class Exponential(Schedule):
+class Exponential(OfTime):
     """value_t = initial gamma^t. Equal to `torch.optim.lr_scheduler.ExponentialLR`.
 
     Args:
@@ -31,7 +28,5 @@ class Exponential(Schedule):
         set_value(self, "initial", initial)
         set_value(self, "gamma", gamma)
 
-    def forward(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
-    ) -> tuple[Value, Any]:
-        return self.initial * self.gamma ** step.to(scalar_dtype(grads[0])), state
+    def at(self, t: Tensor) -> Value:
+        return self.initial * self.gamma**t

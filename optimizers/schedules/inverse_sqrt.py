@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from metaopt.checks import check_count
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Value, set_value
 
-from ..precision import scalar_dtype
+from .of_time import OfTime
 
 
-class InverseSqrt(Schedule):
-    """value_t = initial sqrt(steps / max(t, steps)): constant at first, then halved whenever t is
-    four times as large.
+class InverseSqrt(OfTime):
+    """value_t = initial sqrt(steps / max(t, steps)).
 
+    It is constant at first, then halved whenever t is four times as large.
     `Warmup(InverseSqrt(peak, steps), steps)` is the schedule of the Transformer, peak min(t /
     steps, sqrt(steps / t)), where peak is 1 / sqrt(width steps).
 
@@ -39,8 +36,5 @@ class InverseSqrt(Schedule):
         set_value(self, "initial", initial)
         self.steps = check_count(self, "steps", steps)
 
-    def forward(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
-    ) -> tuple[Value, Any]:
-        later = step.clamp(min=self.steps).to(scalar_dtype(grads[0]))
-        return self.initial * (self.steps / later).sqrt(), state
+    def at(self, t: Tensor) -> Value:
+        return self.initial * (self.steps / t.clamp(min=self.steps)).sqrt()

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from metaopt import tree
-from metaopt.optimizer.hyperparameter import Value
-from metaopt.optimizer.schedule import Schedule, advance
+from metaopt.optimizer import Schedule, Value
+from metaopt.optimizer.schedule import advance
 
-from ..precision import scalar_dtype
-from .progress import check_boundaries, check_row
+from .rows import check_boundaries, check_row, find_in_turn
 
 
 class Joined(Schedule):
-    """value_t = schedules[i] at its own step t - boundaries[i - 1], for boundaries[i - 1] <= t <
-    boundaries[i].
+    """value_t = schedules[i] at its own step t - b, b = boundaries[i - 1] <= t < boundaries[i].
 
     Equal to `torch.optim.lr_scheduler.SequentialLR`. All are evaluated at every step, since the
     step is a tensor; only the one whose turn it is goes on in its state.
@@ -40,7 +38,7 @@ class Joined(Schedule):
             if not isinstance(schedule, Schedule):
                 raise TypeError(
                     f"Joined: `schedules` must be schedules, got {type(schedule).__name__}. Wrap a "
-                    f"number: `Constant(0.1)`."
+                    "number: `Constant(0.1)`."
                 )
         self._pieces = nn.ModuleList(schedules)
 
@@ -57,43 +55,21 @@ class Joined(Schedule):
     ) -> tuple[Value, Any]:
         values, after = [], []
         ends = (*self.boundaries, math.inf)
-        for schedule, start, end, before in zip(
-            self.schedules, self._starts, ends, state, strict=True
-        ):
-            value, new = advance(
-                schedule, before, step=(step - start).clamp(min=0), loss=loss, grads=grads
-            )
+        for (schedule, start, before), end in zip(self._pieces_of(state), ends, strict=True):
+            own_step = (step - start).clamp(min=0)
+            value, new = advance(schedule, before, step=own_step, loss=loss, grads=grads)
             values.append(value)
             turn = (step >= start) & (step < end)
             after.append(tree.map(lambda n, b, turn=turn: torch.where(turn, n, b), new, before))
-        return self._in_turn(values, step, grads[0]), after
+        return find_in_turn(values, self.boundaries, step, grads[0]), after
 
-    def value_at(
-        self,
-        state: Any,
-        *,
-        step: Tensor,
-        loss: Tensor | None,
-        grads: list[Tensor] | None,
-        like: Tensor,
-    ) -> Value:
+    def value_at(self, state: Any, *, step: Tensor, like: Tensor, **seen: Any) -> Value:
         values = [
-            schedule.value_at(
-                before, step=(step - start).clamp(min=0), loss=loss, grads=grads, like=like
-            )
-            for schedule, start, before in zip(self.schedules, self._starts, state, strict=True)
+            schedule.value_at(before, step=(step - start).clamp(min=0), like=like, **seen)
+            for schedule, start, before in self._pieces_of(state)
         ]
-        return self._in_turn(values, step, like)
+        return find_in_turn(values, self.boundaries, step, like)
 
-    @property
-    def _starts(self) -> tuple[int, ...]:
-        return (0, *self.boundaries)
-
-    def _in_turn(self, values: list[Value], step: Tensor, like: Tensor) -> Tensor:
-        """Return the value of the schedule whose turn it is."""
-        value, *others = [
-            torch.as_tensor(value, dtype=scalar_dtype(like), device=step.device) for value in values
-        ]
-        for boundary, other in zip(self.boundaries, others, strict=True):
-            value = torch.where(step < boundary, value, other)
-        return value
+    def _pieces_of(self, state: Any) -> list[tuple[Schedule, int, Any]]:
+        """Return (schedule, its first step, its state) in turn."""
+        return list(zip(self.schedules, (0, *self.boundaries), state, strict=True))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from metaopt.checks import check_count
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Value, set_value
 
-from .progress import fraction
+from .of_time import OfTime, fraction
 
 
-class Linear(Schedule):
+class Linear(OfTime):
     """value_t = initial + (final - initial) t / steps, and `final` from t = steps on.
 
     Equal to `torch.optim.lr_scheduler.LinearLR` with the factors initial / lr and final / lr.
@@ -36,9 +33,5 @@ class Linear(Schedule):
         set_value(self, "final", final)
         self.steps = check_count(self, "steps", steps)
 
-    def forward(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
-    ) -> tuple[Value, Any]:
-        return self.initial + (self.final - self.initial) * fraction(
-            step, self.steps, grads[0]
-        ), state
+    def at(self, t: Tensor) -> Value:
+        return self.initial + (self.final - self.initial) * fraction(t, self.steps)

@@ -10,21 +10,19 @@ from torch import Tensor, nn
 
 from metaopt import tree
 from metaopt.checks import check_count, check_number, check_positive
-from metaopt.optimizer.hyperparameter import Value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Schedule, Value
 
 from ..cell import LSTMCell
-from ..precision import scalar_dtype
-from .progress import require_loss
+from ..scalars import precise
+from .observing import require_loss
 
 
 class LSTMSchedule(Schedule):
-    """log value_t = log value_{t-1} + max_change * tanh(readout . h_t), h_t = LSTM(loss_t,
-    |grad_t|, t / steps).
+    """log value_t = log value_{t-1} + max_change * tanh(readout . h_t).
 
-    The loss enters as sign(L) log(1 + |L|), the norm of the gradient as log(|g| + 1e-6) / 5. The
-    readout starts at zero: untrained, it is the constant `initial`, which is learned too. It
-    observes, so the optimizer must be given `loss=`.
+    h_t = LSTM(loss_t, |grad_t|, t / steps). The loss enters as sign(L) log(1 + |L|), the norm of
+    the gradient as log(|g| + 1e-6) / 5. The readout starts at zero: untrained, it is the constant
+    `initial`, which is learned too. It observes, so the optimizer must be given `loss=`.
 
     Args:
         initial: the value at the start.
@@ -55,10 +53,8 @@ class LSTMSchedule(Schedule):
         self.max_change = check_positive(
             self, "max_change", check_number(self, "max_change", max_change)
         )
-        self.steps, self.hidden_size = (
-            check_count(self, "steps", steps),
-            check_count(self, "hidden_size", hidden_size),
-        )
+        self.steps = check_count(self, "steps", steps)
+        self.hidden_size = check_count(self, "hidden_size", hidden_size)
         self.seed = check_count(self, "seed", seed, least=0)
         self.cell = LSTMCell(3, hidden_size, torch.Generator().manual_seed(seed))
         self.log_initial = nn.Parameter(torch.tensor(math.log(initial)))
@@ -75,22 +71,14 @@ class LSTMSchedule(Schedule):
         features = (
             loss.sign() * loss.abs().log1p(),
             (tree.norm(grads) + 1e-6).log() / 5,
-            step.to(scalar_dtype(self.readout)) / self.steps,
+            precise(step, self.readout) / self.steps,
         )
         observed = torch.stack([feature.to(self.readout.dtype) for feature in features])
         h, c = self.cell(observed[:, None], state["h"], state["c"])
         change = state["change"] + self.max_change * torch.tanh(self.readout @ h)[0, 0]
         return (self.log_initial + change).exp(), {"h": h, "c": c, "change": change}
 
-    def value_at(
-        self,
-        state: Any,
-        *,
-        step: Tensor,
-        loss: Tensor | None,
-        grads: list[Tensor] | None,
-        like: Tensor,
-    ) -> Value:
-        if loss is None or grads is None:
+    def value_at(self, state: Any, **seen: Any) -> Value:
+        if seen["loss"] is None or seen["grads"] is None:
             return (self.log_initial + state["change"]).exp()
-        return super().value_at(state, step=step, loss=loss, grads=grads, like=like)
+        return super().value_at(state, **seen)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from metaopt.checks import Limits, check_choice, check_count, check_flag, check_number
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Value, set_value
 
-from ..precision import scalar_dtype
+from .of_time import OfTime, half_wave
 
 
-class OneCycle(Schedule):
-    """value_t goes from peak / div_factor to the peak, then to peak / div_factor / final_div_factor
-    at t = steps - 1.
+class OneCycle(OfTime):
+    """value_t goes from peak / div_factor up to the peak, then down to almost nothing.
 
-    Between the ends x and y of a phase, at its fraction p: y + (x - y) (1 + cos(pi p)) / 2, or x +
-    (y - x) p if "linear". With `three_phase` it comes down to where it started first, as fast as it
-    went up. Equal to `torch.optim.lr_scheduler.OneCycleLR`; its cycle of the momentum m is
-    `OneCycle(m_low, steps, div_factor=m_low / m_high, final_div_factor=1.0)`.
+    That is peak / div_factor / final_div_factor, at t = steps - 1. Between the ends x and y of a
+    phase, at its fraction p: y + (x - y) (1 + cos(pi p)) / 2, or x + (y - x) p if "linear". With
+    `three_phase` it comes down to where it started first, as fast as it went up. Equal to
+    `torch.optim.lr_scheduler.OneCycleLR`; its cycle of the momentum m is `OneCycle(m_low, steps,
+    div_factor=m_low / m_high, final_div_factor=1.0)`.
 
     Args:
         peak: the largest value.
@@ -68,32 +66,21 @@ class OneCycle(Schedule):
         self._ends = (0.0, up, 2 * up, steps - 1.0) if three_phase else (0.0, up, steps - 1.0)
         if any(start >= end for start, end in zip(self._ends, self._ends[1:], strict=False)):
             raise ValueError(
-                f"OneCycle: every phase needs a length, got phases that end at steps "
+                "OneCycle: every phase needs a length, got phases that end at steps "
                 f"{self._ends[1:]}. Give more `steps`, or another `pct_start` than {pct_start}."
             )
 
-    def forward(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
-    ) -> tuple[Value, Any]:
-        t = step.to(scalar_dtype(grads[0]))
+    def at(self, t: Tensor) -> Value:
         initial = self.peak / self.div_factor
-        levels = [
-            initial,
-            self.peak,
-            *[initial] * self.three_phase,
-            initial / self.final_div_factor,
-        ]
+        middle = [initial] * self.three_phase
+        levels = [initial, self.peak, *middle, initial / self.final_div_factor]
         phases = list(zip(self._ends, self._ends[1:], levels, levels[1:], strict=False))
         value = self._between(t, *phases[0])
         for phase in phases[1:]:
             value = torch.where(t <= phase[0], value, self._between(t, *phase))
-        return value, state
+        return value
 
-    def _between(self, t: Tensor, start: float, end: float, x: Value, y: Value) -> Tensor:
+    def _between(self, t: Tensor, start: float, end: float, x: Value, y: Value) -> Value:
         """Return the value at step t of the phase from (start, x) to (end, y)."""
         p = ((t - start) / (end - start)).clamp(max=1)
-        return (
-            y + (x - y) * (1 + torch.cos(math.pi * p)) / 2
-            if self.anneal == "cos"
-            else x + (y - x) * p
-        )
+        return half_wave(x, y, p) if self.anneal == "cos" else x + (y - x) * p

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Schedule, Value, set_value
 
-from ..precision import scalar_dtype
-from .progress import check_row
+from ..scalars import scalar_dtype
+from .rows import check_row
 
 
 class PerStep(Schedule):
@@ -39,20 +38,17 @@ class PerStep(Schedule):
         super().__init__()
         values = check_row(self, "values", values)
         if not isinstance(values, Tensor):
-            if any(
-                isinstance(value, bool) or not isinstance(value, int | float) for value in values
-            ):
+            if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
                 raise TypeError(
                     f"PerStep: `values` must be a tensor or a list of numbers, got {values!r}. To "
-                    f"learn them, write "
-                    "PerStep(nn.Parameter(torch.full((steps,), 0.1))); a few of different kinds "
-                    "are `Piecewise`."
+                    "learn them, write PerStep(nn.Parameter(torch.full((steps,), 0.1))); a few of "
+                    "different kinds are `Piecewise`."
                 )
             values = torch.tensor(values, dtype=torch.float64)
         set_value(self, "values", values)
 
     def forward(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+        self, state: Any, *, step: Tensor, grads: list[Tensor], **_: Any
     ) -> tuple[Value, Any]:
         values = self.values.to(step.device, scalar_dtype(grads[0]))
         at = step.clamp(max=len(values) - 1)

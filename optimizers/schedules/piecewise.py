@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Schedule, Value, set_value
 
-from ..precision import scalar_dtype
-from .progress import check_boundaries, check_row
+from .rows import check_boundaries, check_row, find_in_turn
 
 
 class Piecewise(Schedule):
@@ -49,12 +46,6 @@ class Piecewise(Schedule):
         return tuple(getattr(self, f"value{i}") for i in range(len(self.boundaries) + 1))
 
     def forward(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+        self, state: Any, *, step: Tensor, grads: list[Tensor], **_: Any
     ) -> tuple[Value, Any]:
-        dtype = scalar_dtype(grads[0])
-        value, *others = [
-            torch.as_tensor(value, dtype=dtype, device=step.device) for value in self.values
-        ]
-        for boundary, other in zip(self.boundaries, others, strict=True):
-            value = torch.where(step < boundary, value, other)
-        return value, state
+        return find_in_turn(self.values, self.boundaries, step, grads[0]), state

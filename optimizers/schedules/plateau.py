@@ -9,22 +9,21 @@ import torch
 from torch import Tensor
 
 from metaopt.checks import Limits, check_count, check_flag, check_number
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Schedule, Value, set_value
 
-from ..precision import scalar_dtype
-from .progress import require_loss
+from ..scalars import precise, scalar_dtype
+from .observing import require_loss
 
 
 class Plateau(Schedule):
-    """value_t = max(initial factor^n, final), n the number of times at which the loss had not
-    improved for `patience` steps.
+    """value_t = max(initial factor^n, final), where n counts how often the loss had not improved.
 
-    A loss L improves on the best one B so far if L < B (1 - threshold), or L < B - threshold if not
-    `relative`. The value at a step does not depend on the loss at that step, only on those before,
-    as with `torch.optim.lr_scheduler.ReduceLROnPlateau`, to which it is equal when that is told the
-    loss of every step. n is piecewise constant: no derivative goes through the losses. It observes,
-    so the optimizer must be given `loss=`; smooth a noisy loss first.
+    That is, for `patience` steps. A loss L improves on the best one B so far if L < B (1 -
+    threshold), or L < B - threshold if not `relative`. The value at a step does not depend on the
+    loss at that step, only on those before, as with `torch.optim.lr_scheduler.ReduceLROnPlateau`,
+    to which it is equal when that is told the loss of every step. n is piecewise constant: no
+    derivative goes through the losses. It observes, so the optimizer must be given `loss=`; smooth
+    a noisy loss first.
 
     Args:
         initial: the value at the start.
@@ -61,10 +60,8 @@ class Plateau(Schedule):
         set_value(self, "initial", initial)
         set_value(self, "factor", factor, below=1.0)
         set_value(self, "final", final)
-        self.patience, self.cooldown = (
-            check_count(self, "patience", patience, least=0),
-            check_count(self, "cooldown", cooldown, least=0),
-        )
+        self.patience = check_count(self, "patience", patience, least=0)
+        self.cooldown = check_count(self, "cooldown", cooldown, least=0)
         self.threshold = check_number(self, "threshold", threshold, Limits())
         self.relative = check_flag(self, "relative", relative)
         self.eps = check_number(self, "eps", eps, Limits())
@@ -77,9 +74,8 @@ class Plateau(Schedule):
     def forward(
         self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
     ) -> tuple[Value, Any]:
-        best, bad, cooldown, decays = (
-            state[name] for name in ("best", "bad", "cooldown", "decays")
-        )
+        names = ("best", "bad", "cooldown", "decays")
+        best, bad, cooldown, decays = (state[name] for name in names)
         loss = require_loss(self, loss).detach().to(best.dtype)
         value = self._after(decays, best)
         improves = loss < (best * (1 - self.threshold) if self.relative else best - self.threshold)
@@ -95,19 +91,11 @@ class Plateau(Schedule):
             "decays": torch.where(is_due & is_worth_it, decays + 1, decays),
         }
 
-    def value_at(
-        self,
-        state: Any,
-        *,
-        step: Tensor,
-        loss: Tensor | None,
-        grads: list[Tensor] | None,
-        like: Tensor,
-    ) -> Value:
+    def value_at(self, state: Any, *, like: Tensor, **_: Any) -> Value:
         return self._after(state["decays"], like)
 
     def _after(self, decays: Tensor, like: Tensor) -> Tensor:
         """Return the value after some decays."""
         final = torch.as_tensor(self.final, dtype=scalar_dtype(like), device=decays.device)
-        decayed = self.initial * self.factor ** decays.to(scalar_dtype(like))
+        decayed = self.initial * self.factor ** precise(decays, like)
         return torch.maximum(decayed.to(final.dtype), final)

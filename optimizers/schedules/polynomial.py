@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from metaopt.checks import check_count
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Value, set_value
 
-from .progress import fraction
+from .of_time import OfTime, fraction
 
 
-class Polynomial(Schedule):
+class Polynomial(OfTime):
     """value_t = final + (initial - final) (1 - t / steps)^power, and `final` from t = steps on.
 
     Equal to `torch.optim.lr_scheduler.PolynomialLR`, which has final = 0.
@@ -40,12 +37,10 @@ class Polynomial(Schedule):
         set_value(self, "final", final)
         self.steps = check_count(self, "steps", steps)
 
-    def forward(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
-    ) -> tuple[Value, Any]:
-        remaining = 1 - fraction(step, self.steps, grads[0])
+    def at(self, t: Tensor) -> Value:
+        remaining = 1 - fraction(t, self.steps)
         going = remaining > 0
         # 1 in place of 0 keeps the logarithm of 0 out of the second derivative with respect to the
         # power.
         decay = torch.where(going, torch.where(going, remaining, 1) ** self.power, 0)
-        return self.final + (self.initial - self.final) * decay, state
+        return self.final + (self.initial - self.final) * decay

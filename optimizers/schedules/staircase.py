@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from metaopt.checks import check_count
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Value, set_value
 
-from ..precision import scalar_dtype
+from .of_time import OfTime
 
 
-class Staircase(Schedule):
+class Staircase(OfTime):
     """value_t = initial gamma^floor(t / every). Equal to `torch.optim.lr_scheduler.StepLR`.
 
     Args:
@@ -34,8 +31,5 @@ class Staircase(Schedule):
         set_value(self, "gamma", gamma)
         self.every = check_count(self, "every", every)
 
-    def forward(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
-    ) -> tuple[Value, Any]:
-        stairs = step.div(self.every, rounding_mode="floor")
-        return self.initial * self.gamma ** stairs.to(scalar_dtype(grads[0])), state
+    def at(self, t: Tensor) -> Value:
+        return self.initial * self.gamma ** t.div(self.every, rounding_mode="floor")

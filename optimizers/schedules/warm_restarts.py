@@ -9,18 +9,17 @@ import torch
 from torch import Tensor
 
 from metaopt.checks import check_count
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Schedule, Value, set_value
 
-from ..precision import scalar_dtype
+from ..scalars import precise
+from .of_time import half_wave
 
 
 class WarmRestarts(Schedule):
-    """value_t = final + (initial - final) (1 + cos(pi u / n)) / 2, u steps after the last restart,
-    in a period of n steps.
+    """value_t = final + (initial - final) (1 + cos(pi u / n)) / 2, u steps after the last restart.
 
-    The first period has `steps` steps, each later one `factor` times those of the one before. Equal
-    to `torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`.
+    n is the length of a period. The first period has `steps` steps, each later one `factor` times
+    those of the one before. Equal to `torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`.
 
     Args:
         initial: the value at every restart.
@@ -42,19 +41,16 @@ class WarmRestarts(Schedule):
         super().__init__()
         set_value(self, "initial", initial)
         set_value(self, "final", final)
-        self.steps, self.factor = (
-            check_count(self, "steps", steps),
-            check_count(self, "factor", factor),
-        )
+        self.steps = check_count(self, "steps", steps)
+        self.factor = check_count(self, "factor", factor)
 
     def forward(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
+        self, state: Any, *, step: Tensor, grads: list[Tensor], **_: Any
     ) -> tuple[Value, Any]:
-        since, length = self._period(step)
-        over = since.to(scalar_dtype(grads[0])) / length
-        return self.final + (self.initial - self.final) * (1 + torch.cos(math.pi * over)) / 2, state
+        since, length = self._find_period(step)
+        return half_wave(self.initial, self.final, precise(since, grads[0]) / length), state
 
-    def _period(self, step: Tensor) -> tuple[Tensor, Tensor | int]:
+    def _find_period(self, step: Tensor) -> tuple[Tensor, Tensor | int]:
         """Return (steps since the last restart, length of the period), in exact integers."""
         if self.factor == 1:
             return step % self.steps, self.steps

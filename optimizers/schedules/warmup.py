@@ -7,18 +7,19 @@ from typing import Any
 from torch import Tensor
 
 from metaopt.checks import check_count
-from metaopt.optimizer.hyperparameter import Value, set_hyperparameter, set_value
-from metaopt.optimizer.schedule import Schedule, advance
+from metaopt.optimizer import Schedule, Value, set_hyperparameter, set_value
+from metaopt.optimizer.schedule import advance
 
-from .progress import fraction
+from ..scalars import precise
+from .of_time import fraction
 
 
 class Warmup(Schedule):
-    """value_t = (start + (1 - start) min(t / steps, 1)) after_t: a linear ramp on top of what comes
-    after.
+    """value_t = (start + (1 - start) min(t / steps, 1)) after_t.
 
-    Both see the same t. Equal to `torch.optim.lr_scheduler.LinearLR(start_factor=start,
-    total_iters=steps)` chained with the scheduler of `after`.
+    It is a linear ramp on top of what comes after. Both see the same t. Equal to
+    `torch.optim.lr_scheduler.LinearLR(start_factor=start, total_iters=steps)` chained with the
+    scheduler of `after`.
 
     Args:
         after: a value, or a schedule.
@@ -52,19 +53,11 @@ class Warmup(Schedule):
         value, state = advance(self.after, state, step=step, loss=loss, grads=grads)
         return self._ramp(step, grads[0]) * value, state
 
-    def value_at(
-        self,
-        state: Any,
-        *,
-        step: Tensor,
-        loss: Tensor | None,
-        grads: list[Tensor] | None,
-        like: Tensor,
-    ) -> Value:
+    def value_at(self, state: Any, *, step: Tensor, like: Tensor, **seen: Any) -> Value:
         after = self.after
         if isinstance(after, Schedule):
-            after = after.value_at(state, step=step, loss=loss, grads=grads, like=like)
+            after = after.value_at(state, step=step, like=like, **seen)
         return self._ramp(step, like) * after
 
     def _ramp(self, step: Tensor, like: Tensor) -> Value:
-        return self.start + (1 - self.start) * fraction(step, self.steps, like)
+        return self.start + (1 - self.start) * fraction(precise(step, like), self.steps)

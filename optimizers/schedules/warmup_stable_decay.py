@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from metaopt.checks import check_choice, check_count
-from metaopt.optimizer.hyperparameter import Value, set_value
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Value, set_value
 
-from ..precision import scalar_dtype
+from .of_time import OfTime, fraction, half_wave
 
 
-class WarmupStableDecay(Schedule):
-    """value_t = peak t / warmup, then peak for `stable` steps, then final + (peak - final) d(p),
-    and `final` at the end.
+class WarmupStableDecay(OfTime):
+    """value_t = peak t / warmup, then peak for `stable` steps, then final + (peak - final) d(p).
 
-    p is the fraction of the decay that is over, and d(p) = 1 - p, (1 + cos(pi p)) / 2, or 1 -
-    sqrt(p).
+    At the end it is `final`. p is the fraction of the decay that is over, and d(p) = 1 - p, (1 +
+    cos(pi p)) / 2, or 1 - sqrt(p).
 
     Args:
         peak: the value of the constant phase.
@@ -31,7 +28,7 @@ class WarmupStableDecay(Schedule):
         shape: of the decay: "linear", "cosine" or "sqrt".
 
     Raises:
-        ValueError: a length that is no such integer, a number below 0, or another shape.
+        ValueError: a length that is not such an integer, a number below 0, or another shape.
 
     Reference:
         Hu et al. 2024, arXiv:2404.06395 (MiniCPM), section 4.2; "sqrt": Haegele et al. 2024,
@@ -54,26 +51,21 @@ class WarmupStableDecay(Schedule):
         super().__init__()
         set_value(self, "peak", peak)
         set_value(self, "final", final)
-        self.warmup, self.stable = (
-            check_count(self, "warmup", warmup, least=0),
-            check_count(self, "stable", stable, least=0),
-        )
+        self.warmup = check_count(self, "warmup", warmup, least=0)
+        self.stable = check_count(self, "stable", stable, least=0)
         self.decay = check_count(self, "decay", decay)
         self.shape = check_choice(self, "shape", shape, ("linear", "cosine", "sqrt"))
 
-    def forward(
-        self, state: Any, *, step: Tensor, loss: Tensor | None, grads: list[Tensor]
-    ) -> tuple[Value, Any]:
-        t = step.to(scalar_dtype(grads[0]))
-        ramp = (t / self.warmup).clamp(max=1) if self.warmup else torch.ones_like(t)
+    def at(self, t: Tensor) -> Value:
+        ramp = fraction(t, self.warmup) if self.warmup else torch.ones_like(t)
         over = ((t - self.warmup - self.stable) / self.decay).clamp(0, 1)
         # The decay has not begun while the ramp goes on, so one factor is 1 at any step.
-        return ramp * (self.final + (self.peak - self.final) * self._remaining(over)), state
+        return ramp * (self.final + (self.peak - self.final) * self._remaining(over))
 
-    def _remaining(self, over: Tensor) -> Tensor:
+    def _remaining(self, over: Tensor) -> Value:
         match self.shape:
             case "linear":
                 return 1 - over
             case "cosine":
-                return (1 + torch.cos(math.pi * over)) / 2
+                return half_wave(1, 0, over)
         return 1 - over.sqrt()

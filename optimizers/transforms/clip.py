@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from metaopt import tree
-from metaopt.optimizer import Hyper, Leaves, Optimizer
-from metaopt.optimizer.hyperparameter import Hyperparameter, is_zero_anywhere
+from metaopt.optimizer import Hyper, Hyperparameter, Leaves, Optimizer, is_zero_anywhere
 
-from ..precision import scalar_dtype
+from ..scalars import scalar_dtype
 from .transform import Transform
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable
 
-from metaopt import tree
 from metaopt.optimizer import Optimizer, State
-from metaopt.optimizer.hyperparameter import Value
-from metaopt.optimizer.names import choose, paths
-from metaopt.optimizer.per_parameter import require_gradients
-from metaopt.tree import Tree
+from metaopt.optimizer.names import choose
 
-from .transform import checked
+from .by_pattern import ByPattern, Member
+from .transform import check_optimizer
 
 
-class Masked(Optimizer):
+class Masked(ByPattern):
     """u = the update of the optimizer for parameters whose names match the mask, else 0.
 
     `Masked(Adam(1e-3), mask="head.*")`. Names are dict keys, list indices and fields, joined by
@@ -28,80 +24,32 @@ class Masked(Optimizer):
 
     Raises:
         ValueError: (in `init`) a pattern that matches no parameter.
-        TypeError: the optimizer is none, or a pattern is no string.
+        TypeError: the optimizer is something else, or a pattern is not a string.
     """
 
     def __init__(self, optimizer: Optimizer, mask: str | tuple[str, ...]):
         super().__init__()
         patterns = (mask,) if isinstance(mask, str) else mask
-        if (
-            not isinstance(patterns, tuple | list)
-            or not patterns
-            or not all(isinstance(p, str) for p in patterns)
-        ):
+        is_row = isinstance(patterns, tuple | list) and len(patterns) > 0
+        if not is_row or not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(
                 f"Masked: `mask` must be a pattern or a tuple of them, got {mask!r}. Write "
                 f'mask="head.*".'
             )
-        self.optimizer, self.mask = (
-            checked(self, optimizer),
-            mask if isinstance(mask, str) else tuple(mask),
-        )
+        self.optimizer = check_optimizer(self, optimizer)
+        self.mask = mask if isinstance(mask, str) else tuple(mask)
 
-    def init(self, params: Tree, *, per_parameter: bool = False) -> State:
-        """Return the state before the first step."""
-        return self.optimizer.init(self._part(params), per_parameter=per_parameter)
+    def _members(self) -> list[Member]:
+        return [Member("optimizer.", self.optimizer)]
 
-    def separate(self, state: State, params: Tree) -> State:
-        """Return the state with a step count for each parameter, as `Optimizer.separate` does."""
-        return self.optimizer.separate(state, self._part(params))
+    def _choose(self, names: Iterable[str]) -> list[list[str]]:
+        patterns = (self.mask,) if isinstance(self.mask, str) else self.mask
+        chosen = choose(self, "mask", patterns, names, rest=True)
+        matching = {name for own in chosen for name in own}
+        return [[name for name in names if name in matching]]
 
-    def forward(
-        self, grads: Tree, state: State, params: Tree | None = None, *, loss: Tensor | None = None
-    ) -> tuple[Tree, State]:
-        """Return (updates, next state), as `Optimizer.forward` does."""
-        self._check_state_keys(state)
-        structure = tree.flatten(grads)[1]
-        named = paths(grads)
-        if "steps" not in state and any(grad is None for grad in named.values()):
-            require_gradients(grads)
-        chosen = self._chosen(named)
-        weights = None
-        if params is not None:
-            given = dict(zip(named, tree.flatten_like(structure, params, "params"), strict=True))
-            weights = {name: given[name] for name in chosen}
-        updates, state = self.optimizer(
-            {name: named[name] for name in chosen}, state, weights, loss=loss
-        )
-        for name, grad in named.items():
-            if name not in updates:
-                updates[name] = None if grad is None else torch.zeros_like(grad)
-        return tree.unflatten(structure, [updates[name] for name in named]), state
+    def _split(self, state: State) -> list[State]:
+        return [state]
 
-    def values(
-        self,
-        state: State,
-        *,
-        loss: Tensor | None = None,
-        grads: Tree | None = None,
-        params: Tree | None = None,
-    ) -> dict[str, Value]:
-        """Return name -> value, as `Optimizer.values` does;
-
-        names of the inner optimizer are led by "optimizer.".
-        """
-        own = [None if given is None else self._part(given) for given in (grads, params)]
-        behind = self.optimizer.values(state, loss=loss, grads=own[0], params=own[1])
-        return {f"optimizer.{name}": value for name, value in behind.items()}
-
-    def _part(self, given: Tree) -> dict[str, Tensor]:
-        named = paths(given)
-        return {name: named[name] for name in self._chosen(named)}
-
-    def _chosen(self, named: dict[str, Tensor]) -> list[str]:
-        """Return the names that match, in the order of the parameters."""
-        patterns = (self.mask,) if isinstance(self.mask, str) else tuple(self.mask)
-        matching = {
-            name for own in choose(self, "mask", patterns, named, rest=True) for name in own
-        }
-        return [name for name in named if name in matching]
+    def _merge(self, states: list[State]) -> State:
+        return states[0]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from metaopt.optimizer import Hyper, Leaves, Optimizer
-from metaopt.optimizer.hyperparameter import Hyperparameter
+from metaopt.optimizer import Hyper, Hyperparameter, Leaves, Optimizer
 
 from ..weight_decay import decayed, penalized
 from .transform import Transform
@@ -30,10 +29,10 @@ class WeightDecay(Transform):
 
 
 class DecoupledWeightDecay(Transform):
-    """u = u - weight_decay w, after the optimizer: the weights shrink at this rate whatever the
-    gradients are.
+    """u = u - weight_decay w, after the optimizer.
 
-    `AdamW(lr, weight_decay=d)` is `DecoupledWeightDecay(lr * d, Adam(lr))`.
+    The weights shrink at this rate whatever the gradients are. `AdamW(lr, weight_decay=d)` is
+    `DecoupledWeightDecay(lr * d, Adam(lr))`.
 
     Args:
         weight_decay: the rate per step.

@@ -1,19 +1,27 @@
-"""How much of a schedule is over."""
+"""Rows of pieces, of which each has its turn."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer import Schedule, Value
 
-from ..precision import scalar_dtype
+from ..scalars import scalar_dtype
 
 
-def fraction(step: Tensor, steps: int, like: Tensor) -> Tensor:
-    """Return min(step / steps, 1)."""
-    return (step.to(scalar_dtype(like)) / steps).clamp(max=1)
+def find_in_turn(
+    values: Sequence[Value] | Tensor, boundaries: Sequence[int], step: Tensor, like: Tensor
+) -> Tensor:
+    """Return values[i] where boundaries[i - 1] <= step < boundaries[i]."""
+    dtype = scalar_dtype(like)
+    value, *others = [torch.as_tensor(one, dtype=dtype, device=step.device) for one in values]
+    for boundary, other in zip(boundaries, others, strict=True):
+        value = torch.where(step < boundary, value, other)
+    return value
 
 
 def check_boundaries(owner: Schedule, what: str, pieces: Any, boundaries: Any) -> tuple[int, ...]:
@@ -28,7 +36,7 @@ def check_boundaries(owner: Schedule, what: str, pieces: Any, boundaries: Any) -
     if not all(type(b) is int and b > a for a, b in zip((0, *row), row, strict=False)):
         raise ValueError(
             f"{name}: `boundaries` must be increasing positive integers, got {boundaries!r}. Write "
-            f"(30, 60)."
+            "(30, 60)."
         )
     if len(pieces) != len(row) + 1:
         raise ValueError(
@@ -56,23 +64,8 @@ def check_row(owner: Schedule, name: str, value: Any) -> Any:
     if not isinstance(value, tuple | list):
         raise TypeError(
             f"{kind}: `{name}` must be a tuple, got {type(value).__name__}. Write {name}=(0.1, "
-            f"0.01)."
+            "0.01)."
         )
     if not value:
         raise ValueError(f"{kind}: `{name}` must not be empty, got {value!r}.")
     return tuple(value)
-
-
-def require_loss(owner: Schedule, loss: Tensor | None) -> Tensor:
-    """Return the loss that a schedule observes.
-
-    Raises:
-        ValueError: it was not given.
-    """
-    if loss is None:
-        raise ValueError(
-            f"{type(owner).__name__} observes the loss, got None. Call `optimizer(grads, state, "
-            f"params, loss=loss)` or "
-            "`step(closure)`."
-        )
-    return loss
