@@ -80,10 +80,14 @@ class SGD(Optimizer):
     def direction(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
     ) -> tuple[Value, Leaves, Slots]:
-        lr, momentum, dampening, decay = (hyper[name] for name in self.hyperparameters)
-        grads = penalized(self, grads, params, decay)
+        momentum, dampening = hyper["momentum"], hyper["dampening"]
+        grads = penalized(self, grads, params, hyper["weight_decay"])
         if is_zero(momentum):  # one that was turned off leaves its memory alone, as torch's does
-            return -lr, grads, {name: slot for name, slot in slots.items() if name == "velocity"}
+            return (
+                -hyper["lr"],
+                grads,
+                {name: slot for name, slot in slots.items() if name == "velocity"},
+            )
         if "velocity" not in slots:
             raise ValueError(
                 f"SGD: momentum={momentum}, but `state` was made without. Call `init` again."
@@ -93,4 +97,4 @@ class SGD(Optimizer):
             damped = [torch.where(step == 1, g, (1 - dampening) * g) for g in grads]
         velocity = scaled_sums(damped, momentum, slots["velocity"])
         ahead = scaled_sums(grads, momentum, velocity) if self.nesterov else velocity
-        return -lr, ahead, {"velocity": velocity}
+        return -hyper["lr"], ahead, {"velocity": velocity}

@@ -6,17 +6,19 @@ What one needs to write an optimizer or a schedule is imported from here.
 from __future__ import annotations
 
 from metaopt.optimizer.apply import apply_update, apply_updates, require_params
+from metaopt.optimizer.by_name import Value
 from metaopt.optimizer.equals import register_equal
 from metaopt.optimizer.hyperparameter import (
     Hyperparameter,
-    Value,
     is_zero,
     is_zero_anywhere,
     set_hyperparameter,
     set_value,
 )
-from metaopt.optimizer.optimizer import Hyper, Leaves, Observe, Optimizer, Slots, State
+from metaopt.optimizer.optimizer import Optimizer
 from metaopt.optimizer.schedule import Schedule
+from metaopt.optimizer.state import Hyper, Leaves, Slots, State
+from metaopt.optimizer.values import Observe
 
 __all__ = [
     "Hyper",

@@ -73,7 +73,7 @@ class Deployed(torch.optim.Optimizer):
         self.param_groups[-1] = by_items(self.param_groups[-1])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update.
 
         Args:

@@ -98,7 +98,7 @@ def join(leaves: list[Tensor]) -> list[Tensor]:
 
 def part(joined: list[Tensor], like: list[Tensor]) -> list[Tensor]:
     """Invert `join`, for tensors with the shapes of `like`."""
-    parts = joined[0].split([leaf.numel() for leaf in like])
+    parts = torch.split(joined[0], [leaf.numel() for leaf in like])
     return [part.view_as(leaf) for part, leaf in zip(parts, like, strict=True)]
 
 

@@ -59,7 +59,7 @@ def _divide(
         widths = [shape[-1] if len(shape) else 0 for shape in like]
         is_row = all(shape[:-1] == memory.shape[:-1] for shape in like)
         if is_row and sum(widths) == memory.shape[-1]:
-            return list(memory.split(widths, dim=-1))
+            return list(torch.split(memory, widths, dim=-1))
     raise ValueError(
         f"{type(optimizer).__name__}: the memory {name!r} over all parameters, of shape "
         f"{tuple(each[0].shape)}, cannot be divided among them, so a parameter without a gradient "

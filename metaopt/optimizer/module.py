@@ -50,8 +50,11 @@ class Configurable(nn.Module):
     def extra_repr(self) -> str:
         """Return the arguments, and learned scalars beside them; modules print themselves."""
         given = {name: getattr(self, name, None) for name in _names_of_arguments(type(self))}
-        kinds = bool | int | float | str | Tensor | tuple
-        shown = {name: value for name, value in given.items() if isinstance(value, kinds)}
+        shown = {
+            name: value
+            for name, value in given.items()
+            if isinstance(value, bool | int | float | str | Tensor | tuple)
+        }
         rows = [value if isinstance(value, tuple) else (value,) for value in shown.values()]
         known = {id(item) for row in rows for item in row}
         for name, p in self.named_parameters(recurse=False):
@@ -145,7 +148,8 @@ class Configurable(nn.Module):
             _check_limits(module)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} has a tensor that its class refuses: {error}") from error
-        return module.to(device)
+        loaded: Self = module.to(device)
+        return loaded
 
 
 def known_classes() -> dict[str, list[type[Configurable]]]:
@@ -218,7 +222,8 @@ def _check_tensors(path: Path, module: Configurable, tensors: dict[str, Tensor])
 def _part_of(module: nn.Module, name: str) -> str:
     """Return the path of the innermost `Configurable` that holds a tensor."""
     holders = [path for path, child in module.named_modules() if isinstance(child, Configurable)]
-    return max((path for path in holders if not path or name.startswith(f"{path}.")), key=len)
+    own: str = max((path for path in holders if not path or name.startswith(f"{path}.")), key=len)
+    return own
 
 
 def _placeholder(shape: Any, dtype: str) -> Tensor:

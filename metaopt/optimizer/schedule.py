@@ -62,7 +62,9 @@ class Schedule(Configurable):
             ValueError: there is no value without the loss.
         """
         try:
-            return self(state, step=step, loss=loss, grads=[like] if grads is None else grads)[0]
+            seen = [like] if grads is None else grads
+            value: float | Tensor = self(state, step=step, loss=loss, grads=seen)[0]
+            return value
         except (AttributeError, TypeError) as error:
             if loss is not None:
                 raise

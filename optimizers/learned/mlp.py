@@ -96,7 +96,8 @@ class MLPOptimizer(Optimizer):
 
         horizons = torch.tensor(HORIZONS, dtype=features.dtype, device=features.device)
         time = torch.tanh(step / horizons)[:, None]
-        of_coordinate, of_time = self.input_weight.split([PER_COORDINATE, len(HORIZONS)], dim=1)
+        sizes = [PER_COORDINATE, len(HORIZONS)]
+        of_coordinate, of_time = torch.split(self.input_weight, sizes, dim=1)
         x = of_coordinate @ features + (of_time @ time + self.input_bias)
         x = self.hidden_weight @ x.relu() + self.hidden_bias
         direction, sharpness = self.output_weight @ x.relu() + self.output_bias

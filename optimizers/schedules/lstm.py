@@ -80,5 +80,6 @@ class LSTMSchedule(Schedule):
 
     def value_at(self, state: Any, **seen: Any) -> Value:
         if seen["loss"] is None or seen["grads"] is None:
-            return (self.log_initial + state["change"]).exp()
+            log_value: Tensor = self.log_initial + state["change"]
+            return log_value.exp()
         return super().value_at(state, **seen)
