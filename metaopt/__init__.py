@@ -19,7 +19,10 @@ from metaopt.differentiate import (
     FirstOrder,
     ForwardMode,
     Implicit,
+    InnerLoop,
     Penalty,
+    PointRule,
+    Rule,
 )
 from metaopt.errors import NonFiniteError
 from metaopt.linear_solve import (
@@ -48,7 +51,7 @@ if TYPE_CHECKING:
         metasmoothness,
     )
     from metaopt.interop import from_torch, from_torchopt
-    from metaopt.levels import Edge, Level, LevelGraph
+    from metaopt.levels import Edge, Level, LevelGraph, Levels
     from metaopt.meta_training import FullUnroll, MetaTraining, Task, TaskFamily, TruncatedBackprop
     from metaopt.meta_training.evaluation import Report, evaluate, tune
     from metaopt.second_order import check_second_order
@@ -73,8 +76,10 @@ __all__ = [
     "Functional",
     "HypergradientCheck",
     "Implicit",
+    "InnerLoop",
     "Level",
     "LevelGraph",
+    "Levels",
     "MeasuredRule",
     "MetaTraining",
     "Minimized",
@@ -85,8 +90,10 @@ __all__ = [
     "NystromCG",
     "Optimizer",
     "Penalty",
+    "PointRule",
     "Report",
     "Revolve",
+    "Rule",
     "RuleComparison",
     "Schedule",
     "Solution",
@@ -125,7 +132,7 @@ ON_DEMAND = {
         "metasmoothness",
     ],
     "interop": ["from_torch", "from_torchopt"],
-    "levels": ["Edge", "Level", "LevelGraph"],
+    "levels": ["Edge", "Level", "LevelGraph", "Levels"],
     "meta_training": [
         "FullUnroll",
         "MetaTraining",

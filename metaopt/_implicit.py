@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from metaopt import tree
 from metaopt._functional import functional
 from metaopt.closure import check_closure
-from metaopt.differentiate import End, Implicit, InnerLoop, PointRule, attach
-from metaopt.differentiate.base import refuse_zeros, with_refusal, without_optimizer
+from metaopt.differentiate import End, Implicit, InnerLoop, Inputs, PointRule
+from metaopt.differentiate.point import read_by_loss
+from metaopt.differentiate.refusal import attach_refusal, refuse_zeros
 from metaopt.exact_ops import any_order
 from metaopt.inner_problem import check_scalar
 from metaopt.linear_solve import ConjugateGradient, LinearSolver
@@ -80,14 +81,14 @@ def implicit(
             )
     rule = solver if isinstance(solver, PointRule) else Implicit(solver)
     module = functional(loss_fn) if isinstance(loss_fn, nn.Module) else None
-    inputs = {
+    inputs: Inputs = {
         "optimizer": {},
         "loss": {} if module is None else module.params,
         "meta": meta,
         "batch": batch,
     }
 
-    def loss(inputs: Tree, params: Tree, *_: Any) -> tuple[Tensor, tuple[()]]:
+    def loss(inputs: Inputs, params: Tree, *_: Any) -> tuple[Tensor, tuple[()]]:
         arguments = (
             (params, inputs["batch"]) if meta is None else (params, inputs["batch"], inputs["meta"])
         )
@@ -102,10 +103,8 @@ def implicit(
             "`FiniteDifference(scale=...)` or `Penalty()`."
         )
 
-    read = without_optimizer(inputs)
+    ignored, read = {"solution": solution}, read_by_loss(inputs)
     check_closure(lambda *given: loss(*given)[0], loss_fn, inputs, solution)
-    refuse_zeros(rule, "solution", solution, read)
+    refuse_zeros(rule, ignored, read)
     loop = InnerLoop(loss, update, inputs, solution, (), (), 0)
-    return with_refusal(
-        rule, attach(rule, loop, End(solution, (), ())), {"solution": solution}, read
-    )
+    return attach_refusal(rule, rule.attach_at(loop, End(solution, (), ())), ignored, read)

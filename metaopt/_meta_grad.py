@@ -16,7 +16,7 @@ from metaopt._functional import Functional, Params, functional, lent
 from metaopt._minimize import check_finite
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.graph import VARIABLES
-from metaopt.autodiff.plain import evaluated
+from metaopt.autodiff.plain import Recording, begin_at
 from metaopt.batching import prefers_loop
 from metaopt.closure import find_hidden, graph_leaves, tracked_names
 from metaopt.compiled import compiled
@@ -265,9 +265,9 @@ class MetaGradient:
 
         def evaluate(task: Tree) -> tuple[list[Tensor], Tensor]:
             with torch.random.fork_rng(devices=devices), any_order():
-                return evaluated(
-                    lambda at: self._value(tree.with_leaves(variables, at), task)[0], leaves, False
-                )
+                at = begin_at(leaves, again=False)
+                with Recording(at):
+                    return at, self._value(tree.with_leaves(variables, at), task)[0]
 
         reached: set[int] = set()
         for task in tasks:

@@ -63,8 +63,7 @@ def pull_back_implicit(
     *,
     start: Tree | None = None,
 ) -> tuple[Tree, Solution]:
-    """Return (-(d_inputs F)' x, x) for the solution x of (d_w F)' x = v; all of it differentiable
-    again.
+    """Return (-(d_inputs F)' x, x) for the solution x of (d_w F)' x = v; differentiable again.
 
     A random F draws the same numbers in the linear system and in the product, but for a compiled
     one, which cannot.

@@ -43,8 +43,9 @@ def mixed_product(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree) -> Tr
 def mixed_difference(
     loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, radius: float, *, sign: int = 1
 ) -> Tree:
-    """Return sign (G(w + e x) - G(w - e x)) / 2e with G = grad_given L and e = radius / |x|;
-    differentiable again.
+    """Return sign (G(w + e x) - G(w - e x)) / 2e with G = grad_given L and e = radius / |x|.
+
+    It is differentiable again.
 
     The error is radius^2 |x| / 6 times the third derivative of G along x / |x|, and that of
     rounding, of the order of eps |x| (|G| + |w| |dG/dw|) / radius. Both sides see the same random

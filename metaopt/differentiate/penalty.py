@@ -11,14 +11,17 @@ from metaopt import tree
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.mixed import same_noise
 from metaopt.autodiff.pullback import chosen, put, spread
-from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end, check_positive
+from metaopt.differentiate.arguments import check_positive
+from metaopt.differentiate.point import End, PointRule, Read, at_end
+from metaopt.differentiate.protocol import InnerLoop
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
 class Penalty(PointRule):
-    """For a cotangent v on the last parameters w: weight (grad_inputs L(z) - grad_inputs L(w)), z a
-    minimum of the tilted loss.
+    """For a cotangent v: weight (grad_inputs L(z) - grad_inputs L(w)), z a minimum of a tilted L.
+
+    The cotangent is that of the last parameters w.
 
     F2SA minimises f + weight L, f the outer loss. At the end of a loop only v = grad f is known, so
     f is taken to be linear, and the inner problem is tilted: z minimises L(z) + <v / weight - grad
@@ -62,8 +65,8 @@ class Penalty(PointRule):
             raise ValueError(f"Penalty: `steps` must be a positive integer, got {self.steps!r}.")
 
     def pull_back(
-        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree
-    ) -> tuple[Tree, dict[str, Tensor]]:
+        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
+    ) -> tuple[Read, dict[str, Tensor]]:
         if torch.compiler.is_compiling():
             raise ValueError(
                 "Penalty cannot be compiled: its gradients must see the same random numbers, which "

@@ -3,5 +3,6 @@
 from metaopt.levels.edge import Edge
 from metaopt.levels.graph import LevelGraph
 from metaopt.levels.level import Level
+from metaopt.levels.scope import Levels
 
-__all__ = ["Edge", "Level", "LevelGraph"]
+__all__ = ["Edge", "Level", "LevelGraph", "Levels"]
