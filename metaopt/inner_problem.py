@@ -116,9 +116,8 @@ class InnerProblem:
     def rate(self, inputs: Inputs, state: Any, params: Tree, observe: Observe) -> Value:
         """Return the optimizer's present step size."""
         memory = state["optimizer"] if self.has_buffers else state
-        return lent(
-            self.optimizer, inputs["optimizer"], self.optimizer.rate, memory, params, observe
-        )  # type: ignore[no-any-return]
+        optimizer, tensors = self.optimizer, inputs["optimizer"]
+        return lent(optimizer, tensors, optimizer.rate, memory, params, observe)  # type: ignore[no-any-return]
 
     def emit(
         self, inputs: Inputs, after: tuple[Tree, Any], x: Tree, loss: Tensor, aux: Tree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,11 +67,8 @@ def gradient(
     return tree.with_leaves(at, found), value, aux
 
 
-def constant_gradient(
-    function: Valued, at: Tree, *, allow_unused: bool = False
-) -> tuple[Tree, Tensor, Tree]:
-    """Return what `gradient` does, with grad f(w) a constant."""
-    return gradient(function, at, allow_unused=allow_unused, is_constant=True)
+# the same with grad f(w) a constant
+constant_gradient = partial(gradient, is_constant=True)
 
 
 def _transform(

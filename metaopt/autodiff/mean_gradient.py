@@ -139,9 +139,8 @@ class MeanGradient:
 
         def slopes_at(at: Tree) -> list[Tensor]:
             there = (inputs, at, state, batch)
-            return torch.func.grad(lambda variables: self.loss(*put(variables, there, wanted))[0])(
-                chosen(there, wanted)
-            )
+            slope = torch.func.grad(lambda variables: self.loss(*put(variables, there, wanted))[0])
+            return slope(chosen(there, wanted))  # type: ignore[no-any-return]
 
         slopes, bars = slope_along(
             slopes_at, params, along, asked='`hvp="forward"`', instead='`hvp="reverse"`'

@@ -179,9 +179,10 @@ def spread(leaves: Iterable[Any], values: Tree, wanted: Tree) -> Tree:
 # No closures: one that calls itself is a circle, which keeps the leaves alive until the collector
 # comes.
 def _choose(values: Tree, wanted: Tree, found: list[Any]) -> None:
-    if isinstance(wanted, bool):
-        if wanted:
-            found += tree.leaves(values)
+    if wanted is True:
+        found += tree.leaves(values)
+    elif wanted is False:
+        return
     elif isinstance(wanted, dict):
         for key, part in wanted.items():
             if part is not False:
@@ -196,9 +197,9 @@ def _choose(values: Tree, wanted: Tree, found: list[Any]) -> None:
 
 
 def _filled(fresh: Iterator[Any], values: Tree, wanted: Tree, bare: bool = False) -> Tree:
-    if isinstance(wanted, bool):
-        if not wanted:
-            return None if bare else values
+    if wanted is False:
+        return None if bare else values
+    if wanted is True:
         if isinstance(values, Tensor):
             return next(fresh)
         return tree.map(lambda _: next(fresh), values)

@@ -114,7 +114,7 @@ class EvolutionStrategy(RerunRule):
                 "something in the loss does not allow: "
                 f"{str(error).strip().splitlines()[0]} Use `Backprop()` or `FirstOrder()`."
             ) from error
-        ahead, behind = values.split(self.pairs)
+        ahead, behind = values[: self.pairs], values[self.pairs :]
         slopes = (ahead - behind) / (2 * self.std)
         finite = slopes.isfinite()
         estimate = (torch.where(finite, slopes, 0) @ noise) / finite.sum()

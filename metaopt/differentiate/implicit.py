@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from metaopt.autodiff.implicit import pull_back_implicit
-from metaopt.differentiate.point import End, PointRule, Read, read_by_loss
+from metaopt.differentiate.point import End, PointRule, Read, add_optimizer, read_by_loss
 from metaopt.differentiate.protocol import InnerLoop
 from metaopt.linear_solve import ConjugateGradient, LinearSolver
 from metaopt.tree import Tree
@@ -65,11 +65,11 @@ class Implicit(PointRule):
         self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
     ) -> tuple[Read, dict[str, Tensor]]:
         # constants of the theorem, not of what is around it: explicit too
-        fixed = (loop.inputs["optimizer"], end.state)
+        fixed = (loop.inputs, end.state)
 
         def residual(w: Tree, given: tuple[Any, Tree, Tree]) -> Tree:
-            read, batch, (optimizer, state) = given
-            grads, _, _ = loop.gradient({**read, "optimizer": optimizer}, w, state, batch)
+            read, batch, (inputs, state) = given
+            grads, _, _ = loop.gradient(add_optimizer(read, inputs), w, state, batch)
             return grads
 
         given = (read_by_loss(loop.inputs), end.batch, fixed)

@@ -155,9 +155,7 @@ def at_end(loop: InnerLoop, end: End) -> tuple[Callable[[Tree, Read], Tensor], R
 
     def loss(params: Tree, read: Read) -> Tensor:
         inputs, batch = read
-        return loop.loss(
-            {**inputs, "optimizer": loop.inputs["optimizer"]}, params, end.state, batch
-        )[0]
+        return loop.loss(add_optimizer(inputs, loop.inputs), params, end.state, batch)[0]
 
     return loss, (read_by_loss(loop.inputs), end.batch)
 
@@ -165,6 +163,11 @@ def at_end(loop: InnerLoop, end: End) -> tuple[Callable[[Tree, Read], Tensor], R
 def read_by_loss(inputs: Inputs) -> dict[str, Tree]:
     """Return the inputs without the optimizer's tensors."""
     return {name: part for name, part in inputs.items() if name != "optimizer"}
+
+
+def add_optimizer(read: dict[str, Tree], inputs: Inputs) -> Inputs:
+    """Return what the loss reads with the optimizer's tensors among `inputs`."""
+    return {**inputs, **read}  # type: ignore[typeddict-item]
 
 
 def scale_cotangent(rule: Rule, scale: Scale, loop: InnerLoop, end: End, cotangent: Tree) -> Tree:

@@ -114,7 +114,7 @@ def run(loop: InnerLoop) -> Result:
                 params, state = loop.update(inputs, grads, state, params, loss, aux)
                 emitted.append(loop.emit(inputs, (params, state), batch, loss, aux))
             result = Result(params, state, tree.stack(emitted))
-    return result if nobody_differentiates else tree.map(constant, result)  # type: ignore[no-any-return]
+    return result if nobody_differentiates else Result(*tree.map(constant, tuple(result)))
 
 
 def _rows(batches: Tree | Stream, steps: int | None) -> Iterable[Tree]:

@@ -24,7 +24,7 @@ from metaopt._functional import Params
 from metaopt.differentiate import InnerLoop, Inputs, PointRule, Pullback, Rule
 from metaopt.differentiate.steps import run
 from metaopt.levels.history import Record, Window, find_states, open_window
-from metaopt.levels.plan import Move, Owner, Plan
+from metaopt.levels.plan import Move, Plan
 from metaopt.levels.scope import Rows, Scene
 from metaopt.levels.state import (
     Memory,
@@ -38,6 +38,7 @@ from metaopt.levels.state import (
     update,
     without_params,
 )
+from metaopt.levels.timetable import Owner
 from metaopt.transforms import values_are_readable
 
 

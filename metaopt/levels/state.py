@@ -166,14 +166,17 @@ def find_rate(
 ) -> Value:
     """Return the step size that the level's optimizer would use next, an `InnerLoop`'s rate."""
     optimizer = level.optimizer
-    return lent(
-        optimizer, inputs["optimizer"], optimizer.rate, memory["optimizer"], params, observe
-    )  # type: ignore[no-any-return]
+    tensors, before = inputs["optimizer"], memory["optimizer"]
+    return lent(optimizer, tensors, optimizer.rate, before, params, observe)  # type: ignore[no-any-return]
 
 
 def find_values(level: Level, state: State) -> dict[str, float | Tensor]:
     """Return the values of the hyperparameters in the next step; of copies their mean."""
-    seen = {key: state[key] for key in ("optimizer", "progress", "params")}  # type: ignore[literal-required]
+    seen = {
+        "optimizer": state["optimizer"],
+        "progress": state["progress"],
+        "params": state["params"],
+    }
     copies = [seen] if level.copies is None else [tree.index(seen, i) for i in range(level.copies)]
     each = [
         tree.map(
