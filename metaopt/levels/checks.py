@@ -11,9 +11,10 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.differentiate import PointRule, Rule
 from metaopt.levels.edge import Edge
+from metaopt.levels.facts import find_buffers_behind, find_dependencies
 from metaopt.levels.joint import JointRule
 from metaopt.levels.level import Level
-from metaopt.levels.plan import Plan, find_buffers_behind, find_dependencies
+from metaopt.levels.plan import Plan
 from metaopt.tree import Tree
 
 

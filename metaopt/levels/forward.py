@@ -23,8 +23,9 @@ from metaopt import tree
 from metaopt._functional import Params
 from metaopt.differentiate import InnerLoop, Inputs, PointRule, Pullback, Rule
 from metaopt.differentiate.steps import run
+from metaopt.levels.facts import Move
 from metaopt.levels.history import Record, Window, find_states, open_window
-from metaopt.levels.plan import Move, Plan
+from metaopt.levels.plan import Plan
 from metaopt.levels.scope import Rows, Scene
 from metaopt.levels.state import (
     Memory,

@@ -23,10 +23,11 @@ from metaopt.levels.backward import take_gradient
 from metaopt.levels.checks import check_plan, check_state, name_levels
 from metaopt.levels.data import Stream, peek_rows
 from metaopt.levels.edge import Edge
+from metaopt.levels.facts import find_links
 from metaopt.levels.forward import total_loss, turn
 from metaopt.levels.history import NO_WINDOW, Record, Window, open_window
 from metaopt.levels.level import Level
-from metaopt.levels.plan import Plan, find_links
+from metaopt.levels.plan import Plan
 from metaopt.levels.scope import Rows, Scene
 from metaopt.levels.show import describe, draw
 from metaopt.levels.state import (
