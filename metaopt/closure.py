@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
 from metaopt._functional import Functional
-from metaopt.autodiff.graph import ancestors
+from metaopt.autodiff.graph import find_ancestors
 from metaopt.torch_internals import is_wrapped
 from metaopt.transforms import is_tracked
 from metaopt.tree import Tree
@@ -116,7 +116,7 @@ def tracked_names(source: Any, value: Tensor) -> str:
     tracked = [
         (name, tensor) for one in sources for name, tensor in reachable(one) if is_tracked(tensor)
     ]
-    below = ancestors(value)
+    below = find_ancestors(value)
     used = [
         (name, tensor)
         for name, tensor in tracked
@@ -129,7 +129,7 @@ def tracked_names(source: Any, value: Tensor) -> str:
 def graph_leaves(value: Tensor) -> list[Tensor]:
     """Return the leaf tensors that a value was computed from, as far as autograd recorded it."""
     return [
-        found for found in ancestors(value).values() if isinstance(found, Tensor) and found.is_leaf
+        found for found in find_ancestors(value).values() if isinstance(found, Tensor) and found.is_leaf
     ]
 
 

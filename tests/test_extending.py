@@ -16,10 +16,20 @@ from torch.func import grad, vmap
 
 import metaopt as mo
 from metaopt.autodiff.mixed import mixed_product
-from metaopt.autodiff.pullback import chosen, put, spread
-from metaopt.differentiate import End, Given, InnerLoop, PointRule, Pullback, Result, Rule
-from metaopt.differentiate.point import Read, at_end
-from metaopt.differentiate.steps import run, weigh_result
+from metaopt.autodiff.pullback import choose, put, spread
+from metaopt.differentiate import (
+    End,
+    Given,
+    InnerLoop,
+    PointRule,
+    Pullback,
+    Read,
+    Result,
+    Rule,
+    at_end,
+    run,
+    weigh_result,
+)
 from optimizers import SGD
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -65,7 +75,7 @@ class CentralDifferences(Rule):
         given = loop.given()  # reads batches that come one by one, so loops start from these
 
         def pullback(cotangents: Result, wanted: Given) -> Given:
-            variables = chosen(given, wanted)
+            variables = choose(given, wanted)
             row = mo.tree.ravel(variables)
 
             def value(row: Tensor) -> Tensor:

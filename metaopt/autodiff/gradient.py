@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.graph import ancestors, goes_beyond
+from metaopt.autodiff.graph import find_ancestors, goes_beyond
 from metaopt.autodiff.plain import Recording, begin_at, cut, slopes_of_scalar, stands_in
 from metaopt.transforms import constant
 from metaopt.tree import Tree
@@ -100,7 +100,7 @@ class _Noting:
                 'and write unused="zero".'
             )
         value, aux = self.function(at)
-        below = ancestors(value)
+        below = find_ancestors(value)
         self._used = [id(leaf) in below or id(leaf.grad_fn) in below for leaf in tree.leaves(at)]
         return value, aux
 

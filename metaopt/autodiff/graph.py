@@ -13,7 +13,7 @@ from metaopt.transforms import innermost
 VARIABLES: ContextVar[tuple[Tensor, ...]] = ContextVar("variables", default=())
 
 
-def ancestors(value: Tensor) -> dict[int, object]:
+def find_ancestors(value: Tensor) -> dict[int, object]:
     """Return id -> object for `value`, the autograd nodes below it, and the leaves at their ends.
 
     The objects are kept: Python makes one for a node when somebody asks, and would give its id to
@@ -42,11 +42,11 @@ def is_varied(tensor: Tensor) -> bool:
     tensor = innermost(tensor)
     if not tensor.requires_grad:
         return False
-    below = ancestors(tensor)
+    below = find_ancestors(tensor)
     return any(id(variable) in below or id(variable.grad_fn) in below for variable in variables)
 
 
-def beginning(leaf: Tensor) -> Tensor:
+def begin_leaf(leaf: Tensor) -> Tensor:
     """Return a variable with the value of a leaf without a graph, which begins at it."""
     variable = leaf.detach().requires_grad_()
     variable.is_beginning = True  # type: ignore[attr-defined]  # which autograd keeps with it

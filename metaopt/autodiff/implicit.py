@@ -11,7 +11,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
 from metaopt.autodiff.plain import stands_in
-from metaopt.autodiff.pullback import Linearized, chosen, pull_back
+from metaopt.autodiff.pullback import Linearized, choose, pull_back
 from metaopt.autodiff.replay import drawn_again
 from metaopt.linear_solve import LinearSolver, Solution
 from metaopt.transforms import is_last
@@ -86,7 +86,7 @@ def pull_back_implicit(
             compiled.
     """
     # one evaluation of F for the solver and the product
-    if is_last() and stands_in(chosen((w, inputs), (True, wanted))):
+    if is_last() and stands_in(choose((w, inputs), (True, wanted))):
         at_point = Linearized(residual, (w, inputs), (True, wanted))
         solution = solver(lambda x: at_point.pull_back(x, 0), cotangent, start=start)
         return at_point.pull_back(tree.map(torch.neg, solution.value), 1, keep=False), solution

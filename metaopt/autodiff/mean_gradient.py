@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.forward import slope_along
 from metaopt.autodiff.gradient import gradient
-from metaopt.autodiff.pullback import chosen, plus, pull_back, put, spread
+from metaopt.autodiff.pullback import choose, plus, pull_back, put, spread
 from metaopt.compiled import compiled
 from metaopt.tree import Tree
 
@@ -140,7 +140,7 @@ class MeanGradient:
         def slopes_at(at: Tree) -> list[Tensor]:
             there = (inputs, at, state, batch)
             slope = torch.func.grad(lambda variables: self.loss(*put(variables, there, wanted))[0])
-            return slope(chosen(there, wanted))  # type: ignore[no-any-return]
+            return slope(choose(there, wanted))  # type: ignore[no-any-return]
 
         slopes, bars = slope_along(
             slopes_at, params, along, asked='`hvp="forward"`', instead='`hvp="reverse"`'

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.graph import VARIABLES, beginning, goes_beyond
+from metaopt.autodiff.graph import VARIABLES, begin_leaf, goes_beyond
 from metaopt.torch_internals import uses_dual_numbers
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
@@ -38,7 +38,7 @@ def begin_at(leaves: Sequence[Tensor], again: bool) -> list[Tensor]:
     """
     # Aliases: a function may read the same tensors by another way, and these are not variables.
     if again:
-        return [leaf.view_as(leaf) if leaf.requires_grad else beginning(leaf) for leaf in leaves]
+        return [leaf.view_as(leaf) if leaf.requires_grad else begin_leaf(leaf) for leaf in leaves]
     return [leaf.detach().requires_grad_() for leaf in leaves]
 
 

@@ -48,7 +48,7 @@ def pull_back_and_value(
 ) -> tuple[Tree, Tree]:
     """Return what `pull_back` does, and r; None where there was no need to evaluate it."""
     seeds = tree.leaves(cotangents)
-    variables = chosen(arguments, wanted)
+    variables = choose(arguments, wanted)
     if not variables or all(seed is None for seed in seeds):
         return spread(repeat(None), arguments, wanted), None
 
@@ -65,7 +65,7 @@ def pull_back_and_value(
     fresh = begin_at(variables, again)
     with Recording(fresh):
         results, value = run(fresh)
-    bars = _dense(slopes(results, fresh, given, again=again), variables)
+    bars = _densify(slopes(results, fresh, given, again=again), variables)
     return spread(cut(bars, variables) if again else bars, arguments, wanted), value
 
 
@@ -78,7 +78,7 @@ def vjp(
     keeps the graph of the evaluation, of all that has a derivative in the arguments.
     """
     everywhere = tree.map(is_differentiable, arguments)
-    variables = chosen(arguments, everywhere)
+    variables = choose(arguments, everywhere)
 
     def run(variables: list[Tensor]) -> tuple[list[Tensor], Tree]:
         value = function(*put(variables, arguments, everywhere))
@@ -103,8 +103,8 @@ def vjp(
     def pullback(cotangents: Tree, wanted: Tree) -> Tree:
         seeds: list[Tensor] = []
         tree.map(functools.partial(_add_seeds, seeds), cotangents, value)
-        bars = spread(_dense(pull(seeds), variables), arguments, everywhere)
-        return spread(chosen(bars, wanted), arguments, wanted)
+        bars = spread(_densify(pull(seeds), variables), arguments, everywhere)
+        return spread(choose(bars, wanted), arguments, wanted)
 
     return value, pullback
 
@@ -125,12 +125,12 @@ class Linearized:
     def __init__(self, function: Callable[..., Tree], arguments: Tree, wanted: Tree):
         self._arguments, self._wanted = arguments, wanted
         counts = [
-            len(chosen(argument, part)) for argument, part in zip(arguments, wanted, strict=True)
+            len(choose(argument, part)) for argument, part in zip(arguments, wanted, strict=True)
         ]
         self._parts = [
             slice(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)
         ]
-        self._variables = begin_at(chosen(arguments, wanted), again=False)
+        self._variables = begin_at(choose(arguments, wanted), again=False)
         with Recording(self._variables):
             self._results = tree.leaves(function(*put(self._variables, arguments, wanted)))
 
@@ -143,7 +143,7 @@ class Linearized:
             if variables
             else []
         )
-        return spread(_dense(bars, variables), self._arguments[argument], self._wanted[argument])
+        return spread(_densify(bars, variables), self._arguments[argument], self._wanted[argument])
 
 
 def _add_seeds(seeds: list[Tensor], cotangent: Tensor | None, value: Tree) -> None:
@@ -153,13 +153,13 @@ def _add_seeds(seeds: list[Tensor], cotangent: Tensor | None, value: Tree) -> No
             seeds.append(torch.zeros_like(leaf) if cotangent is None else cotangent)
 
 
-def _dense(bars: Iterable[Tensor | None], like: Iterable[Tensor]) -> list[Tensor]:
+def _densify(bars: Iterable[Tensor | None], like: Iterable[Tensor]) -> list[Tensor]:
     return [
         torch.zeros_like(leaf) if bar is None else bar for bar, leaf in zip(bars, like, strict=True)
     ]
 
 
-def chosen(values: Tree, wanted: Tree) -> list[Any]:
+def choose(values: Tree, wanted: Tree) -> list[Any]:
     """Return the leaves that are wanted; one bool may stand for a whole part of the tree."""
     found: list[Any] = []
     _choose(values, wanted, found)
@@ -168,12 +168,12 @@ def chosen(values: Tree, wanted: Tree) -> list[Any]:
 
 def put(leaves: Iterable[Any], values: Tree, wanted: Tree) -> Tree:
     """Return `values` with these in the place of the leaves that are wanted."""
-    return _filled(iter(leaves), values, wanted)
+    return _fill(iter(leaves), values, wanted)
 
 
 def spread(leaves: Iterable[Any], values: Tree, wanted: Tree) -> Tree:
     """Return `values` with these in the place of the wanted leaves, and None elsewhere."""
-    return _filled(iter(leaves), values, wanted, True)
+    return _fill(iter(leaves), values, wanted, True)
 
 
 # No closures: one that calls itself is a circle, which keeps the leaves alive until the collector
@@ -196,7 +196,7 @@ def _choose(values: Tree, wanted: Tree, found: list[Any]) -> None:
         found += [leaf for leaf, is_wanted in pairs if is_wanted]
 
 
-def _filled(fresh: Iterator[Any], values: Tree, wanted: Tree, bare: bool = False) -> Tree:
+def _fill(fresh: Iterator[Any], values: Tree, wanted: Tree, bare: bool = False) -> Tree:
     if wanted is False:
         return None if bare else values
     if wanted is True:
@@ -205,10 +205,10 @@ def _filled(fresh: Iterator[Any], values: Tree, wanted: Tree, bare: bool = False
         return tree.map(lambda _: next(fresh), values)
     kind = type(wanted)
     if kind is dict:
-        return {key: _filled(fresh, values[key], part, bare) for key, part in wanted.items()}
+        return {key: _fill(fresh, values[key], part, bare) for key, part in wanted.items()}
     if isinstance(wanted, tuple | list):
         pairs = zip(values, wanted, strict=True)
-        parts = [_filled(fresh, value, part, bare) for value, part in pairs]
+        parts = [_fill(fresh, value, part, bare) for value, part in pairs]
         return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
     return tree.map(
         lambda leaf, is_wanted: next(fresh) if is_wanted else None if bare else leaf, values, wanted

@@ -7,9 +7,10 @@ from metaopt.differentiate.first_order import FirstOrder
 from metaopt.differentiate.forward_mode import ForwardMode
 from metaopt.differentiate.implicit import Implicit
 from metaopt.differentiate.penalty import Penalty
-from metaopt.differentiate.point import End, PointRule
+from metaopt.differentiate.point import End, PointRule, Read, at_end
 from metaopt.differentiate.protocol import Given, InnerLoop, Inputs, Pullback, Result, Rule
 from metaopt.differentiate.sama import SAMA
+from metaopt.differentiate.steps import run, weigh_result
 from metaopt.differentiate.t1t2 import T1T2
 
 __all__ = [
@@ -28,6 +29,10 @@ __all__ = [
     "Penalty",
     "PointRule",
     "Pullback",
+    "Read",
     "Result",
     "Rule",
+    "at_end",
+    "run",
+    "weigh_result",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.pullback import chosen, put, spread
+from metaopt.autodiff.pullback import choose, put, spread
 from metaopt.differentiate.arguments import check_positive
 from metaopt.differentiate.protocol import Given, InnerLoop, Result
 from metaopt.differentiate.rerun import RerunRule
@@ -91,7 +91,7 @@ class EvolutionStrategy(RerunRule):
     def pull_back(self, loop: InnerLoop, cotangents: Result, wanted: Given) -> Given:
         """Return the estimate of J' v, with noise that no other pullback draws."""
         given = loop.given()
-        variables = chosen(given, wanted)
+        variables = choose(given, wanted)
         row = tree.ravel(variables)
         noise = self._draw(row)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.forward import slope_along
-from metaopt.autodiff.pullback import chosen, put, spread
+from metaopt.autodiff.pullback import choose, put, spread
 from metaopt.differentiate.protocol import Given, InnerLoop, Result
 from metaopt.differentiate.rerun import RerunRule
 from metaopt.differentiate.steps import weigh_result
@@ -42,7 +42,7 @@ class ForwardMode(RerunRule):
     def pull_back(self, loop: InnerLoop, cotangents: Result, wanted: Given) -> Given:
         """Return Z_T' v."""
         given = loop.given()
-        variables = chosen(given, wanted)
+        variables = choose(given, wanted)
         row = tree.ravel(variables)
 
         def value(variables: list[Tensor]) -> Tensor:

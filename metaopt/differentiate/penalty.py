@@ -9,8 +9,8 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.gradient import gradient
-from metaopt.autodiff.mixed import same_noise
-from metaopt.autodiff.pullback import chosen, put, spread
+from metaopt.autodiff.mixed import map_same_noise
+from metaopt.autodiff.pullback import choose, put, spread
 from metaopt.differentiate.arguments import check_positive
 from metaopt.differentiate.point import End, PointRule, Read, at_end
 from metaopt.differentiate.protocol import InnerLoop
@@ -82,16 +82,16 @@ class Penalty(PointRule):
                 w, variables = at
                 return loss(w, put(variables, read, wanted)), ()
 
-            return gradient(value, (w, chosen(read, wanted)))[0]  # type: ignore[no-any-return]
+            return gradient(value, (w, choose(read, wanted)))[0]  # type: ignore[no-any-return]
 
         w = end.params
-        ((at_w, of_w),) = same_noise(slopes, [w])
+        ((at_w, of_w),) = map_same_noise(slopes, [w])
         tilt = tree.map(lambda v, g: v / self.weight - g, cotangent, at_w)
         z = tree.map(lambda w, v: w - self.lr * v / self.weight, w, cotangent)
         for _ in range(self.steps - 1):
-            ((at_z, _),) = same_noise(slopes, [z])
+            ((at_z, _),) = map_same_noise(slopes, [z])
             z = tree.map(lambda z, g, tilt: z - self.lr * (g + tilt), z, at_z, tilt)
-        ((at_z, of_z),) = same_noise(slopes, [z])
+        ((at_z, of_z),) = map_same_noise(slopes, [z])
         left = tree.norm(tree.map(torch.add, at_z, tilt)) * self.weight
         size = tree.norm(cotangent)
         bars = [self.weight * (after - before) for after, before in zip(of_z, of_w, strict=True)]

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from metaopt import tree
 from metaopt.differentiate import Backprop, FirstOrder, Penalty, PointRule, Rule
 from metaopt.levels.edge import Edge
 from metaopt.levels.joint import JointRule
 from metaopt.levels.level import Level
 from metaopt.levels.own_loss import OwnLoss, make_loss
+from metaopt.levels.scope import Rows
 from metaopt.levels.timetable import Owner
 from metaopt.levels.trace import Pair
 from metaopt.optimizer import Optimizer
@@ -40,6 +42,11 @@ class Move(NamedTuple):
     rule: Rule | None
     rows: tuple[str, ...] = ()
     part: slice | None = None
+
+    def take(self, rows: Rows) -> Rows:
+        """Return the batches of these steps among those of the turn."""
+        mine = {name: rows[name] for name in self.rows}
+        return mine if self.part is None else tree.index(mine, self.part)  # type: ignore[no-any-return]
 
 
 # What it depends on

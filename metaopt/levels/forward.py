@@ -92,10 +92,7 @@ def turn(
     scene = {**scene, **seen}
     records: list[Record] = []
     for move in plan.moves.get(owner, ()):
-        name = move.level
-        part = {other: rows[other] for other in move.rows}
-        if move.part is not None:
-            part = tree.index(part, move.part)
+        name, part = move.level, move.take(rows)
         window = open_window(plan, name, start, records)
         if step is not None and plan.is_top(name):
             state = states[name]

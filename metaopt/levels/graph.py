@@ -266,11 +266,8 @@ class LevelGraph:
         states = {lower: self._state(lower) for lower in plan.order.members[owner]}
         scene, records = show_all(self._states), []
         for move in itertools.takewhile(lambda move: move.level != name, plan.moves[owner]):
-            part = {other: rows[other] for other in move.rows}
-            if move.part is not None:
-                part = tree.index(part, move.part)
-            after = states[move.level]
-            records.append(Record(move.level, move.steps, move.begins, scene, part, after))
+            lower, part = move.level, move.take(rows)
+            records.append(Record(lower, move.steps, move.begins, scene, part, states[lower]))
         return open_window(plan, name, states, records)
 
     def _load(self) -> None:

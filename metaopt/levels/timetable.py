@@ -177,10 +177,8 @@ def _find_rates(who: Owner, names: tuple[str, ...], edges: Sequence[Edge]) -> di
     neighbours: dict[str, list[tuple[str, Fraction, Edge]]] = defaultdict(list)
     for edge in edges:
         upper, lower, factor = edge.upper.name, edge.lower.name, Fraction(edge.steps)
-        if upper == who:
-            neighbours[upper].append((lower, factor, edge))
-        else:
-            neighbours[upper].append((lower, factor, edge))
+        neighbours[upper].append((lower, factor, edge))
+        if upper != who:
             neighbours[lower].append((upper, 1 / factor, edge))
     for first in names if who is None else (who,):
         if first in rates:
