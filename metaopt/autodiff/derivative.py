@@ -62,9 +62,8 @@ def with_derivative(
     leaves, structure = tree.flatten((w, inputs))
     known = _Known(pull_back, structure, len(tree.leaves(w)), ambient or Ambient.now(leaves))
     values = [leaf.detach() for leaf in leaves[: known.values]]
-    return tree.unflatten(
-        tree.flatten(w)[1], _Derivative.apply(known, *values, *leaves[known.values :])
-    )
+    outputs = _Derivative.apply(known, *values, *leaves[known.values :])  # type: ignore[no-untyped-call]
+    return tree.unflatten(tree.flatten(w)[1], outputs)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ their pullback, and copies are batched by `vmap`, out of which no tape can be ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ from torch import Tensor
 from metaopt._functional import Params
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.pullback import plus
-from metaopt.differentiate import Given, Result
+from metaopt.differentiate import Given, Inputs, Result
 from metaopt.levels.forward import Response, Tape, replay, total_loss, turn
 from metaopt.levels.history import Window
 from metaopt.levels.plan import Plan
-from metaopt.levels.scope import Rows, Scene
+from metaopt.levels.scope import After, Rows, Scene
 from metaopt.levels.state import State, show, without_params
 
 Slope = dict[str, Tensor | None]  # parameter -> derivative in it; None is zero
@@ -55,34 +55,57 @@ def take_gradient(
         window: what happened to the levels that it shares.
         at_point: levels below whose rule looks at one point only stay where they are.
     """
+    take = _sweep_tape if plan.responds_at_points(name) else _sweep_graph
+    slope, loss, aux = take(plan, name, scene, state, rows, window, at_point)
+    return _fill_missing(plan, name, slope, state["params"]), loss, aux
+
+
+def _sweep_tape(
+    plan: Plan, name: str, scene: Scene, state: State, rows: Rows, window: Window, at_point: bool
+) -> tuple[Slope, Tensor, dict[str, Any]]:
+    """Return what `take_gradient` does, where every rule below looks at one point."""
+    # forward, with constants alone: every level below responds
     tape: Tape = []
-    variables, below = {name: state["params"]}, None
-    if plan.responds_at_points(name):
-        there = {**scene, name: show(state)}
-        if window.records:
-            there = replay(plan, name, there, window, tape)
-        there, below = turn(plan, name, there, state["below"], rows, at_point=at_point, tape=tape)
-        read = {level for level, _ in plan.readings[name].params}
-        variables |= {one.level: one.params for one in tape if one.level in read}
+    scene = {**scene, name: show(state)}
+    if window.records:
+        scene = replay(plan, name, scene, window, tape)
+    scene, below = turn(plan, name, scene, state["below"], rows, at_point=at_point, tape=tape)
 
-        def value(variables: dict[str, Params]) -> tuple[Tensor, Any]:
-            moved: Scene = {
-                level: {"params": params, "buffers": there[level]["buffers"]}
-                for level, params in variables.items()
-            }
-            return plan.losses[name]({**there, **moved}, rows)
-    else:
-        inputs: Any = {"optimizer": {}, "loss": {}, "meta": (scene, window), "batch": rows}
+    # the gradient of the level's own loss in all that moves with its parameters
+    def value(variables: dict[str, Params]) -> tuple[Tensor, After]:
+        moved: Scene = {
+            level: {"params": params, "buffers": scene[level]["buffers"]}
+            for level, params in variables.items()
+        }
+        return plan.losses[name]({**scene, **moved}, rows)
 
-        def value(variables: dict[str, Params]) -> tuple[Tensor, Any]:
-            memory = without_params(state)
-            return total_loss(plan, name, at_point, inputs, variables[name], memory, rows)
+    read = {level for level, _ in plan.readings[name].params}
+    variables = {name: state["params"]}
+    variables |= {response.level: response.params for response in tape if response.level in read}
+    slopes, loss, aux = _differentiate(value, variables)
+    return sweep(tape, slopes, name), loss, {**aux, "below": below}
 
+
+def _sweep_graph(
+    plan: Plan, name: str, scene: Scene, state: State, rows: Rows, window: Window, at_point: bool
+) -> tuple[Slope, Tensor, dict[str, Any]]:
+    """Return what `take_gradient` does, by autograd through the total loss as one function."""
+    memory = without_params(state)
+    inputs: Inputs = {"optimizer": {}, "loss": {}, "meta": (scene, window), "batch": rows}
+
+    def value(variables: dict[str, Params]) -> tuple[Tensor, dict[str, Any]]:
+        return total_loss(plan, name, at_point, inputs, variables[name], memory, rows)
+
+    slopes, loss, aux = _differentiate(value, {name: state["params"]})
+    return slopes[name], loss, aux
+
+
+def _differentiate(
+    value: Callable[[dict[str, Params]], tuple[Tensor, Any]], variables: dict[str, Params]
+) -> tuple[dict[str, Slope], Tensor, Any]:
     # A compiler does not see what a value depends on: there a derivative that does not arrive is
     # zero, and not missed.
-    slopes, loss, aux = gradient(value, variables, allow_unused=not torch.compiler.is_compiling())
-    aux = aux if below is None else {**aux, "below": below}
-    return _fill(plan, name, sweep(tape, slopes, name), state["params"]), loss, aux
+    return gradient(value, variables, allow_unused=not torch.compiler.is_compiling())
 
 
 def sweep(tape: Sequence[Response], slopes: Mapping[str, Slope], root: str) -> Slope:
@@ -100,6 +123,8 @@ def sweep(tape: Sequence[Response], slopes: Mapping[str, Slope], root: str) -> S
     """
     total, moving = dict(slopes), {root} | {response.level for response in tape}
     for response in reversed(tape):
+        # All that reads this response comes later on the tape: its slope is complete. What is added
+        # to the level from here on belongs to the response before it.
         slope = total.pop(response.level, {})
         if any(part is not None for part in slope.values()):
             for level, bars in _pull_back(response, slope, moving).items():
@@ -119,7 +144,7 @@ def _pull_back(response: Response, slope: Slope, moving: set[str]) -> dict[str, 
     return {level: to_scene[level]["params"] for level in response.scene if level in moving}
 
 
-def _fill(plan: Plan, level: str, slope: Slope, params: Params) -> Params:
+def _fill_missing(plan: Plan, level: str, slope: Slope, params: Params) -> Params:
     """Return the gradients, zeros for those that may be missing."""
     found: Params = {}
     for key, grad in slope.items():

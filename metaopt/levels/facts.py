@@ -46,7 +46,7 @@ class Move(NamedTuple):
     def take(self, rows: Rows) -> Rows:
         """Return the batches of these steps among those of the turn."""
         mine = {name: rows[name] for name in self.rows}
-        return mine if self.part is None else tree.index(mine, self.part)  # type: ignore[no-any-return]
+        return mine if self.part is None else tree.index(mine, self.part)
 
 
 # What it depends on
@@ -66,6 +66,7 @@ def find_dependencies(plan: Plan, name: str) -> frozenset[Pair]:
                 for other, param in plan.readings[level].moves[key]
                 if param in plan.levels[other].net.params
             }
+    # a point does not tell where the steps that led there began
     for edge in plan.above[name]:
         if edge.start == "upper" and not isinstance(edge.differentiate, PointRule):
             found |= {(edge.upper.name, key) for key in edge.upper.net.params}
@@ -152,6 +153,8 @@ def find_rule(plan: Plan, viewpoint: Owner, name: str) -> Rule | None:
     """Return how `viewpoint` differentiates the response of a level below it."""
     if viewpoint is None:
         return None
+    # Edges from elsewhere do not matter here: to this viewpoint the levels at their upper ends are
+    # constants.
     between = plan.order.below[viewpoint] | {viewpoint}
     edges = [edge for edge in plan.above[name] if edge.upper.name in between]
     found: list[tuple[Any, frozenset[str]]] = []
@@ -181,6 +184,7 @@ def _find_moves(plan: Plan, owner: Owner) -> Iterator[Move]:
         first = taken[name]
         taken[name] += steps
         part = None if steps == plan.order.steps[name] else slice(first, taken[name])
+        # once for each step of the level above, of which a turn may hold several
         begins = first % next((edge.steps for edge in plan.above[name]), 1) == 0
         inside = [name, *sorted(plan.order.inside[name])]
         rows = tuple(other for other in inside if plan.levels[other].batches is not None)

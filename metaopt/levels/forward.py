@@ -88,14 +88,17 @@ def turn(
         step: of a top level, where the graph is the owner.
     """
     states, start = dict(states), states
+    # The graph shows what runs inside these levels too: that is what is seen of it until they move.
     seen = show_all(states) if owner is None else {name: show(states[name]) for name in states}
     scene = {**scene, **seen}
     records: list[Record] = []
     for move in plan.moves.get(owner, ()):
         name, part = move.level, move.take(rows)
+        # empty, and free, for a level that shares none
         window = open_window(plan, name, start, records)
         if step is not None and plan.is_top(name):
             state = states[name]
+            # none of the levels it shares moves between these steps: one window is that of each
             for i in range(move.steps):
                 state = step(plan, name, scene, state, _row(plan, name, part, i), window)
         else:
@@ -118,6 +121,8 @@ def advance(
 ) -> State:
     """Return the state of a level after its steps, differentiable as the rule of the move says."""
     name, rule = move.level, move.rule
+    # A loop of no steps ends where it starts, and a rule that looks at one point looks there. Rules
+    # that differentiate the steps have nothing to look at without them, and make them.
     stays = at_point and isinstance(rule, PointRule)
     if move.begins and not stays:
         state = begin(plan, name, scene, state)
@@ -145,7 +150,10 @@ def make_loop(
         inputs={
             "optimizer": find_optimizer_tensors(plan, name, scene),
             "loss": {},
+            # All as explicit tensors, the window too: what a rule's Function is not given it does
+            # not differentiate.
             "meta": ({other: scene[other] for other in plan.reads_outside[name]}, window),
+            # the rows of a level that makes one step in a turn have no axis for steps
             "batch": rows if is_one else None,
         },
         params=state["params"],
@@ -187,6 +195,8 @@ def total_loss(
     if window.records:
         scene = replay(plan, name, scene, window)
     below = memory["below"]
+    # The levels below see this one's parameters as they are here, so their responses are functions
+    # of w, and T is L along all paths.
     if plan.copies_below[name] is not None:
         return _mean_of_copies(plan, name, at_point, scene, memory, rows)
     if below:
@@ -205,6 +215,7 @@ def _mean_of_copies(
         loss, after = plan.losses[name](scene, rows)
         return loss, {**after, "below": below}
 
+    # the axis `copies` of a batch comes after those of steps
     axes = {other: len(plan.leading_axes(other, name)) for other in rows}
     below = memory["below"]
     if name in plan.loops:
@@ -221,6 +232,7 @@ def _mean_of_copies(
         ]
         loss, after = tree.stack(results)
     else:
+        # each copy has a dropout mask of its own, as if they ran one after the other
         each = torch.func.vmap(one, in_dims=(None, 0, axes), randomness="different")
         loss, after = each(scene, below, rows)
     metrics = tree.map(lambda metric: metric.mean(), after["metrics"])
@@ -243,6 +255,7 @@ def replay(plan: Plan, name: str, scene: Scene, window: Window, tape: Tape | Non
         seen = {**record.scene, **stand, **moved, name: scene[name]}
         its_window = open_window(plan, lower, window.start, again)
         is_point = isinstance(rule, PointRule)
+        # such a rule needs no steps again: it looks at where they ended
         state = record.after if is_point else states[lower]
         move = Move(lower, record.steps, record.begins, rule)
         state = advance(plan, move, seen, state, record.rows, its_window, is_point, tape)
@@ -262,6 +275,7 @@ def _expose(
     tape: Tape | None,
 ) -> Scene:
     """Return what others now read of a level, and of those inside its steps if they do."""
+    # the levels inside have moved too, but what nobody outside reads need not be looked at
     if name not in plan.read_from_outside:
         return {name: show(state)}
     if not isinstance(rule, PointRule):

@@ -121,6 +121,7 @@ class LevelGraph:
         rows, counts = peek_rows(self.plan, self._streams, None)
         with torch.no_grad():
             _, states = self._turn(self._states, rows)
+        # may raise: until here nothing has changed, and no batch is gone
         metrics = _find_metrics(states, self._steps)
         for name, count in counts.items():
             self._streams[name].take(count)
@@ -276,7 +277,7 @@ class LevelGraph:
         values: list[Tensor] = []
         for name, seen in show_all(self._states).items():
             net = self.plan.nets[name]
-            if self.plan.levels[name].copies:
+            if self.plan.levels[name].copies:  # one module cannot hold them all
                 continue
             for own, now in (
                 (net.params, seen["params"]),

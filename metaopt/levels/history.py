@@ -73,7 +73,9 @@ def open_window(plan: Plan, name: str, start: States, records: Sequence[Record])
             old, new = [*old, *new], []
         elif record.level in shared:
             new.append(record)
+    # sorted: trees are flattened in this order, which must not change from process to process
     start = {other: start[other] for other in sorted(shared)}
+    # what the level has seen matters only to those among the shared that share others themselves
     if not any(plan.order.shared[other] for other in shared):
         start, old = find_states(start, old), []
     return Window(start, (*old, *new), len(old))

@@ -40,6 +40,7 @@ class JointRule(PointRule):
                 name: part if (name not in others if is_first else name in uppers) else False
                 for name, part in in_scene.items()
             }
+            # what lies outside of the scene, such as the window, is the first rule's
             inputs = {"loss": False, "batch": False, "meta": (mine, False)}
             if is_first:
                 inputs = {**in_inputs, "meta": (mine, in_window)}

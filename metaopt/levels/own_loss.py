@@ -73,6 +73,7 @@ def _accumulate(
         wide = reduce(torch.promote_types, kinds)
         return after["buffers"], torch.stack([value.to(wide) for value in values])
 
+    # its buffers go on from batch to batch, so they are the carry
     start = scene[name]["buffers"]
     # "steps": the graph of one batch at a time
     buffers, values = scan(step, scene, start, rows.get(name, ()), level.accumulate, "steps")

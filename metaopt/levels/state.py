@@ -102,6 +102,8 @@ def begin(plan: Plan, name: str, scene: Scene, state: State) -> State:
     if edge is None:
         return state
     initial = plan.initial[name]
+    # The upper level's parameters themselves, no copy: through them a rule that differentiates the
+    # steps reaches that level, as in MAML.
     params = initial["params"] if edge.start == "restart" else scene[edge.upper.name]["params"]
     memory = plan.levels[name].optimizer.init(params)
     # under vmap each copy needs buffers of its own, to be updated in place
@@ -122,6 +124,7 @@ def find_optimizer_tensors(plan: Plan, name: str, scene: Scene) -> dict[str, Ten
     own = dict(optimizer.named_parameters()) | dict(optimizer.named_buffers())
     if not links and not any(tensor.requires_grad for tensor in own.values()):
         return {}
+    # a level above learns these: it is through the scene that its derivative comes
     linked = {tensor: scene[level]["params"][param] for tensor, (level, param) in links.items()}
     return {key: tensor.detach() for key, tensor in own.items()} | linked
 
@@ -153,6 +156,7 @@ def update(
     else:
         moved = move(grads, before, params, loss=loss)
     if level.warmup:
+        # by `where`, since under a transform or a compiler the count cannot decide
         moves = memory["progress"]["steps"] >= level.warmup
         moved = tree.map(lambda new, old: torch.where(moves, new, old), moved, (params, before))
     after, optimizer = moved

@@ -27,6 +27,7 @@ def make_step(
         and not torch.compiler.is_compiling()
         and int(state["progress"]["steps"]) < level.warmup
     )
+    # without a gradient, but with the loss: its levels below move all the same
     if waits:
         others = without_params(there)
         loss, aux = total_loss(ahead, name, False, inputs, state["params"], others, rows)
@@ -36,6 +37,7 @@ def make_step(
     aux["metrics"] = {**aux["metrics"], "gradient norm": tree.norm(grads)}
     inputs["optimizer"] = find_optimizer_tensors(plan, name, scene)
     params, after = update(level, inputs, grads, memory, state["params"], loss, aux)
+    # the steps above were for the gradient alone: those that count see the new parameters
     if any(edge.look_ahead for edge in plan.lowers[name]):
         moved: Scene = {**scene, name: {"params": params, "buffers": memory["buffers"]}}
         _, after["below"] = turn(plan, name, moved, memory["below"], rows)

@@ -78,6 +78,8 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Timet
                     f"or the other way round."
                 )
 
+    # The upper level of such an edge sees, directly or by way of levels in between, where the lower
+    # one came to: so that moves first. Otherwise it follows.
     def is_awaited(edge: Edge) -> bool:
         lower = edge.lower.name
         return bool(reads[edge.upper.name] & (below[lower] | {lower}))
@@ -199,6 +201,8 @@ def _find_rates(who: Owner, names: tuple[str, ...], edges: Sequence[Edge]) -> di
                         f"{edge.upper.name!r}. Every way "
                         "down to a level must give it the same number of steps."
                     )
+        # A level that owns others fixes their rates; of top levels that share one, each makes the
+        # smallest number of steps after which all are done at once.
         scale = math.lcm(*(rate.denominator for rate in group.values())) if who is None else 1
         rates |= {name: rate * scale for name, rate in group.items()}
     return {name: int(rates[name]) for name in names}
@@ -223,6 +227,7 @@ def _find_events(
 
     events: list[Event] = []
     while made != rates:
+        # the lowest first: then a level that waits finds all that it waits for
         name = next((name for name in reversed(names) if is_ready(name)), None)
         if name is None:
             stuck = sorted(name for name in names if made[name] < rates[name])
