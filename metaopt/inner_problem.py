@@ -90,13 +90,14 @@ class InnerProblem:
     def loss(self, inputs: Inputs, params: Tree, state: Any, x: Tree) -> tuple[Tensor, Tree]:
         """Return (the loss, what it says beside it)."""
         arguments, named = self._arguments(inputs, params, state, x)
-        before = _versions(named)
+        before = _versions(named) if named else []
         with any_order():
             if self.module is None:
                 result = self.loss_fn(*arguments, **named)
             else:
                 result = self.module(inputs["loss"], *arguments, **named)
-        _check_unwritten(named, before)
+        if named:
+            _check_unwritten(named, before)
         return self._split(result, state)  # outside: in it every look at a tensor takes longer
 
     def update(
@@ -128,10 +129,11 @@ class InnerProblem:
             emitted["aux"] = aux["aux"]
         if self.observe is not None:
             arguments, named = self._arguments(inputs, *after, x)
-            before = _versions(named)
+            before = _versions(named) if named else []
             with any_order():
                 observed = self.observe(*arguments, **named)
-            _check_unwritten(named, before)
+            if named:
+                _check_unwritten(named, before)
             emitted["observed"] = tree.map(lambda leaf: as_tensor(leaf, "observe", loss), observed)
         return loss if len(emitted) == 1 else emitted
 

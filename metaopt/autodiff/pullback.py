@@ -179,15 +179,15 @@ def spread(leaves: Iterable[Any], values: Tree, wanted: Tree) -> Tree:
 # No closures: one that calls itself is a circle, which keeps the leaves alive until the collector
 # comes.
 def _choose(values: Tree, wanted: Tree, found: list[Any]) -> None:
-    if wanted is True:
-        found += tree.leaves(values)
-    elif wanted is False:
-        return
-    elif isinstance(wanted, dict):
+    kind = type(wanted)
+    if kind is bool:
+        if wanted:
+            found += tree.leaves(values)
+    elif kind is dict:
         for key, part in wanted.items():
-            if part is not False:
+            if part is not False:  # most parts: not even a call for these
                 _choose(values[key], part, found)
-    elif isinstance(wanted, tuple | list):
+    elif issubclass(kind, tuple | list):
         for value, part in zip(values, wanted, strict=True):
             if part is not False:
                 _choose(value, part, found)
@@ -197,18 +197,25 @@ def _choose(values: Tree, wanted: Tree, found: list[Any]) -> None:
 
 
 def _fill(fresh: Iterator[Any], values: Tree, wanted: Tree, bare: bool = False) -> Tree:
-    if wanted is False:
-        return None if bare else values
-    if wanted is True:
-        if isinstance(values, Tensor):
-            return next(fresh)
-        return tree.map(lambda _: next(fresh), values)
     kind = type(wanted)
+    if kind is bool:
+        if wanted:
+            if isinstance(values, Tensor):
+                return next(fresh)
+            return tree.map(lambda _: next(fresh), values)
+        return None if bare else values
     if kind is dict:
-        return {key: _fill(fresh, values[key], part, bare) for key, part in wanted.items()}
-    if isinstance(wanted, tuple | list):
-        pairs = zip(values, wanted, strict=True)
-        parts = [_fill(fresh, value, part, bare) for value, part in pairs]
+        return {
+            key: (None if bare else values[key])
+            if part is False
+            else _fill(fresh, values[key], part, bare)
+            for key, part in wanted.items()
+        }
+    if issubclass(kind, tuple | list):
+        parts = [
+            (None if bare else value) if part is False else _fill(fresh, value, part, bare)
+            for value, part in zip(values, wanted, strict=True)
+        ]
         return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
     return tree.map(
         lambda leaf, is_wanted: next(fresh) if is_wanted else None if bare else leaf, values, wanted
