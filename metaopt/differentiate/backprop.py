@@ -126,7 +126,7 @@ class Backprop(StepsRule):
         if early is None:
             return unroll_steps(late, self.memory)
         with torch.no_grad():
-            before = unroll(early, "full")
+            before = unroll_steps(early, "full")
         params, state, emitted = tree.map(torch.Tensor.detach, before)
         late = replace(late, params=params, state=state)
         after = unroll_steps(late, self.memory)
@@ -143,13 +143,31 @@ class Backprop(StepsRule):
             )
         examples = _find_examples(loop, self.microbatches)
         gradient = MeanGradient(loop.loss, examples, self.microbatches, self.hvp)
-        pullback = functools.partial(_pull_back_step, loop, replace(gradient, compile=loop.compile))
+
+        def update(
+            inputs: Inputs,
+            grads: Tree,
+            state: Any,
+            params: Tree,
+            loss: Tensor,
+            aux: Tree,
+            batch: Tree,
+        ) -> Tree:
+            after = loop.update(inputs, grads, state, params, loss, aux)
+            return after, loop.emit(inputs, after, batch, loss, aux)
+
+        of_update = functools.partial(pull_back, update)
+        pullback = functools.partial(
+            _pull_back_step,
+            replace(gradient, compile=loop.compile),
+            compiled(of_update) if loop.compile else of_update,
+        )
         return functools.partial(unroll, parts=gradient, pullback=pullback)
 
 
 def _pull_back_step(
-    loop: InnerLoop,
     gradient: MeanGradient,
+    pull_back_update: Callable[..., Tree],
     inputs: Inputs,
     carry: tuple[Tree, Any],
     batch: Tree,
@@ -162,16 +180,7 @@ def _pull_back_step(
     ambient = Ambient.now(tree.leaves((inputs, carry, batch)))
     grads, loss, aux = gradient(inputs, params, state, batch)
 
-    def update(
-        inputs: Inputs, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree, batch: Tree
-    ) -> Tree:
-        after = loop.update(inputs, grads, state, params, loss, aux)
-        return after, loop.emit(inputs, after, batch, loss, aux)
-
-    of_update = functools.partial(pull_back, update)
-    to_inputs, to_grads, to_state, to_params, to_loss, to_aux, to_batch = (
-        compiled(of_update) if loop.compile else of_update
-    )(
+    to_inputs, to_grads, to_state, to_params, to_loss, to_aux, to_batch = pull_back_update(
         (inputs, grads, state, params, loss, aux, batch),
         cotangents,
         (in_inputs, True, in_state, in_params, True, tree.map(is_differentiable, aux), in_batch),
