@@ -141,13 +141,13 @@ def _pull_back(rule: PointRule, loop: InnerLoop, end: End, cotangent: Tree, want
     """Return what `rule.pull_back` does, compiled if the loop is, unless it is differentiated."""
     if loop.loss_at_end is not None:
         loop = replace(loop, loss=loop.loss_at_end)
+    if not loop.compile or torch.is_grad_enabled():
+        return rule.pull_back(loop, end, cotangent, wanted)[0]
 
     def pull_back(inputs: Inputs, end: End, cotangent: Tree) -> Read:
         return rule.pull_back(replace(loop, inputs=inputs), end, cotangent, wanted)[0]
 
-    if loop.compile and not torch.is_grad_enabled():
-        pull_back = compiled(pull_back)
-    return pull_back(loop.inputs, end, cotangent)
+    return compiled(pull_back)(loop.inputs, end, cotangent)  # type: ignore[no-any-return]
 
 
 def at_end(loop: InnerLoop, end: End) -> tuple[Callable[[Tree, Read], Tensor], Read]:
