@@ -55,15 +55,9 @@ def take_gradient(
         window: what happened to the levels that it shares.
         at_point: levels below whose rule looks at one point only stay where they are.
     """
-    take = _sweep_tape if plan.responds_at_points(name) else _sweep_graph
-    slope, loss, aux = take(plan, name, scene, state, rows, window, at_point)
-    return _fill_missing(plan, name, slope, state["params"]), loss, aux
+    if not plan.responds_at_points(name):
+        return _differentiate_graph(plan, name, scene, state, rows, window, at_point)
 
-
-def _sweep_tape(
-    plan: Plan, name: str, scene: Scene, state: State, rows: Rows, window: Window, at_point: bool
-) -> tuple[Slope, Tensor, dict[str, Any]]:
-    """Return what `take_gradient` does, where every rule below looks at one point."""
     # forward, with constants alone: every level below responds
     tape: Tape = []
     scene = {**scene, name: show(state)}
@@ -83,12 +77,15 @@ def _sweep_tape(
     variables = {name: state["params"]}
     variables |= {response.level: response.params for response in tape if response.level in read}
     slopes, loss, aux = _differentiate(value, variables)
-    return sweep(tape, slopes, name), loss, {**aux, "below": below}
+
+    # and backward, along the tape
+    slope = sweep(tape, slopes, name)
+    return _fill_missing(plan, name, slope, state["params"]), loss, {**aux, "below": below}
 
 
-def _sweep_graph(
+def _differentiate_graph(
     plan: Plan, name: str, scene: Scene, state: State, rows: Rows, window: Window, at_point: bool
-) -> tuple[Slope, Tensor, dict[str, Any]]:
+) -> tuple[Params, Tensor, dict[str, Any]]:
     """Return what `take_gradient` does, by autograd through the total loss as one function."""
     memory = without_params(state)
     inputs: Inputs = {"optimizer": {}, "loss": {}, "meta": (scene, window), "batch": rows}
@@ -97,7 +94,7 @@ def _sweep_graph(
         return total_loss(plan, name, at_point, inputs, variables[name], memory, rows)
 
     slopes, loss, aux = _differentiate(value, {name: state["params"]})
-    return slopes[name], loss, aux
+    return _fill_missing(plan, name, slopes[name], state["params"]), loss, aux
 
 
 def _differentiate(
