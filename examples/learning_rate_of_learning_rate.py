@@ -122,7 +122,7 @@ def main(steps: int = 40) -> None:
             print(graph)
         mo.Trainer(graph, max_steps=steps, label=name).fit()
         with torch.no_grad():
-            logits = graph.program.levels["learner"].model(images)
+            logits = graph.plan.levels["learner"].model(images)
         losses[name] = float(F.cross_entropy(logits, labels))
         accuracy = float((logits.argmax(1) == labels).float().mean())
         print(

@@ -74,7 +74,7 @@ def aliases(module: nn.Module) -> dict[str, list[str]]:
     return {same[0]: same for same in names.values()}
 
 
-def lent(
+def lend(
     module: nn.Module, tensors: Params, function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """Return `function(*args, **kwargs)` while the module has other tensors in place of its own.
@@ -281,7 +281,7 @@ def _lend(
         exact: names whose tensors must have the shape of the module's own.
         left: gets what the function left in the places of the names in it.
     """
-    lent: list[tuple[str, dict[str, Any], str, Any]] = []
+    lend: list[tuple[str, dict[str, Any], str, Any]] = []
     # Hooks are refused unless they are set, or refused, already. `torch.func` refuses them itself,
     # and a compiler sees through.
     refuses = not torch.compiler.is_compiling() and has_no_hooks()
@@ -293,7 +293,7 @@ def _lend(
                 own, tensor = members[key], tensors[name]
                 if name in exact and tensor.shape != own.shape:
                     raise _misshapen("params", name, tensor, own)
-                lent.append((name, members, key, own))
+                lend.append((name, members, key, own))
                 members[key] = tensor
         if refuses:
             refuse_hooks(_RECOMPUTED)
@@ -301,7 +301,7 @@ def _lend(
     finally:
         if refuses:
             allow_hooks()
-        for name, members, key, own in lent:
+        for name, members, key, own in lend:
             if left and name in left:
                 left[name] = members[key]
             members[key] = own

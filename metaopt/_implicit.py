@@ -11,8 +11,9 @@ from metaopt import tree
 from metaopt._functional import functional
 from metaopt.checks import check_differentiable, check_scalar
 from metaopt.closure import check_closure
-from metaopt.differentiate import End, Implicit, InnerLoop, PointRule, attach
-from metaopt.differentiate.base import refuse_zeros, with_refusal, without_optimizer
+from metaopt.differentiate import End, Implicit, InnerLoop, Inputs, PointRule
+from metaopt.differentiate.point import read_by_loss
+from metaopt.differentiate.refusal import attach_refusal, refuse_zeros
 from metaopt.exact_ops import any_order
 from metaopt.linear_solve import ConjugateGradient, LinearSolver
 from metaopt.tree import Tree
@@ -73,14 +74,14 @@ def implicit(
     # A linear solver alone means the implicit function theorem.
     rule = solver if isinstance(solver, PointRule) else Implicit(solver)
     module = functional(loss_fn) if isinstance(loss_fn, nn.Module) else None
-    inputs = {
+    inputs: Inputs = {
         "optimizer": {},
         "loss": {} if module is None else module.params,
         "meta": meta,
         "batch": batch,
     }
 
-    def loss(inputs: Tree, params: Tree, *_: Any) -> tuple[Tensor, tuple[()]]:
+    def loss(inputs: Inputs, params: Tree, *_: Any) -> tuple[Tensor, tuple[()]]:
         arguments = [params, inputs["batch"]]
         if meta is not None:
             arguments.append(inputs["meta"])
@@ -94,11 +95,9 @@ def implicit(
             "update. Use a linear solver, `FiniteDifference(scale=...)` or `Penalty()`."
         )
 
-    read = without_optimizer(inputs)
+    ignored, read = {"solution": solution}, read_by_loss(inputs)
     check_closure(lambda *given: loss(*given)[0], loss_fn, inputs, solution)
-    refuse_zeros(rule, "solution", solution, read)
+    refuse_zeros(rule, ignored, read)
     # A loop of no steps, which starts and ends at the solution.
     loop = InnerLoop(loss, update, inputs, solution, (), (), 0)
-    return with_refusal(
-        rule, attach(rule, loop, End(solution, (), ())), {"solution": solution}, read
-    )
+    return attach_refusal(rule, rule.attach_at(loop, End(solution, (), ())), ignored, read)

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from metaopt import tree
-from metaopt._functional import Functional, Params, functional, lent
+from metaopt._functional import Functional, Params, functional, lend
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.graph import VARIABLES
-from metaopt.autodiff.plain import evaluated
+from metaopt.autodiff.plain import Recording, begin_at
 from metaopt.autodiff.replay import drawn_again
 from metaopt.batching import prefers_loop
 from metaopt.checks import check_differentiable, check_finite, check_scalar
-from metaopt.closure import find_hidden, graph_leaves, tracked_names
-from metaopt.compiled import compiled
+from metaopt.closure import find_hidden, find_leaves, name_tracked
+from metaopt.compiled import compile_whole
 from metaopt.exact_ops import any_order
 from metaopt.inner_problem import as_tensor
 from metaopt.transforms import is_tracked, values_are_readable
@@ -57,8 +57,8 @@ def meta_grad(
             parameters, a schedule or a loss, or several in an `nn.ModuleDict`. All of its
             parameters that require grad are differentiated.
         has_aux: `task_loss` returns (a scalar, aux), with a tree of tensors.
-        compile: compile the whole meta-gradient; see `compiled`. For small networks and few steps,
-            which are all unrolled at compile time. Otherwise let `task_loss` call `minimize(...,
+        compile: compile the whole meta-gradient; see `compile_whole`. For small networks and few
+            steps, which are all unrolled at compile time. Otherwise let `task_loss` call `minimize(...,
             compile=True)`, with `chunk_size=1`: five steps of a convolution network then took half
             a minute to compile, not three, and ran faster.
         chunk_size: number of tasks that are batched by `vmap` at a time; 1 means a plain loop over
@@ -118,8 +118,10 @@ class MetaGradient:
                 f"`learn` must have a parameter that requires grad, got a {type(learn).__name__} "
                 "without."
             )
-        self._one = compiled(self._differentiate) if compile else self._differentiate
-        self._many = compiled(self._differentiate_batch) if compile else self._differentiate_batch
+        self._one = compile_whole(self._differentiate) if compile else self._differentiate
+        self._many = (
+            compile_whole(self._differentiate_batch) if compile else self._differentiate_batch
+        )
         self._loops: bool | None = None  # what the first call found to be faster, or possible
         self._is_checked = False
 
@@ -224,7 +226,7 @@ class MetaGradient:
         if self.learned is None:
             result = self.task_loss(params, task)
         else:
-            result = lent(self.learned.model, learned, self.task_loss, params, task)
+            result = lend(self.learned.model, learned, self.task_loss, params, task)
         if not self.has_aux:
             return check_scalar(result, "task_loss"), ()
         if type(result) is not tuple or len(result) != 2:
@@ -288,10 +290,9 @@ def _check_dependence(
     leaves = tree.leaves(variables)
 
     def evaluate(task: Tree) -> tuple[list[Tensor], Tensor]:
-        with drawn_again(leaves), any_order():
-            return evaluated(
-                lambda at: value(tree.with_leaves(variables, at), task)[0], leaves, False
-            )
+        at = begin_at(leaves, again=False)
+        with drawn_again(leaves), any_order(), Recording(at):
+            return at, value(tree.with_leaves(variables, at), task)[0]
 
     reached: set[int] = set()
     for task in tasks:
@@ -308,12 +309,12 @@ def _check_dependence(
 
         if find_hidden([loss], again, at) is not None:
             raise ValueError(
-                f"`task_loss` depends on {tracked_names(task_loss, loss)}, which requires grad but "
+                f"`task_loss` depends on {name_tracked(task_loss, loss)}, which requires grad but "
                 "is not differentiated here. To learn it, pass the module that it belongs to: "
                 "`meta_grad(task_loss, learn=module)`. Otherwise detach it, or call "
                 "`requires_grad_(False)`."
             )
-        below = {id(leaf) for leaf in graph_leaves(loss)}
+        below = {id(leaf) for leaf in find_leaves(loss)}
         reached |= {place for place, leaf in enumerate(at) if id(leaf) in below}
     first = len(leaves) - len(variables.learned)
     unused = [name for place, name in enumerate(variables.learned, first) if place not in reached]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from metaopt._functional import Functional
-from metaopt.batching import widened
+from metaopt.batching import widen
 from metaopt.checks import check_finite
 from metaopt.closure import check_closure
 from metaopt.differentiate import Backprop, InnerLoop, Rule
-from metaopt.differentiate.base import refuse_zeros, with_refusal
+from metaopt.differentiate.point import read_by_loss
+from metaopt.differentiate.refusal import attach_refusal, refuse_zeros
 from metaopt.inner_problem import InnerProblem, Unused
 from metaopt.optimizer import Optimizer, State
 from metaopt.scan.rows import explain_first_row, rows_of
@@ -57,8 +58,9 @@ def minimize(
     unused: Unused = "zero",
     compile: bool = False,
 ) -> Minimized:
-    """Run w_{t+1} = w_t + u(grad L(w_t, batch_t), s_t, w_t) and return w_T, s_T and [L(w_0), ...,
-    L(w_{T-1})].
+    """Run T steps of an optimizer and return w_T, s_T and [L(w_0), ..., L(w_{T-1})].
+
+    A step is w_{t+1} = w_t + u(grad L(w_t, batch_t), s_t, w_t).
 
     The result is differentiable in the initial parameters, the optimizer's parameters and tensors,
     `meta`, `buffers`, a given `opt_state` and floating-point batches, in the way that
@@ -92,7 +94,7 @@ def minimize(
             memory stays, and the step does not count for it, as in `torch.optim` where `.grad` is
             None. (What a loop inside the loss is given counts as used, unless its memory is
             "full".)
-        compile: compile one step and its derivative, for any number of steps; see `compiled`.
+        compile: compile one step and its derivative, for any number of steps; see `compile_whole`.
             Inside another compiled function this changes nothing: there the loop is unrolled.
 
     Raises:
@@ -109,75 +111,55 @@ def minimize(
         `observe`: one forward pass a step more. "skip": each parameter is updated by itself.
     """
     _check_arguments(optimizer, params, unused, compile)
-    if compile and not torch.compiler.is_compiling() and not values_are_readable():
-        raise ValueError(
-            "`compile=True` was given to a `minimize` inside a torch.func transform, which torch "
-            "cannot compile from within. Compile the outermost function instead: "
-            "`meta_grad(task_loss, compile=True)`, or your own with `torch.compile`."
-        )
     xs, constant, length = rows_of(batches, steps)
-    options = {
-        "same_batch": steps is not None,
-        "has_meta": meta is not None,
-        "has_buffers": buffers is not None,
-    }
-    problem, skips = InnerProblem(loss_fn, optimizer, observe, **options), unused == "skip"
-    inputs = {
-        "optimizer": problem.own_tensors,
-        "loss": problem.own_params,
-        "meta": meta,
-        "batch": constant,
-    }
-    if opt_state is None:
-        opt_state = optimizer.init(params)
-    if skips:
-        opt_state = optimizer.separate(opt_state, params)
-    state = opt_state
-    if buffers is not None:
-        state = {
-            "optimizer": opt_state,
-            "buffers": buffers
-            if values_are_readable()
-            else widened(buffers, (params, inputs, first_row(xs))),
-        }
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        first = first_row(xs)
-
-        def evaluate(*arguments: Any) -> Tree:
-            with explain_first_row(batches, steps, first):
-                return problem.evaluate(*arguments)
-
-        check_closure(
-            evaluate, (loss_fn, observe), {**inputs, "optimizer": {}}, params, state, first
-        )
-    loop = InnerLoop(
-        problem.loss,
-        problem.update,
-        inputs,
-        params,
-        state,
-        xs,
-        length,
-        compile,
-        rate=problem.rate,
-        emit=problem.emit,
-        describe=problem.describe,
-        skips=skips,
+    has_buffers = buffers is not None
+    problem = InnerProblem(
+        loss_fn,
+        optimizer,
+        observe,
+        same_batch=steps is not None,
+        has_meta=meta is not None,
+        has_buffers=has_buffers,
     )
-    forgets = isinstance(differentiate, Backprop) and differentiate.forgets_start(loop)
-    start = {"initial parameters": params, "initial state": state} if forgets else {}
-    for what, tensors in start.items():
-        refuse_zeros(differentiate, what, tensors, inputs)
-    after, last, emitted = differentiate(loop)
-    after = with_refusal(differentiate, after, start, inputs) if forgets else after
-    if not isinstance(emitted, dict):
-        emitted = {"loss": emitted}
+    inputs = problem.inputs(meta, constant)
+    state = optimizer.init(params) if opt_state is None else opt_state
+    if unused == "skip":
+        state = optimizer.separate(state, params)
+    if has_buffers:
+        if not values_are_readable():
+            buffers = widen(buffers, (params, inputs, first_row(xs)))
+        state = {"optimizer": state, "buffers": buffers}
+    skips = unused == "skip"
+    loop = problem.make_loop(inputs, params, state, xs, length, compile=compile, skips=skips)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _check_closure(problem, loop, batches, steps)
+    ignored, read_by_rule = differentiate.ignored(loop), read_by_loss(inputs)
+    refuse_zeros(differentiate, ignored, read_by_rule)
+    after, last, emitted = differentiate.attach(loop)
+    if ignored:
+        after = attach_refusal(differentiate, after, ignored, read_by_rule)
+    emitted = emitted if isinstance(emitted, dict) else {"loss": emitted}
     if values_are_readable():
         check_finite(emitted["loss"], "minimize")
-    memory, moved = (last["optimizer"], last["buffers"]) if buffers is not None else (last, ())
+    memory, moved = (last["optimizer"], last["buffers"]) if has_buffers else (last, ())
     return Minimized(
         after, memory, emitted["loss"], emitted.get("aux", ()), moved, emitted.get("observed", ())
     )
+
+
+def _check_closure(
+    problem: InnerProblem, loop: InnerLoop, batches: Tree, steps: int | None
+) -> None:
+    """Raise if what the user's functions compute depends on more than the loop is given."""
+    first = first_row(loop.batches)
+
+    def evaluate(*arguments: Any) -> Tree:
+        with explain_first_row(batches, steps, first):
+            return problem.evaluate(*arguments)
+
+    functions = (problem.loss_fn, problem.observe)
+    read = {**loop.inputs, "optimizer": {}}
+    check_closure(evaluate, functions, read, loop.params, loop.state, first)
 
 
 def _check_arguments(optimizer: Any, params: Any, unused: Any, compile: bool) -> None:
@@ -194,6 +176,12 @@ def _check_arguments(optimizer: Any, params: Any, unused: Any, compile: bool) ->
         )
     if unused not in get_args(Unused):
         raise ValueError(f'`unused` must be "zero" or "skip", got {unused!r}.')
+    if compile and not torch.compiler.is_compiling() and not values_are_readable():
+        raise ValueError(
+            "`compile=True` was given to a `minimize` inside a torch.func transform, which torch "
+            "cannot compile from within. Compile the outermost function instead: "
+            "`meta_grad(task_loss, compile=True)`, or your own with `torch.compile`."
+        )
     if unused == "skip" and compile:
         raise ValueError(
             'unused="skip" cannot be had with `compile=True`: a compiler does not see what a loss '

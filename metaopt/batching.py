@@ -45,7 +45,7 @@ def prefers_loop(batched: Callable[[Tree, Tree], Any], params: Tree, tasks: Tree
     return False
 
 
-def widened(memory: Tree, like: Tree) -> Tree:
+def widen(memory: Tree, like: Tree) -> Tree:
     """Return `memory` with every batch axis of a `vmap` that is in `like`.
 
     Batched values can then be written into it.

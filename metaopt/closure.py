@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
 from metaopt._functional import Functional
-from metaopt.autodiff.graph import ancestors
+from metaopt.autodiff.graph import find_ancestors
 from metaopt.autodiff.replay import drawn_again
 from metaopt.torch_internals import is_wrapped
 from metaopt.transforms import is_tracked
@@ -46,7 +46,7 @@ def check_closure(loss: Callable[..., Tree], source: Any, *arguments: Any) -> No
         hidden = find_hidden(evaluate(), evaluate)
     if hidden is not None:
         raise ValueError(
-            f"`loss_fn` reaches {tracked_names(source, hidden)} through its closure, and that "
+            f"`loss_fn` reaches {name_tracked(source, hidden)} through its closure, and that "
             "requires grad. Only explicit arguments are differentiated. Pass it as `meta`: "
             "`minimize(loss_fn, ..., meta=w)` with `loss_fn(params, batch, meta)`; or detach it."
         )
@@ -83,18 +83,18 @@ def find_hidden(
     # twice.
     beside = {id(leaf) for leaf in known}
     found = [
-        (value, {id(leaf): leaf for leaf in graph_leaves(value) if id(leaf) not in beside})
+        (value, {id(leaf): leaf for leaf in find_leaves(value) if id(leaf) not in beside})
         for value in values
     ]
     # A tensor at a level of `torch.func` has no graph to follow: what it depends on is outside.
     wrapped = next((value for value in values if is_wrapped(value)), None)
     if wrapped is not None or not any(leaves for _, leaves in found):
         return wrapped
-    then = {id(leaf): leaf for value in again() for leaf in graph_leaves(value)}
+    then = {id(leaf): leaf for value in again() for leaf in find_leaves(value)}
     return next((value for value, leaves in found if leaves.keys() & then.keys()), None)
 
 
-def tracked_names(source: Any, value: Tensor) -> str:
+def name_tracked(source: Any, value: Tensor) -> str:
     """Name the tracked tensors in the closure of `source` that `value` was computed from.
 
     Args:
@@ -102,23 +102,25 @@ def tracked_names(source: Any, value: Tensor) -> str:
         value: a tracked tensor.
     """
     sources = source if isinstance(source, tuple) else (source,)
-    found = [pair for one in sources for pair in reachable(one)]
+    found = [pair for one in sources for pair in find_reachable(one)]
     tracked = [(name, tensor) for name, tensor in found if is_tracked(tensor)]
     # A leaf is among the ancestors by itself, any other tensor by the node that made it.
-    below = ancestors(value).keys()
+    below = find_ancestors(value).keys()
     used = [pair for pair in tracked if below & {id(pair[1]), id(pair[1].grad_fn)}]
     names = {f"`{name}` (shape {tuple(tensor.shape)})" for name, tensor in used or tracked}
     return ", ".join(sorted(names)) or f"a tensor (last operation: {type(value.grad_fn).__name__})"
 
 
-def graph_leaves(value: Tensor) -> list[Tensor]:
+def find_leaves(value: Tensor) -> list[Tensor]:
     """Return the leaf tensors that a value was computed from, as far as autograd recorded it."""
     return [
-        found for found in ancestors(value).values() if isinstance(found, Tensor) and found.is_leaf
+        found
+        for found in find_ancestors(value).values()
+        if isinstance(found, Tensor) and found.is_leaf
     ]
 
 
-def reachable(
+def find_reachable(
     value: Any, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) for what a function or an object reaches besides its arguments.
@@ -156,4 +158,4 @@ def reachable(
         case _ if hasattr(value, "__dict__"):
             members = {prefix + key: item for key, item in vars(value).items()}
     for key, member in members.items():
-        yield from reachable(member, key, seen)
+        yield from find_reachable(member, key, seen)

@@ -21,7 +21,7 @@ VERSIONS = 64
 _MISSING = {"InvalidCxxCompiler", "TritonMissing"}
 
 
-def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+def compile_whole(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Return `fn` compiled by `torch.compile` as one graph.
 
     It draws the random numbers that it would draw uncompiled. What is compiled is found again by

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from metaopt import tree
-from metaopt._functional import Params, functional, lent
+from metaopt._functional import Params, functional, lend
 from metaopt.checks import check_scalar, describe
+from metaopt.differentiate import InnerLoop, Inputs
 from metaopt.exact_ops import any_order
 from metaopt.optimizer import Observe, Optimizer
 from metaopt.optimizer.hyperparameter import Value
@@ -55,14 +56,53 @@ class InnerProblem:
         own = optimizer
         self.own_tensors = dict(own.named_parameters()) | dict(own.named_buffers())
 
-    def loss(self, inputs: Tree, params: Tree, state: Any, x: Tree) -> tuple[Tensor, Tree]:
+    def inputs(self, meta: Tree, batch: Tree) -> Inputs:
+        """Return what every step reads, with the tensors that the optimizer and the loss own."""
+        own = self.own_params
+        return {"optimizer": self.own_tensors, "loss": own, "meta": meta, "batch": batch}
+
+    def make_loop(
+        self,
+        inputs: Inputs,
+        params: Tree,
+        state: Any,
+        batches: Tree,
+        steps: int | None,
+        *,
+        compile: bool,
+        skips: bool,
+    ) -> InnerLoop:
+        """Return the loop of this problem from here; see `InnerLoop` for the arguments."""
+        return InnerLoop(
+            self.loss,
+            self.update,
+            inputs,
+            params,
+            state,
+            batches,
+            steps,
+            compile,
+            rate=self.rate,
+            emit=self.emit,
+            describe=self.describe,
+            skips=skips,
+        )
+
+    def loss(self, inputs: Inputs, params: Tree, state: Any, x: Tree) -> tuple[Tensor, Tree]:
         """Return (the loss, what it says beside it)."""
+        arguments, named = self._arguments(inputs, params, state, x)
+        before = _versions(named) if named else []
         with any_order():
-            result = self._called(self._loss_with(inputs), inputs, params, state, x)
-        return self._parted(result, state)  # outside: in it every look at a tensor takes longer
+            if self.module is None:
+                result = self.loss_fn(*arguments, **named)
+            else:
+                result = self.module(inputs["loss"], *arguments, **named)
+        if named:
+            _check_unwritten(named, before)
+        return self._split(result, state)  # outside: in it every look at a tensor takes longer
 
     def update(
-        self, inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree
+        self, inputs: Inputs, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree
     ) -> tuple[Tree, Any]:
         """Return (parameters, state) after one application of the optimizer."""
         before = state["optimizer"] if self.has_buffers else state
@@ -70,34 +110,36 @@ class InnerProblem:
         if tensors is self.own_tensors:
             params, after = move(grads, before, params, loss=loss)
         else:
-            params, after = lent(self.optimizer, tensors, move, grads, before, params, loss=loss)
-        return params, {
-            "optimizer": after,
-            "buffers": aux["buffers"],
-        } if self.has_buffers else after
+            params, after = lend(self.optimizer, tensors, move, grads, before, params, loss=loss)
+        if self.has_buffers:
+            after = {"optimizer": after, "buffers": aux["buffers"]}
+        return params, after
 
-    def rate(self, inputs: Tree, state: Any, params: Tree, observe: Observe) -> Value:
+    def rate(self, inputs: Inputs, state: Any, params: Tree, observe: Observe) -> Value:
         """Return the optimizer's present step size."""
         memory = state["optimizer"] if self.has_buffers else state
-        return lent(
-            self.optimizer, inputs["optimizer"], self.optimizer.rate, memory, params, observe
-        )  # type: ignore[no-any-return]
+        optimizer, tensors = self.optimizer, inputs["optimizer"]
+        return lend(optimizer, tensors, optimizer.rate, memory, params, observe)  # type: ignore[no-any-return]
 
-    def emit(self, inputs: Tree, after: tuple[Tree, Any], x: Tree, loss: Tensor, aux: Tree) -> Tree:
+    def emit(
+        self, inputs: Inputs, after: tuple[Tree, Any], x: Tree, loss: Tensor, aux: Tree
+    ) -> Tree:
         """Return {"loss", "aux", "observed"}, or the loss alone if it is all there is."""
         emitted: Tree = {"loss": loss}
         if "aux" in aux:
             emitted["aux"] = aux["aux"]
         if self.observe is not None:
+            arguments, named = self._arguments(inputs, *after, x)
+            before = _versions(named) if named else []
             with any_order():
-                observed = self._called(self.observe, inputs, *after, x)
+                observed = self.observe(*arguments, **named)
+            if named:
+                _check_unwritten(named, before)
             emitted["observed"] = tree.map(lambda leaf: as_tensor(leaf, "observe", loss), observed)
         return loss if len(emitted) == 1 else emitted
 
-    def evaluate(self, inputs: Tree, params: Tree, state: Any, x: Tree) -> Tree:
-        """Return all that the loss and the observer compute in one place, to see what it depends
-        on.
-        """
+    def evaluate(self, inputs: Inputs, params: Tree, state: Any, x: Tree) -> Tree:
+        """Return all that the loss and the observer compute, to see what it depends on."""
         loss, aux = self.loss(inputs, params, state, x)
         after = {**state, "buffers": aux["buffers"]} if self.has_buffers else state
         return self.emit(inputs, (params, after), x, loss, aux), aux
@@ -109,29 +151,13 @@ class InnerProblem:
         except TypeError:  # it cannot be saved
             return repr(self.optimizer)
 
-    def _loss_with(self, inputs: Tree) -> Callable[..., Any]:
-        if self.module is None:
-            return self.loss_fn
-        own = inputs["loss"]
-        return lambda *args, **kwargs: self.module(own, *args, **kwargs)  # type: ignore[misc]
-
-    def _called(
-        self, function: Callable[..., Any], inputs: Tree, params: Tree, state: Any, x: Tree
-    ) -> Any:
+    def _arguments(self, inputs: Inputs, params: Tree, state: Any, x: Tree) -> tuple[Tree, Tree]:
+        """Return what the loss and the observer get: (by place, by name)."""
         batch = inputs["batch"] if self.same_batch else x
         arguments = (params, batch, inputs["meta"]) if self.has_meta else (params, batch)
-        if not self.has_buffers:
-            return function(*arguments)
-        before = [version(leaf) for leaf in tree.leaves(state["buffers"])]
-        result = function(*arguments, buffers=state["buffers"])
-        if [version(leaf) for leaf in tree.leaves(state["buffers"])] != before:
-            raise ValueError(
-                "`buffers` must not be changed in place, by `loss_fn` or `observe`. Return new "
-                "ones: `net.with_buffers(params, buffers, x)` works on copies."
-            )
-        return result
+        return arguments, {"buffers": state["buffers"]} if self.has_buffers else {}
 
-    def _parted(self, result: Any, state: Any) -> tuple[Tensor, Tree]:
+    def _split(self, result: Any, state: Any) -> tuple[Tensor, Tree]:
         """Return (loss, {"buffers", "aux"}) of what the loss function returned."""
         named, value = {}, result
         if self.has_buffers:
@@ -150,6 +176,18 @@ class InnerProblem:
         if rest and rest[0] is not None:
             named["aux"] = tree.map(lambda leaf: as_tensor(leaf, "loss_fn", loss), rest[0])
         return loss, named
+
+
+def _versions(named: Tree) -> list[int]:
+    return [version(leaf) for leaf in tree.leaves(named)]
+
+
+def _check_unwritten(named: Tree, before: list[int]) -> None:
+    if _versions(named) != before:
+        raise ValueError(
+            "`buffers` must not be changed in place, by `loss_fn` or `observe`. Return new "
+            "ones: `net.with_buffers(params, buffers, x)` works on copies."
+        )
 
 
 def _check_buffers(before: Tree, after: Tree) -> None:

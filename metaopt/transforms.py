@@ -35,7 +35,7 @@ def constant(leaf: Any) -> Any:
     return leaf.detach()
 
 
-def innermost(tensor: Tensor) -> Tensor:
+def unwrap(tensor: Tensor) -> Tensor:
     """Return the plain tensor inside the wrappers of every level of `torch.func`.
 
     That of a `vmap` has all its rows.
@@ -45,9 +45,9 @@ def innermost(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def entries(tensor: Tensor) -> int:
+def count_entries(tensor: Tensor) -> int:
     """Return the number of entries, in all rows of a `vmap` together."""
-    return innermost(tensor).numel()
+    return unwrap(tensor).numel()
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -86,7 +86,7 @@ def is_readable(tensor: Tensor) -> bool:
     return values_are_readable() and not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
 
 
-def is_last() -> bool:
+def is_unrecorded() -> bool:
     """Return True if nothing records derivatives.
 
     There is then no graph, no forward mode, no transform and no compiler.
@@ -99,7 +99,7 @@ def is_last() -> bool:
     )
 
 
-def inside_jvp() -> bool:
+def is_inside_jvp() -> bool:
     """Return True if `torch.func.jvp` is active."""
     return any(level.key() == torch_internals.JVP for level in torch_internals.transforms())
 
@@ -119,7 +119,7 @@ def has_tangent(leaf: Any) -> bool:
     return True
 
 
-def without_levels(tensor: Tensor) -> Tensor:
+def unwrap_grad_levels(tensor: Tensor) -> Tensor:
     """Return the plain tensor inside those of the levels of `torch.func.grad`.
 
     Raises:
@@ -136,7 +136,7 @@ def without_levels(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def alive(tensor: Tensor | None) -> Tensor | None:
+def unwrap_ended(tensor: Tensor | None) -> Tensor | None:
     """Return the tensor, or None, without the wrappers of `torch.func` levels that have ended.
 
     When `torch.func.vjp` has returned, its level is over, but what an `autograd.Function` saved

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from metaopt.torch_internals import foreach_add, foreach_norm, pytree
-from metaopt.transforms import is_last
+from metaopt.transforms import is_unrecorded
 
 Tree = Any
 Structure = pytree.TreeSpec
@@ -248,7 +248,7 @@ def norm(tree: Tree) -> Tensor:
     """
     found = leaves(tree)
     # In one pass and without a copy.
-    if is_last() and not any(leaf.dtype in _HALF for leaf in found):
+    if is_unrecorded() and not any(leaf.dtype in _HALF for leaf in found):
         total: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(found)))
         return total
     return safe_sqrt(sum_leaves(lambda leaf: as_real(leaf).square().sum(), tree))
@@ -275,7 +275,7 @@ def scaled_sum(x: Tensor, scale: float | Tensor, y: Tensor) -> Tensor:
 
 def scaled_sums(xs: list[Tensor], scale: float | Tensor, ys: list[Tensor]) -> list[Tensor]:
     """Return x + scale y for each."""
-    if not isinstance(scale, Tensor) and is_last():
+    if not isinstance(scale, Tensor) and is_unrecorded():
         return list(foreach_add(xs, ys, alpha=scale))
     return [scaled_sum(x, scale, y) for x, y in zip(xs, ys, strict=True)]
 
@@ -285,7 +285,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
     The inner `where` keeps the infinite slope out of the graph, the outer one restores the value.
     """
-    if is_last():
+    if is_unrecorded():
         return x.sqrt()
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)

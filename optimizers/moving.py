@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metaopt.optimizer import Leaves, Slots, Value, is_zero
 from metaopt.torch_internals import foreach_add, foreach_addcmul, foreach_mul, foreach_sqrt
-from metaopt.transforms import is_last
+from metaopt.transforms import is_unrecorded
 from metaopt.tree import safe_sqrt, scaled_sums
 
 
@@ -29,7 +29,7 @@ def averages_of_squares(means: Leaves, xs: Leaves, decay: Value) -> Leaves:
     before = scaled(means, decay)
     if isinstance(decay, Tensor):
         return [mean + (1 - decay) * x * x for mean, x in zip(before, xs, strict=True)]
-    if is_last():
+    if is_unrecorded():
         return list(foreach_addcmul(before, xs, xs, value=1 - decay))
     return [torch.addcmul(mean, x, x, value=1 - decay) for mean, x in zip(before, xs, strict=True)]
 
@@ -37,7 +37,7 @@ def averages_of_squares(means: Leaves, xs: Leaves, decay: Value) -> Leaves:
 def roots(squares: Leaves, eps_root: Value, eps: Value) -> Leaves:
     """Return sqrt(v + eps_root) + eps for each, with derivative 0 of the root at 0."""
     raised = squares if is_zero(eps_root) else [v + eps_root for v in squares]
-    if not is_last():
+    if not is_unrecorded():
         return [safe_sqrt(v) + eps for v in raised]
     positive = foreach_sqrt(raised)
     if isinstance(eps, Tensor):
@@ -47,6 +47,6 @@ def roots(squares: Leaves, eps_root: Value, eps: Value) -> Leaves:
 
 def scaled(xs: Leaves, scale: Value) -> Leaves:
     """Return scale x for each."""
-    if not isinstance(scale, Tensor) and is_last():
+    if not isinstance(scale, Tensor) and is_unrecorded():
         return list(foreach_mul(xs, scale))
     return [scale * x for x in xs]

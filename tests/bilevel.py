@@ -14,7 +14,7 @@ from problems import leaf
 from torch import Tensor
 
 import metaopt as mo
-from metaopt.differentiate import End, InnerLoop
+from metaopt.differentiate import End, InnerLoop, Rule
 from optimizers import SGD
 
 
@@ -196,14 +196,14 @@ PROBLEMS = {"quadratic": quadratic, "ridge": ridge, "dynamics": dynamics, "logis
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Rule):
     """A rule that keeps the loop it is given."""
 
     loops: list[InnerLoop] = field(default_factory=list)
 
-    def __call__(self, loop: InnerLoop) -> Any:
+    def attach(self, loop: InnerLoop) -> Any:
         self.loops.append(loop)
-        return mo.Backprop()(loop)
+        return mo.Backprop().attach(loop)
 
 
 def recorded(*args: Any, **kwargs: Any) -> tuple[InnerLoop, End]:

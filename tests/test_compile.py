@@ -21,7 +21,7 @@ from torch_versions import is_mended
 
 import metaopt as mo
 from metaopt import tree
-from metaopt.compiled import compiled
+from metaopt.compiled import compile_whole
 from metaopt.differentiate import Rule
 from metaopt.tasks.episode import Episode
 from optimizers import SGD, Adam, LSTMOptimizer
@@ -165,7 +165,7 @@ class TestEquality:
         """
         x, y = torch.randn(3, 3), torch.randn(3, 3)
         assert_equal(
-            [compiled(lambda x, y: tree.scaled_sum(x, -0.1, x @ y))(x, y)],
+            [compile_whole(lambda x, y: tree.scaled_sum(x, -0.1, x @ y))(x, y)],
             [x - 0.1 * (x @ y)],
             1e-5,
         )
@@ -343,7 +343,7 @@ def test_what_calls_the_kernels_is_compiled_for_real_tensors_on_a_cpu() -> None:
     real, odd = torch.ones(2), [torch.ones(2, device="meta"), torch.ones(2, dtype=torch.complex64)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", pretend)
-        fast = compiled(lambda tensors, other: None)
+        fast = compile_whole(lambda tensors, other: None)
         fast([real], 3)
         for tensor in odd:
             fast([real, {"a": tensor}], 3)
@@ -355,7 +355,7 @@ def test_more_shapes_than_torch_remembers_by_itself() -> None:
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-        fast = compiled(lambda x: x.sin() + 1)
+        fast = compile_whole(lambda x: x.sin() + 1)
     for length in range(1, 12):
         assert_equal([fast(torch.ones(length))], [torch.ones(length).sin() + 1], 0.0)
 

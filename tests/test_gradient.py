@@ -10,7 +10,7 @@ from problems import assert_close
 from torch import Tensor
 
 from metaopt.autodiff.gradient import constant_gradient, gradient
-from metaopt.autodiff.pullback import Linearized, chosen, pull_back, put, spread
+from metaopt.autodiff.pullback import Linearized, choose, pull_back, put, spread
 from metaopt.exact_ops import any_order
 
 torch.manual_seed(0)
@@ -167,8 +167,8 @@ class TestParts:
         ],
     )
     def test_a_bool_is_as_many(self, short: Any, full: Any) -> None:
-        assert [*map(id, chosen(W, short))] == [*map(id, chosen(W, full))]
-        fresh = [leaf + 1 for leaf in chosen(W, full)]
+        assert [*map(id, choose(W, short))] == [*map(id, choose(W, full))]
+        fresh = [leaf + 1 for leaf in choose(W, full)]
         assert_close(leaves(put(fresh, W, short)), leaves(put(fresh, W, full)), 0.0)
         short_bars, full_bars = (
             pull_back(lambda w: bowl(w)[0], (W,), torch.tensor(2.0).double(), (one,))[0]

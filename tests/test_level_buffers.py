@@ -311,7 +311,7 @@ def test_running_statistics_are_constants(rule: Any, training: bool) -> None:
     low = mo.Level("low", net, of_low, SGD(0.1))
     up = level("up", torch.tensor(0.5).double(), of_up)
     graph = mo.LevelGraph([mo.Edge(up, low, steps=2, differentiate=rule)])
-    assert not graph.program.carried
+    assert not graph.plan.carried
     expected = mo.Backprop() if rule is not CG else CG
     graph.step()
     found = graph.hypergradient("up", after_steps=True)["value"]

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def value(graph: mo.LevelGraph, name: str) -> Tensor:
-    return graph.program.levels[name].model.value.detach().clone()
+    return graph.plan.levels[name].model.value.detach().clone()
 
 
 def leaf(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def test_meta_weight_net_equals_a_loop_by_hand(steps: int, look_ahead: bool) -> 
     1e-10: float64 rounding of some thousand operations.
     """
     graph = meta_weight_net(steps=steps, look_ahead=look_ahead)
-    model, weight_net = (graph.program.levels[name].model for name in ("learner", "weights"))
+    model, weight_net = (graph.plan.levels[name].model for name in ("learner", "weights"))
     params, theta = leaf(dict(model.named_parameters())), leaf(dict(weight_net.named_parameters()))
     velocity = [None] * len(params)
     adam = torch.optim.Adam(theta.values(), lr=0.05)
@@ -456,7 +456,7 @@ def test_copies_are_maml(norm: bool) -> None:
     With a norm layer, where torch's derivative of a vmapped mean is wrong.
     """
     graph, support, query = copies(4, norm=norm)
-    net = mo.functional(graph.program.levels["meta"].model)
+    net = mo.functional(graph.plan.levels["meta"].model)
 
     def task_loss(params: Any, task: Any) -> Tensor:
         for x, y in task[0]:
@@ -482,7 +482,7 @@ def net_params(graph: mo.LevelGraph, grads: Any) -> Any:
     """Return the meta level's parameters before the step that was just made."""
     return {
         name: p.detach() + 0.1 * grads[name]
-        for name, p in graph.program.levels["meta"].model.named_parameters()
+        for name, p in graph.plan.levels["meta"].model.named_parameters()
     }
 
 
@@ -545,9 +545,9 @@ def test_copies_with_convolutions_run_one_after_the_other() -> None:
         return mo.LevelGraph([mo.Edge(meta, task, steps=2, differentiate=CG)])
 
     graph = build()
-    assert graph.program.loops == {"meta"}
+    assert graph.plan.loops == {"meta"}
     batched = build()
-    object.__setattr__(batched.program, "loops", frozenset())
+    object.__setattr__(batched.plan, "loops", frozenset())
     for _ in range(2):
         assert_close(graph.step(), batched.step(), 1e-8)
 
@@ -816,7 +816,7 @@ class Notes:
 
 def test_a_trainer_runs_a_graph_and_the_models_hold_the_best_values() -> None:
     graph, notes = meta_weight_net(), Notes()
-    model = graph.program.levels["learner"].model
+    model = graph.plan.levels["learner"].model
     values, seen = iter([3.0, 1.0, 2.0]), []
 
     def validate() -> float:
@@ -840,8 +840,8 @@ def test_a_state_is_all_that_the_next_steps_depend_on() -> None:
         assert mo.tree.map(float, first) == mo.tree.map(float, second)
     for name in ("learner", "weights"):
         torch.testing.assert_close(
-            dict(one.program.levels[name].model.named_parameters()),
-            dict(other.program.levels[name].model.named_parameters()),
+            dict(one.plan.levels[name].model.named_parameters()),
+            dict(other.plan.levels[name].model.named_parameters()),
             rtol=0,
             atol=0,
         )

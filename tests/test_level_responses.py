@@ -18,7 +18,7 @@ from problems import assert_close
 from torch import Tensor
 
 import metaopt as mo
-from metaopt.levels.program import Program
+from metaopt.levels.plan import Plan
 from optimizers import Adam
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -126,7 +126,7 @@ def two_layers(rule: Any, **options: Any) -> mo.LevelGraph:
 
 def plain(rule: Any, **options: Any) -> mo.LevelGraph:
     graph = tower(2, [3], [rule], [batches(3, 0), batches(4, 1)], [1])
-    return mo.LevelGraph(graph.program.edges, **options)
+    return mo.LevelGraph(graph.plan.edges, **options)
 
 
 GRAPHS = [plain, diamond, shared, two_layers]
@@ -134,7 +134,7 @@ each_graph = pytest.mark.parametrize("make", GRAPHS)
 
 
 def tops(graph: mo.LevelGraph) -> list[str]:
-    return [name for name in graph.program.levels if graph.program.is_top(name)]
+    return [name for name in graph.plan.levels if graph.plan.is_top(name)]
 
 
 @each_graph
@@ -147,14 +147,14 @@ def test_it_equals_autograd_through_attached_responses(
     1e-10: the order of the sums.
     """
     graph, other = make(rule), make(rule)
-    assert all(graph.program.responds_at_points(name) for name in tops(graph))
+    assert all(graph.plan.responds_at_points(name) for name in tops(graph))
     found = [
         graph.hypergradient(name, after_steps=after)
         for name in tops(graph)
         for after in (False, True)
     ]
     steps = [graph.step() for _ in range(3)]
-    monkeypatch.setattr(Program, "responds_at_points", lambda self, name: False)
+    monkeypatch.setattr(Plan, "responds_at_points", lambda self, name: False)
     expected = [
         other.hypergradient(name, after_steps=after)
         for name in tops(other)
@@ -168,10 +168,10 @@ def test_it_equals_autograd_through_attached_responses(
 
 def test_what_is_put_together_and_what_is_not() -> None:
     """Steps that are differentiated, copies, and responses inside of responses need autograd."""
-    assert diamond(CG).program.responds_at_points("top")
-    assert not plain(mo.Backprop()).program.responds_at_points("v0")
+    assert diamond(CG).plan.responds_at_points("top")
+    assert not plain(mo.Backprop()).plan.responds_at_points("v0")
     three = tower(3, [2, 2], [CG, CG], [batches(3, i) for i in range(3)], [1, 2])
-    assert [three.program.responds_at_points(name) for name in ("v0", "v1", "v2")] == [
+    assert [three.plan.responds_at_points(name) for name in ("v0", "v1", "v2")] == [
         False,
         True,
         True,
@@ -187,7 +187,7 @@ def test_what_is_put_together_and_what_is_not() -> None:
     meta = level(
         "meta", batches(1, 1)[0], lambda s, x: coupled(s.meta(), [], [s.task()], x), data=[row]
     )
-    assert not mo.LevelGraph([mo.Edge(meta, task, differentiate=CG)]).program.responds_at_points(
+    assert not mo.LevelGraph([mo.Edge(meta, task, differentiate=CG)]).plan.responds_at_points(
         "meta"
     )
 
@@ -217,7 +217,7 @@ def test_random_numbers_are_those_of_attached_responses(rule: Any, monkeypatch: 
         return [graph.step() for _ in range(3)], torch.get_rng_state()
 
     found, random = run()
-    monkeypatch.setattr(Program, "responds_at_points", lambda self, name: False)
+    monkeypatch.setattr(Plan, "responds_at_points", lambda self, name: False)
     expected, after = run()
     assert_close(found, expected, 1e-10)
     assert torch.equal(random, after)
@@ -235,7 +235,7 @@ def test_a_parameter_that_matters_through_a_response_alone_is_not_missing() -> N
         ValueError, match=r"level 'top': no derivative arrives at its parameter 'value'"
     ):
         graph.hypergradient("top")
-    graph.program.levels["top"].allow_unused = True
+    graph.plan.levels["top"].allow_unused = True
     assert graph.hypergradient("top")["value"] == 0
 
 
@@ -278,7 +278,7 @@ def test_a_whole_step_is_one_compiled_function(
 ) -> None:
     """Compiled once, not again at later steps. 1e-10: the order of the sums."""
     eager, fast = make(rule), make(rule, compile=True)
-    assert fast.program.is_one_function
+    assert fast.plan.is_one_function
     for _ in range(3):
         assert_close(fast.step(), eager.step(), 1e-10)
         assert counted() == 1
@@ -290,10 +290,10 @@ def test_what_is_compiled_as_one_function_and_what_is_not() -> None:
 
     Nor compile Penalty, or a response inside of one.
     """
-    assert all(make(mo.FiniteDifference()).program.is_one_function for make in GRAPHS)
-    assert not noisy(mo.FiniteDifference()).program.is_one_function
-    assert noisy(mo.Backprop()).program.is_one_function
-    assert not plain(mo.Penalty()).program.is_one_function
+    assert all(make(mo.FiniteDifference()).plan.is_one_function for make in GRAPHS)
+    assert not noisy(mo.FiniteDifference()).plan.is_one_function
+    assert noisy(mo.Backprop()).plan.is_one_function
+    assert not plain(mo.Penalty()).plan.is_one_function
     data = [batches(3, i) for i in range(3)]
-    assert not tower(3, [2, 2], [CG, CG], data, [1]).program.is_one_function
-    assert not tower(3, [2, 2], [mo.Backprop(), CG], data, [1]).program.is_one_function
+    assert not tower(3, [2, 2], [CG, CG], data, [1]).plan.is_one_function
+    assert not tower(3, [2, 2], [mo.Backprop(), CG], data, [1]).plan.is_one_function

@@ -178,9 +178,9 @@ def test_levels_of_backprop_equal_autograd_through_everything(
     assert_close(graph.hypergradient("v0")["value"], expected, 1e-10)
     graph.step()
     for i in range(1, depth):
-        assert_close(graph.program.levels[f"v{i}"].model.value.detach(), after[i], 1e-12)
+        assert_close(graph.plan.levels[f"v{i}"].model.value.detach(), after[i], 1e-12)
     assert_close(
-        graph.program.levels["v0"].model.value.detach(),
+        graph.plan.levels["v0"].model.value.detach(),
         batches(depth, 99)[0] - LR * expected,
         1e-12,
     )
@@ -208,9 +208,9 @@ def test_implicit_among_backprop_equals_its_brute_force(
     rules = [CG if i + 1 == solve else mo.Backprop(memory=memory) for i in range(depth - 1)]
     graph = tower(depth, steps, rules, data, top_reads)
     expected, _ = brute_force(depth, steps, data, top_reads, solve)
-    before = graph.program.levels["v0"].model.value.detach().clone()
+    before = graph.plan.levels["v0"].model.value.detach().clone()
     graph.step()
-    assert_close((before - graph.program.levels["v0"].model.value.detach()) / LR, expected, 1e-8)
+    assert_close((before - graph.plan.levels["v0"].model.value.detach()) / LR, expected, 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +297,6 @@ def test_a_compiled_graph_steps_as_an_eager_one(rule: Any) -> None:
     """
     data = [batches(2, 1), batches(4, 2)]
     eager, fast = tower(2, [2], [rule], data, [1]), tower(2, [2], [rule], data, [1])
-    fast = mo.LevelGraph(fast.program.edges, compile=True)
+    fast = mo.LevelGraph(fast.plan.edges, compile=True)
     for _ in range(2):
         assert_close(fast.step(), eager.step(), 1e-10)

@@ -21,7 +21,7 @@ from torch.func import grad
 
 import metaopt as mo
 from metaopt.autodiff.mixed import mixed_difference
-from metaopt.differentiate import InnerLoop, PointRule, attach
+from metaopt.differentiate import InnerLoop, PointRule
 from metaopt.transforms import is_tracked
 from optimizers import SGD
 
@@ -274,7 +274,7 @@ def test_a_loss_that_reads_the_state_and_hands_on_results(rule: Any) -> None:
     )
     inputs = {"optimizer": {}, "loss": {}, "meta": meta, "batch": None}
     loop = InnerLoop(loss, update, inputs, start, (torch.tensor(0), mean), (), 3)
-    w, (steps, last), losses = rule(loop)
+    w, (steps, last), losses = rule.attach(loop)
     expected_w, expected_mean = by_hand(start, mean, meta)
     assert steps == 3
     assert losses.shape == (3,)
@@ -348,15 +348,8 @@ def test_nothing_is_pulled_back_to_what_only_the_optimizer_reads(rule: PointRule
     )
 
     def value(meta: Tensor, lr: Tensor) -> Tensor:
-        return (
-            attach(
-                rule,
-                replace(loop, inputs={**loop.inputs, "meta": meta, "optimizer": {"lr": lr}}),
-                end,
-            )
-            .square()
-            .sum()
-        )
+        inputs = {**loop.inputs, "meta": meta, "optimizer": {"lr": lr}}
+        return rule.attach_at(replace(loop, inputs=inputs), end).square().sum()
 
     lr, meta = torch.tensor(0.1), torch.ones(2)
     of_lr = grad(lambda lr: grad(value)(meta, lr).sum())(lr)
@@ -487,7 +480,7 @@ def test_microbatches_do_not_split_levels_below() -> None:
         ValueError,
         match="`microbatches=2` needs a loss that is a mean over examples and nothing else",
     ):
-        mo.Backprop("steps", microbatches=2)(loop)
+        mo.Backprop("steps", microbatches=2).attach(loop)
 
 
 @float64

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import grad
 
 import metaopt as mo
-from metaopt.differentiate import End, InnerLoop, PointRule, attach
+from metaopt.differentiate import End, InnerLoop, PointRule
 from metaopt.tasks.digits import digits
 from optimizers import SGD
 
@@ -81,7 +81,7 @@ def hypergradient(
     rule: PointRule, loop: InnerLoop, end: End, outer: Callable[[Any], Tensor], meta: Tensor
 ) -> Tensor:
     meta = meta.clone().requires_grad_()
-    params = attach(rule, replace(loop, inputs={**loop.inputs, "meta": meta}), end)
+    params = rule.attach_at(replace(loop, inputs={**loop.inputs, "meta": meta}), end)
     outer(params).backward()
     assert meta.grad is not None
     return meta.grad

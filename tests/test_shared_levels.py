@@ -131,7 +131,7 @@ def test_three_layers_of_shared_levels_equal_nested_gradients(
         m, x = middle_steps(t, m, x, steps)
         t = tuple(t[j] - LR * hypergradients[j] for j in range(tops))
         graph.step()
-        found = {key: graph.params(key)["value"] for key in graph.program.levels}
+        found = {key: graph.params(key)["value"] for key in graph.plan.levels}
         expected = {
             f"{layer}{j}": one
             for layer, pair in zip("tmx", (t, m, x), strict=True)

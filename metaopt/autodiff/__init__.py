@@ -1,3 +1,1 @@
-"""How derivatives are taken: by torch's own rules, and by ours where those are wrong, costly or
-missing.
-"""
+"""How derivatives are taken: by torch's rules, and by ours where those are wrong or costly."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.replay import Ambient
-from metaopt.transforms import alive, has_tangent, inside_jvp, is_differentiable
+from metaopt.transforms import has_tangent, is_differentiable, is_inside_jvp, unwrap_ended
 from metaopt.tree import Structure, Tree
 
 # (w, inputs, cotangent of w, wanted) -> cotangents of the inputs, None where not wanted; `wanted`
@@ -52,7 +52,7 @@ def with_derivative(
             "`torch.compile`: the compiler drops it, and the result would be zero. Compile the "
             "loss alone, or pass `compile=True` to `minimize`."
         )
-    if has_tangents or inside_jvp():
+    if has_tangents or is_inside_jvp():
         raise ValueError(
             "A loop whose rule knows its derivative in reverse mode alone (Implicit, T1T2, ..., "
             "ForwardMode itself) cannot be "
@@ -62,9 +62,8 @@ def with_derivative(
     leaves, structure = tree.flatten((w, inputs))
     known = _Known(pull_back, structure, len(tree.leaves(w)), ambient or Ambient.now(leaves))
     values = [leaf.detach() for leaf in leaves[: known.values]]
-    return tree.unflatten(
-        tree.flatten(w)[1], _Derivative.apply(known, *values, *leaves[known.values :])
-    )
+    outputs = _Derivative.apply(known, *values, *leaves[known.values :])  # type: ignore[no-untyped-call]
+    return tree.unflatten(tree.flatten(w)[1], outputs)
 
 
 @dataclass(frozen=True)
@@ -99,14 +98,14 @@ class _Derivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         known: _Known = ctx.known
-        saved = [*map(alive, ctx.saved_tensors)]
+        saved = [*map(unwrap_ended, ctx.saved_tensors)]
         values, given = saved[: known.values], saved[known.values :]
         leaves = [
             constant if tensor is None else tensor
             for tensor, constant in zip(given, ctx.constants, strict=True)
         ]
         w, inputs = tree.unflatten(known.structure, [*values, *leaves])
-        bars = [alive(bar) if is_differentiable(bar) else None for bar in cotangents]
+        bars = [unwrap_ended(bar) if is_differentiable(bar) else None for bar in cotangents]
         needed = [
             need and is_differentiable(leaf)
             for need, leaf in zip(ctx.needs_input_grad[1 + known.values :], leaves, strict=True)

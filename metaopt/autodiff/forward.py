@@ -56,9 +56,7 @@ def slope_along(
 
 @mark_constant_when_compiled
 def load_formulas() -> None:
-    """Let torch load its forward derivatives, without the warnings that it gives itself at the
-    first one.
-    """
+    """Let torch load its forward derivatives, without the warnings that this gives."""
     _load_once()
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.graph import ancestors, goes_beyond
-from metaopt.autodiff.plain import cut, evaluated, slopes_of_scalar, stands_in
+from metaopt.autodiff.graph import find_ancestors, goes_beyond
+from metaopt.autodiff.plain import Recording, begin_at, cut, slopes_of_scalar, stands_in
 from metaopt.transforms import constant
 from metaopt.tree import Tree
 
@@ -17,10 +18,11 @@ Valued = Callable[[Tree], tuple[Tensor, Tree]]  # w -> (f(w), aux)
 
 
 def gradient(
-    function: Valued, at: Tree, *, allow_unused: bool = False
+    function: Valued, at: Tree, *, allow_unused: bool = False, is_constant: bool = False
 ) -> tuple[Tree, Tensor, Tree]:
-    """Return (grad f(w), f(w), aux) for (f(w), aux) = function(w); differentiable again in whatever
-    f reads.
+    """Return (grad f(w), f(w), aux) for (f(w), aux) = function(w).
+
+    It is differentiable again in whatever f reads.
 
     `torch.func.grad` records its backward pass, at its own level and at every level around it.
     Plain autograd records it once, or not at all where nobody differentiates it again: a
@@ -32,25 +34,26 @@ def gradient(
         function: from a tree to (a floating-point scalar, a tree of tensors).
         at: w, a tree of floating-point or complex tensors.
         allow_unused: return None, not zeros, for a leaf that f does not depend on.
+        is_constant: whether grad f(w) is a constant, of which no graph is kept; f(w) and aux are
+            differentiable.
 
     Cost:
         One evaluation and one backward pass.
     """
     leaves = tree.leaves(at)
     if not stands_in(leaves):
-        noting = _Noting(function) if allow_unused else function
-        grads, (value, aux) = torch.func.grad_and_value(noting, has_aux=True)(at)
-        return noting.without_unused(grads) if isinstance(noting, _Noting) else grads, value, aux
+        return _transform(function, at, allow_unused, is_constant)
     again = torch.is_grad_enabled()
-    variables, (value, aux) = evaluated(
-        lambda variables: function(tree.with_leaves(at, variables)), leaves, again
-    )
+    variables = begin_at(leaves, again)
+    with Recording(variables):
+        value, aux = function(tree.with_leaves(at, variables))
     goes_on = (
         again
+        and not is_constant
         and value.requires_grad
         and (all(leaf.requires_grad for leaf in leaves) or goes_beyond(value))
     )
-    found: Tree = slopes_of_scalar(value, variables, again=goes_on)
+    found: Tree = slopes_of_scalar(value, variables, again=goes_on, keep=again and is_constant)
     if not allow_unused and any(grad is None for grad in found):
         known = zip(found, leaves, strict=True)
         found = [
@@ -59,49 +62,31 @@ def gradient(
         ]
     if again:
         found, value, aux = cut((found, value, aux), leaves)
-    else:
-        value, aux = _constant(value, aux)
+    else:  # without the graph, which nobody asked for
+        value, aux = value.detach(), tree.map(constant, aux)
     return tree.with_leaves(at, found), value, aux
 
 
-def constant_gradient(
-    function: Valued, at: Tree, *, allow_unused: bool = False
-) -> tuple[Tree, Tensor, Tree]:
-    """Return what `gradient` does, with grad f(w) a constant; f(w) and aux are differentiable.
+# the same with grad f(w) a constant
+constant_gradient = partial(gradient, is_constant=True)
 
-    Cost:
-        One evaluation and one backward pass, of which no graph is kept.
-    """
-    leaves = tree.leaves(at)
-    if not stands_in(leaves):
-        noting = _Noting(function) if allow_unused else function
-        value, pull, *rest = torch.func.vjp(noting, at, has_aux=True)
+
+def _transform(
+    function: Valued, at: Tree, allow_unused: bool, is_constant: bool
+) -> tuple[Tree, Tensor, Tree]:
+    noting = _Noting(function) if allow_unused else function
+    if is_constant:
+        value, pull, aux = torch.func.vjp(noting, at, has_aux=True)  # type: ignore[misc]
         with torch.no_grad():  # no graph of the backward pass for the levels around this one
             (grads,) = pull(torch.ones_like(value))
         grads = tree.map(torch.Tensor.detach, grads)
-        return (
-            noting.without_unused(grads) if isinstance(noting, _Noting) else grads,
-            value,
-            rest[0],
-        )
-    again = torch.is_grad_enabled()
-    variables, (value, aux) = evaluated(
-        lambda variables: function(tree.with_leaves(at, variables)), leaves, again
-    )
-    found = slopes_of_scalar(value, variables, again=False, keep=again)
-    pairs = zip(found, leaves, strict=True)
-    grads = [
-        torch.zeros_like(leaf) if grad is None and not allow_unused else grad
-        for grad, leaf in pairs
-    ]
-    value, aux = cut((value, aux), leaves) if again else _constant(value, aux)
-    return tree.with_leaves(at, grads), value, aux
+    else:
+        grads, (value, aux) = torch.func.grad_and_value(noting, has_aux=True)(at)
+    return noting.without_unused(grads) if isinstance(noting, _Noting) else grads, value, aux
 
 
 class _Noting:
-    """A function that notes which leaves its value depends on, inside a transform, which itself
-    answers with zeros.
-    """
+    """A function that notes which leaves its value depends on; a transform answers with zeros."""
 
     def __init__(self, function: Valued):
         self.function = function
@@ -115,7 +100,7 @@ class _Noting:
                 'and write unused="zero".'
             )
         value, aux = self.function(at)
-        below = ancestors(value)
+        below = find_ancestors(value)
         self._used = [id(leaf) in below or id(leaf.grad_fn) in below for leaf in tree.leaves(at)]
         return value, aux
 
@@ -123,8 +108,3 @@ class _Noting:
         """Return the gradients with None for what the value does not depend on."""
         pairs = zip(tree.leaves(grads), self._used, strict=True)
         return tree.with_leaves(grads, [grad if is_used else None for grad, is_used in pairs])
-
-
-def _constant(value: Tensor, aux: Tree) -> tuple[Tensor, Tree]:
-    """Return what was computed with a graph that nobody asked for, without it."""
-    return value.detach(), tree.map(constant, aux)

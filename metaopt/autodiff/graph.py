@@ -1,6 +1,4 @@
-"""The graph of plain autograd: what a tensor was computed from, and which tensors are being
-differentiated.
-"""
+"""What a tensor was computed from by plain autograd, and what is being differentiated."""
 
 from __future__ import annotations
 
@@ -8,16 +6,15 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-from metaopt.transforms import innermost
+from metaopt.transforms import unwrap
 
 # The variables of the calls of `gradient` and `pull_back` that are running, where plain autograd
 # stands in for torch.func.
 VARIABLES: ContextVar[tuple[Tensor, ...]] = ContextVar("variables", default=())
 
 
-def ancestors(value: Tensor) -> dict[int, object]:
-    """Return id -> object for `value`, the autograd nodes below it, and the leaf tensors that these
-    end in.
+def find_ancestors(value: Tensor) -> dict[int, object]:
+    """Return id -> object for `value`, the autograd nodes below it, and the leaves at their ends.
 
     The objects are kept: Python makes one for a node when somebody asks, and would give its id to
     the next one.
@@ -34,8 +31,7 @@ def ancestors(value: Tensor) -> dict[int, object]:
 
 
 def is_varied(tensor: Tensor) -> bool:
-    """Say whether plain autograd, where it stands in for `torch.func`, differentiates through
-    `tensor`.
+    """Return True if plain autograd, in the place of `torch.func`, differentiates a tensor.
 
     It is then computed from a variable of a running call, as a tensor at a level of
     `torch.func.grad` is from that level's.
@@ -43,22 +39,22 @@ def is_varied(tensor: Tensor) -> bool:
     variables = VARIABLES.get()
     if not variables:
         return False
-    tensor = innermost(tensor)
+    tensor = unwrap(tensor)
     if not tensor.requires_grad:
         return False
-    below = ancestors(tensor)
+    below = find_ancestors(tensor)
     return any(id(variable) in below or id(variable.grad_fn) in below for variable in variables)
 
 
-def beginning(leaf: Tensor) -> Tensor:
-    """Return a variable with the value of a leaf that nobody differentiates: a graph begins at it."""
+def begin_leaf(leaf: Tensor) -> Tensor:
+    """Return a variable with the value of a leaf without a graph, which begins at it."""
     variable = leaf.detach().requires_grad_()
     variable.is_beginning = True  # type: ignore[attr-defined]  # which autograd keeps with it
     return variable
 
 
 def goes_beyond(tensor: Tensor) -> bool:
-    """Say whether a tensor was computed from anything but beginnings of calls that have ended."""
+    """Return True if a tensor depends on anything but beginnings of calls that have ended."""
     if not tensor.requires_grad:
         return False
     running = [

@@ -11,10 +11,10 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
 from metaopt.autodiff.plain import stands_in
-from metaopt.autodiff.pullback import Linearized, chosen, pull_back
+from metaopt.autodiff.pullback import Linearized, choose, pull_back
 from metaopt.autodiff.replay import drawn_again
 from metaopt.linear_solve import LinearSolver, Solution
-from metaopt.transforms import is_last
+from metaopt.transforms import is_unrecorded
 from metaopt.tree import Tree
 
 Residual = Callable[[Tree, Tree], Tree]  # F: (w, inputs) -> a tree like w
@@ -63,8 +63,7 @@ def pull_back_implicit(
     *,
     start: Tree | None = None,
 ) -> tuple[Tree, Solution]:
-    """Return (-(d_inputs F)' x, x) for the solution x of (d_w F)' x = v; all of it differentiable
-    again.
+    """Return (-(d_inputs F)' x, x) for the solution x of (d_w F)' x = v; differentiable again.
 
     A random F draws the same numbers in the linear system and in the product, but for a compiled
     one, which cannot.
@@ -87,7 +86,7 @@ def pull_back_implicit(
             compiled.
     """
     # one evaluation of F for the solver and the product
-    if is_last() and stands_in(chosen((w, inputs), (True, wanted))):
+    if is_unrecorded() and stands_in(choose((w, inputs), (True, wanted))):
         at_point = Linearized(residual, (w, inputs), (True, wanted))
         solution = solver(lambda x: at_point.pull_back(x, 0), cotangent, start=start)
         return at_point.pull_back(tree.map(torch.neg, solution.value), 1, keep=False), solution

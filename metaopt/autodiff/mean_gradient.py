@@ -12,8 +12,8 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.forward import slope_along
 from metaopt.autodiff.gradient import gradient
-from metaopt.autodiff.pullback import chosen, plus, pull_back, put, spread
-from metaopt.compiled import compiled
+from metaopt.autodiff.pullback import choose, plus, pull_back, put, spread
+from metaopt.compiled import compile_whole
 from metaopt.tree import Tree
 
 Hvp = Literal["reverse", "forward"]
@@ -21,8 +21,9 @@ Hvp = Literal["reverse", "forward"]
 
 @dataclass(frozen=True)
 class MeanGradient:
-    """(g, L, aux) with g = grad_w L(inputs, w, state, batch), from micro-batches: L = (L_1 + ... +
-    L_m) / m.
+    """(g, L, aux) with g = grad_w L(inputs, w, state, batch), from m micro-batches.
+
+    L is their mean, (L_1 + ... + L_m) / m.
 
     Attributes:
         loss: (inputs, params, state, batch) -> (L, aux); L is a mean over the examples, and aux
@@ -32,8 +33,6 @@ class MeanGradient:
         microbatches: m, the number of equal parts these are cut into, one after the other.
         hvp: how the gradient is differentiated: "reverse" over reverse, or "forward" over reverse.
         compile: whether what one micro-batch needs is compiled.
-        allow_unused: whether g is None, not zero, for a parameter that L does not depend on; for m
-            = 1.
     """
 
     loss: Callable[[Tree, Tree, Tree, Tree], tuple[Tensor, Tree]]
@@ -41,13 +40,12 @@ class MeanGradient:
     microbatches: int = 1
     hvp: Hvp = "reverse"
     compile: bool = False
-    allow_unused: bool = False
 
     def __call__(
         self, inputs: Tree, params: Tree, state: Tree, batch: Tree
     ) -> tuple[Tree, Tensor, Tree]:
         """Return (g, L, aux)."""
-        of_one = compiled(self._of_one) if self.compile else self._of_one
+        of_one = compile_whole(self._of_one) if self.compile else self._of_one
         first, *rest = self._parts((inputs, params, state, batch))
         total = of_one(*first)
         for part in rest:
@@ -57,8 +55,9 @@ class MeanGradient:
     def pull_back(
         self, arguments: Tree, cotangents: tuple[Tree, Tensor | None, Tree], wanted: Tree
     ) -> Tree:
-        """Return the cotangents of (inputs, params, state, batch), given c on g, a on L and b on
-        aux: d<c, g> + a dL + d<b, aux>.
+        """Return the cotangents of (inputs, params, state, batch): d<c, g> + a dL + d<b, aux>.
+
+        Here c is the cotangent of g, a that of L, and b that of aux.
 
         Args:
             arguments: (inputs, params, state, batch).
@@ -80,7 +79,7 @@ class MeanGradient:
             or any(bar is not None for bar in tree.leaves(of_aux))
         )
         of_one = self._pull_back_reverse if is_reverse else self._pull_back_forward
-        of_one = compiled(of_one) if self.compile else of_one
+        of_one = compile_whole(of_one) if self.compile else of_one
         first, *rest = self._parts(arguments)
         total = of_one(first, cotangents, wanted)
         for part in rest:
@@ -116,9 +115,7 @@ class MeanGradient:
     def _of_one(
         self, inputs: Tree, params: Tree, state: Tree, batch: Tree
     ) -> tuple[Tree, Tensor, Tree]:
-        grads, loss, aux = gradient(
-            lambda at: self.loss(inputs, at, state, batch), params, allow_unused=self.allow_unused
-        )
+        grads, loss, aux = gradient(lambda at: self.loss(inputs, at, state, batch), params)
         if self.microbatches > 1 and tree.leaves(aux):
             raise ValueError(
                 f"`microbatches={self.microbatches}` needs a loss that is a mean over examples and "
@@ -136,17 +133,14 @@ class MeanGradient:
     def _pull_back_forward(
         self, arguments: Tree, cotangents: tuple[Tree, Tensor | None, Tree], wanted: Tree
     ) -> Tree:
-        """One derivative along c: with F = dL/dv at w, the result is d/de F(w + e c) + a F, for the
-        wanted v.
-        """
+        """Return d/de F(w + e c) + a F for F = dL/dv, for the wanted v: one derivative along c."""
         inputs, params, state, batch = here = arguments
         along, of_loss, _ = cotangents
 
         def slopes_at(at: Tree) -> list[Tensor]:
             there = (inputs, at, state, batch)
-            return torch.func.grad(lambda variables: self.loss(*put(variables, there, wanted))[0])(
-                chosen(there, wanted)
-            )
+            slope = torch.func.grad(lambda variables: self.loss(*put(variables, there, wanted))[0])
+            return slope(choose(there, wanted))  # type: ignore[no-any-return]
 
         slopes, bars = slope_along(
             slopes_at, params, along, asked='`hvp="forward"`', instead='`hvp="reverse"`'
@@ -157,9 +151,7 @@ class MeanGradient:
 
 
 def _merge(one: Tensor | None, other: Tensor | None, is_example: bool) -> Tensor | None:
-    """Join the cotangents of two micro-batches: side by side for examples, as a sum for what both
-    read.
-    """
+    """Join the cotangents of two micro-batches: side by side for examples, else as a sum."""
     return (
         torch.cat((one, other))
         if is_example and one is not None and other is not None

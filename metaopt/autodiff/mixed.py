@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.gradient import gradient
-from metaopt.autodiff.pullback import chosen, pull_back, put, spread
+from metaopt.autodiff.pullback import choose, pull_back, put, spread
 from metaopt.autodiff.replay import Ambient
 from metaopt.tree import Tree
 
@@ -43,8 +43,9 @@ def mixed_product(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree) -> Tr
 def mixed_difference(
     loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, radius: float, *, sign: int = 1
 ) -> Tree:
-    """Return sign (G(w + e x) - G(w - e x)) / 2e with G = grad_given L and e = radius / |x|;
-    differentiable again.
+    """Return sign (G(w + e x) - G(w - e x)) / 2e with G = grad_given L and e = radius / |x|.
+
+    It is differentiable again.
 
     The error is radius^2 |x| / 6 times the third derivative of G along x / |x|, and that of
     rounding, of the order of eps |x| (|G| + |w| |dG/dw|) / radius. Both sides see the same random
@@ -70,7 +71,7 @@ def mixed_difference(
     _check_precision(w, kinds)
     length = tree.norm(x)
     scale = radius / torch.where(length > 0, length, 1)
-    variables = chosen(given, wanted)
+    variables = choose(given, wanted)
 
     def slope(e: Tensor) -> list[Tensor]:
         # of a wider one a 0-dim leaf would take the dtype
@@ -84,13 +85,13 @@ def mixed_difference(
         slopes: list[Tensor] = gradient(value, variables)[0]
         return slopes
 
-    ahead, behind = same_noise(slope, [scale, -scale])
+    ahead, behind = map_same_noise(slope, [scale, -scale])
     slant = length / (sign * 2 * radius)
     bars = [((a - b) * slant).to(a.dtype) for a, b in zip(ahead, behind, strict=True)]
     return spread(bars, given, wanted)
 
 
-def same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tree]:
+def map_same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tree]:
     """Return the function's values at these points, with the same random numbers in each."""
     if torch.compiler.is_compiling():  # a compiler cannot wind a generator back
         values = torch.func.vmap(function, randomness="same")(tree.stack(points))

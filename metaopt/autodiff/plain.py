@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.graph import VARIABLES, beginning, goes_beyond
+from metaopt.autodiff.graph import VARIABLES, begin_leaf, goes_beyond
 from metaopt.torch_internals import uses_dual_numbers
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
 
 def stands_in(leaves: Sequence[Tensor]) -> bool:
-    """Say whether plain autograd can differentiate a function of these leaves in the place of a
-    transform.
+    """Return True if plain autograd can differentiate a function of these leaves.
 
     Not inside a transform or a compiler; nor in inference mode, where it would answer zero; nor in
     forward mode, of which a fresh variable would lose the tangent. Elsewhere it can, and takes
@@ -31,33 +29,33 @@ def stands_in(leaves: Sequence[Tensor]) -> bool:
     )
 
 
-def evaluated(
-    function: Callable[[list[Tensor]], Any], leaves: Sequence[Tensor], again: bool
-) -> tuple[list[Tensor], Any]:
-    """Return (variables, function(variables)) for variables with the values of the leaves, with a
-    graph.
+def begin_at(leaves: Sequence[Tensor], again: bool) -> list[Tensor]:
+    """Return variables with the values of the leaves, at which a graph begins.
 
     Args:
-        function: what is to be differentiated.
-        leaves: where.
-        again: whether the graph of the leaves goes on. Without, and where a leaf has none, it
-            begins at the variable.
+        leaves: tensors.
+        again: whether the graph of the leaves goes on; where a leaf has none, it begins here.
     """
-    # Aliases: the function may read the same tensors by another way, and these are not variables.
+    # Aliases: a function may read the same tensors by another way, and these are not variables.
     if again:
-        variables = [
-            leaf.view_as(leaf) if leaf.requires_grad else beginning(leaf) for leaf in leaves
-        ]
-    else:
-        variables = [leaf.detach().requires_grad_() for leaf in leaves]
-    running = VARIABLES.set((*VARIABLES.get(), *variables))
-    before = torch.is_grad_enabled()
-    torch.set_grad_enabled(True)
-    try:
-        return variables, function(variables)
-    finally:
-        VARIABLES.reset(running)
-        torch.set_grad_enabled(before)
+        return [leaf.view_as(leaf) if leaf.requires_grad else begin_leaf(leaf) for leaf in leaves]
+    return [leaf.detach().requires_grad_() for leaf in leaves]
+
+
+class Recording:
+    """While entered, a graph is kept of what is computed from these variables."""
+
+    def __init__(self, variables: Sequence[Tensor]):
+        self.variables = variables
+
+    def __enter__(self) -> None:
+        self._running = VARIABLES.set((*VARIABLES.get(), *self.variables))
+        self._before = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+
+    def __exit__(self, *_: object) -> None:
+        VARIABLES.reset(self._running)
+        torch.set_grad_enabled(self._before)
 
 
 def slopes(
@@ -109,9 +107,7 @@ def slopes_of_scalar(
 
 
 def cut(values: Tree, leaves: Sequence[Tensor]) -> Tree:
-    """Detach the tensors that were computed from nothing but fresh variables, if some of these
-    leaves were given such a one.
-    """
+    """Detach what was computed from nothing but fresh variables, if some leaves were given one."""
     if all(leaf.requires_grad for leaf in leaves):
         return values
     return tree.map(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, repeat
 from typing import Any
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.plain import cut, evaluated, slopes, stands_in
+from metaopt.autodiff.plain import Recording, begin_at, cut, slopes, stands_in
+from metaopt.transforms import constant, is_differentiable
 from metaopt.tree import Tree
 
 
 def pull_back(
     function: Callable[..., Tree], arguments: Tree, cotangents: Tree, wanted: Tree
 ) -> Tree:
-    """Return the cotangents of `arguments`: bar_a = sum_i bar_r_i d r_i / d a, where r =
-    function(*arguments).
+    """Return the cotangents of the arguments: bar_a = sum_i bar_r_i d r_i / d a.
+
+    Here r = function(*arguments).
 
     It is a function of tensors alone, and differentiable again.
 
@@ -45,7 +48,7 @@ def pull_back_and_value(
 ) -> tuple[Tree, Tree]:
     """Return what `pull_back` does, and r; None where there was no need to evaluate it."""
     seeds = tree.leaves(cotangents)
-    variables = chosen(arguments, wanted)
+    variables = choose(arguments, wanted)
     if not variables or all(seed is None for seed in seeds):
         return spread(repeat(None), arguments, wanted), None
 
@@ -59,14 +62,55 @@ def pull_back_and_value(
         _, pull, value = torch.func.vjp(run, variables, has_aux=True)  # type: ignore[misc]
         return spread(pull(given)[0], arguments, wanted), value
     again = torch.is_grad_enabled()
-    fresh, (results, value) = evaluated(run, variables, again)
-    bars = _dense(slopes(results, fresh, given, again=again), variables)
+    fresh = begin_at(variables, again)
+    with Recording(fresh):
+        results, value = run(fresh)
+    bars = _densify(slopes(results, fresh, given, again=again), variables)
     return spread(cut(bars, variables) if again else bars, arguments, wanted), value
 
 
+def vjp(
+    function: Callable[..., Tree], arguments: Tree
+) -> tuple[Tree, Callable[[Tree, Tree], Tree]]:
+    """Return (r, pullback) for r = function(*arguments), evaluated once.
+
+    `pullback(cotangents, wanted)` is what `pull_back` returns, as often as it is asked for. It
+    keeps the graph of the evaluation, of all that has a derivative in the arguments.
+    """
+    everywhere = tree.map(is_differentiable, arguments)
+    variables = choose(arguments, everywhere)
+
+    def run(variables: list[Tensor]) -> tuple[list[Tensor], Tree]:
+        value = function(*put(variables, arguments, everywhere))
+        return [leaf for leaf in tree.leaves(value) if is_differentiable(leaf)], value
+
+    if stands_in(variables):
+        again = torch.is_grad_enabled()
+        fresh = begin_at(variables, again)
+        with Recording(fresh):
+            results, value = run(fresh)
+        value = value if again else tree.map(constant, value)
+
+        def pull(seeds: list[Tensor]) -> list[Tensor | None]:
+            again = torch.is_grad_enabled()
+            return slopes(results, fresh, seeds, again=again, keep=True)
+    else:
+        results, pull_all, value = torch.func.vjp(run, variables, has_aux=True)  # type: ignore[misc]
+
+        def pull(seeds: list[Tensor]) -> list[Tensor | None]:
+            return pull_all(seeds)[0]  # type: ignore[no-any-return]
+
+    def pullback(cotangents: Tree, wanted: Tree) -> Tree:
+        seeds: list[Tensor] = []
+        tree.map(functools.partial(_add_seeds, seeds), cotangents, value)
+        bars = spread(_densify(pull(seeds), variables), arguments, everywhere)
+        return spread(choose(bars, wanted), arguments, wanted)
+
+    return value, pullback
+
+
 class Linearized:
-    """A function at a point, evaluated once, and its transposed derivative there as often as it is
-    asked for.
+    """A function at a point, evaluated once, and its transposed derivative there, many times.
 
     Where plain autograd can stand in for a transform (see `stands_in`), and nobody differentiates
     it again, but for a transform around `pull_back` itself: the cotangents may be those of a
@@ -81,16 +125,14 @@ class Linearized:
     def __init__(self, function: Callable[..., Tree], arguments: Tree, wanted: Tree):
         self._arguments, self._wanted = arguments, wanted
         counts = [
-            len(chosen(argument, part)) for argument, part in zip(arguments, wanted, strict=True)
+            len(choose(argument, part)) for argument, part in zip(arguments, wanted, strict=True)
         ]
         self._parts = [
             slice(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)
         ]
-
-        def run(variables: list[Tensor]) -> list[Tensor]:
-            return tree.leaves(function(*put(variables, arguments, wanted)))
-
-        self._variables, self._results = evaluated(run, chosen(arguments, wanted), False)
+        self._variables = begin_at(choose(arguments, wanted), again=False)
+        with Recording(self._variables):
+            self._results = tree.leaves(function(*put(self._variables, arguments, wanted)))
 
     def pull_back(self, cotangents: Tree, argument: int, *, keep: bool = True) -> Tree:
         """Return the cotangent of one of the arguments; without `keep` it is the last time."""
@@ -101,16 +143,23 @@ class Linearized:
             if variables
             else []
         )
-        return spread(_dense(bars, variables), self._arguments[argument], self._wanted[argument])
+        return spread(_densify(bars, variables), self._arguments[argument], self._wanted[argument])
 
 
-def _dense(bars: Iterable[Tensor | None], like: Iterable[Tensor]) -> list[Tensor]:
+def _add_seeds(seeds: list[Tensor], cotangent: Tensor | None, value: Tree) -> None:
+    """Add the cotangents of the leaves of `value`, for all of which None may stand."""
+    for leaf in tree.leaves(value):
+        if is_differentiable(leaf):
+            seeds.append(torch.zeros_like(leaf) if cotangent is None else cotangent)
+
+
+def _densify(bars: Iterable[Tensor | None], like: Iterable[Tensor]) -> list[Tensor]:
     return [
         torch.zeros_like(leaf) if bar is None else bar for bar, leaf in zip(bars, like, strict=True)
     ]
 
 
-def chosen(values: Tree, wanted: Tree) -> list[Any]:
+def choose(values: Tree, wanted: Tree) -> list[Any]:
     """Return the leaves that are wanted; one bool may stand for a whole part of the tree."""
     found: list[Any] = []
     _choose(values, wanted, found)
@@ -119,14 +168,12 @@ def chosen(values: Tree, wanted: Tree) -> list[Any]:
 
 def put(leaves: Iterable[Any], values: Tree, wanted: Tree) -> Tree:
     """Return `values` with these in the place of the leaves that are wanted."""
-    return _filled(iter(leaves), values, wanted)
+    return _fill(iter(leaves), values, wanted)
 
 
 def spread(leaves: Iterable[Any], values: Tree, wanted: Tree) -> Tree:
-    """Return `values` with these in the place of the leaves that are wanted, and None for every
-    part that is not.
-    """
-    return _filled(iter(leaves), values, wanted, True)
+    """Return `values` with these in the place of the wanted leaves, and None elsewhere."""
+    return _fill(iter(leaves), values, wanted, True)
 
 
 # No closures: one that calls itself is a circle, which keeps the leaves alive until the collector
@@ -138,9 +185,9 @@ def _choose(values: Tree, wanted: Tree, found: list[Any]) -> None:
             found += tree.leaves(values)
     elif kind is dict:
         for key, part in wanted.items():
-            if part is not False:
+            if part is not False:  # most parts: not even a call for these
                 _choose(values[key], part, found)
-    elif kind is tuple or kind is list:
+    elif issubclass(kind, tuple | list):
         for value, part in zip(values, wanted, strict=True):
             if part is not False:
                 _choose(value, part, found)
@@ -149,31 +196,27 @@ def _choose(values: Tree, wanted: Tree, found: list[Any]) -> None:
         found += [leaf for leaf, is_wanted in pairs if is_wanted]
 
 
-def _filled(fresh: Iterator[Any], values: Tree, wanted: Tree, bare: bool = False) -> Tree:
+def _fill(fresh: Iterator[Any], values: Tree, wanted: Tree, bare: bool = False) -> Tree:
     kind = type(wanted)
     if kind is bool:
         if wanted:
-            return (
-                next(fresh)
-                if isinstance(values, Tensor)
-                else tree.map(lambda _: next(fresh), values)
-            )
+            if isinstance(values, Tensor):
+                return next(fresh)
+            return tree.map(lambda _: next(fresh), values)
         return None if bare else values
     if kind is dict:
         return {
             key: (None if bare else values[key])
             if part is False
-            else _filled(fresh, values[key], part, bare)
+            else _fill(fresh, values[key], part, bare)
             for key, part in wanted.items()
         }
-    if kind is tuple or kind is list:
-        pairs = zip(values, wanted, strict=True)
-        return kind(
-            [
-                (None if bare else value) if part is False else _filled(fresh, value, part, bare)
-                for value, part in pairs
-            ]
-        )
+    if issubclass(kind, tuple | list):
+        parts = [
+            (None if bare else value) if part is False else _fill(fresh, value, part, bare)
+            for value, part in zip(values, wanted, strict=True)
+        ]
+        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
     return tree.map(
         lambda leaf, is_wanted: next(fresh) if is_wanted else None if bare else leaf, values, wanted
     )

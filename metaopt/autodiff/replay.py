@@ -60,8 +60,9 @@ class Ambient:
 
     @classmethod
     def after(cls, generator: torch.Generator, leaves: Iterable[Any]) -> Ambient:
-        """Return the present autocast mode with the numbers that a CPU `generator` would draw next,
-        on a GPU others of its seed.
+        """Return the present autocast mode with the numbers that a CPU `generator` would draw.
+
+        On a GPU others of its seed are drawn.
         """
         present, seed = cls.now(leaves), generator.initial_seed()
         cuda = {

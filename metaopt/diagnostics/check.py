@@ -32,9 +32,7 @@ class HypergradientCheck:
 
     @property
     def relative_errors(self) -> tuple[float, ...]:
-        """Return |slope - difference| / max(|slope|, |difference|) for each direction, 0 where both
-        are 0.
-        """
+        """Return |slope - difference| / max(|slope|, |difference|) for each; 0 where both are 0."""
         pairs = zip(self.slopes, self.differences, strict=True)
         return tuple(abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0 for a, b in pairs)
 
@@ -57,8 +55,7 @@ def hypergradient_check(
     step: float = STEP,
     tolerance: float | None = 1e-5,
 ) -> HypergradientCheck:
-    """Compare a level's hypergradient at the present state with central differences of its T(w)
-    along random directions.
+    """Compare a level's hypergradient with central differences of its T(w) along directions.
 
     T(w) is the level's loss after the steps that the levels below make until its next step, on the
     next batches. The whole graph is copied in float64, models too; rules, which the differences do
@@ -111,7 +108,7 @@ def hypergradient_check(
         differences.append(cast(float, ((ahead - behind) / (2 * step)).tolist()))
     check = HypergradientCheck(tuple(slopes), tuple(differences))
     if tolerance is not None and not all(error <= tolerance for error in check.relative_errors):
-        rules = ", ".join(sorted({str(edge.differentiate) for edge in graph.program.edges}))
+        rules = ", ".join(sorted({str(edge.differentiate) for edge in graph.plan.edges}))
         raise ValueError(
             f"hypergradient_check: level {level!r} must agree with finite differences to "
             f"{tolerance:g}, got\n{check.table()}\nThe rules are {rules}. A rule with a bias "

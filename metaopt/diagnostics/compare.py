@@ -79,8 +79,7 @@ def compare_rules(
     exact: Rule = BACKPROP,
     repeats: int = 5,
 ) -> RuleComparison:
-    """Compute a level's hypergradient at the graph's present state by each rule, and by the exact
-    one.
+    """Compute a level's present hypergradient by each rule, and by the exact one.
 
     Each rule in turn is that of every edge below the level: what is exact is so through everything.
     The hypergradient is the one that the level's next step would use, on the batches that it would
@@ -110,7 +109,7 @@ def compare_rules(
             "`[mo.T1T2(), mo.SAMA()]`."
         )
     check_count("compare_rules", "repeats", repeats)
-    if level in graph.program.levels and not graph.program.lowers(level):
+    if level in graph.plan.levels and not graph.plan.lowers[level]:
         raise ValueError(
             f"compare_rules: `level` must have levels below it, got {level!r}, whose gradient no "
             f"rule takes part in."
@@ -128,7 +127,7 @@ def compare_rules(
 
 def _measure(graph: LevelGraph, rule: Rule, level: str, repeats: int) -> tuple[Params, float, int]:
     """Return the hypergradient, the median time and the memory of one rule."""
-    order = graph.program.order
+    order = graph.plan.order
     uppers = {level} | order.below.get(level, frozenset())
     twin = with_rules(graph, lambda edge: rule if edge.upper.name in uppers else edge.differentiate)
 

@@ -16,8 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
-    """Call the function and return by how many bytes its tensors raised the memory of the device at
-    most.
+    """Call the function and return by how many bytes its tensors raised the memory at most.
 
     On CUDA what torch's allocator says. On the CPU, every block that torch's allocator hands out
     and takes back, from its profiler: temporaries inside operators count, memory of libraries (of
@@ -55,8 +54,7 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """While entered, what is written to the process's standard error is lost: the profiler's
-    library writes there that it runs.
+    """While entered, what the profiler's library writes to standard error is lost.
 
     Its own switch is an environment variable, read when torch is imported.
     """
@@ -72,9 +70,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _peak(events: list[dict[str, Any]]) -> int:
-    """Return the largest sum of blocks held at once; blocks from before the trace are not among
-    them.
-    """
+    """Return the largest sum of blocks held at once, without blocks from before the trace."""
     held: dict[int, int] = {}
     now = most = 0
     for event in sorted(

@@ -13,8 +13,7 @@ from metaopt.tree import Tree
 
 
 def metasmoothness(train: Callable[[Tree], Tree], z: Tree, direction: Tree, step: float) -> float:
-    """Return S in [-1, 1]: how far the trained parameters go on in the direction in which they set
-    out, when z does.
+    """Return S in [-1, 1]: how far training goes on in the direction in which it set out.
 
     With theta_0, theta_h, theta_2h trained at z, z + h v and z + 2h v, and d = |theta_2h - theta_0|
     entrywise: S = sum_i d_i / |d|_1 sign(theta_h - theta_0)_i sign(theta_2h - theta_h)_i. Near 1 a

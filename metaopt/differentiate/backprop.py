@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +15,9 @@ from metaopt.autodiff.mean_gradient import Hvp, MeanGradient
 from metaopt.autodiff.pullback import plus, pull_back
 from metaopt.autodiff.replay import Ambient
 from metaopt.checks import check_count
-from metaopt.compiled import compiled
-from metaopt.differentiate.base import InnerLoop, Update, unroll
+from metaopt.compiled import compile_whole
+from metaopt.differentiate.protocol import InnerLoop, Inputs, Result, Update
+from metaopt.differentiate.steps import StepsRule, unroll
 from metaopt.exact_ops import any_order
 from metaopt.scan import Memory, check_memory
 from metaopt.scan.stream import Stream, first_row
@@ -24,7 +26,7 @@ from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
-class Backprop:
+class Backprop(StepsRule):
     """Exact adjoint of the steps taken, with second derivatives of the loss.
 
     For w_{t+1} = w_t + u(grad L(w_t), s_t, w_t): the derivative of everything the loop returns with
@@ -104,31 +106,42 @@ class Backprop:
     def _splits_steps(self) -> bool:
         return self.microbatches > 1 or self.hvp == "forward"
 
-    def forgets_start(self, loop: InnerLoop) -> bool:
-        """Return True if the window is known to leave out the first step, so that nothing depends
-        on where the loop starts.
-        """
-        return self.window is not None and loop.steps is not None and loop.steps > self.window
+    def ignored(self, loop: InnerLoop) -> dict[str, Tree]:
+        """Return where the loop starts, if the window is known to leave out the first step."""
+        if self.window is None or loop.steps is None or loop.steps <= self.window:
+            return {}
+        return {"initial parameters": loop.params, "initial state": loop.state}
 
-    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
+    def attach(self, loop: InnerLoop) -> Result:
+        """Return the result of the steps, with their graph."""
         loop = replace(loop, update=_exact(loop.update))
-        if loop.skips and self._splits_steps:
+        unroll_steps = self._unroll_parts(loop) if self._splits_steps else unroll
+        if self.window is None:
+            return unroll_steps(loop, self.memory)
+        early, late = _cut(loop, self.window)
+        if early is None:
+            return unroll_steps(late, self.memory)
+        with torch.no_grad():
+            before = unroll_steps(early, "full")
+        params, state, emitted = tree.map(torch.Tensor.detach, before)
+        late = replace(late, params=params, state=state)
+        after = unroll_steps(late, self.memory)
+        joined = tree.map(lambda early, late: torch.cat([early, late]), emitted, after.emitted)
+        return after._replace(emitted=joined)
+
+    def _unroll_parts(self, loop: InnerLoop) -> Callable[[InnerLoop, Memory], Result]:
+        """Return what runs a loop whose steps are pulled back part by part."""
+        if loop.skips:
             raise ValueError(
                 f'Backprop: unused="skip" cannot be had with microbatches={self.microbatches} and '
-                f"hvp={self.hvp!r}, which pull "
-                "back the gradient of every parameter. Leave one of them out."
+                f"hvp={self.hvp!r}, which pull back the gradient of every parameter. Leave one of "
+                "them out."
             )
-        gradient = MeanGradient(
-            loop.loss,
-            _examples(loop, self.microbatches),
-            self.microbatches,
-            self.hvp,
-            allow_unused=loop.skips,
-        )
-        recomputed = replace(gradient, compile=loop.compile)
+        examples = _find_examples(loop, self.microbatches)
+        gradient = MeanGradient(loop.loss, examples, self.microbatches, self.hvp)
 
-        def after_gradient(
-            inputs: Tree,
+        def update(
+            inputs: Inputs,
             grads: Tree,
             state: Any,
             params: Tree,
@@ -139,56 +152,46 @@ class Backprop:
             after = loop.update(inputs, grads, state, params, loss, aux)
             return after, loop.emit(inputs, after, batch, loss, aux)
 
-        of_update = functools.partial(pull_back, after_gradient)
-        pull_back_update = compiled(of_update) if loop.compile else of_update
-
-        def pullback(
-            inputs: Tree, carry: Tree, batch: Tree, cotangents: tuple[Tree, Tree], wanted: Tree
-        ) -> tuple[tuple[Tree, Tree, Tree], Tree]:
-            """Pull back the update, then the gradient: theirs are the only graphs, one after the
-            other.
-            """
-            params, state = carry
-            in_inputs, (in_params, in_state), in_batch = wanted
-            ambient = Ambient.now(tree.leaves((inputs, carry, batch)))
-            grads, loss, aux = recomputed(inputs, params, state, batch)
-            arguments = (inputs, grads, state, params, loss, aux, batch)
-            in_arguments = (
-                in_inputs,
-                _all(grads),
-                in_state,
-                in_params,
-                True,
-                tree.map(is_differentiable, aux),
-                in_batch,
-            )
-            *early, to_batch = pull_back_update(arguments, cotangents, in_arguments)
-            to_inputs, to_grads, to_state, to_params, to_loss, to_aux = early
-            with ambient.restored():  # the gradient sees the random numbers that it saw above
-                read, in_read = (
-                    (inputs, params, state, batch),
-                    (in_inputs, in_params, in_state, in_batch),
-                )
-                bars = recomputed.pull_back(read, (to_grads, to_loss, to_aux), in_read)
-            sums = tree.map(plus, (to_inputs, to_params, to_state, to_batch), bars)
-            return (sums[0], (sums[1], sums[2]), sums[3]), loss
-
-        own = pullback if self._splits_steps else None
-        if self.window is None:
-            return unroll(loop, gradient, self.memory, own)
-        early, late = _parted(loop, self.window)
-        if early is None:
-            return unroll(late, gradient, self.memory, own)
-        with torch.no_grad():
-            start = unroll(early, gradient, "full")
-        params, state, before = tree.map(torch.Tensor.detach, start)
-        params, state, after = unroll(
-            replace(late, params=params, state=state), gradient, self.memory, own
+        of_update = functools.partial(pull_back, update)
+        pullback = functools.partial(
+            _pull_back_step,
+            replace(gradient, compile=loop.compile),
+            compile_whole(of_update) if loop.compile else of_update,
         )
-        return params, state, tree.map(lambda early, late: torch.cat([early, late]), before, after)
+        return functools.partial(unroll, parts=gradient, pullback=pullback)
 
 
-def _parted(loop: InnerLoop, window: int) -> tuple[InnerLoop | None, InnerLoop]:
+def _pull_back_step(
+    gradient: MeanGradient,
+    pull_back_update: Callable[..., Tree],
+    inputs: Inputs,
+    carry: tuple[Tree, Any],
+    batch: Tree,
+    cotangents: tuple[Tree, Tree],
+    wanted: Tree,
+) -> tuple[tuple[Tree, Tree, Tree], Tree]:
+    """Pull back the update, then the gradient: theirs are the only graphs, one after the other."""
+    params, state = carry
+    in_inputs, (in_params, in_state), in_batch = wanted
+    ambient = Ambient.now(tree.leaves((inputs, carry, batch)))
+    grads, loss, aux = gradient(inputs, params, state, batch)
+
+    to_inputs, to_grads, to_state, to_params, to_loss, to_aux, to_batch = pull_back_update(
+        (inputs, grads, state, params, loss, aux, batch),
+        cotangents,
+        (in_inputs, True, in_state, in_params, True, tree.map(is_differentiable, aux), in_batch),
+    )
+    with ambient.restored():  # the gradient sees the random numbers that it saw above
+        bars = gradient.pull_back(
+            (inputs, params, state, batch),
+            (to_grads, to_loss, to_aux),
+            (in_inputs, in_params, in_state, in_batch),
+        )
+    sums = tree.map(plus, (to_inputs, to_params, to_state, to_batch), bars)
+    return (sums[0], (sums[1], sums[2]), sums[3]), loss
+
+
+def _cut(loop: InnerLoop, window: int) -> tuple[InnerLoop | None, InnerLoop]:
     """Return the loop's (steps before the last `window`, if any; last `window` steps)."""
     if isinstance(loop.batches, Stream):
         rows = list(loop.batches.watch())
@@ -214,34 +217,29 @@ def _exact(update: Update) -> Update:
     return call
 
 
-def _all(values: Tree) -> Tree:
-    return tree.map(lambda _: True, values)
+def _find_examples(loop: InnerLoop, microbatches: int) -> Tree:
+    """Return which leaves of (inputs, params, state, batch) hold examples.
 
-
-def _none(values: Tree) -> Tree:
-    return tree.map(lambda _: False, values)
-
-
-def _examples(loop: InnerLoop, microbatches: int) -> Tree:
-    """Return which leaves of (inputs, params, state, batch) hold examples, having seen that they
-    can be cut into equal parts.
+    Raises:
+        ValueError: these cannot be cut into equal parts.
     """
+    nowhere = tree.map(lambda _: False, (loop.inputs, loop.params, loop.state))
+    in_inputs, in_params, in_state = nowhere
     batch = first_row(loop.batches)
-    in_inputs, in_batch = _none(loop.inputs), _all(batch)
+    in_batch = tree.map(lambda _: True, batch)
     if not tree.leaves(batch):
         batch = loop.inputs["batch"]
-        in_inputs = {**in_inputs, "batch": _all(batch)}
+        in_inputs = {**in_inputs, "batch": tree.map(lambda _: True, batch)}
     for path, length in tree.leading_axes(batch).items():
         if microbatches > 1 and length < 0:
             raise ValueError(
                 f"`microbatches={microbatches}` needs a batch whose every leaf has a leading axis "
-                f"of examples, which {path} has "
-                "not. Pass what is no example as `meta`, or leave `microbatches` out."
+                f"of examples, which {path} has not. Pass what is no example as `meta`, or leave "
+                "`microbatches` out."
             )
         if length % microbatches:
             raise ValueError(
                 f"`microbatches` must divide the number of examples, got {microbatches} for the "
-                f"{length} at {path}. Choose a "
-                "divisor, or another batch size."
+                f"{length} at {path}. Choose a divisor, or another batch size."
             )
-    return in_inputs, _none(loop.params), _none(loop.state), in_batch
+    return in_inputs, in_params, in_state, in_batch

@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.derivative import with_derivative
-from metaopt.autodiff.pullback import chosen, put, spread
-from metaopt.autodiff.replay import Ambient
+from metaopt.autodiff.pullback import choose, put, spread
 from metaopt.checks import check_count, check_positive
-from metaopt.differentiate.base import (
-    InnerLoop,
-    run,
-    sources,
-    starting_from,
-    weighted_end,
-)
+from metaopt.differentiate.protocol import Given, InnerLoop, Result
+from metaopt.differentiate.rerun import RerunRule
+from metaopt.differentiate.steps import weigh_result
 from metaopt.transforms import outside_transforms
 from metaopt.tree import Tree
 
@@ -31,9 +25,10 @@ class _Count:
 
 
 @dataclass(frozen=True)
-class EvolutionStrategy:
-    """Estimate J' v by the mean over pairs of e <v, r(l + std e) - r(l - std e)> / (2 std), with e
-    ~ N(0, I).
+class EvolutionStrategy(RerunRule):
+    """Estimate J' v by the mean over pairs of e <v, r(l + std e) - r(l - std e)> / (2 std).
+
+    The noise is e ~ N(0, I).
 
     J is the derivative of the loop's result r(l) in everything l that is differentiated. The outer
     loss is differentiated as usual; v is its gradient. All runs see the same batches and the same
@@ -90,48 +85,37 @@ class EvolutionStrategy:
         """Go on as if this object had drawn so many blocks."""
         self._draws.made = draws
 
-    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tensor]:
-        given = sources(loop)
+    def pull_back(self, loop: InnerLoop, cotangents: Result, wanted: Given) -> Given:
+        """Return the estimate of J' v, with noise that no other pullback draws."""
+        given = loop.given()
+        variables = choose(given, wanted)
+        row = tree.ravel(variables)
+        noise = self._draw(row)
 
-        def pull_back(_: Tree, given: Tree, cotangent: Tree, wanted: Tree) -> Tree:
-            variables = chosen(given, wanted)
-            row = tree.ravel(variables)
-            noise = self._draw(row)
+        # Every run has a state of its own, for what is updated in place, as running statistics are.
+        def repeat(leaf: Any) -> Any:
+            return leaf.expand(2 * self.pairs, *leaf.shape) if isinstance(leaf, Tensor) else leaf
 
-            # Every run has a state of its own, for what is updated in place, as running statistics
-            # are.
-            inputs, params, state, batches = given
-            states = tree.map(
-                lambda leaf: (
-                    leaf.expand(2 * self.pairs, *leaf.shape) if isinstance(leaf, Tensor) else leaf
-                ),
-                state,
-            )
+        def value(row: Tensor, state: Tree) -> Tensor:
+            there = put(tree.unravel(row, variables), given._replace(state=state), wanted)
+            return weigh_result(loop.starting_from(there), cotangents)
 
-            def value(row: Tensor, state: Tree) -> Tensor:
-                there = put(tree.unravel(row, variables), (inputs, params, state, batches), wanted)
-                return weighted_end(starting_from(loop, there), cotangent)
-
-            rows = torch.cat([row + self.std * noise, row - self.std * noise])
-            try:
-                values = torch.func.vmap(value, randomness="same")(rows, states)
-            except RuntimeError as error:
-                if "setup_context" not in str(error) and not str(error).startswith("vmap:"):
-                    raise
-                raise ValueError(
-                    "`EvolutionStrategy` runs the loop for all pairs at once by `vmap`, which "
-                    "something in the loss does not "
-                    f"allow: {str(error).strip().splitlines()[0]} Use `Backprop()` or "
-                    f"`FirstOrder()`."
-                ) from error
-            ahead, behind = values.split(self.pairs)
-            slopes = (ahead - behind) / (2 * self.std)
-            finite = slopes.isfinite()
-            estimate = (torch.where(finite, slopes, 0) @ noise) / finite.sum()
-            return spread(tree.unravel(estimate, variables), given, wanted)
-
-        ambient = Ambient.now(tree.leaves(given))
-        return with_derivative(pull_back, run(starting_from(loop, given)), given, ambient)
+        rows = torch.cat([row + self.std * noise, row - self.std * noise])
+        try:
+            values = torch.func.vmap(value, randomness="same")(rows, tree.map(repeat, given.state))
+        except RuntimeError as error:
+            if "setup_context" not in str(error) and not str(error).startswith("vmap:"):
+                raise
+            raise ValueError(
+                "`EvolutionStrategy` runs the loop for all pairs at once by `vmap`, which "
+                "something in the loss does not allow: "
+                f"{str(error).strip().splitlines()[0]} Use `Backprop()` or `FirstOrder()`."
+            ) from error
+        ahead, behind = values[: self.pairs], values[self.pairs :]
+        slopes = (ahead - behind) / (2 * self.std)
+        finite = slopes.isfinite()
+        estimate = (torch.where(finite, slopes, 0) @ noise) / finite.sum()
+        return spread(tree.unravel(estimate, variables), given, wanted)  # type: ignore[no-any-return]
 
     def _draw(self, like: Tensor) -> Tensor:
         """Return [pairs, n] standard normal numbers, the same for every element of a `vmap`."""

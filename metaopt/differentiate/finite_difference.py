@@ -8,22 +8,17 @@ from torch import Tensor
 
 from metaopt.autodiff.mixed import mixed_difference
 from metaopt.checks import check_positive
-from metaopt.differentiate.base import (
-    End,
-    InnerLoop,
-    PointRule,
-    Scale,
-    at_end,
-    check_scale,
-    scaled,
-)
+from metaopt.differentiate.arguments import Scale, check_scale
+from metaopt.differentiate.point import End, PointRule, Read, at_end, scale_cotangent
+from metaopt.differentiate.protocol import InnerLoop
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
 class FiniteDifference(PointRule):
-    """For a cotangent v on the last parameters: -scale (G(w + e v) - G(w - e v)) / 2e, G =
-    grad_inputs L and e = radius / |v|.
+    """For a cotangent v: -scale (G(w + e v) - G(w - e v)) / 2e, G = grad_inputs L.
+
+    The cotangent is that of the last parameters w, and e = radius / |v|.
 
     DARTS' second term, of which `scale` is the step size xi: the derivative of one step of gradient
     descent, the mixed product taken where the loop ended. Only this response is scaled, not what
@@ -66,8 +61,8 @@ class FiniteDifference(PointRule):
         check_scale(self, self.scale)
 
     def pull_back(
-        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree
-    ) -> tuple[Tree, dict[str, Tensor]]:
+        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
+    ) -> tuple[Read, dict[str, Tensor]]:
         loss, read = at_end(loop, end)
-        x = scaled(self, self.scale, loop, end, cotangent)
+        x = scale_cotangent(self, self.scale, loop, end, cotangent)
         return mixed_difference(loss, end.params, read, x, wanted, self.radius, sign=-1), {}

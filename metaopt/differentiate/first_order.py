@@ -8,15 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from metaopt.autodiff.gradient import constant_gradient
-from metaopt.differentiate.base import InnerLoop, unroll
+from metaopt.differentiate.protocol import InnerLoop, Inputs, Result
+from metaopt.differentiate.steps import StepsRule, unroll
 from metaopt.scan import Memory, check_memory
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
-class FirstOrder:
-    """The derivative of the loop with everything the optimizer observes (gradients and loss) held
-    constant.
+class FirstOrder(StepsRule):
+    """The derivative of the loop with all that the optimizer observes held constant.
+
+    It observes gradients and losses.
 
     For MAML this is FOMAML; for learned optimizers the classic shortcut of leaving out the
     optimizee's second derivatives. The losses in the result are differentiated as usual. Exact when
@@ -39,17 +41,12 @@ class FirstOrder:
     def __post_init__(self) -> None:
         check_memory(self.memory)
 
-    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
-        def gradient(
-            inputs: Tree, params: Tree, state: Any, batch: Tree
-        ) -> tuple[Tree, Tensor, Tree]:
-            return constant_gradient(
-                lambda at: loop.loss(inputs, at, state, batch), params, allow_unused=loop.skips
-            )
+    def attach(self, loop: InnerLoop) -> Result:
+        """Return the result of the steps, with the graph of what is no gradient."""
 
         def update(
-            inputs: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree
+            inputs: Inputs, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree
         ) -> tuple[Tree, Any]:
             return loop.update(inputs, grads, state, params, loss.detach(), aux)
 
-        return unroll(replace(loop, update=update), gradient, self.memory)
+        return unroll(replace(loop, update=update), self.memory, constant_gradient)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.derivative import with_derivative
 from metaopt.autodiff.forward import slope_along
-from metaopt.autodiff.pullback import chosen, put, spread
-from metaopt.autodiff.replay import Ambient
-from metaopt.differentiate.base import InnerLoop, run, sources, starting_from, weighted_end
-from metaopt.tree import Tree
+from metaopt.autodiff.pullback import choose, put, spread
+from metaopt.differentiate.protocol import Given, InnerLoop, Result
+from metaopt.differentiate.rerun import RerunRule
+from metaopt.differentiate.steps import weigh_result
 
 
 @dataclass(frozen=True)
-class ForwardMode:
+class ForwardMode(RerunRule):
     """Exact derivative of the steps taken, Z_{t+1} = A_t Z_t + B_t, carried along with the steps.
 
     Z_t = d(w_t, s_t)/dl for everything l that is differentiated, m numbers in all; A_t and B_t are
@@ -41,30 +39,20 @@ class ForwardMode:
         Franceschi, Donini, Frasconi, Pontil 2017, arXiv:1703.01785, section 3.2.
     """
 
-    def __call__(self, loop: InnerLoop) -> tuple[Tree, Any, Tree]:
-        given = sources(loop)
+    def pull_back(self, loop: InnerLoop, cotangents: Result, wanted: Given) -> Given:
+        """Return Z_T' v."""
+        given = loop.given()
+        variables = choose(given, wanted)
+        row = tree.ravel(variables)
 
-        def pull_back(_: Tree, given: Tree, cotangent: Tree, wanted: Tree) -> Tree:
-            variables = chosen(given, wanted)
-            row = tree.ravel(variables)
+        def value(variables: list[Tensor]) -> Tensor:
+            return weigh_result(loop.starting_from(put(variables, given, wanted)), cotangents)
 
-            def value(variables: list[Tensor]) -> Tensor:
-                return weighted_end(starting_from(loop, put(variables, given, wanted)), cotangent)
+        def slope(direction: Tensor) -> Tensor:
+            along = tree.unravel(direction, variables)
+            asked, instead = "`ForwardMode`", "`Backprop()`"
+            return slope_along(value, variables, along, asked=asked, instead=instead)[1]  # type: ignore[no-any-return]
 
-            def along(direction: Tensor) -> Tensor:
-                _, slope = slope_along(
-                    value,
-                    variables,
-                    tree.unravel(direction, variables),
-                    asked="`ForwardMode`",
-                    instead="`Backprop()`",
-                )
-                return slope
-
-            slopes = torch.func.vmap(along, randomness="same")(
-                torch.eye(len(row), dtype=row.dtype, device=row.device)
-            )
-            return spread(tree.unravel(slopes, variables), given, wanted)
-
-        ambient = Ambient.now(tree.leaves(given))
-        return with_derivative(pull_back, run(starting_from(loop, given)), given, ambient)
+        each = torch.eye(len(row), dtype=row.dtype, device=row.device)
+        slopes = torch.func.vmap(slope, randomness="same")(each)
+        return spread(tree.unravel(slopes, variables), given, wanted)  # type: ignore[no-any-return]

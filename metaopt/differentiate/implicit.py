@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from metaopt.autodiff.implicit import pull_back_implicit
-from metaopt.autodiff.mean_gradient import MeanGradient
-from metaopt.differentiate.base import End, InnerLoop, PointRule, without_optimizer
+from metaopt.differentiate.point import End, PointRule, Read, add_optimizer, read_by_loss
+from metaopt.differentiate.protocol import InnerLoop
 from metaopt.linear_solve import ConjugateGradient, LinearSolver
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
 class Implicit(PointRule):
-    """The derivative of a solution w* of grad_w L(w, inputs) = 0, whatever the steps that led
-    there.
+    """The derivative of a solution w* of grad_w L(w, inputs) = 0, however it was found.
 
     For a cotangent v on the last parameters: x = H^-1 v with the Hessian H = grad^2_ww L there, and
     -[d grad_w L]' x goes to what the loss reads: `meta`, the loss's own parameters, the batch. With
@@ -62,18 +62,17 @@ class Implicit(PointRule):
             )
 
     def pull_back(
-        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree
-    ) -> tuple[Tree, dict[str, Tensor]]:
-        gradient = MeanGradient(loop.loss)
+        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
+    ) -> tuple[Read, dict[str, Tensor]]:
         # constants of the theorem, not of what is around it: explicit too
-        fixed = (loop.inputs["optimizer"], end.state)
+        fixed = (loop.inputs, end.state)
 
-        def residual(w: Tree, given: tuple[Tree, Tree, Tree]) -> Tree:
-            read, batch, (optimizer, state) = given
-            grads, _, _ = gradient({**read, "optimizer": optimizer}, w, state, batch)
+        def residual(w: Tree, given: tuple[Any, Tree, Tree]) -> Tree:
+            read, batch, (inputs, state) = given
+            grads, _, _ = loop.gradient(add_optimizer(read, inputs), w, state, batch)
             return grads
 
-        given = (without_optimizer(loop.inputs), end.batch, fixed)
+        given = (read_by_loss(loop.inputs), end.batch, fixed)
         in_given = (*wanted, False)
         bars, solution = pull_back_implicit(
             residual, self.solver, end.params, given, cotangent, in_given

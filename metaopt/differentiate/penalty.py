@@ -9,17 +9,19 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.gradient import gradient
-from metaopt.autodiff.mixed import same_noise
-from metaopt.autodiff.pullback import chosen, put, spread
+from metaopt.autodiff.mixed import map_same_noise
+from metaopt.autodiff.pullback import choose, put, spread
 from metaopt.checks import check_count, check_positive
-from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end
+from metaopt.differentiate.point import End, PointRule, Read, at_end
+from metaopt.differentiate.protocol import InnerLoop
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
 class Penalty(PointRule):
-    """For a cotangent v on the last parameters w: weight (grad_inputs L(z) - grad_inputs L(w)), z a
-    minimum of the tilted loss.
+    """For a cotangent v: weight (grad_inputs L(z) - grad_inputs L(w)), z a minimum of a tilted L.
+
+    The cotangent is that of the last parameters w.
 
     F2SA minimises f + weight L, f the outer loss. At the end of a loop only v = grad f is known, so
     f is taken to be linear, and the inner problem is tilted: z minimises L(z) + <v / weight - grad
@@ -62,8 +64,8 @@ class Penalty(PointRule):
         check_count(self, "steps", self.steps)
 
     def pull_back(
-        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree
-    ) -> tuple[Tree, dict[str, Tensor]]:
+        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
+    ) -> tuple[Read, dict[str, Tensor]]:
         if torch.compiler.is_compiling():
             raise ValueError(
                 "Penalty cannot be compiled: its gradients must see the same random numbers, which "
@@ -79,16 +81,16 @@ class Penalty(PointRule):
                 w, variables = at
                 return loss(w, put(variables, read, wanted)), ()
 
-            return gradient(value, (w, chosen(read, wanted)))[0]  # type: ignore[no-any-return]
+            return gradient(value, (w, choose(read, wanted)))[0]  # type: ignore[no-any-return]
 
         w = end.params
-        ((at_w, of_w),) = same_noise(slopes, [w])
+        ((at_w, of_w),) = map_same_noise(slopes, [w])
         tilt = tree.map(lambda v, g: v / self.weight - g, cotangent, at_w)
         z = tree.map(lambda w, v: w - self.lr * v / self.weight, w, cotangent)
         for _ in range(self.steps - 1):
-            ((at_z, _),) = same_noise(slopes, [z])
+            ((at_z, _),) = map_same_noise(slopes, [z])
             z = tree.map(lambda z, g, tilt: z - self.lr * (g + tilt), z, at_z, tilt)
-        ((at_z, of_z),) = same_noise(slopes, [z])
+        ((at_z, of_z),) = map_same_noise(slopes, [z])
         left = tree.norm(tree.map(torch.add, at_z, tilt)) * self.weight
         size = tree.norm(cotangent)
         bars = [self.weight * (after - before) for after, before in zip(of_z, of_w, strict=True)]

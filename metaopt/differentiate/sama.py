@@ -6,20 +6,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from metaopt.autodiff.mean_gradient import MeanGradient
 from metaopt.autodiff.mixed import mixed_difference
 from metaopt.autodiff.pullback import pull_back
 from metaopt.autodiff.replay import drawn_again
 from metaopt.checks import check_positive
-from metaopt.differentiate.base import End, InnerLoop, PointRule, at_end
+from metaopt.differentiate.point import End, PointRule, Read, at_end
+from metaopt.differentiate.protocol import InnerLoop
 from metaopt.exact_ops import any_order
 from metaopt.tree import Tree
 
 
 @dataclass(frozen=True)
 class SAMA(PointRule):
-    """For a cotangent v on the last parameters: [d grad_w L]' D' v, D = d(update)/d(gradient), the
-    mixed product by differences.
+    """For a cotangent v: [d grad_w L]' D' v with D = d(update)/d(gradient).
+
+    The cotangent is that of the last parameters; the mixed product is taken by differences.
 
     D is the derivative of the update that the optimizer would make next, w + u(g, s, w), at the
     gradient g and the state s of the end: bias correction, clipping, schedules and whatever a
@@ -51,8 +52,8 @@ class SAMA(PointRule):
         check_positive(self, "radius", self.radius)
 
     def pull_back(
-        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree
-    ) -> tuple[Tree, dict[str, Tensor]]:
+        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
+    ) -> tuple[Read, dict[str, Tensor]]:
         with drawn_again(end):
             x = self.precondition(loop, end, cotangent)
         loss, read = at_end(loop, end)
@@ -61,7 +62,7 @@ class SAMA(PointRule):
     def precondition(self, loop: InnerLoop, end: End, cotangent: Tree) -> Tree:
         """Return D' v."""
         params, state, batch = end
-        grads, loss, aux = MeanGradient(loop.loss)(loop.inputs, params, state, batch)
+        grads, loss, aux = loop.gradient(loop.inputs, params, state, batch)
 
         def after(grads: Tree) -> Tree:
             with any_order():

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from metaopt.autodiff.mixed import mixed_product
-from metaopt.differentiate.base import End, InnerLoop, PointRule, Scale, at_end, check_scale, scaled
+from metaopt.differentiate.arguments import Scale, check_scale
+from metaopt.differentiate.point import End, PointRule, Read, at_end, scale_cotangent
+from metaopt.differentiate.protocol import InnerLoop
 from metaopt.tree import Tree, map
 
 
@@ -46,8 +48,8 @@ class T1T2(PointRule):
         check_scale(self, self.scale)
 
     def pull_back(
-        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Tree
-    ) -> tuple[Tree, dict[str, Tensor]]:
+        self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
+    ) -> tuple[Read, dict[str, Tensor]]:
         loss, read = at_end(loop, end)
-        x = scaled(self, self.scale, loop, end, cotangent)
+        x = scale_cotangent(self, self.scale, loop, end, cotangent)
         return mixed_product(loss, end.params, read, map(Tensor.neg, x), wanted), {}

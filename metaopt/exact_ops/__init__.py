@@ -16,7 +16,7 @@ from metaopt.exact_ops.norms import NORMS
 from metaopt.exact_ops.recurrent import RECURRENT
 from metaopt.exact_ops.requires_grad import REQUIRES_GRAD
 from metaopt.torch_internals import function_modes
-from metaopt.transforms import inside_jvp
+from metaopt.transforms import is_inside_jvp
 
 __all__ = ["AnyOrder", "Watching", "any_order"]
 
@@ -58,7 +58,7 @@ class Watching(AnyOrder):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         is_dense = func in EMBEDDINGS and not asks_for_sparse(func, args, kwargs or {})
         # It lacks only forward derivatives, which are always taken with care.
-        lacks_nothing = func in LOSSES and not inside_jvp()
+        lacks_nothing = func in LOSSES and not is_inside_jvp()
         self.found = self.found or (func in _INSTEAD and not (is_dense or lacks_nothing))
         return super().__torch_function__(func, types, args, kwargs)
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metaopt import tree
-from metaopt.closure import reachable
+from metaopt.closure import find_reachable
 from metaopt.optimizer import Hyper, Optimizer, State
 from metaopt.optimizer.hyperparameter import set_hyperparameter
 from metaopt.optimizer.missing import require_gradients
 from metaopt.optimizer.schedule import Schedule
 from metaopt.optimizer.state import require_state
 from metaopt.optimizer.values import advance_schedules
-from metaopt.transforms import is_last, is_tracked, values_are_readable
+from metaopt.transforms import is_tracked, is_unrecorded, values_are_readable
 from metaopt.tree import Tree
 
 if TYPE_CHECKING:
@@ -93,11 +93,13 @@ class FromTorchOpt(Optimizer):
         }
         self.transform = transform
         self.arguments = {k: v for k, v in arguments.items() if k not in learnable}
-        hidden = [name for name, tensor in reachable(transform, "transform") if is_tracked(tensor)]
+        hidden = [
+            name for name, tensor in find_reachable(transform, "transform") if is_tracked(tensor)
+        ]
         hidden += [
             name
             for key, value in self.arguments.items()
-            for name, tensor in reachable(value, key)
+            for name, tensor in find_reachable(value, key)
             if is_tracked(tensor)
         ]
         if hidden:
@@ -164,7 +166,7 @@ class FromTorchOpt(Optimizer):
         memory = state["shared"]["transform"]
         if not values_are_readable():
             memory = _batched(memory, (grads, params, hyper))
-        with _explained(), nullcontext() if is_last() else _SmoothRoots():
+        with _explained(), nullcontext() if is_unrecorded() else _SmoothRoots():
             transform, memory = self._made(hyper), _uncounted(memory)
             flags = list(_first_calls(transform))
 

@@ -3,6 +3,6 @@
 from metaopt.levels.edge import Edge
 from metaopt.levels.graph import LevelGraph
 from metaopt.levels.level import Level
-from metaopt.levels.view import Levels
+from metaopt.levels.scope import Levels
 
 __all__ = ["Edge", "Level", "LevelGraph", "Levels"]

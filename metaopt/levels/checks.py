@@ -1,17 +1,24 @@
-"""What is wrong with a graph, found before it runs."""
+"""What is wrong with a graph, or with a state that it is to go on from, found before it runs."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
-from metaopt.differentiate import PointRule
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.differentiate import PointRule, Rule
 from metaopt.levels.edge import Edge
+from metaopt.levels.facts import find_buffers_behind, find_dependencies
+from metaopt.levels.joint import JointRule
 from metaopt.levels.level import Level
-from metaopt.levels.program import Program
+from metaopt.levels.plan import Plan
+from metaopt.tree import Tree
 
 
-def named_levels(edges: Sequence[Edge]) -> dict[str, Level]:
+def name_levels(edges: Sequence[Edge]) -> dict[str, Level]:
     """Return the levels at the ends of the edges, by name.
 
     Raises:
@@ -59,33 +66,33 @@ def named_levels(edges: Sequence[Edge]) -> dict[str, Level]:
     return levels
 
 
-def check_program(program: Program) -> None:
-    """Raise if the parts of a program contradict each other.
+def check_plan(plan: Plan) -> None:
+    """Raise if the parts of a plan contradict each other.
 
     Raises:
         ValueError: and the message names the level or the edge.
     """
-    for edge in program.edges:
-        _check_start(program, edge)
-        _check_copies(program, edge)
-        _check_look_ahead(program, edge)
-        _check_link(program, edge)
-    for name in program.order.levels:
-        _check_shared(program, name)
-    responding = program if program.ahead is None else program.ahead
+    for edge in plan.edges:
+        _check_start(plan, edge)
+        _check_copies(plan, edge)
+        _check_look_ahead(plan, edge)
+        _check_link(plan, edge)
+    for name in plan.order.levels:
+        _check_shared(plan, name)
+    responding = plan if plan.ahead is None else plan.ahead
     for edge in responding.edges:
         _check_link(responding, edge)
         _check_response(responding, edge)
         _check_buffers(responding, edge)
-    for name, level in program.levels.items():
-        if program.lowers(name) and not level.allow_unused:
+    for name, level in plan.levels.items():
+        if plan.lowers[name] and not level.allow_unused:
             _check_used(responding, name)
 
 
-def _check_start(program: Program, edge: Edge) -> None:
+def _check_start(plan: Plan, edge: Edge) -> None:
     if edge.start == "continue":
         return
-    others = [str(other) for other in program.above(edge.lower.name) if other is not edge]
+    others = [str(other) for other in plan.above[edge.lower.name] if other is not edge]
     if others:
         raise ValueError(
             f"{edge}: start={edge.start!r} needs a lower level with one upper level, but there is "
@@ -104,10 +111,10 @@ def _check_start(program: Program, edge: Edge) -> None:
         )
 
 
-def _check_copies(program: Program, edge: Edge) -> None:
+def _check_copies(plan: Plan, edge: Edge) -> None:
     upper, lower = edge.upper, edge.lower
-    if program.order.owner[lower.name] == upper.name:
-        beside = {program.levels[name].copies for name in program.order.members[upper.name]}
+    if plan.order.owner[lower.name] == upper.name:
+        beside = {plan.levels[name].copies for name in plan.order.members[upper.name]}
         if len(beside) > 1 or (upper.copies is not None and lower.copies != upper.copies):
             raise ValueError(
                 f"{edge}: all levels inside a step of {upper.name!r} need the same `copies`, got "
@@ -122,13 +129,13 @@ def _check_copies(program: Program, edge: Edge) -> None:
         )
 
 
-def _check_look_ahead(program: Program, edge: Edge) -> None:
+def _check_look_ahead(plan: Plan, edge: Edge) -> None:
     if not edge.look_ahead:
         return
     upper = edge.upper.name
-    same = all(other.look_ahead for other in program.lowers(upper))
+    same = all(other.look_ahead for other in plan.lowers[upper])
     if (
-        not (program.is_top(upper) and program.order.owner[edge.lower.name] == upper and same)
+        not (plan.is_top(upper) and plan.order.owner[edge.lower.name] == upper and same)
         or edge.lower.copies
     ):
         raise ValueError(
@@ -139,15 +146,15 @@ def _check_look_ahead(program: Program, edge: Edge) -> None:
         )
 
 
-def _check_link(program: Program, edge: Edge) -> None:
-    for name in sorted(program.order.inside[edge.lower.name] | {edge.lower.name}):
-        for tensor, (owner, _) in program.links[name].items():
-            if name not in program.order.below[owner]:
+def _check_link(plan: Plan, edge: Edge) -> None:
+    for name in sorted(plan.order.inside[edge.lower.name] | {edge.lower.name}):
+        for tensor, (owner, _) in plan.links[name].items():
+            if name not in plan.order.below[owner]:
                 raise ValueError(
                     f"level {name!r}: its optimizer's parameter {tensor!r} belongs to the level "
                     f"{owner!r}, which is not above it. Add Edge(upper={owner}, lower={name})."
                 )
-    links = program.links[edge.lower.name].values()
+    links = plan.links[edge.lower.name].values()
     if isinstance(edge.differentiate, PointRule) and any(
         owner == edge.upper.name for owner, _ in links
     ):
@@ -159,33 +166,31 @@ def _check_link(program: Program, edge: Edge) -> None:
         )
 
 
-def _check_shared(program: Program, name: str) -> None:
-    order = program.order
+def _check_shared(plan: Plan, name: str) -> None:
+    order = plan.order
     for other in sorted(order.shared[name]):
-        rules = program.rules(name, other)
+        rule = plan.rule(name, other)
         between = sorted(lower for lower in order.shared[name] if other in order.shared[lower])
         if (
             between
-            and isinstance(rules[0][0], PointRule)
-            and program.readings[name].levels & ({other} | order.inside[other])
+            and isinstance(rule, PointRule)
+            and plan.readings[name].levels & ({other} | order.inside[other])
         ):
             raise ValueError(
                 f"level {name!r}: its loss reads {other!r}, which {between[0]!r} waits for and "
                 f"shares with others. How {other!r} responds to where {between[0]!r} came to is "
-                f"not known to {type(rules[0][0]).__name__}. Read {between[0]!r} "
+                f"not known to {_name(rule)}. Read {between[0]!r} "
                 "instead, or use `mo.Backprop()`."
             )
     for other in order.members.get(name, ()):
-        program.rules(name, other)
-    for other in sorted(program.readings[name].levels & order.below[name]):
-        _check_deep(program, name, other)
+        plan.rule(name, other)
+    for other in sorted(plan.readings[name].levels & order.below[name]):
+        _check_deep(plan, name, other)
 
 
-def _check_deep(program: Program, reader: str, name: str) -> None:
-    """See that the derivative of a level deep below can be had: what is inside a point rule's level
-    responds to where that is.
-    """
-    order, outside = program.order, (None, reader, program.order.owner[reader])
+def _check_deep(plan: Plan, reader: str, name: str) -> None:
+    """See that a level deep below responds to where the level that it runs inside of came to."""
+    order, outside = plan.order, (None, reader, plan.order.owner[reader])
     owners: list[str] = []
     here = order.owner[name]
     while here is not None and here not in outside:
@@ -193,25 +198,27 @@ def _check_deep(program: Program, reader: str, name: str) -> None:
         here = order.owner[here]
     for lower, upper in itertools.pairwise(owners):
         home = order.owner[upper]
-        ((rule, _), *_), ((around, _), *_) = (
-            program.rules(upper, lower),
-            program.rules(reader if home in outside else home, upper),
-        )
+        rule = plan.rule(upper, lower)
+        around = plan.rule(reader if home in outside else home, upper)
         if isinstance(rule, PointRule) and not isinstance(around, PointRule):
             raise ValueError(
                 f"level {reader!r}: its loss reads {name!r}, which runs inside the steps of "
-                f"{lower!r}. {type(rule).__name__} there and {type(around).__name__} for {upper!r} "
+                f"{lower!r}. {_name(rule)} there and {_name(around)} for {upper!r} "
                 f"around it would leave out the response of {name!r}. Read {lower!r} "
                 "instead, or differentiate both in the same way."
             )
 
 
-def _check_response(program: Program, edge: Edge) -> None:
+def _name(rule: Rule | None) -> str:
+    return type(rule.parts[0][0] if isinstance(rule, JointRule) else rule).__name__
+
+
+def _check_response(plan: Plan, edge: Edge) -> None:
     upper, lower = edge.upper.name, edge.lower.name
     if any(
         level == upper
-        for name in program.order.below[lower] | {lower}
-        for level, _ in program.dependencies(name)
+        for name in plan.order.below[lower] | {lower}
+        for level, _ in find_dependencies(plan, name)
     ):
         return
     raise ValueError(
@@ -221,17 +228,15 @@ def _check_response(program: Program, edge: Edge) -> None:
     )
 
 
-def _check_buffers(program: Program, edge: Edge) -> None:
-    """See that no loss depends on buffers whose derivative is that of steps which the edge's rule
-    does not look at.
-    """
+def _check_buffers(plan: Plan, edge: Edge) -> None:
+    """See that no loss depends on buffers whose derivative the edge's rule leaves out."""
     if not isinstance(edge.differentiate, PointRule):
         return
-    lower, below = edge.lower.name, program.order.below
-    for reader in program.order.levels:
+    lower, below = edge.lower.name, plan.order.below
+    for reader in plan.order.levels:
         if lower in below[reader] and edge.upper.name not in below[reader] | {reader}:
             continue  # another way leads down from this one
-        for level, key in sorted(program.buffers_behind(reader)):
+        for level, key in sorted(find_buffers_behind(plan, reader)):
             if level == lower:
                 raise ValueError(
                     f"{edge}: the loss of {reader!r} depends on the buffer {key!r} of {lower!r}, "
@@ -242,23 +247,75 @@ def _check_buffers(program: Program, edge: Edge) -> None:
                 )
 
 
-def _check_used(program: Program, name: str) -> None:
-    """See that every parameter matters to the level's own loss, directly or through responses that
-    this loss depends on.
-    """
-    below = program.order.below[name]
+def _check_used(plan: Plan, name: str) -> None:
+    """See that every parameter matters to the level's own loss, directly or by responses."""
+    below = plan.order.below[name]
     matters, pending = {name}, [name]
     while pending:
         one = pending.pop()
-        found = {level for level, _ in program.dependencies(one)} & below - matters
+        found = {level for level, _ in find_dependencies(plan, one)} & below - matters
         matters |= found
         pending += found
-    used = {key for one in matters for level, key in program.dependencies(one) if level == name}
-    for key in program.levels[name].net.params:
+    used = {key for one in matters for level, key in find_dependencies(plan, one) if level == name}
+    for key in plan.levels[name].net.params:
         if key not in used:
-            edge = program.lowers(name)[0]
+            edge = plan.lowers[name][0]
             raise ValueError(
                 f"{edge}: the loss of {name!r} does not depend on its parameter {key!r}, neither "
                 f"directly nor through responses. "
                 "If that is meant, pass `allow_unused=True` to the level."
             )
+
+
+def check_state(given: Any, own: dict[str, Any]) -> None:
+    """Raise unless a state has the parts, names, shapes and dtypes of the graph's own.
+
+    Raises:
+        ValueError: the message names the first part that differs.
+    """
+    if not isinstance(given, dict) or given.keys() != own.keys():
+        found = sorted(given) if isinstance(given, dict) else f"a {type(given).__name__}"
+        raise ValueError(
+            f"LevelGraph: a state must have the parts {sorted(own)}, got {found}. Take one from "
+            f"`graph.state_dict()`."
+        )
+    for part in ("levels", "initial", "data", "draws"):
+        # a look at paths takes longer than a step of a small graph
+        if _are_alike(given[part], own[part]):
+            continue
+        one, other = _find_kinds(given[part]), _find_kinds(own[part])
+        for path in [*other, *one]:
+            if one.get(path) != other.get(path):
+                raise ValueError(
+                    f"LevelGraph: the state is that of another graph. At {part}{path} it has "
+                    f"{one.get(path, 'nothing')}, where this graph has "
+                    f"{other.get(path, 'nothing')}. Build the graph with the levels, models and "
+                    "optimizers that it was saved with."
+                )
+
+
+def _are_alike(one: Tree, other: Tree) -> bool:
+    """Return True if two trees of dicts have the same keys and kinds of leaves, in one order."""
+    if one is other:
+        return True
+    if type(one) is dict:
+        return (
+            type(other) is dict
+            and [*one] == [*other]
+            and all(_are_alike(one[key], other[key]) for key in one)
+        )
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype
+    return type(one) is type(other) is int
+
+
+def _find_kinds(values: Tree) -> dict[str, str]:
+    return {path: _describe(leaf) for path, leaf in tree.named_leaves(values)}
+
+
+def _describe(leaf: Any) -> str:
+    return (
+        f"a {leaf.dtype} of shape {tuple(leaf.shape)}"
+        if isinstance(leaf, Tensor)
+        else f"a {type(leaf).__name__}"
+    )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.levels.plan import Plan
+from metaopt.levels.scope import Rows
+from metaopt.levels.timetable import Owner
 from metaopt.tree import Tree
 
 
@@ -68,7 +72,7 @@ class Stream:
         self.position += count
 
     def seek(self, position: int) -> None:
-        """Go to a position, when the next batch is asked for; a generator goes on from where it is."""
+        """Go to a position at the next batch; a generator goes on from where it is."""
         if self.source is None or self.source is self._batches or position == self.position:
             return
         self._ahead.clear()
@@ -107,7 +111,7 @@ class Stream:
             ) from error
 
 
-def arranged(level: str, batches: list[Tree], shape: tuple[int, ...]) -> Tree:
+def _arrange(level: str, batches: list[Tree], shape: tuple[int, ...]) -> Tree:
     """Return batches, in the order of time, as one tree whose leaves have these leading axes.
 
     Raises:
@@ -127,3 +131,18 @@ def arranged(level: str, batches: list[Tree], shape: tuple[int, ...]) -> Tree:
             f"level {level!r}: the {len(batches)} batches of one step of the level above must have "
             f"the same structure and shapes: {error}. With a DataLoader, `drop_last=True`."
         ) from error
+
+
+def peek_rows(
+    plan: Plan, streams: Mapping[str, Stream], owner: Owner
+) -> tuple[Rows, dict[str, int]]:
+    """Return the next batches of one turn of `owner`, and how many they are, by level."""
+    rows: Rows = {}
+    counts: dict[str, int] = {}
+    for name, level in plan.levels.items():
+        inside = owner in (None, name) or name in plan.order.inside[owner]
+        if inside and level.batches is not None:
+            axes = plan.leading_axes(name, owner)
+            counts[name] = math.prod(axes)
+            rows[name] = _arrange(name, streams[name].peek(counts[name]), axes)
+    return rows, counts

@@ -1,6 +1,4 @@
-"""One edge: which level is below which, and how the upper one differentiates the lower one's
-response.
-"""
+"""One edge: which level is below which, and how its response is differentiated."""
 
 from __future__ import annotations
 
@@ -17,8 +15,7 @@ Start = Literal["continue", "restart", "upper"]
 
 @dataclass(frozen=True, eq=False)
 class Edge:
-    """The lower level responds to the upper one: it makes `steps` steps for one step of the upper
-    level.
+    """The lower level responds to the upper one: it makes `steps` steps for one of the upper.
 
     Args:
         upper: the level whose parameters the lower one reads, in its loss or through its optimizer.
@@ -61,7 +58,7 @@ class Edge:
             raise ValueError(
                 f'{self}: `start` must be "continue", "restart" or "upper", got {self.start!r}.'
             )
-        if not callable(self.differentiate) or isinstance(self.differentiate, type):
+        if not isinstance(self.differentiate, Rule):
             raise TypeError(
                 f"{self}: `differentiate` must be a rule, got {self.differentiate!r}. For example "
                 f"`mo.Backprop()`."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,36 @@ from metaopt._functional import Params
 from metaopt.autodiff.graph import VARIABLES
 from metaopt.batching import prefers_loop
 from metaopt.checks import NonFiniteError
-from metaopt.compiled import compiled
-from metaopt.differentiate import EvolutionStrategy
-from metaopt.levels.checks import check_program, named_levels
-from metaopt.levels.data import Stream, arranged
-from metaopt.levels.draw import draw
+from metaopt.compiled import compile_whole
+from metaopt.differentiate import EvolutionStrategy, Inputs
+from metaopt.levels.backward import take_gradient
+from metaopt.levels.checks import check_plan, check_state, name_levels
+from metaopt.levels.data import Stream, peek_rows
 from metaopt.levels.edge import Edge
-from metaopt.levels.execution import Execution
+from metaopt.levels.facts import find_links
+from metaopt.levels.forward import total_loss, turn
+from metaopt.levels.history import NO_WINDOW, Record, Window, open_window
 from metaopt.levels.level import Level
-from metaopt.levels.order import Owner, arrange
-from metaopt.levels.program import Program, all_shown, find_links, rest
-from metaopt.levels.reading import Pair, Reading, read, read_all
-from metaopt.levels.state import check_state
-from metaopt.levels.text import describe
-from metaopt.levels.update import initial_state, values_of
-from metaopt.levels.window import NO_WINDOW, Happened, Window, advanced, opened
+from metaopt.levels.plan import Plan
+from metaopt.levels.scope import Rows, Scene
+from metaopt.levels.show import describe, draw
+from metaopt.levels.state import (
+    State,
+    States,
+    find_values,
+    make_initial_state,
+    show_all,
+    without_params,
+)
+from metaopt.levels.step import look_ahead, make_step
+from metaopt.levels.timetable import arrange
+from metaopt.levels.trace import Pair, Reading, read, read_all
 from metaopt.torch_internals import foreach_copy_
 from metaopt.transforms import values_are_readable
-from metaopt.tree import Tree
 
 
 class LevelGraph:
-    """Optimisation problems that depend on each other: every level minimises its loss given the
-    levels above it.
+    """Optimisation problems that depend on each other, each given the levels above it.
 
     For a level u with parameters w, and the levels below it responding to w:  T_u(w) = L_u(w,
     levels above, responses(w)).  A step of u uses dT_u/dw through every path of edges below it,
@@ -56,7 +64,7 @@ class LevelGraph:
             `Backprop` or `FirstOrder` with memory "full", or stands below a top level and looks at
             a point (`FiniteDifference`, `Implicit`, ..., but not `Penalty`, nor where the lower
             level's loss is random); otherwise the inner loops and the pullbacks of rules. See
-            `compiled`.
+            `compile_whole`.
 
     Raises:
         ValueError: the levels do not fit together; the message names them.
@@ -70,36 +78,31 @@ class LevelGraph:
     """
 
     def __init__(self, edges: Sequence[Edge], *, compile: bool = False):
-        levels = named_levels(edges)
+        levels = name_levels(edges)
         self._streams = {
             name: Stream(name, level.batches, level.device) for name, level in levels.items()
         }
-        readings = read_all(lambda name, buffers: self._read(name, levels, edges, buffers), levels)
+        find = partial(_read, levels, edges, self._streams)
+        readings = read_all(find, levels)
         order = arrange(edges, {name: reading.levels for name, reading in readings.items()})
         lower = {edge.lower.name for edge in edges}
         initial = {
-            name: initial_state(
+            name: make_initial_state(
                 level, readings[name], is_top=name not in lower, steps=order.total[name]
             )
             for name, level in levels.items()
         }
-        loops = _loops(edges, lambda name: self._read(name, levels, edges))
-        self.program = Program(
-            levels, tuple(edges), order, readings, find_links(levels), initial, loops, compile
-        )
-        check_program(self.program)
-        self._execution = Execution(self.program)
-        self._turn = (
-            compiled(self._execution.turn)
-            if compile and self.program.is_one_function
-            else self._execution.turn
-        )
-        self._states = {name: self._begin(name) for name in order.members[None]}
+        loops, links = _find_loops(edges, find), find_links(levels)
+        self.plan = Plan(levels, tuple(edges), order, readings, links, initial, loops, compile)
+        check_plan(self.plan)
+        self._turn = _make_turn(self.plan)
+        self._states = {name: _make_first_state(self.plan, name) for name in order.members[None]}
         self._steps = 0
 
     def step(self) -> dict[str, float | Tensor]:
-        """Make one step of the top levels, and what the levels below make for it; return losses and
-        metrics by "level/name".
+        """Make one step of the top levels and what it takes below; return losses by name.
+
+        The names of losses and metrics are "level/name".
 
         Of several top levels that share a lower one, each makes the smallest number of steps after
         which all are done at once; `print(graph)` shows it. Losses and metrics are those of each
@@ -115,10 +118,11 @@ class LevelGraph:
                 inference mode or inside a transform of `torch.func`.
         """
         _check_surroundings("step")
-        rows, counts = self._rows(None)
+        rows, counts = peek_rows(self.plan, self._streams, None)
         with torch.no_grad():
-            _, states = self._turn(None, {}, self._states, rows)
-        metrics = _checked(states, self._steps)
+            _, states = self._turn(self._states, rows)
+        # may raise: until here nothing has changed, and no batch is gone
+        metrics = _find_metrics(states, self._steps)
         for name, count in counts.items():
             self._streams[name].take(count)
         self._states = states
@@ -127,8 +131,9 @@ class LevelGraph:
         return metrics
 
     def hypergradient(self, level: str, *, after_steps: bool = False) -> Params:
-        """Return dT/dw of a level by parameter name, at the present state; nothing steps, and no
-        batch is used up.
+        """Return dT/dw of a level by parameter name, at the present state; nothing steps.
+
+        No batch is used up.
 
         Rules that look at where steps end do so at the levels' present values. Those that
         differentiate steps look ahead along the steps that the lower levels would make next.
@@ -144,10 +149,11 @@ class LevelGraph:
         _check_surroundings("hypergradient")
         state, scene, rows, window = self._view(level)
         with torch.no_grad():
-            execution, state = self._execution.looking_ahead(level, state)
-            return execution.gradient(level, scene, state, rows, window, at_point=not after_steps)[
-                0
-            ]
+            plan, state = look_ahead(self.plan, level, state)
+            grads, *_ = take_gradient(
+                plan, level, scene, state, rows, window, at_point=not after_steps
+            )
+        return grads
 
     def params(self, level: str) -> Params:
         """Return a level's present parameters, by name."""
@@ -155,8 +161,7 @@ class LevelGraph:
         return params
 
     def objective(self, level: str, params: Params) -> Tensor:
-        """Return T(w), a level's loss after the steps that the levels below would make next, at
-        other parameters w than its own.
+        """Return T(w), the loss after the next steps of the levels below, at other parameters w.
 
         Args:
             level: whose.
@@ -166,52 +171,48 @@ class LevelGraph:
             ValueError: there is no such level.
         """
         state, scene, rows, window = self._view(level)
+        inputs: Inputs = {"optimizer": {}, "loss": {}, "meta": (scene, window), "batch": rows}
         with torch.no_grad():
-            execution, state = self._execution.looking_ahead(level, state)
-            return execution.total(level, params, scene, rest(state), rows, window, at_point=False)[
-                0
-            ]
+            plan, state = look_ahead(self.plan, level, state)
+            memory = without_params(state)
+            return total_loss(plan, level, False, inputs, params, memory, rows)[0]
 
     def values(self) -> dict[str, float | Tensor]:
-        """Return the values of all hyperparameters in the levels' next steps, by "level/name":
-        those of schedules, learned rates.
+        """Return the values of all hyperparameters in the levels' next steps, by "level/name".
+
+        Among them are those of schedules and learned rates.
 
         A schedule that observes the loss is given that of the level's last step. Of copies it is
         their mean.
         """
         with torch.no_grad():
-            found = {
-                name: values_of(level, self._state(name))
-                for name, level in self.program.levels.items()
+            return {
+                f"{name}/{key}": value
+                for name, level in self.plan.levels.items()
+                for key, value in find_values(level, self._state(name)).items()
             }
-        return {
-            f"{name}/{key}": value
-            for name, values in found.items()
-            for key, value in values.items()
-        }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next step depends on, apart from the order of the data and the
-        global random state.
-        """
+        """Return what the next step depends on, but for the order of data and the random state."""
         return {
             "levels": self._states,
-            "initial": dict(self.program.initial),
+            "initial": dict(self.plan.initial),
             "data": {name: one.position for name, one in self._streams.items()},
             "steps": self._steps,
             "draws": {str(edge): rule.draws for edge, rule in self._drawing()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a state, also in the levels' models. Data is wound to where it was, generators
-        go on from where they are.
+        """Go back to a state, also in the levels' models.
+
+        Data is wound to where it was, generators go on from where they are.
 
         Raises:
             ValueError: it is the state of another graph; then nothing is changed.
         """
         check_state(state, self.state_dict())
         self._states, self._steps = state["levels"], state["steps"]
-        self.program.initial.update(state["initial"])
+        self.plan.initial.update(state["initial"])
         for edge, rule in self._drawing():
             rule.wind_to(state["draws"][str(edge)])
         for name, position in state["data"].items():
@@ -220,128 +221,67 @@ class LevelGraph:
 
     def draw(self, path: str | Path) -> None:
         """Write a picture of the levels and edges to a file, in the format of its suffix."""
-        draw(self.program, path)
+        draw(self.plan, path)
 
     def __str__(self) -> str:
-        return describe(self.program, self.values())
+        return describe(self.plan, self.values())
 
     def _drawing(self) -> list[tuple[Edge, EvolutionStrategy]]:
         """Return the edges whose rules draw noise of their own."""
-        rules = [(edge, edge.differentiate) for edge in self.program.edges]
+        rules = [(edge, edge.differentiate) for edge in self.plan.edges]
         return [(edge, rule) for edge, rule in rules if isinstance(rule, EvolutionStrategy)]
 
-    # Building
+    def _state(self, name: str) -> State:
+        owner = self.plan.order.owner[name]
+        states: States = self._states if owner is None else self._state(owner)["below"]
+        return states[name]
 
-    def _read(
-        self,
-        name: str,
-        levels: dict[str, Level],
-        edges: Sequence[Edge],
-        buffers: Collection[Pair] = frozenset(),
-    ) -> Reading:
-        level, batch = levels[name], None
-        is_above_copies = any(edge.lower.copies for edge in edges if edge.upper is level)
-        if level.batches is not None:
-            (batch,) = self._streams[name].peek(1)
-        if level.copies or is_above_copies:
-            batch = None if level.batches is None else tree.index(batch, 0)
-        keeps = level.copies is not None or not is_above_copies
-        return read(
-            level,
-            {other: one.net for other, one in levels.items()},
-            batch,
-            buffers=buffers,
-            keeps_statistics=keeps,
-        )
-
-    def _begin(self, name: str) -> Tree:
-        """Return a level's first state, with those of the levels that run inside its steps."""
-        state, copies = self.program.initial[name], self.program.levels[name].copies
-        if copies:
-            state = tree.map(lambda leaf: leaf.expand(copies, *leaf.shape).clone(), state)
-        return {
-            **state,
-            "below": {
-                other: self._begin(other) for other in self.program.order.members.get(name, ())
-            },
-        }
-
-    # State and data
-
-    def _state(self, name: str) -> Tree:
-        owner = self.program.order.owner[name]
-        return (self._states if owner is None else self._state(owner)["below"])[name]
-
-    def _rows(self, owner: Owner) -> tuple[Tree, dict[str, int]]:
-        """Return the next batches of one turn of `owner`, and how many they are, by level."""
-        program, rows, counts = self.program, {}, {}
-        for name in program.levels:
-            inside = owner in (None, name) or name in program.order.inside[owner]
-            if inside and program.levels[name].batches is not None:
-                axes = program.leading_axes(name, owner)
-                counts[name] = math.prod(axes)
-                rows[name] = arranged(name, self._streams[name].peek(counts[name]), axes)
-        return rows, counts
-
-    def _view(self, level: str) -> tuple[Tree, Tree, Tree, Window]:
-        """Return what a look at a level's step takes: its state, the scene, the next batches, and
-        the window.
+    def _view(self, level: str) -> tuple[State, Scene, Rows, Window]:
+        """Return what a look at a level's step takes: its state, the scene, batches and window.
 
         Raises:
             ValueError: there is no such level, or it has copies.
         """
-        if level not in self.program.levels:
+        if level not in self.plan.levels:
             raise ValueError(
-                f"LevelGraph: `level` must be one of {list(self.program.order.levels)}, got "
-                f"{level!r}."
+                f"LevelGraph: `level` must be one of {list(self.plan.order.levels)}, got {level!r}."
             )
-        if self.program.levels[level].copies:
+        if self.plan.levels[level].copies:
             raise ValueError(
                 f"level {level!r} has `copies`, each with a gradient of its own. Ask for that of a "
                 f"level above."
             )
-        return self._state(level), all_shown(self._states), self._rows(level)[0], self._ahead(level)
+        rows, _ = peek_rows(self.plan, self._streams, level)
+        return self._state(level), show_all(self._states), rows, self._look_ahead(level)
 
-    def _ahead(self, name: str) -> Window:
-        """Return what will happen to the levels that `name` shares with others until its next step,
-        if all others stay.
+    def _look_ahead(self, name: str) -> Window:
+        """Return what will happen to the levels that `name` shares until its next step.
+
+        All others stay.
         """
-        order = self.program.order
-        owner, shared = order.owner[name], order.shared[name]
-        if not shared:
+        plan = self.plan
+        if not plan.order.shared[name]:
             return NO_WINDOW
-        (rows, _), scene, taken = (
-            self._rows(owner),
-            all_shown(self._states),
-            dict.fromkeys(sorted(shared), 0),
-        )
-        states = {lower: self._state(lower) for lower in order.members[owner]}
-        windows = opened([lower for lower in order.levels if lower in states], order.shared, states)
-        for event in itertools.takewhile(lambda event: event.level != name, order.events[owner]):
-            if (lower := event.level) in shared:
-                part = {
-                    other: rows[other]
-                    for other in sorted(order.inside[lower] | {lower})
-                    if other in rows
-                }
-                if event.steps < order.steps[lower]:
-                    part = tree.index(part, slice(taken[lower], taken[lower] + event.steps))
-                happened = Happened(event, scene, part, states[lower], taken[lower] == 0)
-                windows = advanced(happened, windows, order.shared, states)
-                taken[lower] += event.steps
-        return windows[name]
+        owner = plan.order.owner[name]
+        rows, _ = peek_rows(plan, self._streams, owner)
+        states = {lower: self._state(lower) for lower in plan.order.members[owner]}
+        scene, records = show_all(self._states), []
+        for move in itertools.takewhile(lambda move: move.level != name, plan.moves[owner]):
+            lower, part = move.level, move.take(rows)
+            records.append(Record(lower, move.steps, move.begins, scene, part, states[lower]))
+        return open_window(plan, name, states, records)
 
     def _load(self) -> None:
         """Write the present values into the levels' models."""
         models: list[Tensor] = []
         values: list[Tensor] = []
-        for name, shown in all_shown(self._states).items():
-            net = self.program.nets[name]
-            if self.program.levels[name].copies:
+        for name, seen in show_all(self._states).items():
+            net = self.plan.nets[name]
+            if self.plan.levels[name].copies:  # one module cannot hold them all
                 continue
             for own, now in (
-                (net.params, shown["params"]),
-                (net.buffers if shown["buffers"] else {}, shown["buffers"]),
+                (net.params, seen["params"]),
+                (net.buffers if seen["buffers"] else {}, seen["buffers"]),
             ):
                 models += own.values()
                 values += map(now.__getitem__, own)
@@ -350,9 +290,7 @@ class LevelGraph:
 
 
 def _check_surroundings(method: str) -> None:
-    """Raise where derivatives would be lost, or the graph's state would belong to a transform that
-    ends.
-    """
+    """Raise where derivatives would be lost, or the state would belong to a transform."""
     inside = None
     if VARIABLES.get():
         inside = "a loss that is being differentiated, which its steps would be left out of"
@@ -366,7 +304,26 @@ def _check_surroundings(method: str) -> None:
         raise ValueError(f"LevelGraph.{method} was called inside {inside}. Call it outside.")
 
 
-def _loops(edges: Sequence[Edge], read: Callable[[str], Reading]) -> frozenset[str]:
+def _read(
+    levels: dict[str, Level],
+    edges: Sequence[Edge],
+    streams: dict[str, Stream],
+    name: str,
+    buffers: Collection[Pair] = frozenset(),
+) -> Reading:
+    """Return what a level's loss reads, seen on its first batch."""
+    level, batch = levels[name], None
+    is_above_copies = any(edge.lower.copies for edge in edges if edge.upper is level)
+    if level.batches is not None:
+        (batch,) = streams[name].peek(1)
+        if level.copies or is_above_copies:
+            batch = tree.index(batch, 0)
+    keeps = level.copies is not None or not is_above_copies
+    nets = {other: one.net for other, one in levels.items()}
+    return read(level, nets, batch, buffers=buffers, keeps_statistics=keeps)
+
+
+def _find_loops(edges: Sequence[Edge], read: Callable[[str], Reading]) -> frozenset[str]:
     """Return the levels above copies that are faster one after the other."""
     return frozenset(
         edge.upper.name
@@ -380,7 +337,27 @@ def _loops(edges: Sequence[Edge], read: Callable[[str], Reading]) -> frozenset[s
     )
 
 
-def _checked(states: Tree, step: int) -> dict[str, float | Tensor]:
+def _make_turn(plan: Plan) -> Callable[[States, Rows], tuple[Scene, States]]:
+    """Return a step of the whole graph, compiled if that is asked for and possible."""
+    if not (plan.compile and plan.is_one_function):
+        return partial(turn, plan, None, {}, step=make_step)
+
+    def step_all(states: States, rows: Rows) -> tuple[Scene, States]:
+        return turn(plan, None, {}, states, rows, step=make_step)
+
+    return compile_whole(step_all)
+
+
+def _make_first_state(plan: Plan, name: str) -> State:
+    """Return a level's first state, with those of the levels that run inside its steps."""
+    state, copies = plan.initial[name], plan.levels[name].copies
+    if copies:
+        state = tree.map(lambda leaf: leaf.expand(copies, *leaf.shape).clone(), state)
+    inside = plan.order.members.get(name, ())
+    return {**state, "below": {other: _make_first_state(plan, other) for other in inside}}
+
+
+def _find_metrics(states: States, step: int) -> dict[str, float | Tensor]:
     """Return the losses and metrics in these states.
 
     Args:
@@ -392,9 +369,9 @@ def _checked(states: Tree, step: int) -> dict[str, float | Tensor]:
     """
     metrics: dict[str, float | Tensor] = {}
     for name, state in states.items():
-        metrics |= _checked(state["below"], step)
+        metrics |= _find_metrics(state["below"], step)
         progress, loss = state["progress"], state["progress"]["loss"]
-        values = loss.reshape(-1).tolist() if loss.ndim else [loss.tolist()]
+        values: list[float] = loss.reshape(-1).tolist()
         if not all(map(math.isfinite, values)):
             first = [*map(math.isfinite, values)].index(False)
             at = progress["steps"].reshape(-1).tolist()[first] - 1 if "steps" in progress else step

@@ -14,7 +14,7 @@ from metaopt.checks import check_count, check_flag
 from metaopt.optimizer import Optimizer
 
 if TYPE_CHECKING:
-    from metaopt.levels.view import Levels
+    from metaopt.levels.scope import Levels
 
 LevelLoss = Callable[["Levels", Any], Tensor | dict[str, Tensor]]
 
@@ -70,17 +70,8 @@ class Level:
         allow_unused: bool = False,
         precision: torch.dtype | None = None,
     ):
-        if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
-            raise ValueError(
-                f"Level: `name` must be an identifier, got {name!r}. Losses refer to the level as "
-                f"`levels.NAME`."
-            )
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"level {name!r}: `optimizer` must be a metaopt Optimizer, got "
-                f"{type(optimizer).__module__}.{type(optimizer).__name__}. Use one from "
-                f"`metaopt.optimizers`, or `mo.from_torch(...)`."
-            )
+        _check_name(name)
+        _check_kinds(name, model, loss, optimizer, allow_unused, precision)
         for what, value, least in (
             ("accumulate", accumulate, 1),
             ("warmup", warmup, 0),
@@ -88,36 +79,13 @@ class Level:
         ):
             if value is not None:
                 check_count(f"level {name!r}", what, value, least=least)
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"level {name!r}: `model` must be an nn.Module, got {type(model).__name__}."
-            )
-        if not callable(loss):
-            raise TypeError(
-                f"level {name!r}: `loss` must be a function loss(levels, batch), got "
-                f"{type(loss).__name__}."
-            )
-        check_flag(f"level {name!r}", "allow_unused", allow_unused)
-        if precision is not None and not (
-            isinstance(precision, torch.dtype) and precision.is_floating_point
-        ):
-            raise TypeError(
-                f"level {name!r}: `precision` must be a floating-point dtype or None, got "
-                f"{precision!r}. Write torch.bfloat16."
-            )
         self.net = functional(model)
         if not self.net.params:
             raise ValueError(
                 f"level {name!r}: the model has no trainable parameters. Is every parameter frozen?"
             )
-        self.name, self.model, self.loss, self.optimizer, self.batches = (
-            name,
-            model,
-            loss,
-            optimizer,
-            data,
-        )
-        self.copies, self.accumulate, self.warmup = copies, accumulate, warmup
+        self.name, self.model, self.loss, self.optimizer = name, model, loss, optimizer
+        self.batches, self.copies, self.accumulate, self.warmup = data, copies, accumulate, warmup
         self.allow_unused, self.precision = allow_unused, precision
 
     def with_optimizer(self, optimizer: Optimizer) -> Level:
@@ -130,3 +98,39 @@ class Level:
     def device(self) -> torch.device:
         """The device of the parameters, to which batches are moved."""
         return next(iter(self.net.params.values())).device
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+        raise ValueError(
+            f"Level: `name` must be an identifier, got {name!r}. Losses refer to the level as "
+            f"`levels.NAME`."
+        )
+
+
+def _check_kinds(
+    name: str, model: object, loss: object, optimizer: object, allow_unused: object, precision: Any
+) -> None:
+    """Raise TypeError for what is of another type."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"level {name!r}: `optimizer` must be a metaopt Optimizer, got "
+            f"{type(optimizer).__module__}.{type(optimizer).__name__}. Use one from "
+            f"`metaopt.optimizers`, or `mo.from_torch(...)`."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"level {name!r}: `model` must be an nn.Module, got {type(model).__name__}."
+        )
+    if not callable(loss):
+        raise TypeError(
+            f"level {name!r}: `loss` must be a function loss(levels, batch), got "
+            f"{type(loss).__name__}."
+        )
+    check_flag(f"level {name!r}", "allow_unused", allow_unused)
+    is_dtype = isinstance(precision, torch.dtype) and precision.is_floating_point
+    if precision is not None and not is_dtype:
+        raise TypeError(
+            f"level {name!r}: `precision` must be a floating-point dtype or None, got "
+            f"{precision!r}. Write torch.bfloat16."
+        )

@@ -13,13 +13,12 @@ from torch import Tensor
 from metaopt import tree
 from metaopt._functional import functional
 from metaopt.differentiate import Rule
-from metaopt.levels.checks import check_program
+from metaopt.levels.checks import check_plan
 from metaopt.levels.data import Stream
 from metaopt.levels.edge import Edge
-from metaopt.levels.execution import Execution
 from metaopt.levels.graph import LevelGraph
 from metaopt.levels.level import Level
-from metaopt.levels.program import Program
+from metaopt.levels.plan import Plan
 from metaopt.tree import Tree
 
 
@@ -29,27 +28,26 @@ def with_rules(graph: LevelGraph, rule: Callable[[Edge], Rule]) -> LevelGraph:
     Raises:
         ValueError: the rules contradict each other, or do not suit an edge.
     """
-    edges = tuple(replace(edge, differentiate=rule(edge)) for edge in graph.program.edges)
-    program = replace(graph.program, edges=edges)
-    check_program(program)
-    return _twin(graph, program)
+    edges = tuple(replace(edge, differentiate=rule(edge)) for edge in graph.plan.edges)
+    plan = replace(graph.plan, edges=edges)
+    check_plan(plan)
+    return _make_twin(graph, plan)
 
 
 def in_float64(graph: LevelGraph) -> LevelGraph:
-    """Return the graph with float64 parameters, states, models and data, uncompiled and without
-    autocast.
-    """
-    levels = {name: _level_in_float64(level) for name, level in graph.program.levels.items()}
-    initial = _in_float64(graph.program.initial)
-    twin = _twin(graph, replace(graph.program, levels=levels, initial=initial, compile=False))
+    """Return the graph with all tensors and models in float64, uncompiled, without autocast."""
+    levels = {name: _level_in_float64(level) for name, level in graph.plan.levels.items()}
+    initial = _in_float64(graph.plan.initial)
+    plan = replace(graph.plan, levels=levels, initial=initial, compile=False)
+    twin = _make_twin(graph, plan)
     twin._states = _in_float64(graph._states)
     twin._streams = {name: _StreamInFloat64(stream) for name, stream in graph._streams.items()}
     return twin
 
 
-def _twin(graph: LevelGraph, program: Program) -> LevelGraph:
+def _make_twin(graph: LevelGraph, plan: Plan) -> LevelGraph:
     twin = copy.copy(graph)
-    twin.program, twin._execution = program, Execution(program)
+    twin.plan = plan
     return twin
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from metaopt import tree
-from metaopt._functional import Params, lent
+from metaopt._functional import Params, lend
 from metaopt._minimize import minimize
 from metaopt.autodiff.gradient import gradient
 from metaopt.batching import prefers_loop
@@ -115,7 +115,7 @@ def _run_episode(
         given: ((parameters, batches) of the task, state of the optimizer).
     """
     (params, batches), opt_state = given
-    out = lent(
+    out = lend(
         optimizer,
         theta,
         minimize,

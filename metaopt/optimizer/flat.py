@@ -13,7 +13,7 @@ from torch import DisableTorchFunction, Tensor
 from torch.nn import Parameter
 
 from metaopt.optimizer.state import Arguments, Leaves, Rule, Slots
-from metaopt.transforms import entries, is_last
+from metaopt.transforms import count_entries, is_unrecorded
 
 if TYPE_CHECKING:
     from metaopt.optimizer.optimizer import Optimizer
@@ -83,9 +83,9 @@ def prefers_joined(lists: Sequence[list[Tensor]]) -> bool:
         lists: of equal length: the gradients, and what else is to be joined.
     """
     first = lists[0]
-    if len(first) < LEAST_TENSORS or is_last():
+    if len(first) < LEAST_TENSORS or is_unrecorded():
         return False
-    if sum(map(entries, first)) > min(len(first) * MOST_ENTRIES, MOST_TOGETHER):
+    if sum(map(count_entries, first)) > min(len(first) * MOST_ENTRIES, MOST_TOGETHER):
         return False
     shapes = [leaf.shape for leaf in first]
     return all(_are_alike(leaves) and [leaf.shape for leaf in leaves] == shapes for leaves in lists)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.pullback import pull_back_and_value
-from metaopt.compiled import compiled
+from metaopt.compiled import compile_whole
 from metaopt.scan.disk import Disk
 from metaopt.scan.function import record, run_differentiably
 from metaopt.scan.loop import Given, Loop, Pullback, Step
@@ -75,11 +75,11 @@ def scan(
         plan = memory if isinstance(memory, Revolve) else Revolve(snapshots=length or sys.maxsize)
         if pullback is None:
             pullback = _compile_pullback(step) if compile else partial(_pull_back_step, step)
-        step = compiled(step) if compile else step
+        step = compile_whole(step) if compile else step
         loop = Loop(step, pullback, plan, isinstance(xs, Stream))
         return _rebuild_steps(loop, Given(inputs, carry, xs), length, describe)
     if compile:
-        step = compiled(step)
+        step = compile_whole(step)
         carry = tree.map(_as_later, carry) if needed else carry
     rows = xs if length is None else (tree.index(xs, t) for t in range(length))
     return _run_plainly(step, inputs, carry, rows)
@@ -140,7 +140,7 @@ def _compile_pullback(step: Step) -> Pullback:
         of_carry = tree.map(_or_zeros, of_carry, carry)
         return _pull_back_step(step, inputs, carry, x, (of_carry, of_out), wanted)
 
-    return compiled(call)
+    return compile_whole(call)
 
 
 def _or_zeros(cotangent: Tensor | None, like: Tensor) -> Tensor | None:

@@ -21,10 +21,10 @@ from metaopt.scan.disk import Disk
 from metaopt.scan.loop import Given, Loop, Result, run_in_memory
 from metaopt.scan.revolve import Online, plan_ahead
 from metaopt.transforms import (
-    alive,
     constant,
     is_differentiable,
     tracking_levels,
+    unwrap_ended,
     values_are_readable,
 )
 from metaopt.tree import Tree
@@ -140,10 +140,10 @@ class ScanFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        pairs = zip(map(alive, ctx.saved_tensors), ctx.constants, strict=True)
+        pairs = zip(map(unwrap_ended, ctx.saved_tensors), ctx.constants, strict=True)
         kept = [constant if tensor is None else tensor for tensor, constant in pairs]
         given, states, firsts = tree.with_leaves(ctx.kept, kept)
-        bars = tree.with_leaves(call.results[0], map(alive, cotangents))
+        bars = tree.with_leaves(call.results[0], map(unwrap_ended, cotangents))
         needed, recorded = tree.with_leaves(call.arguments, ctx.needs_input_grad[1:])
         again = torch.is_grad_enabled() and _is_differentiated_again((given, states, bars))
         disk = call.disk

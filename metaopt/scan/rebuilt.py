@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from metaopt.transforms import innermost, is_differentiable, outside_transforms
+from metaopt.transforms import is_differentiable, outside_transforms, unwrap
 
 
 def check_rebuilt(rebuilt: Mapping[int, Tensor], taken: Sequence[Tensor | None]) -> None:
@@ -25,8 +25,8 @@ def check_rebuilt(rebuilt: Mapping[int, Tensor], taken: Sequence[Tensor | None])
     """
     times, found, before = list[int](), list[Tensor](), list[Tensor]()
     for t, value in sorted(rebuilt.items()):
-        again, first = innermost(value), taken[t]
-        first = again if first is None else innermost(first)
+        again, first = unwrap(value), taken[t]
+        first = again if first is None else unwrap(first)
         if is_differentiable(again) and again.shape == first.shape:
             times += [t] * again.numel()  # a `vmap` has a loss for each of its rows
             found.append(again.detach().reshape(-1))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from metaopt.transforms import outside_transforms, without_levels
+from metaopt.transforms import outside_transforms, unwrap_grad_levels
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
@@ -117,7 +117,7 @@ def digest_of(leaves: Iterable[Any]) -> str:
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:
-    return without_levels(tensor).detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return unwrap_grad_levels(tensor).detach().resolve_conj().resolve_neg().cpu().contiguous()
 
 
 def _damaged(path: Path, how: str, remedy: str) -> ValueError:

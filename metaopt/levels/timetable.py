@@ -23,7 +23,7 @@ class Event(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Order:
+class Timetable:
     """The order of execution.
 
     A level that a single level above it waits for runs inside that one's steps: the upper level
@@ -56,7 +56,7 @@ class Order:
     total: Mapping[str, int]
 
 
-def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order:
+def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Timetable:
     """Return the order of execution of the levels that the edges connect.
 
     Args:
@@ -67,8 +67,8 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
         ValueError: the edges make a circle, a loss reads a level neither above nor below its own,
             or the numbers of steps contradict each other.
     """
-    levels = _sorted(edges)
-    below = _below(edges, levels)
+    levels = _sort(edges)
+    below = _find_below(edges, levels)
     for name in levels:
         for other in sorted(reads[name]):
             if other not in below[name] and name not in below[other]:
@@ -78,11 +78,13 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
                     f"or the other way round."
                 )
 
-    def waits(edge: Edge) -> bool:
+    # The upper level of such an edge sees, directly or by way of levels in between, where the lower
+    # one came to: so that moves first. Otherwise it follows.
+    def is_awaited(edge: Edge) -> bool:
         lower = edge.lower.name
         return bool(reads[edge.upper.name] & (below[lower] | {lower}))
 
-    owner = _owners(edges, levels, waits)
+    owner = _find_owners(edges, levels, is_awaited)
     members: dict[Owner, tuple[str, ...]] = {
         who: tuple(name for name in levels if owner[name] == who)
         for who in (None, *levels)
@@ -92,10 +94,10 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
     events: dict[Owner, tuple[Event, ...]] = {}
     for who, names in members.items():
         inner = [edge for edge in edges if edge.lower.name in names]
-        rates = _rates(who, names, inner)
+        rates = _find_rates(who, names, inner)
         steps |= rates
-        events[who] = _events(
-            names, rates, [(edge, waits(edge)) for edge in inner if edge.upper.name in names]
+        events[who] = _find_events(
+            names, rates, [(edge, is_awaited(edge)) for edge in inner if edge.upper.name in names]
         )
     shared: dict[str, frozenset[str]] = {}
     for name in reversed(levels):
@@ -114,10 +116,10 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Order
         {name: inside(name) for name in levels},
         {name: total(name) for name in levels},
     )
-    return Order(levels, below, owner, members, steps, events, shared, insides, totals)
+    return Timetable(levels, below, owner, members, steps, events, shared, insides, totals)
 
 
-def _sorted(edges: Sequence[Edge]) -> tuple[str, ...]:
+def _sort(edges: Sequence[Edge]) -> tuple[str, ...]:
     uppers: dict[str, list[str]] = {}
     for edge in edges:
         uppers.setdefault(edge.upper.name, [])
@@ -131,7 +133,7 @@ def _sorted(edges: Sequence[Edge]) -> tuple[str, ...]:
         ) from None
 
 
-def _below(edges: Sequence[Edge], levels: tuple[str, ...]) -> dict[str, frozenset[str]]:
+def _find_below(edges: Sequence[Edge], levels: tuple[str, ...]) -> dict[str, frozenset[str]]:
     below: dict[str, frozenset[str]] = {}
     for name in reversed(levels):
         lowers = [edge.lower.name for edge in edges if edge.upper.name == name]
@@ -139,12 +141,10 @@ def _below(edges: Sequence[Edge], levels: tuple[str, ...]) -> dict[str, frozense
     return below
 
 
-def _owners(
-    edges: Sequence[Edge], levels: tuple[str, ...], waits: Callable[[Edge], bool]
+def _find_owners(
+    edges: Sequence[Edge], levels: tuple[str, ...], is_awaited: Callable[[Edge], bool]
 ) -> dict[str, Owner]:
-    """Return the owner of each level: the innermost one inside whose steps all levels that matter
-    to it can be found.
-    """
+    """Return the owner of each level: the innermost with all levels that matter to it inside."""
     owner: dict[str, Owner] = {}
 
     def path(name: Owner) -> list[Owner]:
@@ -152,7 +152,9 @@ def _owners(
 
     for name in levels:
         above = [edge for edge in edges if edge.lower.name == name]
-        homes = [path(edge.upper.name if waits(edge) else owner[edge.upper.name]) for edge in above]
+        homes = [
+            path(edge.upper.name if is_awaited(edge) else owner[edge.upper.name]) for edge in above
+        ]
         together = (
             [same[0] for same in zip(*homes, strict=False) if len(set(same)) == 1]
             if homes
@@ -171,18 +173,14 @@ def _owners(
     return owner
 
 
-def _rates(who: Owner, names: tuple[str, ...], edges: Sequence[Edge]) -> dict[str, int]:
-    """Return the steps of each level in one turn of their owner, the smallest numbers that agree
-    with every edge.
-    """
+def _find_rates(who: Owner, names: tuple[str, ...], edges: Sequence[Edge]) -> dict[str, int]:
+    """Return the steps of each level in a turn, the smallest numbers that agree with all edges."""
     rates: dict[str, Fraction] = {}
     neighbours: dict[str, list[tuple[str, Fraction, Edge]]] = defaultdict(list)
     for edge in edges:
         upper, lower, factor = edge.upper.name, edge.lower.name, Fraction(edge.steps)
-        if upper == who:
-            neighbours[upper].append((lower, factor, edge))
-        else:
-            neighbours[upper].append((lower, factor, edge))
+        neighbours[upper].append((lower, factor, edge))
+        if upper != who:
             neighbours[lower].append((upper, 1 / factor, edge))
     for first in names if who is None else (who,):
         if first in rates:
@@ -203,17 +201,17 @@ def _rates(who: Owner, names: tuple[str, ...], edges: Sequence[Edge]) -> dict[st
                         f"{edge.upper.name!r}. Every way "
                         "down to a level must give it the same number of steps."
                     )
+        # A level that owns others fixes their rates; of top levels that share one, each makes the
+        # smallest number of steps after which all are done at once.
         scale = math.lcm(*(rate.denominator for rate in group.values())) if who is None else 1
         rates |= {name: rate * scale for name, rate in group.items()}
     return {name: int(rates[name]) for name in names}
 
 
-def _events(
+def _find_events(
     names: tuple[str, ...], rates: Mapping[str, int], edges: Sequence[tuple[Edge, bool]]
 ) -> tuple[Event, ...]:
-    """Return the order of steps: awaited levels before the ones that wait for them, followers after
-    the ones they follow.
-    """
+    """Return the order of steps: awaited levels come before, followers after the others."""
     made = dict.fromkeys(names, 0)
 
     def is_ready(name: str) -> bool:
@@ -229,6 +227,7 @@ def _events(
 
     events: list[Event] = []
     while made != rates:
+        # the lowest first: then a level that waits finds all that it waits for
         name = next((name for name in reversed(names) if is_ready(name)), None)
         if name is None:
             stuck = sorted(name for name in names if made[name] < rates[name])

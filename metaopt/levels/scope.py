@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,20 +23,22 @@ class Shown(TypedDict):
     buffers: Params
 
 
-Scene = dict[str, Shown]  # level name -> its tensors at one moment
+Scene = dict[str, Shown]  # level -> its tensors at one moment
+Rows = dict[str, Tree]  # level -> batches of it, with axes in front: see `Plan.leading_axes`
 
 
-class Evaluation(NamedTuple):
-    """The value of a loss, the other scalars it returned, and its model's buffers afterwards."""
+class After(TypedDict):
+    """What a loss says beside its value: its model's buffers afterwards, and logged scalars."""
 
-    loss: Tensor
-    metrics: dict[str, Tensor]
     buffers: Params
+    metrics: dict[str, Tensor]
 
 
 class LevelView:
-    """A level inside a loss: `view(x)` calls its model with its present parameters, `view.params`
-    are these.
+    """A level inside a loss.
+
+    `view(x)` calls its model with its present parameters, `view.params` and `view.buffers` are the
+    tensors by name.
     """
 
     def __init__(self, net: Functional, params: Params, buffers: Params, keeps_statistics: bool):
@@ -56,7 +58,7 @@ class LevelView:
 
 
 class Levels:
-    """The levels by name, as attributes."""
+    """What a level's loss gets: the levels by name, as attributes."""
 
     def __init__(self, reader: str, views: Mapping[str, LevelView], known: Collection[str]):
         self._reader, self._known = reader, known
@@ -72,8 +74,7 @@ class Levels:
             )
         raise ValueError(
             f"level {self._reader!r}: its loss reads `levels.{name}` now, but did not when the "
-            f"graph was built. A loss must "
-            "read the same levels every time."
+            f"graph was built. A loss must read the same levels every time."
         )
 
 
@@ -97,25 +98,27 @@ def evaluate(
     level: Level,
     nets: Mapping[str, Functional],
     scene: Scene,
-    batch: Tree,
+    rows: Rows,
     *,
+    reads: Collection[str] | None = None,
     keeps_statistics: bool = True,
     exact: bool = True,
     carried: Mapping[str, Collection[str]] | None = None,
-    read: set[str] | None = None,
-) -> Evaluation:
-    """Return the level's loss in a scene.
+    noted: set[str] | None = None,
+) -> tuple[Tensor, After]:
+    """Return the level's loss in a scene, and what it says beside it.
 
     Args:
         level: whose loss.
         nets: every level's model.
-        scene: the tensors of the levels that it may read, its own among them.
-        batch: what the loss gets.
+        scene: the tensors of the levels, its own among them.
+        rows: the loss gets the batch of its level among these, None if there is none.
+        reads: the levels that it may read; all by default.
         keeps_statistics: whether the level's own buffers are updated.
         exact: whether it needs care that derivatives of every order are right, see `any_order`.
         carried: level -> its buffers that have derivatives; all others are constants. None: all
             have.
-        read: gets the names of the levels that it reads.
+        noted: gets the names of the levels that it reads.
 
     Raises:
         ValueError: the loss reads an unknown level, or returns no scalar.
@@ -123,17 +126,17 @@ def evaluate(
     views = {
         name: LevelView(
             nets[name],
-            shown["params"],
-            kept(shown["buffers"], name, carried),
+            scene[name]["params"],
+            keep_carried(scene[name]["buffers"], name, carried),
             keeps_statistics and name == level.name,
         )
-        for name, shown in scene.items()
+        for name in (scene if reads is None else reads)
     }
-    levels = (
-        Levels(level.name, views, nets)
-        if read is None
-        else NotingLevels(level.name, views, nets, read)
-    )
+    if noted is None:
+        levels = Levels(level.name, views, nets)
+    else:
+        levels = NotingLevels(level.name, views, nets, noted)
+    batch = rows.get(level.name)
     if exact or level.precision is not None:
         autocast = (
             nullcontext()
@@ -144,12 +147,19 @@ def evaluate(
             result = level.loss(levels, batch)
     else:
         result = level.loss(levels, batch)
+    loss, metrics = _split(level.name, result)
+    buffers = keep_carried(views[level.name].buffers, level.name, carried)
+    return loss, {"buffers": buffers, "metrics": metrics}
+
+
+def _split(level: str, result: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return (loss, metrics) of what a loss returned."""
     metrics: dict[str, Tensor] = {}
     if isinstance(result, Mapping):
         metrics = dict(sorted(result.items()))
         if "loss" not in metrics:
             raise ValueError(
-                f'level {level.name!r}: a loss that returns a dict must have the key "loss", got '
+                f'level {level!r}: a loss that returns a dict must have the key "loss", got '
                 f"{sorted(metrics)}."
             )
         result = metrics.pop("loss")
@@ -161,15 +171,15 @@ def evaluate(
                 else type(value).__name__
             )
             raise ValueError(
-                f"level {level.name!r}: the loss must return floating-point scalars, got for "
+                f"level {level!r}: the loss must return floating-point scalars, got for "
                 f"{name!r} a {kind}. Take the mean."
             )
-    if metrics:
-        metrics = {name: value.detach() for name, value in metrics.items()}
-    return Evaluation(result, metrics, kept(views[level.name].buffers, level.name, carried))
+    return result, {name: value.detach() for name, value in metrics.items()}
 
 
-def kept(buffers: Params, level: str, carried: Mapping[str, Collection[str]] | None) -> Params:
+def keep_carried(
+    buffers: Params, level: str, carried: Mapping[str, Collection[str]] | None
+) -> Params:
     """Return a level's buffers, as constants apart from those that are carried.
 
     Also what comes in has to be seen to: a step that is rebuilt, or a loop that is one Function,

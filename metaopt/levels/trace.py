@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt._functional import Functional
-from metaopt.closure import find_hidden, tracked_names
+from metaopt.closure import find_hidden, name_tracked
 from metaopt.exact_ops import Watching
 from metaopt.levels.level import Level
-from metaopt.levels.view import Scene, evaluate
+from metaopt.levels.scope import Scene, evaluate
 from metaopt.transforms import is_tracked
 from metaopt.tree import Tree
 
@@ -80,8 +81,7 @@ def read(
     buffers: Collection[Pair] = (),
     keeps_statistics: bool = True,
 ) -> Reading:
-    """Evaluate the level's loss once, at the present values of all models, and note what it depends
-    on.
+    """Evaluate the level's loss once, at the present values of all models, and note what it reads.
 
     The global random state is put back. Cost: two forward passes and a backward pass.
 
@@ -96,36 +96,21 @@ def read(
         ValueError: the loss fails without data, reads an unknown level, or reaches a tensor that
             requires grad by itself.
     """
-
-    def scene(variable: bool) -> Scene:
-        return {
-            name: {
-                "params": {
-                    key: param.detach().requires_grad_(variable)
-                    for key, param in net.params.items()
-                },
-                "buffers": {
-                    key: buffer.detach().requires_grad_(variable)
-                    if (name, key) in buffers
-                    else buffer
-                    for key, buffer in net.buffers.items()
-                },
-            }
-            for name, net in nets.items()
-        }
-
-    at, still = scene(True), scene(False)  # here: what is noted below is what the loss calls
+    # made here: what is noted below is what the loss calls
+    at, still = _make_scene(nets, buffers, True), _make_scene(nets, buffers, False)
     names: set[str] = set()
+    rows = {level.name: batch}
     leaves = {
         (name, key): leaf for name, shown in at.items() for key, leaf in shown["params"].items()
     }
     leaves |= {pair: at[pair[0]]["buffers"][pair[1]] for pair in sorted(buffers)}
+    call = functools.partial(evaluate, level, nets, rows=rows, keeps_statistics=keeps_statistics)
     with torch.random.fork_rng(), torch.enable_grad(), Watching() as mode:
         before = _random_state(level.device)
         try:
-            found = evaluate(level, nets, at, batch, keeps_statistics=keeps_statistics, read=names)
+            loss, after = call(at, noted=names)
             is_random = not torch.equal(before, _random_state(level.device))
-            alone = evaluate(level, nets, still, batch, keeps_statistics=keeps_statistics)
+            alone, _ = call(still)
         except (TypeError, AttributeError) as error:
             if level.batches is not None:
                 raise
@@ -133,33 +118,47 @@ def read(
                 f"level {level.name!r} has no data, and its loss fails on the batch None: {error}. "
                 f"Pass `data=` to the level."
             ) from error
-
-        def again() -> list[Tensor]:
-            return [evaluate(level, nets, still, batch, keeps_statistics=keeps_statistics).loss]
-
-        if is_tracked(alone.loss) and find_hidden([alone.loss], again) is not None:
+        if is_tracked(alone) and find_hidden([alone], lambda: [call(still)[0]]) is not None:
             raise ValueError(
-                f"level {level.name!r}: its loss reaches {tracked_names(level.loss, alone.loss)} "
-                f"through its closure, and that "
-                "requires grad. Read the parameters of levels as `levels.NAME(x)` or "
-                "`levels.NAME.params`; detach what is constant."
+                f"level {level.name!r}: its loss reaches {name_tracked(level.loss, alone)} "
+                f"through its closure, and that requires grad. Read the parameters of levels as "
+                "`levels.NAME(x)` or `levels.NAME.params`; detach what is constant."
             )
-        moves = {key: _sources(buffer, leaves) for key, buffer in found.buffers.items()}
-        sources = _sources(found.loss, leaves)
-    metrics = {name: metric.dtype for name, metric in found.metrics.items()}
+        moves = {key: _find_sources(buffer, leaves) for key, buffer in after["buffers"].items()}
+        sources = _find_sources(loss, leaves)
     return Reading(
         levels=frozenset(names - {level.name}),
         params=sources - frozenset(buffers),
         buffers=sources & frozenset(buffers),
         moves={key: pairs for key, pairs in moves.items() if pairs},
-        dtype=found.loss.dtype,
-        metrics=metrics,
+        dtype=loss.dtype,
+        metrics={name: metric.dtype for name, metric in after["metrics"].items()},
         is_random=is_random,
         is_delicate=mode.found,
     )
 
 
-def _sources(value: Tensor, leaves: Mapping[Pair, Tensor]) -> frozenset[Pair]:
+def _make_scene(
+    nets: Mapping[str, Functional], buffers: Collection[Pair], is_variable: bool
+) -> Scene:
+    """Return fresh tensors of the present values; parameters and some buffers are variables."""
+    return {
+        name: {
+            "params": {
+                key: param.detach().requires_grad_(is_variable) for key, param in net.params.items()
+            },
+            "buffers": {
+                key: buffer.detach().requires_grad_(is_variable)
+                if (name, key) in buffers
+                else buffer
+                for key, buffer in net.buffers.items()
+            },
+        }
+        for name, net in nets.items()
+    }
+
+
+def _find_sources(value: Tensor, leaves: Mapping[Pair, Tensor]) -> frozenset[Pair]:
     """Return the names of the leaves that `value` depends on."""
     if not value.requires_grad:
         return frozenset()

@@ -1,0 +1,310 @@
+"""What follows from the levels, the edges and the timetable of a graph, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from metaopt import tree
+from metaopt.differentiate import Backprop, FirstOrder, Penalty, PointRule, Rule
+from metaopt.levels.edge import Edge
+from metaopt.levels.joint import JointRule
+from metaopt.levels.level import Level
+from metaopt.levels.own_loss import OwnLoss, make_loss
+from metaopt.levels.scope import Rows
+from metaopt.levels.timetable import Owner
+from metaopt.levels.trace import Pair
+from metaopt.optimizer import Optimizer
+
+if TYPE_CHECKING:
+    from metaopt.levels.plan import Plan
+
+
+Links = Mapping[str, Mapping[str, tuple[str, str]]]
+
+
+class Move(NamedTuple):
+    """Some steps of a level in a turn, with what is known of them before they happen.
+
+    Attributes:
+        level: which.
+        steps: how many.
+        begins: whether the level begins anew here, where its edge says so.
+        rule: how the owner of the turn differentiates them; None if it does not.
+        rows: the levels with data that run in these steps.
+        part: which of the level's steps in this turn these are; None if they are all.
+    """
+
+    level: str
+    steps: int
+    begins: bool
+    rule: Rule | None
+    rows: tuple[str, ...] = ()
+    part: slice | None = None
+
+    def take(self, rows: Rows) -> Rows:
+        """Return the batches of these steps among those of the turn."""
+        mine = {name: rows[name] for name in self.rows}
+        return mine if self.part is None else tree.index(mine, self.part)
+
+
+# What it depends on
+
+
+def find_dependencies(plan: Plan, name: str) -> frozenset[Pair]:
+    """Return the (level, parameter) pairs that the loss, optimizer or start of `name` depends on.
+
+    What the buffers that it reads of itself and of levels below depend on is among them; those of a
+    level above are constants in this one's step.
+    """
+    found = plan.readings[name].params | frozenset(plan.links[name].values())
+    for level, key in find_buffers_behind(plan, name):
+        if level == name or level in plan.order.below[name]:
+            found |= {
+                (other, param)
+                for other, param in plan.readings[level].moves[key]
+                if param in plan.levels[other].net.params
+            }
+    # a point does not tell where the steps that led there began
+    for edge in plan.above[name]:
+        if edge.start == "upper" and not isinstance(edge.differentiate, PointRule):
+            found |= {(edge.upper.name, key) for key in edge.upper.net.params}
+    return found
+
+
+def find_buffers_behind(plan: Plan, name: str) -> frozenset[Pair]:
+    """Return the (level, buffer) pairs that a loss depends on, also through other buffers."""
+    found: set[Pair] = set()
+    pending = [*plan.readings[name].buffers]
+    while pending:
+        level, key = pair = pending.pop()
+        if pair not in found and key in plan.readings[level].moves:
+            found.add(pair)
+            pending += plan.readings[level].moves[key]
+    return frozenset(found)
+
+
+def _find_carried(plan: Plan) -> dict[str, frozenset[str]]:
+    behind = frozenset().union(*(find_buffers_behind(plan, name) for name in plan.levels))
+    return {
+        name: frozenset(key for level, key in behind if level == name)
+        for name in {level for level, _ in behind}
+    }
+
+
+def _find_read_outside(plan: Plan, name: str) -> tuple[str, ...]:
+    inside = plan.order.inside[name] | {name}
+    read: set[str] = set()
+    for other in inside:
+        read |= plan.readings[other].levels | {level for level, _ in plan.links[other].values()}
+        read |= {
+            edge.upper.name for edge in plan.above[other] if edge.start == "upper" and other != name
+        }
+    # trees are flattened in this order, which must not change from process to process
+    return tuple(sorted(read - inside))
+
+
+def _is_read_from_outside(plan: Plan, name: str) -> bool:
+    inside = plan.order.inside[name]
+    return any(
+        plan.readings[other].levels & inside for other in plan.levels.keys() - inside - {name}
+    )
+
+
+def _is_random(plan: Plan, name: str) -> bool:
+    return any(plan.readings[other].is_random for other in plan.order.inside[name] | {name})
+
+
+def _is_adjustable(plan: Plan, name: str) -> bool:
+    optimizer = plan.levels[name].optimizer
+    return bool([*optimizer.parameters(), *optimizer.buffers()])
+
+
+def find_links(levels: Mapping[str, Level]) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return level -> tensor of its optimizer -> (level, parameter) that learns it."""
+    owners = {
+        id(param): (level.name, key)
+        for level in levels.values()
+        for key, param in level.net.params.items()
+    }
+    return {
+        name: {
+            key: owners[id(tensor)]
+            for key, tensor in level.optimizer.named_parameters()
+            if id(tensor) in owners
+        }
+        for name, level in levels.items()
+    }
+
+
+# How it responds
+
+
+def _find_rules(plan: Plan) -> dict[tuple[Owner, str], Rule | None]:
+    pairs: list[tuple[Owner, str]] = [
+        (owner, event.level) for owner, events in plan.order.events.items() for event in events
+    ]
+    pairs += [(name, lower) for name, shared in plan.order.shared.items() for lower in shared]
+    return {pair: find_rule(plan, *pair) for pair in pairs}
+
+
+def find_rule(plan: Plan, viewpoint: Owner, name: str) -> Rule | None:
+    """Return how `viewpoint` differentiates the response of a level below it."""
+    if viewpoint is None:
+        return None
+    # Edges from elsewhere do not matter here: to this viewpoint the levels at their upper ends are
+    # constants.
+    between = plan.order.below[viewpoint] | {viewpoint}
+    edges = [edge for edge in plan.above[name] if edge.upper.name in between]
+    found: list[tuple[Any, frozenset[str]]] = []
+    for edge in edges:
+        rule, uppers = edge.differentiate, frozenset({edge.upper.name})
+        same = next((i for i, (other, _) in enumerate(found) if other == rule), None)
+        if same is None:
+            found.append((rule, uppers))
+        else:
+            found[same] = (rule, found[same][1] | uppers)
+    path = next((edge for edge in edges if not isinstance(edge.differentiate, PointRule)), None)
+    if path is not None and len(found) > 1:
+        other = next(edge for edge in edges if edge.differentiate != path.differentiate)
+        raise ValueError(
+            f"{other}: `differentiate` must be that of {path}, {path.differentiate}, got "
+            f"{other.differentiate}. Both are on the way from {viewpoint!r} down to {name!r}, "
+            f"whose steps are differentiated in one way."
+        )
+    if len(found) > 1:
+        return JointRule(tuple(found))
+    return found[0][0] if found else None
+
+
+def _find_moves(plan: Plan, owner: Owner) -> Iterator[Move]:
+    taken = dict.fromkeys(plan.order.steps, 0)
+    for name, steps in plan.order.events[owner]:
+        first = taken[name]
+        taken[name] += steps
+        part = None if steps == plan.order.steps[name] else slice(first, taken[name])
+        # once for each step of the level above, of which a turn may hold several
+        begins = first % next((edge.steps for edge in plan.above[name]), 1) == 0
+        inside = [name, *sorted(plan.order.inside[name])]
+        rows = tuple(other for other in inside if plan.levels[other].batches is not None)
+        yield Move(name, steps, begins, plan.rule(owner, name), rows, part)
+
+
+def _find_copies_below(plan: Plan, name: str) -> int | None:
+    members = plan.order.members.get(name, ())
+    return None if plan.levels[name].copies or not members else plan.levels[members[0]].copies
+
+
+def _find_responding(plan: Plan, name: str) -> frozenset[str]:
+    """Return the levels whose response is part of T, without responses inside of responses."""
+    return plan.order.shared[name].union(plan.order.members.get(name, ()))
+
+
+def _find_response_rules(plan: Plan, name: str) -> list[Rule]:
+    """Return their rules, those of a joint one by one."""
+    rules: list[Rule] = []
+    for other in _find_responding(plan, name):
+        rule = plan.rule(name, other)
+        if isinstance(rule, JointRule):
+            rules += [part for part, _ in rule.parts]
+        elif rule is not None:
+            rules.append(rule)
+    return rules
+
+
+def _is_direct(plan: Plan, name: str) -> bool:
+    order = plan.order
+    return all(isinstance(rule, PointRule) for rule in _find_response_rules(plan, name)) and all(
+        plan.levels[other].copies is None
+        and not order.members.get(other)
+        and not order.shared[other]
+        for other in _find_responding(plan, name)
+    )
+
+
+def is_plain(plan: Plan, name: str) -> bool:
+    """Return True if what responds has rules that are the plain graph of the steps taken."""
+    return all(
+        isinstance(rule, Backprop | FirstOrder) and rule.memory == "full"
+        for rule in _find_response_rules(plan, name)
+    )
+
+
+def is_compilable(plan: Plan, name: str) -> bool:
+    """Return True if what responds to a top level is pulled back at points, without randomness."""
+    return (
+        plan.is_top(name)
+        and plan.responds_at_points(name)
+        and not any(isinstance(rule, Penalty) for rule in _find_response_rules(plan, name))
+        and not _find_responding(plan, name) & plan.random
+    )
+
+
+def _is_looped(plan: Plan, name: str) -> bool:
+    """Return True if no rule inside is a Function of its own, which a compiled loop cannot have."""
+    rules = [edge.differentiate for other in plan.order.inside[name] for edge in plan.above[other]]
+    return not any(isinstance(rule, PointRule) for rule in rules)
+
+
+def _look_ahead(plan: Plan) -> Plan | None:
+    others = {
+        edge.lower.name: edge.look_ahead
+        for edge in plan.edges
+        if isinstance(edge.look_ahead, Optimizer)
+    }
+    if not others:
+        return None
+    levels = {
+        name: level.with_optimizer(others[name]) if name in others else level
+        for name, level in plan.levels.items()
+    }
+    edges = tuple(replace(edge, look_ahead=bool(edge.look_ahead)) for edge in plan.edges)
+    return replace(plan, levels=levels, edges=edges, links=find_links(levels))
+
+
+def _find_above(plan: Plan, name: str) -> list[Edge]:
+    return [edge for edge in plan.edges if edge.lower.name == name]
+
+
+def _find_lowers(plan: Plan, name: str) -> list[Edge]:
+    return [edge for edge in plan.edges if edge.upper.name == name]
+
+
+def _find_start(plan: Plan, name: str) -> Edge | None:
+    return next((edge for edge in plan.above[name] if edge.start != "continue"), None)
+
+
+def _find_loss(plan: Plan, name: str) -> OwnLoss:
+    keeps = plan.copies_below[name] is None
+    level, reading = plan.levels[name], plan.readings[name]
+    return make_loss(level, reading, plan.nets, plan.carried, keeps_statistics=keeps)
+
+
+def _of_each(find: Callable[[Plan, str], Any]) -> Callable[[Plan], dict[str, Any]]:
+    return lambda plan: {name: find(plan, name) for name in plan.levels}
+
+
+def _where(is_so: Callable[[Plan, str], bool]) -> Callable[[Plan], frozenset[str]]:
+    return lambda plan: frozenset(name for name in plan.levels if is_so(plan, name))
+
+
+# Name of a fact -> what finds it. In this order, since later ones follow from earlier ones.
+FACTS: dict[str, Callable[[Plan], Any]] = {
+    "nets": _of_each(lambda plan, name: plan.levels[name].net),
+    "above": _of_each(_find_above),
+    "lowers": _of_each(_find_lowers),
+    "rules": _find_rules,
+    "reads_outside": _of_each(_find_read_outside),
+    "read_from_outside": _where(_is_read_from_outside),
+    "random": _where(_is_random),
+    "moves": lambda plan: {owner: (*_find_moves(plan, owner),) for owner in plan.order.events},
+    "starts": _of_each(_find_start),
+    "copies_below": _of_each(_find_copies_below),
+    "direct": _where(_is_direct),
+    "looped": _where(_is_looped),
+    "adjustable": _where(_is_adjustable),
+    "carried": _find_carried,
+    "losses": _of_each(_find_loss),
+    "ahead": _look_ahead,
+}

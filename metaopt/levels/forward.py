@@ -1,0 +1,291 @@
+"""Running a graph forward: every function here is a pure function of tensors.
+
+The total loss of a level, T(w) = L(w, levels above, responses of the levels below to w), is what
+its optimizer minimises and what the rules differentiate. A response is an inner loop on the total
+loss of the lower level: so levels nest.
+
+How a response is differentiated is one line of `advance`. For the level whose gradient is taken,
+rules record their pullbacks on a tape, which `backward` sweeps. Below that, where a total loss must
+itself be a differentiable function because a rule above differentiates its gradient, rules attach
+their pullbacks to their results, as in `minimize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt._functional import Params
+from metaopt.differentiate import InnerLoop, Inputs, PointRule, Pullback, Rule
+from metaopt.differentiate.steps import run
+from metaopt.levels.facts import Move
+from metaopt.levels.history import Record, Window, find_states, open_window
+from metaopt.levels.plan import Plan
+from metaopt.levels.scope import Rows, Scene
+from metaopt.levels.state import (
+    Memory,
+    State,
+    States,
+    begin,
+    find_optimizer_tensors,
+    find_rate,
+    show,
+    show_all,
+    update,
+    without_params,
+)
+from metaopt.levels.timetable import Owner
+from metaopt.transforms import values_are_readable
+
+
+class Response(NamedTuple):
+    """What a level did, for the way back.
+
+    Attributes:
+        level: which.
+        params: where its steps ended.
+        scene: what it saw.
+        pullback: of its rule.
+    """
+
+    level: str
+    params: Params
+    scene: Scene
+    pullback: Pullback
+
+
+Tape = list[Response]
+# (plan, level, scene, state, rows, window) -> state after a step of a top level
+Step = Callable[[Plan, str, Scene, State, Rows, Window], State]
+
+
+def turn(
+    plan: Plan,
+    owner: Owner,
+    scene: Scene,
+    states: States,
+    rows: Rows,
+    *,
+    at_point: bool = False,
+    tape: Tape | None = None,
+    step: Step | None = None,
+) -> tuple[Scene, States]:
+    """Let the levels of an owner step between two of its own steps; return (scene, states).
+
+    Args:
+        plan: of the graph.
+        owner: a level, or None for the graph: then nothing is differentiated from outside.
+        scene: what the levels read that are not among these.
+        states: of the owner's levels.
+        rows: batches of all that runs.
+        at_point: levels whose rule looks at one point only stay where they are.
+        tape: gets the responses; without, they are attached to the results.
+        step: of a top level, where the graph is the owner.
+    """
+    states, start = dict(states), states
+    # The graph shows what runs inside these levels too: that is what is seen of it until they move.
+    seen = show_all(states) if owner is None else {name: show(states[name]) for name in states}
+    scene = {**scene, **seen}
+    records: list[Record] = []
+    for move in plan.moves.get(owner, ()):
+        name, part = move.level, move.take(rows)
+        # empty, and free, for a level that shares none
+        window = open_window(plan, name, start, records)
+        if step is not None and plan.is_top(name):
+            state = states[name]
+            # none of the levels it shares moves between these steps: one window is that of each
+            for i in range(move.steps):
+                state = step(plan, name, scene, state, _row(plan, name, part, i), window)
+        else:
+            state = advance(plan, move, scene, states[name], part, window, at_point, tape)
+        records.append(Record(name, move.steps, move.begins, scene, part, state))
+        states[name] = state
+        scene = {**scene, **_expose(plan, name, move.rule, scene, state, part, tape)}
+    return scene, states
+
+
+def advance(
+    plan: Plan,
+    move: Move,
+    scene: Scene,
+    state: State,
+    rows: Rows,
+    window: Window,
+    at_point: bool,
+    tape: Tape | None,
+) -> State:
+    """Return the state of a level after its steps, differentiable as the rule of the move says."""
+    name, rule = move.level, move.rule
+    # A loop of no steps ends where it starts, and a rule that looks at one point looks there. Rules
+    # that differentiate the steps have nothing to look at without them, and make them.
+    stays = at_point and isinstance(rule, PointRule)
+    if move.begins and not stays:
+        state = begin(plan, name, scene, state)
+    loop = make_loop(plan, name, 0 if stays else move.steps, scene, state, rows, window)
+    if rule is None:
+        result = run(loop)
+    elif tape is None:
+        result = rule.attach(loop)
+    else:
+        result, pullback = rule.vjp(loop)
+        tape.append(Response(name, result.params, loop.inputs["meta"][0], pullback))
+    memory: Memory = result.state
+    return {"params": result.params, **memory}
+
+
+def make_loop(
+    plan: Plan, name: str, steps: int, scene: Scene, state: State, rows: Rows, window: Window
+) -> InnerLoop:
+    """Return the steps of a level as an inner loop, whose `meta` is all that they read."""
+    level, is_one = plan.levels[name], plan.order.steps[name] == 1
+    has_below = bool(plan.order.members.get(name))
+    return InnerLoop(
+        loss=partial(total_loss, plan, name, False),
+        update=partial(update, level),
+        inputs={
+            "optimizer": find_optimizer_tensors(plan, name, scene),
+            "loss": {},
+            # All as explicit tensors, the window too: what a rule's Function is not given it does
+            # not differentiate.
+            "meta": ({other: scene[other] for other in plan.reads_outside[name]}, window),
+            # the rows of a level that makes one step in a turn have no axis for steps
+            "batch": rows if is_one else None,
+        },
+        params=state["params"],
+        state=without_params(state),
+        batches=() if is_one else rows,
+        steps=steps,
+        compile=plan.compiles(name) and values_are_readable(),
+        rate=partial(find_rate, level),
+        # where its steps ended, the levels below have made theirs
+        loss_at_end=partial(total_loss, plan, name, True) if has_below else None,
+        is_random=name in plan.random,
+    )
+
+
+def total_loss(
+    plan: Plan,
+    name: str,
+    at_point: bool,
+    inputs: Inputs,
+    params: Params,
+    memory: Memory,
+    rows: Rows,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return (T(w), {"buffers", "metrics", "below"} after the levels below have moved).
+
+    Args:
+        plan: of the graph.
+        name: whose T.
+        at_point: levels below whose rule looks at one point only stay where they are.
+        inputs: "meta" is (what is seen, the window); "batch" are the rows, if every step sees the
+            same.
+        params: w.
+        memory: the rest of the level's state.
+        rows: else.
+    """
+    scene, window = inputs["meta"]
+    rows = rows if inputs["batch"] is None else inputs["batch"]
+    scene = {**scene, name: {"params": params, "buffers": memory["buffers"]}}
+    if window.records:
+        scene = replay(plan, name, scene, window)
+    below = memory["below"]
+    # The levels below see this one's parameters as they are here, so their responses are functions
+    # of w, and T is L along all paths.
+    if plan.copies_below[name] is not None:
+        return _mean_of_copies(plan, name, at_point, scene, memory, rows)
+    if below:
+        scene, below = turn(plan, name, scene, below, rows, at_point=at_point)
+    loss, after = plan.losses[name](scene, rows)
+    return loss, {**after, "below": below}
+
+
+def _mean_of_copies(
+    plan: Plan, name: str, at_point: bool, scene: Scene, memory: Memory, rows: Rows
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return what `total_loss` does, where the levels below are copies: the mean over them."""
+
+    def one(scene: Scene, below: States, rows: Rows) -> tuple[Tensor, dict[str, Any]]:
+        scene, below = turn(plan, name, scene, below, rows, at_point=at_point)
+        loss, after = plan.losses[name](scene, rows)
+        return loss, {**after, "below": below}
+
+    # the axis `copies` of a batch comes after those of steps
+    axes = {other: len(plan.leading_axes(other, name)) for other in rows}
+    below = memory["below"]
+    if name in plan.loops:
+        results = [
+            one(
+                scene,
+                tree.index(below, i),
+                {
+                    key: tree.map(lambda leaf, key=key, i=i: leaf.select(axes[key], i), row)
+                    for key, row in rows.items()
+                },
+            )
+            for i in range(plan.copies_below[name] or 0)
+        ]
+        loss, after = tree.stack(results)
+    else:
+        # each copy has a dropout mask of its own, as if they ran one after the other
+        each = torch.func.vmap(one, in_dims=(None, 0, axes), randomness="different")
+        loss, after = each(scene, below, rows)
+    metrics = tree.map(lambda metric: metric.mean(), after["metrics"])
+    return loss.mean(), {
+        "buffers": memory["buffers"],
+        "metrics": metrics,
+        "below": after["below"],
+    }
+
+
+def replay(plan: Plan, name: str, scene: Scene, window: Window, tape: Tape | None = None) -> Scene:
+    """Return the scene with the responses of the levels that `name` shares, as functions of it."""
+    again = list(window.records[: window.old])
+    states = find_states(window.start, again)
+    # what has been exposed: also of levels inside these, which the scenes of old know as constants
+    moved: Scene = {}
+    for record in window.records[window.old :]:
+        lower, rule = record.level, plan.rule(name, record.level)
+        stand = {other: show(state) for other, state in states.items()}
+        seen = {**record.scene, **stand, **moved, name: scene[name]}
+        its_window = open_window(plan, lower, window.start, again)
+        is_point = isinstance(rule, PointRule)
+        # such a rule needs no steps again: it looks at where they ended
+        state = record.after if is_point else states[lower]
+        move = Move(lower, record.steps, record.begins, rule)
+        state = advance(plan, move, seen, state, record.rows, its_window, is_point, tape)
+        states[lower] = state
+        moved = moved | _expose(plan, lower, rule, seen, state, record.rows, tape)
+        again.append(record._replace(scene=seen, after=state))
+    return {**scene, **moved}
+
+
+def _expose(
+    plan: Plan,
+    name: str,
+    rule: Rule | None,
+    scene: Scene,
+    state: State,
+    rows: Rows,
+    tape: Tape | None,
+) -> Scene:
+    """Return what others now read of a level, and of those inside its steps if they do."""
+    # the levels inside have moved too, but what nobody outside reads need not be looked at
+    if name not in plan.read_from_outside:
+        return {name: show(state)}
+    if not isinstance(rule, PointRule):
+        return show_all({name: state})
+    # they respond to its parameters, whose derivative is not that of the steps
+    scene, last = {**scene, name: show(state)}, _row(plan, name, rows, -1)
+    scene, _ = turn(plan, name, scene, state["below"], last, at_point=True, tape=tape)
+    return {other: scene[other] for other in sorted(plan.order.inside[name] | {name})}
+
+
+def _row(plan: Plan, name: str, rows: Rows, i: int) -> Rows:
+    """Return the batches of one of the level's steps."""
+    return rows if plan.order.steps[name] == 1 else tree.index(rows, i)

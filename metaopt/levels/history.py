@@ -1,0 +1,86 @@
+"""What happened to levels that several others share, since one of these last stepped.
+
+A level that shares levels does not own their steps, so its loss has to see these once more as
+functions of its parameters: see `forward.replay`. For that everything here is explicit tensors, a
+tree that can be an input of an inner loop. It is needed because such a level may itself be
+differentiated by a rule above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from metaopt.levels.plan import Plan
+from metaopt.levels.scope import Rows, Scene
+from metaopt.levels.state import State, States
+
+
+class Record(NamedTuple):
+    """Steps that a level made, and what running them again takes.
+
+    Attributes:
+        level: which.
+        steps: how many.
+        begins: whether it began anew, where its edge says so.
+        scene: what it saw.
+        rows: its batches.
+        after: its state afterwards.
+    """
+
+    level: str
+    steps: int
+    begins: bool
+    scene: Scene
+    rows: Rows
+    after: State
+
+
+class Window(NamedTuple):
+    """The part of a history that a level's next step depends on.
+
+    Attributes:
+        start: the states of the levels that it shares, before the records.
+        records: theirs, in order.
+        old: how many of the records it has seen in its last step; they tell levels among these that
+            share others themselves what happened since theirs.
+    """
+
+    start: States
+    records: tuple[Record, ...]
+    old: int
+
+
+NO_WINDOW = Window({}, (), 0)
+
+
+def open_window(plan: Plan, name: str, start: States, records: Sequence[Record]) -> Window:
+    """Return the window of a level after these records of one turn.
+
+    Args:
+        plan: of the graph.
+        name: the level.
+        start: states before the records.
+        records: what has happened in this turn.
+    """
+    shared = plan.order.shared[name]
+    if not shared:
+        return NO_WINDOW
+    old: list[Record] = []
+    new: list[Record] = []
+    for record in records:
+        if record.level == name:
+            old, new = [*old, *new], []
+        elif record.level in shared:
+            new.append(record)
+    # sorted: trees are flattened in this order, which must not change from process to process
+    start = {other: start[other] for other in sorted(shared)}
+    # what the level has seen matters only to those among the shared that share others themselves
+    if not any(plan.order.shared[other] for other in shared):
+        start, old = find_states(start, old), []
+    return Window(start, (*old, *new), len(old))
+
+
+def find_states(start: States, records: Iterable[Record]) -> States:
+    """Return the states after some records."""
+    return start | {record.level: record.after for record in records}
