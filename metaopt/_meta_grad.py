@@ -58,9 +58,9 @@ def meta_grad(
             parameters that require grad are differentiated.
         has_aux: `task_loss` returns (a scalar, aux), with a tree of tensors.
         compile: compile the whole meta-gradient; see `compile_whole`. For small networks and few
-            steps, which are all unrolled at compile time. Otherwise let `task_loss` call `minimize(...,
-            compile=True)`, with `chunk_size=1`: five steps of a convolution network then took half
-            a minute to compile, not three, and ran faster.
+            steps, which are all unrolled at compile time. Otherwise let `task_loss` call
+            `minimize(..., compile=True)`, with `chunk_size=1`: five steps of a convolution network
+            then took half a minute to compile, not three, and ran faster.
         chunk_size: number of tasks that are batched by `vmap` at a time; 1 means a plain loop over
             tasks. By default all of them, or one if the first call meets something that cannot be
             batched, which a warning then names, or, on a CPU, a convolution or more than 2^18

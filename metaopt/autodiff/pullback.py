@@ -212,11 +212,12 @@ def _fill(fresh: Iterator[Any], values: Tree, wanted: Tree, bare: bool = False) 
             for key, part in wanted.items()
         }
     if issubclass(kind, tuple | list):
-        parts = [
+        parts: list[Any] = [
             (None if bare else value) if part is False else _fill(fresh, value, part, bare)
             for value, part in zip(values, wanted, strict=True)
         ]
-        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+        make: Any = getattr(kind, "_make", kind)  # of a named tuple
+        return make(parts)
     return tree.map(
         lambda leaf, is_wanted: next(fresh) if is_wanted else None if bare else leaf, values, wanted
     )
