@@ -129,7 +129,9 @@ def tracked_names(source: Any, value: Tensor) -> str:
 def graph_leaves(value: Tensor) -> list[Tensor]:
     """Return the leaf tensors that a value was computed from, as far as autograd recorded it."""
     return [
-        found for found in find_ancestors(value).values() if isinstance(found, Tensor) and found.is_leaf
+        found
+        for found in find_ancestors(value).values()
+        if isinstance(found, Tensor) and found.is_leaf
     ]
 
 
