@@ -17,6 +17,7 @@ from torch.func import grad, vmap
 import metaopt as mo
 from metaopt.autodiff.mixed import mixed_product
 from metaopt.autodiff.pullback import choose, put, spread
+from metaopt.autodiff.replay import drawn_again
 from metaopt.differentiate import (
     End,
     Given,
@@ -80,7 +81,8 @@ class CentralDifferences(Rule):
 
             def value(row: Tensor) -> Tensor:
                 there = put(mo.tree.unravel(row, variables), given, wanted)
-                return weigh_result(loop.starting_from(there), cotangents)
+                with drawn_again(row):  # each run draws the same random numbers
+                    return weigh_result(loop.starting_from(there), cotangents)
 
             slopes = [
                 (value(row + side) - value(row - side)) / (2 * self.step)
@@ -151,6 +153,29 @@ def test_a_rule_reaches_all_that_a_loop_is_given() -> None:
         for rule in (CentralDifferences(), mo.Backprop())
     )
     assert_close(found, expected, 1e-7)
+
+
+def test_a_pullback_sees_the_random_numbers_of_the_loop() -> None:
+    """With dropout in the loss: the masks of the steps taken, and none is drawn for others."""
+
+    def outcome(rule: Rule, meta: Tensor) -> Tensor:
+        torch.manual_seed(1)
+
+        def loss(w: Tensor, _: None, meta: Tensor) -> Tensor:
+            return (torch.nn.functional.dropout(w - meta, 0.4) ** 2).sum()
+
+        start = torch.zeros(6)
+        out = mo.minimize(loss, SGD(0.1), start, None, steps=3, meta=meta, differentiate=rule)
+        assert torch.rand(()) < 1  # drawn meanwhile
+        return (out.params * torch.arange(6.0)).sum()
+
+    meta = torch.ones(6)
+    for way in (backward, lambda function, at: grad(function)(at)):
+        found, expected = (
+            way(lambda meta, rule=rule: outcome(rule, meta), meta)
+            for rule in (CentralDifferences(), mo.Backprop())
+        )
+        assert_close(found, expected, 1e-8)
 
 
 def graph(rule: Rule) -> mo.LevelGraph:

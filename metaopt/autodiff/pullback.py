@@ -197,7 +197,7 @@ def _choose(values: Tree, wanted: Tree, found: list[Any]) -> None:
 
 
 def _fill(fresh: Iterator[Any], values: Tree, wanted: Tree, bare: bool = False) -> Tree:
-    kind = type(wanted)
+    kind: Any = type(wanted)
     if kind is bool:
         if wanted:
             if isinstance(values, Tensor):

@@ -11,6 +11,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
 from metaopt.autodiff.gradient import gradient
+from metaopt.autodiff.replay import Ambient
 from metaopt.scan.stream import Stream
 from metaopt.transforms import constant, is_unrecorded, values_are_readable
 from metaopt.tree import Tree
@@ -165,9 +166,11 @@ class Rule:
         """Return the result with the pullback as its derivative, under autograd and `torch.func`.
 
         Where the backward pass is itself differentiated or transformed, the loop runs again: the
-        derivative is then that of the pullback as a function of the tensors of that moment.
+        derivative is then that of the pullback as a function of the tensors of that moment. The
+        pullback sees the random numbers that the loop saw.
         """
         given = loop.given()
+        ambient = Ambient.now(tree.leaves(given))
         loop = loop.starting_from(given)
         result, pullback = self.vjp(loop.starting_from(tree.map(constant, given)))
         is_plain = values_are_readable()
@@ -175,9 +178,11 @@ class Rule:
         def pull_back(_: Result, given: Given, cotangents: Result, wanted: Given) -> Given:
             if is_plain and is_unrecorded():
                 return pullback(cotangents, wanted)
-            return self.vjp(loop.starting_from(given))[1](cotangents, wanted)
+            _, again = self.vjp(loop.starting_from(given))
+            with ambient.restored():  # the run has drawn numbers
+                return again(cotangents, wanted)
 
-        return with_derivative(pull_back, result, given)  # type: ignore[no-any-return]
+        return with_derivative(pull_back, result, given, ambient)  # type: ignore[no-any-return]
 
     def ignored(self, loop: InnerLoop) -> dict[str, Tree]:
         """Return name -> tensors that the loop is given, and in which this rule has no derivative.
