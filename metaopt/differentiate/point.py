@@ -38,14 +38,14 @@ class PointRule(Rule):
 
     What the end depends on is then what the loss there reads: `inputs` without the optimizer, and
     the batch of the last step. The initial parameters and state, and the optimizer's tensors,
-    receive nothing: to ask for nothing else is an error. The returned state, the losses and what
-    else the loop emits are constants.
+    receive nothing: to ask only for derivatives in these is an error. The returned state, the
+    losses and what else the loop emits are constants.
     """
 
     def pull_back(
         self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
     ) -> tuple[Read, dict[str, Tensor]]:
-        """Return the cotangents of what the loss reads, and what there is to say about them.
+        """Return the cotangents of what the loss reads, and statistics.
 
         A function of the tensors in its arguments, built from torch's own operations: it can be
         differentiated and compiled.

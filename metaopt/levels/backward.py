@@ -1,12 +1,13 @@
 """The gradient of a level's total loss: forward on a tape, backward along it.
 
-    forward:  every level below responds, and (level, where it ended, pullback) is put on the tape
+    forward:  every level below responds: (level, where it ended, scene, pullback) goes on the tape
     slopes =  gradient of the level's own loss in its own parameters and in every response
     for response in reversed(tape):
-        for level, bar in response.pullback(slopes.pop(response.level)): slopes[level] += bar
+        for level, cotangent in response.pullback(slopes.pop(response.level)):
+            slopes[level] += cotangent
     return slopes[self]
 
-So it is where every rule below looks at one point, and nothing responds inside of a response
+This holds where every rule below looks at one point, and nothing responds inside of a response
 (`Plan.responds_at_points`). A whole step is then free of functions whose derivative only we know,
 and can be compiled. Elsewhere the responses are attached to their results, and autograd makes the
 same sweep over the graph of the total loss: rules that differentiate the steps have that graph as
@@ -48,12 +49,12 @@ def take_gradient(
 
     Args:
         plan: of the graph.
-        name: whose T.
-        scene: what the level sees.
-        state: its own.
-        rows: batches of its step and of all that runs inside it.
+        name: the level whose total loss T is differentiated.
+        scene: what the level sees of the others.
+        state: the level's state.
+        rows: batches of the level's step and of all that runs inside it.
         window: what happened to the levels that it shares.
-        at_point: levels below whose rule looks at one point only stay where they are.
+        at_point: if True, levels whose rule is a `PointRule` do not step.
     """
     if not plan.responds_at_points(name):
         return _differentiate_graph(plan, name, scene, state, rows, window, at_point)
@@ -132,6 +133,7 @@ def sweep(tape: Sequence[Response], slopes: Mapping[str, Slope], root: str) -> S
 
 def _pull_back(response: Response, slope: Slope, moving: set[str]) -> dict[str, Slope]:
     """Return level -> cotangent of its parameters, for the levels that move among those it sees."""
+    # in_...: whether its cotangent is wanted; to_...: its cotangent
     in_scene = {level: {"params": level in moving, "buffers": False} for level in response.scene}
     if not moving & in_scene.keys():
         return {}

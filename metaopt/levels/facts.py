@@ -28,8 +28,8 @@ class Move(NamedTuple):
     """Some steps of a level in a turn, with what is known of them before they happen.
 
     Attributes:
-        level: which.
-        steps: how many.
+        level: its name.
+        steps: number of steps.
         begins: whether the level begins anew here, where its edge says so.
         rule: how the owner of the turn differentiates them; None if it does not.
         rows: the levels with data that run in these steps.
@@ -242,7 +242,10 @@ def is_compilable(plan: Plan, name: str) -> bool:
 
 
 def _is_looped(plan: Plan, name: str) -> bool:
-    """Return True if no rule inside is a Function of its own, which a compiled loop cannot have."""
+    """Return True if the loop of a level can be compiled by itself: no `PointRule` is inside it.
+
+    Such a rule is a Function of its own, which a compiled loop cannot have.
+    """
     rules = [edge.differentiate for other in plan.order.inside[name] for edge in plan.above[other]]
     return not any(isinstance(rule, PointRule) for rule in rules)
 

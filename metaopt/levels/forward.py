@@ -47,10 +47,10 @@ class Response(NamedTuple):
     """What a level did, for the way back.
 
     Attributes:
-        level: which.
+        level: its name.
         params: where its steps ended.
-        scene: what it saw.
-        pullback: of its rule.
+        scene: what it read.
+        pullback: that of its rule.
     """
 
     level: str
@@ -75,17 +75,17 @@ def turn(
     tape: Tape | None = None,
     step: Step | None = None,
 ) -> tuple[Scene, States]:
-    """Let the levels of an owner step between two of its own steps; return (scene, states).
+    """Run one turn of an owner: its levels step. Return (scene, states); see `Timetable`.
 
     Args:
         plan: of the graph.
         owner: a level, or None for the graph: then nothing is differentiated from outside.
-        scene: what the levels read that are not among these.
+        scene: what else these levels read.
         states: of the owner's levels.
         rows: batches of all that runs.
-        at_point: levels whose rule looks at one point only stay where they are.
-        tape: gets the responses; without, they are attached to the results.
-        step: of a top level, where the graph is the owner.
+        at_point: if True, levels whose rule is a `PointRule` do not step.
+        tape: the responses are appended to it. Without a tape, pullbacks are attached to results.
+        step: makes a step of a top level, where the graph is the owner.
     """
     states, start = dict(states), states
     # The graph shows what runs inside these levels too: that is what is seen of it until they move.
@@ -181,13 +181,12 @@ def total_loss(
 
     Args:
         plan: of the graph.
-        name: whose T.
-        at_point: levels below whose rule looks at one point only stay where they are.
-        inputs: "meta" is (what is seen, the window); "batch" are the rows, if every step sees the
-            same.
+        name: the level whose T it is.
+        at_point: if True, levels whose rule is a `PointRule` do not step.
+        inputs: "meta" is (scene, window); "batch" has the batches, if every step sees the same.
         params: w.
         memory: the rest of the level's state.
-        rows: else.
+        rows: otherwise, this step's batches.
     """
     scene, window = inputs["meta"]
     rows = rows if inputs["batch"] is None else inputs["batch"]
@@ -247,7 +246,7 @@ def replay(plan: Plan, name: str, scene: Scene, window: Window, tape: Tape | Non
     """Return the scene with the responses of the levels that `name` shares, as functions of it."""
     again = list(window.records[: window.old])
     states = find_states(window.start, again)
-    # what has been exposed: also of levels inside these, which the scenes of old know as constants
+    # what later levels see, including levels inside; the recorded scenes hold those as constants
     moved: Scene = {}
     for record in window.records[window.old :]:
         lower, rule = record.level, plan.rule(name, record.level)
@@ -280,7 +279,7 @@ def _expose(
         return {name: show(state)}
     if not isinstance(rule, PointRule):
         return show_all({name: state})
-    # they respond to its parameters, whose derivative is not that of the steps
+    # levels inside respond to the end point; re-evaluate them there
     scene, last = {**scene, name: show(state)}, _row(plan, name, rows, -1)
     scene, _ = turn(plan, name, scene, state["below"], last, at_point=True, tape=tape)
     return {other: scene[other] for other in sorted(plan.order.inside[name] | {name})}

@@ -1,9 +1,8 @@
 """What happened to levels that several others share, since one of these last stepped.
 
 A level that shares levels does not own their steps, so its loss has to see these once more as
-functions of its parameters: see `forward.replay`. For that everything here is explicit tensors, a
-tree that can be an input of an inner loop. It is needed because such a level may itself be
-differentiated by a rule above it.
+functions of its parameters: see `forward.replay`. A rule above may differentiate such a level, so
+all that is here is explicit tensors: a tree that can be an input of an inner loop.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ class Record(NamedTuple):
     """Steps that a level made, and what running them again takes.
 
     Attributes:
-        level: which.
-        steps: how many.
+        level: its name.
+        steps: number of steps.
         begins: whether it began anew, where its edge says so.
-        scene: what it saw.
+        scene: what it read.
         rows: its batches.
         after: its state afterwards.
     """
@@ -42,8 +41,8 @@ class Window(NamedTuple):
     Attributes:
         start: the states of the levels that it shares, before the records.
         records: theirs, in order.
-        old: how many of the records it has seen in its last step; they tell levels among these that
-            share others themselves what happened since theirs.
+        old: how many leading records the level saw in its last step; shared levels that share
+            others need them.
     """
 
     start: States

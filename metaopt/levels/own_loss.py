@@ -29,7 +29,7 @@ def make_loss(
     """Return (scene, rows) -> (the level's loss, what it says beside it).
 
     Args:
-        level: whose.
+        level: the level.
         reading: what its loss depends on.
         nets: every level's model.
         carried: level -> its buffers that have derivatives.

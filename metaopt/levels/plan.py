@@ -48,7 +48,7 @@ class Plan:
         copies_below: level -> how many copies the levels have that run inside its steps, if it is
             itself outside of them.
         direct: the levels for which `responds_at_points`.
-        looped: the levels whose loop is compiled by itself, if any is.
+        looped: the levels whose loop is compiled by itself, if `compile` is set.
         adjustable: the levels whose optimizer has tensors.
         carried: level -> its buffers that have derivatives and matter to a loss.
         ahead: the plan with the optimizers of virtual steps, see `Edge`; None where all look ahead
@@ -101,12 +101,10 @@ class Plan:
         return self.rules[pair] if pair in self.rules else find_rule(self, viewpoint, name)
 
     def responds_at_points(self, name: str) -> bool:
-        """Return True if all that responds to `name` does so at points, with nothing inside.
+        """Return True if all rules of what responds to `name` are PointRules, with nothing inside.
 
-        No such level has copies or responses of its own, and its rules look at one point.
-
-        The derivative of the total loss is then that of the level's own loss and one pullback a
-        response.
+        The levels that respond have neither copies nor responses of their own. The derivative of
+        the total loss is then that of the level's own loss, and one pullback for each response.
         """
         return name in self.direct
 
@@ -114,8 +112,8 @@ class Plan:
     def is_one_function(self) -> bool:
         """Whether a whole step can be compiled as one function.
 
-        So it is where every rule is the plain graph of the steps taken, or one of a top level that
-        looks at one point. A compiler cannot wind random numbers back for the latter.
+        True if for each level every rule is the plain graph of the steps, or the level is a top one
+        whose rules are PointRules: for these a compiler cannot wind random numbers back.
         """
         return all(is_plain(self, name) or is_compilable(self, name) for name in self.levels)
 
@@ -124,9 +122,10 @@ class Plan:
         return self.compile and name in self.looped
 
     def leading_axes(self, name: str, owner: Owner) -> tuple[int, ...]:
-        """Return the axes in front of a batch of `name` in a turn: steps, and batches a step.
+        """Return the sizes of the axes in front of a batch of `name` in a turn.
 
-        A level on the way that makes one step has no axis.
+        They are those of steps, and of batches in a step; a level on the way that makes one step
+        has no axis.
         """
         axes = (self.levels[name].accumulate,) if self.levels[name].accumulate > 1 else ()
         here: Owner = name

@@ -79,7 +79,7 @@ class Levels:
 
 
 class NotingLevels(Levels):
-    """The same, and notes which are read."""
+    """`Levels` that records which names are read."""
 
     def __init__(
         self, reader: str, views: Mapping[str, LevelView], known: Collection[str], read: set[str]

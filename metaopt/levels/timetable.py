@@ -16,7 +16,7 @@ Owner = str | None  # a level, or None for the graph itself
 
 
 class Event(NamedTuple):
-    """A level makes so many steps."""
+    """A level makes `steps` steps in a row."""
 
     level: str
     steps: int
@@ -27,22 +27,24 @@ class Timetable:
     """The order of execution.
 
     A level that a single level above it waits for runs inside that one's steps: the upper level
-    owns it. A level that several wait for, and one that nobody waits for (its upper level's loss
-    does not read it, so it follows), belongs to whoever owns these. What belongs to nobody, the top
-    levels among it, belongs to the graph.
+    owns it. A level that several wait for belongs to whoever owns these. So does one that nobody
+    waits for: its upper level's loss does not read it, so it follows. What belongs to nobody
+    belongs to the graph; the top levels do.
+
+    A turn of an owner is what happens between two of its steps: of a level, what one step of it
+    takes; of the graph, one round of the top levels.
 
     Attributes:
         levels: names, upper levels before lower ones.
         below: level -> all levels below it.
         owner: level -> its owner.
         members: owner -> its levels, upper levels before lower ones.
-        steps: level -> its steps in one turn of its owner: one step of a level, one of the top
-            levels of the graph.
+        steps: level -> number of its steps in one turn of its owner.
         events: owner -> what happens in one turn, in order.
         shared: level -> the levels below it that its loss waits for and that it does not own, and
             those that these wait for.
         inside: level -> the levels that run inside its steps.
-        total: level -> its steps in one step of the graph.
+        total: level -> number of its steps in one step of the graph.
     """
 
     levels: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Which optimizer makes the updates of which of torch's."""
+"""Which of our optimizers corresponds to which of torch's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an optimizer's state holds, and what is said of one that does not fit."""
+"""What an optimizer's state holds, and the errors for one that does not fit."""
 
 from __future__ import annotations
 

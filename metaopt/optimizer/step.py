@@ -131,7 +131,9 @@ def _step_in_parts(
     `rule` is called once for each part of the parameters with a gradient. The memory in `given`
     becomes that after the step.
     """
-    results, counts, history = [*given.grads], [state["step"]] * len(given.grads), []
+    # begins as the gradients, of which those that are absent stay None
+    results = [*given.grads]
+    counts, history = [state["step"]] * len(given.grads), []
     shared = _read(state, "shared", grads)
     if "steps" in state:
         counts = [*tree.leaves_like(grads, state["steps"], "state['steps']")]

@@ -23,7 +23,7 @@ Observe = Callable[[], tuple[Tree, Tensor | None]]  # -> (gradients, loss) at th
 
 
 def find_schedules(optimizer: Optimizer) -> dict[str, Schedule | ByName]:
-    """Return name -> what has a state, of the hyperparameters."""
+    """Return name -> schedule or `ByName`."""
     values = {name: getattr(optimizer, name) for name in optimizer.hyperparameters}
     return {n: value for n, value in values.items() if isinstance(value, Schedule | ByName)}
 

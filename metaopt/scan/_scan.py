@@ -36,7 +36,7 @@ def scan(
     *,
     pullback: Pullback | None = None,
     compile: bool = False,
-    describe: Callable[[], str] = str,
+    describe: Callable[[], str] = str,  # str() is ""
 ) -> tuple[Tree, Tree]:
     """Run `step` over time and return (last carry, outs stacked), differentiable in every tensor.
 

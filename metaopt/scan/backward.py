@@ -27,7 +27,7 @@ class Reversal:
     Args:
         loop: which is reversed; it has run.
         given: what it started from.
-        needed: which leaves of that have a cotangent that is asked for.
+        needed: which leaves need a cotangent.
         states: the carries that are held.
         disk: what keeps the cotangents of a loop on disk as they are found.
     """

@@ -52,8 +52,8 @@ class Disk:
         self._settings = settings
         self._devices = _devices(carry)
         self._written = 0  # steps whose outs are on disk
-        self._first = ""  # the digest of what the first of the others gave
-        self._asked = ""  # the digest of what the backward pass is to find, and from what
+        self._first = ""  # digest of the first step after the newest state
+        self._asked = ""  # digest of the cotangents and the wanted leaves
         self._finished = False
 
     def put(self, time: int, state: Tree) -> None:
@@ -133,7 +133,7 @@ class Disk:
     def _check_step(
         self, loop: Loop, given: Given, ambients: list[Ambient], digests: dict[int, str]
     ) -> None:
-        """Make the step after the last state again of which it is known what it gave."""
+        """Repeat the first step after the newest state whose result is on record, and compare."""
         last = max((time for time in self.times() if time in digests), default=None)
         if last is None:
             return
@@ -154,10 +154,10 @@ class Disk:
         """Lock the directory for a backward pass.
 
         Args:
-            again: whether this is to be differentiated in its turn.
+            again: whether the backward pass is itself to be differentiated.
 
         Raises:
-            ValueError: it is, or the files were removed after a backward pass.
+            ValueError: `again` is True, or the files were removed after a backward pass.
         """
         with self._directory.lock():
             if again:

@@ -23,6 +23,9 @@ class Revolve:
     `snapshots` and r the smallest number with C(s + r, s) >= T: no schedule with s snapshots needs
     fewer. T = 1000 costs 2.5 forward runs with 28 snapshots, 3.5 with 11.
 
+    States are held on the way forward by `run_in_memory` in `scan/loop.py` (by `Disk.run`, if on
+    disk), and on the way back by `Reversal.run` in `scan/backward.py`.
+
     Args:
         snapshots: states held between forward and backward, the initial one among them. On the way
             back freed ones are replaced, and until the end both stay allocated: at most twice as
