@@ -26,7 +26,7 @@ from metaopt._functional import Params
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.pullback import plus
 from metaopt.differentiate import Given, Inputs, Result
-from metaopt.levels.forward import Response, Tape, replay, total_loss, turn
+from metaopt.levels.forward import Response, Tape, replay, run_turn, total_loss
 from metaopt.levels.history import Window
 from metaopt.levels.plan import Plan
 from metaopt.levels.scope import After, Rows, Scene
@@ -35,7 +35,7 @@ from metaopt.levels.state import State, show, without_params
 Slope = dict[str, Tensor | None]  # parameter -> derivative in it; None is zero
 
 
-def take_gradient(
+def take_total_gradient(
     plan: Plan,
     name: str,
     scene: Scene,
@@ -57,14 +57,14 @@ def take_gradient(
         at_point: if True, levels whose rule is a `PointRule` do not step.
     """
     if not plan.responds_at_points(name):
-        return _differentiate_graph(plan, name, scene, state, rows, window, at_point)
+        return _differentiate_by_autograd(plan, name, scene, state, rows, window, at_point)
 
     # forward, with constants alone: every level below responds
     tape: Tape = []
     scene = {**scene, name: show(state)}
     if window.records:
         scene = replay(plan, name, scene, window, tape)
-    scene, below = turn(plan, name, scene, state["below"], rows, at_point=at_point, tape=tape)
+    scene, below = run_turn(plan, name, scene, state["below"], rows, at_point=at_point, tape=tape)
 
     # the gradient of the level's own loss in all that moves with its parameters
     def value(variables: dict[str, Params]) -> tuple[Tensor, After]:
@@ -84,10 +84,10 @@ def take_gradient(
     return _fill_missing(plan, name, slope, state["params"]), loss, {**aux, "below": below}
 
 
-def _differentiate_graph(
+def _differentiate_by_autograd(
     plan: Plan, name: str, scene: Scene, state: State, rows: Rows, window: Window, at_point: bool
 ) -> tuple[Params, Tensor, dict[str, Any]]:
-    """Return what `take_gradient` does, by autograd through the total loss as one function."""
+    """Return what `take_total_gradient` does, by autograd through T as one function."""
     memory = without_params(state)
     inputs: Inputs = {"optimizer": {}, "loss": {}, "meta": (scene, window), "batch": rows}
 

@@ -64,7 +64,7 @@ Tape = list[Response]
 Step = Callable[[Plan, str, Scene, State, Rows, Window], State]
 
 
-def turn(
+def run_turn(
     plan: Plan,
     owner: Owner,
     scene: Scene,
@@ -142,8 +142,8 @@ def make_loop(
     plan: Plan, name: str, steps: int, scene: Scene, state: State, rows: Rows, window: Window
 ) -> InnerLoop:
     """Return the steps of a level as an inner loop, whose `meta` is all that they read."""
-    level, is_one = plan.levels[name], plan.order.steps[name] == 1
-    has_below = bool(plan.order.members.get(name))
+    level, is_one = plan.levels[name], plan.timetable.steps[name] == 1
+    has_below = bool(plan.timetable.members.get(name))
     return InnerLoop(
         loss=partial(total_loss, plan, name, False),
         update=partial(update, level),
@@ -199,7 +199,7 @@ def total_loss(
     if plan.copies_below[name] is not None:
         return _mean_of_copies(plan, name, at_point, scene, memory, rows)
     if below:
-        scene, below = turn(plan, name, scene, below, rows, at_point=at_point)
+        scene, below = run_turn(plan, name, scene, below, rows, at_point=at_point)
     loss, after = plan.losses[name](scene, rows)
     return loss, {**after, "below": below}
 
@@ -210,14 +210,14 @@ def _mean_of_copies(
     """Return what `total_loss` does, where the levels below are copies: the mean over them."""
 
     def one(scene: Scene, below: States, rows: Rows) -> tuple[Tensor, dict[str, Any]]:
-        scene, below = turn(plan, name, scene, below, rows, at_point=at_point)
+        scene, below = run_turn(plan, name, scene, below, rows, at_point=at_point)
         loss, after = plan.losses[name](scene, rows)
         return loss, {**after, "below": below}
 
     # the axis `copies` of a batch comes after those of steps
     axes = {other: len(plan.leading_axes(other, name)) for other in rows}
     below = memory["below"]
-    if name in plan.loops:
+    if name in plan.sequential_copies:
         results = [
             one(
                 scene,
@@ -281,10 +281,10 @@ def _expose(
         return show_all({name: state})
     # levels inside respond to the end point; re-evaluate them there
     scene, last = {**scene, name: show(state)}, _row(plan, name, rows, -1)
-    scene, _ = turn(plan, name, scene, state["below"], last, at_point=True, tape=tape)
-    return {other: scene[other] for other in sorted(plan.order.inside[name] | {name})}
+    scene, _ = run_turn(plan, name, scene, state["below"], last, at_point=True, tape=tape)
+    return {other: scene[other] for other in sorted(plan.timetable.inside[name] | {name})}
 
 
 def _row(plan: Plan, name: str, rows: Rows, i: int) -> Rows:
     """Return the batches of one of the level's steps."""
-    return rows if plan.order.steps[name] == 1 else tree.index(rows, i)
+    return rows if plan.timetable.steps[name] == 1 else tree.index(rows, i)

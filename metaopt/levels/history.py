@@ -62,7 +62,7 @@ def open_window(plan: Plan, name: str, start: States, records: Sequence[Record])
         start: states before the records.
         records: what has happened in this turn.
     """
-    shared = plan.order.shared[name]
+    shared = plan.timetable.shared[name]
     if not shared:
         return NO_WINDOW
     old: list[Record] = []
@@ -75,7 +75,7 @@ def open_window(plan: Plan, name: str, start: States, records: Sequence[Record])
     # sorted: trees are flattened in this order, which must not change from process to process
     start = {other: start[other] for other in sorted(shared)}
     # what the level has seen matters only to those among the shared that share others themselves
-    if not any(plan.order.shared[other] for other in shared):
+    if not any(plan.timetable.shared[other] for other in shared):
         start, old = find_states(start, old), []
     return Window(start, (*old, *new), len(old))
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from metaopt._functional import Functional, Params
 from metaopt.levels.level import Level
+from metaopt.levels.reading import Reading
 from metaopt.levels.scope import After, Rows, Scene, Shown, evaluate, keep_carried
-from metaopt.levels.trace import Reading
 from metaopt.scan import scan
 
 OwnLoss = Callable[[Scene, Rows], tuple[Tensor, After]]

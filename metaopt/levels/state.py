@@ -14,8 +14,8 @@ from metaopt._functional import Params, lend
 from metaopt.differentiate import Inputs
 from metaopt.levels.level import Level
 from metaopt.levels.plan import Plan
+from metaopt.levels.reading import Reading
 from metaopt.levels.scope import Scene, Shown
-from metaopt.levels.trace import Reading
 from metaopt.optimizer import Observe
 from metaopt.optimizer.hyperparameter import Value
 from metaopt.transforms import constant

@@ -23,7 +23,8 @@ class Arguments(NamedTuple):
     step: Tensor
 
 
-Rule = Callable[..., tuple[Leaves, Slots]]  # *Arguments -> (one tensor per parameter, next slots)
+# *Arguments -> (one tensor per parameter, next slots)
+UpdateFn = Callable[..., tuple[Leaves, Slots]]
 
 STATE_KEYS = frozenset(("step", "slots", "shared", "schedules"))
 

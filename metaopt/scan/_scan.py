@@ -16,7 +16,7 @@ from metaopt.autodiff.pullback import pull_back_and_value
 from metaopt.compiled import compile_whole
 from metaopt.scan.disk import Disk
 from metaopt.scan.function import record, run_differentiably
-from metaopt.scan.loop import Given, Loop, Pullback, Step
+from metaopt.scan.loop import Loop, ScanGiven, Step, StepPullback
 from metaopt.scan.nesting import is_inside_step
 from metaopt.scan.revolve import Revolve
 from metaopt.scan.stream import Stream
@@ -34,7 +34,7 @@ def scan(
     length: int | None,
     memory: Memory,
     *,
-    pullback: Pullback | None = None,
+    pullback: StepPullback | None = None,
     compile: bool = False,
     describe: Callable[[], str] = str,  # str() is ""
 ) -> tuple[Tree, Tree]:
@@ -77,7 +77,7 @@ def scan(
             pullback = _compile_pullback(step) if compile else partial(_pull_back_step, step)
         step = compile_whole(step) if compile else step
         loop = Loop(step, pullback, plan, isinstance(xs, Stream))
-        return _rebuild_steps(loop, Given(inputs, carry, xs), length, describe)
+        return _rebuild_steps(loop, ScanGiven(inputs, carry, xs), length, describe)
     if compile:
         step = compile_whole(step)
         carry = tree.map(_as_later, carry) if needed else carry
@@ -103,10 +103,10 @@ def _run_plainly(step: Step, inputs: Tree, carry: Tree, rows: Iterable[Tree]) ->
 
 
 def _rebuild_steps(
-    loop: Loop, given: Given, length: int | None, describe: Callable[[], str]
+    loop: Loop, given: ScanGiven, length: int | None, describe: Callable[[], str]
 ) -> tuple[Tree, Tree]:
     """Run a loop whose steps are rebuilt on the way back."""
-    disk, recorded, directory = None, None, loop.plan.directory
+    disk, recorded, directory = None, None, loop.held.directory
     if directory is not None:
         disk = Disk(Path(directory), describe(), given.carry)
     if loop.streamed and disk is None:
@@ -126,7 +126,7 @@ def _pull_back_step(
     return bars, None if value is None else value[1]
 
 
-def _compile_pullback(step: Step) -> Pullback:
+def _compile_pullback(step: Step) -> StepPullback:
     """Return the derivative of a step, compiled.
 
     Zero cotangents of the carry are given to it as tensors: None would make of the last step, which

@@ -17,7 +17,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.replay import Ambient
 from metaopt.scan.directory import Directory
-from metaopt.scan.loop import Bars, Given, Loop, Result, Run, run_forward
+from metaopt.scan.loop import Bars, Loop, Run, ScanGiven, ScanResult, run_forward
 from metaopt.scan.revolve import choose_times
 from metaopt.scan.tensor_file import digest_of
 from metaopt.tree import Tree
@@ -72,7 +72,7 @@ class Disk:
         """Return the times of the states that are there, in order."""
         return self._directory.times("state")
 
-    def run(self, loop: Loop, given: Given, length: int) -> Result:
+    def run(self, loop: Loop, given: ScanGiven, length: int) -> ScanResult:
         """Run a loop, or go on where a killed process stopped.
 
         What a function computes cannot be seen, but its steps can: another loss, other constants of
@@ -80,7 +80,7 @@ class Disk:
         is made again, and, since some settings matter only later, the one after the state from
         which this process goes on. These tell one loop from another.
         """
-        snapshots = loop.plan.snapshots
+        snapshots = loop.held.snapshots
         run, leaves = Run(given.carry, loop.ambients), tree.leaves(given)
         with self._directory.lock():
             first = [loop.row(given.xs, 0)]
@@ -100,7 +100,7 @@ class Disk:
             run_forward(loop, given.inputs, run, rows, note)
             run.ambients.append(Ambient.now(leaves, run.ambients[-1]))
             note(run)
-        return Result(run.carry, run.outs, {})
+        return ScanResult(run.carry, run.outs, {})
 
     def _note(self, run: Run, times: set[int]) -> None:
         """Write down the steps since the last state and the present one, if it is to be held."""
@@ -112,7 +112,7 @@ class Disk:
             self.put(run.time, run.carry)
             self._written = run.time
 
-    def _resume(self, loop: Loop, given: Given, run: Run) -> None:
+    def _resume(self, loop: Loop, given: ScanGiven, run: Run) -> None:
         """Go on from the last state that killed processes have left, if there is one."""
         outs, ambients, digests = list[Tree](), list[Ambient](), dict[int, str]()
         like = _devices(_pack(run.outs, run.ambients))
@@ -131,7 +131,7 @@ class Disk:
             self._written = done
 
     def _check_step(
-        self, loop: Loop, given: Given, ambients: list[Ambient], digests: dict[int, str]
+        self, loop: Loop, given: ScanGiven, ambients: list[Ambient], digests: dict[int, str]
     ) -> None:
         """Repeat the first step after the newest state whose result is on record, and compare."""
         last = max((time for time in self.times() if time in digests), default=None)
@@ -175,7 +175,7 @@ class Disk:
                 )
             yield
 
-    def resume_back(self, bars: Bars, near: Given, asked: Tree) -> None:
+    def resume_back(self, bars: Bars, near: ScanGiven, asked: Tree) -> None:
         """Take over what killed backward passes have found, if anything.
 
         Args:

@@ -12,7 +12,7 @@ from typing import Literal
 from metaopt.checks import check_count
 
 # The time of a state that has come -> that of the one to let go, if any; which may be this one.
-Schedule = Callable[[int], int | None]
+Keep = Callable[[int], int | None]
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,6 @@ def repeats(steps: int, snapshots: int) -> int:
     return r
 
 
-def advances(steps: int, snapshots: int) -> int:
-    """Return how many steps to run without a graph to reverse T of them: r T - C(s + r, s + 1)."""
-    r = repeats(steps, snapshots)
-    return r * steps - comb(snapshots + r, snapshots + 1)
-
-
 def split(steps: int, snapshots: int) -> int:
     """Return how far to advance before the next snapshot.
 
@@ -112,8 +106,8 @@ def choose_times(steps: int, snapshots: int) -> tuple[int, ...]:
     return tuple(positions)
 
 
-def plan_ahead(steps: int, snapshots: int) -> Schedule:
-    """Return the schedule that holds the states of `choose_times`."""
+def plan_ahead(steps: int, snapshots: int) -> Keep:
+    """Return what holds the states of `choose_times`."""
     times = frozenset(choose_times(steps, snapshots))
     return lambda time: None if time in times else time
 
