@@ -71,6 +71,11 @@ def _map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return pytree.tree_map(fn, tree, *rest)
 
 
+def nones(like: Tree) -> Tree:
+    """Return the tree with None for every leaf."""
+    return map(lambda _: None, like)
+
+
 def leaves(tree: Tree) -> list[Any]:
     """Return the leaves in order: of a dict in that of its keys' insertion."""
     if torch.compiler.is_compiling():

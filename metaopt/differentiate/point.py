@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
+from metaopt.autodiff.pullback import or_zeros
 from metaopt.autodiff.replay import Ambient, drawn_again
 from metaopt.compiled import compile_whole
 from metaopt.differentiate.arguments import Scale
@@ -77,7 +78,7 @@ class PointRule(Rule):
         ambient = Ambient.now(tree.leaves((loop.inputs, *end))) if winds_back else None
 
         def pullback(cotangents: Result, wanted: Given) -> Given:
-            v = tree.map(_or_zeros, cotangents.params, end.params)
+            v = tree.map(or_zeros, cotangents.params, end.params)
             in_batches = wanted.batches
             last = in_batches[-1] if isinstance(in_batches, list) and is_stream else in_batches
             in_read = (read_by_loss(wanted.inputs), last)
@@ -117,14 +118,14 @@ class PointRule(Rule):
             (inputs, state, batch), (in_inputs, in_state, in_batch) = given, wanted
             in_read = (read_by_loss(in_inputs), in_batch)
             if not any(tree.leaves(in_read)):
-                return tree.map(_nothing, wanted)
+                return tree.nones(wanted)
             here = replace(loop, inputs=inputs)
             bars, to_batch = _pull_back(self, here, End(params, state, batch), cotangent, in_read)
             to_inputs = {
-                name: bars[name] if name in bars else tree.map(_nothing, part)
+                name: bars[name] if name in bars else tree.nones(part)
                 for name, part in in_inputs.items()
             }
-            return to_inputs, tree.map(_nothing, in_state), to_batch
+            return to_inputs, tree.nones(in_state), to_batch
 
         return with_derivative(pull_back, end.params, (loop.inputs, end.state, end.batch))
 
@@ -187,14 +188,6 @@ def scale_cotangent(rule: Rule, scale: Scale, loop: InnerLoop, end: End, cotange
             rate = loop.rate(loop.inputs, end.state, end.params, observe)
         return tree.map(lambda v: rate * v, cotangent)
     return cotangent if scale == 1 else tree.map(lambda v: scale * v, cotangent)
-
-
-def _nothing(_: Any) -> None:
-    return None
-
-
-def _or_zeros(cotangent: Tensor | None, leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if cotangent is None else cotangent
 
 
 def _as_last_row(bar: Tensor | None, rows: Tensor) -> Tensor | None:

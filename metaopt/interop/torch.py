@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from metaopt import tree
 from metaopt.interop.scheduler import continue_scheduler
 from metaopt.optimizer import Leaves, Optimizer, State
+from metaopt.optimizer.by_name import Value
 from metaopt.optimizer.counterparts import Counterpart, counterparts
-from metaopt.optimizer.hyperparameter import Value
 from metaopt.optimizer.state import require_state
 from metaopt.transforms import is_tracked
 from metaopt.tree import Structure, Tree

@@ -25,10 +25,11 @@ from torch import Tensor
 from metaopt._functional import Params
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.pullback import plus
-from metaopt.differentiate import Given, Inputs, Result
-from metaopt.levels.forward import Response, Tape, replay, run_turn, total_loss
-from metaopt.levels.history import Window
+from metaopt.differentiate import Given, Result
+from metaopt.levels.forward import replay, run_turn, total_loss
+from metaopt.levels.history import Window, make_inputs
 from metaopt.levels.plan import Plan
+from metaopt.levels.response import Response, Tape
 from metaopt.levels.scope import After, Rows, Scene
 from metaopt.levels.state import State, show, without_params
 
@@ -89,7 +90,7 @@ def _differentiate_by_autograd(
 ) -> tuple[Params, Tensor, dict[str, Any]]:
     """Return what `take_total_gradient` does, by autograd through T as one function."""
     memory = without_params(state)
-    inputs: Inputs = {"optimizer": {}, "loss": {}, "meta": (scene, window), "batch": rows}
+    inputs = make_inputs(scene, window, rows)
 
     def value(variables: dict[str, Params]) -> tuple[Tensor, dict[str, Any]]:
         return total_loss(plan, name, at_point, inputs, variables[name], memory, rows)

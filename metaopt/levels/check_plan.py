@@ -11,10 +11,11 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.differentiate import PointRule, Rule
 from metaopt.levels.edge import Edge
-from metaopt.levels.facts import find_buffers_behind, find_dependencies
+from metaopt.levels.facts import find_buffers_behind
 from metaopt.levels.joint import JointRule
 from metaopt.levels.level import Level
 from metaopt.levels.plan import Plan
+from metaopt.levels.reading import Pair
 from metaopt.tree import Tree
 
 
@@ -220,7 +221,7 @@ def _check_response(plan: Plan, edge: Edge) -> None:
     if any(
         level == upper
         for name in plan.timetable.below[lower] | {lower}
-        for level, _ in find_dependencies(plan, name)
+        for level, _ in _find_dependencies(plan, name)
     ):
         return
     raise ValueError(
@@ -255,10 +256,10 @@ def _check_used(plan: Plan, name: str) -> None:
     matters, pending = {name}, [name]
     while pending:
         one = pending.pop()
-        found = {level for level, _ in find_dependencies(plan, one)} & below - matters
+        found = {level for level, _ in _find_dependencies(plan, one)} & below - matters
         matters |= found
         pending += found
-    used = {key for one in matters for level, key in find_dependencies(plan, one) if level == name}
+    used = {key for one in matters for level, key in _find_dependencies(plan, one) if level == name}
     for key in plan.levels[name].net.params:
         if key not in used:
             edge = plan.lowers[name][0]
@@ -267,6 +268,27 @@ def _check_used(plan: Plan, name: str) -> None:
                 f"directly nor through responses. "
                 "If that is meant, pass `allow_unused=True` to the level."
             )
+
+
+def _find_dependencies(plan: Plan, name: str) -> frozenset[Pair]:
+    """Return the (level, parameter) pairs that the loss, optimizer or start of `name` depends on.
+
+    What the buffers that it reads of itself and of levels below depend on is among them; those of a
+    level above are constants in this one's step.
+    """
+    found = plan.readings[name].params | frozenset(plan.links[name].values())
+    for level, key in find_buffers_behind(plan, name):
+        if level == name or level in plan.timetable.below[name]:
+            found |= {
+                (other, param)
+                for other, param in plan.readings[level].moves[key]
+                if param in plan.levels[other].net.params
+            }
+    # a point does not tell where the steps that led there began
+    for edge in plan.above[name]:
+        if edge.start == "upper" and not isinstance(edge.differentiate, PointRule):
+            found |= {(edge.upper.name, key) for key in edge.upper.net.params}
+    return found
 
 
 def check_state(given: Any, own: dict[str, Any]) -> None:

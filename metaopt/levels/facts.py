@@ -52,27 +52,6 @@ class Move(NamedTuple):
 # What it depends on
 
 
-def find_dependencies(plan: Plan, name: str) -> frozenset[Pair]:
-    """Return the (level, parameter) pairs that the loss, optimizer or start of `name` depends on.
-
-    What the buffers that it reads of itself and of levels below depend on is among them; those of a
-    level above are constants in this one's step.
-    """
-    found = plan.readings[name].params | frozenset(plan.links[name].values())
-    for level, key in find_buffers_behind(plan, name):
-        if level == name or level in plan.timetable.below[name]:
-            found |= {
-                (other, param)
-                for other, param in plan.readings[level].moves[key]
-                if param in plan.levels[other].net.params
-            }
-    # a point does not tell where the steps that led there began
-    for edge in plan.above[name]:
-        if edge.start == "upper" and not isinstance(edge.differentiate, PointRule):
-            found |= {(edge.upper.name, key) for key in edge.upper.net.params}
-    return found
-
-
 def find_buffers_behind(plan: Plan, name: str) -> frozenset[Pair]:
     """Return the (level, buffer) pairs that a loss depends on, also through other buffers."""
     found: set[Pair] = set()

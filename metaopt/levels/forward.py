@@ -4,8 +4,8 @@ The total loss of a level, T(w) = L(w, levels above, responses of the levels bel
 its optimizer minimises and what the rules differentiate. A response is an inner loop on the total
 loss of the lower level: so levels nest.
 
-How a response is differentiated is one line of `advance`. For the level whose gradient is taken,
-rules record their pullbacks on a tape, which `backward` sweeps. Below that, where a total loss must
+`response` runs a response, by the rule of its edge. For the level whose gradient is taken, rules
+record their pullbacks on a tape, which `backward` sweeps. Below that, where a total loss must
 itself be a differentiable function because a rule above differentiates its gradient, rules attach
 their pullbacks to their results, as in `minimize`.
 """
@@ -13,53 +13,28 @@ their pullbacks to their results, as in `minimize`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
 from metaopt._functional import Params
-from metaopt.differentiate import InnerLoop, Inputs, PointRule, Pullback, Rule
-from metaopt.differentiate.steps import run
+from metaopt.differentiate import Inputs, PointRule, Rule
 from metaopt.levels.facts import Move
 from metaopt.levels.history import Record, Window, find_states, open_window
 from metaopt.levels.plan import Plan
+from metaopt.levels.response import Tape, respond
 from metaopt.levels.scope import Rows, Scene
 from metaopt.levels.state import (
     Memory,
     State,
     States,
-    begin,
-    find_optimizer_tensors,
-    find_rate,
     show,
     show_all,
-    update,
-    without_params,
 )
 from metaopt.levels.timetable import Owner
-from metaopt.transforms import values_are_readable
 
-
-class Response(NamedTuple):
-    """What a level did, for the way back.
-
-    Attributes:
-        level: its name.
-        params: where its steps ended.
-        scene: what it read.
-        pullback: that of its rule.
-    """
-
-    level: str
-    params: Params
-    scene: Scene
-    pullback: Pullback
-
-
-Tape = list[Response]
 # (plan, level, scene, state, rows, window) -> state after a step of a top level
 Step = Callable[[Plan, str, Scene, State, Rows, Window], State]
 
@@ -102,70 +77,13 @@ def run_turn(
             for i in range(move.steps):
                 state = step(plan, name, scene, state, _row(plan, name, part, i), window)
         else:
-            state = advance(plan, move, scene, states[name], part, window, at_point, tape)
+            state = respond(
+                plan, move, total_loss, scene, states[name], part, window, at_point, tape
+            )
         records.append(Record(name, move.steps, move.begins, scene, part, state))
         states[name] = state
         scene = {**scene, **_expose(plan, name, move.rule, scene, state, part, tape)}
     return scene, states
-
-
-def advance(
-    plan: Plan,
-    move: Move,
-    scene: Scene,
-    state: State,
-    rows: Rows,
-    window: Window,
-    at_point: bool,
-    tape: Tape | None,
-) -> State:
-    """Return the state of a level after its steps, differentiable as the rule of the move says."""
-    name, rule = move.level, move.rule
-    # A loop of no steps ends where it starts, and a rule that looks at one point looks there. Rules
-    # that differentiate the steps have nothing to look at without them, and make them.
-    stays = at_point and isinstance(rule, PointRule)
-    if move.begins and not stays:
-        state = begin(plan, name, scene, state)
-    loop = make_loop(plan, name, 0 if stays else move.steps, scene, state, rows, window)
-    if rule is None:
-        result = run(loop)
-    elif tape is None:
-        result = rule.attach(loop)
-    else:
-        result, pullback = rule.vjp(loop)
-        tape.append(Response(name, result.params, loop.inputs["meta"][0], pullback))
-    memory: Memory = result.state
-    return {"params": result.params, **memory}
-
-
-def make_loop(
-    plan: Plan, name: str, steps: int, scene: Scene, state: State, rows: Rows, window: Window
-) -> InnerLoop:
-    """Return the steps of a level as an inner loop, whose `meta` is all that they read."""
-    level, is_one = plan.levels[name], plan.timetable.steps[name] == 1
-    has_below = bool(plan.timetable.members.get(name))
-    return InnerLoop(
-        loss=partial(total_loss, plan, name, False),
-        update=partial(update, level),
-        inputs={
-            "optimizer": find_optimizer_tensors(plan, name, scene),
-            "loss": {},
-            # All as explicit tensors, the window too: what a rule's Function is not given it does
-            # not differentiate.
-            "meta": ({other: scene[other] for other in plan.reads_outside[name]}, window),
-            # the rows of a level that makes one step in a turn have no axis for steps
-            "batch": rows if is_one else None,
-        },
-        params=state["params"],
-        state=without_params(state),
-        batches=() if is_one else rows,
-        steps=steps,
-        compile=plan.compiles(name) and values_are_readable(),
-        rate=partial(find_rate, level),
-        # where its steps ended, the levels below have made theirs
-        loss_at_end=partial(total_loss, plan, name, True) if has_below else None,
-        is_random=name in plan.random,
-    )
 
 
 def total_loss(
@@ -257,7 +175,9 @@ def replay(plan: Plan, name: str, scene: Scene, window: Window, tape: Tape | Non
         # such a rule needs no steps again: it looks at where they ended
         state = record.after if is_point else states[lower]
         move = Move(lower, record.steps, record.begins, rule)
-        state = advance(plan, move, seen, state, record.rows, its_window, is_point, tape)
+        state = respond(
+            plan, move, total_loss, seen, state, record.rows, its_window, is_point, tape
+        )
         states[lower] = state
         moved = moved | _expose(plan, lower, rule, seen, state, record.rows, tape)
         again.append(record._replace(scene=seen, after=state))

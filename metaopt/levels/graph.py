@@ -16,16 +16,16 @@ from metaopt import tree
 from metaopt._functional import Params
 from metaopt.autodiff.graph import VARIABLES
 from metaopt.batching import prefers_loop
-from metaopt.checks import NonFiniteError
+from metaopt.checks import NonFiniteError, find_not_finite
 from metaopt.compiled import compile_whole
-from metaopt.differentiate import EvolutionStrategy, Inputs
+from metaopt.differentiate import EvolutionStrategy
 from metaopt.levels.backward import take_total_gradient
 from metaopt.levels.check_plan import check_plan, check_state, name_levels
 from metaopt.levels.data import LevelData, peek_rows
 from metaopt.levels.edge import Edge
 from metaopt.levels.facts import find_links
 from metaopt.levels.forward import run_turn, total_loss
-from metaopt.levels.history import NO_WINDOW, Record, Window, open_window
+from metaopt.levels.history import NO_WINDOW, Record, Window, make_inputs, open_window
 from metaopt.levels.level import Level
 from metaopt.levels.plan import Plan
 from metaopt.levels.reading import Pair, Reading, read, read_all
@@ -131,14 +131,14 @@ class LevelGraph:
         rows, counts = peek_rows(self.plan, self._data, None)
         with torch.no_grad():
             _, states = self._run_turn(self._states, rows)
-        # may raise: until here nothing has changed, and no batch is gone
-        metrics = _find_metrics(states, self._steps)
+        # until here nothing has changed, and no batch is gone
+        _raise_if_not_finite(states, self._steps)
         for name, count in counts.items():
             self._data[name].take(count)
         self._states = states
         self._steps += 1
         self._load()
-        return metrics
+        return _find_metrics(states)
 
     def hypergradient(self, level: str, *, after_steps: bool = False) -> Params:
         """Return dT/dw of a level by parameter name, at the present state; nothing steps.
@@ -181,7 +181,7 @@ class LevelGraph:
             ValueError: there is no such level.
         """
         state, scene, rows, window = self._view(level)
-        inputs: Inputs = {"optimizer": {}, "loss": {}, "meta": (scene, window), "batch": rows}
+        inputs = make_inputs(scene, window, rows)
         with torch.no_grad():
             plan, state = begin_virtual_steps(self.plan, level, state)
             memory = without_params(state)
@@ -370,29 +370,33 @@ def _make_first_state(plan: Plan, name: str) -> State:
     return {**state, "below": {other: _make_first_state(plan, other) for other in inside}}
 
 
-def _find_metrics(states: States, step: int) -> dict[str, float | Tensor]:
-    """Return the losses and metrics in these states.
+def _raise_if_not_finite(states: States, step: int) -> None:
+    """Raise `NonFiniteError` for a loss that is not finite, or the gradient of a top level.
 
     Args:
         states: after a step of the graph.
         step: which one; levels that make several count for themselves.
-
-    Raises:
-        NonFiniteError: a loss is not finite, or the gradient of a top level.
     """
+    for name, state in states.items():
+        _raise_if_not_finite(state["below"], step)
+        progress, where = state["progress"], f"level {name!r}"
+        values: list[float] = progress["loss"].reshape(-1).tolist()
+        first = find_not_finite(values)
+        if first is not None:
+            counted = "steps" in progress
+            at = progress["steps"].reshape(-1).tolist()[first] - 1 if counted else step
+            raise NonFiniteError(where, at, values[first])
+        norm = state["metrics"].get("gradient norm")
+        if norm is not None and not math.isfinite(norm.mean()):
+            raise NonFiniteError(where, step, float(norm.mean()), what="gradient norm")
+
+
+def _find_metrics(states: States) -> dict[str, float | Tensor]:
+    """Return the losses and metrics in these states, means over copies."""
     metrics: dict[str, float | Tensor] = {}
     for name, state in states.items():
-        metrics |= _find_metrics(state["below"], step)
-        progress, loss = state["progress"], state["progress"]["loss"]
-        values: list[float] = loss.reshape(-1).tolist()
-        if not all(map(math.isfinite, values)):
-            first = [*map(math.isfinite, values)].index(False)
-            at = progress["steps"].reshape(-1).tolist()[first] - 1 if "steps" in progress else step
-            raise NonFiniteError(f"level {name!r}", at, values[first])
-        norm = state["metrics"].get("gradient norm", loss)
-        if not math.isfinite(norm.mean()):
-            raise NonFiniteError(f"level {name!r}", step, float(norm.mean()), what="gradient norm")
-        found = {"loss": loss, **state["metrics"]}
+        metrics |= _find_metrics(state["below"])
+        found = {"loss": state["progress"]["loss"], **state["metrics"]}
         metrics |= {
             f"{name}/{key}": metric.mean() if metric.ndim else metric
             for key, metric in found.items()

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from metaopt._functional import Params
+from metaopt.differentiate import Inputs
 from metaopt.levels.plan import Plan
 from metaopt.levels.scope import Rows, Scene
 from metaopt.levels.state import State, States
@@ -51,6 +53,21 @@ class Window(NamedTuple):
 
 
 NO_WINDOW = Window({}, (), 0)
+
+
+def make_inputs(
+    scene: Scene, window: Window, batch: Rows | None, optimizer: Params | None = None
+) -> Inputs:
+    """Return what the steps of a level read, as an inner loop has it.
+
+    Args:
+        scene: the levels that it reads.
+        window: what happened to those that it shares. A rule differentiates only what it is given,
+            so these are explicit tensors too.
+        batch: batches that are the same at every step; None where each step has its own.
+        optimizer: the optimizer's tensors, if they are not constant.
+    """
+    return {"optimizer": optimizer or {}, "loss": {}, "meta": (scene, window), "batch": batch}
 
 
 def open_window(plan: Plan, name: str, start: States, records: Sequence[Record]) -> Window:

@@ -14,6 +14,7 @@ from metaopt.levels.level import Level
 from metaopt.levels.reading import Reading
 from metaopt.levels.scope import After, Rows, Scene, Shown, evaluate, keep_carried
 from metaopt.scan import scan
+from metaopt.transforms import constant
 
 OwnLoss = Callable[[Scene, Rows], tuple[Tensor, After]]
 
@@ -87,11 +88,11 @@ def _accumulate(
 def _hold_unread(name: str, shown: Shown, reading: Reading, is_own: bool) -> Shown:
     """Return what is seen of a level, as constants apart from what a loss depends on."""
     params = {
-        key: leaf if (name, key) in reading.params else leaf.detach()
+        key: leaf if (name, key) in reading.params else constant(leaf)
         for key, leaf in shown["params"].items()
     }
     buffers = {
-        key: leaf if is_own or (name, key) in reading.buffers else leaf.detach()
+        key: leaf if is_own or (name, key) in reading.buffers else constant(leaf)
         for key, leaf in shown["buffers"].items()
     }
     return {"params": params, "buffers": buffers}

@@ -17,7 +17,7 @@ from metaopt.levels.plan import Plan
 from metaopt.levels.reading import Reading
 from metaopt.levels.scope import Scene, Shown
 from metaopt.optimizer import Observe
-from metaopt.optimizer.hyperparameter import Value
+from metaopt.optimizer.by_name import Value
 from metaopt.transforms import constant
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from metaopt import tree
-from metaopt.differentiate import Inputs
 from metaopt.levels.backward import take_total_gradient
 from metaopt.levels.forward import run_turn, total_loss
-from metaopt.levels.history import Window
+from metaopt.levels.history import Window, make_inputs
 from metaopt.levels.plan import Plan
 from metaopt.levels.scope import Rows, Scene
 from metaopt.levels.state import State, find_optimizer_tensors, update, without_params
@@ -21,7 +20,7 @@ def step_top_level(
     """Return the state of a top level after one step, and of all that runs inside it."""
     level, memory = plan.levels[name], without_params(state)
     ahead, there = begin_virtual_steps(plan, name, state)
-    inputs: Inputs = {"optimizer": {}, "loss": {}, "meta": (scene, window), "batch": rows}
+    inputs = make_inputs(scene, window, rows, find_optimizer_tensors(plan, name, scene))
     waits = (
         level.warmup
         and not torch.compiler.is_compiling()
@@ -35,7 +34,6 @@ def step_top_level(
     else:
         grads, loss, aux = take_total_gradient(ahead, name, scene, there, rows, window)
     aux["metrics"] = {**aux["metrics"], "gradient norm": tree.norm(grads)}
-    inputs["optimizer"] = find_optimizer_tensors(plan, name, scene)
     params, after = update(level, inputs, grads, memory, state["params"], loss, aux)
     # the steps above were for the gradient alone: those that count see the new parameters
     if any(edge.look_ahead for edge in plan.lowers[name]):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.pullback import pull_back_and_value
+from metaopt.autodiff.pullback import or_zeros, pull_back_and_value
 from metaopt.compiled import compile_whole
 from metaopt.scan.disk import Disk
 from metaopt.scan.function import record, run_differentiably
@@ -137,14 +137,10 @@ def _compile_pullback(step: Step) -> StepPullback:
         inputs: Tree, carry: Tree, x: Tree, cotangents: tuple[Tree, Tree], wanted: Tree
     ) -> tuple[tuple[Tree, Tree, Tree], Tree]:
         of_carry, of_out = cotangents
-        of_carry = tree.map(_or_zeros, of_carry, carry)
+        of_carry = tree.map(or_zeros, of_carry, carry)
         return _pull_back_step(step, inputs, carry, x, (of_carry, of_out), wanted)
 
     return compile_whole(call)
-
-
-def _or_zeros(cotangent: Tensor | None, like: Tensor) -> Tensor | None:
-    return torch.zeros_like(like) if cotangent is None and is_differentiable(like) else cotangent
 
 
 def _check_carry(carry: Tree) -> None:

@@ -55,7 +55,7 @@ class Reversal:
             firsts: the first leaf of each step's out.
         """
         given, states, disk = self._given, self._states, self._disk
-        bars = Bars(len(firsts), cotangents.carry, tree.map(lambda _: None, given.inputs))
+        bars = Bars(len(firsts), cotangents.carry, tree.nones(given.inputs))
         if disk is not None:
             near = given._replace(xs=self._loop.row(given.xs, 0))
             disk.resume_back(bars, near, (cotangents, self._wanted))

@@ -200,7 +200,7 @@ class Disk:
             )
         times = range(bars.time - 1, int(facts["low"]) - 1, -1)
         if facts["has rows"] == "False":
-            rows = [tree.map(lambda _: None, near.xs)] * len(times)
+            rows = [tree.nones(near.xs)] * len(times)
         elif {*times} <= {*self._directory.times("row")}:
             rows = [self._directory.read("row", t, devices.xs)[0] for t in times]
         else:

@@ -43,7 +43,7 @@ def run_differentiably(
         recorded: what it gave, if it has run already.
     """
     arguments = (given, recorded or ())
-    call = Call(loop, _empty(arguments), length, disk)
+    call = Call(loop, tree.nones(arguments), length, disk)
     outputs = ScanFunction.apply(call, *tree.leaves(arguments))  # type: ignore[no-untyped-call]
     result: ScanResult = tree.with_leaves(call.results[0], outputs)
     return result
@@ -109,7 +109,7 @@ class ScanFunction(torch.autograd.Function):
     def forward(call: Call, *leaves: Any) -> tuple[Tensor, ...]:
         given, recorded = tree.with_leaves(call.arguments, leaves)
         result = recorded or call.run(given)
-        call.results.append(_empty(result))
+        call.results.append(tree.nones(result))
         outputs = tree.leaves(result)
         if recorded:
             # The last carry is a copy, for a user may write to it, which views forbid.
@@ -133,7 +133,7 @@ class ScanFunction(torch.autograd.Function):
         result = tree.with_leaves(call.results[0], output)
         firsts = [tree.leaves(out)[0] for out in result.outs]  # to compare a rebuilt step with
         kept = (given, result.states, firsts)
-        leaves, ctx.kept = tree.leaves(kept), _empty(kept)
+        leaves, ctx.kept = tree.leaves(kept), tree.nones(kept)
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.save_for_backward(*[leaf if isinstance(leaf, Tensor) else None for leaf in leaves])
 
@@ -150,11 +150,7 @@ class ScanFunction(torch.autograd.Function):
         with torch.set_grad_enabled(again), nullcontext() if disk is None else disk.reopen(again):
             store = call.loop.make_store(given.carry, states) if disk is None else disk
             found = Reversal(call.loop, given, needed, store, disk).run(bars, firsts)
-        return None, *tree.leaves((found, _empty(recorded)))
-
-
-def _empty(values: Tree) -> Tree:
-    return tree.map(lambda _: None, values)
+        return None, *tree.leaves((found, tree.nones(recorded)))
 
 
 def _is_differentiated_again(tensors: Tree) -> bool:
