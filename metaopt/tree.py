@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from metaopt.torch_internals import foreach_add, foreach_norm, pytree
-from metaopt.transforms import is_unrecorded
+from metaopt.transforms import is_tracked, is_unrecorded
 
 Tree = Any
 Structure = pytree.TreeSpec
@@ -195,6 +195,11 @@ def is_alike(one: Tree, other: Tree) -> bool:
             and all(is_alike(*pair) for pair in zip(one, other, strict=True))
         )
     return bool(flatten(one)[1] == flatten(other)[1])
+
+
+def is_any_tracked(tree: Tree) -> bool:
+    """Return True if autograd or `torch.func.grad` differentiates through some tensor."""
+    return any(isinstance(leaf, Tensor) and is_tracked(leaf) for leaf in leaves(tree))
 
 
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:

@@ -29,7 +29,7 @@ class MeasuredRule:
     """A rule's hypergradient beside the exact one, g.
 
     Attributes:
-        rule: which.
+        rule: the rule.
         hypergradient: x, by parameter name.
         cosine: <x, g> / |x| |g|; nan if either is zero.
         norm_ratio: |x| / |g|.

@@ -17,7 +17,6 @@ from metaopt.autodiff.replay import Ambient, drawn_again
 from metaopt.compiled import compile_whole
 from metaopt.differentiate.arguments import Scale
 from metaopt.differentiate.protocol import Given, InnerLoop, Inputs, Pullback, Result, Rule
-from metaopt.differentiate.refusal import is_any_tracked
 from metaopt.differentiate.steps import run
 from metaopt.scan.stream import Stream, last_row
 from metaopt.transforms import has_tangent
@@ -106,7 +105,7 @@ class PointRule(Rule):
         """
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             read = (read_by_loss(loop.inputs), end.batch)
-            if not (is_any_tracked(read) or any(map(has_tangent, tree.leaves(read)))):
+            if not (tree.is_any_tracked(read) or any(map(has_tangent, tree.leaves(read)))):
                 return tree.map(torch.Tensor.detach, end.params)
 
         def pull_back(

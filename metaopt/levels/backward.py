@@ -46,7 +46,7 @@ def take_total_gradient(
     *,
     at_point: bool = False,
 ) -> tuple[Params, Tensor, dict[str, Any]]:
-    """Return (dT/dw, T, what `total_loss` says beside it), all constant.
+    """Return (dT/dw, T, what `total_loss` returns beside T), all constant.
 
     Args:
         plan: of the graph.

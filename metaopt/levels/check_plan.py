@@ -192,7 +192,7 @@ def _check_shared(plan: Plan, name: str) -> None:
 
 
 def _check_deep(plan: Plan, reader: str, name: str) -> None:
-    """See that a level deep below responds to where the level that it runs inside of came to."""
+    """Check that a level deep below responds to the end point of the level around it."""
     timetable, outside = plan.timetable, (None, reader, plan.timetable.owner[reader])
     owners: list[str] = []
     here = timetable.owner[name]
@@ -232,7 +232,7 @@ def _check_response(plan: Plan, edge: Edge) -> None:
 
 
 def _check_buffers(plan: Plan, edge: Edge) -> None:
-    """See that no loss depends on buffers whose derivative the edge's rule leaves out."""
+    """Check that no loss depends on buffers whose derivative the edge's rule leaves out."""
     if not isinstance(edge.differentiate, PointRule):
         return
     lower, below = edge.lower.name, plan.timetable.below
@@ -251,7 +251,7 @@ def _check_buffers(plan: Plan, edge: Edge) -> None:
 
 
 def _check_used(plan: Plan, name: str) -> None:
-    """See that every parameter matters to the level's own loss, directly or by responses."""
+    """Check that every parameter matters to the level's own loss, directly or by responses."""
     below = plan.timetable.below[name]
     matters, pending = {name}, [name]
     while pending:

@@ -30,7 +30,7 @@ from metaopt.levels.level import Level
 from metaopt.levels.plan import Plan
 from metaopt.levels.reading import Pair, Reading, read, read_all
 from metaopt.levels.scope import Rows, Scene
-from metaopt.levels.show import describe, draw
+from metaopt.levels.show import describe_graph, draw
 from metaopt.levels.state import (
     State,
     States,
@@ -149,7 +149,7 @@ class LevelGraph:
         differentiate steps look ahead along the steps that the lower levels would make next.
 
         Args:
-            level: whose.
+            level: its name.
             after_steps: let all rules look ahead, at levels that no other level shares: what the
                 level's next step would use.
 
@@ -167,14 +167,13 @@ class LevelGraph:
 
     def params(self, level: str) -> Params:
         """Return a level's present parameters, by name."""
-        params: Params = self._view(level)[0]["params"]
-        return params
+        return self._view(level)[0]["params"]
 
     def objective(self, level: str, params: Params) -> Tensor:
         """Return T(w), the loss after the next steps of the levels below, at other parameters w.
 
         Args:
-            level: whose.
+            level: its name.
             params: w, by name.
 
         Raises:
@@ -234,12 +233,15 @@ class LevelGraph:
         draw(self.plan, path)
 
     def __str__(self) -> str:
-        return describe(self.plan, self.values())
+        return describe_graph(self.plan, self.values())
 
     def _drawing(self) -> list[tuple[Edge, EvolutionStrategy]]:
         """Return the edges whose rules draw noise of their own."""
-        rules = [(edge, edge.differentiate) for edge in self.plan.edges]
-        return [(edge, rule) for edge, rule in rules if isinstance(rule, EvolutionStrategy)]
+        return [
+            (edge, edge.differentiate)
+            for edge in self.plan.edges
+            if isinstance(edge.differentiate, EvolutionStrategy)
+        ]
 
     def _state(self, name: str) -> State:
         owner = self.plan.timetable.owner[name]
@@ -375,7 +377,7 @@ def _raise_if_not_finite(states: States, step: int) -> None:
 
     Args:
         states: after a step of the graph.
-        step: which one; levels that make several count for themselves.
+        step: its number; levels that make several count for themselves.
     """
     for name, state in states.items():
         _raise_if_not_finite(state["below"], step)

@@ -27,7 +27,7 @@ def make_loss(
     *,
     keeps_statistics: bool,
 ) -> OwnLoss:
-    """Return (scene, rows) -> (the level's loss, what it says beside it).
+    """Return (scene, rows) -> (the level's loss, `After`).
 
     Args:
         level: the level.

@@ -35,7 +35,7 @@ class Plan:
         nets: level -> its model as a function.
         above: level -> the edges to the levels directly above.
         lowers: level -> the edges to the levels directly below.
-        losses: level -> (scene, rows) -> (its own loss, what it says beside it).
+        losses: level -> (scene, rows) -> (its own loss, `After`).
         reads_outside: level -> the levels that a step of it reads, apart from those inside it.
             Those that it shares are among them: they need not have moved since its last step.
         read_from_outside: the levels inside whose steps others run that are read by a level
@@ -45,7 +45,7 @@ class Plan:
         moves: owner -> what happens in one turn, in order.
         starts: level -> the edge that says where it begins, if it does not go on from where it
             stood.
-        copies_below: level -> how many copies the levels have that run inside its steps, if it is
+        copies_below: level -> number of copies of the levels that run inside its steps, if it is
             itself outside of them.
         responding_at_points: the levels for which `responds_at_points`.
         separately_compiled: the levels whose loop is compiled by itself, if `compile` is set.

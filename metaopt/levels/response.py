@@ -29,7 +29,7 @@ from metaopt.levels.state import (
 )
 from metaopt.transforms import values_are_readable
 
-# (plan, level, at_point, inputs, params, memory, rows) -> (T, what there is beside it)
+# (plan, level, at_point, inputs, params, memory, rows) -> (T, the rest of the state afterwards)
 TotalLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
 
 

@@ -12,7 +12,7 @@ from metaopt.levels.plan import Plan
 from metaopt.levels.timetable import Owner
 
 
-def describe(plan: Plan, values: Mapping[str, float | Tensor]) -> str:
+def describe_graph(plan: Plan, values: Mapping[str, float | Tensor]) -> str:
     """Return the levels, the edges with their rules, and what happens in one step, as text.
 
     Args:

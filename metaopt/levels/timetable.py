@@ -80,8 +80,8 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Timet
                     f"or the other way round."
                 )
 
-    # The upper level of such an edge sees, directly or by way of levels in between, where the lower
-    # one came to: so that moves first. Otherwise it follows.
+    # The upper level of such an edge reads, directly or by way of levels in between, where the
+    # lower one ended: so the lower one moves first. Otherwise it follows.
     def is_awaited(edge: Edge) -> bool:
         lower = edge.lower.name
         return bool(reads[edge.upper.name] & (below[lower] | {lower}))
@@ -114,10 +114,8 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Timet
     def total(name: Owner) -> int:
         return 1 if name is None else steps[name] * total(owner[name])
 
-    insides, totals = (
-        {name: inside(name) for name in levels},
-        {name: total(name) for name in levels},
-    )
+    insides = {name: inside(name) for name in levels}
+    totals = {name: total(name) for name in levels}
     return Timetable(levels, below, owner, members, steps, events, shared, insides, totals)
 
 
@@ -157,12 +155,8 @@ def _find_owners(
         homes = [
             path(edge.upper.name if is_awaited(edge) else owner[edge.upper.name]) for edge in above
         ]
-        together = (
-            [same[0] for same in zip(*homes, strict=False) if len(set(same)) == 1]
-            if homes
-            else [None]
-        )
-        owner[name] = together[-1]
+        together = [same[0] for same in zip(*homes, strict=False) if len(set(same)) == 1]
+        owner[name] = together[-1] if homes else None
         for edge in above:
             upper = edge.upper.name
             if upper != owner[name] and owner[upper] != owner[name]:
@@ -176,7 +170,7 @@ def _find_owners(
 
 
 def _find_rates(who: Owner, names: tuple[str, ...], edges: Sequence[Edge]) -> dict[str, int]:
-    """Return the steps of each level in a turn, the smallest numbers that agree with all edges."""
+    """Return level -> number of steps in a turn, the smallest that agree with all edges."""
     rates: dict[str, Fraction] = {}
     neighbours: dict[str, list[tuple[str, Fraction, Edge]]] = defaultdict(list)
     for edge in edges:

@@ -43,10 +43,10 @@ def step_top_level(
 
 
 def begin_virtual_steps(plan: Plan, name: str, state: State) -> tuple[Plan, State]:
-    """Return what takes the hypergradient of a top level, and the state that it does so from.
+    """Return the plan and the state with which to take the hypergradient of a top level.
 
-    They are others where an edge has an optimizer for virtual steps: that begins afresh, from where
-    the lower level stands.
+    They differ from the given ones if an edge has an optimizer for virtual steps: that begins
+    afresh, from where the lower level stands.
     """
     if plan.virtual is None:
         return plan, state

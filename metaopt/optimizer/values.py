@@ -43,8 +43,8 @@ def advance_schedules(
     """Return the hyperparameters' values at this step, and the schedules' next states.
 
     Args:
-        optimizer: whose they are.
-        state: that of the optimizer.
+        optimizer: the optimizer.
+        state: its state.
         leaves: the gradients, one tensor per parameter, or None.
         loss: the loss, if the caller of the optimizer gave it.
         grads: the tree of the gradients, for their names.

@@ -20,7 +20,7 @@ from metaopt.scan.loop import Loop, ScanGiven, Step, StepPullback
 from metaopt.scan.nesting import is_inside_step
 from metaopt.scan.revolve import Revolve
 from metaopt.scan.stream import Stream
-from metaopt.transforms import is_differentiable, is_tracked
+from metaopt.transforms import is_differentiable
 from metaopt.tree import Tree
 
 Memory = Literal["full", "steps"] | Revolve
@@ -66,7 +66,7 @@ def scan(
     compile = compile and not tracing and not is_inside_step()
     # A compiler cannot ask who tracks a tensor, and nobody can ask a batch that has not come yet.
     needed = torch.is_grad_enabled() and (
-        tracing or isinstance(xs, Stream) or _is_any_tracked((inputs, carry, xs))
+        tracing or isinstance(xs, Stream) or tree.is_any_tracked((inputs, carry, xs))
     )
     plain = tracing or not needed or memory == "full" or is_inside_step()
     if compile or not plain:
@@ -113,7 +113,7 @@ def _rebuild_steps(
         given, recorded = record(loop, given)
     elif loop.streamed:  # a directory belongs to one loop with all its batches
         given = given._replace(xs=[*given.xs.watch()])
-        if not _is_any_tracked(given):
+        if not tree.is_any_tracked(given):
             return _run_plainly(loop.step, *given)
     result = run_differentiably(loop, given, length or len(given.xs), disk, recorded)
     return result.carry, tree.stack(result.outs)
@@ -152,11 +152,6 @@ def _check_carry(carry: Tree) -> None:
                 f"{type(leaf).__name__} at {path}. Make it a tensor, or use "
                 'memory="full" without `compile`.'
             )
-
-
-def _is_any_tracked(tensors: Tree) -> bool:
-    leaves = tree.leaves(tensors)
-    return any(isinstance(leaf, Tensor) and is_tracked(leaf) for leaf in leaves)
 
 
 def _as_later(leaf: Tensor) -> Tensor:
