@@ -201,10 +201,15 @@ def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:
         return
     # One transfer from the device for all of them.
     values = losses.detach().tolist()
-    first = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+    first = find_not_finite(values)
     if first is not None:
         last_finite = values[first - 1] if first and unit == "step" else None
         raise NonFiniteError(where, first, values[first], last_finite, unit=unit)
+
+
+def find_not_finite(values: Sequence[float]) -> int | None:
+    """Return the index of the first value that is not finite, if there is one."""
+    return next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
 
 
 def describe(value: Any) -> str:

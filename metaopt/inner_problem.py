@@ -15,7 +15,7 @@ from metaopt.checks import check_scalar, describe
 from metaopt.differentiate import InnerLoop, Inputs
 from metaopt.exact_ops import any_order
 from metaopt.optimizer import Observe, Optimizer
-from metaopt.optimizer.hyperparameter import Value
+from metaopt.optimizer.by_name import Value
 from metaopt.torch_internals import version
 from metaopt.tree import Tree
 

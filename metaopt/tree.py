@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from metaopt.torch_internals import foreach_add, foreach_norm, pytree
-from metaopt.transforms import is_unrecorded
+from metaopt.transforms import is_tracked, is_unrecorded
 
 Tree = Any
 Structure = pytree.TreeSpec
@@ -69,6 +69,11 @@ def _map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
         parts = [_map(fn, *parts) for parts in zip(tree, *rest, strict=True)]
         return kind(parts) if kind is list or kind is tuple else kind(*parts)
     return pytree.tree_map(fn, tree, *rest)
+
+
+def nones(like: Tree) -> Tree:
+    """Return the tree with None for every leaf."""
+    return map(lambda _: None, like)
 
 
 def leaves(tree: Tree) -> list[Any]:
@@ -190,6 +195,11 @@ def is_alike(one: Tree, other: Tree) -> bool:
             and all(is_alike(*pair) for pair in zip(one, other, strict=True))
         )
     return bool(flatten(one)[1] == flatten(other)[1])
+
+
+def is_any_tracked(tree: Tree) -> bool:
+    """Return True if autograd or `torch.func.grad` differentiates through some tensor."""
+    return any(isinstance(leaf, Tensor) and is_tracked(leaf) for leaf in leaves(tree))
 
 
 def named_leaves(tree: Tree) -> list[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from .learned import LSTMOptimizer, MLPOptimizer
 from .lion import Lion
 from .muon import Muon
 from .nadam import NAdam
-from .per_parameter import PerParameter
+from .per_entry import PerParameter
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .rprop import Rprop

@@ -2,7 +2,7 @@
 
 Hand-written loops, plain autograd, and each rule's formula written out.
 
-Of the library only the order of execution is taken (`graph.plan.order`). More graphs than the
+Of the library only the order of execution is taken (`graph.plan.timetable`). More graphs than the
 suite runs:
 
     python tests/random_level_graphs.py 0 300
@@ -630,7 +630,7 @@ def compare(seed: int, steps: int = 3) -> str:
         graph.hypergradient("l0")
     except ValueError as error:
         return str(error)
-    simulation = Simulation(specs, links, graph.plan.order)
+    simulation = Simulation(specs, links, graph.plan.timetable)
     # A difference with radius 1e-4 makes 1e-12 of a rounding error of 1e-16, and one of another
     # difference 1e-8 of that.
     differences = sum(isinstance(link.rule, mo.FiniteDifference | mo.SAMA) for link in links)
@@ -645,7 +645,7 @@ def compare(seed: int, steps: int = 3) -> str:
 
     for step in range(steps):
         for name in specs:
-            if not graph.plan.order.shared[name]:
+            if not graph.plan.timetable.shared[name]:
                 for after in (False, True):
                     expected = simulation.hypergradient(name, after)
                     found = graph.hypergradient(name, after_steps=after)

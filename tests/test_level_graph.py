@@ -545,9 +545,9 @@ def test_copies_with_convolutions_run_one_after_the_other() -> None:
         return mo.LevelGraph([mo.Edge(meta, task, steps=2, differentiate=CG)])
 
     graph = build()
-    assert graph.plan.loops == {"meta"}
+    assert graph.plan.sequential_copies == {"meta"}
     batched = build()
-    object.__setattr__(batched.plan, "loops", frozenset())
+    object.__setattr__(batched.plan, "sequential_copies", frozenset())
     for _ in range(2):
         assert_close(graph.step(), batched.step(), 1e-8)
 

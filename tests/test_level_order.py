@@ -109,10 +109,10 @@ def test_a_level_that_steps_twice_while_one_it_shares_has_not_moved(kind: str) -
     start = {name: torch.tensor(0.5 - 0.3 * i) for i, name in enumerate(NAMES)}
     edges = [("top", "a", 2), ("top", "b", 2), ("top", "c", 2), ("a", "b", 1), ("b", "c", 1)]
     graph = build(reads, edges, start)
-    assert "c b c a b a" in " ".join(timeline(graph.plan.order))
+    assert "c b c a b a" in " ".join(timeline(graph.plan.timetable))
     for _ in range(2):
         graph.step()
-    for name, value in by_hand(graph.plan.order, reads, start, 2).items():
+    for name, value in by_hand(graph.plan.timetable, reads, start, 2).items():
         torch.testing.assert_close(
             graph.params(name)["value"], value, rtol=1e-13, atol=1e-14, msg=name
         )

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from binomial import advances
 from peak_memory import printed
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import metaopt as mo
-from metaopt.scan.revolve import advances, choose_times, split
+from metaopt.scan.revolve import choose_times, split
 from optimizers import SGD, Adam
 
 

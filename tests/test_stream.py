@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from binomial import advances
 from peak_memory import printed
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 import metaopt as mo
-from metaopt.scan.revolve import Online, advances, repeats, split
+from metaopt.scan.revolve import Online, repeats, split
 from optimizers import SGD, Adam
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -16,7 +16,7 @@ import torch
 
 import metaopt as mo
 import optimizers
-from metaopt.optimizer import equals, register_equal
+from metaopt.optimizer import counterparts, register_equal
 from metaopt.optimizers import SGD
 from metaopt.optimizers.schedules import Cosine
 
@@ -221,7 +221,7 @@ def test_a_users_optimizer_and_its_equal_are_registered(monkeypatch: pytest.Monk
         TypeError, match=r"no known equal here: .*`metaopt\.optimizer\.register_equal`"
     ):
         mo.from_torch(Mine(model.parameters(), 0.5))
-    monkeypatch.setattr(equals, "_EQUALS", dict(equals._EQUALS))
+    monkeypatch.setattr(counterparts, "_COUNTERPARTS", dict(counterparts._COUNTERPARTS))
     register_equal(Mine, SGD, {"velocity": "momentum_buffer"})
     (ours,) = mo.from_torch(Mine(model.parameters(), 0.5)).optimizers
     assert type(ours) is SGD

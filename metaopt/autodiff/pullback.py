@@ -228,3 +228,8 @@ def plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return other if one is None else one
     return one + other
+
+
+def or_zeros(cotangent: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return a cotangent, with zeros for None where `like` is of a kind that has derivatives."""
+    return torch.zeros_like(like) if cotangent is None and is_differentiable(like) else cotangent

@@ -72,7 +72,7 @@ def hypergradient_check(
         graph: in any state. A loss that closes over float32 tensors may not work in float64; pass
             them as data.
         level: whose hypergradient.
-        directions: how many, uniform on the sphere.
+        directions: number of them, uniform on the sphere.
         seed: that they are drawn with.
         step: h, the length of the displacement of all parameters together.
         tolerance: largest relative error along any direction; None raises nothing.

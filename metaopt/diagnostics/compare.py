@@ -29,7 +29,7 @@ class MeasuredRule:
     """A rule's hypergradient beside the exact one, g.
 
     Attributes:
-        rule: which.
+        rule: the rule.
         hypergradient: x, by parameter name.
         cosine: <x, g> / |x| |g|; nan if either is zero.
         norm_ratio: |x| / |g|.
@@ -127,8 +127,8 @@ def compare_rules(
 
 def _measure(graph: LevelGraph, rule: Rule, level: str, repeats: int) -> tuple[Params, float, int]:
     """Return the hypergradient, the median time and the memory of one rule."""
-    order = graph.plan.order
-    uppers = {level} | order.below.get(level, frozenset())
+    timetable = graph.plan.timetable
+    uppers = {level} | timetable.below.get(level, frozenset())
     twin = with_rules(graph, lambda edge: rule if edge.upper.name in uppers else edge.differentiate)
 
     def compute() -> Params:

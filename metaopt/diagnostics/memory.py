@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
-    """Call the function and return by how many bytes its tensors raised the memory at most.
+    """Call the function and return the number of bytes by which it raised the memory at most.
 
     On CUDA what torch's allocator says. On the CPU, every block that torch's allocator hands out
     and takes back, from its profiler: temporaries inside operators count, memory of libraries (of

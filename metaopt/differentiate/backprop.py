@@ -158,7 +158,7 @@ class Backprop(StepsRule):
             replace(gradient, compile=loop.compile),
             compile_whole(of_update) if loop.compile else of_update,
         )
-        return functools.partial(unroll, parts=gradient, pullback=pullback)
+        return functools.partial(unroll, take_mean_gradient=gradient, pullback=pullback)
 
 
 def _pull_back_step(

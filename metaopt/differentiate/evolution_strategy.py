@@ -78,11 +78,11 @@ class EvolutionStrategy(RerunRule):
 
     @property
     def draws(self) -> int:
-        """How many blocks of noise this object has drawn."""
+        """Number of blocks of noise that this object has drawn."""
         return self._draws.made
 
     def wind_to(self, draws: int) -> None:
-        """Go on as if this object had drawn so many blocks."""
+        """Go on as if this object had drawn `draws` blocks."""
         self._draws.made = draws
 
     def pull_back(self, loop: InnerLoop, cotangents: Result, wanted: Given) -> Given:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
+from metaopt.autodiff.pullback import or_zeros
 from metaopt.autodiff.replay import Ambient, drawn_again
 from metaopt.compiled import compile_whole
 from metaopt.differentiate.arguments import Scale
 from metaopt.differentiate.protocol import Given, InnerLoop, Inputs, Pullback, Result, Rule
-from metaopt.differentiate.refusal import is_any_tracked
 from metaopt.differentiate.steps import run
 from metaopt.scan.stream import Stream, last_row
 from metaopt.transforms import has_tangent
@@ -38,14 +38,14 @@ class PointRule(Rule):
 
     What the end depends on is then what the loss there reads: `inputs` without the optimizer, and
     the batch of the last step. The initial parameters and state, and the optimizer's tensors,
-    receive nothing: to ask for nothing else is an error. The returned state, the losses and what
-    else the loop emits are constants.
+    receive nothing: to ask only for derivatives in these is an error. The returned state, the
+    losses and what else the loop emits are constants.
     """
 
     def pull_back(
         self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
     ) -> tuple[Read, dict[str, Tensor]]:
-        """Return the cotangents of what the loss reads, and what there is to say about them.
+        """Return the cotangents of what the loss reads, and statistics.
 
         A function of the tensors in its arguments, built from torch's own operations: it can be
         differentiated and compiled.
@@ -77,7 +77,7 @@ class PointRule(Rule):
         ambient = Ambient.now(tree.leaves((loop.inputs, *end))) if winds_back else None
 
         def pullback(cotangents: Result, wanted: Given) -> Given:
-            v = tree.map(_or_zeros, cotangents.params, end.params)
+            v = tree.map(or_zeros, cotangents.params, end.params)
             in_batches = wanted.batches
             last = in_batches[-1] if isinstance(in_batches, list) and is_stream else in_batches
             in_read = (read_by_loss(wanted.inputs), last)
@@ -105,7 +105,7 @@ class PointRule(Rule):
         """
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             read = (read_by_loss(loop.inputs), end.batch)
-            if not (is_any_tracked(read) or any(map(has_tangent, tree.leaves(read)))):
+            if not (tree.is_any_tracked(read) or any(map(has_tangent, tree.leaves(read)))):
                 return tree.map(torch.Tensor.detach, end.params)
 
         def pull_back(
@@ -117,14 +117,14 @@ class PointRule(Rule):
             (inputs, state, batch), (in_inputs, in_state, in_batch) = given, wanted
             in_read = (read_by_loss(in_inputs), in_batch)
             if not any(tree.leaves(in_read)):
-                return tree.map(_nothing, wanted)
+                return tree.nones(wanted)
             here = replace(loop, inputs=inputs)
             bars, to_batch = _pull_back(self, here, End(params, state, batch), cotangent, in_read)
             to_inputs = {
-                name: bars[name] if name in bars else tree.map(_nothing, part)
+                name: bars[name] if name in bars else tree.nones(part)
                 for name, part in in_inputs.items()
             }
-            return to_inputs, tree.map(_nothing, in_state), to_batch
+            return to_inputs, tree.nones(in_state), to_batch
 
         return with_derivative(pull_back, end.params, (loop.inputs, end.state, end.batch))
 
@@ -187,14 +187,6 @@ def scale_cotangent(rule: Rule, scale: Scale, loop: InnerLoop, end: End, cotange
             rate = loop.rate(loop.inputs, end.state, end.params, observe)
         return tree.map(lambda v: rate * v, cotangent)
     return cotangent if scale == 1 else tree.map(lambda v: scale * v, cotangent)
-
-
-def _nothing(_: Any) -> None:
-    return None
-
-
-def _or_zeros(cotangent: Tensor | None, leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if cotangent is None else cotangent
 
 
 def _as_last_row(bar: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -85,8 +85,8 @@ class InnerLoop:
     """An inner problem as pure functions of explicit tensors.
 
     Attributes:
-        loss: (inputs, params, state, batch) -> (scalar loss, aux), with a tree of tensors that is
-            handed to `update`; with derivatives of any order, see `any_order`.
+        loss: (inputs, params, state, batch) -> (scalar loss, aux), with aux, a tree of tensors
+            handed to `update`; its derivatives of every order must be right, see `any_order`.
         update: (inputs, grads, state, params, loss, aux) -> (params, state): one application of the
             optimizer.
         inputs: what every step reads.
@@ -104,7 +104,7 @@ class InnerLoop:
         describe: returns the settings of the functions, as text.
         skips: whether the gradient of a parameter is None, not zero, at a step whose loss does not
             depend on it.
-        loss_at_end: the loss that rules look at where the loop ended, if it is another than `loss`.
+        loss_at_end: the loss that rules look at where the loop ended, if it differs from `loss`.
         is_random: whether the loss may draw random numbers, which are then drawn again.
     """
 
@@ -118,7 +118,7 @@ class InnerLoop:
     compile: bool = False
     rate: Rate | None = None
     emit: Emit = emit_loss
-    describe: Callable[[], str] = str
+    describe: Callable[[], str] = str  # str() is ""
     skips: bool = False
     loss_at_end: Loss | None = None
     is_random: bool = True
@@ -150,8 +150,8 @@ class InnerLoop:
 class Rule:
     """How gradients pass through an inner loop: a rule runs it, and knows its vjp.
 
-    To make a rule, define `vjp`. Where only the place matters at which the loop ended, derive from
-    `PointRule` and define its `pull_back`.
+    To make a rule, define `vjp`. If only the end point matters, derive from `PointRule` and define
+    its `pull_back`.
     """
 
     def vjp(self, loop: InnerLoop) -> tuple[Result, Pullback]:
@@ -187,6 +187,6 @@ class Rule:
     def ignored(self, loop: InnerLoop) -> dict[str, Tree]:
         """Return name -> tensors that the loop is given, and in which this rule has no derivative.
 
-        To ask `minimize` for theirs alone is an error.
+        Asking `minimize` only for derivatives in these is an error.
         """
         return {}

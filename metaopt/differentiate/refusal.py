@@ -20,8 +20,8 @@ def refuse_zeros(rule: Rule, ignored: dict[str, Tree], read: Tree) -> None:
     says only when it comes what it asks for: see `attach_refusal`.
 
     Args:
-        rule: which.
-        ignored: what it is called -> tensors.
+        rule: the rule, for the message.
+        ignored: what they are called -> tensors.
         read: what the rule has a derivative in.
 
     Raises:
@@ -38,15 +38,15 @@ def attach_refusal(rule: Rule, values: Tree, ignored: dict[str, Tree], read: Tre
     """Return the values; a backward pass is an error if only what is ignored requires grad.
 
     Args:
-        rule: which.
+        rule: the rule, for the message.
         values: a tree of tensors.
-        ignored: what it is called -> tensors.
+        ignored: what they are called -> tensors.
         read: what the rule has a derivative in.
 
     Raises:
         ValueError: in the backward pass. Nothing happens before.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_any_tracked(values):
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or tree.is_any_tracked(values):
         return values
     tracked = [one for one in _find_unread(ignored, read) if is_tracked(one[2])]
     if not tracked:
@@ -56,11 +56,6 @@ def attach_refusal(rule: Rule, values: Tree, ignored: dict[str, Tree], read: Tre
         raise _refusal(rule, *tracked[0])
 
     return with_derivative(refuse, values, [leaf for *_, leaf in tracked])
-
-
-def is_any_tracked(values: Tree) -> bool:
-    """Return True if autograd or `torch.func.grad` differentiates through some tensor."""
-    return any(isinstance(leaf, Tensor) and is_tracked(leaf) for leaf in tree.leaves(values))
 
 
 def _find_unread(ignored: dict[str, Tree], read: Tree) -> list[tuple[str, str, Tensor]]:

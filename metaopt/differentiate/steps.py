@@ -14,16 +14,15 @@ from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.pullback import vjp
 from metaopt.differentiate.protocol import Given, InnerLoop, Inputs, Pullback, Result, Rule
 from metaopt.exact_ops import any_order
-from metaopt.scan import Memory, plain_loops_inside, scan
-from metaopt.scan import Pullback as StepPullback
+from metaopt.scan import Memory, StepPullback, plain_loops_inside, scan
 from metaopt.scan.stream import Stream
 from metaopt.transforms import constant, is_unrecorded
 from metaopt.tree import Tree
 
 # (params -> (loss, aux), params, allow_unused=) -> (gradients, loss, aux)
-Slope = Callable[..., tuple[Tree, Tensor, Tree]]
+TakeGradient = Callable[..., tuple[Tree, Tensor, Tree]]
 # (inputs, params, state, batch) -> (gradients, loss, aux)
-Gradient = Callable[[Inputs, Tree, Any, Tree], tuple[Tree, Tensor, Tree]]
+TakeMeanGradient = Callable[[Inputs, Tree, Any, Tree], tuple[Tree, Tensor, Tree]]
 
 
 class StepsRule(Rule):
@@ -49,8 +48,8 @@ class StepsRule(Rule):
 def unroll(
     loop: InnerLoop,
     memory: Memory,
-    slope: Slope = gradient,
-    parts: Gradient | None = None,
+    take_gradient: TakeGradient = gradient,
+    take_mean_gradient: TakeMeanGradient | None = None,
     pullback: StepPullback | None = None,
 ) -> Result:
     """Run the loop, and keep of its steps what `memory` says.
@@ -58,19 +57,19 @@ def unroll(
     Args:
         loop: what runs.
         memory: as for `scan`.
-        slope: takes the gradient of a step.
-        parts: takes it in its place, from parts of the batch.
+        take_gradient: takes the gradient of a step.
+        take_mean_gradient: takes it instead, as the mean over parts of the batch.
         pullback: of one step, for the way back; torch's own by default.
     """
 
     def step(inputs: Inputs, carry: Tree, batch: Tree) -> tuple[Tree, Tree]:
         params, state = carry
-        if parts is None:
-            grads, loss, aux = slope(
+        if take_mean_gradient is None:
+            grads, loss, aux = take_gradient(
                 lambda at: loop.loss(inputs, at, state, batch), params, allow_unused=loop.skips
             )
         else:
-            grads, loss, aux = parts(inputs, params, state, batch)
+            grads, loss, aux = take_mean_gradient(inputs, params, state, batch)
         after = loop.update(inputs, grads, state, params, loss, aux)
         return after, loop.emit(inputs, after, batch, loss, aux)
 
@@ -90,29 +89,31 @@ def unroll(
 
 def run(loop: InnerLoop) -> Result:
     """Run the loop without a graph; what comes out is constant."""
-    parts = (loop.inputs, loop.params, loop.state, loop.batches)
     nobody_differentiates = is_unrecorded()
     if not nobody_differentiates:
         # `no_grad` below does not stop the transforms of torch.func around this: constants do
-        parts = tree.map(constant, parts)
-    inputs, params, state, batches = parts
+        parts = (loop.inputs, loop.params, loop.state, loop.batches)
+        inputs, params, state, batches = tree.map(constant, parts)
+        loop = replace(loop, inputs=inputs, params=params, state=state, batches=batches)
+    params, state = loop.params, loop.state
     if loop.steps == 0:
         return Result(params, state, ())
     with torch.no_grad():
         if loop.compile:
-            now = replace(loop, inputs=inputs, params=params, state=state, batches=batches)
-            result = unroll(now, "full")
+            result = unroll(loop, "full")
         else:
+            # As `unroll` does it, but written out: the traceback of an error in a user's loss has
+            # four frames fewer.
             emitted = []
-            for batch in _rows(batches, loop.steps):
+            for batch in _rows(loop.batches, loop.steps):
                 # called at once, so it sees the state and the batch of this step
                 grads, loss, aux = gradient(
-                    lambda at: loop.loss(inputs, at, state, batch),  # noqa: B023
+                    lambda at: loop.loss(loop.inputs, at, state, batch),  # noqa: B023
                     params,
                     allow_unused=loop.skips,
                 )
-                params, state = loop.update(inputs, grads, state, params, loss, aux)
-                emitted.append(loop.emit(inputs, (params, state), batch, loss, aux))
+                params, state = loop.update(loop.inputs, grads, state, params, loss, aux)
+                emitted.append(loop.emit(loop.inputs, (params, state), batch, loss, aux))
             result = Result(params, state, tree.stack(emitted))
     return result if nobody_differentiates else Result(*tree.map(constant, tuple(result)))
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from metaopt.optimizer.hyperparameter import Value, set_value
+from metaopt.optimizer.by_name import Value
+from metaopt.optimizer.hyperparameter import set_value
 from metaopt.optimizer.schedule import Schedule
 
 

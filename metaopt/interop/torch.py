@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from metaopt import tree
 from metaopt.interop.scheduler import continue_scheduler
 from metaopt.optimizer import Leaves, Optimizer, State
-from metaopt.optimizer.equals import Equal, equals
-from metaopt.optimizer.hyperparameter import Value
+from metaopt.optimizer.by_name import Value
+from metaopt.optimizer.counterparts import Counterpart, counterparts
 from metaopt.optimizer.state import require_state
 from metaopt.transforms import is_tracked
 from metaopt.tree import Structure, Tree
@@ -321,11 +321,11 @@ def _resumed(optimizer: Optimizer, part: Part, like: Leaves) -> State:
     }
 
 
-def kinds() -> Mapping[type[torch.optim.Optimizer], Equal]:
+def kinds() -> Mapping[type[torch.optim.Optimizer], Counterpart]:
     """Return class of torch -> our equal."""
     import metaopt.optimizers  # noqa: F401  # registers ours, the first time
 
-    return equals()
+    return counterparts()
 
 
 def _check_scheduler(optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None) -> None:

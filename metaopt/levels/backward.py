@@ -1,12 +1,13 @@
 """The gradient of a level's total loss: forward on a tape, backward along it.
 
-    forward:  every level below responds, and (level, where it ended, pullback) is put on the tape
+    forward:  every level below responds: (level, where it ended, scene, pullback) goes on the tape
     slopes =  gradient of the level's own loss in its own parameters and in every response
     for response in reversed(tape):
-        for level, bar in response.pullback(slopes.pop(response.level)): slopes[level] += bar
+        for level, cotangent in response.pullback(slopes.pop(response.level)):
+            slopes[level] += cotangent
     return slopes[self]
 
-So it is where every rule below looks at one point, and nothing responds inside of a response
+This holds where every rule below looks at one point, and nothing responds inside of a response
 (`Plan.responds_at_points`). A whole step is then free of functions whose derivative only we know,
 and can be compiled. Elsewhere the responses are attached to their results, and autograd makes the
 same sweep over the graph of the total loss: rules that differentiate the steps have that graph as
@@ -24,17 +25,18 @@ from torch import Tensor
 from metaopt._functional import Params
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.pullback import plus
-from metaopt.differentiate import Given, Inputs, Result
-from metaopt.levels.forward import Response, Tape, replay, total_loss, turn
-from metaopt.levels.history import Window
+from metaopt.differentiate import Given, Result
+from metaopt.levels.forward import replay, run_turn, total_loss
+from metaopt.levels.history import Window, make_inputs
 from metaopt.levels.plan import Plan
+from metaopt.levels.response import Response, Tape
 from metaopt.levels.scope import After, Rows, Scene
 from metaopt.levels.state import State, show, without_params
 
 Slope = dict[str, Tensor | None]  # parameter -> derivative in it; None is zero
 
 
-def take_gradient(
+def take_total_gradient(
     plan: Plan,
     name: str,
     scene: Scene,
@@ -44,26 +46,26 @@ def take_gradient(
     *,
     at_point: bool = False,
 ) -> tuple[Params, Tensor, dict[str, Any]]:
-    """Return (dT/dw, T, what `total_loss` says beside it), all constant.
+    """Return (dT/dw, T, what `total_loss` returns beside T), all constant.
 
     Args:
         plan: of the graph.
-        name: whose T.
-        scene: what the level sees.
-        state: its own.
-        rows: batches of its step and of all that runs inside it.
+        name: the level whose total loss T is differentiated.
+        scene: what the level sees of the others.
+        state: the level's state.
+        rows: batches of the level's step and of all that runs inside it.
         window: what happened to the levels that it shares.
-        at_point: levels below whose rule looks at one point only stay where they are.
+        at_point: if True, levels whose rule is a `PointRule` do not step.
     """
     if not plan.responds_at_points(name):
-        return _differentiate_graph(plan, name, scene, state, rows, window, at_point)
+        return _differentiate_by_autograd(plan, name, scene, state, rows, window, at_point)
 
     # forward, with constants alone: every level below responds
     tape: Tape = []
     scene = {**scene, name: show(state)}
     if window.records:
         scene = replay(plan, name, scene, window, tape)
-    scene, below = turn(plan, name, scene, state["below"], rows, at_point=at_point, tape=tape)
+    scene, below = run_turn(plan, name, scene, state["below"], rows, at_point=at_point, tape=tape)
 
     # the gradient of the level's own loss in all that moves with its parameters
     def value(variables: dict[str, Params]) -> tuple[Tensor, After]:
@@ -83,12 +85,12 @@ def take_gradient(
     return _fill_missing(plan, name, slope, state["params"]), loss, {**aux, "below": below}
 
 
-def _differentiate_graph(
+def _differentiate_by_autograd(
     plan: Plan, name: str, scene: Scene, state: State, rows: Rows, window: Window, at_point: bool
 ) -> tuple[Params, Tensor, dict[str, Any]]:
-    """Return what `take_gradient` does, by autograd through the total loss as one function."""
+    """Return what `take_total_gradient` does, by autograd through T as one function."""
     memory = without_params(state)
-    inputs: Inputs = {"optimizer": {}, "loss": {}, "meta": (scene, window), "batch": rows}
+    inputs = make_inputs(scene, window, rows)
 
     def value(variables: dict[str, Params]) -> tuple[Tensor, dict[str, Any]]:
         return total_loss(plan, name, at_point, inputs, variables[name], memory, rows)
@@ -132,6 +134,7 @@ def sweep(tape: Sequence[Response], slopes: Mapping[str, Slope], root: str) -> S
 
 def _pull_back(response: Response, slope: Slope, moving: set[str]) -> dict[str, Slope]:
     """Return level -> cotangent of its parameters, for the levels that move among those it sees."""
+    # in_...: whether its cotangent is wanted; to_...: its cotangent
     in_scene = {level: {"params": level in moving, "buffers": False} for level in response.scene}
     if not moving & in_scene.keys():
         return {}

@@ -17,11 +17,11 @@ from metaopt.levels.timetable import Owner
 from metaopt.tree import Tree
 
 
-class Stream:
+class LevelData:
     """The batches of an iterable, in order, from the beginning again when it ends.
 
     Attributes:
-        position: how many batches have been taken.
+        position: number of batches taken.
 
     Args:
         level: whose data it is, for messages.
@@ -66,7 +66,7 @@ class Stream:
         return list(self._ahead)[:count]
 
     def take(self, count: int) -> None:
-        """Go on by so many batches that have been peeked at."""
+        """Take the next `count` batches, which have been peeked at."""
         for _ in range(count):
             self._ahead.popleft()
         self.position += count
@@ -134,15 +134,15 @@ def _arrange(level: str, batches: list[Tree], shape: tuple[int, ...]) -> Tree:
 
 
 def peek_rows(
-    plan: Plan, streams: Mapping[str, Stream], owner: Owner
+    plan: Plan, data: Mapping[str, LevelData], owner: Owner
 ) -> tuple[Rows, dict[str, int]]:
-    """Return the next batches of one turn of `owner`, and how many they are, by level."""
+    """Return the next batches of one turn of `owner`, and their numbers, by level."""
     rows: Rows = {}
     counts: dict[str, int] = {}
     for name, level in plan.levels.items():
-        inside = owner in (None, name) or name in plan.order.inside[owner]
+        inside = owner in (None, name) or name in plan.timetable.inside[owner]
         if inside and level.batches is not None:
             axes = plan.leading_axes(name, owner)
             counts[name] = math.prod(axes)
-            rows[name] = _arrange(name, streams[name].peek(counts[name]), axes)
+            rows[name] = _arrange(name, data[name].peek(counts[name]), axes)
     return rows, counts

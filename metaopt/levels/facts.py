@@ -12,9 +12,9 @@ from metaopt.levels.edge import Edge
 from metaopt.levels.joint import JointRule
 from metaopt.levels.level import Level
 from metaopt.levels.own_loss import OwnLoss, make_loss
+from metaopt.levels.reading import Pair
 from metaopt.levels.scope import Rows
 from metaopt.levels.timetable import Owner
-from metaopt.levels.trace import Pair
 from metaopt.optimizer import Optimizer
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class Move(NamedTuple):
     """Some steps of a level in a turn, with what is known of them before they happen.
 
     Attributes:
-        level: which.
-        steps: how many.
+        level: its name.
+        steps: number of steps.
         begins: whether the level begins anew here, where its edge says so.
         rule: how the owner of the turn differentiates them; None if it does not.
         rows: the levels with data that run in these steps.
@@ -50,27 +50,6 @@ class Move(NamedTuple):
 
 
 # What it depends on
-
-
-def find_dependencies(plan: Plan, name: str) -> frozenset[Pair]:
-    """Return the (level, parameter) pairs that the loss, optimizer or start of `name` depends on.
-
-    What the buffers that it reads of itself and of levels below depend on is among them; those of a
-    level above are constants in this one's step.
-    """
-    found = plan.readings[name].params | frozenset(plan.links[name].values())
-    for level, key in find_buffers_behind(plan, name):
-        if level == name or level in plan.order.below[name]:
-            found |= {
-                (other, param)
-                for other, param in plan.readings[level].moves[key]
-                if param in plan.levels[other].net.params
-            }
-    # a point does not tell where the steps that led there began
-    for edge in plan.above[name]:
-        if edge.start == "upper" and not isinstance(edge.differentiate, PointRule):
-            found |= {(edge.upper.name, key) for key in edge.upper.net.params}
-    return found
 
 
 def find_buffers_behind(plan: Plan, name: str) -> frozenset[Pair]:
@@ -94,7 +73,7 @@ def _find_carried(plan: Plan) -> dict[str, frozenset[str]]:
 
 
 def _find_read_outside(plan: Plan, name: str) -> tuple[str, ...]:
-    inside = plan.order.inside[name] | {name}
+    inside = plan.timetable.inside[name] | {name}
     read: set[str] = set()
     for other in inside:
         read |= plan.readings[other].levels | {level for level, _ in plan.links[other].values()}
@@ -106,14 +85,14 @@ def _find_read_outside(plan: Plan, name: str) -> tuple[str, ...]:
 
 
 def _is_read_from_outside(plan: Plan, name: str) -> bool:
-    inside = plan.order.inside[name]
+    inside = plan.timetable.inside[name]
     return any(
         plan.readings[other].levels & inside for other in plan.levels.keys() - inside - {name}
     )
 
 
 def _is_random(plan: Plan, name: str) -> bool:
-    return any(plan.readings[other].is_random for other in plan.order.inside[name] | {name})
+    return any(plan.readings[other].is_random for other in plan.timetable.inside[name] | {name})
 
 
 def _is_adjustable(plan: Plan, name: str) -> bool:
@@ -143,9 +122,9 @@ def find_links(levels: Mapping[str, Level]) -> dict[str, dict[str, tuple[str, st
 
 def _find_rules(plan: Plan) -> dict[tuple[Owner, str], Rule | None]:
     pairs: list[tuple[Owner, str]] = [
-        (owner, event.level) for owner, events in plan.order.events.items() for event in events
+        (owner, event.level) for owner, events in plan.timetable.events.items() for event in events
     ]
-    pairs += [(name, lower) for name, shared in plan.order.shared.items() for lower in shared]
+    pairs += [(name, lower) for name, shared in plan.timetable.shared.items() for lower in shared]
     return {pair: find_rule(plan, *pair) for pair in pairs}
 
 
@@ -155,7 +134,7 @@ def find_rule(plan: Plan, viewpoint: Owner, name: str) -> Rule | None:
         return None
     # Edges from elsewhere do not matter here: to this viewpoint the levels at their upper ends are
     # constants.
-    between = plan.order.below[viewpoint] | {viewpoint}
+    between = plan.timetable.below[viewpoint] | {viewpoint}
     edges = [edge for edge in plan.above[name] if edge.upper.name in between]
     found: list[tuple[Any, frozenset[str]]] = []
     for edge in edges:
@@ -179,26 +158,26 @@ def find_rule(plan: Plan, viewpoint: Owner, name: str) -> Rule | None:
 
 
 def _find_moves(plan: Plan, owner: Owner) -> Iterator[Move]:
-    taken = dict.fromkeys(plan.order.steps, 0)
-    for name, steps in plan.order.events[owner]:
+    taken = dict.fromkeys(plan.timetable.steps, 0)
+    for name, steps in plan.timetable.events[owner]:
         first = taken[name]
         taken[name] += steps
-        part = None if steps == plan.order.steps[name] else slice(first, taken[name])
+        part = None if steps == plan.timetable.steps[name] else slice(first, taken[name])
         # once for each step of the level above, of which a turn may hold several
         begins = first % next((edge.steps for edge in plan.above[name]), 1) == 0
-        inside = [name, *sorted(plan.order.inside[name])]
+        inside = [name, *sorted(plan.timetable.inside[name])]
         rows = tuple(other for other in inside if plan.levels[other].batches is not None)
         yield Move(name, steps, begins, plan.rule(owner, name), rows, part)
 
 
 def _find_copies_below(plan: Plan, name: str) -> int | None:
-    members = plan.order.members.get(name, ())
+    members = plan.timetable.members.get(name, ())
     return None if plan.levels[name].copies or not members else plan.levels[members[0]].copies
 
 
 def _find_responding(plan: Plan, name: str) -> frozenset[str]:
     """Return the levels whose response is part of T, without responses inside of responses."""
-    return plan.order.shared[name].union(plan.order.members.get(name, ()))
+    return plan.timetable.shared[name].union(plan.timetable.members.get(name, ()))
 
 
 def _find_response_rules(plan: Plan, name: str) -> list[Rule]:
@@ -213,12 +192,12 @@ def _find_response_rules(plan: Plan, name: str) -> list[Rule]:
     return rules
 
 
-def _is_direct(plan: Plan, name: str) -> bool:
-    order = plan.order
+def _is_responding_at_points(plan: Plan, name: str) -> bool:
+    timetable = plan.timetable
     return all(isinstance(rule, PointRule) for rule in _find_response_rules(plan, name)) and all(
         plan.levels[other].copies is None
-        and not order.members.get(other)
-        and not order.shared[other]
+        and not timetable.members.get(other)
+        and not timetable.shared[other]
         for other in _find_responding(plan, name)
     )
 
@@ -241,13 +220,18 @@ def is_compilable(plan: Plan, name: str) -> bool:
     )
 
 
-def _is_looped(plan: Plan, name: str) -> bool:
-    """Return True if no rule inside is a Function of its own, which a compiled loop cannot have."""
-    rules = [edge.differentiate for other in plan.order.inside[name] for edge in plan.above[other]]
+def _is_separately_compiled(plan: Plan, name: str) -> bool:
+    """Return True if the loop of a level can be compiled by itself: no `PointRule` is inside it.
+
+    Such a rule is a Function of its own, which a compiled loop cannot have.
+    """
+    rules = [
+        edge.differentiate for other in plan.timetable.inside[name] for edge in plan.above[other]
+    ]
     return not any(isinstance(rule, PointRule) for rule in rules)
 
 
-def _look_ahead(plan: Plan) -> Plan | None:
+def _make_virtual_plan(plan: Plan) -> Plan | None:
     others = {
         edge.lower.name: edge.look_ahead
         for edge in plan.edges
@@ -298,13 +282,13 @@ FACTS: dict[str, Callable[[Plan], Any]] = {
     "reads_outside": _of_each(_find_read_outside),
     "read_from_outside": _where(_is_read_from_outside),
     "random": _where(_is_random),
-    "moves": lambda plan: {owner: (*_find_moves(plan, owner),) for owner in plan.order.events},
+    "moves": lambda plan: {owner: (*_find_moves(plan, owner),) for owner in plan.timetable.events},
     "starts": _of_each(_find_start),
     "copies_below": _of_each(_find_copies_below),
-    "direct": _where(_is_direct),
-    "looped": _where(_is_looped),
+    "responding_at_points": _where(_is_responding_at_points),
+    "separately_compiled": _where(_is_separately_compiled),
     "adjustable": _where(_is_adjustable),
     "carried": _find_carried,
     "losses": _of_each(_find_loss),
-    "ahead": _look_ahead,
+    "virtual": _make_virtual_plan,
 }

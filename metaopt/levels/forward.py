@@ -4,8 +4,8 @@ The total loss of a level, T(w) = L(w, levels above, responses of the levels bel
 its optimizer minimises and what the rules differentiate. A response is an inner loop on the total
 loss of the lower level: so levels nest.
 
-How a response is differentiated is one line of `advance`. For the level whose gradient is taken,
-rules record their pullbacks on a tape, which `backward` sweeps. Below that, where a total loss must
+`response` runs a response, by the rule of its edge. For the level whose gradient is taken, rules
+record their pullbacks on a tape, which `backward` sweeps. Below that, where a total loss must
 itself be a differentiable function because a rule above differentiates its gradient, rules attach
 their pullbacks to their results, as in `minimize`.
 """
@@ -13,58 +13,33 @@ their pullbacks to their results, as in `minimize`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
 from metaopt._functional import Params
-from metaopt.differentiate import InnerLoop, Inputs, PointRule, Pullback, Rule
-from metaopt.differentiate.steps import run
+from metaopt.differentiate import Inputs, PointRule, Rule
 from metaopt.levels.facts import Move
 from metaopt.levels.history import Record, Window, find_states, open_window
 from metaopt.levels.plan import Plan
+from metaopt.levels.response import Tape, respond
 from metaopt.levels.scope import Rows, Scene
 from metaopt.levels.state import (
     Memory,
     State,
     States,
-    begin,
-    find_optimizer_tensors,
-    find_rate,
     show,
     show_all,
-    update,
-    without_params,
 )
 from metaopt.levels.timetable import Owner
-from metaopt.transforms import values_are_readable
 
-
-class Response(NamedTuple):
-    """What a level did, for the way back.
-
-    Attributes:
-        level: which.
-        params: where its steps ended.
-        scene: what it saw.
-        pullback: of its rule.
-    """
-
-    level: str
-    params: Params
-    scene: Scene
-    pullback: Pullback
-
-
-Tape = list[Response]
 # (plan, level, scene, state, rows, window) -> state after a step of a top level
 Step = Callable[[Plan, str, Scene, State, Rows, Window], State]
 
 
-def turn(
+def run_turn(
     plan: Plan,
     owner: Owner,
     scene: Scene,
@@ -75,17 +50,17 @@ def turn(
     tape: Tape | None = None,
     step: Step | None = None,
 ) -> tuple[Scene, States]:
-    """Let the levels of an owner step between two of its own steps; return (scene, states).
+    """Run one turn of an owner: its levels step. Return (scene, states); see `Timetable`.
 
     Args:
         plan: of the graph.
         owner: a level, or None for the graph: then nothing is differentiated from outside.
-        scene: what the levels read that are not among these.
+        scene: what else these levels read.
         states: of the owner's levels.
         rows: batches of all that runs.
-        at_point: levels whose rule looks at one point only stay where they are.
-        tape: gets the responses; without, they are attached to the results.
-        step: of a top level, where the graph is the owner.
+        at_point: if True, levels whose rule is a `PointRule` do not step.
+        tape: the responses are appended to it. Without a tape, pullbacks are attached to results.
+        step: makes a step of a top level, where the graph is the owner.
     """
     states, start = dict(states), states
     # The graph shows what runs inside these levels too: that is what is seen of it until they move.
@@ -102,70 +77,13 @@ def turn(
             for i in range(move.steps):
                 state = step(plan, name, scene, state, _row(plan, name, part, i), window)
         else:
-            state = advance(plan, move, scene, states[name], part, window, at_point, tape)
+            state = respond(
+                plan, move, total_loss, scene, states[name], part, window, at_point, tape
+            )
         records.append(Record(name, move.steps, move.begins, scene, part, state))
         states[name] = state
         scene = {**scene, **_expose(plan, name, move.rule, scene, state, part, tape)}
     return scene, states
-
-
-def advance(
-    plan: Plan,
-    move: Move,
-    scene: Scene,
-    state: State,
-    rows: Rows,
-    window: Window,
-    at_point: bool,
-    tape: Tape | None,
-) -> State:
-    """Return the state of a level after its steps, differentiable as the rule of the move says."""
-    name, rule = move.level, move.rule
-    # A loop of no steps ends where it starts, and a rule that looks at one point looks there. Rules
-    # that differentiate the steps have nothing to look at without them, and make them.
-    stays = at_point and isinstance(rule, PointRule)
-    if move.begins and not stays:
-        state = begin(plan, name, scene, state)
-    loop = make_loop(plan, name, 0 if stays else move.steps, scene, state, rows, window)
-    if rule is None:
-        result = run(loop)
-    elif tape is None:
-        result = rule.attach(loop)
-    else:
-        result, pullback = rule.vjp(loop)
-        tape.append(Response(name, result.params, loop.inputs["meta"][0], pullback))
-    memory: Memory = result.state
-    return {"params": result.params, **memory}
-
-
-def make_loop(
-    plan: Plan, name: str, steps: int, scene: Scene, state: State, rows: Rows, window: Window
-) -> InnerLoop:
-    """Return the steps of a level as an inner loop, whose `meta` is all that they read."""
-    level, is_one = plan.levels[name], plan.order.steps[name] == 1
-    has_below = bool(plan.order.members.get(name))
-    return InnerLoop(
-        loss=partial(total_loss, plan, name, False),
-        update=partial(update, level),
-        inputs={
-            "optimizer": find_optimizer_tensors(plan, name, scene),
-            "loss": {},
-            # All as explicit tensors, the window too: what a rule's Function is not given it does
-            # not differentiate.
-            "meta": ({other: scene[other] for other in plan.reads_outside[name]}, window),
-            # the rows of a level that makes one step in a turn have no axis for steps
-            "batch": rows if is_one else None,
-        },
-        params=state["params"],
-        state=without_params(state),
-        batches=() if is_one else rows,
-        steps=steps,
-        compile=plan.compiles(name) and values_are_readable(),
-        rate=partial(find_rate, level),
-        # where its steps ended, the levels below have made theirs
-        loss_at_end=partial(total_loss, plan, name, True) if has_below else None,
-        is_random=name in plan.random,
-    )
 
 
 def total_loss(
@@ -181,13 +99,12 @@ def total_loss(
 
     Args:
         plan: of the graph.
-        name: whose T.
-        at_point: levels below whose rule looks at one point only stay where they are.
-        inputs: "meta" is (what is seen, the window); "batch" are the rows, if every step sees the
-            same.
+        name: the level whose T it is.
+        at_point: if True, levels whose rule is a `PointRule` do not step.
+        inputs: "meta" is (scene, window); "batch" has the batches, if every step sees the same.
         params: w.
         memory: the rest of the level's state.
-        rows: else.
+        rows: otherwise, this step's batches.
     """
     scene, window = inputs["meta"]
     rows = rows if inputs["batch"] is None else inputs["batch"]
@@ -200,7 +117,7 @@ def total_loss(
     if plan.copies_below[name] is not None:
         return _mean_of_copies(plan, name, at_point, scene, memory, rows)
     if below:
-        scene, below = turn(plan, name, scene, below, rows, at_point=at_point)
+        scene, below = run_turn(plan, name, scene, below, rows, at_point=at_point)
     loss, after = plan.losses[name](scene, rows)
     return loss, {**after, "below": below}
 
@@ -211,14 +128,14 @@ def _mean_of_copies(
     """Return what `total_loss` does, where the levels below are copies: the mean over them."""
 
     def one(scene: Scene, below: States, rows: Rows) -> tuple[Tensor, dict[str, Any]]:
-        scene, below = turn(plan, name, scene, below, rows, at_point=at_point)
+        scene, below = run_turn(plan, name, scene, below, rows, at_point=at_point)
         loss, after = plan.losses[name](scene, rows)
         return loss, {**after, "below": below}
 
     # the axis `copies` of a batch comes after those of steps
     axes = {other: len(plan.leading_axes(other, name)) for other in rows}
     below = memory["below"]
-    if name in plan.loops:
+    if name in plan.sequential_copies:
         results = [
             one(
                 scene,
@@ -247,7 +164,7 @@ def replay(plan: Plan, name: str, scene: Scene, window: Window, tape: Tape | Non
     """Return the scene with the responses of the levels that `name` shares, as functions of it."""
     again = list(window.records[: window.old])
     states = find_states(window.start, again)
-    # what has been exposed: also of levels inside these, which the scenes of old know as constants
+    # what later levels see, including levels inside; the recorded scenes hold those as constants
     moved: Scene = {}
     for record in window.records[window.old :]:
         lower, rule = record.level, plan.rule(name, record.level)
@@ -258,7 +175,9 @@ def replay(plan: Plan, name: str, scene: Scene, window: Window, tape: Tape | Non
         # such a rule needs no steps again: it looks at where they ended
         state = record.after if is_point else states[lower]
         move = Move(lower, record.steps, record.begins, rule)
-        state = advance(plan, move, seen, state, record.rows, its_window, is_point, tape)
+        state = respond(
+            plan, move, total_loss, seen, state, record.rows, its_window, is_point, tape
+        )
         states[lower] = state
         moved = moved | _expose(plan, lower, rule, seen, state, record.rows, tape)
         again.append(record._replace(scene=seen, after=state))
@@ -280,12 +199,12 @@ def _expose(
         return {name: show(state)}
     if not isinstance(rule, PointRule):
         return show_all({name: state})
-    # they respond to its parameters, whose derivative is not that of the steps
+    # levels inside respond to the end point; re-evaluate them there
     scene, last = {**scene, name: show(state)}, _row(plan, name, rows, -1)
-    scene, _ = turn(plan, name, scene, state["below"], last, at_point=True, tape=tape)
-    return {other: scene[other] for other in sorted(plan.order.inside[name] | {name})}
+    scene, _ = run_turn(plan, name, scene, state["below"], last, at_point=True, tape=tape)
+    return {other: scene[other] for other in sorted(plan.timetable.inside[name] | {name})}
 
 
 def _row(plan: Plan, name: str, rows: Rows, i: int) -> Rows:
     """Return the batches of one of the level's steps."""
-    return rows if plan.order.steps[name] == 1 else tree.index(rows, i)
+    return rows if plan.timetable.steps[name] == 1 else tree.index(rows, i)

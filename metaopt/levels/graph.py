@@ -16,20 +16,21 @@ from metaopt import tree
 from metaopt._functional import Params
 from metaopt.autodiff.graph import VARIABLES
 from metaopt.batching import prefers_loop
-from metaopt.checks import NonFiniteError
+from metaopt.checks import NonFiniteError, find_not_finite
 from metaopt.compiled import compile_whole
-from metaopt.differentiate import EvolutionStrategy, Inputs
-from metaopt.levels.backward import take_gradient
-from metaopt.levels.checks import check_plan, check_state, name_levels
-from metaopt.levels.data import Stream, peek_rows
+from metaopt.differentiate import EvolutionStrategy
+from metaopt.levels.backward import take_total_gradient
+from metaopt.levels.check_plan import check_plan, check_state, name_levels
+from metaopt.levels.data import LevelData, peek_rows
 from metaopt.levels.edge import Edge
 from metaopt.levels.facts import find_links
-from metaopt.levels.forward import total_loss, turn
-from metaopt.levels.history import NO_WINDOW, Record, Window, open_window
+from metaopt.levels.forward import run_turn, total_loss
+from metaopt.levels.history import NO_WINDOW, Record, Window, make_inputs, open_window
 from metaopt.levels.level import Level
 from metaopt.levels.plan import Plan
+from metaopt.levels.reading import Pair, Reading, read, read_all
 from metaopt.levels.scope import Rows, Scene
-from metaopt.levels.show import describe, draw
+from metaopt.levels.show import describe_graph, draw
 from metaopt.levels.state import (
     State,
     States,
@@ -38,9 +39,8 @@ from metaopt.levels.state import (
     show_all,
     without_params,
 )
-from metaopt.levels.step import look_ahead, make_step
 from metaopt.levels.timetable import arrange
-from metaopt.levels.trace import Pair, Reading, read, read_all
+from metaopt.levels.top_step import begin_virtual_steps, step_top_level
 from metaopt.torch_internals import foreach_copy_
 from metaopt.transforms import values_are_readable
 
@@ -79,24 +79,34 @@ class LevelGraph:
 
     def __init__(self, edges: Sequence[Edge], *, compile: bool = False):
         levels = name_levels(edges)
-        self._streams = {
-            name: Stream(name, level.batches, level.device) for name, level in levels.items()
+        self._data = {
+            name: LevelData(name, level.batches, level.device) for name, level in levels.items()
         }
-        find = partial(_read, levels, edges, self._streams)
+        find = partial(_read, levels, edges, self._data)
         readings = read_all(find, levels)
-        order = arrange(edges, {name: reading.levels for name, reading in readings.items()})
+        timetable = arrange(edges, {name: reading.levels for name, reading in readings.items()})
         lower = {edge.lower.name for edge in edges}
         initial = {
             name: make_initial_state(
-                level, readings[name], is_top=name not in lower, steps=order.total[name]
+                level, readings[name], is_top=name not in lower, steps=timetable.total[name]
             )
             for name, level in levels.items()
         }
-        loops, links = _find_loops(edges, find), find_links(levels)
-        self.plan = Plan(levels, tuple(edges), order, readings, links, initial, loops, compile)
+        self.plan = Plan(
+            levels,
+            tuple(edges),
+            timetable,
+            readings,
+            links=find_links(levels),
+            initial=initial,
+            sequential_copies=_find_sequential_copies(edges, find),
+            compile=compile,
+        )
         check_plan(self.plan)
-        self._turn = _make_turn(self.plan)
-        self._states = {name: _make_first_state(self.plan, name) for name in order.members[None]}
+        self._run_turn = _make_turn(self.plan)
+        self._states = {
+            name: _make_first_state(self.plan, name) for name in timetable.members[None]
+        }
         self._steps = 0
 
     def step(self) -> dict[str, float | Tensor]:
@@ -118,17 +128,17 @@ class LevelGraph:
                 inference mode or inside a transform of `torch.func`.
         """
         _check_surroundings("step")
-        rows, counts = peek_rows(self.plan, self._streams, None)
+        rows, counts = peek_rows(self.plan, self._data, None)
         with torch.no_grad():
-            _, states = self._turn(self._states, rows)
-        # may raise: until here nothing has changed, and no batch is gone
-        metrics = _find_metrics(states, self._steps)
+            _, states = self._run_turn(self._states, rows)
+        # until here nothing has changed, and no batch is gone
+        _raise_if_not_finite(states, self._steps)
         for name, count in counts.items():
-            self._streams[name].take(count)
+            self._data[name].take(count)
         self._states = states
         self._steps += 1
         self._load()
-        return metrics
+        return _find_metrics(states)
 
     def hypergradient(self, level: str, *, after_steps: bool = False) -> Params:
         """Return dT/dw of a level by parameter name, at the present state; nothing steps.
@@ -139,7 +149,7 @@ class LevelGraph:
         differentiate steps look ahead along the steps that the lower levels would make next.
 
         Args:
-            level: whose.
+            level: its name.
             after_steps: let all rules look ahead, at levels that no other level shares: what the
                 level's next step would use.
 
@@ -149,31 +159,30 @@ class LevelGraph:
         _check_surroundings("hypergradient")
         state, scene, rows, window = self._view(level)
         with torch.no_grad():
-            plan, state = look_ahead(self.plan, level, state)
-            grads, *_ = take_gradient(
+            plan, state = begin_virtual_steps(self.plan, level, state)
+            grads, *_ = take_total_gradient(
                 plan, level, scene, state, rows, window, at_point=not after_steps
             )
         return grads
 
     def params(self, level: str) -> Params:
         """Return a level's present parameters, by name."""
-        params: Params = self._view(level)[0]["params"]
-        return params
+        return self._view(level)[0]["params"]
 
     def objective(self, level: str, params: Params) -> Tensor:
         """Return T(w), the loss after the next steps of the levels below, at other parameters w.
 
         Args:
-            level: whose.
+            level: its name.
             params: w, by name.
 
         Raises:
             ValueError: there is no such level.
         """
         state, scene, rows, window = self._view(level)
-        inputs: Inputs = {"optimizer": {}, "loss": {}, "meta": (scene, window), "batch": rows}
+        inputs = make_inputs(scene, window, rows)
         with torch.no_grad():
-            plan, state = look_ahead(self.plan, level, state)
+            plan, state = begin_virtual_steps(self.plan, level, state)
             memory = without_params(state)
             return total_loss(plan, level, False, inputs, params, memory, rows)[0]
 
@@ -197,7 +206,7 @@ class LevelGraph:
         return {
             "levels": self._states,
             "initial": dict(self.plan.initial),
-            "data": {name: one.position for name, one in self._streams.items()},
+            "data": {name: one.position for name, one in self._data.items()},
             "steps": self._steps,
             "draws": {str(edge): rule.draws for edge, rule in self._drawing()},
         }
@@ -216,7 +225,7 @@ class LevelGraph:
         for edge, rule in self._drawing():
             rule.wind_to(state["draws"][str(edge)])
         for name, position in state["data"].items():
-            self._streams[name].seek(position)
+            self._data[name].seek(position)
         self._load()
 
     def draw(self, path: str | Path) -> None:
@@ -224,15 +233,18 @@ class LevelGraph:
         draw(self.plan, path)
 
     def __str__(self) -> str:
-        return describe(self.plan, self.values())
+        return describe_graph(self.plan, self.values())
 
     def _drawing(self) -> list[tuple[Edge, EvolutionStrategy]]:
         """Return the edges whose rules draw noise of their own."""
-        rules = [(edge, edge.differentiate) for edge in self.plan.edges]
-        return [(edge, rule) for edge, rule in rules if isinstance(rule, EvolutionStrategy)]
+        return [
+            (edge, edge.differentiate)
+            for edge in self.plan.edges
+            if isinstance(edge.differentiate, EvolutionStrategy)
+        ]
 
     def _state(self, name: str) -> State:
-        owner = self.plan.order.owner[name]
+        owner = self.plan.timetable.owner[name]
         states: States = self._states if owner is None else self._state(owner)["below"]
         return states[name]
 
@@ -244,27 +256,28 @@ class LevelGraph:
         """
         if level not in self.plan.levels:
             raise ValueError(
-                f"LevelGraph: `level` must be one of {list(self.plan.order.levels)}, got {level!r}."
+                f"LevelGraph: `level` must be one of {[*self.plan.timetable.levels]}, "
+                f"got {level!r}."
             )
         if self.plan.levels[level].copies:
             raise ValueError(
                 f"level {level!r} has `copies`, each with a gradient of its own. Ask for that of a "
                 f"level above."
             )
-        rows, _ = peek_rows(self.plan, self._streams, level)
-        return self._state(level), show_all(self._states), rows, self._look_ahead(level)
+        rows, _ = peek_rows(self.plan, self._data, level)
+        return self._state(level), show_all(self._states), rows, self._predict_window(level)
 
-    def _look_ahead(self, name: str) -> Window:
+    def _predict_window(self, name: str) -> Window:
         """Return what will happen to the levels that `name` shares until its next step.
 
         All others stay.
         """
         plan = self.plan
-        if not plan.order.shared[name]:
+        if not plan.timetable.shared[name]:
             return NO_WINDOW
-        owner = plan.order.owner[name]
-        rows, _ = peek_rows(plan, self._streams, owner)
-        states = {lower: self._state(lower) for lower in plan.order.members[owner]}
+        owner = plan.timetable.owner[name]
+        rows, _ = peek_rows(plan, self._data, owner)
+        states = {lower: self._state(lower) for lower in plan.timetable.members[owner]}
         scene, records = show_all(self._states), []
         for move in itertools.takewhile(lambda move: move.level != name, plan.moves[owner]):
             lower, part = move.level, move.take(rows)
@@ -307,7 +320,7 @@ def _check_surroundings(method: str) -> None:
 def _read(
     levels: dict[str, Level],
     edges: Sequence[Edge],
-    streams: dict[str, Stream],
+    data: dict[str, LevelData],
     name: str,
     buffers: Collection[Pair] = frozenset(),
 ) -> Reading:
@@ -315,7 +328,7 @@ def _read(
     level, batch = levels[name], None
     is_above_copies = any(edge.lower.copies for edge in edges if edge.upper is level)
     if level.batches is not None:
-        (batch,) = streams[name].peek(1)
+        (batch,) = data[name].peek(1)
         if level.copies or is_above_copies:
             batch = tree.index(batch, 0)
     keeps = level.copies is not None or not is_above_copies
@@ -323,7 +336,9 @@ def _read(
     return read(level, nets, batch, buffers=buffers, keeps_statistics=keeps)
 
 
-def _find_loops(edges: Sequence[Edge], read: Callable[[str], Reading]) -> frozenset[str]:
+def _find_sequential_copies(
+    edges: Sequence[Edge], read: Callable[[str], Reading]
+) -> frozenset[str]:
     """Return the levels above copies that are faster one after the other."""
     return frozenset(
         edge.upper.name
@@ -340,10 +355,10 @@ def _find_loops(edges: Sequence[Edge], read: Callable[[str], Reading]) -> frozen
 def _make_turn(plan: Plan) -> Callable[[States, Rows], tuple[Scene, States]]:
     """Return a step of the whole graph, compiled if that is asked for and possible."""
     if not (plan.compile and plan.is_one_function):
-        return partial(turn, plan, None, {}, step=make_step)
+        return partial(run_turn, plan, None, {}, step=step_top_level)
 
     def step_all(states: States, rows: Rows) -> tuple[Scene, States]:
-        return turn(plan, None, {}, states, rows, step=make_step)
+        return run_turn(plan, None, {}, states, rows, step=step_top_level)
 
     return compile_whole(step_all)
 
@@ -353,33 +368,37 @@ def _make_first_state(plan: Plan, name: str) -> State:
     state, copies = plan.initial[name], plan.levels[name].copies
     if copies:
         state = tree.map(lambda leaf: leaf.expand(copies, *leaf.shape).clone(), state)
-    inside = plan.order.members.get(name, ())
+    inside = plan.timetable.members.get(name, ())
     return {**state, "below": {other: _make_first_state(plan, other) for other in inside}}
 
 
-def _find_metrics(states: States, step: int) -> dict[str, float | Tensor]:
-    """Return the losses and metrics in these states.
+def _raise_if_not_finite(states: States, step: int) -> None:
+    """Raise `NonFiniteError` for a loss that is not finite, or the gradient of a top level.
 
     Args:
         states: after a step of the graph.
-        step: which one; levels that make several count for themselves.
-
-    Raises:
-        NonFiniteError: a loss is not finite, or the gradient of a top level.
+        step: its number; levels that make several count for themselves.
     """
+    for name, state in states.items():
+        _raise_if_not_finite(state["below"], step)
+        progress, where = state["progress"], f"level {name!r}"
+        values: list[float] = progress["loss"].reshape(-1).tolist()
+        first = find_not_finite(values)
+        if first is not None:
+            counted = "steps" in progress
+            at = progress["steps"].reshape(-1).tolist()[first] - 1 if counted else step
+            raise NonFiniteError(where, at, values[first])
+        norm = state["metrics"].get("gradient norm")
+        if norm is not None and not math.isfinite(norm.mean()):
+            raise NonFiniteError(where, step, float(norm.mean()), what="gradient norm")
+
+
+def _find_metrics(states: States) -> dict[str, float | Tensor]:
+    """Return the losses and metrics in these states, means over copies."""
     metrics: dict[str, float | Tensor] = {}
     for name, state in states.items():
-        metrics |= _find_metrics(state["below"], step)
-        progress, loss = state["progress"], state["progress"]["loss"]
-        values: list[float] = loss.reshape(-1).tolist()
-        if not all(map(math.isfinite, values)):
-            first = [*map(math.isfinite, values)].index(False)
-            at = progress["steps"].reshape(-1).tolist()[first] - 1 if "steps" in progress else step
-            raise NonFiniteError(f"level {name!r}", at, values[first])
-        norm = state["metrics"].get("gradient norm", loss)
-        if not math.isfinite(norm.mean()):
-            raise NonFiniteError(f"level {name!r}", step, float(norm.mean()), what="gradient norm")
-        found = {"loss": loss, **state["metrics"]}
+        metrics |= _find_metrics(state["below"])
+        found = {"loss": state["progress"]["loss"], **state["metrics"]}
         metrics |= {
             f"{name}/{key}": metric.mean() if metric.ndim else metric
             for key, metric in found.items()

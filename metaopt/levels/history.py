@@ -1,9 +1,8 @@
 """What happened to levels that several others share, since one of these last stepped.
 
 A level that shares levels does not own their steps, so its loss has to see these once more as
-functions of its parameters: see `forward.replay`. For that everything here is explicit tensors, a
-tree that can be an input of an inner loop. It is needed because such a level may itself be
-differentiated by a rule above it.
+functions of its parameters: see `forward.replay`. A rule above may differentiate such a level, so
+all that is here is explicit tensors: a tree that can be an input of an inner loop.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from metaopt._functional import Params
+from metaopt.differentiate import Inputs
 from metaopt.levels.plan import Plan
 from metaopt.levels.scope import Rows, Scene
 from metaopt.levels.state import State, States
@@ -20,10 +21,10 @@ class Record(NamedTuple):
     """Steps that a level made, and what running them again takes.
 
     Attributes:
-        level: which.
-        steps: how many.
+        level: its name.
+        steps: number of steps.
         begins: whether it began anew, where its edge says so.
-        scene: what it saw.
+        scene: what it read.
         rows: its batches.
         after: its state afterwards.
     """
@@ -42,8 +43,8 @@ class Window(NamedTuple):
     Attributes:
         start: the states of the levels that it shares, before the records.
         records: theirs, in order.
-        old: how many of the records it has seen in its last step; they tell levels among these that
-            share others themselves what happened since theirs.
+        old: how many leading records the level saw in its last step; shared levels that share
+            others need them.
     """
 
     start: States
@@ -52,6 +53,21 @@ class Window(NamedTuple):
 
 
 NO_WINDOW = Window({}, (), 0)
+
+
+def make_inputs(
+    scene: Scene, window: Window, batch: Rows | None, optimizer: Params | None = None
+) -> Inputs:
+    """Return what the steps of a level read, as an inner loop has it.
+
+    Args:
+        scene: the levels that it reads.
+        window: what happened to those that it shares. A rule differentiates only what it is given,
+            so these are explicit tensors too.
+        batch: batches that are the same at every step; None where each step has its own.
+        optimizer: the optimizer's tensors, if they are not constant.
+    """
+    return {"optimizer": optimizer or {}, "loss": {}, "meta": (scene, window), "batch": batch}
 
 
 def open_window(plan: Plan, name: str, start: States, records: Sequence[Record]) -> Window:
@@ -63,7 +79,7 @@ def open_window(plan: Plan, name: str, start: States, records: Sequence[Record])
         start: states before the records.
         records: what has happened in this turn.
     """
-    shared = plan.order.shared[name]
+    shared = plan.timetable.shared[name]
     if not shared:
         return NO_WINDOW
     old: list[Record] = []
@@ -76,7 +92,7 @@ def open_window(plan: Plan, name: str, start: States, records: Sequence[Record])
     # sorted: trees are flattened in this order, which must not change from process to process
     start = {other: start[other] for other in sorted(shared)}
     # what the level has seen matters only to those among the shared that share others themselves
-    if not any(plan.order.shared[other] for other in shared):
+    if not any(plan.timetable.shared[other] for other in shared):
         start, old = find_states(start, old), []
     return Window(start, (*old, *new), len(old))
 

@@ -36,10 +36,10 @@ class Level:
         data: an iterable of batches, trees of tensors: a `DataLoader`, a list, a generator. It is
             begun again when it ends, except for a generator. For one batch that is always the same,
             a list with that batch. None: the loss gets None.
-        copies: so many independent problems with parameters of their own, batched under `vmap`. The
-            batches of this level, and of the one above it, then have the leading axis `copies`.
-        accumulate: batches a step; the loss is the mean over them.
-        warmup: the level stays as it is for so many of its steps, while the levels below it move.
+        copies: number of independent problems with parameters of their own, batched under `vmap`.
+            The batches of this level, and of the one above it, then have the leading axis `copies`.
+        accumulate: number of batches in a step; the loss is the mean over them.
+        warmup: number of first steps in which the level stays as it is; the levels below it move.
         allow_unused: parameters that the loss does not depend on get zero gradients instead of an
             error.
         precision: the dtype of `torch.autocast` under which the loss is computed, for example

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from metaopt._functional import Functional, Params
 from metaopt.levels.level import Level
+from metaopt.levels.reading import Reading
 from metaopt.levels.scope import After, Rows, Scene, Shown, evaluate, keep_carried
-from metaopt.levels.trace import Reading
 from metaopt.scan import scan
+from metaopt.transforms import constant
 
 OwnLoss = Callable[[Scene, Rows], tuple[Tensor, After]]
 
@@ -26,10 +27,10 @@ def make_loss(
     *,
     keeps_statistics: bool,
 ) -> OwnLoss:
-    """Return (scene, rows) -> (the level's loss, what it says beside it).
+    """Return (scene, rows) -> (the level's loss, `After`).
 
     Args:
-        level: whose.
+        level: the level.
         reading: what its loss depends on.
         nets: every level's model.
         carried: level -> its buffers that have derivatives.
@@ -87,11 +88,11 @@ def _accumulate(
 def _hold_unread(name: str, shown: Shown, reading: Reading, is_own: bool) -> Shown:
     """Return what is seen of a level, as constants apart from what a loss depends on."""
     params = {
-        key: leaf if (name, key) in reading.params else leaf.detach()
+        key: leaf if (name, key) in reading.params else constant(leaf)
         for key, leaf in shown["params"].items()
     }
     buffers = {
-        key: leaf if is_own or (name, key) in reading.buffers else leaf.detach()
+        key: leaf if is_own or (name, key) in reading.buffers else constant(leaf)
         for key, leaf in shown["buffers"].items()
     }
     return {"params": params, "buffers": buffers}

@@ -12,8 +12,8 @@ from metaopt.levels.edge import Edge
 from metaopt.levels.facts import FACTS, Links, Move, find_rule, is_compilable, is_plain
 from metaopt.levels.level import Level
 from metaopt.levels.own_loss import OwnLoss
+from metaopt.levels.reading import Reading
 from metaopt.levels.timetable import Owner, Timetable
-from metaopt.levels.trace import Reading
 
 if TYPE_CHECKING:
     from metaopt.levels.state import State
@@ -26,16 +26,16 @@ class Plan:
     Attributes:
         levels: name -> level.
         edges: at least one.
-        order: when which level steps.
+        timetable: when which level steps.
         readings: level -> what its loss depends on.
         links: level -> tensor of its optimizer -> (level above, parameter) that this tensor is.
         initial: level -> the state before the first step.
-        loops: levels whose lower copies run one after the other, not under `vmap`.
+        sequential_copies: levels whose lower copies run one after the other, not under `vmap`.
         compile: whether inner loops are compiled.
         nets: level -> its model as a function.
         above: level -> the edges to the levels directly above.
         lowers: level -> the edges to the levels directly below.
-        losses: level -> (scene, rows) -> (its own loss, what it says beside it).
+        losses: level -> (scene, rows) -> (its own loss, `After`).
         reads_outside: level -> the levels that a step of it reads, apart from those inside it.
             Those that it shares are among them: they need not have moved since its last step.
         read_from_outside: the levels inside whose steps others run that are read by a level
@@ -45,24 +45,24 @@ class Plan:
         moves: owner -> what happens in one turn, in order.
         starts: level -> the edge that says where it begins, if it does not go on from where it
             stood.
-        copies_below: level -> how many copies the levels have that run inside its steps, if it is
+        copies_below: level -> number of copies of the levels that run inside its steps, if it is
             itself outside of them.
-        direct: the levels for which `responds_at_points`.
-        looped: the levels whose loop is compiled by itself, if any is.
+        responding_at_points: the levels for which `responds_at_points`.
+        separately_compiled: the levels whose loop is compiled by itself, if `compile` is set.
         adjustable: the levels whose optimizer has tensors.
         carried: level -> its buffers that have derivatives and matter to a loss.
-        ahead: the plan with the optimizers of virtual steps, see `Edge`; None where all look ahead
-            with their own.
+        virtual: the plan with the optimizers of virtual steps, see `look_ahead` of `Edge`; None
+            where all look ahead with their own.
     """
 
     levels: Mapping[str, Level]
     edges: tuple[Edge, ...]
-    order: Timetable
+    timetable: Timetable
     readings: Mapping[str, Reading]
     links: Links
     initial: dict[str, State]
-    loops: frozenset[str] = frozenset()
-    compile: bool = False
+    sequential_copies: frozenset[str]
+    compile: bool
     nets: dict[str, Functional] = field(init=False)
     above: dict[str, list[Edge]] = field(init=False)
     lowers: dict[str, list[Edge]] = field(init=False)
@@ -74,11 +74,11 @@ class Plan:
     moves: dict[Owner, tuple[Move, ...]] = field(init=False)
     starts: dict[str, Edge | None] = field(init=False)
     copies_below: dict[str, int | None] = field(init=False)
-    direct: frozenset[str] = field(init=False)
-    looped: frozenset[str] = field(init=False)
+    responding_at_points: frozenset[str] = field(init=False)
+    separately_compiled: frozenset[str] = field(init=False)
     adjustable: frozenset[str] = field(init=False)
     carried: dict[str, frozenset[str]] = field(init=False)
-    ahead: Plan | None = field(init=False)
+    virtual: Plan | None = field(init=False)
 
     def __post_init__(self) -> None:
         # Once: a compiler cannot look inside what is computed when it is asked for.
@@ -101,36 +101,35 @@ class Plan:
         return self.rules[pair] if pair in self.rules else find_rule(self, viewpoint, name)
 
     def responds_at_points(self, name: str) -> bool:
-        """Return True if all that responds to `name` does so at points, with nothing inside.
+        """Return True if all rules of what responds to `name` are PointRules, with nothing inside.
 
-        No such level has copies or responses of its own, and its rules look at one point.
-
-        The derivative of the total loss is then that of the level's own loss and one pullback a
-        response.
+        The levels that respond have neither copies nor responses of their own. The derivative of
+        the total loss is then that of the level's own loss, and one pullback for each response.
         """
-        return name in self.direct
+        return name in self.responding_at_points
 
     @property
     def is_one_function(self) -> bool:
         """Whether a whole step can be compiled as one function.
 
-        So it is where every rule is the plain graph of the steps taken, or one of a top level that
-        looks at one point. A compiler cannot wind random numbers back for the latter.
+        True if for each level every rule is the plain graph of the steps, or the level is a top one
+        whose rules are PointRules: for these a compiler cannot wind random numbers back.
         """
         return all(is_plain(self, name) or is_compilable(self, name) for name in self.levels)
 
     def compiles(self, name: str) -> bool:
         """Return True if the loop of a level is compiled by itself."""
-        return self.compile and name in self.looped
+        return self.compile and name in self.separately_compiled
 
     def leading_axes(self, name: str, owner: Owner) -> tuple[int, ...]:
-        """Return the axes in front of a batch of `name` in a turn: steps, and batches a step.
+        """Return the sizes of the axes in front of a batch of `name` in a turn.
 
-        A level on the way that makes one step has no axis.
+        They are those of steps, and of batches in a step; a level on the way that makes one step
+        has no axis.
         """
         axes = (self.levels[name].accumulate,) if self.levels[name].accumulate > 1 else ()
         here: Owner = name
         while here is not None and here != owner:
-            axes = (self.order.steps[here], *axes) if self.order.steps[here] > 1 else axes
-            here = self.order.owner[here]
+            axes = (self.timetable.steps[here], *axes) if self.timetable.steps[here] > 1 else axes
+            here = self.timetable.owner[here]
         return axes

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt._functional import Functional, Params
+from metaopt.checks import describe
 from metaopt.exact_ops import any_order
 from metaopt.levels.level import Level
 from metaopt.transforms import constant
@@ -28,7 +29,12 @@ Rows = dict[str, Tree]  # level -> batches of it, with axes in front: see `Plan.
 
 
 class After(TypedDict):
-    """What a loss says beside its value: its model's buffers afterwards, and logged scalars."""
+    """What a loss returns beside its value.
+
+    Attributes:
+        buffers: those of its model, afterwards.
+        metrics: scalars to be logged.
+    """
 
     buffers: Params
     metrics: dict[str, Tensor]
@@ -79,7 +85,7 @@ class Levels:
 
 
 class NotingLevels(Levels):
-    """The same, and notes which are read."""
+    """`Levels` that records which names are read."""
 
     def __init__(
         self, reader: str, views: Mapping[str, LevelView], known: Collection[str], read: set[str]
@@ -106,10 +112,10 @@ def evaluate(
     carried: Mapping[str, Collection[str]] | None = None,
     noted: set[str] | None = None,
 ) -> tuple[Tensor, After]:
-    """Return the level's loss in a scene, and what it says beside it.
+    """Return the level's loss in a scene, and its `After`.
 
     Args:
-        level: whose loss.
+        level: the level.
         nets: every level's model.
         scene: the tensors of the levels, its own among them.
         rows: the loss gets the batch of its level among these, None if there is none.
@@ -165,14 +171,9 @@ def _split(level: str, result: Any) -> tuple[Tensor, dict[str, Tensor]]:
         result = metrics.pop("loss")
     for name, value in (("loss", result), *metrics.items()):
         if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-            kind = (
-                f"{value.dtype} tensor of shape {tuple(value.shape)}"
-                if isinstance(value, Tensor)
-                else type(value).__name__
-            )
             raise ValueError(
                 f"level {level!r}: the loss must return floating-point scalars, got for "
-                f"{name!r} a {kind}. Take the mean."
+                f"{name!r} a {describe(value)}. Take the mean."
             )
     return result, {name: value.detach() for name, value in metrics.items()}
 
@@ -182,7 +183,7 @@ def keep_carried(
 ) -> Params:
     """Return a level's buffers, as constants apart from those that are carried.
 
-    Also what comes in has to be seen to: a step that is rebuilt, or a loop that is one Function,
+    This is for buffers that come in, too: a step that is rebuilt, or a loop that is one Function,
     gives derivatives to all that floats, and torch's norm layers refuse running statistics that
     have one.
     """

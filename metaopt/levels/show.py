@@ -12,7 +12,7 @@ from metaopt.levels.plan import Plan
 from metaopt.levels.timetable import Owner
 
 
-def describe(plan: Plan, values: Mapping[str, float | Tensor]) -> str:
+def describe_graph(plan: Plan, values: Mapping[str, float | Tensor]) -> str:
     """Return the levels, the edges with their rules, and what happens in one step, as text.
 
     Args:
@@ -26,7 +26,7 @@ def describe(plan: Plan, values: Mapping[str, float | Tensor]) -> str:
         "levels",
     ]
     width = max(map(len, plan.levels))
-    for name in plan.order.levels:
+    for name in plan.timetable.levels:
         level = plan.levels[name]
         size = sum(param.numel() for param in level.net.params.values())
         options = [
@@ -56,9 +56,9 @@ def describe(plan: Plan, values: Mapping[str, float | Tensor]) -> str:
 
 
 def _describe_turn(plan: Plan, owner: Owner, depth: int) -> Iterator[str]:
-    for event in plan.order.events[owner]:
+    for event in plan.timetable.events[owner]:
         name = event.level
-        inside = name in plan.order.members
+        inside = name in plan.timetable.members
         steps = "each step" if inside and event.steps > 1 else "which"
         yield f"{'  ' * depth}{name} makes {write_count(event.steps, 'step')}" + (
             f", {steps} waits for" if inside else ""
@@ -122,7 +122,7 @@ def draw(plan: Plan, path: str | Path) -> None:
 def _arrange(plan: Plan) -> list[list[str]]:
     """Return the levels by depth: the longest way down from a top level."""
     depth: dict[str, int] = {}
-    for name in plan.order.levels:
+    for name in plan.timetable.levels:
         depth[name] = max((depth[edge.upper.name] + 1 for edge in plan.above[name]), default=0)
     return [
         [name for name in depth if depth[name] == row] for row in range(max(depth.values()) + 1)

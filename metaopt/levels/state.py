@@ -14,10 +14,10 @@ from metaopt._functional import Params, lend
 from metaopt.differentiate import Inputs
 from metaopt.levels.level import Level
 from metaopt.levels.plan import Plan
+from metaopt.levels.reading import Reading
 from metaopt.levels.scope import Scene, Shown
-from metaopt.levels.trace import Reading
 from metaopt.optimizer import Observe
-from metaopt.optimizer.hyperparameter import Value
+from metaopt.optimizer.by_name import Value
 from metaopt.transforms import constant
 
 
@@ -70,11 +70,10 @@ def make_initial_state(level: Level, reading: Reading, *, is_top: bool, steps: i
     """Return the state of a level by itself before its first step, structured as after one.
 
     Args:
-        level: whose.
+        level: the level.
         reading: what its loss depends on.
         is_top: whether no level is above.
-        steps: that it makes in one step of the graph. One alone is not counted: the graph counts
-            its own.
+        steps: number of its steps in one step of the graph; counted only if above 1.
     """
     params = {key: param.detach().clone() for key, param in level.net.params.items()}
     like = next(iter(params.values()))
@@ -141,7 +140,7 @@ def update(
     """Return (parameters, rest of the state) after one application of the level's optimizer.
 
     Args:
-        level: whose.
+        level: the level.
         inputs: "optimizer" has the optimizer's tensors, {} for its own.
         grads: like the parameters.
         memory: the rest of the state before.

@@ -16,7 +16,7 @@ Owner = str | None  # a level, or None for the graph itself
 
 
 class Event(NamedTuple):
-    """A level makes so many steps."""
+    """A level makes `steps` steps in a row."""
 
     level: str
     steps: int
@@ -27,22 +27,24 @@ class Timetable:
     """The order of execution.
 
     A level that a single level above it waits for runs inside that one's steps: the upper level
-    owns it. A level that several wait for, and one that nobody waits for (its upper level's loss
-    does not read it, so it follows), belongs to whoever owns these. What belongs to nobody, the top
-    levels among it, belongs to the graph.
+    owns it. A level that several wait for belongs to whoever owns these. So does one that nobody
+    waits for: its upper level's loss does not read it, so it follows. What belongs to nobody
+    belongs to the graph; the top levels do.
+
+    A turn of an owner is what happens between two of its steps: of a level, what one step of it
+    takes; of the graph, one round of the top levels.
 
     Attributes:
         levels: names, upper levels before lower ones.
         below: level -> all levels below it.
         owner: level -> its owner.
         members: owner -> its levels, upper levels before lower ones.
-        steps: level -> its steps in one turn of its owner: one step of a level, one of the top
-            levels of the graph.
+        steps: level -> number of its steps in one turn of its owner.
         events: owner -> what happens in one turn, in order.
         shared: level -> the levels below it that its loss waits for and that it does not own, and
             those that these wait for.
         inside: level -> the levels that run inside its steps.
-        total: level -> its steps in one step of the graph.
+        total: level -> number of its steps in one step of the graph.
     """
 
     levels: tuple[str, ...]
@@ -78,8 +80,8 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Timet
                     f"or the other way round."
                 )
 
-    # The upper level of such an edge sees, directly or by way of levels in between, where the lower
-    # one came to: so that moves first. Otherwise it follows.
+    # The upper level of such an edge reads, directly or by way of levels in between, where the
+    # lower one ended: so the lower one moves first. Otherwise it follows.
     def is_awaited(edge: Edge) -> bool:
         lower = edge.lower.name
         return bool(reads[edge.upper.name] & (below[lower] | {lower}))
@@ -112,10 +114,8 @@ def arrange(edges: Sequence[Edge], reads: Mapping[str, frozenset[str]]) -> Timet
     def total(name: Owner) -> int:
         return 1 if name is None else steps[name] * total(owner[name])
 
-    insides, totals = (
-        {name: inside(name) for name in levels},
-        {name: total(name) for name in levels},
-    )
+    insides = {name: inside(name) for name in levels}
+    totals = {name: total(name) for name in levels}
     return Timetable(levels, below, owner, members, steps, events, shared, insides, totals)
 
 
@@ -155,12 +155,8 @@ def _find_owners(
         homes = [
             path(edge.upper.name if is_awaited(edge) else owner[edge.upper.name]) for edge in above
         ]
-        together = (
-            [same[0] for same in zip(*homes, strict=False) if len(set(same)) == 1]
-            if homes
-            else [None]
-        )
-        owner[name] = together[-1]
+        together = [same[0] for same in zip(*homes, strict=False) if len(set(same)) == 1]
+        owner[name] = together[-1] if homes else None
         for edge in above:
             upper = edge.upper.name
             if upper != owner[name] and owner[upper] != owner[name]:
@@ -174,7 +170,7 @@ def _find_owners(
 
 
 def _find_rates(who: Owner, names: tuple[str, ...], edges: Sequence[Edge]) -> dict[str, int]:
-    """Return the steps of each level in a turn, the smallest numbers that agree with all edges."""
+    """Return level -> number of steps in a turn, the smallest that agree with all edges."""
     rates: dict[str, Fraction] = {}
     neighbours: dict[str, list[tuple[str, Fraction, Edge]]] = defaultdict(list)
     for edge in edges:

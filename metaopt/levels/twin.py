@@ -13,8 +13,8 @@ from torch import Tensor
 from metaopt import tree
 from metaopt._functional import functional
 from metaopt.differentiate import Rule
-from metaopt.levels.checks import check_plan
-from metaopt.levels.data import Stream
+from metaopt.levels.check_plan import check_plan
+from metaopt.levels.data import LevelData
 from metaopt.levels.edge import Edge
 from metaopt.levels.graph import LevelGraph
 from metaopt.levels.level import Level
@@ -41,7 +41,7 @@ def in_float64(graph: LevelGraph) -> LevelGraph:
     plan = replace(graph.plan, levels=levels, initial=initial, compile=False)
     twin = _make_twin(graph, plan)
     twin._states = _in_float64(graph._states)
-    twin._streams = {name: _StreamInFloat64(stream) for name, stream in graph._streams.items()}
+    twin._data = {name: _DataInFloat64(data) for name, data in graph._data.items()}
     return twin
 
 
@@ -57,15 +57,15 @@ def _level_in_float64(level: Level) -> Level:
     return twin
 
 
-class _StreamInFloat64(Stream):
-    def __init__(self, stream: Stream):
-        super().__init__(stream.level, None, stream.device)
-        self.stream = stream
+class _DataInFloat64(LevelData):
+    def __init__(self, data: LevelData):
+        super().__init__(data.level, None, data.device)
+        self._original = data
 
     def peek(self, count: int) -> list[Tree]:
         known: dict[int, Tree] = {}  # a batch that comes again stays the same object
         return [
-            known.setdefault(id(batch), _in_float64(batch)) for batch in self.stream.peek(count)
+            known.setdefault(id(batch), _in_float64(batch)) for batch in self._original.peek(count)
         ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from metaopt.optimizer.apply import apply_update, apply_updates, require_params
 from metaopt.optimizer.by_name import Value
-from metaopt.optimizer.equals import register_equal
+from metaopt.optimizer.counterparts import register_equal
 from metaopt.optimizer.hyperparameter import (
     Hyperparameter,
     is_zero,

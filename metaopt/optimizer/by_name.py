@@ -1,4 +1,9 @@
-"""Hyperparameters that differ from parameter to parameter."""
+"""Hyperparameters that differ from parameter to parameter.
+
+Here a value is stored with its pattern of names. `names.choose` finds the names that match,
+`values.advance_schedules` evaluates the values of a step, and `parts.find_parts` groups the
+parameters that share them all.
+"""
 
 from __future__ import annotations
 

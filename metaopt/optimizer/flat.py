@@ -12,7 +12,7 @@ import torch
 from torch import DisableTorchFunction, Tensor
 from torch.nn import Parameter
 
-from metaopt.optimizer.state import Arguments, Leaves, Rule, Slots
+from metaopt.optimizer.state import Arguments, Leaves, Slots, UpdateFn
 from metaopt.transforms import count_entries, is_unrecorded
 
 if TYPE_CHECKING:
@@ -34,18 +34,20 @@ def is_joinable(kind: type) -> bool:
     return bool(vars(kind).get("joinable", False))
 
 
-def call_joined(optimizer: Optimizer, rule: Rule, given: Arguments) -> tuple[Leaves, Slots]:
-    """Return what `rule` does, called on joined tensors where that is the same and faster."""
+def call_joined(
+    optimizer: Optimizer, update_fn: UpdateFn, given: Arguments
+) -> tuple[Leaves, Slots]:
+    """Return what `update_fn` does, called on joined tensors where that is the same and faster."""
     # a compiler fuses the loop over tensors itself
     if len(given.grads) < LEAST_TENSORS or torch.compiler.is_compiling():
-        return rule(*given)
+        return update_fn(*given)
     if not is_joinable(type(optimizer)) or not _is_faster(optimizer, given):
-        return rule(*given)
+        return update_fn(*given)
     with DisableTorchFunction():
         params = None if given.params is None else join(given.params)
         slots = {n: join(s) if isinstance(s, list) else s for n, s in given.slots.items()}
         row = join(given.grads)
-    results, after = rule(row, params, slots, given.hyper, given.step)
+    results, after = update_fn(row, params, slots, given.hyper, given.step)
     with DisableTorchFunction():
         parts = {n: part(s, given.grads) if isinstance(s, list) else s for n, s in after.items()}
         return part(results, given.grads), parts

@@ -50,7 +50,7 @@ class Group(dict[str, Any]):
 
 
 def by_items(options: Mapping[str, Any]) -> Group:
-    """Return the group in which the items of a tuple decide what it is."""
+    """Return the group in which the items win over the tuple."""
     wholes = {name for name, _ in _wholes(options)}
     return Group({name: value for name, value in options.items() if name not in wholes})
 

@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metaopt.checks import Limits
-from metaopt.optimizer.by_name import ByName
-from metaopt.optimizer.by_name import Value as Value
+from metaopt.optimizer.by_name import ByName, Value
 from metaopt.optimizer.module import note_limits, store
 from metaopt.optimizer.schedule import Schedule
 

@@ -37,7 +37,7 @@ class Part(NamedTuple):
         for place, leaf in zip(self.places, own, strict=True):
             leaves[place] = leaf
 
-    def spread(self, shared: Any) -> list[Any]:
+    def repeat(self, shared: Any) -> list[Any]:
         """Return what they share, once for each."""
         return [shared] * len(self.places)
 

@@ -1,4 +1,4 @@
-"""What an optimizer's state holds, and what is said of one that does not fit."""
+"""What an optimizer's state holds, and the errors for one that does not fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Arguments(NamedTuple):
     step: Tensor
 
 
-Rule = Callable[..., tuple[Leaves, Slots]]  # *Arguments -> (one tensor per parameter, next slots)
+# *Arguments -> (one tensor per parameter, next slots)
+UpdateFn = Callable[..., tuple[Leaves, Slots]]
 
 STATE_KEYS = frozenset(("step", "slots", "shared", "schedules"))
 

@@ -17,9 +17,9 @@ from metaopt.optimizer.parts import find_parts, is_divided
 from metaopt.optimizer.state import (
     Arguments,
     Leaves,
-    Rule,
     Slots,
     State,
+    UpdateFn,
     check_memory,
     require_state,
 )
@@ -43,7 +43,7 @@ def start(optimizer: Optimizer, params: Tree) -> State:
     shared: dict[str, list[Any]] = {}
     for part in find_parts(hyper, range(len(leaves))):
         for name, slot in optimizer.slots(part.take(leaves)).items():
-            rows, each = (slots, slot) if isinstance(slot, list) else (shared, part.spread(slot))
+            rows, each = (slots, slot) if isinstance(slot, list) else (shared, part.repeat(slot))
             part.put(rows.setdefault(name, [None] * len(leaves)), each)
     schedules = find_schedules(optimizer).items()
     return {
@@ -72,13 +72,13 @@ def find_present(gradients: Sequence[Tensor | None], grads: Tree, state: State) 
 
 def step_leaves(
     optimizer: Optimizer,
-    rule: Rule,
+    update_fn: UpdateFn,
     grads: Tree,
     state: State,
     params: Tree | None,
     loss: Tensor | None,
 ) -> tuple[Tree, State]:
-    """Return what `rule` makes of the parameters, as a tree like the gradients, and the next state.
+    """Return what `update_fn` returns, as a tree like the gradients, and the next state.
 
     A schedule is that of all parameters: its step counts the calls, and it observes the gradients
     that there are.
@@ -100,10 +100,10 @@ def step_leaves(
     slots, step = _read(state, "slots", grads), state["step"] + 1
     if "steps" in state or is_divided(hyper):
         given = Arguments(gradients, weights, slots, hyper, step)
-        results, shared, counts = _step_in_parts(optimizer, rule, given, state, grads, present)
+        results, shared, counts = _step_in_parts(optimizer, update_fn, given, state, grads, present)
     else:
         given = Arguments(gradients, weights, slots | state["shared"], hyper, step)
-        results, slots = _call(optimizer, rule, given)
+        results, slots = _call(optimizer, update_fn, given)
         shared, counts = {name: slots.pop(name) for name in state["shared"]}, {}
     if complex_places:
         results = [*results]
@@ -120,7 +120,7 @@ def step_leaves(
 
 def _step_in_parts(
     optimizer: Optimizer,
-    rule: Rule,
+    update_fn: UpdateFn,
     given: Arguments,
     state: State,
     grads: Tree,
@@ -128,10 +128,12 @@ def _step_in_parts(
 ) -> tuple[list[Any], dict[str, Tree], dict[str, Tree]]:
     """Return (one tensor per parameter, or None, the shared memory, {"steps": the counts}).
 
-    `rule` is called once for each part of the parameters with a gradient. The memory in `given`
-    becomes that after the step.
+    `update_fn` is called once for each part of the parameters with a gradient. The memory in
+    `given` becomes that after the step.
     """
-    results, counts, history = [*given.grads], [state["step"]] * len(given.grads), []
+    # begins as the gradients, of which those that are absent stay None
+    results = [*given.grads]
+    counts, history = [state["step"]] * len(given.grads), []
     shared = _read(state, "shared", grads)
     if "steps" in state:
         counts = [*tree.leaves_like(grads, state["steps"], "state['steps']")]
@@ -142,13 +144,13 @@ def _step_in_parts(
         slots |= {name: row[first] for name, row in shared.items()}
         params = None if given.params is None else part.take(given.params)
         own = Arguments(part.take(given.grads), params, slots, part.hyper, counts[first] + 1)
-        moved, after = _call(optimizer, rule, own)
+        moved, after = _call(optimizer, update_fn, own)
         part.put(results, moved)
-        part.put(counts, part.spread(own.step))
+        part.put(counts, part.repeat(own.step))
         for name, row in given.slots.items():
             part.put(row, after[name])
         for name, row in shared.items():
-            part.put(row, part.spread(after[name]))
+            part.put(row, part.repeat(after[name]))
     steps = {"steps": tree.with_leaves(grads, counts)} if "steps" in state else {}
     return results, {name: tree.with_leaves(grads, row) for name, row in shared.items()}, steps
 
@@ -161,11 +163,11 @@ def _read(state: State, kind: str, grads: Tree) -> dict[str, list[Any]]:
     }
 
 
-def _call(optimizer: Optimizer, rule: Rule, given: Arguments) -> tuple[Leaves, Slots]:
+def _call(optimizer: Optimizer, update_fn: UpdateFn, given: Arguments) -> tuple[Leaves, Slots]:
     """Return (one tensor per parameter, next slots); see that they are what they should be."""
     kind, slots, count = type(optimizer).__name__, given.slots, len(given.grads)
     try:
-        results, after = call_joined(optimizer, rule, given)
+        results, after = call_joined(optimizer, update_fn, given)
     except (KeyError, RuntimeError):
         check_memory(optimizer, slots, optimizer.slots(given.grads))
         raise

@@ -23,9 +23,14 @@ Observe = Callable[[], tuple[Tree, Tensor | None]]  # -> (gradients, loss) at th
 
 
 def find_schedules(optimizer: Optimizer) -> dict[str, Schedule | ByName]:
-    """Return name -> what has a state, of the hyperparameters."""
-    values = {name: getattr(optimizer, name) for name in optimizer.hyperparameters}
-    return {n: value for n, value in values.items() if isinstance(value, Schedule | ByName)}
+    """Return name -> schedule or `ByName`."""
+    values = _get_stored(optimizer).items()
+    return {name: value for name, value in values if isinstance(value, Schedule | ByName)}
+
+
+def _get_stored(optimizer: Optimizer) -> Hyper:
+    """Return the hyperparameters as the optimizer has them."""
+    return {name: getattr(optimizer, name) for name in optimizer.hyperparameters}
 
 
 def advance_schedules(
@@ -38,8 +43,8 @@ def advance_schedules(
     """Return the hyperparameters' values at this step, and the schedules' next states.
 
     Args:
-        optimizer: whose they are.
-        state: that of the optimizer.
+        optimizer: the optimizer.
+        state: its state.
         leaves: the gradients, one tensor per parameter, or None.
         loss: the loss, if the caller of the optimizer gave it.
         grads: the tree of the gradients, for their names.
@@ -66,7 +71,6 @@ def read_values(
 ) -> dict[str, Value]:
     """Return name -> value at the next step from `state`; see `Optimizer.values`."""
     require_state(optimizer, state)
-    check_schedule_names(optimizer, state)
     leaves = None if grads is None else tree.leaves(grads)
     if leaves is not None:
         leaves = [None if leaf is None else tree.as_real(leaf) for leaf in leaves]
@@ -98,9 +102,10 @@ def _evaluate(
     ask: Ask,
 ) -> tuple[Hyper, dict[str, Any]]:
     """Return the hyperparameters' values, and what `ask` says are the schedules' next states."""
-    hyper: Hyper = {name: getattr(optimizer, name) for name in optimizer.hyperparameters}
+    hyper = _get_stored(optimizer)
     schedules = {}
     for name, value in hyper.items():
+        # most are floats, and to see that is faster than to ask for two classes
         if type(value) is float or not isinstance(value, Schedule | ByName):
             continue
         if name not in state["schedules"]:
@@ -123,7 +128,7 @@ def fit_values(optimizer: Optimizer, params: Tree, leaves: Leaves) -> Hyper:
     Raises:
         ValueError: the shape of one, or its patterns, do not fit the parameters.
     """
-    hyper: Hyper = {name: getattr(optimizer, name) for name in optimizer.hyperparameters}
+    hyper = _get_stored(optimizer)
     for name, value in hyper.items():
         if isinstance(value, ByName):
             hyper[name] = value.spread(optimizer, name, [*paths(params)])

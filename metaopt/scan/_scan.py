@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.autodiff.pullback import pull_back_and_value
+from metaopt.autodiff.pullback import or_zeros, pull_back_and_value
 from metaopt.compiled import compile_whole
 from metaopt.scan.disk import Disk
 from metaopt.scan.function import record, run_differentiably
-from metaopt.scan.loop import Given, Loop, Pullback, Step
+from metaopt.scan.loop import Loop, ScanGiven, Step, StepPullback
 from metaopt.scan.nesting import is_inside_step
 from metaopt.scan.revolve import Revolve
 from metaopt.scan.stream import Stream
-from metaopt.transforms import is_differentiable, is_tracked
+from metaopt.transforms import is_differentiable
 from metaopt.tree import Tree
 
 Memory = Literal["full", "steps"] | Revolve
@@ -34,9 +34,9 @@ def scan(
     length: int | None,
     memory: Memory,
     *,
-    pullback: Pullback | None = None,
+    pullback: StepPullback | None = None,
     compile: bool = False,
-    describe: Callable[[], str] = str,
+    describe: Callable[[], str] = str,  # str() is ""
 ) -> tuple[Tree, Tree]:
     """Run `step` over time and return (last carry, outs stacked), differentiable in every tensor.
 
@@ -66,7 +66,7 @@ def scan(
     compile = compile and not tracing and not is_inside_step()
     # A compiler cannot ask who tracks a tensor, and nobody can ask a batch that has not come yet.
     needed = torch.is_grad_enabled() and (
-        tracing or isinstance(xs, Stream) or _is_any_tracked((inputs, carry, xs))
+        tracing or isinstance(xs, Stream) or tree.is_any_tracked((inputs, carry, xs))
     )
     plain = tracing or not needed or memory == "full" or is_inside_step()
     if compile or not plain:
@@ -77,7 +77,7 @@ def scan(
             pullback = _compile_pullback(step) if compile else partial(_pull_back_step, step)
         step = compile_whole(step) if compile else step
         loop = Loop(step, pullback, plan, isinstance(xs, Stream))
-        return _rebuild_steps(loop, Given(inputs, carry, xs), length, describe)
+        return _rebuild_steps(loop, ScanGiven(inputs, carry, xs), length, describe)
     if compile:
         step = compile_whole(step)
         carry = tree.map(_as_later, carry) if needed else carry
@@ -103,17 +103,17 @@ def _run_plainly(step: Step, inputs: Tree, carry: Tree, rows: Iterable[Tree]) ->
 
 
 def _rebuild_steps(
-    loop: Loop, given: Given, length: int | None, describe: Callable[[], str]
+    loop: Loop, given: ScanGiven, length: int | None, describe: Callable[[], str]
 ) -> tuple[Tree, Tree]:
     """Run a loop whose steps are rebuilt on the way back."""
-    disk, recorded, directory = None, None, loop.plan.directory
+    disk, recorded, directory = None, None, loop.held.directory
     if directory is not None:
         disk = Disk(Path(directory), describe(), given.carry)
     if loop.streamed and disk is None:
         given, recorded = record(loop, given)
     elif loop.streamed:  # a directory belongs to one loop with all its batches
         given = given._replace(xs=[*given.xs.watch()])
-        if not _is_any_tracked(given):
+        if not tree.is_any_tracked(given):
             return _run_plainly(loop.step, *given)
     result = run_differentiably(loop, given, length or len(given.xs), disk, recorded)
     return result.carry, tree.stack(result.outs)
@@ -126,7 +126,7 @@ def _pull_back_step(
     return bars, None if value is None else value[1]
 
 
-def _compile_pullback(step: Step) -> Pullback:
+def _compile_pullback(step: Step) -> StepPullback:
     """Return the derivative of a step, compiled.
 
     Zero cotangents of the carry are given to it as tensors: None would make of the last step, which
@@ -137,14 +137,10 @@ def _compile_pullback(step: Step) -> Pullback:
         inputs: Tree, carry: Tree, x: Tree, cotangents: tuple[Tree, Tree], wanted: Tree
     ) -> tuple[tuple[Tree, Tree, Tree], Tree]:
         of_carry, of_out = cotangents
-        of_carry = tree.map(_or_zeros, of_carry, carry)
+        of_carry = tree.map(or_zeros, of_carry, carry)
         return _pull_back_step(step, inputs, carry, x, (of_carry, of_out), wanted)
 
     return compile_whole(call)
-
-
-def _or_zeros(cotangent: Tensor | None, like: Tensor) -> Tensor | None:
-    return torch.zeros_like(like) if cotangent is None and is_differentiable(like) else cotangent
 
 
 def _check_carry(carry: Tree) -> None:
@@ -156,11 +152,6 @@ def _check_carry(carry: Tree) -> None:
                 f"{type(leaf).__name__} at {path}. Make it a tensor, or use "
                 'memory="full" without `compile`.'
             )
-
-
-def _is_any_tracked(tensors: Tree) -> bool:
-    leaves = tree.leaves(tensors)
-    return any(isinstance(leaf, Tensor) and is_tracked(leaf) for leaf in leaves)
 
 
 def _as_later(leaf: Tensor) -> Tensor:

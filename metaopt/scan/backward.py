@@ -8,7 +8,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.pullback import plus
 from metaopt.scan.disk import Disk
-from metaopt.scan.loop import Bars, Given, Loop, Result
+from metaopt.scan.loop import Bars, Loop, ScanGiven, ScanResult
 from metaopt.scan.nesting import plain_loops_inside
 from metaopt.scan.rebuilt import check_rebuilt
 from metaopt.scan.revolve import split
@@ -27,12 +27,14 @@ class Reversal:
     Args:
         loop: which is reversed; it has run.
         given: what it started from.
-        needed: which leaves of that have a cotangent that is asked for.
+        needed: which leaves need a cotangent.
         states: the carries that are held.
         disk: what keeps the cotangents of a loop on disk as they are found.
     """
 
-    def __init__(self, loop: Loop, given: Given, needed: Given, states: Store, disk: Disk | None):
+    def __init__(
+        self, loop: Loop, given: ScanGiven, needed: ScanGiven, states: Store, disk: Disk | None
+    ):
         self._loop, self._given, self._states, self._disk = loop, given, states, disk
         wanted = tree.map(lambda need, leaf: need and is_differentiable(leaf), needed, given)
         # One derivative is for all steps, so a leaf of x is wanted if it is in any of them; and the
@@ -42,7 +44,7 @@ class Reversal:
         # time -> the first leaf of the out of that step, made again
         self._rebuilt: dict[int, Tensor] = {}
 
-    def run(self, cotangents: Result, firsts: list[Tensor | None]) -> Given:
+    def run(self, cotangents: ScanResult, firsts: list[Tensor | None]) -> ScanGiven:
         """Return the cotangents of what the loop started from.
 
         The stack holds the times whose carries are at hand; steps from the topmost one to
@@ -53,7 +55,7 @@ class Reversal:
             firsts: the first leaf of each step's out.
         """
         given, states, disk = self._given, self._states, self._disk
-        bars = Bars(len(firsts), cotangents.carry, tree.map(lambda _: None, given.inputs))
+        bars = Bars(len(firsts), cotangents.carry, tree.nones(given.inputs))
         if disk is not None:
             near = given._replace(xs=self._loop.row(given.xs, 0))
             disk.resume_back(bars, near, (cotangents, self._wanted))
@@ -64,7 +66,7 @@ class Reversal:
             if now != low:
                 now, carry = low, states.get(low) if low else given.carry
             if high - low > 1:
-                room = max(self._loop.plan.snapshots - len(stack) + 1, 1)
+                room = max(self._loop.held.snapshots - len(stack) + 1, 1)
                 now = low + split(high - low, room)
                 carry = self._replay(carry, low, now)
                 if high - now > 1:
@@ -80,17 +82,17 @@ class Reversal:
         if disk is not None:
             disk.finish()
         rows = bars.rows[::-1]
-        return Given(bars.inputs, bars.carry, rows if self._loop.streamed else _stack(rows))
+        return ScanGiven(bars.inputs, bars.carry, rows if self._loop.streamed else _stack(rows))
 
     def _replay(self, carry: Tree, low: int, high: int) -> Tree:
         """Make the steps from a time to a later one again, from the carry of the former."""
         for t in range(low, high):
             with self._loop.ambients[t].restored():
                 row = self._loop.row(self._given.xs, t)
-                carry, _ = self._loop.run(self._given.inputs, carry, row)
+                carry, _ = self._loop.step_once(self._given.inputs, carry, row)
         return carry
 
-    def _pull_back(self, t: int, carry: Tree, bars: Bars, cotangents: Result) -> None:
+    def _pull_back(self, t: int, carry: Tree, bars: Bars, cotangents: ScanResult) -> None:
         """Take the cotangents from after step t to before it."""
         x = self._loop.row(self._given.xs, t)
         after = (bars.carry, cotangents.outs[t])

@@ -17,7 +17,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.replay import Ambient
 from metaopt.scan.directory import Directory
-from metaopt.scan.loop import Bars, Given, Loop, Result, Run, run_forward
+from metaopt.scan.loop import Bars, Loop, Run, ScanGiven, ScanResult, run_forward
 from metaopt.scan.revolve import choose_times
 from metaopt.scan.tensor_file import digest_of
 from metaopt.tree import Tree
@@ -52,8 +52,8 @@ class Disk:
         self._settings = settings
         self._devices = _devices(carry)
         self._written = 0  # steps whose outs are on disk
-        self._first = ""  # the digest of what the first of the others gave
-        self._asked = ""  # the digest of what the backward pass is to find, and from what
+        self._first = ""  # digest of the first step after the newest state
+        self._asked = ""  # digest of the cotangents and the wanted leaves
         self._finished = False
 
     def put(self, time: int, state: Tree) -> None:
@@ -72,7 +72,7 @@ class Disk:
         """Return the times of the states that are there, in order."""
         return self._directory.times("state")
 
-    def run(self, loop: Loop, given: Given, length: int) -> Result:
+    def run(self, loop: Loop, given: ScanGiven, length: int) -> ScanResult:
         """Run a loop, or go on where a killed process stopped.
 
         What a function computes cannot be seen, but its steps can: another loss, other constants of
@@ -80,7 +80,7 @@ class Disk:
         is made again, and, since some settings matter only later, the one after the state from
         which this process goes on. These tell one loop from another.
         """
-        snapshots = loop.plan.snapshots
+        snapshots = loop.held.snapshots
         run, leaves = Run(given.carry, loop.ambients), tree.leaves(given)
         with self._directory.lock():
             first = [loop.row(given.xs, 0)]
@@ -100,7 +100,7 @@ class Disk:
             run_forward(loop, given.inputs, run, rows, note)
             run.ambients.append(Ambient.now(leaves, run.ambients[-1]))
             note(run)
-        return Result(run.carry, run.outs, {})
+        return ScanResult(run.carry, run.outs, {})
 
     def _note(self, run: Run, times: set[int]) -> None:
         """Write down the steps since the last state and the present one, if it is to be held."""
@@ -112,7 +112,7 @@ class Disk:
             self.put(run.time, run.carry)
             self._written = run.time
 
-    def _resume(self, loop: Loop, given: Given, run: Run) -> None:
+    def _resume(self, loop: Loop, given: ScanGiven, run: Run) -> None:
         """Go on from the last state that killed processes have left, if there is one."""
         outs, ambients, digests = list[Tree](), list[Ambient](), dict[int, str]()
         like = _devices(_pack(run.outs, run.ambients))
@@ -131,9 +131,9 @@ class Disk:
             self._written = done
 
     def _check_step(
-        self, loop: Loop, given: Given, ambients: list[Ambient], digests: dict[int, str]
+        self, loop: Loop, given: ScanGiven, ambients: list[Ambient], digests: dict[int, str]
     ) -> None:
-        """Make the step after the last state again of which it is known what it gave."""
+        """Repeat the first step after the newest state whose result is on record, and compare."""
         last = max((time for time in self.times() if time in digests), default=None)
         if last is None:
             return
@@ -154,10 +154,10 @@ class Disk:
         """Lock the directory for a backward pass.
 
         Args:
-            again: whether this is to be differentiated in its turn.
+            again: whether the backward pass is itself to be differentiated.
 
         Raises:
-            ValueError: it is, or the files were removed after a backward pass.
+            ValueError: `again` is True, or the files were removed after a backward pass.
         """
         with self._directory.lock():
             if again:
@@ -175,7 +175,7 @@ class Disk:
                 )
             yield
 
-    def resume_back(self, bars: Bars, near: Given, asked: Tree) -> None:
+    def resume_back(self, bars: Bars, near: ScanGiven, asked: Tree) -> None:
         """Take over what killed backward passes have found, if anything.
 
         Args:
@@ -200,7 +200,7 @@ class Disk:
             )
         times = range(bars.time - 1, int(facts["low"]) - 1, -1)
         if facts["has rows"] == "False":
-            rows = [tree.map(lambda _: None, near.xs)] * len(times)
+            rows = [tree.nones(near.xs)] * len(times)
         elif {*times} <= {*self._directory.times("row")}:
             rows = [self._directory.read("row", t, devices.xs)[0] for t in times]
         else:

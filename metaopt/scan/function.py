@@ -18,7 +18,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.scan.backward import Reversal
 from metaopt.scan.disk import Disk
-from metaopt.scan.loop import Given, Loop, Result, run_in_memory
+from metaopt.scan.loop import Loop, ScanGiven, ScanResult, run_in_memory
 from metaopt.scan.revolve import Online, plan_ahead
 from metaopt.transforms import (
     constant,
@@ -31,8 +31,8 @@ from metaopt.tree import Tree
 
 
 def run_differentiably(
-    loop: Loop, given: Given, length: int, disk: Disk | None, recorded: Result | None
-) -> Result:
+    loop: Loop, given: ScanGiven, length: int, disk: Disk | None, recorded: ScanResult | None
+) -> ScanResult:
     """Run a loop such that what it gives can be differentiated in what it is given.
 
     Args:
@@ -43,13 +43,13 @@ def run_differentiably(
         recorded: what it gave, if it has run already.
     """
     arguments = (given, recorded or ())
-    call = Call(loop, _empty(arguments), length, disk)
+    call = Call(loop, tree.nones(arguments), length, disk)
     outputs = ScanFunction.apply(call, *tree.leaves(arguments))  # type: ignore[no-untyped-call]
-    result: Result = tree.with_leaves(call.results[0], outputs)
+    result: ScanResult = tree.with_leaves(call.results[0], outputs)
     return result
 
 
-def record(loop: Loop, given: Given) -> tuple[Given, Result]:
+def record(loop: Loop, given: ScanGiven) -> tuple[ScanGiven, ScanResult]:
     """Run a loop forward over a stream and return (it with the list of its batches, what it gave).
 
     The steps see constants, so that no level of autograd or `torch.func` keeps a graph. The batches
@@ -64,7 +64,7 @@ def record(loop: Loop, given: Given) -> tuple[Given, Result]:
             yield tree.map(constant, batch)
 
     start = tree.map(constant, given._replace(xs=None))
-    result = run_in_memory(loop, start, rows(), Online(loop.plan.snapshots).add)
+    result = run_in_memory(loop, start, rows(), Online(loop.held.snapshots).add)
     return given._replace(xs=batches), result
 
 
@@ -74,26 +74,26 @@ class Call:
 
     Attributes:
         loop: what runs.
-        arguments: (`Given`, `Result` of a loop that has run already, else ()), with None for every
-            leaf.
+        arguments: (`ScanGiven`, `ScanResult` of a loop that has run already, else ()), with None
+            for every leaf.
         length: number of steps.
         disk: where its states lie, if on disk.
-        results: the `Result`, with None for every leaf, noted when there is one.
+        results: the `ScanResult`, with None for every leaf, noted when there is one.
     """
 
     loop: Loop
-    arguments: tuple[Given, Result | tuple[()]]
+    arguments: tuple[ScanGiven, ScanResult | tuple[()]]
     length: int
     disk: Disk | None
-    results: list[Result] = field(default_factory=list)
+    results: list[ScanResult] = field(default_factory=list)
 
-    def run(self, given: Given) -> Result:
+    def run(self, given: ScanGiven) -> ScanResult:
         """Run the loop forward."""
         if self.disk is not None:
             return self.disk.run(self.loop, given, self.length)
         rows = (self.loop.row(given.xs, t) for t in range(self.length))
-        schedule = plan_ahead(self.length, self.loop.plan.snapshots)
-        return run_in_memory(self.loop, given, rows, schedule)
+        keep = plan_ahead(self.length, self.loop.held.snapshots)
+        return run_in_memory(self.loop, given, rows, keep)
 
 
 class ScanFunction(torch.autograd.Function):
@@ -109,7 +109,7 @@ class ScanFunction(torch.autograd.Function):
     def forward(call: Call, *leaves: Any) -> tuple[Tensor, ...]:
         given, recorded = tree.with_leaves(call.arguments, leaves)
         result = recorded or call.run(given)
-        call.results.append(_empty(result))
+        call.results.append(tree.nones(result))
         outputs = tree.leaves(result)
         if recorded:
             # The last carry is a copy, for a user may write to it, which views forbid.
@@ -133,7 +133,7 @@ class ScanFunction(torch.autograd.Function):
         result = tree.with_leaves(call.results[0], output)
         firsts = [tree.leaves(out)[0] for out in result.outs]  # to compare a rebuilt step with
         kept = (given, result.states, firsts)
-        leaves, ctx.kept = tree.leaves(kept), _empty(kept)
+        leaves, ctx.kept = tree.leaves(kept), tree.nones(kept)
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.save_for_backward(*[leaf if isinstance(leaf, Tensor) else None for leaf in leaves])
 
@@ -148,13 +148,9 @@ class ScanFunction(torch.autograd.Function):
         again = torch.is_grad_enabled() and _is_differentiated_again((given, states, bars))
         disk = call.disk
         with torch.set_grad_enabled(again), nullcontext() if disk is None else disk.reopen(again):
-            store = call.loop.store(given.carry, states) if disk is None else disk
+            store = call.loop.make_store(given.carry, states) if disk is None else disk
             found = Reversal(call.loop, given, needed, store, disk).run(bars, firsts)
-        return None, *tree.leaves((found, _empty(recorded)))
-
-
-def _empty(values: Tree) -> Tree:
-    return tree.map(lambda _: None, values)
+        return None, *tree.leaves((found, tree.nones(recorded)))
 
 
 def _is_differentiated_again(tensors: Tree) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.replay import Ambient
 from metaopt.scan.nesting import plain_loops_inside
-from metaopt.scan.revolve import Revolve, Schedule
+from metaopt.scan.revolve import Keep, Revolve
 from metaopt.scan.store import CpuStates, DeviceStates
 from metaopt.tree import Tree
 
@@ -28,12 +28,12 @@ Step = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 # carry, x), out); None is zero. `wanted` is a tree of bools like (inputs, carry, x), and so are the
 # cotangents, with None for leaves that are not wanted. `out` is that of the rebuilt step, by which
 # one sees whether it is the same step; None if there was nothing to rebuild.
-Pullback = Callable[
+StepPullback = Callable[
     [Tree, Tree, Tree, tuple[Tree, Tree], Tree], tuple[tuple[Tree, Tree, Tree], Tree]
 ]
 
 
-class Given(NamedTuple):
+class ScanGiven(NamedTuple):
     """What a loop starts from, or the cotangents of that.
 
     Attributes:
@@ -48,7 +48,7 @@ class Given(NamedTuple):
     xs: Tree
 
 
-class Result(NamedTuple):
+class ScanResult(NamedTuple):
     """What a loop gives, or the cotangents of that.
 
     Attributes:
@@ -106,14 +106,15 @@ class Loop:
     Attributes:
         step: (inputs, carry, x) -> (next carry, out).
         pullback: its derivative.
-        plan: how many states are held, and where.
+        held: number of states that are held, and where.
         streamed: whether xs is a list.
-        ambients: one a step, noted as the loop runs forward.
+        ambients: one for each step. The list grows as the loop runs forward, since the `Run` has
+            the same one.
     """
 
     step: Step
-    pullback: Pullback
-    plan: Revolve
+    pullback: StepPullback
+    held: Revolve
     streamed: bool
     ambients: list[Ambient] = field(default_factory=list)
 
@@ -121,19 +122,19 @@ class Loop:
         """Return what the step of a time reads of xs."""
         return xs[time] if self.streamed else tree.index(xs, time)
 
-    def run(self, inputs: Tree, carry: Tree, x: Tree) -> tuple[Tree, Tree]:
+    def step_once(self, inputs: Tree, carry: Tree, x: Tree) -> tuple[Tree, Tree]:
         """Make one step."""
         with plain_loops_inside():
             after, out = self.step(inputs, carry, x)
         tree.leaves_like(carry, after, "the carry that a step returns")
-        if self.plan.store == "disk":
+        if self.held.store == "disk":
             # as a file gives it back: the layout decides the order of sums, hence the last bits
             after = tree.map(Tensor.contiguous, after)
         return after, out
 
-    def store(self, first: Tree, states: dict[int, Tree]) -> DeviceStates:
+    def make_store(self, first: Tree, states: dict[int, Tree]) -> DeviceStates:
         """Return a store in memory that holds these states, for a loop with this initial carry."""
-        return CpuStates(states, first) if self.plan.store == "cpu" else DeviceStates(states)
+        return CpuStates(states, first) if self.held.store == "cpu" else DeviceStates(states)
 
 
 def run_forward(
@@ -154,32 +155,32 @@ def run_forward(
         run.ambients.append(Ambient.now([*near, *tree.leaves(x)], before))
         note(run)
         with torch.no_grad():
-            run.carry, out = loop.run(inputs, run.carry, x)
+            run.carry, out = loop.step_once(inputs, run.carry, x)
         run.outs.append(out)
         tree.leaves_like(run.outs[0], out, "what a step gives out")
 
 
-def run_in_memory(loop: Loop, given: Given, rows: Iterable[Tree], schedule: Schedule) -> Result:
-    """Run a loop forward and keep the states that a schedule says.
+def run_in_memory(loop: Loop, given: ScanGiven, rows: Iterable[Tree], keep: Keep) -> ScanResult:
+    """Run a loop forward and hold the states that `keep` chooses.
 
     Args:
         loop: what it is.
         given: what it starts from; its xs are not looked at.
         rows: what the steps read one by one.
-        schedule: which states to keep.
+        keep: says which states to keep.
     """
-    states, run = loop.store(given.carry, {}), Run(given.carry, loop.ambients)
+    states, run = loop.make_store(given.carry, {}), Run(given.carry, loop.ambients)
 
     def hold(run: Run) -> None:
-        """Hold the present state if the schedule says so.
+        """Hold the present state if `keep` says so.
 
         Before the step, not after it: one that goes makes room for the one that comes.
         """
-        gone = schedule(run.time) if run.time else 0  # the initial state is at hand anyway
+        gone = keep(run.time) if run.time else 0  # the initial state is at hand anyway
         if gone != run.time:
             if gone is not None:
                 states.drop(gone)
             states.put(run.time, run.carry)
 
     run_forward(loop, given.inputs, run, rows, hold)
-    return Result(run.carry, run.outs, states.states)
+    return ScanResult(run.carry, run.outs, states.states)

@@ -12,7 +12,7 @@ from typing import Literal
 from metaopt.checks import check_count
 
 # The time of a state that has come -> that of the one to let go, if any; which may be this one.
-Schedule = Callable[[int], int | None]
+Keep = Callable[[int], int | None]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class Revolve:
     Reversing T steps runs r T - C(s + r, s + 1) of them once more without a graph, where s is
     `snapshots` and r the smallest number with C(s + r, s) >= T: no schedule with s snapshots needs
     fewer. T = 1000 costs 2.5 forward runs with 28 snapshots, 3.5 with 11.
+
+    States are held on the way forward by `run_in_memory` in `scan/loop.py` (by `Disk.run`, if on
+    disk), and on the way back by `Reversal.run` in `scan/backward.py`.
 
     Args:
         snapshots: states held between forward and backward, the initial one among them. On the way
@@ -74,12 +77,6 @@ def repeats(steps: int, snapshots: int) -> int:
     return r
 
 
-def advances(steps: int, snapshots: int) -> int:
-    """Return how many steps to run without a graph to reverse T of them: r T - C(s + r, s + 1)."""
-    r = repeats(steps, snapshots)
-    return r * steps - comb(snapshots + r, snapshots + 1)
-
-
 def split(steps: int, snapshots: int) -> int:
     """Return how far to advance before the next snapshot.
 
@@ -109,8 +106,8 @@ def choose_times(steps: int, snapshots: int) -> tuple[int, ...]:
     return tuple(positions)
 
 
-def plan_ahead(steps: int, snapshots: int) -> Schedule:
-    """Return the schedule that holds the states of `choose_times`."""
+def plan_ahead(steps: int, snapshots: int) -> Keep:
+    """Return what holds the states of `choose_times`."""
     times = frozenset(choose_times(steps, snapshots))
     return lambda time: None if time in times else time
 

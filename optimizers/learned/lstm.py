@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metaopt.checks import check_count, check_number
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots
 
-from ..cell import LSTMCell, uniform
+from ..lstm_cell import LSTMCell, uniform
 
 LAYERS = 2
 CUTOFF = 10.0  # p in the paper: gradients below e^-p are seen linearly

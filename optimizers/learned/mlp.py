@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from metaopt.checks import check_count, check_number
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots, require_params
 
-from ..cell import uniform
+from ..lstm_cell import uniform
 from ..scalars import bias_correction
 
 DECAYS = (0.5, 0.9, 0.99)

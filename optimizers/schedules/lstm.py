@@ -12,7 +12,7 @@ from metaopt import tree
 from metaopt.checks import check_count, check_number, check_positive
 from metaopt.optimizer import Schedule, Value
 
-from ..cell import LSTMCell
+from ..lstm_cell import LSTMCell
 from ..scalars import precise
 from .observing import require_loss
 

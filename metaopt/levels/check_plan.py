@@ -11,10 +11,11 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.differentiate import PointRule, Rule
 from metaopt.levels.edge import Edge
-from metaopt.levels.facts import find_buffers_behind, find_dependencies
+from metaopt.levels.facts import find_buffers_behind
 from metaopt.levels.joint import JointRule
 from metaopt.levels.level import Level
 from metaopt.levels.plan import Plan
+from metaopt.levels.reading import Pair
 from metaopt.tree import Tree
 
 
@@ -77,9 +78,9 @@ def check_plan(plan: Plan) -> None:
         _check_copies(plan, edge)
         _check_look_ahead(plan, edge)
         _check_link(plan, edge)
-    for name in plan.order.levels:
+    for name in plan.timetable.levels:
         _check_shared(plan, name)
-    responding = plan if plan.ahead is None else plan.ahead
+    responding = plan if plan.virtual is None else plan.virtual
     for edge in responding.edges:
         _check_link(responding, edge)
         _check_response(responding, edge)
@@ -113,8 +114,8 @@ def _check_start(plan: Plan, edge: Edge) -> None:
 
 def _check_copies(plan: Plan, edge: Edge) -> None:
     upper, lower = edge.upper, edge.lower
-    if plan.order.owner[lower.name] == upper.name:
-        beside = {plan.levels[name].copies for name in plan.order.members[upper.name]}
+    if plan.timetable.owner[lower.name] == upper.name:
+        beside = {plan.levels[name].copies for name in plan.timetable.members[upper.name]}
         if len(beside) > 1 or (upper.copies is not None and lower.copies != upper.copies):
             raise ValueError(
                 f"{edge}: all levels inside a step of {upper.name!r} need the same `copies`, got "
@@ -135,7 +136,7 @@ def _check_look_ahead(plan: Plan, edge: Edge) -> None:
     upper = edge.upper.name
     same = all(other.look_ahead for other in plan.lowers[upper])
     if (
-        not (plan.is_top(upper) and plan.order.owner[edge.lower.name] == upper and same)
+        not (plan.is_top(upper) and plan.timetable.owner[edge.lower.name] == upper and same)
         or edge.lower.copies
     ):
         raise ValueError(
@@ -147,9 +148,9 @@ def _check_look_ahead(plan: Plan, edge: Edge) -> None:
 
 
 def _check_link(plan: Plan, edge: Edge) -> None:
-    for name in sorted(plan.order.inside[edge.lower.name] | {edge.lower.name}):
+    for name in sorted(plan.timetable.inside[edge.lower.name] | {edge.lower.name}):
         for tensor, (owner, _) in plan.links[name].items():
-            if name not in plan.order.below[owner]:
+            if name not in plan.timetable.below[owner]:
                 raise ValueError(
                     f"level {name!r}: its optimizer's parameter {tensor!r} belongs to the level "
                     f"{owner!r}, which is not above it. Add Edge(upper={owner}, lower={name})."
@@ -167,14 +168,16 @@ def _check_link(plan: Plan, edge: Edge) -> None:
 
 
 def _check_shared(plan: Plan, name: str) -> None:
-    order = plan.order
-    for other in sorted(order.shared[name]):
+    timetable = plan.timetable
+    for other in sorted(timetable.shared[name]):
         rule = plan.rule(name, other)
-        between = sorted(lower for lower in order.shared[name] if other in order.shared[lower])
+        between = sorted(
+            lower for lower in timetable.shared[name] if other in timetable.shared[lower]
+        )
         if (
             between
             and isinstance(rule, PointRule)
-            and plan.readings[name].levels & ({other} | order.inside[other])
+            and plan.readings[name].levels & ({other} | timetable.inside[other])
         ):
             raise ValueError(
                 f"level {name!r}: its loss reads {other!r}, which {between[0]!r} waits for and "
@@ -182,22 +185,22 @@ def _check_shared(plan: Plan, name: str) -> None:
                 f"not known to {_name(rule)}. Read {between[0]!r} "
                 "instead, or use `mo.Backprop()`."
             )
-    for other in order.members.get(name, ()):
+    for other in timetable.members.get(name, ()):
         plan.rule(name, other)
-    for other in sorted(plan.readings[name].levels & order.below[name]):
+    for other in sorted(plan.readings[name].levels & timetable.below[name]):
         _check_deep(plan, name, other)
 
 
 def _check_deep(plan: Plan, reader: str, name: str) -> None:
-    """See that a level deep below responds to where the level that it runs inside of came to."""
-    order, outside = plan.order, (None, reader, plan.order.owner[reader])
+    """Check that a level deep below responds to the end point of the level around it."""
+    timetable, outside = plan.timetable, (None, reader, plan.timetable.owner[reader])
     owners: list[str] = []
-    here = order.owner[name]
+    here = timetable.owner[name]
     while here is not None and here not in outside:
         owners.append(here)
-        here = order.owner[here]
+        here = timetable.owner[here]
     for lower, upper in itertools.pairwise(owners):
-        home = order.owner[upper]
+        home = timetable.owner[upper]
         rule = plan.rule(upper, lower)
         around = plan.rule(reader if home in outside else home, upper)
         if isinstance(rule, PointRule) and not isinstance(around, PointRule):
@@ -217,8 +220,8 @@ def _check_response(plan: Plan, edge: Edge) -> None:
     upper, lower = edge.upper.name, edge.lower.name
     if any(
         level == upper
-        for name in plan.order.below[lower] | {lower}
-        for level, _ in find_dependencies(plan, name)
+        for name in plan.timetable.below[lower] | {lower}
+        for level, _ in _find_dependencies(plan, name)
     ):
         return
     raise ValueError(
@@ -229,11 +232,11 @@ def _check_response(plan: Plan, edge: Edge) -> None:
 
 
 def _check_buffers(plan: Plan, edge: Edge) -> None:
-    """See that no loss depends on buffers whose derivative the edge's rule leaves out."""
+    """Check that no loss depends on buffers whose derivative the edge's rule leaves out."""
     if not isinstance(edge.differentiate, PointRule):
         return
-    lower, below = edge.lower.name, plan.order.below
-    for reader in plan.order.levels:
+    lower, below = edge.lower.name, plan.timetable.below
+    for reader in plan.timetable.levels:
         if lower in below[reader] and edge.upper.name not in below[reader] | {reader}:
             continue  # another way leads down from this one
         for level, key in sorted(find_buffers_behind(plan, reader)):
@@ -248,15 +251,15 @@ def _check_buffers(plan: Plan, edge: Edge) -> None:
 
 
 def _check_used(plan: Plan, name: str) -> None:
-    """See that every parameter matters to the level's own loss, directly or by responses."""
-    below = plan.order.below[name]
+    """Check that every parameter matters to the level's own loss, directly or by responses."""
+    below = plan.timetable.below[name]
     matters, pending = {name}, [name]
     while pending:
         one = pending.pop()
-        found = {level for level, _ in find_dependencies(plan, one)} & below - matters
+        found = {level for level, _ in _find_dependencies(plan, one)} & below - matters
         matters |= found
         pending += found
-    used = {key for one in matters for level, key in find_dependencies(plan, one) if level == name}
+    used = {key for one in matters for level, key in _find_dependencies(plan, one) if level == name}
     for key in plan.levels[name].net.params:
         if key not in used:
             edge = plan.lowers[name][0]
@@ -265,6 +268,27 @@ def _check_used(plan: Plan, name: str) -> None:
                 f"directly nor through responses. "
                 "If that is meant, pass `allow_unused=True` to the level."
             )
+
+
+def _find_dependencies(plan: Plan, name: str) -> frozenset[Pair]:
+    """Return the (level, parameter) pairs that the loss, optimizer or start of `name` depends on.
+
+    What the buffers that it reads of itself and of levels below depend on is among them; those of a
+    level above are constants in this one's step.
+    """
+    found = plan.readings[name].params | frozenset(plan.links[name].values())
+    for level, key in find_buffers_behind(plan, name):
+        if level == name or level in plan.timetable.below[name]:
+            found |= {
+                (other, param)
+                for other, param in plan.readings[level].moves[key]
+                if param in plan.levels[other].net.params
+            }
+    # a point does not tell where the steps that led there began
+    for edge in plan.above[name]:
+        if edge.start == "upper" and not isinstance(edge.differentiate, PointRule):
+            found |= {(edge.upper.name, key) for key in edge.upper.net.params}
+    return found
 
 
 def check_state(given: Any, own: dict[str, Any]) -> None:

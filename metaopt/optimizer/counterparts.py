@@ -1,4 +1,4 @@
-"""Which optimizer makes the updates of which of torch's."""
+"""Which of our optimizers corresponds to which of torch's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from metaopt.optimizer.optimizer import Optimizer
 
 
-class Equal(NamedTuple):
+class Counterpart(NamedTuple):
     """A differentiable equal of a class of torch.
 
     Args:
@@ -23,7 +23,7 @@ class Equal(NamedTuple):
     slots: Mapping[str, str]
 
 
-_EQUALS: dict[type[torch.optim.Optimizer], Equal] = {}
+_COUNTERPARTS: dict[type[torch.optim.Optimizer], Counterpart] = {}
 
 
 def register_equal(
@@ -47,9 +47,9 @@ def register_equal(
                 f"{base.__module__}.{base.__name__}, got {value!r}. Give the classes, not an "
                 "optimizer of each: register_equal(torch.optim.SGD, MySGD, {})."
             )
-    _EQUALS[theirs] = Equal(ours, dict(slots))
+    _COUNTERPARTS[theirs] = Counterpart(ours, dict(slots))
 
 
-def equals() -> Mapping[type[Any], Equal]:
+def counterparts() -> Mapping[type[Any], Counterpart]:
     """Return class of torch -> its equal, as far as they are registered."""
-    return _EQUALS
+    return _COUNTERPARTS

@@ -5,23 +5,22 @@ from __future__ import annotations
 import torch
 
 from metaopt import tree
-from metaopt.differentiate import Inputs
-from metaopt.levels.backward import take_gradient
-from metaopt.levels.forward import total_loss, turn
-from metaopt.levels.history import Window
+from metaopt.levels.backward import take_total_gradient
+from metaopt.levels.forward import run_turn, total_loss
+from metaopt.levels.history import Window, make_inputs
 from metaopt.levels.plan import Plan
 from metaopt.levels.scope import Rows, Scene
 from metaopt.levels.state import State, find_optimizer_tensors, update, without_params
 from metaopt.optimizer import Optimizer
 
 
-def make_step(
+def step_top_level(
     plan: Plan, name: str, scene: Scene, state: State, rows: Rows, window: Window
 ) -> State:
     """Return the state of a top level after one step, and of all that runs inside it."""
     level, memory = plan.levels[name], without_params(state)
-    ahead, there = look_ahead(plan, name, state)
-    inputs: Inputs = {"optimizer": {}, "loss": {}, "meta": (scene, window), "batch": rows}
+    ahead, there = begin_virtual_steps(plan, name, state)
+    inputs = make_inputs(scene, window, rows, find_optimizer_tensors(plan, name, scene))
     waits = (
         level.warmup
         and not torch.compiler.is_compiling()
@@ -33,24 +32,23 @@ def make_step(
         loss, aux = total_loss(ahead, name, False, inputs, state["params"], others, rows)
         grads = tree.map(torch.zeros_like, state["params"])
     else:
-        grads, loss, aux = take_gradient(ahead, name, scene, there, rows, window)
+        grads, loss, aux = take_total_gradient(ahead, name, scene, there, rows, window)
     aux["metrics"] = {**aux["metrics"], "gradient norm": tree.norm(grads)}
-    inputs["optimizer"] = find_optimizer_tensors(plan, name, scene)
     params, after = update(level, inputs, grads, memory, state["params"], loss, aux)
     # the steps above were for the gradient alone: those that count see the new parameters
     if any(edge.look_ahead for edge in plan.lowers[name]):
         moved: Scene = {**scene, name: {"params": params, "buffers": memory["buffers"]}}
-        _, after["below"] = turn(plan, name, moved, memory["below"], rows)
+        _, after["below"] = run_turn(plan, name, moved, memory["below"], rows)
     return {"params": params, **after}
 
 
-def look_ahead(plan: Plan, name: str, state: State) -> tuple[Plan, State]:
-    """Return what takes the hypergradient of a top level, and the state that it does so from.
+def begin_virtual_steps(plan: Plan, name: str, state: State) -> tuple[Plan, State]:
+    """Return the plan and the state with which to take the hypergradient of a top level.
 
-    They are others where an edge has an optimizer for virtual steps: that begins afresh, from where
-    the lower level stands.
+    They differ from the given ones if an edge has an optimizer for virtual steps: that begins
+    afresh, from where the lower level stands.
     """
-    if plan.ahead is None:
+    if plan.virtual is None:
         return plan, state
     below = dict(state["below"])
     for edge in plan.lowers[name]:
@@ -58,4 +56,4 @@ def look_ahead(plan: Plan, name: str, state: State) -> tuple[Plan, State]:
             lower = below[edge.lower.name]
             memory = edge.look_ahead.init(lower["params"])
             below[edge.lower.name] = {**lower, "optimizer": memory}
-    return plan.ahead, {**state, "below": below}
+    return plan.virtual, {**state, "below": below}

@@ -86,7 +86,7 @@ def read(
     The global random state is put back. Cost: two forward passes and a backward pass.
 
     Args:
-        level: whose loss.
+        level: the level.
         nets: every level's model.
         batch: what the loss gets.
         buffers: (level, buffer) pairs that are differentiated as well.
@@ -170,8 +170,5 @@ def _find_sources(value: Tensor, leaves: Mapping[Pair, Tensor]) -> frozenset[Pai
 
 def _random_state(device: torch.device) -> Tensor:
     """Return the state of the generators of the CPU and, if it is a GPU, of the device."""
-    states = [
-        torch.get_rng_state(),
-        *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []),
-    ]
-    return torch.cat(states)
+    state = torch.get_rng_state()
+    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
