@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._C import _autograd as _hooks
 from torch._C import _functorch
+from torch._C import _len_torch_function_stack as _has_function_mode
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters as transforms
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as outside_transforms
 from torch.autograd import forward_ad
@@ -49,6 +50,7 @@ __all__ = [
     "parameters_of",
     "pytree",
     "refuse_hooks",
+    "run_backward",
     "tensors_of",
     "transforms",
     "unwrapped",
@@ -59,6 +61,8 @@ __all__ = [
 ]
 
 Function = TypeVar("Function")
+
+_ENGINE: Any = torch.autograd.Variable._execution_engine
 
 # pytree: trees of tensors, as torch.func itself takes them. Torch has no public module for them.
 
@@ -151,6 +155,32 @@ def has_forward_hooks(module: nn.Module) -> bool:
         or _module._global_forward_hooks
         or _module._global_forward_pre_hooks
     )
+
+
+def run_backward(
+    value: Tensor, variables: Sequence[Tensor], *, keep: bool, again: bool
+) -> Sequence[Tensor | None]:
+    """Return the derivatives of a real scalar in these variables, None where it does not depend.
+
+    `torch.autograd.grad(value, variables, retain_graph=keep, create_graph=again,
+    allow_unused=True)` without its looks at what it is given, which take a tenth of the gradient of
+    a small network and up to 8 % of a step of a level graph. Where a function mode or a subclass of
+    tensors would see the call, it is made as torch makes it.
+    """
+    if type(value) is not Tensor or value.ndim or value.is_complex() or _has_function_mode():
+        return torch.autograd.grad(
+            value, variables, retain_graph=keep, create_graph=again, allow_unused=True
+        )
+    found: Sequence[Tensor | None] = _ENGINE.run_backward(
+        (value,),
+        (torch.ones_like(value),),
+        keep,
+        again,
+        tuple(variables),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return found
 
 
 def has_no_hooks() -> bool:

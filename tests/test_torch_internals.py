@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -305,3 +307,19 @@ def test_load_compiler() -> None:
     """Without a warning, which would be an error here."""
     internals.load_compiler()
     assert "torch._inductor.compile_fx" in sys.modules
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_run_backward(again: bool) -> None:
+    """It is `torch.autograd.grad`: of a real scalar, of one that is shaped, and under a mode."""
+    x, unused = torch.tensor([1.0, 2.0], requires_grad=True), torch.ones(2, requires_grad=True)
+    modes = (nullcontext(), torch.device("cpu"))  # the second one is a function mode
+    for value, mode in itertools.product(((x**3).sum(), (x**3).sum().reshape(1)), modes):
+        with mode:
+            slope, none = internals.run_backward(value, [x, unused], keep=True, again=again)
+        assert none is None
+        assert torch.equal(slope, 3 * x**2)
+        assert slope.requires_grad == again
+        if again:
+            (second,) = torch.autograd.grad(slope.sum(), x)
+            assert torch.equal(second, 6 * x)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.graph import VARIABLES, begin_leaf, goes_beyond
-from metaopt.torch_internals import uses_dual_numbers
+from metaopt.torch_internals import run_backward, uses_dual_numbers
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
@@ -101,9 +101,7 @@ def slopes_of_scalar(
     """Return the derivatives of a scalar, None where it does not depend on a variable."""
     if not value.requires_grad:
         return [None] * len(variables)
-    return torch.autograd.grad(
-        value, variables, retain_graph=keep or again, create_graph=again, allow_unused=True
-    )
+    return run_backward(value, variables, keep=keep or again, again=again)
 
 
 def cut(values: Tree, leaves: Sequence[Tensor]) -> Tree:
