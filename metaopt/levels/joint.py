@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from metaopt.autodiff.replay import drawn_again
 from metaopt.differentiate import End, InnerLoop, PointRule
 from metaopt.differentiate.point import Read
 from metaopt.tree import Tree
@@ -45,7 +46,8 @@ class JointRule(PointRule):
             if is_first:
                 inputs = {**in_inputs, "meta": (mine, in_window)}
             read = (inputs, in_batch if is_first else False)
-            (bars, to_batch), _ = rule.pull_back(loop, end, cotangent, read)
+            with drawn_again(loop.inputs, end):  # a random loss is one loss, whichever the rule
+                (bars, to_batch), _ = rule.pull_back(loop, end, cotangent, read)
             first = (bars, to_batch) if is_first else first
             to_scene |= {
                 name: bar for name, bar in bars["meta"][0].items() if mine[name] is not False
