@@ -23,6 +23,7 @@ from metaopt.closure import find_hidden, find_leaves, name_tracked
 from metaopt.compiled import compile_whole
 from metaopt.exact_ops import any_order
 from metaopt.inner_problem import as_tensor
+from metaopt.torch_internals import is_autograd_excluded
 from metaopt.transforms import is_tracked, values_are_readable
 from metaopt.tree import Tree
 
@@ -155,7 +156,7 @@ class MetaGradient:
 
     def _check(self, variables: _Variables, tasks: Tree) -> None:
         """Raise at the first call if derivatives would be left out."""
-        if self._is_checked or torch.is_inference_mode_enabled():
+        if self._is_checked or is_autograd_excluded():
             return
         check_differentiable(None, "params", tree.named_leaves(variables.params))
         some = tasks if isinstance(tasks, list) else [tree.index(tasks, 0)]

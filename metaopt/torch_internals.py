@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import _C, Tensor, nn
 from torch._C import _autograd as _hooks
 from torch._C import _functorch
 from torch._C import _len_torch_function_stack as _has_function_mode
@@ -40,6 +40,7 @@ __all__ = [
     "function_modes",
     "has_forward_hooks",
     "has_no_hooks",
+    "is_autograd_excluded",
     "is_batched",
     "is_in_transform",
     "is_wrapped",
@@ -105,6 +106,15 @@ def is_in_transform() -> bool:
 def uses_dual_numbers() -> bool:
     """Return True inside forward-mode differentiation, of `torch.func.jvp` or by dual numbers."""
     return forward_ad._current_level >= 0
+
+
+def is_autograd_excluded() -> bool:
+    """Return True if operations on plain tensors are not recorded, whatever they require.
+
+    So it is in inference mode, and in the forward pass of an `autograd.Function` that a transform
+    of `torch.func` calls there: torch says then that inference mode is off.
+    """
+    return _C._dispatch_tls_is_dispatch_key_excluded(_C.DispatchKey.AutogradOther)
 
 
 def version(leaf: Any) -> int:

@@ -210,6 +210,79 @@ def test_a_rule_without_its_method_says_so() -> None:
         dynamics().value(Empty(), torch.ones(3))
 
 
+class Half(Rule):
+    """The answer v to the first of three tensors, and None for all that has no derivative."""
+
+    def __init__(self, answer: Callable[[Tensor, InnerLoop], Any]) -> None:
+        self.answer = answer
+
+    def vjp(self, loop: InnerLoop) -> tuple[Result, Pullback]:
+        return run(loop), lambda cotangents, wanted: self.answer(cotangents.params, loop)
+
+
+def ask_half(answer: Callable[[Tensor, InnerLoop], Any]) -> tuple[Tensor, list[Tensor]]:
+    """Return the end of a loop with momentum, whose state precedes `meta`, and what it reads."""
+    metas = [torch.tensor(float(i), requires_grad=True) for i in range(3)]
+
+    def loss(w: Tensor, x: Tensor, meta: tuple[Tensor, ...]) -> Tensor:
+        return (w - meta[0]) ** 2 * meta[1] + meta[2] * x
+
+    start, x = torch.tensor(1.0), torch.ones(2)
+    optimizer = SGD(torch.tensor(0.1, requires_grad=True), momentum=0.9)
+    return mo.minimize(
+        loss, optimizer, start, x, meta=tuple(metas), differentiate=Half(answer)
+    ).params, metas
+
+
+def to_first(v: Tensor) -> Any:
+    return {"optimizer": None, "loss": None, "meta": (v, None, None), "batch": None}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [lambda loop: None, lambda loop: {**loop.state, "slots": None, "step": None}],
+    ids=["whole", "its parts"],
+)
+def test_none_may_stand_for_a_whole_part(state: Callable[[InnerLoop], Any]) -> None:
+    """It takes no place from the cotangents of the other parts."""
+    end, metas = ask_half(lambda v, loop: Given(to_first(v), None, state(loop), None))
+    found = torch.autograd.grad(3 * end, metas, allow_unused=True)
+    assert found == (3.0, None, None)
+    end, metas = ask_half(lambda v, loop: None)
+    assert torch.autograd.grad(end, metas, allow_unused=True) == (None,) * 3
+
+
+def test_cotangents_of_another_structure_are_refused() -> None:
+    end, metas = ask_half(lambda v, _: Given({"meta": (v, None, None)}, None, None, None))
+    with pytest.raises(ValueError, match=r"`pullback\(cotangents, wanted\)` does not have"):
+        torch.autograd.grad(end, metas)
+
+
+def test_a_rule_may_hand_on_the_vjp_of_another() -> None:
+    """Of a point rule too, which answers None for the optimizer, the parameters and the state."""
+
+    class Same(Rule):
+        def vjp(self, loop: InnerLoop) -> tuple[Result, Pullback]:
+            return mo.T1T2().vjp(loop)
+
+    def slopes(rule: Rule) -> tuple[Tensor, ...]:
+        meta, x = torch.ones(3, requires_grad=True), torch.rand(2, 3, requires_grad=True)
+        end = mo.minimize(
+            lambda w, x, meta: ((w - meta) ** 4 * x).sum(),
+            SGD(0.01, momentum=0.9),
+            torch.zeros(3),
+            x,
+            meta=meta,
+            differentiate=rule,
+        ).params
+        return torch.autograd.grad(end.sum(), (meta, x))
+
+    torch.manual_seed(0)
+    found = slopes(Same())
+    torch.manual_seed(0)
+    assert_close(found, slopes(mo.T1T2()), 1e-12)
+
+
 # The protocol itself
 
 

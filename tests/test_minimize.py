@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from problems import (
     two_derivatives,
 )
 from torch import Tensor, nn
-from torch.func import grad, jacfwd, jacrev, vmap
+from torch.func import grad, grad_and_value, jacfwd, jacrev, vmap
 
 import metaopt as mo
 from metaopt import tree
@@ -553,6 +554,53 @@ def test_without_gradients_no_graph_is_built() -> None:
                 )
             assert not any(tensor.requires_grad for tensor in tree.leaves(tuple(out)))
             assert out.losses[-1] < out.losses[0]
+
+
+RULES_IN_INFERENCE = {
+    "full": mo.Backprop(),
+    "steps": mo.Backprop("steps"),
+    "Revolve": mo.Backprop(mo.Revolve(2)),
+    "forward products": mo.Backprop("steps", hvp="forward"),
+    "ForwardMode": mo.ForwardMode(),
+    "Implicit": mo.Implicit(mo.Direct()),
+    "FiniteDifference": mo.FiniteDifference(),
+    "SAMA": mo.SAMA(),
+}
+
+
+@pytest.mark.parametrize("rule", RULES_IN_INFERENCE)
+@pytest.mark.parametrize("inside", [False, True], ids=["tensors made before", "and in it"])
+def test_transforms_in_inference_mode_are_right(rule: str, inside: bool) -> None:
+    """Torch leaves inference mode in a transform, but not below it, and says that it does.
+
+    A loop that runs below it as one operation took gradients of zero there.
+    """
+
+    def slopes(meta: Tensor, start: Tensor, batches: Tensor) -> dict[str, Any]:
+        def value(meta: Tensor, batches: Tensor) -> Tensor:
+            out = mo.minimize(
+                lambda w, x, meta: ((w - meta - x) ** 2).sum(),
+                SGD(0.1),
+                start,
+                batches,
+                meta=meta,
+                differentiate=RULES_IN_INFERENCE[rule],
+            )
+            return out.params.sum() ** 2
+
+        first = grad_and_value(value, argnums=(0, 1))
+        return {
+            "first": first(meta, batches),
+            "second": grad(lambda meta: first(meta, batches)[0][0])(meta),
+            "batched": vmap(first, (0, None))(meta.expand(2), batches),
+        }
+
+    given = torch.tensor(1.3), torch.zeros(2), torch.ones(3, 2)
+    expected = slopes(*given)
+    with torch.inference_mode():
+        if inside:
+            given = torch.tensor(1.3), torch.zeros(2), torch.ones(3, 2)
+        assert_close(slopes(*given), expected, 1e-12)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 1, 2)])

@@ -16,6 +16,7 @@ from torch.func import grad
 
 import metaopt as mo
 from metaopt.differentiate import End, InnerLoop, PointRule
+from metaopt.exact_ops.dropout import dropout
 from metaopt.tasks.digits import digits
 from optimizers import SGD
 
@@ -177,3 +178,71 @@ def test_in_float32_the_difference_is_near_the_exact_product() -> None:
         hypergradient(rule, *problem, meta) for rule in (mo.T1T2(), mo.FiniteDifference())
     )
     assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+def drops(w: Tensor) -> Tensor:
+    return F.dropout(w, 0.5)
+
+
+def drops_in_place(w: Tensor) -> Tensor:
+    return F.dropout(w * 1, 0.5, inplace=True)
+
+
+def attends(w: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(w, w, w, dropout_p=0.5)
+
+
+@float64
+@pytest.mark.parametrize(
+    ("compute", "randomness"),
+    [
+        (drops, "same"),
+        (drops, "different"),
+        (drops_in_place, "same"),
+        (attends, "same"),
+        (attends, "different"),
+    ],
+)
+def test_dropout_below_two_levels_of_vmap(
+    compute: Callable[[Tensor], Tensor], randomness: str
+) -> None:
+    """The second is that of forward mode: the masks are those that the first one drew.
+
+    Torch's own dropout ends the process there, or says that it cannot.
+    """
+
+    def slope(rule: Any) -> Tensor:
+        torch.manual_seed(0)
+        meta = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+
+        def end(meta: Tensor) -> Tensor:
+            def loss(w: Tensor, _: None, meta: Tensor) -> Tensor:
+                return (compute(w) ** 2).sum() * meta
+
+            start = torch.arange(1.0, 9.0).reshape(2, 4) / 4
+            out = mo.minimize(loss, SGD(0.1), start, None, steps=3, meta=meta, differentiate=rule)
+            return out.params.sum()
+
+        (found,) = torch.autograd.grad(torch.vmap(end, randomness=randomness)(meta).sum(), meta)
+        return found
+
+    expected = slope(mo.Backprop("steps"))
+    assert expected.count_nonzero() == 3
+    assert_close(slope(mo.ForwardMode()), expected, 1e-12)
+    slope(mo.EvolutionStrategy(pairs=2))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_the_mask_of_dropout_is_torchs(p: float) -> None:
+    """In float32, on the CPU; of a transposed tensor it is that of its indices."""
+    x = torch.rand(5, 7) + 1
+    for input in (x, x.T):
+        for inplace in (False, True):
+            torch.manual_seed(0)
+            expected, after = F.dropout(input.contiguous(), p), torch.rand(())
+            torch.manual_seed(0)
+            given = input.clone()
+            found = dropout(given, p, inplace=inplace)
+            assert torch.equal(found, expected)
+            assert torch.equal(given, expected if inplace else input)
+            assert torch.equal(torch.rand(()), after)

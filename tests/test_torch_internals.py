@@ -213,6 +213,36 @@ def test_function_modes() -> None:
     assert internals.function_modes() == []
 
 
+def test_is_autograd_excluded() -> None:
+    """Also below a transform in inference mode, where torch says that the mode is off."""
+    seen = []
+
+    class Note(torch.autograd.Function):
+        @staticmethod
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            leaf = torch.zeros((), requires_grad=True)
+            with torch.enable_grad():
+                seen.append((internals.is_autograd_excluded(), (2 * leaf).requires_grad))
+            assert not torch.is_inference_mode_enabled()
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+        @staticmethod
+        def backward(ctx: Any, bar: torch.Tensor) -> torch.Tensor:
+            return bar
+
+    assert not internals.is_autograd_excluded()
+    with torch.no_grad():
+        assert not internals.is_autograd_excluded()
+    grad(Note.apply)(torch.tensor(1.0))
+    with torch.inference_mode():
+        assert internals.is_autograd_excluded()
+        grad(Note.apply)(torch.tensor(1.0))
+    assert seen == [(False, True), (True, False)]
+
+
 def test_version() -> None:
     x = torch.zeros(2)
     before = internals.version(x)

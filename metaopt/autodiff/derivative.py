@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,4 +114,16 @@ class _Derivative(torch.autograd.Function):
         v, wanted = tree.unflatten(known.structure, [*bars, *needed])
         with known.ambient.restored():
             pulled = known.pull_back(w, inputs, v, wanted)
-        return (None, *[None] * known.values, *tree.leaves(pulled))
+        return (None, *[None] * known.values, *_leaves_like(inputs, pulled))
+
+
+def _leaves_like(inputs: Tree, pulled: Tree) -> list[Tensor | None]:
+    """Return the cotangents of the leaves of `inputs`; None may stand for a whole part of it."""
+
+    def spread(bar: Tensor | None, part: Tree) -> Tree:
+        return tree.nones(part) if bar is None else bar
+
+    if not tree.is_alike(inputs, pulled):
+        with suppress(ValueError):  # the next line says where they differ
+            pulled = tree.map(spread, pulled, inputs)
+    return tree.leaves_like(inputs, pulled, "pullback(cotangents, wanted)")

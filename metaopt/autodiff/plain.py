@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.graph import VARIABLES, begin_leaf, goes_beyond
-from metaopt.torch_internals import run_backward, uses_dual_numbers
+from metaopt.torch_internals import is_autograd_excluded, run_backward, uses_dual_numbers
 from metaopt.transforms import values_are_readable
 from metaopt.tree import Tree
 
@@ -25,7 +25,7 @@ def stands_in(leaves: Sequence[Tensor]) -> bool:
     if not values_are_readable():  # first: a compiler cannot be asked the rest
         return False
     return not uses_dual_numbers() and not (
-        torch.is_inference_mode_enabled() or any(map(Tensor.is_inference, leaves))
+        is_autograd_excluded() or any(map(Tensor.is_inference, leaves))
     )
 
 
