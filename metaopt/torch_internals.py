@@ -63,6 +63,7 @@ __all__ = [
 
 Function = TypeVar("Function")
 
+_are_plain = {Tensor, nn.Parameter}.issuperset
 _ENGINE: Any = torch.autograd.Variable._execution_engine
 
 # pytree: trees of tensors, as torch.func itself takes them. Torch has no public module for them.
@@ -168,22 +169,40 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 
 def run_backward(
-    value: Tensor, variables: Sequence[Tensor], *, keep: bool, again: bool
+    results: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None,
+    variables: Sequence[Tensor],
+    *,
+    keep: bool,
+    again: bool,
 ) -> Sequence[Tensor | None]:
-    """Return the derivatives of a real scalar in these variables, None where it does not depend.
+    """Return the cotangents of these variables, None where no result depends on one.
 
-    `torch.autograd.grad(value, variables, retain_graph=keep, create_graph=again,
+    `torch.autograd.grad(results, variables, cotangents, retain_graph=keep, create_graph=again,
     allow_unused=True)` without its looks at what it is given, which take a tenth of the gradient of
     a small network and up to 8 % of a step of a level graph. Where a function mode or a subclass of
     tensors would see the call, it is made as torch makes it.
+
+    Args:
+        results: some that require grad.
+        cotangents: of their shapes; of real scalars None stands for ones.
+        variables: without any, the engine would write to the leaves of the graph; here it is not
+            called.
+        keep: whether the graph of the results is needed again.
+        again: whether the answer is differentiable.
     """
-    if type(value) is not Tensor or value.ndim or value.is_complex() or _has_function_mode():
+    if not variables:
+        return []
+    if cotangents is None and not any(one.ndim or one.is_complex() for one in results):
+        cotangents = [torch.ones_like(one) for one in results]
+    is_plain = _are_plain(map(type, results)) and not _has_function_mode()
+    if cotangents is None or not is_plain:
         return torch.autograd.grad(
-            value, variables, retain_graph=keep, create_graph=again, allow_unused=True
+            results, variables, cotangents, retain_graph=keep, create_graph=again, allow_unused=True
         )
     found: Sequence[Tensor | None] = _ENGINE.run_backward(
-        (value,),
-        (torch.ones_like(value),),
+        tuple(results),
+        tuple(cotangents),
         keep,
         again,
         tuple(variables),

@@ -339,6 +339,25 @@ def test_load_compiler() -> None:
     assert "torch._inductor.compile_fx" in sys.modules
 
 
+@pytest.mark.parametrize("mode", [nullcontext(), torch.device("cpu")])
+def test_run_backward_of_several_results(mode: Any) -> None:
+    x, y = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    results, bars = (
+        [x**2, nn.Parameter(torch.ones(1)), x.sum() * y],
+        [ONES, torch.ones(1), 2 * ONES[0]],
+    )
+    with mode:
+        found = internals.run_backward(results, bars, [x, y], keep=False, again=False)
+    assert torch.equal(found[0], 2 * x + 6)
+    assert torch.equal(found[1], torch.tensor(6.0))
+    assert internals.run_backward([x.sum()], None, [], keep=False, again=False) == []
+    assert x.grad is None
+    # their cotangents are those of a `vmap`
+    results = [x**3]
+    batched = vmap(lambda v: internals.run_backward(results, [v], [x], keep=True, again=False)[0])
+    assert torch.equal(batched(torch.eye(2)), torch.diag(3 * x**2))
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_run_backward(again: bool) -> None:
     """It is `torch.autograd.grad`: of a real scalar, of one that is shaped, and under a mode."""
@@ -346,7 +365,7 @@ def test_run_backward(again: bool) -> None:
     modes = (nullcontext(), torch.device("cpu"))  # the second one is a function mode
     for value, mode in itertools.product(((x**3).sum(), (x**3).sum().reshape(1)), modes):
         with mode:
-            slope, none = internals.run_backward(value, [x, unused], keep=True, again=again)
+            slope, none = internals.run_backward([value], None, [x, unused], keep=True, again=again)
         assert none is None
         assert torch.equal(slope, 3 * x**2)
         assert slope.requires_grad == again

@@ -65,7 +65,7 @@ def slopes(
     *,
     again: bool = False,
     keep: bool = False,
-) -> list[Tensor | None]:
+) -> Sequence[Tensor | None]:
     """Return the cotangents of the variables, None where no result depends on one.
 
     Args:
@@ -75,24 +75,14 @@ def slopes(
         again: whether the derivatives are differentiable.
         keep: whether the graph of the results is needed again.
     """
-    pairs = [
-        (result, bar)
-        for result, bar in zip(results, cotangents, strict=True)
-        if result.requires_grad
-    ]
-    if not pairs:
-        return [None] * len(variables)
-    reached, bars = zip(*pairs, strict=True)
-    return [
-        *torch.autograd.grad(
-            reached,
-            variables,
-            bars,
-            retain_graph=keep or again,
-            create_graph=again,
-            allow_unused=True,
-        )
-    ]
+    reached, bars = results, cotangents
+    if not all(result.requires_grad for result in results):
+        pairs = zip(results, cotangents, strict=True)
+        found = [(result, bar) for result, bar in pairs if result.requires_grad]
+        if not found:
+            return [None] * len(variables)
+        reached, bars = zip(*found, strict=True)
+    return run_backward(reached, bars, variables, keep=keep or again, again=again)
 
 
 def slopes_of_scalar(
@@ -101,7 +91,7 @@ def slopes_of_scalar(
     """Return the derivatives of a scalar, None where it does not depend on a variable."""
     if not value.requires_grad:
         return [None] * len(variables)
-    return run_backward(value, variables, keep=keep or again, again=again)
+    return run_backward([value], None, variables, keep=keep or again, again=again)
 
 
 def cut(values: Tree, leaves: Sequence[Tensor]) -> Tree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, repeat
 from typing import Any
 
@@ -91,13 +91,13 @@ def vjp(
             results, value = run(fresh)
         value = value if again else tree.map(constant, value)
 
-        def pull(seeds: list[Tensor]) -> list[Tensor | None]:
+        def pull(seeds: list[Tensor]) -> Sequence[Tensor | None]:
             again = torch.is_grad_enabled()
             return slopes(results, fresh, seeds, again=again, keep=True)
     else:
         results, pull_all, value = torch.func.vjp(run, variables, has_aux=True)  # type: ignore[misc]
 
-        def pull(seeds: list[Tensor]) -> list[Tensor | None]:
+        def pull(seeds: list[Tensor]) -> Sequence[Tensor | None]:
             return pull_all(seeds)[0]  # type: ignore[no-any-return]
 
     def pullback(cotangents: Tree, wanted: Tree) -> Tree:
