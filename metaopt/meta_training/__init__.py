@@ -1,19 +1,26 @@
 """Training optimizers, and judging them."""
 
-from metaopt.meta_training.estimators import Estimate, Estimator, FullUnroll, TruncatedBackprop
+from metaopt.meta_training.backprop import FullUnroll, TruncatedBackprop
+from metaopt.meta_training.estimate import Estimate, Estimator, Gradients
 from metaopt.meta_training.evaluation import Report, evaluate, tune
+from metaopt.meta_training.evolution import ES, NRES, PES, TruncatedES
 from metaopt.meta_training.meta_training import MetaTraining
 from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
 
 __all__ = [
+    "ES",
+    "NRES",
+    "PES",
     "Estimate",
     "Estimator",
     "FullUnroll",
+    "Gradients",
     "MetaTraining",
     "Report",
     "Task",
     "TaskFamily",
     "TruncatedBackprop",
+    "TruncatedES",
     "evaluate",
     "sample_tasks",
     "tune",

@@ -10,7 +10,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt._functional import Params
 from metaopt.checks import check_count
-from metaopt.meta_training.estimators import Estimate, Estimator
+from metaopt.meta_training.estimate import Estimate, Estimator
 from metaopt.meta_training.task import TaskFamily
 from metaopt.optimizer import Optimizer, apply_updates
 
@@ -77,21 +77,13 @@ class MetaTraining:
         """
         theta = self._theta()
         estimate = self._estimate(theta)
-        squares = [grad.reshape(len(grad), -1).square().sum(1) for grad in estimate.grads.values()]
-        norms = torch.stack(squares).sum(0).sqrt()
+        norms = estimate.norms
         good = norms.isfinite() & estimate.losses.isfinite()
         weights = good / good.sum().clamp(min=1)
         # Each task is clipped by itself: one wild episode then does not decide a step.
         if self.clip is not None:
             weights = weights * (self.clip / norms.clamp(min=self.clip))
-        # A weight of 0 is not enough, since 0 times nan is nan: the gradient is masked too.
-        weights = weights.masked_fill(~good, 0)
-        grads = {
-            name: torch.einsum(
-                "t,t...->...", weights, torch.where(_expand_like(good, grad), grad, 0)
-            )
-            for name, grad in estimate.grads.items()
-        }
+        grads = estimate.weighted_sum(weights.masked_fill(~good, 0))
         loss = estimate.losses[good].mean()
         if good.any():
             self._update(grads, theta, loss)
@@ -146,7 +138,3 @@ class MetaTraining:
             for name, value in self.optimizer.named_parameters()
             if value.requires_grad
         }
-
-
-def _expand_like(mask: Tensor, tensor: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (tensor.ndim - 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,48 +17,12 @@ from metaopt.autodiff.gradient import gradient
 from metaopt.batching import prefers_loop
 from metaopt.checks import check_count
 from metaopt.differentiate import FirstOrder, Rule
+from metaopt.meta_training.estimate import Gradients
 from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
 from metaopt.optimizer import Optimizer
 from metaopt.tree import Tree
 
 End = tuple[Tree, Any]  # parameters and state of the optimizer where an episode ends
-
-
-class Estimate(NamedTuple):
-    """An estimate of the meta-gradient.
-
-    Attributes:
-        grads: a gradient per task, leaves [tasks, ...].
-        losses: the mean loss of each task, [tasks].
-        state: the estimator's next state.
-    """
-
-    grads: Params
-    losses: Tensor
-    state: Any
-
-
-class Estimator(Protocol):
-    """Estimates the derivative of the mean loss of an episode in an optimizer's parameters.
-
-    Whatever it remembers (inner problems under way) is its explicit state.
-    """
-
-    def init(self) -> Any:
-        """Return the state before the first estimate."""
-        ...
-
-    def __call__(
-        self,
-        optimizer: Optimizer,
-        theta: Params,
-        family: TaskFamily,
-        horizon: int,
-        state: Any,
-        generator: torch.Generator,
-    ) -> Estimate:
-        """Estimate at theta, for episodes of `horizon` steps."""
-        ...
 
 
 class _Way:
@@ -162,7 +126,7 @@ class FullUnroll:
         horizon: int,
         state: None,
         generator: torch.Generator,
-    ) -> Estimate:
+    ) -> Gradients:
         return _estimate(self, horizon, optimizer, theta, family, horizon, None, generator)
 
 
@@ -208,7 +172,7 @@ class TruncatedBackprop:
         horizon: int,
         state: Any,
         generator: torch.Generator,
-    ) -> Estimate:
+    ) -> Gradients:
         return _estimate(self, self.window, optimizer, theta, family, horizon, state, generator)
 
 
@@ -221,7 +185,7 @@ def _estimate(
     horizon: int,
     state: Any,
     generator: torch.Generator,
-) -> Estimate:
+) -> Gradients:
     """Estimate over the next `window` steps of the episodes in the state, or of new ones."""
     if state is None:
         drawn = sample_tasks(family, generator, estimator.tasks, horizon)
@@ -237,4 +201,4 @@ def _estimate(
     after = None
     if stop < horizon:
         after = {"task": (params, tasks.batches), "optimizer": opt_states, "step": stop}
-    return Estimate(grads, losses, after)
+    return Gradients(grads, losses, after)
