@@ -328,6 +328,35 @@ class TestEquality:
             )
 
 
+@needs_compiler
+def test_differences_of_a_loss_with_running_statistics(float64: None) -> None:
+    """A loss that draws nothing is evaluated twice, not batched, which batch norm refuses."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    net, x, y = mo.functional(model), torch.randn(6, 3), torch.randn(6, 1)
+
+    def loss(params: Any, batch: Any, meta: Tensor, buffers: Any) -> tuple[Tensor, Any]:
+        out, after = net.with_buffers(params, buffers, batch[0])
+        return ((out - meta * batch[1]) ** 2).mean(), after
+
+    def slope(*, compile: bool) -> Tensor:
+        meta = torch.tensor(0.5, requires_grad=True)
+        end = mo.minimize(
+            loss,
+            SGD(0.1),
+            net.params,
+            (x, y),
+            steps=2,
+            meta=meta,
+            buffers=net.buffers,
+            differentiate=mo.FiniteDifference(1e-3),
+            compile=compile,
+        ).params
+        return torch.autograd.grad(sum((p**2).sum() for p in end.values()), meta)[0]
+
+    # rounding, divided by the radius
+    assert_equal([slope(compile=True)], [slope(compile=False)], 1e-9)
+
+
 def test_what_calls_the_kernels_is_compiled_for_real_tensors_on_a_cpu() -> None:
     kinds: dict[bool, list[object]] = {native: [] for native in (True, False)}
 

@@ -369,3 +369,35 @@ def test_complex_parameters_are_pairs_of_real_ones(rule: str) -> None:
 
     expected = slope(pairs, torch.view_as_real(start), torch.view_as_real(meta))
     assert_close(torch.view_as_real(slope(loss, start, meta)), expected, 1e-9)
+
+
+@pytest.mark.parametrize("rule", POINT)
+def test_the_derivative_of_a_pullback_at_a_zero_cotangent(rule: str) -> None:
+    """Where the outer gradient vanishes, and where zeros are made up to take a derivative forward.
+
+    The last parameters are meta x, exactly: their loss is quadratic, and one step solves it.
+    """
+    x, at = torch.tensor([1.0, 2.0]), torch.tensor(0.5)
+    rules = {**POINT, "implicit": mo.Implicit(mo.Direct()), "penalty": mo.Penalty(1e3, 2, 1.0)}
+
+    def end(meta: Tensor) -> Tensor:
+        return mo.minimize(
+            lambda w, _, meta: (w - meta * x).square().sum() / 2,
+            SGD(1.0),
+            torch.zeros(2),
+            None,
+            steps=1,
+            meta=meta,
+            differentiate=rules[rule],
+        ).params
+
+    def distance(meta: Tensor) -> Tensor:
+        return (end(meta) - 0.5 * x).square().sum()
+
+    one = torch.ones(())
+    assert_close(torch.autograd.functional.jvp(end, at, one)[1], x, 1e-8)
+    for place in (at, at + 0.2):
+        assert_close(
+            torch.autograd.functional.hvp(distance, place, one)[1], torch.tensor(10.0), 1e-8
+        )
+        assert_close(grad(grad(distance))(place), torch.tensor(10.0), 1e-8)

@@ -41,15 +41,23 @@ def mixed_product(loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree) -> Tr
 
 
 def mixed_difference(
-    loss: Loss, w: Tree, given: Tree, x: Tree, wanted: Tree, radius: float, *, sign: int = 1
+    loss: Loss,
+    w: Tree,
+    given: Tree,
+    x: Tree,
+    wanted: Tree,
+    radius: float,
+    *,
+    sign: int = 1,
+    is_random: bool = True,
 ) -> Tree:
     """Return sign (G(w + e x) - G(w - e x)) / 2e with G = grad_given L and e = radius / |x|.
 
-    It is differentiable again.
+    It is differentiable again; at x = 0, where it is 0, with the derivative of the exact product.
 
     The error is radius^2 |x| / 6 times the third derivative of G along x / |x|, and that of
     rounding, of the order of eps |x| (|G| + |w| |dG/dw|) / radius. Both sides see the same random
-    numbers. Nothing happens for x = 0.
+    numbers.
 
     Args:
         loss: (w, given) -> L.
@@ -60,6 +68,7 @@ def mixed_difference(
             None in the result.
         radius: Euclidean length of the displacement, of all parameters together.
         sign: 1 or -1.
+        is_random: whether the loss may draw random numbers.
 
     Raises:
         ValueError: parameters in half precision.
@@ -70,6 +79,7 @@ def mixed_difference(
     kinds = {leaf.dtype for leaf in tree.leaves(w)}
     _check_precision(w, kinds)
     length = tree.norm(x)
+    # At 0 any number will do: e is not to depend on x, nor the difference to vanish with it.
     scale = radius / torch.where(length > 0, length, 1)
     variables = choose(given, wanted)
 
@@ -85,14 +95,18 @@ def mixed_difference(
         slopes: list[Tensor] = gradient(value, variables)[0]
         return slopes
 
-    ahead, behind = map_same_noise(slope, [scale, -scale])
-    slant = length / (sign * 2 * radius)
+    ahead, behind = map_same_noise(slope, [scale, -scale], is_random=is_random)
+    slant = 1 / (sign * 2 * scale)
     bars = [((a - b) * slant).to(a.dtype) for a, b in zip(ahead, behind, strict=True)]
     return spread(bars, given, wanted)
 
 
-def map_same_noise(function: Callable[[Tree], Tree], points: list[Tree]) -> list[Tree]:
+def map_same_noise(
+    function: Callable[[Tree], Tree], points: list[Tree], *, is_random: bool = True
+) -> list[Tree]:
     """Return the function's values at these points, with the same random numbers in each."""
+    if not is_random:
+        return [function(point) for point in points]
     if torch.compiler.is_compiling():  # a compiler cannot wind a generator back
         values = torch.func.vmap(function, randomness="same")(tree.stack(points))
         return [tree.index(values, i) for i in range(len(points))]

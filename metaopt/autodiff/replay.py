@@ -71,6 +71,11 @@ class Ambient:
         }
         return replace(present, random=generator.get_state(), cuda=cuda)
 
+    def draws_as(self, other: Ambient) -> bool:
+        """Return True if the same random numbers come next."""
+        pairs = [(self.random, other.random), *[(self.cuda[i], other.cuda[i]) for i in self.cuda]]
+        return all(torch.equal(one, two) for one, two in pairs)
+
     def reinstate(self) -> None:
         """Go back to this random state for good: a loop that others ran has been taken over."""
         torch.set_rng_state(self.random)

@@ -53,6 +53,8 @@ class FiniteDifference(PointRule):
         it ended.
     """
 
+    looks_around = True
+
     radius: float = 0.01
     scale: Scale = field(default=1.0, kw_only=True)
 
@@ -65,4 +67,7 @@ class FiniteDifference(PointRule):
     ) -> tuple[Read, dict[str, Tensor]]:
         loss, read = at_end(loop, end)
         x = scale_cotangent(self, self.scale, loop, end, cotangent)
-        return mixed_difference(loss, end.params, read, x, wanted, self.radius, sign=-1), {}
+        difference = mixed_difference(
+            loss, end.params, read, x, wanted, self.radius, sign=-1, is_random=loop.is_random
+        )
+        return difference, {}

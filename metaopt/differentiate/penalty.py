@@ -54,6 +54,8 @@ class Penalty(PointRule):
         stand here.
     """
 
+    looks_around = True
+
     weight: float = 100.0
     steps: int = 20
     lr: float = 0.1

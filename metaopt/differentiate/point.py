@@ -40,7 +40,14 @@ class PointRule(Rule):
     the batch of the last step. The initial parameters and state, and the optimizer's tensors,
     receive nothing: to ask only for derivatives in these is an error. The returned state, the
     losses and what else the loop emits are constants.
+
+    Attributes:
+        looks_around: whether it evaluates the loss at other parameters too, as differences do. In a
+            graph, levels below then make their steps for each evaluation; else they stay where they
+            are, and their derivatives say how they would move.
     """
+
+    looks_around = False
 
     def pull_back(
         self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
@@ -71,7 +78,7 @@ class PointRule(Rule):
         is_stream = isinstance(loop.batches, Stream)
         given = loop.given() if is_stream else None
         loop = loop.starting_from(given) if given is not None else loop
-        result = run(loop)
+        result, loop = _run(loop)
         end = End(result.params, result.state, last_row(loop.batches))
         winds_back = loop.is_random and not torch.compiler.is_compiling()
         ambient = Ambient.now(tree.leaves((loop.inputs, *end))) if winds_back else None
@@ -94,7 +101,7 @@ class PointRule(Rule):
 
     def attach(self, loop: InnerLoop) -> Result:
         """Run without a graph; `pull_back` is the derivative of the last parameters."""
-        result = run(loop)
+        result, loop = _run(loop)
         end = End(result.params, result.state, last_row(loop.batches))
         return result._replace(params=self.attach_at(loop, end))
 
@@ -137,9 +144,22 @@ class PointRule(Rule):
         }
 
 
+def _run(loop: InnerLoop) -> tuple[Result, InnerLoop]:
+    """Return the loop's result, and the loop, of which it is known now whether it is random.
+
+    It is asked where that matters: a compiler cannot wind random numbers back.
+    """
+    if not (loop.compile and loop.is_random and loop.steps != 0) or torch.compiler.is_compiling():
+        return run(loop), loop
+    devices = {leaf.device for leaf in tree.leaves((loop.inputs, loop.params))}
+    before = Ambient.of_generators(devices)
+    result = run(loop)
+    return result, replace(loop, is_random=not before.draws_as(Ambient.of_generators(devices)))
+
+
 def _pull_back(rule: PointRule, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read) -> Read:
     """Return what `rule.pull_back` does, compiled if the loop is, unless it is differentiated."""
-    if loop.loss_at_end is not None:
+    if loop.loss_at_end is not None and not rule.looks_around:
         loop = replace(loop, loss=loop.loss_at_end)
     if not loop.compile or torch.is_grad_enabled():
         return rule.pull_back(loop, end, cotangent, wanted)[0]

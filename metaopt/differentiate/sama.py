@@ -46,6 +46,8 @@ class SAMA(PointRule):
         well.
     """
 
+    looks_around = True
+
     radius: float = 0.01
 
     def __post_init__(self) -> None:
@@ -57,7 +59,10 @@ class SAMA(PointRule):
         with drawn_again(end):
             x = self.precondition(loop, end, cotangent)
         loss, read = at_end(loop, end)
-        return mixed_difference(loss, end.params, read, x, wanted, self.radius), {}
+        difference = mixed_difference(
+            loss, end.params, read, x, wanted, self.radius, is_random=loop.is_random
+        )
+        return difference, {}
 
     def precondition(self, loop: InnerLoop, end: End, cotangent: Tree) -> Tree:
         """Return D' v."""
