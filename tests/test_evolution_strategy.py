@@ -143,3 +143,30 @@ def test_running_statistics_are_those_of_each_run() -> None:
 
     exact = hypergradient(mo.Backprop())
     assert (hypergradient(mo.EvolutionStrategy(1e-3, 400)) - exact).abs() < 0.3 * exact.abs()
+
+
+@pytest.mark.parametrize("of_params", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_meta", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("of_loss", [torch.float32, torch.bfloat16])
+def test_kinds_of_numbers_may_differ(
+    of_params: torch.dtype, of_meta: torch.dtype, of_loss: torch.dtype
+) -> None:
+    """The estimate is in the dtype of what is differentiated, where `Backprop` answers."""
+    meta = torch.tensor(0.5, dtype=of_meta, requires_grad=True)
+
+    def loss(w: Tensor, _: None, meta: Tensor) -> Tensor:
+        return ((w - meta.to(w.dtype)) ** 2).sum().to(of_loss)
+
+    end = mo.minimize(
+        loss,
+        SGD(0.1),
+        torch.zeros(2, dtype=of_params),
+        None,
+        steps=2,
+        meta=meta,
+        differentiate=mo.EvolutionStrategy(0.1, 64),
+    ).params
+    (slope,) = torch.autograd.grad(end.sum(), meta)
+    assert slope.dtype == of_meta
+    # The relative error of an estimate of one number is sqrt(2 / 64).
+    assert abs(slope.item() / 0.72 - 1) < 4 * (2 / 64) ** 0.5

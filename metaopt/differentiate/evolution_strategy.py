@@ -114,7 +114,8 @@ class EvolutionStrategy(RerunRule):
         ahead, behind = values[: self.pairs], values[self.pairs :]
         slopes = (ahead - behind) / (2 * self.std)
         finite = slopes.isfinite()
-        estimate = (torch.where(finite, slopes, 0) @ noise) / finite.sum()
+        weights = (torch.where(finite, slopes, 0) / finite.sum()).to(noise.dtype)
+        estimate = weights @ noise
         return spread(tree.unravel(estimate, variables), given, wanted)  # type: ignore[no-any-return]
 
     def _draw(self, like: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from metaopt.exact_ops.attention import ATTENTION
@@ -15,10 +17,13 @@ from metaopt.exact_ops.losses import LOSSES
 from metaopt.exact_ops.norms import NORMS
 from metaopt.exact_ops.recurrent import RECURRENT
 from metaopt.exact_ops.requires_grad import REQUIRES_GRAD
-from metaopt.torch_internals import function_modes
+from metaopt.torch_internals import function_modes, has_forward_hooks
 from metaopt.transforms import is_inside_jvp
 
-__all__ = ["AnyOrder", "Watching", "any_order"]
+__all__ = ["AnyOrder", "Watching", "any_order", "needs_care"]
+
+# files of torch.nn.modules in which all is
+CAREFUL = {"batchnorm", "dropout", "instancenorm", "normalization", "rnn", "transformer"}
 
 
 def any_order() -> AbstractContextManager[Any]:
@@ -41,6 +46,20 @@ def any_order() -> AbstractContextManager[Any]:
     # backward pass for example.
     entered = any(isinstance(mode, AnyOrder) for mode in function_modes())
     return nullcontext() if entered else AnyOrder()
+
+
+def needs_care(model: nn.Module) -> bool:
+    """Return True if a module in a model calls, or may call, what `any_order` computes instead."""
+    return any(
+        isinstance(module, nn.MultiheadAttention)
+        or is_parametrized(module)
+        or has_forward_hooks(module)
+        or any(
+            kind.__module__.removeprefix("torch.nn.modules.") in CAREFUL
+            for kind in type(module).__mro__
+        )
+        for module in model.modules()
+    )
 
 
 class AnyOrder(TorchFunctionMode):

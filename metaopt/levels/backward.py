@@ -75,9 +75,12 @@ def take_total_gradient(
         }
         return plan.losses[name]({**scene, **moved}, rows)
 
-    read = {level for level, _ in plan.readings[name].params}
     variables = {name: state["params"]}
-    variables |= {response.level: response.params for response in tape if response.level in read}
+    variables |= {
+        response.level: response.params
+        for response in tape
+        if response.level in plan.readings[name].levels
+    }
     slopes, loss, aux = _differentiate(value, variables)
 
     # and backward, along the tape

@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt._functional import Functional, Params
 from metaopt.levels.level import Level
 from metaopt.levels.reading import Reading
-from metaopt.levels.scope import After, Rows, Scene, Shown, evaluate, keep_carried
+from metaopt.levels.scope import After, Rows, Scene, evaluate, keep_carried
 from metaopt.scan import scan
 from metaopt.transforms import constant
 
@@ -59,11 +59,15 @@ def _accumulate(
 ) -> tuple[Tensor, After]:
     """Return the mean of a loss over several batches, of one graph at a time."""
     name = level.name
-    # a Function answers zero, not None, where there is no dependence
-    scene = {
-        other: _hold_unread(other, scene[other], reading, other == name)
-        for other in (name, *sorted(reading.levels))
-    }
+    # what it reads, and no more: the scan differentiates in all that it is given
+    scene = {other: scene[other] for other in (name, *sorted(reading.levels))}
+    if not level.allow_unused:
+        # A scan answers zero, not None, where there is no dependence: one that is to be missed.
+        own = {
+            key: leaf if (name, key) in reading.params else constant(leaf)
+            for key, leaf in scene[name]["params"].items()
+        }
+        scene[name] = {"params": own, "buffers": scene[name]["buffers"]}
     kinds: list[torch.dtype] = []
 
     def step(scene: Scene, buffers: Params, batch: Any) -> tuple[Params, Tensor]:
@@ -83,16 +87,3 @@ def _accumulate(
         "buffers": keep_carried(buffers, name, carried),
         "metrics": dict(zip(reading.metrics, others, strict=True)),
     }
-
-
-def _hold_unread(name: str, shown: Shown, reading: Reading, is_own: bool) -> Shown:
-    """Return what is seen of a level, as constants apart from what a loss depends on."""
-    params = {
-        key: leaf if (name, key) in reading.params else constant(leaf)
-        for key, leaf in shown["params"].items()
-    }
-    buffers = {
-        key: leaf if is_own or (name, key) in reading.buffers else constant(leaf)
-        for key, leaf in shown["buffers"].items()
-    }
-    return {"params": params, "buffers": buffers}

@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt._functional import Functional
 from metaopt.closure import find_hidden, name_tracked
-from metaopt.exact_ops import Watching
+from metaopt.exact_ops import Watching, needs_care
 from metaopt.levels.level import Level
 from metaopt.levels.scope import Scene, evaluate
 from metaopt.transforms import is_tracked
@@ -35,8 +35,9 @@ class Reading:
         dtype: that of the loss.
         metrics: names and dtypes of the scalars that it returns beside the loss.
         is_random: whether it drew from the global random generators.
-        is_delicate: whether it called a function whose derivatives in reverse mode need care, see
-            `any_order`. Forward derivatives are always taken with care.
+        is_delicate: whether it called a function whose derivatives in reverse mode need care, or a
+            module that it may call on another batch does; see `any_order`. Forward derivatives are
+            always taken with care.
     """
 
     levels: frozenset[str]
@@ -134,7 +135,7 @@ def read(
         dtype=loss.dtype,
         metrics={name: metric.dtype for name, metric in after["metrics"].items()},
         is_random=is_random,
-        is_delicate=mode.found,
+        is_delicate=mode.found or any(needs_care(nets[one].model) for one in {level.name, *names}),
     )
 
 
