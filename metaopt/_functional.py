@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metaopt.autodiff.modes import note_modes
 from metaopt.exact_ops import any_order
 from metaopt.torch_internals import (
     NormWithStatistics,
@@ -200,6 +201,8 @@ class Functional:
         """Run the model with these tensors; `buffers` then holds what the forward left in them."""
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
+        if not torch.compiler.is_compiling():
+            note_modes(self.model)
         given: Mapping[str, Any] = params
         places = self._trainable
         if buffers or self._shared:

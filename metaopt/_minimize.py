@@ -8,19 +8,22 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from metaopt import tree
 from metaopt._functional import Functional
 from metaopt.batching import widen
 from metaopt.checks import check_finite
-from metaopt.closure import check_closure
-from metaopt.differentiate import Backprop, InnerLoop, Rule
+from metaopt.closure import OF_OPTIMIZER, check_closure
+from metaopt.differentiate import Backprop, InnerLoop, Inputs, Rule
 from metaopt.differentiate.point import read_by_loss
 from metaopt.differentiate.refusal import attach_refusal, refuse_zeros
 from metaopt.inner_problem import InnerProblem, Unused
-from metaopt.optimizer import Optimizer, State
+from metaopt.optimizer import Optimizer, Schedule, State
 from metaopt.scan.rows import explain_first_row, rows_of
 from metaopt.scan.stream import first_row
-from metaopt.transforms import is_tracked, values_are_readable
+from metaopt.transforms import constant, is_tracked, values_are_readable
 from metaopt.tree import Tree
+
+OURS = ("metaopt.", "optimizers.", "torch.")  # whose optimizers reach nothing but what is theirs
 
 
 class Minimized(NamedTuple):
@@ -110,7 +113,7 @@ def minimize(
         closures while gradients are enabled.
         `observe`: one forward pass a step more. "skip": each parameter is updated by itself.
     """
-    _check_arguments(optimizer, params, unused, compile)
+    _check_arguments(optimizer, params, differentiate, unused, compile)
     xs, constant, length = rows_of(batches, steps)
     has_buffers = buffers is not None
     problem = InnerProblem(
@@ -161,13 +164,37 @@ def _check_closure(
     read = {**loop.inputs, "optimizer": {}}
     check_closure(evaluate, functions, read, loop.params, loop.state, first)
 
+    parts = [type(part) for part in problem.optimizer.modules()]
+    if all(part.__module__.startswith(OURS) for part in parts):
+        return
 
-def _check_arguments(optimizer: Any, params: Any, unused: Any, compile: bool) -> None:
+    def update(inputs: Inputs, params: Tree, state: Any, batch: Tree) -> Tree:
+        loss, aux = problem.loss(inputs, params, state, batch)
+        grads = tree.map(torch.ones_like, params)
+        return loop.update(inputs, grads, state, params, *tree.map(constant, (loss, aux)))
+
+    sources = [
+        part.update if issubclass(part, Optimizer) else part.forward
+        for part in parts
+        if issubclass(part, Optimizer | Schedule)
+    ]
+    given = (loop.inputs, loop.params, loop.state, first)
+    check_closure(update, (*sources, problem.optimizer), *given, message=OF_OPTIMIZER)
+
+
+def _check_arguments(
+    optimizer: Any, params: Any, differentiate: Any, unused: Any, compile: bool
+) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"`optimizer` must be a metaopt Optimizer, got "
             f"{type(optimizer).__module__}.{type(optimizer).__name__}. "
             "Use one from `metaopt.optimizers`, for example `metaopt.optimizers.SGD(lr=0.1)`."
+        )
+    if not isinstance(differentiate, Rule):
+        raise TypeError(
+            f"`differentiate` must be a rule, got {differentiate!r}. For example `Backprop()`, or "
+            "`Implicit(ConjugateGradient())` for a linear solver."
         )
     if isinstance(params, nn.Module | Functional):
         raise TypeError(

@@ -18,8 +18,21 @@ from metaopt.torch_internals import is_wrapped
 from metaopt.transforms import is_tracked
 from metaopt.tree import Tree
 
+OF_LOSS = (
+    "`loss_fn` reaches {} through its closure, and that requires grad. Only explicit arguments are "
+    "differentiated. Pass it as `meta`: `minimize(loss_fn, ..., meta=w)` with `loss_fn(params, "
+    "batch, meta)`; or detach it."
+)
+OF_OPTIMIZER = (
+    "the optimizer reaches {}, which requires grad and is not its own: it would get no derivative. "
+    "Make it an `nn.Parameter` of the optimizer or the schedule, or store it with "
+    "`set_hyperparameter` or `set_value`; or detach it."
+)
 
-def check_closure(loss: Callable[..., Tree], source: Any, *arguments: Any) -> None:
+
+def check_closure(
+    loss: Callable[..., Tree], source: Any, *arguments: Any, message: str = OF_LOSS
+) -> None:
     """Raise if `loss(*arguments)` depends on anything that is not among its arguments.
 
     Looked for are tensors that require grad, and random generators. The loss is evaluated once with
@@ -31,6 +44,7 @@ def check_closure(loss: Callable[..., Tree], source: Any, *arguments: Any) -> No
         loss: the function to evaluate; it returns a tree of tensors.
         source: the user's functions or modules, searched for the tensor's name.
         arguments: trees of tensors.
+        message: of the error, with a place for the tensor's name.
 
     Raises:
         ValueError: there is such a tensor, which the message names, or generator.
@@ -45,11 +59,7 @@ def check_closure(loss: Callable[..., Tree], source: Any, *arguments: Any) -> No
     with drawn_again(arguments), _NoGenerator():
         hidden = find_hidden(evaluate(), evaluate)
     if hidden is not None:
-        raise ValueError(
-            f"`loss_fn` reaches {name_tracked(source, hidden)} through its closure, and that "
-            "requires grad. Only explicit arguments are differentiated. Pass it as `meta`: "
-            "`minimize(loss_fn, ..., meta=w)` with `loss_fn(params, batch, meta)`; or detach it."
-        )
+        raise ValueError(message.format(name_tracked(source, hidden)))
 
 
 class _NoGenerator(TorchFunctionMode):
@@ -142,7 +152,7 @@ def find_reachable(
             members = {prefix + key: tensor for key, tensor in named}
         case types.FunctionType():
             known = value.__globals__
-            members = {key: known[key] for key in value.__code__.co_names if key in known}
+            members = {key: known[key] for key in _names_in(value.__code__) if key in known}
             cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
             members |= {key: cell.cell_contents for key, cell in cells if cell != types.CellType()}
         case types.MethodType():
@@ -159,3 +169,9 @@ def find_reachable(
             members = {prefix + key: item for key, item in vars(value).items()}
     for key, member in members.items():
         yield from find_reachable(member, key, seen)
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    """Return the names of globals and attributes in a function, its comprehensions included."""
+    inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return {*code.co_names}.union(*map(_names_in, inner))

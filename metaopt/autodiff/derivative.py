@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.modes import Modes, in_modes
 from metaopt.autodiff.replay import Ambient
 from metaopt.transforms import has_tangent, is_differentiable, is_inside_jvp, unwrap_ended
 from metaopt.tree import Structure, Tree
@@ -21,7 +22,11 @@ PullBack = Callable[[Tree, Tree, Tree, Tree], Tree]
 
 
 def with_derivative(
-    pull_back: PullBack, w: Tree, inputs: Tree, ambient: Ambient | None = None
+    pull_back: PullBack,
+    w: Tree,
+    inputs: Tree,
+    ambient: Ambient | None = None,
+    modes: Modes | None = None,
 ) -> Tree:
     """Return the value w with the derivative in `inputs` that `pull_back` gives it.
 
@@ -39,6 +44,7 @@ def with_derivative(
         inputs: a tree; its floating-point and complex tensors can be differentiated.
         ambient: the random numbers that `pull_back` sees; by default those that would be drawn
             next.
+        modes: those that models are in while it runs.
 
     Raises:
         ValueError: under `torch.compile` while gradients are enabled, or in forward mode.
@@ -61,7 +67,9 @@ def with_derivative(
             '`ForwardMode()` or `hvp="forward"`.'
         )
     leaves, structure = tree.flatten((w, inputs))
-    known = _Known(pull_back, structure, len(tree.leaves(w)), ambient or Ambient.now(leaves))
+    known = _Known(
+        pull_back, structure, len(tree.leaves(w)), ambient or Ambient.now(leaves), modes or {}
+    )
     values = [leaf.detach() for leaf in leaves[: known.values]]
     outputs = _Derivative.apply(known, *values, *leaves[known.values :])  # type: ignore[no-untyped-call]
     return tree.unflatten(tree.flatten(w)[1], outputs)
@@ -75,6 +83,7 @@ class _Known:
     structure: Structure
     values: int  # leaves in w
     ambient: Ambient
+    modes: Modes
 
 
 class _Derivative(torch.autograd.Function):
@@ -112,7 +121,7 @@ class _Derivative(torch.autograd.Function):
             for need, leaf in zip(ctx.needs_input_grad[1 + known.values :], leaves, strict=True)
         ]
         v, wanted = tree.unflatten(known.structure, [*bars, *needed])
-        with known.ambient.restored():
+        with known.ambient.restored(), in_modes(known.modes):
             pulled = known.pull_back(w, inputs, v, wanted)
         return (None, *[None] * known.values, *_leaves_like(inputs, pulled))
 
@@ -126,4 +135,12 @@ def _leaves_like(inputs: Tree, pulled: Tree) -> list[Tensor | None]:
     if not tree.is_alike(inputs, pulled):
         with suppress(ValueError):  # the next line says where they differ
             pulled = tree.map(spread, pulled, inputs)
-    return tree.leaves_like(inputs, pulled, "pullback(cotangents, wanted)")
+    leaves = tree.leaves_like(inputs, pulled, "pullback(cotangents, wanted)")
+    for like, bar in zip(tree.leaves(inputs), leaves, strict=True):
+        # torch would take the sum over what is too much
+        if isinstance(bar, Tensor) and bar.shape != like.shape:
+            raise ValueError(
+                "A rule's pullback must return cotangents of the shapes that the tensors have, got "
+                f"{tuple(bar.shape)} for {tuple(like.shape)}."
+            )
+    return leaves

@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
+from metaopt import tree
 from metaopt.exact_ops import any_order
 from metaopt.torch_internals import mark_constant_when_compiled
 from metaopt.tree import Tree
@@ -31,6 +33,7 @@ def slope_along(
             `autograd.Function` of the old style.
     """
     load_formulas()
+    at = tree.map(_unfold, at)
     try:
         # some losses are computed so that their gradient has a forward derivative
         with any_order():
@@ -52,6 +55,14 @@ def slope_along(
             f"and a `jvp`, or use {instead}."
         ) from error
     return value, slope
+
+
+def _unfold(leaf: Tensor) -> Tensor:
+    """Return a tensor each of whose entries has a place of its own, which a dual number needs."""
+    is_folded = any(
+        by == 0 and size > 1 for by, size in zip(leaf.stride(), leaf.shape, strict=True)
+    )
+    return leaf.clone(memory_format=torch.contiguous_format) if is_folded else leaf
 
 
 @mark_constant_when_compiled

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
+from metaopt.autodiff.modes import Modes, noting_modes
 from metaopt.autodiff.pullback import or_zeros
 from metaopt.autodiff.replay import Ambient, drawn_again
 from metaopt.compiled import compile_whole
@@ -101,14 +102,15 @@ class PointRule(Rule):
 
     def attach(self, loop: InnerLoop) -> Result:
         """Run without a graph; `pull_back` is the derivative of the last parameters."""
-        result, loop = _run(loop)
+        with noting_modes() as modes:
+            result, loop = _run(loop)
         end = End(result.params, result.state, last_row(loop.batches))
-        return result._replace(params=self.attach_at(loop, end))
+        return result._replace(params=self.attach_at(loop, end, modes))
 
-    def attach_at(self, loop: InnerLoop, end: End) -> Tree:
+    def attach_at(self, loop: InnerLoop, end: End, modes: Modes | None = None) -> Tree:
         """Return the last parameters with the derivative that the rule gives them.
 
-        Nothing is computed before it is asked for.
+        Nothing is computed before it is asked for; models are then in these modes.
         """
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             read = (read_by_loss(loop.inputs), end.batch)
@@ -133,7 +135,8 @@ class PointRule(Rule):
             }
             return to_inputs, tree.nones(in_state), to_batch
 
-        return with_derivative(pull_back, end.params, (loop.inputs, end.state, end.batch))
+        given = (loop.inputs, end.state, end.batch)
+        return with_derivative(pull_back, end.params, given, modes=modes)
 
     def ignored(self, loop: InnerLoop) -> dict[str, Tree]:
         """Return all that the loss does not read."""
@@ -159,15 +162,27 @@ def _run(loop: InnerLoop) -> tuple[Result, InnerLoop]:
 
 def _pull_back(rule: PointRule, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read) -> Read:
     """Return what `rule.pull_back` does, compiled if the loop is, unless it is differentiated."""
-    if loop.loss_at_end is not None and not rule.looks_around:
-        loop = replace(loop, loss=loop.loss_at_end)
+    loss = loop.loss_around if rule.looks_around else loop.loss_at_end
+    if loss is not None:
+        loop = replace(loop, loss=loss)
     if not loop.compile or torch.is_grad_enabled():
-        return rule.pull_back(loop, end, cotangent, wanted)[0]
+        return fill_none(rule.pull_back(loop, end, cotangent, wanted)[0], wanted)  # type: ignore[no-any-return]
 
     def pull_back(inputs: Inputs, end: End, cotangent: Tree) -> Read:
         return rule.pull_back(replace(loop, inputs=inputs), end, cotangent, wanted)[0]
 
     return compile_whole(pull_back)(loop.inputs, end, cotangent)  # type: ignore[no-any-return]
+
+
+def fill_none(bars: Tree, wanted: Tree) -> Tree:
+    """Return the cotangents with None in each part of what is wanted for which None stands."""
+    if isinstance(wanted, dict):
+        return {key: fill_none(bars and bars.get(key), part) for key, part in wanted.items()}
+    if isinstance(wanted, tuple) and bars is None:
+        return tuple(fill_none(None, part) for part in wanted)
+    if isinstance(wanted, tuple):
+        return tuple(fill_none(bar, part) for bar, part in zip(bars, wanted, strict=True))
+    return bars
 
 
 def at_end(loop: InnerLoop, end: End) -> tuple[Callable[[Tree, Read], Tensor], Read]:

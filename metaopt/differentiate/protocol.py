@@ -11,6 +11,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
 from metaopt.autodiff.gradient import gradient
+from metaopt.autodiff.modes import noting_modes
 from metaopt.autodiff.replay import Ambient
 from metaopt.scan.stream import Stream
 from metaopt.transforms import constant, is_unrecorded, values_are_readable
@@ -105,6 +106,7 @@ class InnerLoop:
         skips: whether the gradient of a parameter is None, not zero, at a step whose loss does not
             depend on it.
         loss_at_end: the loss that rules look at where the loop ended, if it differs from `loss`.
+        loss_around: the loss that rules look at elsewhere, if it differs from `loss`.
         is_random: whether the loss may draw random numbers, which are then drawn again.
     """
 
@@ -121,6 +123,7 @@ class InnerLoop:
     describe: Callable[[], str] = str  # str() is ""
     skips: bool = False
     loss_at_end: Loss | None = None
+    loss_around: Loss | None = None
     is_random: bool = True
 
     def gradient(
@@ -167,12 +170,14 @@ class Rule:
 
         Where the backward pass is itself differentiated or transformed, the loop runs again: the
         derivative is then that of the pullback as a function of the tensors of that moment. The
-        pullback sees the random numbers that the loop saw.
+        pullback sees the random numbers that the loop saw, and models in the mode, training or
+        not, that they were in.
         """
         given = loop.given()
         ambient = Ambient.now(tree.leaves(given))
         loop = loop.starting_from(given)
-        result, pullback = self.vjp(loop.starting_from(tree.map(constant, given)))
+        with noting_modes() as modes:
+            result, pullback = self.vjp(loop.starting_from(tree.map(constant, given)))
         is_plain = values_are_readable()
 
         def pull_back(_: Result, given: Given, cotangents: Result, wanted: Given) -> Given:
@@ -182,7 +187,7 @@ class Rule:
             with ambient.restored():  # the run has drawn numbers
                 return again(cotangents, wanted)
 
-        return with_derivative(pull_back, result, given, ambient)  # type: ignore[no-any-return]
+        return with_derivative(pull_back, result, given, ambient, modes)  # type: ignore[no-any-return]
 
     def ignored(self, loop: InnerLoop) -> dict[str, Tree]:
         """Return name -> tensors that the loop is given, and in which this rule has no derivative.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from metaopt import tree
 from metaopt.autodiff.derivative import with_derivative
+from metaopt.autodiff.modes import noting_modes
 from metaopt.autodiff.replay import Ambient
 from metaopt.differentiate.protocol import Given, InnerLoop, Pullback, Result, Rule
 from metaopt.differentiate.steps import run
@@ -35,5 +36,6 @@ class RerunRule(Rule):
         def pull_back(_: Result, given: Given, cotangents: Result, wanted: Given) -> Given:
             return self.pull_back(loop.starting_from(given), cotangents, wanted)
 
-        result = run(loop.starting_from(given))
-        return with_derivative(pull_back, result, given, ambient)  # type: ignore[no-any-return]
+        with noting_modes() as modes:
+            result = run(loop.starting_from(given))
+        return with_derivative(pull_back, result, given, ambient, modes)  # type: ignore[no-any-return]

@@ -26,7 +26,7 @@ from metaopt._functional import Params
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.pullback import plus
 from metaopt.differentiate import Given, Result
-from metaopt.levels.forward import replay, run_turn, total_loss
+from metaopt.levels.forward import Place, replay, run_turn, total_loss
 from metaopt.levels.history import Window, make_inputs
 from metaopt.levels.plan import Plan
 from metaopt.levels.response import Response, Tape
@@ -96,7 +96,8 @@ def _differentiate_by_autograd(
     inputs = make_inputs(scene, window, rows)
 
     def value(variables: dict[str, Params]) -> tuple[Tensor, dict[str, Any]]:
-        return total_loss(plan, name, at_point, inputs, variables[name], memory, rows)
+        place: Place = "end" if at_point else "steps"
+        return total_loss(plan, name, place, inputs, variables[name], memory, rows)
 
     slopes, loss, aux = _differentiate(value, {name: state["params"]})
     return _fill_missing(plan, name, slopes[name], state["params"]), loss, aux
@@ -144,7 +145,8 @@ def _pull_back(response: Response, slope: Slope, moving: set[str]) -> dict[str, 
     inputs: Any = {"optimizer": False, "loss": False, "meta": (in_scene, False), "batch": False}
     cotangents = Result({key: slope.get(key) for key in response.params}, None, None)
     to_scene, _ = response.pullback(cotangents, Given(inputs, False, False, False)).inputs["meta"]
-    return {level: to_scene[level]["params"] for level in response.scene if level in moving}
+    found = {level: to_scene[level]["params"] for level in response.scene if level in moving}
+    return {level: bars for level, bars in found.items() if bars is not None}
 
 
 def _fill_missing(plan: Plan, level: str, slope: Slope, params: Params) -> Params:

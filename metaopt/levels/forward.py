@@ -13,7 +13,7 @@ their pullbacks to their results, as in `minimize`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ from metaopt.levels.timetable import Owner
 
 # (plan, level, scene, state, rows, window) -> state after a step of a top level
 Step = Callable[[Plan, str, Scene, State, Rows, Window], State]
+
+# Where a total loss is asked for. "steps": where a level steps; the levels below step, those that
+# it shares have stepped. "end": where its steps ended, and levels below have made theirs: if their
+# rule is a `PointRule`, they stay. "around": elsewhere, where those that it shares step again too.
+Place = Literal["steps", "end", "around"]
 
 
 def run_turn(
@@ -89,7 +94,7 @@ def run_turn(
 def total_loss(
     plan: Plan,
     name: str,
-    at_point: bool,
+    place: Place,
     inputs: Inputs,
     params: Params,
     memory: Memory,
@@ -100,7 +105,7 @@ def total_loss(
     Args:
         plan: of the graph.
         name: the level whose T it is.
-        at_point: if True, levels whose rule is a `PointRule` do not step.
+        place: where w is, see `Place`.
         inputs: "meta" is (scene, window); "batch" has the batches, if every step sees the same.
         params: w.
         memory: the rest of the level's state.
@@ -110,8 +115,8 @@ def total_loss(
     rows = rows if inputs["batch"] is None else inputs["batch"]
     scene = {**scene, name: {"params": params, "buffers": memory["buffers"]}}
     if window.records:
-        scene = replay(plan, name, scene, window)
-    below = memory["below"]
+        scene = replay(plan, name, scene, window, place=place)
+    below, at_point = memory["below"], place == "end"
     # The levels below see this one's parameters as they are here, so their responses are functions
     # of w, and T is L along all paths.
     if plan.copies_below[name] is not None:
@@ -160,7 +165,15 @@ def _mean_of_copies(
     }
 
 
-def replay(plan: Plan, name: str, scene: Scene, window: Window, tape: Tape | None = None) -> Scene:
+def replay(
+    plan: Plan,
+    name: str,
+    scene: Scene,
+    window: Window,
+    tape: Tape | None = None,
+    *,
+    place: Place = "steps",
+) -> Scene:
     """Return the scene with the responses of the levels that `name` shares, as functions of it."""
     again = list(window.records[: window.old])
     states = find_states(window.start, again)
@@ -171,8 +184,8 @@ def replay(plan: Plan, name: str, scene: Scene, window: Window, tape: Tape | Non
         stand = {other: show(state) for other, state in states.items()}
         seen = {**record.scene, **stand, **moved, name: scene[name]}
         its_window = open_window(plan, lower, window.start, again)
-        is_point = isinstance(rule, PointRule)
         # such a rule needs no steps again: it looks at where they ended
+        is_point = isinstance(rule, PointRule) and place != "around"
         state = record.after if is_point else states[lower]
         move = Move(lower, record.steps, record.begins, rule)
         state = respond(

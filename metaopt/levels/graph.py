@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,11 @@ class LevelGraph:
         """
         _check_surroundings("step")
         rows, counts = peek_rows(self.plan, self._data, None)
-        with torch.no_grad():
+        with torch.no_grad(), self._drawn_again() as drawn:
             _, states = self._run_turn(self._states, rows)
-        # until here nothing has changed, and no batch is gone
-        _raise_if_not_finite(states, self._steps)
+            # until here nothing has changed, and no batch is gone
+            _raise_if_not_finite(states, self._steps)
+            drawn.clear()
         for name, count in counts.items():
             self._data[name].take(count)
         self._states = states
@@ -158,7 +160,7 @@ class LevelGraph:
         """
         _check_surroundings("hypergradient")
         state, scene, rows, window = self._view(level)
-        with torch.no_grad():
+        with torch.no_grad(), self._drawn_again():
             plan, state = begin_virtual_steps(self.plan, level, state)
             grads, *_ = take_total_gradient(
                 plan, level, scene, state, rows, window, at_point=not after_steps
@@ -184,7 +186,7 @@ class LevelGraph:
         with torch.no_grad():
             plan, state = begin_virtual_steps(self.plan, level, state)
             memory = without_params(state)
-            return total_loss(plan, level, False, inputs, params, memory, rows)[0]
+            return total_loss(plan, level, "around", inputs, params, memory, rows)[0]
 
     def values(self) -> dict[str, float | Tensor]:
         """Return the values of all hyperparameters in the levels' next steps, by "level/name".
@@ -234,6 +236,19 @@ class LevelGraph:
 
     def __str__(self) -> str:
         return describe_graph(self.plan, self.values())
+
+    @contextmanager
+    def _drawn_again(self) -> Iterator[list[tuple[EvolutionStrategy, int]]]:
+        """While entered, rules draw noise that they will draw again; not those taken off the list.
+
+        The list has rules with their counts.
+        """
+        before = [(rule, rule.draws) for _, rule in self._drawing()]
+        try:
+            yield before
+        finally:
+            for rule, draws in before:
+                rule.wind_to(draws)
 
     def _drawing(self) -> list[tuple[Edge, EvolutionStrategy]]:
         """Return the edges whose rules draw noise of their own."""

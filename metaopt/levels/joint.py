@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaopt.autodiff.replay import drawn_again
 from metaopt.differentiate import End, InnerLoop, PointRule
-from metaopt.differentiate.point import Read
+from metaopt.differentiate.point import Read, fill_none
 from metaopt.tree import Tree
 
 
@@ -47,7 +47,7 @@ class JointRule(PointRule):
                 inputs = {**in_inputs, "meta": (mine, in_window)}
             read = (inputs, in_batch if is_first else False)
             with drawn_again(loop.inputs, end):  # a random loss is one loss, whichever the rule
-                (bars, to_batch), _ = rule.pull_back(loop, end, cotangent, read)
+                bars, to_batch = fill_none(rule.pull_back(loop, end, cotangent, read)[0], read)
             first = (bars, to_batch) if is_first else first
             to_scene |= {
                 name: bar for name, bar in bars["meta"][0].items() if mine[name] is not False

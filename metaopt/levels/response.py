@@ -29,7 +29,7 @@ from metaopt.levels.state import (
 )
 from metaopt.transforms import values_are_readable
 
-# (plan, level, at_point, inputs, params, memory, rows) -> (T, the rest of the state afterwards)
+# (plan, level, place, inputs, params, memory, rows) -> (T, the rest of the state afterwards)
 TotalLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
 
 
@@ -108,7 +108,7 @@ def make_loop(
     level, is_one = plan.levels[name], plan.timetable.steps[name] == 1
     has_below = bool(plan.timetable.members.get(name))
     return InnerLoop(
-        loss=partial(total_loss, plan, name, False),
+        loss=partial(total_loss, plan, name, "steps"),
         update=partial(update, level),
         inputs=make_inputs(
             {other: scene[other] for other in plan.reads_outside[name]},
@@ -124,6 +124,8 @@ def make_loop(
         compile=plan.compiles(name) and values_are_readable(),
         rate=partial(find_rate, level),
         # where its steps ended, the levels below have made theirs
-        loss_at_end=partial(total_loss, plan, name, True) if has_below else None,
+        loss_at_end=partial(total_loss, plan, name, "end") if has_below else None,
+        # elsewhere, those that it shares would have moved in another way
+        loss_around=partial(total_loss, plan, name, "around") if window.records else None,
         is_random=name in plan.random,
     )

@@ -29,7 +29,7 @@ def step_top_level(
     # without a gradient, but with the loss: its levels below move all the same
     if waits:
         others = without_params(there)
-        loss, aux = total_loss(ahead, name, False, inputs, state["params"], others, rows)
+        loss, aux = total_loss(ahead, name, "steps", inputs, state["params"], others, rows)
         grads = tree.map(torch.zeros_like, state["params"])
     else:
         grads, loss, aux = take_total_gradient(ahead, name, scene, there, rows, window)

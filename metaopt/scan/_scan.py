@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.modes import noting_modes
 from metaopt.autodiff.pullback import or_zeros, pull_back_and_value
 from metaopt.compiled import compile_whole
 from metaopt.scan.disk import Disk
@@ -109,13 +110,14 @@ def _rebuild_steps(
     disk, recorded, directory = None, None, loop.held.directory
     if directory is not None:
         disk = Disk(Path(directory), describe(), given.carry)
-    if loop.streamed and disk is None:
-        given, recorded = record(loop, given)
-    elif loop.streamed:  # a directory belongs to one loop with all its batches
-        given = given._replace(xs=[*given.xs.watch()])
-        if not tree.is_any_tracked(given):
-            return _run_plainly(loop.step, *given)
-    result = run_differentiably(loop, given, length or len(given.xs), disk, recorded)
+    with noting_modes() as modes:
+        if loop.streamed and disk is None:
+            given, recorded = record(loop, given)
+        elif loop.streamed:  # a directory belongs to one loop with all its batches
+            given = given._replace(xs=[*given.xs.watch()])
+            if not tree.is_any_tracked(given):
+                return _run_plainly(loop.step, *given)
+        result = run_differentiably(loop, given, length or len(given.xs), disk, recorded, modes)
     return result.carry, tree.stack(result.outs)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.modes import Modes, in_modes
 from metaopt.scan.backward import Reversal
 from metaopt.scan.disk import Disk
 from metaopt.scan.loop import Loop, ScanGiven, ScanResult, run_in_memory
@@ -31,7 +32,12 @@ from metaopt.tree import Tree
 
 
 def run_differentiably(
-    loop: Loop, given: ScanGiven, length: int, disk: Disk | None, recorded: ScanResult | None
+    loop: Loop,
+    given: ScanGiven,
+    length: int,
+    disk: Disk | None,
+    recorded: ScanResult | None,
+    modes: Modes,
 ) -> ScanResult:
     """Run a loop such that what it gives can be differentiated in what it is given.
 
@@ -41,9 +47,10 @@ def run_differentiably(
         length: number of steps.
         disk: where its states lie, if on disk.
         recorded: what it gave, if it has run already.
+        modes: those that models are in on the way back.
     """
     arguments = (given, recorded or ())
-    call = Call(loop, tree.nones(arguments), length, disk)
+    call = Call(loop, tree.nones(arguments), length, disk, modes)
     outputs = ScanFunction.apply(call, *tree.leaves(arguments))  # type: ignore[no-untyped-call]
     result: ScanResult = tree.with_leaves(call.results[0], outputs)
     return result
@@ -78,6 +85,7 @@ class Call:
             for every leaf.
         length: number of steps.
         disk: where its states lie, if on disk.
+        modes: those that models are in on the way back.
         results: the `ScanResult`, with None for every leaf, noted when there is one.
     """
 
@@ -85,6 +93,7 @@ class Call:
     arguments: tuple[ScanGiven, ScanResult | tuple[()]]
     length: int
     disk: Disk | None
+    modes: Modes
     results: list[ScanResult] = field(default_factory=list)
 
     def run(self, given: ScanGiven) -> ScanResult:
@@ -147,7 +156,8 @@ class ScanFunction(torch.autograd.Function):
         needed, recorded = tree.with_leaves(call.arguments, ctx.needs_input_grad[1:])
         again = torch.is_grad_enabled() and _is_differentiated_again((given, states, bars))
         disk = call.disk
-        with torch.set_grad_enabled(again), nullcontext() if disk is None else disk.reopen(again):
+        files = nullcontext() if disk is None else disk.reopen(again)
+        with torch.set_grad_enabled(again), files, in_modes(call.modes):
             store = call.loop.make_store(given.carry, states) if disk is None else disk
             found = Reversal(call.loop, given, needed, store, disk).run(bars, firsts)
         return None, *tree.leaves((found, tree.nones(recorded)))
