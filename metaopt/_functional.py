@@ -14,9 +14,10 @@ from metaopt.torch_internals import (
     NormWithStatistics,
     allow_hooks,
     foreach_copy_,
+    has_buffers,
     has_no_hooks,
+    holders_of,
     refuse_hooks,
-    tensors_of,
 )
 from metaopt.transforms import is_tracked
 
@@ -124,10 +125,13 @@ class Functional:
 
         While others are lent, those.
         """
-        return {
-            name: _find_holder(self.model, name, place)[place.key]
-            for name, place in self._trainable.items()
-        }
+        holders = holders_of(self.model, self._trainable.values())
+        found = {}
+        for (name, (_, key)), members in zip(self._trainable.items(), holders, strict=True):
+            if key not in members:
+                raise _gone(name)
+            found[name] = members[key]
+        return found
 
     @property
     def buffers(self) -> Params:
@@ -135,6 +139,8 @@ class Functional:
 
         A trainable parameter that a module holds as a buffer is not among them.
         """
+        if not has_buffers(self.model):  # asked at every call
+            return {}
         named = self.model.named_buffers()
         return {name: buffer for name, buffer in named if name not in self._not_buffers}
 
@@ -291,8 +297,10 @@ def _lend(
     try:
         # Under a mode every look at a shape is a call of its own.
         with torch.DisableTorchFunction():
-            for name, place in places.items():
-                members, key = _find_holder(module, name, place), place.key
+            holders = holders_of(module, places.values())
+            for (name, (_, key)), members in zip(places.items(), holders, strict=True):
+                if key not in members:
+                    raise _gone(name)
                 own, tensor = members[key], tensors[name]
                 if name in exact and tensor.shape != own.shape:
                     raise _misshapen("params", name, tensor, own)
@@ -323,12 +331,8 @@ def _locate(names: Iterable[str]) -> dict[str, _Place]:
     return {name: _Place(tuple(path), key) for name in names for *path, key in [name.split(".")]}
 
 
-def _find_holder(module: nn.Module, name: str, place: _Place) -> dict[str, Any]:
-    """Return the dictionary in which a module has its tensor of this name."""
-    members = tensors_of(module, place.path, place.key)
-    if place.key not in members:
-        raise ValueError(
-            f"The model has no tensor {name!r} any more, which it had when `functional` saw it. "
-            "Call `functional` again."
-        )
-    return members
+def _gone(name: str) -> ValueError:
+    return ValueError(
+        f"The model has no tensor {name!r} any more, which it had when `functional` saw it. "
+        "Call `functional` again."
+    )

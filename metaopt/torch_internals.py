@@ -38,8 +38,10 @@ __all__ = [
     "foreach_norm",
     "foreach_sqrt",
     "function_modes",
+    "has_buffers",
     "has_forward_hooks",
     "has_no_hooks",
+    "holders_of",
     "is_autograd_excluded",
     "is_batched",
     "is_in_transform",
@@ -52,7 +54,6 @@ __all__ = [
     "pytree",
     "refuse_hooks",
     "run_backward",
-    "tensors_of",
     "transforms",
     "unwrapped",
     "unwrapped_if_over",
@@ -128,23 +129,29 @@ def version(leaf: Any) -> int:
     return leaf._version
 
 
-def tensors_of(module: nn.Module, path: Iterable[str], key: str) -> dict[str, Any]:
-    """Return the dictionary of parameters, or else that of buffers, which holds a tensor.
+def holders_of(
+    module: nn.Module, places: Iterable[tuple[tuple[str, ...], str]]
+) -> list[dict[str, Any]]:
+    """Return the dictionaries of parameters, or else of buffers, which hold these tensors.
 
     A tensor that takes the place of a parameter must be written there: the attribute takes
     parameters only.
 
     Args:
-        module: where the path begins.
-        path: the names of the modules that lead to the tensor.
-        key: its own name in the last of them.
+        module: where paths begin.
+        places: (names of the modules that lead to the tensor, its own name in the last of them);
+            all at once, since this runs for every tensor of every call of a model.
 
     Raises:
         KeyError: there is no such module.
     """
-    for name in path:
-        module = module._modules[name]  # type: ignore[assignment]
-    return module._parameters if key in module._parameters else module._buffers
+    found = []
+    for path, key in places:
+        at: Any = module
+        for name in path:
+            at = at._modules[name]
+        found.append(at._parameters if key in at._parameters else at._buffers)
+    return found
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
@@ -156,6 +163,20 @@ def parameters_of(module: nn.Module) -> dict[str, Any]:
 def buffers_of(module: nn.Module) -> dict[str, Any]:
     """Return the dictionary in which a module holds its own buffers."""
     return module._buffers
+
+
+def has_buffers(module: nn.Module) -> bool:
+    """Return True if a module or one in it has a buffer.
+
+    `module.buffers()` has to keep account of what it has seen, and takes four times as long.
+    """
+    pending = [module]
+    while pending:
+        one = pending.pop()
+        if one._buffers:
+            return True
+        pending += [part for part in one._modules.values() if part is not None]
+    return False
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
@@ -170,7 +191,7 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 def run_backward(
     results: Sequence[Tensor],
-    cotangents: Sequence[Tensor] | None,
+    cotangents: Sequence[Tensor],
     variables: Sequence[Tensor],
     *,
     keep: bool,
@@ -185,7 +206,7 @@ def run_backward(
 
     Args:
         results: some that require grad.
-        cotangents: of their shapes; of real scalars None stands for ones.
+        cotangents: of their shapes.
         variables: without any, the engine would write to the leaves of the graph; here it is not
             called.
         keep: whether the graph of the results is needed again.
@@ -193,10 +214,7 @@ def run_backward(
     """
     if not variables:
         return []
-    if cotangents is None and not any(one.ndim or one.is_complex() for one in results):
-        cotangents = [torch.ones_like(one) for one in results]
-    is_plain = _are_plain(map(type, results)) and not _has_function_mode()
-    if cotangents is None or not is_plain:
+    if _has_function_mode() or not _are_plain(map(type, results)):
         return torch.autograd.grad(
             results, variables, cotangents, retain_graph=keep, create_graph=again, allow_unused=True
         )

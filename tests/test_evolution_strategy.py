@@ -170,3 +170,27 @@ def test_kinds_of_numbers_may_differ(
     assert slope.dtype == of_meta
     # The relative error of an estimate of one number is sqrt(2 / 64).
     assert abs(slope.item() / 0.72 - 1) < 4 * (2 / 64) ** 0.5
+
+
+def test_a_look_and_a_failed_step_draw_nothing() -> None:
+    """Of noise: what they would draw, the next step draws."""
+
+    def make() -> mo.LevelGraph:
+        low = level("low", torch.tensor([0.1, 0.2]), lambda s, _: (s.low() - s.up()).square().sum())
+        up = level("up", torch.tensor([1.0, 2.0]), lambda s, x: (s.low() ** 3).sum() * x, data=data)
+        rule = mo.EvolutionStrategy(pairs=2)
+        return mo.LevelGraph([mo.Edge(up, low, steps=2, differentiate=rule)])
+
+    data = [torch.tensor(1.0), torch.tensor(1.0)]
+    graph, other = make(), make()
+    found = graph.hypergradient("up", after_steps=True)
+    torch.testing.assert_close(found, other.hypergradient("up", after_steps=True), rtol=0, atol=0)
+    before = graph.state_dict()["draws"]
+    data[0].fill_(torch.nan)
+    with pytest.raises(mo.NonFiniteError):
+        graph.step()
+    assert graph.state_dict()["draws"] == before
+    data[0].fill_(1.0)
+    graph.step()
+    other.step()
+    assert torch.equal(graph.params("up")["value"], other.params("up")["value"])

@@ -299,23 +299,36 @@ def test_what_is_compiled_as_one_function_and_what_is_not() -> None:
     assert not tower(3, [2, 2], [mo.Backprop(), CG], data, [1]).plan.is_one_function
 
 
-def solved_in_one_step(outer: Any, inner: Any, **options: Any) -> mo.LevelGraph:
+def solved_in_one_step(outer: Any, inner: Any, is_shared: bool) -> mo.LevelGraph:
     """Return three levels of numbers, the lower two of which one step solves.
+
+    The lowest one is below the middle one, and below the top one too if it is shared.
 
     c*(m, u) = .7 m + u^2. The total loss above it, (m - sin u)^2 / 2 + c* u, has the curvature 1,
     and the minimum m*(u) = sin u - .7 u.
     """
-    u = level("u", 0.5, lambda s, _: s.m() ** 2)
+    u = level("u", 0.5, lambda s, _: s.m() ** 2 + (0 * s.c() if is_shared else 0))
     m = level("m", 0.0, lambda s, _: (s.m() - s.u().sin()) ** 2 / 2 + s.c() * s.u(), 1.0)
-    c = level("c", 0.0, lambda s, _: (s.c() - 0.7 * s.m() - s.u() ** 2) ** 2 / 2, 1.0)
-    return mo.LevelGraph(
-        [mo.Edge(u, m, steps=2, differentiate=outer), mo.Edge(m, c, differentiate=inner)], **options
+    # a shared one is where its first step would lead
+    c = level(
+        "c",
+        0.25 if is_shared else 0.0,
+        lambda s, _: (s.c() - 0.7 * s.m() - s.u() ** 2) ** 2 / 2,
+        1.0,
     )
+    edges = [
+        mo.Edge(u, m, steps=1 if is_shared else 2, differentiate=outer),
+        mo.Edge(m, c, differentiate=inner),
+    ]
+    return mo.LevelGraph([*edges, mo.Edge(u, c, differentiate=inner)] if is_shared else edges)
 
 
 @pytest.mark.parametrize("inner", [mo.Backprop(), *RULES], ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("outer", RULES, ids=lambda rule: type(rule).__name__)
-def test_a_rule_that_looks_around_sees_the_levels_below_move(outer: Any, inner: Any) -> None:
+@pytest.mark.parametrize("is_shared", [False, True], ids=["inside", "shared"])
+def test_a_rule_that_looks_around_sees_the_levels_below_move(
+    outer: Any, inner: Any, is_shared: bool
+) -> None:
     """All losses are quadratic in what is minimised, so that every rule is exact.
 
     A difference whose two sides saw the lowest level where it is would lose its response.
@@ -326,7 +339,7 @@ def test_a_rule_that_looks_around_sees_the_levels_below_move(outer: Any, inner: 
         inner = mo.Penalty(lr=1.0, steps=3)
     u = torch.tensor(0.5, requires_grad=True)
     (expected,) = torch.autograd.grad((u.sin() - 0.7 * u) ** 2, u)
-    graph = solved_in_one_step(outer, inner)
+    graph = solved_in_one_step(outer, inner, is_shared)
     assert_close(graph.hypergradient("u", after_steps=True)["value"], expected, 1e-8)
     graph.step()
     assert_close(graph.state_dict()["levels"]["u"]["params"]["value"], u - 0.1 * expected, 1e-8)

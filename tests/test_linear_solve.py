@@ -485,3 +485,18 @@ def test_what_has_no_solution() -> None:
     with pytest.raises(ValueError, match="NystromCG: the operator must be positive semidefinite"):
         mo.NystromCG()(lambda x: -x, torch.ones(3))
     assert vmap(lambda b: mo.NystromCG()(lambda x: -x, b).value)(torch.ones(2, 3)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("damping", [1e-2, 1e-6, 1e-8, 1e-12])
+@pytest.mark.parametrize("rank", [3, 9])
+def test_nystrom_with_all_columns_is_exact_at_any_damping(
+    rank: int, damping: float, dtype: torch.dtype
+) -> None:
+    """1 / damping multiplies what is left outside of the columns: nothing, not even rounding."""
+    root = torch.tensor([[2.0, 0.3, 0.0], [0.0, 1.0, 0.5], [0.1, 0.0, 1.5]], dtype=dtype)
+    matrix, b = root @ root.T, torch.tensor([1.0, 2.0, 3.0], dtype=dtype)
+    found = mo.Nystrom(rank=rank, damping=damping)(lambda v: matrix @ v, b).value
+    expected = torch.linalg.solve(matrix + damping * torch.eye(3, dtype=dtype), b)
+    tolerance = 100 * torch.finfo(dtype).eps  # the condition number is 12
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)

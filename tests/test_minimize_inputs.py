@@ -5,6 +5,7 @@ An error names the likely mistake.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import metaopt as mo
-from optimizers import SGD, Adam
+from optimizers import SGD, Adam, ClipNorm
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -225,3 +226,91 @@ def test_a_window_that_forgets_the_start_never_answers_zero(memory: Any) -> None
     # what else the loop depends on is differentiated as before
     (found,) = torch.autograd.grad(out.params.sum(), lr)
     assert_close(found, torch.tensor(2 * 0.8**3 * 2 * 0.8 * -2), 1e-14)
+
+
+# What an optimizer of one's own reaches
+
+HIDDEN = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+
+class ReadsGlobal(mo.Optimizer):
+    def slots(self, params: Any) -> Any:
+        return {}
+
+    def update(self, grads: Any, params: Any, slots: Any, hyper: Any, step: Any) -> Any:
+        return [-HIDDEN * grad for grad in grads], slots
+
+
+class ReadsItem(ReadsGlobal):
+    def __init__(self, rate: Tensor) -> None:
+        super().__init__()
+        self.settings = {"rate": rate}
+
+    def update(self, grads: Any, params: Any, slots: Any, hyper: Any, step: Any) -> Any:
+        return [-self.settings["rate"] * grad for grad in grads], slots
+
+
+class Ramp(mo.Schedule):
+    def forward(self, state: Any, *, step: Any, loss: Any, grads: Any) -> Any:
+        return HIDDEN * step, state
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (ReadsGlobal, "HIDDEN"),
+        (lambda: ReadsItem(HIDDEN), "settings.rate|HIDDEN|a tensor"),
+        (lambda: SGD(Ramp()), "HIDDEN"),
+        (lambda: ClipNorm(1.0, ReadsGlobal()), "HIDDEN"),
+    ],
+    ids=["global", "item", "schedule", "inside a transform"],
+)
+@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Backprop("steps"), mo.T1T2()], ids=str)
+def test_what_an_optimizer_reaches_beside_its_own_is_refused(
+    make: Any, name: str, rule: Any
+) -> None:
+    """It would be differentiated by some rules, and silently not by others."""
+    meta = torch.tensor(1.0, requires_grad=True)
+    with pytest.raises(ValueError, match=f"the optimizer reaches .*({name}).*nn.Parameter"):
+        mo.minimize(
+            lambda w, _, meta: (w - meta).square().sum(),
+            make(),
+            torch.zeros(2),
+            None,
+            steps=2,
+            meta=meta,
+            differentiate=rule,
+        )
+
+
+@pytest.mark.parametrize("wrong", [mo.Backprop, "backprop", mo.ConjugateGradient(), None])
+def test_differentiate_must_be_a_rule(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"`differentiate` must be a rule, got .*`Backprop\(\)`"):
+        mo.minimize(
+            lambda w, _: w.sum(), SGD(0.1), torch.zeros(2), None, steps=1, differentiate=wrong
+        )
+
+
+@pytest.mark.parametrize("what", ["params", "meta", "batch"])
+@pytest.mark.parametrize(
+    "rule", [mo.ForwardMode(), mo.Backprop("steps", hvp="forward"), mo.T1T2()], ids=str
+)
+def test_expanded_tensors(what: str, rule: Any) -> None:
+    """Whose entries share one place in memory, where forward mode writes."""
+
+    def slope(expand: Callable[[Tensor], Tensor]) -> Tensor:
+        number = torch.tensor(0.5, requires_grad=True)
+        given = {name: torch.ones(2) * number for name in ("params", "meta", "batch")}
+        given[what] = expand(number)
+        end = mo.minimize(
+            lambda w, x, meta: (w - x * meta).square().sum() + w.pow(4).sum(),
+            SGD(0.1),
+            given["params"],
+            given["batch"],
+            steps=2,
+            meta=given["meta"],
+            differentiate=rule,
+        ).params
+        return torch.autograd.grad(end.sum(), number)[0]
+
+    assert_close(slope(lambda x: x.expand(2)), slope(lambda x: x.expand(2).clone()), 1e-12)

@@ -5,6 +5,7 @@ Its derivatives, protocol, compilation, errors.
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from collections.abc import Callable
@@ -520,3 +521,50 @@ def test_a_cotangent_of_zero_gives_zero(rule: Any) -> None:
     assert second.isfinite()
     (third,) = torch.autograd.grad(second, c, allow_unused=True)
     assert third is None or third.isfinite()
+
+
+RULES_THAT_LOOK_AGAIN = {
+    "steps": mo.Backprop("steps"),
+    "Revolve": mo.Backprop(mo.Revolve(1)),
+    "ForwardMode": mo.ForwardMode(),
+    "T1T2": mo.T1T2(),
+    "FiniteDifference": mo.FiniteDifference(),
+    "SAMA": mo.SAMA(),
+    "Implicit": mo.Implicit(mo.ConjugateGradient(max_steps=3)),
+    "Penalty": mo.Penalty(steps=3),
+    "EvolutionStrategy": mo.EvolutionStrategy(pairs=4),
+}
+
+
+@pytest.mark.parametrize("rule", RULES_THAT_LOOK_AGAIN)
+@pytest.mark.parametrize("inside", [False, True], ids=["the loop", "a loop in its loss"])
+@float64
+def test_a_model_may_be_in_another_mode_on_the_way_back(rule: str, inside: bool) -> None:
+    """`minimize`, `model.eval()`, a validation loss, `backward`: what is differentiated has run."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+    net, x, y = mo.functional(model), 2 * torch.randn(8, 3) + 1, torch.randn(8, 1)
+
+    def loss(params: Any, _: None, meta: Tensor) -> Tensor:
+        start = params
+        if inside:
+            params = mo.minimize(fit, SGD(0.1), params, None, steps=1).params
+        return fit(params, None) + meta * sum(p.square().sum() for p in start.values())
+
+    def fit(params: Any, _: None) -> Tensor:
+        return (net(params, x) - y).square().mean()
+
+    def slope(*, is_left: bool) -> Tensor:
+        torch.manual_seed(1)
+        meta = torch.tensor(0.1, requires_grad=True)
+        how = copy.deepcopy(RULES_THAT_LOOK_AGAIN[rule])
+        model.train()
+        end = mo.minimize(
+            loss, SGD(0.1), net.params, None, steps=2, meta=meta, differentiate=how
+        ).params
+        model.train(not is_left)
+        (found,) = torch.autograd.grad(sum(p.square().sum() for p in end.values()), meta)
+        assert all(layer.training != is_left for layer in model)
+        return found
+
+    assert_close(slope(is_left=True), slope(is_left=False), 1e-10)

@@ -253,16 +253,18 @@ def test_version() -> None:
     assert internals.version("text") == 0
 
 
-def test_tensors_of() -> None:
-    """What is written there is what the module computes with, also a tensor of another kind."""
+def test_holders_of() -> None:
+    """What is written there is what the model computes with, also a tensor of another kind."""
     model = nn.Sequential(nn.BatchNorm1d(2))
-    members = internals.tensors_of(model, ["0"], "weight")
+    places = [(("0",), "weight"), (("0",), "running_mean"), (("0",), "gone"), ((), "gone")]
+    members, buffers, *others = internals.holders_of(model, places)
     assert members["weight"] is model[0].weight
     members["weight"] = 7 * ONES
     assert torch.equal(model[0].weight, 7 * ONES)
-    buffers = internals.tensors_of(model, ["0"], "running_mean")
     assert buffers["running_mean"] is model[0].running_mean
-    assert "gone" not in internals.tensors_of(model, ["0"], "gone")
+    assert not any("gone" in other for other in others)
+    with pytest.raises(KeyError):
+        internals.holders_of(model, [(("1",), "weight")])
 
 
 def test_parameters_of() -> None:
@@ -273,6 +275,15 @@ def test_parameters_of() -> None:
 def test_buffers_of() -> None:
     layer = nn.BatchNorm1d(2)
     assert internals.buffers_of(layer).keys() == dict(layer.named_buffers()).keys()
+
+
+def test_has_buffers() -> None:
+    """Also of one that is registered later; a place without a module is passed over."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU()))
+    model.register_module("empty", None)
+    assert not internals.has_buffers(model)
+    model[1][0].register_buffer("later", ONES)
+    assert internals.has_buffers(model)
 
 
 def test_has_forward_hooks() -> None:
@@ -350,7 +361,7 @@ def test_run_backward_of_several_results(mode: Any) -> None:
         found = internals.run_backward(results, bars, [x, y], keep=False, again=False)
     assert torch.equal(found[0], 2 * x + 6)
     assert torch.equal(found[1], torch.tensor(6.0))
-    assert internals.run_backward([x.sum()], None, [], keep=False, again=False) == []
+    assert internals.run_backward([x.sum()], ONES[:1], [], keep=False, again=False) == []
     assert x.grad is None
     # their cotangents are those of a `vmap`
     results = [x**3]
@@ -365,7 +376,9 @@ def test_run_backward(again: bool) -> None:
     modes = (nullcontext(), torch.device("cpu"))  # the second one is a function mode
     for value, mode in itertools.product(((x**3).sum(), (x**3).sum().reshape(1)), modes):
         with mode:
-            slope, none = internals.run_backward([value], None, [x, unused], keep=True, again=again)
+            slope, none = internals.run_backward(
+                [value], [torch.ones_like(value)], [x, unused], keep=True, again=again
+            )
         assert none is None
         assert torch.equal(slope, 3 * x**2)
         assert slope.requires_grad == again

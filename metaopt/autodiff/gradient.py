@@ -54,7 +54,7 @@ def gradient(
         and (all(leaf.requires_grad for leaf in leaves) or goes_beyond(value))
     )
     found: Tree = slopes_of_scalar(value, variables, again=goes_on, keep=again and is_constant)
-    if not allow_unused and any(grad is None for grad in found):
+    if not allow_unused and type(None) in map(type, found):
         known = zip(found, leaves, strict=True)
         found = [
             torch.zeros_like(leaf, requires_grad=goes_on) if grad is None else grad

@@ -91,7 +91,12 @@ def slopes_of_scalar(
     """Return the derivatives of a scalar, None where it does not depend on a variable."""
     if not value.requires_grad:
         return [None] * len(variables)
-    return run_backward([value], None, variables, keep=keep or again, again=again)
+    if value.ndim or value.is_complex():  # torch's error, or its word for one entry
+        return torch.autograd.grad(
+            value, variables, retain_graph=keep or again, create_graph=again, allow_unused=True
+        )
+    one = (torch.ones_like(value),)
+    return run_backward((value,), one, variables, keep=keep or again, again=again)
 
 
 def cut(values: Tree, leaves: Sequence[Tensor]) -> Tree:

@@ -178,10 +178,11 @@ def fill_none(bars: Tree, wanted: Tree) -> Tree:
     """Return the cotangents with None in each part of what is wanted for which None stands."""
     if isinstance(wanted, dict):
         return {key: fill_none(bars and bars.get(key), part) for key, part in wanted.items()}
-    if isinstance(wanted, tuple) and bars is None:
-        return tuple(fill_none(None, part) for part in wanted)
     if isinstance(wanted, tuple):
-        return tuple(fill_none(bar, part) for bar, part in zip(bars, wanted, strict=True))
+        each = [None] * len(wanted) if bars is None else bars
+        parts = [fill_none(bar, part) for bar, part in zip(each, wanted, strict=True)]
+        make: Any = getattr(type(wanted), "_make", tuple)  # of a named tuple
+        return make(parts)
     return bars
 
 

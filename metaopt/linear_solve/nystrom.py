@@ -62,9 +62,9 @@ class Nystrom(LinearSolver):
         inside = torch.linalg.solve(
             M + rho * torch.eye(rank, dtype=b.dtype, device=b.device), projected
         )
-        # What Q does not span, projected out twice: once leaves rounding, which would be divided by
-        # rho, and where Q spans all nothing else.
-        outside = b - Q @ projected
-        outside = outside - Q @ (Q.T @ outside)
-        x = Q @ inside + outside / rho
+        x = Q @ inside
+        if rank < n:
+            # What Q does not span, projected out twice: once leaves rounding, divided by rho then.
+            outside = b - Q @ projected
+            x = x + (outside - Q @ (Q.T @ outside)) / rho
         return x, tree.norm(b - operator(x)), torch.ones_like(b[0], dtype=torch.int64)
