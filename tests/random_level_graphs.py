@@ -425,18 +425,24 @@ class Simulation:
         state: Any,
         position: Any,
         history: Any,
-        at_point: bool,
+        place: str,
     ) -> Any:
-        """Return (T(w), states below, average) after the levels below have moved."""
+        """Return (T(w), states below, average) after the levels below have moved.
+
+        At the "end" of steps, those whose rule looks at a point stay. "around" it, where differences
+        are taken, they step, and those that are shared step again.
+        """
         scene, below = {**scene, name: w, f"{name}.ema": state["ema"]}, state["below"]
         if self.order.shared[name]:
-            scene = self.replayed(name, w, scene, history)
+            scene = self.replayed(name, w, scene, history, place)
         if below:
-            scene, below, *_ = self.turn(name, scene, below, position, at_point)
+            scene, below, *_ = self.turn(name, scene, below, position, place == "end")
         loss, ema = self.own(name, scene, position)
         return loss, below, ema
 
-    def replayed(self, name: str, w: Tensor, scene: Scene, history: list[Event]) -> Scene:
+    def replayed(
+        self, name: str, w: Tensor, scene: Scene, history: list[Event], place: str
+    ) -> Scene:
         """Let what the level shares move again as it did since its last step, as functions of w."""
         shared = self.order.shared[name]
         last = max((i for i, event in enumerate(history) if event.level == name), default=-1)
@@ -452,7 +458,7 @@ class Simulation:
                 **self.shown({other: here[other] for other in shared}, deep=False),
                 name: w,
             }
-            is_point = isinstance(self.above[event.level].rule, POINT)
+            is_point = isinstance(self.above[event.level].rule, POINT) and place != "around"
             stand = {**here, event.level: event.after} if is_point else here
             state = self.advance(
                 name,
@@ -524,7 +530,7 @@ class Simulation:
         with torch.enable_grad():
             w = w if w.requires_grad else w.clone().requires_grad_()
             at = w.clone()  # so that the gradient is the derivative in this place alone
-            loss, below, ema = self.total(name, at, scene, state, position, history, False)
+            loss, below, ema = self.total(name, at, scene, state, position, history, "steps")
             (grad,) = torch.autograd.grad(loss, at, create_graph=True, allow_unused=True)
             grad = torch.zeros_like(at) if grad is None else grad
             new, memory = spec.move(
@@ -543,12 +549,14 @@ class Simulation:
         )
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
+        place = "around" if isinstance(rule, mo.FiniteDifference | mo.SAMA) else "end"
+
         def total(w: Tensor, tensors: list[Tensor]) -> Tensor:
             filled = list(leaves)
             for i, tensor in zip(places, tensors, strict=True):
                 filled[i] = tensor
             seen, events = pytree.tree_unflatten(filled, structure)
-            return self.total(name, w, seen, end, position, events, True)[0]
+            return self.total(name, w, seen, end, position, events, place)[0]
 
         def move(grad: Tensor, w: Tensor) -> Tensor:
             return (
@@ -588,8 +596,9 @@ class Simulation:
         """Return that of a level that shares none."""
         state = self.state(name, self.states)
         w = state["w"].clone().requires_grad_()
+        place = "steps" if after_steps else "end"
         loss, *_ = self.total(
-            name, w, self.shown(self.states), state, dict(self.position), [], not after_steps
+            name, w, self.shown(self.states), state, dict(self.position), [], place
         )
         (grad,) = torch.autograd.grad(loss, w, allow_unused=True)
         return torch.zeros_like(w) if grad is None else grad

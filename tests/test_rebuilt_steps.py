@@ -209,7 +209,7 @@ class Other(Secret):
 Other.__name__ = Other.__qualname__ = "Secret"
 
 
-@pytest.mark.parametrize("end_at", [9, 15])
+@pytest.mark.parametrize("end_at", [10, 16])
 def test_what_settings_do_not_show_is_seen_by_the_step_made_again(
     end_at: int, tmp_path: Path
 ) -> None:

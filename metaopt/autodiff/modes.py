@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
+import torch
 from torch import nn
 
 Modes = Mapping[nn.Module, bool]  # module -> its `training`
@@ -20,9 +21,16 @@ def note_modes(model: nn.Module) -> None:
         noted |= {module: module.training for module in model.modules()}
 
 
+def noting_modes() -> AbstractContextManager[dict[nn.Module, bool]]:
+    """While entered, note the modes of all models that run: those at their first call.
+
+    Not in a compiler, which cannot trace that, and compiles for one mode.
+    """
+    return nullcontext({}) if torch.compiler.is_compiling() else _noting()
+
+
 @contextmanager
-def noting_modes() -> Iterator[dict[nn.Module, bool]]:
-    """While entered, note the modes of all models that run: those at their first call."""
+def _noting() -> Iterator[dict[nn.Module, bool]]:
     noted: dict[nn.Module, bool] = {}
     token = _NOTED.set(noted)
     try:

@@ -79,7 +79,9 @@ class PointRule(Rule):
         is_stream = isinstance(loop.batches, Stream)
         given = loop.given() if is_stream else None
         loop = loop.starting_from(given) if given is not None else loop
-        result, loop = _run(loop)
+        before = _random_state(loop)
+        result = run(loop)
+        loop = _after_run(loop, before)
         end = End(result.params, result.state, last_row(loop.batches))
         winds_back = loop.is_random and not torch.compiler.is_compiling()
         ambient = Ambient.now(tree.leaves((loop.inputs, *end))) if winds_back else None
@@ -103,7 +105,9 @@ class PointRule(Rule):
     def attach(self, loop: InnerLoop) -> Result:
         """Run without a graph; `pull_back` is the derivative of the last parameters."""
         with noting_modes() as modes:
-            result, loop = _run(loop)
+            before = _random_state(loop)
+            result = run(loop)
+            loop = _after_run(loop, before)
         end = End(result.params, result.state, last_row(loop.batches))
         return result._replace(params=self.attach_at(loop, end, modes))
 
@@ -147,17 +151,23 @@ class PointRule(Rule):
         }
 
 
-def _run(loop: InnerLoop) -> tuple[Result, InnerLoop]:
-    """Return the loop's result, and the loop, of which it is known now whether it is random.
+def _random_state(loop: InnerLoop) -> Ambient | None:
+    """Return the random state, if it matters whether the loop draws from it; else None.
 
-    It is asked where that matters: a compiler cannot wind random numbers back.
+    So it does before a compiler, which cannot wind random numbers back.
     """
-    if not (loop.compile and loop.is_random and loop.steps != 0) or torch.compiler.is_compiling():
-        return run(loop), loop
-    devices = {leaf.device for leaf in tree.leaves((loop.inputs, loop.params))}
-    before = Ambient.of_generators(devices)
-    result = run(loop)
-    return result, replace(loop, is_random=not before.draws_as(Ambient.of_generators(devices)))
+    if not (loop.compile and loop.is_random) or loop.steps == 0 or torch.compiler.is_compiling():
+        return None
+    leaves = tree.leaves((loop.inputs, loop.params))
+    return Ambient.of_generators({leaf.device for leaf in leaves if isinstance(leaf, Tensor)})
+
+
+def _after_run(loop: InnerLoop, before: Ambient | None) -> InnerLoop:
+    """Return the loop, of which it is known now whether it draws random numbers."""
+    if before is None:
+        return loop
+    after = _random_state(loop)
+    return replace(loop, is_random=after is None or not before.draws_as(after))
 
 
 def _pull_back(rule: PointRule, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read) -> Read:
