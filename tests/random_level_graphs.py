@@ -429,8 +429,8 @@ class Simulation:
     ) -> Any:
         """Return (T(w), states below, average) after the levels below have moved.
 
-        At the "end" of steps, those whose rule looks at a point stay. "around" it, where differences
-        are taken, they step, and those that are shared step again.
+        At the "end" of steps, those whose rule looks at a point stay. "around" it, where
+        differences are taken, they step, and those that are shared step again.
         """
         scene, below = {**scene, name: w, f"{name}.ema": state["ema"]}, state["below"]
         if self.order.shared[name]:

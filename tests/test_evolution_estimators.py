@@ -271,11 +271,11 @@ ROWS = [
 @float64
 @pytest.mark.parametrize(("objective", "horizon", "window", "truth"), ROWS)
 def test_pes_and_nres_are_unbiased(objective: Any, horizon: int, window: int, truth: int) -> None:
-    """Within four standard errors, which are below a fiftieth of the truth."""
+    """Within four standard errors, which are below a thirtieth of the truth."""
     for kind in (mo.PES, mo.NRES):
-        estimator = kind(0.1, 4000, window=window, objective=objective)
+        estimator = kind(0.1, 2000, window=window, objective=objective)
         mean, error = mean_of(estimator, horizon, 12)
-        assert error < truth / 50
+        assert error < truth / 30
         assert abs(mean - truth) < 4 * error, kind.__name__
 
 
@@ -330,11 +330,11 @@ def loss_after_500_steps(estimator: Any, updates: int) -> float:
 @float64
 def test_influence_balancing() -> None:
     """The loss starts at 8; short windows without memory of what theta did lead away from 0."""
-    assert loss_after_500_steps(mo.NRES(0.1, 500, window=1, stagger=False), 1000) < 1e-3
-    assert loss_after_500_steps(mo.PES(0.1, 500, window=1, stagger=False), 300) < 0.5
+    assert loss_after_500_steps(mo.NRES(0.1, 200, window=1, stagger=False), 700) < 0.05
+    assert loss_after_500_steps(mo.PES(0.1, 200, window=1, stagger=False), 250) < 1
     short = mo.TruncatedBackprop(2, 1, mo.Backprop())  # a loss before a step, and one after it
-    assert loss_after_500_steps(short, 300) > 8.5
-    assert loss_after_500_steps(mo.TruncatedES(0.1, 100, window=2), 300) > 8.5
+    assert loss_after_500_steps(short, 150) > 8.2
+    assert loss_after_500_steps(mo.TruncatedES(0.1, 50, window=2, stagger=False), 150) > 8.2
 
 
 # In training

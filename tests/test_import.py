@@ -49,17 +49,30 @@ def test_it_takes_hardly_longer_than_torch() -> None:
 
 
 def test_what_is_imported_on_demand_is_there() -> None:
-    """Module or name first, in a program that has imported none of it."""
+    """Module or name first, in a program that has imported none of it: a fork with torch alone."""
+    cases = []
     for module, names in metaopt.ON_DEMAND.items():
         asked = [f"metaopt.{name} is metaopt.{module}.{name}" for name in names] or [
             f"metaopt.{module}"
         ]
         for order in (f"metaopt.{module}", f"metaopt.{(*names, module)[0]}"):
-            run(
+            cases.append(
                 f"import metaopt; assert not {{{module!r}, *{names}}} - set(dir(metaopt)); "
                 f"{order}; assert {' and '.join(asked)}"
             )
         assert set(names) <= set(metaopt.__all__)
+    program = f"""
+import os, sys, torch
+for case in {cases!r}:
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        exec(case)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, case
+    print(case)
+"""
+    assert run(program).splitlines() == cases
     with pytest.raises(AttributeError, match="module 'metaopt' has no attribute 'Levl'"):
         _ = metaopt.Levl
 
