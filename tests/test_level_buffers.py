@@ -33,6 +33,17 @@ class Averaged(nn.Module):
         return self.value
 
 
+class Filled(Averaged):
+    """The same with an average that begins at w, as a constant, when it is called first."""
+
+    def forward(self) -> Tensor:
+        if self.calls > 0:
+            return super().forward()
+        self.ema = self.value.detach().clone()
+        self.calls.add_(1)
+        return self.value
+
+
 def low_loss(w: Tensor, ema: Tensor | None, v: Tensor, x: Tensor) -> Tensor:
     """Return a loss of the lower level, which pulls w towards its average if it is given."""
     loss = (torch.sin(w) - v * x).square().sum() + 0.1 * (w * w * v).sum()
@@ -53,6 +64,7 @@ def problem(
     steps: int = 3,
     accumulate: int = 1,
     copies: int | None = None,
+    model: type[Averaged] = Averaged,
     **edge: Any,
 ) -> mo.LevelGraph:
     above, itself = READERS[reader]
@@ -73,7 +85,7 @@ def problem(
 
     start = batches(2, 3)
     low = mo.Level(
-        "low", Averaged(start[0]), of_low, SGD(LR), data=rows, accumulate=accumulate, copies=copies
+        "low", model(start[0]), of_low, SGD(LR), data=rows, accumulate=accumulate, copies=copies
     )
     up = level("up", start[1], of_up, 0.1, data=tests)
     return mo.LevelGraph([mo.Edge(up, low, steps=steps, differentiate=rule, **edge)])
@@ -139,10 +151,17 @@ def test_a_loss_that_depends_on_an_average_of_weights(
         graph.step()
 
 
+@pytest.mark.parametrize("model", [Averaged, Filled])
+@pytest.mark.parametrize("rule", [mo.Backprop(), mo.Backprop("steps")], ids=["full", "steps"])
+@pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("reader", READERS)
-def test_the_derivative_is_that_of_differences(reader: str) -> None:
-    graph = problem(reader, mo.Backprop())
-    graph.step()
+def test_the_derivative_is_that_of_differences(
+    reader: str, steps: int, rule: Any, model: type[Averaged]
+) -> None:
+    """Also if the buffer moves from the second step on alone."""
+    graph = problem(reader, rule, model=model)
+    for _ in range(steps):
+        graph.step()
     found, at = graph.hypergradient("up")["value"], graph.params("up")["value"]
     for i in range(3):
         e = torch.zeros_like(at)
@@ -246,11 +265,12 @@ def test_rules_that_look_at_a_point_refuse_a_buffer_whose_derivative_they_would_
         graph_of(rules, reads)
 
 
-def test_an_own_average_is_refused_too() -> None:
+@pytest.mark.parametrize("model", [Averaged, Filled])
+def test_an_own_average_is_refused_too(model: type[Averaged]) -> None:
     with pytest.raises(
         ValueError, match="up -> low: the loss of 'low' depends on the buffer 'ema' of 'low'"
     ):
-        problem("itself", CG)
+        problem("itself", CG, model=model)
 
 
 @pytest.mark.parametrize(

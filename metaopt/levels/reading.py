@@ -14,7 +14,7 @@ from metaopt._functional import Functional
 from metaopt.closure import find_hidden, name_tracked
 from metaopt.exact_ops import Watching, needs_care
 from metaopt.levels.level import Level
-from metaopt.levels.scope import Scene, evaluate
+from metaopt.levels.scope import Scene, Shown, evaluate
 from metaopt.transforms import is_tracked
 from metaopt.tree import Tree
 
@@ -84,7 +84,8 @@ def read(
 ) -> Reading:
     """Evaluate the level's loss once, at the present values of all models, and note what it reads.
 
-    The global random state is put back. Cost: two forward passes and a backward pass.
+    The global random state is put back. Cost: two forward passes and a backward pass; one more of
+    each where the level has buffers, whose first step may differ from later ones.
 
     Args:
         level: the level.
@@ -127,6 +128,20 @@ def read(
             )
         moves = {key: _find_sources(buffer, leaves) for key, buffer in after["buffers"].items()}
         sources = _find_sources(loss, leaves)
+        if moves:
+            # A buffer may be filled by the first step, and depend on something from the second on.
+            own = {
+                key: buffer.detach().requires_grad_((level.name, key) in buffers)
+                for key, buffer in after["buffers"].items()
+            }
+            leaves |= {pair: own[pair[1]] for pair in buffers if pair[0] == level.name}
+            shown: Shown = {"params": at[level.name]["params"], "buffers": own}
+            loss, after = call({**at, level.name: shown}, noted=names)
+            sources |= _find_sources(loss, leaves)
+            moves = {
+                key: pairs | _find_sources(after["buffers"][key], leaves)
+                for key, pairs in moves.items()
+            }
     return Reading(
         levels=frozenset(names - {level.name}),
         params=sources - frozenset(buffers),
