@@ -32,7 +32,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Config:
-    """Train a learned optimizer by backpropagation through its own unrolled training runs."""
+    """Train a learned optimizer on its own training runs, by backpropagation or evolution."""
 
     optimizer: Literal["mlp", "lstm"] = "mlp"
     """Per-parameter MLP, or coordinatewise LSTM."""
@@ -40,12 +40,17 @@ class Config:
     """What it is trained on."""
     horizon: int | None = None
     """Inner steps per episode; by default the task's own."""
+    estimator: Literal["backprop", "es", "pes", "nres"] = "backprop"
+    """How the meta-gradient is estimated."""
     window: int | None = None
-    """The number of steps in a window of truncated backpropagation; by default whole episodes."""
+    """The number of steps in a window of truncated backpropagation, PES or NRES; by default whole
+    episodes for the first, and 20 for the others."""
+    std: float = 0.01
+    """Standard deviation of the noise of ES, PES and NRES."""
     second_order: bool = False
     """Differentiate through the inner gradients too."""
     batch: int = 8
-    """Episodes per outer step."""
+    """Episodes per outer step, or pairs of episodes."""
     hidden_size: int | None = None
     """Width of the learned optimizer; by default its own."""
     steps: int = 140
@@ -65,6 +70,7 @@ class Config:
         for name in (
             "horizon",
             "window",
+            "std",
             "batch",
             "hidden_size",
             "steps",
@@ -77,18 +83,25 @@ class Config:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
 
 
+def make_estimator(config: Config) -> mo.Estimator:
+    if config.estimator == "es":
+        return mo.ES(config.std, config.batch)
+    if config.estimator != "backprop":
+        kind = mo.PES if config.estimator == "pes" else mo.NRES
+        return kind(config.std, config.batch, window=config.window or 20)
+    rule = mo.Backprop() if config.second_order else mo.FirstOrder()
+    if config.window is None:
+        return mo.FullUnroll(config.batch, rule)
+    return mo.TruncatedBackprop(config.window, config.batch, rule)
+
+
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
     family, horizon = TASKS[config.task]
     horizon = horizon if config.horizon is None else config.horizon
     width = {} if config.hidden_size is None else {"hidden_size": config.hidden_size}
     optimizer = OPTIMIZERS[config.optimizer](**width, seed=config.seed)
-    rule = mo.Backprop() if config.second_order else mo.FirstOrder()
-    estimator = (
-        mo.FullUnroll(config.batch, rule)
-        if config.window is None
-        else mo.TruncatedBackprop(config.window, config.batch, rule)
-    )
+    estimator = make_estimator(config)
     outer = Adam(lr=Cosine(config.outer_lr, config.steps, final=config.outer_lr / 10))
     training = mo.MetaTraining(
         optimizer, family, estimator=estimator, outer=outer, horizon=horizon, seed=config.seed

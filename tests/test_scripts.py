@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,31 @@ def test_a_truncated_lstm_on_quadratics(tmp_path) -> None:
         )
     )
     assert mo.Optimizer.load(tmp_path / "weights.safetensors").hidden_size == 5
+
+
+@pytest.mark.parametrize("estimator", ["es", "pes", "nres"])
+def test_training_by_evolution(estimator: Any, tmp_path: Path, capsys: Any) -> None:
+    import train_optimizer
+
+    config = train_optimizer.Config(
+        task="quadratics",
+        estimator=estimator,
+        std=0.02,
+        horizon=6,
+        window=4,
+        steps=3,
+        batch=2,
+        hidden_size=4,
+        validate_every=1,
+        out=tmp_path,
+    )
+    made = train_optimizer.make_estimator(config)
+    kind, window = {"es": (mo.ES, 6), "pes": (mo.PES, 4), "nres": (mo.NRES, 4)}[estimator]
+    assert type(made) is kind
+    assert (made.std, made.pairs, made.window_of(6)) == (0.02, 2, window)
+    train_optimizer.main(config)
+    assert "mean validation loss" in capsys.readouterr().out
+    assert MLPOptimizer.load(tmp_path / "weights.safetensors").hidden_size == 4
 
 
 def test_train_schedule(tmp_path, capsys) -> None:
