@@ -258,6 +258,47 @@ def test_cotangents_of_another_structure_are_refused() -> None:
         torch.autograd.grad(end, metas)
 
 
+@pytest.mark.parametrize("kind", ["nothing", "no part", "no inputs", "empty", "no meta", "a part"])
+def test_none_in_what_a_point_rule_pulls_back(kind: str) -> None:
+    """In `minimize` and in a graph, for all, for the inputs, or for one of them."""
+
+    class Answers(PointRule):
+        def pull_back(self, loop: InnerLoop, end: End, cotangent: Any, wanted: Read) -> Any:
+            exact, statistics = mo.T1T2().pull_back(loop, end, cotangent, wanted)
+            given: dict[str, Any] = {
+                "nothing": None,
+                "no part": (None, None),
+                "no inputs": (None, exact[1]),
+                "empty": ({}, None),
+                "no meta": ({**exact[0], "meta": None}, exact[1]),
+                "a part": ({"meta": exact[0]["meta"]}, None),
+            }
+            return given[kind], statistics
+
+    meta = torch.tensor(2.0, requires_grad=True)
+    end = mo.minimize(
+        lambda w, _, meta: (w - meta) ** 2,
+        SGD(0.1),
+        torch.tensor(0.0),
+        None,
+        steps=2,
+        meta=meta,
+        differentiate=Answers(),
+    ).params
+    (found,) = torch.autograd.grad(end, meta, allow_unused=True)
+    assert found == (2.0 if kind == "a part" else None)  # [d_meta grad_w L]' v, the sign turned
+    if kind == "a part":
+        expected = graph(mo.T1T2()).hypergradient("top")
+        assert_close(graph(Answers()).hypergradient("top"), expected, 1e-12)
+    else:  # what is left is the direct derivative
+        own, alone = graph(Answers()), graph(mo.T1T2())
+        values = {key: value.clone().requires_grad_() for key, value in alone.params("top").items()}
+        low = alone.params("low")["value"]
+        loss = coupled(values["value"], [], [low], batches(2, 1)[0])
+        (direct,) = torch.autograd.grad(loss, [*values.values()])
+        assert_close(own.hypergradient("top")["value"], direct, 1e-12)
+
+
 def test_a_rule_may_hand_on_the_vjp_of_another() -> None:
     """Of a point rule too, which answers None for the optimizer, the parameters and the state."""
 

@@ -181,13 +181,14 @@ def _pull_back(rule: PointRule, loop: InnerLoop, end: End, cotangent: Tree, want
     def pull_back(inputs: Inputs, end: End, cotangent: Tree) -> Read:
         return rule.pull_back(replace(loop, inputs=inputs), end, cotangent, wanted)[0]
 
-    return compile_whole(pull_back)(loop.inputs, end, cotangent)  # type: ignore[no-any-return]
+    return fill_none(compile_whole(pull_back)(loop.inputs, end, cotangent), wanted)  # type: ignore[no-any-return]
 
 
 def fill_none(bars: Tree, wanted: Tree) -> Tree:
     """Return the cotangents with None in each part of what is wanted for which None stands."""
     if isinstance(wanted, dict):
-        return {key: fill_none(bars and bars.get(key), part) for key, part in wanted.items()}
+        each = {} if bars is None else bars
+        return {key: fill_none(each.get(key), part) for key, part in wanted.items()}
     if isinstance(wanted, tuple):
         each = [None] * len(wanted) if bars is None else bars
         parts = [fill_none(bar, part) for bar, part in zip(each, wanted, strict=True)]
