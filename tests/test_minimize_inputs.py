@@ -5,6 +5,7 @@ An error names the likely mistake.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -314,3 +315,34 @@ def test_expanded_tensors(what: str, rule: Any) -> None:
         return torch.autograd.grad(end.sum(), number)[0]
 
     assert_close(slope(lambda x: x.expand(2)), slope(lambda x: x.expand(2).clone()), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "rule", [mo.Backprop("steps"), mo.Backprop(mo.Revolve(1)), mo.FirstOrder("steps")], ids=str
+)
+def test_a_batched_tensor_in_a_closure_is_named_where_it_cannot_be(rule: Any) -> None:
+    """Torch ends in an assertion about itself."""
+    x, metas = torch.randn(4, 2), torch.randn(4)
+
+    def value(x: Tensor, meta: Tensor, *, is_passed: bool) -> Tensor:
+        def loss(w: Tensor, batch: Any, meta: Tensor) -> Tensor:
+            return (w - meta * (batch if is_passed else x)).square().sum()
+
+        end = mo.minimize(
+            loss,
+            SGD(0.1),
+            torch.zeros(2),
+            x if is_passed else None,
+            steps=3,
+            meta=meta,
+            differentiate=rule,
+        ).params
+        return end.square().sum()
+
+    def slopes(*, is_passed: bool) -> Tensor:
+        each = torch.func.vmap(functools.partial(value, is_passed=is_passed))
+        return torch.func.grad(lambda metas: each(x, metas).sum())(metas)
+
+    assert slopes(is_passed=True).isfinite().all()
+    with pytest.raises(ValueError, match=r"through a closure\. Pass it as `batches` or `meta`"):
+        slopes(is_passed=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
-from metaopt._functional import Functional
+from metaopt._functional import Functional, Params
 from metaopt.closure import find_hidden, name_tracked
 from metaopt.exact_ops import Watching, needs_care
 from metaopt.levels.level import Level
@@ -130,18 +130,12 @@ def read(
         sources = _find_sources(loss, leaves)
         if moves:
             # A buffer may be filled by the first step, and depend on something from the second on.
-            own = {
-                key: buffer.detach().requires_grad_((level.name, key) in buffers)
-                for key, buffer in after["buffers"].items()
-            }
-            leaves |= {pair: own[pair[1]] for pair in buffers if pair[0] == level.name}
+            own = _begin_again(level.name, after["buffers"], buffers, leaves)
             shown: Shown = {"params": at[level.name]["params"], "buffers": own}
             loss, after = call({**at, level.name: shown}, noted=names)
             sources |= _find_sources(loss, leaves)
-            moves = {
-                key: pairs | _find_sources(after["buffers"][key], leaves)
-                for key, pairs in moves.items()
-            }
+            for key, buffer in after["buffers"].items():
+                moves[key] |= _find_sources(buffer, leaves)
     return Reading(
         levels=frozenset(names - {level.name}),
         params=sources - frozenset(buffers),
@@ -172,6 +166,17 @@ def _make_scene(
         }
         for name, net in nets.items()
     }
+
+
+def _begin_again(
+    level: str, values: Params, buffers: Collection[Pair], leaves: dict[Pair, Tensor]
+) -> Params:
+    """Return a level's buffers as fresh tensors; put those that are variables into `leaves`."""
+    own = {
+        key: value.detach().requires_grad_((level, key) in buffers) for key, value in values.items()
+    }
+    leaves |= {(level, key): own[key] for name, key in buffers if name == level}
+    return own
 
 
 def _find_sources(value: Tensor, leaves: Mapping[Pair, Tensor]) -> frozenset[Pair]:

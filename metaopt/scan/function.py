@@ -51,7 +51,16 @@ def run_differentiably(
     """
     arguments = (given, recorded or ())
     call = Call(loop, tree.nones(arguments), length, disk, modes)
-    outputs = ScanFunction.apply(call, *tree.leaves(arguments))  # type: ignore[no-untyped-call]
+    try:
+        outputs = ScanFunction.apply(call, *tree.leaves(arguments))  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "batched == nullptr" not in str(error):
+            raise
+        raise ValueError(
+            "A loop whose steps are rebuilt on the way back must be given all that `vmap` batches, "
+            "but its loss or optimizer reaches such a tensor by itself, through a closure. Pass it "
+            'as `batches` or `meta`, or use memory="full".'
+        ) from error
     result: ScanResult = tree.with_leaves(call.results[0], outputs)
     return result
 
