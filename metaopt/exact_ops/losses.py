@@ -21,18 +21,22 @@ def _mse_loss(
     weight: Any = None,
 ) -> Tensor:
     """Return the mean, the sum or all of (input - target)^2, in float32 at least, as the kernel."""
-    is_plain = all(value is None for value in (size_average, reduce, weight))
+    is_plain = size_average is None and reduce is None and weight is None
     if not is_plain or reduction not in ("mean", "sum", "none") or input.shape != target.shape:
         return F.mse_loss(input, target, size_average, reduce, reduction, **_given(weight))
     dtype = torch.promote_types(input.dtype, target.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    squares = (input.to(wide) - target.to(wide)).square()
+    if not input.dtype == target.dtype == wide:
+        input, target = input.to(wide), target.to(wide)
+    squares = (input - target).square()
     match reduction:
         case "mean":
             squares = squares.mean()
         case "sum":
             squares = squares.sum()
-    return squares if torch.is_autocast_enabled(input.device.type) else squares.to(dtype)
+    if dtype == wide or torch.is_autocast_enabled(input.device.type):
+        return squares
+    return squares.to(dtype)
 
 
 def _huber_loss(
