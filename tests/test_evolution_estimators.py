@@ -139,7 +139,9 @@ class ByHand:
         return (Regression().loss(half["w"], last) - before) * self.windows
 
     def estimate(self) -> list[dict[str, Tensor]]:
-        return [self.estimate_one(i, pair) for i, pair in enumerate(self.pairs)] and self.finish()
+        for i, pair in enumerate(self.pairs):
+            self.estimate_one(i, pair)
+        return self.finish()
 
     def estimate_one(self, i: int, pair: dict[str, Any]) -> None:
         kind = type(self.estimator).__name__
@@ -283,9 +285,8 @@ def test_pes_and_nres_are_unbiased(objective: Any, horizon: int, window: int, tr
 def test_es_is_unbiased_and_truncated_es_is_not() -> None:
     mean, error = mean_of(mo.ES(0.1, 2000), 12, 12)
     assert abs(mean - 66) < 4 * error < 10
-    # Within each window of 5, 5 and 7 from where it starts: 10 + 10 + 21.
     mean, error = mean_of(mo.TruncatedES(0.1, 2000, window=5), 12, 12)
-    assert abs(mean - 21) < 4 * error < 4  # 10 + 10 + 1, where 66 is the truth
+    assert abs(mean - 21) < 4 * error < 4  # 10 + 10 + 1 in windows of 5, 5 and 2; the truth is 66
     mean, _ = mean_of(mo.TruncatedES(0.1, 2000, window=1), 12, 2)
     assert mean == 0  # a loss before a step does not depend on it
 

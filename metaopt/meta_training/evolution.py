@@ -111,10 +111,6 @@ class ES(EvolutionEstimator):
         Salimans et al. 2017, arXiv:1703.03864, section 2; antithetic pairs section 2.1.
     """
 
-    def window_of(self, horizon: int) -> int:
-        """Return the whole episode."""
-        return horizon
-
 
 @dataclass(frozen=True)
 class Windowed(EvolutionEstimator):
@@ -198,7 +194,7 @@ class PES(Windowed):
 
     Cost:
         2 windows per pair, forward only. The noise of an episode so far is made again at each
-        estimate. Variance grows with the number of windows in an episode; with `NRES` it does not.
+        estimate; `NRES` has no such sum.
 
     Reference:
         Vicol, Metz, Sohl-Dickstein 2021, arXiv:2112.13835, algorithm 2.
