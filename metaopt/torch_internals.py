@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "COMPILED_CALL",
     "JVP",
+    "VMAP",
     "NormWithStatistics",
     "allow_hooks",
     "buffers_of",
@@ -89,7 +90,7 @@ weight_norm = torch._weight_norm
 COMPILED_CALL = "_compiled_call_impl"
 
 # The kind of transform that `torch.func.jvp` is.
-JVP = _functorch.TransformType.Jvp
+JVP, VMAP = _functorch.TransformType.Jvp, _functorch.TransformType.Vmap
 
 # Of a tensor at a level of `torch.func`: is it one, is the level a `vmap`, which level, the tensor
 # that the level holds, and the same if the level is over. torch.func has no public way to ask.

@@ -99,6 +99,19 @@ def is_unrecorded() -> bool:
     )
 
 
+def is_forward_only() -> bool:
+    """Return True if nothing records derivatives; a batch of `vmap` may be under way.
+
+    There is then no graph, no forward mode, no other transform and no compiler.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch_internals.uses_dual_numbers()
+        and all(level.key() == torch_internals.VMAP for level in torch_internals.transforms())
+    )
+
+
 def is_inside_jvp() -> bool:
     """Return True if `torch.func.jvp` is active."""
     return any(level.key() == torch_internals.JVP for level in torch_internals.transforms())

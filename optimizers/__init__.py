@@ -16,7 +16,7 @@ from .adam import Adam, AdamW
 from .adamax import Adamax
 from .asgd import ASGD
 from .equals import register_equals
-from .learned import LSTMOptimizer, MLPOptimizer
+from .learned import ControlledMLP, LSTMOptimizer, MLPOptimizer
 from .lion import Lion
 from .muon import Muon
 from .nadam import NAdam
@@ -66,6 +66,7 @@ __all__ = [
     "ClipNorm",
     "ClipValue",
     "Constant",
+    "ControlledMLP",
     "Cosine",
     "DecoupledWeightDecay",
     "Exponential",

@@ -1,6 +1,7 @@
 """Learned optimizers: networks, shared over all coordinates, whose output is the update."""
 
+from .controlled_mlp import ControlledMLP
 from .lstm import LSTMOptimizer
 from .mlp import MLPOptimizer
 
-__all__ = ["LSTMOptimizer", "MLPOptimizer"]
+__all__ = ["ControlledMLP", "LSTMOptimizer", "MLPOptimizer"]

@@ -1,0 +1,91 @@
+"""The step of `ControlledMLP` in one pass of C++, for runs that nobody differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_double, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.native import load_native
+from metaopt.optimizer import Slots
+from metaopt.transforms import is_forward_only, unwrap
+
+SOURCE = Path(__file__).with_suffix("").with_name("controlled_mlp.cpp")
+MEMORY = ("momenta", "square", "rows", "columns", "losses")
+
+
+def is_usable(flat: Tensor) -> bool:
+    """Return True if the kernel may compute with tensors like this one."""
+    plain = unwrap(flat)
+    return (
+        plain.dtype == torch.float32
+        and plain.device.type == "cpu"
+        and type(plain) is Tensor
+        and is_forward_only()
+        and load_native(SOURCE) is not None
+    )
+
+
+def step(
+    sizes: Sequence[tuple[int, int, int]],
+    steps: float,
+    theta: Tensor,
+    grad: Tensor,
+    param: Tensor,
+    slots: Slots,
+    scalars: Tensor,
+) -> tuple[Tensor, Slots]:
+    """Return (update, next memory).
+
+    Args:
+        sizes: (rows, columns, has one axis at most) of each tensor.
+        steps: T.
+        theta: all weights, [289].
+        grad: the gradients of all tensors, one behind the other, [n].
+        param: the parameters, likewise.
+        slots: the memory.
+        scalars: (loss, step from 0, rate).
+    """
+    shapes = [number for size in sizes for number in size]
+    arrays = [theta, grad, param, *(slots[name] for name in MEMORY), scalars]
+    update, *after = _step([x[None] for x in arrays], shapes, steps)
+    return update[0], {name: x[0] for name, x in zip(MEMORY, after, strict=True)}
+
+
+@torch.library.custom_op("metaopt::controlled_step", mutates_args=())
+def _step(arrays: list[Tensor], shapes: list[int], steps: float) -> list[Tensor]:
+    """Return [update, *next memory]; all arrays have a leading axis, the batch."""
+    library = load_native(SOURCE)
+    assert library is not None  # `is_usable` has asked
+    arrays = [x.contiguous() for x in arrays]
+    _, grad, _, *memory, _ = arrays
+    written = [torch.empty_like(x) for x in (grad, *memory)]
+    (batch, count), rows, columns = grad.shape, memory[2].shape[1], memory[3].shape[1]
+    of_shapes = (c_int64 * len(shapes))(*shapes)
+    library.controlled_step(
+        c_int64(batch),
+        c_int64(len(shapes) // 3),
+        of_shapes,
+        c_double(steps),
+        *map(c_int64, (count, rows, columns)),
+        *(c_void_p(x.data_ptr()) for x in (*arrays, *written)),
+    )
+    return written
+
+
+@_step.register_vmap
+def _batched(
+    info: Any, in_dims: Any, arrays: list[Tensor], shapes: list[int], steps: float
+) -> tuple[list[Tensor], list[int]]:
+    """Join the axis that vmap adds with the batch."""
+    size: int = info.batch_size
+    moved = [
+        x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(arrays, in_dims[0], strict=True)
+    ]
+    written = _step([x.reshape(-1, *x.shape[2:]) for x in moved], shapes, steps)
+    return [x.view(size, -1, *x.shape[1:]) for x in written], [0] * len(written)
