@@ -19,10 +19,18 @@ from pathlib import Path
 import torch
 
 # not -ffast-math: it makes the whole process round tiny numbers to zero, and takes nan for absent
-FLAGS = (
-    "-std=c++17 -O3 -shared -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math "
-    "-fno-signed-zeros -fassociative-math -freciprocal-math"
-).split()
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+    "-freciprocal-math",
+]
 LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 
 

@@ -167,7 +167,7 @@ def observed_rates(optimizer: SGD, family: mo.TaskFamily, horizon: int, seeds: i
 
     tasks = sample_tasks(family, torch.Generator().manual_seed(TEST_SEED), seeds, horizon)
     with torch.no_grad():
-        return vmap(run)(*tasks)
+        return vmap(run)(tasks.params, tasks.batches)
 
 
 def plot(report: mo.Report, rates: dict[str, Tensor], path: Path) -> None:

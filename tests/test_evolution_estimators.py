@@ -134,7 +134,7 @@ class ByHand:
         last = mo.tree.index(pair["task"].batches, -1)
         before = Regression().loss(half["w"], last)
         losses = self.run(theta, half, pair["task"], start, stop)
-        if self.estimator.objective == "mean":
+        if self.estimator.objective == mo.MeanLoss():
             return losses.sum() * self.windows / self.horizon
         return (Regression().loss(half["w"], last) - before) * self.windows
 
@@ -185,12 +185,14 @@ def learnable() -> mo.Optimizer:
 
 
 @float64
-@pytest.mark.parametrize("objective", ["mean", "last"])
+@pytest.mark.parametrize("objective", [mo.MeanLoss(), mo.LastLoss()], ids=repr)
 @pytest.mark.parametrize(
     "kind", [mo.ES, mo.TruncatedES, mo.PES, mo.NRES], ids=lambda kind: kind.__name__
 )
 @pytest.mark.parametrize("window", [1, 3, 7, 10])
-def test_an_estimate_is_what_the_formula_says(kind: Any, window: int, objective: str) -> None:
+def test_an_estimate_is_what_the_formula_says(
+    kind: Any, window: int, objective: mo.Objective
+) -> None:
     """Over several episodes of 7 steps, whose last windows are shorter; pair by pair."""
     of_window: dict[str, Any] = {} if kind is mo.ES else {"window": window}
     for stagger, chunk in itertools.product([True, False], [None, 2]):
@@ -252,21 +254,21 @@ def mean_of(estimator: Any, horizon: int, cycles: int) -> tuple[float, float]:
         state = estimate.state
         multipliers = estimate.multipliers.of(torch.arange(estimator.pairs))["theta"]
         found.append(estimate.slopes * multipliers)
-    scale = horizon if estimator.objective == "mean" else 1
+    scale = horizon if estimator.objective == mo.MeanLoss() else 1
     by_pair = scale * torch.stack(found)[windows:].mean(0)
     return by_pair.mean().item(), by_pair.std().item() / estimator.pairs**0.5
 
 
 ROWS = [
-    ("mean", 21, 5, 210),  # sum_{t < 21} t
-    ("mean", 21, 7, 210),
-    ("mean", 21, 1, 210),
-    ("mean", 8, 20, 28),
-    ("last", 20, 5, 20),
-    ("mean", 12, 1, 66),
-    ("mean", 12, 5, 66),
-    ("mean", 12, 12, 66),
-    ("mean", 12, 30, 66),
+    (mo.MeanLoss(), 21, 5, 210),  # sum_{t < 21} t
+    (mo.MeanLoss(), 21, 7, 210),
+    (mo.MeanLoss(), 21, 1, 210),
+    (mo.MeanLoss(), 8, 20, 28),
+    (mo.LastLoss(), 20, 5, 20),
+    (mo.MeanLoss(), 12, 1, 66),
+    (mo.MeanLoss(), 12, 5, 66),
+    (mo.MeanLoss(), 12, 12, 66),
+    (mo.MeanLoss(), 12, 30, 66),
 ]
 
 
@@ -425,7 +427,7 @@ def test_training_goes_on_where_it_was(chunk: int | None) -> None:
         mo.ES(0.02, 16),
         mo.PES(0.02, 16, window=10),
         mo.NRES(0.02, 16, window=10, rank=2),
-        mo.NRES(0.02, 16, window=10, objective="last"),
+        mo.NRES(0.02, 16, window=10, objective=mo.LastLoss()),
     ],
     ids=["ES", "PES", "NRES, rank 2", "NRES, last"],
 )
@@ -460,11 +462,13 @@ def test_a_learned_optimizer_is_trained(estimator: Any) -> None:
         (lambda: mo.PES(0.1, stagger=3), r"PES: `stagger` must be True or False, got 3"),
         (lambda: mo.ES(0.1, rank=0), r"ES: `rank` must be a positive integer or None, got 0"),
         (lambda: mo.ES(0.1, chunk_size=-1), r"ES: `chunk_size` must be a positive integer or None"),
-        (lambda: mo.ES(0.1, objective="best"), r"ES: `objective` must be .*mean.*last.*'best'"),
+        (lambda: mo.ES(0.1, objective="best"), r"ES: `objective` must be .*MeanLoss.*"),
     ],
 )
 def test_bad_arguments(make: Any, message: str) -> None:
-    with pytest.raises(ValueError if "stagger" not in message else TypeError, match=message):
+    with pytest.raises(
+        TypeError if "stagger" in message or "objective" in message else ValueError, match=message
+    ):
         make()
 
 
@@ -472,5 +476,6 @@ def test_they_are_values() -> None:
     assert mo.PES(0.1, window=5) == mo.PES(0.1, window=5)
     assert mo.PES(0.1, window=5) != mo.NRES(0.1, window=5)
     assert repr(mo.ES(0.1)) == (
-        "ES(std=0.1, pairs=8, objective='mean', rank=None, chunk_size=None)"
+        "ES(std=0.1, pairs=8, objective=MeanLoss(relative=None, late=1.0), rank=None, "
+        "chunk_size=None)"
     )

@@ -115,7 +115,7 @@ def test_windows_go_on_where_they_stopped_and_start_afresh_at_the_horizon() -> N
     tasks = sample_tasks(family, torch.Generator().manual_seed(5), 2, horizon)
     full = torch.stack(
         [
-            mo.minimize(family.loss, optimizer, *mo.tree.index(tuple(tasks), i)).losses
+            mo.minimize(family.loss, optimizer, *mo.tree.index(tuple(tasks)[:2], i)).losses
             for i in range(2)
         ]
     ).detach()

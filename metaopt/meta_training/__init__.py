@@ -4,7 +4,16 @@ from metaopt.meta_training.backprop import FullUnroll, TruncatedBackprop
 from metaopt.meta_training.estimate import Estimate, Estimator, Gradients
 from metaopt.meta_training.evaluation import Report, evaluate, tune
 from metaopt.meta_training.evolution import ES, NRES, PES, TruncatedES
+from metaopt.meta_training.groups import Families, Groups
 from metaopt.meta_training.meta_training import MetaTraining
+from metaopt.meta_training.objective import (
+    LastLoss,
+    MeanLoss,
+    Objective,
+    Relative,
+    ValidationLoss,
+    Window,
+)
 from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
 
 __all__ = [
@@ -13,14 +22,22 @@ __all__ = [
     "PES",
     "Estimate",
     "Estimator",
+    "Families",
     "FullUnroll",
     "Gradients",
+    "Groups",
+    "LastLoss",
+    "MeanLoss",
     "MetaTraining",
+    "Objective",
+    "Relative",
     "Report",
     "Task",
     "TaskFamily",
     "TruncatedBackprop",
     "TruncatedES",
+    "ValidationLoss",
+    "Window",
     "evaluate",
     "sample_tasks",
     "tune",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,11 +19,14 @@ from metaopt.batching import prefers_loop
 from metaopt.checks import check_count
 from metaopt.differentiate import FirstOrder, Rule
 from metaopt.meta_training.estimate import Gradients
-from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
+from metaopt.meta_training.objective import MeanLoss, Objective, Window, check_objective
+from metaopt.meta_training.task import TaskFamily, sample_tasks
 from metaopt.optimizer import Optimizer
 from metaopt.tree import Tree
 
-End = tuple[Tree, Any]  # parameters and state of the optimizer where an episode ends
+# where a window ends: parameters, state of the optimizer, the first loss of the episode; and the
+# mean loss
+End = tuple[tuple[Tree, Any, Tensor], Tensor]
 
 
 class _Way:
@@ -37,71 +41,46 @@ class _Way:
 
     def gradients(
         self,
-        optimizer: Optimizer,
         theta: Params,
         family: TaskFamily,
-        tasks: Task,
-        opt_states: Any,
-        rule: Rule,
+        one: Callable[..., tuple[Tensor, End]],
+        given: Tree,
     ) -> tuple[Params, Tensor, End]:
-        """Return (gradients, mean losses, end), with the leading axis of the tasks."""
-        given = (tuple(tasks), opt_states)
-        one = partial(_run_episode, optimizer, family, rule)
+        """Return (gradients, values, ends), with the leading axis of the tasks.
+
+        Args:
+            theta: the optimizer's parameters.
+            family: where the tasks are from.
+            one: (theta, what it is given) -> (value, end) of one task.
+            given: what each of the tasks is given, leaves [tasks, ...].
+        """
         batched = vmap(grad_and_value(one, has_aux=True), in_dims=(None, 0), randomness="different")
-        count = len(tree.leaves(tasks.params)[0])
+        count = len(tree.leaves(given)[0])
         # Asked once for each family: the answer costs an evaluation.
         if count > 1 and self._family is not family:
             two = tree.index(given, slice(2))
-            first = tree.index(two[0][0], 0)
+            first = tree.index(two[0], 0)
             self._loops = prefers_loop(lambda _, two: batched(theta, two), first, two)
             self._family = family
         if count > 1 and not self._loops:
-            grads, (losses, ends) = batched(theta, given)
-            return grads, losses, ends
+            grads, (values, ends) = batched(theta, given)
+            return grads, values, ends
         with torch.no_grad():  # a meta-gradient is not differentiated again
-            found = [
-                gradient(partial(one, given=tree.index(given, i)), theta) for i in range(count)
-            ]
-        grads, losses, ends = tree.stack(found)
-        return grads, losses, ends
-
-
-def _run_episode(
-    optimizer: Optimizer, family: TaskFamily, rule: Rule, theta: Params, given: Tree
-) -> tuple[Tensor, End]:
-    """Return (mean loss, end) of the optimizer with parameters theta on one task.
-
-    Args:
-        optimizer: what is trained.
-        family: where the task is from.
-        rule: how gradients pass through the steps.
-        theta: the optimizer's parameters.
-        given: ((parameters, batches) of the task, state of the optimizer).
-    """
-    (params, batches), opt_state = given
-    out = lend(
-        optimizer,
-        theta,
-        minimize,
-        family.loss,
-        optimizer,
-        params,
-        batches,
-        opt_state=opt_state,
-        differentiate=rule,
-    )
-    # Detached: what goes on into the next window is a constant there.
-    return out.losses.mean(), tree.map(torch.Tensor.detach, (out.params, out.opt_state))
+            each = [partial(one, given=tree.index(given, i)) for i in range(count)]
+            found = [gradient(task, theta) for task in each]
+        grads, values, ends = tree.stack(found)
+        return grads, values, ends
 
 
 @dataclass(frozen=True)
 class FullUnroll:
-    """g = d/dtheta 1/T sum_t L_t, backpropagated through whole episodes.
+    """g = dJ/dtheta, backpropagated through whole episodes.
 
     Args:
         tasks: number of episodes, batched by `vmap` where that is faster than one after the other,
             see `prefers_loop`.
         differentiate: how gradients pass through the inner loop.
+        objective: J: `MeanLoss()`, `LastLoss()` or `ValidationLoss()`.
 
     Cost:
         `tasks` times T inner steps, and what `differentiate` costs on top.
@@ -109,14 +88,20 @@ class FullUnroll:
 
     tasks: int = 8
     differentiate: Rule = field(default=FirstOrder())
+    objective: Objective = field(default=MeanLoss(), kw_only=True)
     _way: _Way = field(default_factory=_Way, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count(self, "tasks", self.tasks)
+        check_objective(self, self.objective)
 
     def init(self) -> None:
         """Return nothing: there is nothing to remember."""
         return None
+
+    def windows(self, horizon: int) -> int:
+        """Return 1: an estimate looks at whole episodes."""
+        return 1
 
     def __call__(
         self,
@@ -132,17 +117,19 @@ class FullUnroll:
 
 @dataclass(frozen=True)
 class TruncatedBackprop:
-    """g = d/dtheta 1/window sum of L_t over a window, the inner state at its start held constant.
+    """g = d/dtheta of a window's part of J, the inner state at its start held constant.
 
-    Episodes go on from window to window and start afresh at the horizon; the last window of an
-    episode is shorter if the horizon is not a multiple of the window. Biased towards short-sighted
-    updates, so select by validation (Wu, Ren, Liao, Grosse 2018, arXiv:1803.02021).
+    J is the mean of such parts over the windows. Episodes go on from window to window and start
+    afresh at the horizon; the last window of an episode is shorter if the horizon is not a multiple
+    of the window. Biased towards short-sighted updates, so select by validation (Wu, Ren, Liao,
+    Grosse 2018, arXiv:1803.02021).
 
     Args:
         window: steps per estimate.
         tasks: number of episodes, batched by `vmap` where that is faster than one after the other,
             see `prefers_loop`.
         differentiate: how gradients pass through a window.
+        objective: as in `FullUnroll`.
 
     Cost:
         `tasks` times `window` inner steps, and what `differentiate` costs on top.
@@ -151,18 +138,25 @@ class TruncatedBackprop:
     window: int
     tasks: int = 8
     differentiate: Rule = field(default=FirstOrder())
+    objective: Objective = field(default=MeanLoss(), kw_only=True)
     _way: _Way = field(default_factory=_Way, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count(self, "window", self.window)
         check_count(self, "tasks", self.tasks)
+        check_objective(self, self.objective)
 
     def init(self) -> None:
         """Return the state before the first episode.
 
-        Later it is a dict of tasks, optimizer states and the step.
+        Later it is a dict: "carry", (parameters, state of the optimizer, first loss), leaves
+        [tasks, ...]; "batches", "held_out" and the "step".
         """
         return None
+
+    def windows(self, horizon: int) -> int:
+        """Return the number of windows of an episode."""
+        return -(-horizon // self.window)
 
     def __call__(
         self,
@@ -178,7 +172,7 @@ class TruncatedBackprop:
 
 def _estimate(
     estimator: FullUnroll | TruncatedBackprop,
-    window: int,
+    length: int,
     optimizer: Optimizer,
     theta: Params,
     family: TaskFamily,
@@ -186,19 +180,60 @@ def _estimate(
     state: Any,
     generator: torch.Generator,
 ) -> Gradients:
-    """Estimate over the next `window` steps of the episodes in the state, or of new ones."""
+    """Estimate over the next `length` steps of the episodes in the state, or of new ones."""
     if state is None:
-        drawn = sample_tasks(family, generator, estimator.tasks, horizon)
-        opt_states = vmap(optimizer.init)(drawn.params)
-        state = {"task": tuple(drawn), "optimizer": opt_states, "step": 0}
-    tasks, opt_states, start = Task(*state["task"]), state["optimizer"], state["step"]
-    stop = min(start + window, horizon)
-    seen = Task(tasks.params, tree.map(lambda leaf: leaf[:, start:stop], tasks.batches))
-    grads, losses, (params, opt_states) = estimator._way.gradients(
-        optimizer, theta, family, seen, opt_states, estimator.differentiate
-    )
+        task = sample_tasks(family, generator, estimator.tasks, horizon)
+        first = tree.leaves(task.params)[0].new_full((estimator.tasks,), torch.nan)
+        carry = (task.params, vmap(optimizer.init)(task.params), first)
+        state = {"carry": carry, "batches": task.batches, "held_out": task.held_out, "step": 0}
+    start, batches, held_out = state["step"], state["batches"], state["held_out"]
+    stop = min(start + length, horizon)
+    rows = tree.map(lambda leaf: leaf[:, start:stop], batches)
+    last = tree.map(lambda leaf: leaf[:, -1], batches)
+    place = (start, horizon, estimator.windows(horizon))
+    one = partial(_run_window, estimator, optimizer, family, place)
+    given = (state["carry"], rows, last, held_out)
+    grads, values, (carry, losses) = estimator._way.gradients(theta, family, one, given)
     # At the horizon the next window begins new episodes.
-    after = None
-    if stop < horizon:
-        after = {"task": (params, tasks.batches), "optimizer": opt_states, "step": stop}
-    return Gradients(grads, losses, after)
+    after = None if stop == horizon else {**state, "carry": carry, "step": stop}
+    return Gradients(grads, values if estimator.objective.is_bounded else losses, after)
+
+
+def _run_window(
+    estimator: FullUnroll | TruncatedBackprop,
+    optimizer: Optimizer,
+    family: TaskFamily,
+    place: tuple[int, int, int],
+    theta: Params,
+    given: Tree,
+) -> tuple[Tensor, End]:
+    """Return (the window's part of J, end) of the optimizer with parameters theta on one task.
+
+    Args:
+        estimator: says how gradients pass through the steps, and what J is.
+        optimizer: what is trained.
+        family: where the task is from.
+        place: (index of the first step, number of steps of the episode, number of windows).
+        theta: the optimizer's parameters.
+        given: (carry, batches of the window, last batch of the episode, held-out batch).
+    """
+    (params, opt_state, first), rows, last, held_out = given
+    start, horizon, windows = place
+    out = lend(
+        optimizer,
+        theta,
+        minimize,
+        family.loss,
+        optimizer,
+        params,
+        rows,
+        opt_state=opt_state,
+        differentiate=estimator.differentiate,
+    )
+    first = first if start else out.losses[0].detach().to(first)
+    at = torch.tensor(start, device=first.device)
+    window = Window(out.losses, first, at, horizon, params, out.params, last, held_out)
+    value = windows * estimator.objective.part(window, family.loss)
+    # Detached: what goes on into the next window is a constant there.
+    carry = tree.map(torch.Tensor.detach, (out.params, out.opt_state, first))
+    return value, (carry, out.losses.mean().detach())

@@ -48,6 +48,10 @@ class Estimator(Protocol):
         """Return the state before the first estimate."""
         ...
 
+    def windows(self, horizon: int) -> int:
+        """Return the number of estimates that look at an episode of this length."""
+        ...
+
     def __call__(
         self,
         optimizer: Optimizer,

@@ -119,7 +119,7 @@ def evaluate(
             return minimize(tasks.loss, optimizer, params, batches).losses
 
         with torch.no_grad(), noise.restored():
-            found: Tensor = vmap(run, randomness="different")(*drawn)
+            found: Tensor = vmap(run, randomness="different")(drawn.params, drawn.batches)
         return found
 
     return Report({name: losses(optimizer) for name, optimizer in optimizers.items()})

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt._functional import Params
-from metaopt.checks import check_choice, check_count, check_flag, check_positive
+from metaopt.checks import check_count, check_flag, check_positive
+from metaopt.meta_training.objective import MeanLoss, Objective, check_objective
 from metaopt.meta_training.pairs import Crowd, Differences
 from metaopt.meta_training.task import TaskFamily
 from metaopt.optimizer import Optimizer
-
-Objective = Literal["mean", "last"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,14 @@ class EvolutionEstimator:
 
     std: float
     pairs: int = 8
-    objective: Objective = field(default="mean", kw_only=True)
+    objective: Objective = field(default=MeanLoss(), kw_only=True)
     rank: int | None = field(default=None, kw_only=True)
     chunk_size: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_positive(self, "std", self.std)
         check_count(self, "pairs", self.pairs)
-        check_choice(self, "objective", self.objective, ("mean", "last"))
+        check_objective(self, self.objective)
         for name in ("rank", "chunk_size"):
             if getattr(self, name) is not None:
                 check_count(self, name, getattr(self, name), or_none=True)
@@ -63,6 +62,10 @@ class EvolutionEstimator:
     def window_of(self, horizon: int) -> int:
         """Return the number of steps of one estimate."""
         return horizon
+
+    def windows(self, horizon: int) -> int:
+        """Return the number of windows of an episode."""
+        return -(-horizon // self.window_of(horizon))
 
     def places(self, horizon: int) -> Tensor:
         """Return the step at which each pair begins, [pairs]."""
@@ -96,8 +99,7 @@ class ES(EvolutionEstimator):
         std: standard deviation of the noise. Variance grows with the number of parameters; and like
             1 / std^2 where the losses are random.
         pairs: N.
-        objective: J is the "mean" of the training losses of an episode; or the loss where it ends,
-            "last", on the batch of its last step.
+        objective: J: `MeanLoss()`, `LastLoss()` or `ValidationLoss()`.
         rank: of the noise of matrices, see `Noise`; by default it is full.
         chunk_size: pairs that run at a time, by `vmap`; by default all.
 
@@ -129,12 +131,8 @@ class Windowed(EvolutionEstimator):
 
     def places(self, horizon: int) -> Tensor:
         """Return the step at which each pair begins, [pairs]: spread over the windows, if so."""
-        windows = -(-horizon // self.window_of(horizon))
-        return (
-            self.stagger
-            * self.window_of(horizon)
-            * (torch.arange(self.pairs) * windows // self.pairs)
-        )
+        place = torch.arange(self.pairs) * self.windows(horizon) // self.pairs
+        return self.stagger * self.window_of(horizon) * place
 
     def window_of(self, horizon: int) -> int:
         """Return the window, or an episode that is shorter."""
@@ -188,7 +186,7 @@ class PES(Windowed):
         pairs: N.
         window: steps per estimate.
         stagger: as in `TruncatedES`.
-        objective: as in `ES`; "last" is summed up from its changes over the windows.
+        objective: as in `ES`.
         rank: as in `ES`.
         chunk_size: as in `ES`.
 
@@ -220,7 +218,7 @@ class NRES(Windowed):
         pairs: number of pairs.
         window: steps per estimate.
         stagger: as in `TruncatedES`.
-        objective: as in `PES`.
+        objective: as in `ES`.
         rank: as in `ES`.
         chunk_size: as in `ES`.
 

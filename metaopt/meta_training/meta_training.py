@@ -9,10 +9,13 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt._functional import Params
-from metaopt.checks import check_count
+from metaopt.checks import NonFiniteError, check_count
 from metaopt.meta_training.estimate import Estimate, Estimator
+from metaopt.meta_training.groups import Families, Groups, Horizon
 from metaopt.meta_training.task import TaskFamily
-from metaopt.optimizer import Optimizer, apply_updates
+from metaopt.optimizer import Optimizer, apply_updates, with_steps
+
+MOST_LOST = 20  # steps in a row without a finite task, after which there is no hope
 
 
 class MetaTraining:
@@ -26,29 +29,33 @@ class MetaTraining:
         optimizer: what is trained, in place: a learned optimizer, or a hand-designed one with
             parameters or learned schedules.
         tasks: the tasks it is trained on.
-        estimator: `FullUnroll()`, `TruncatedBackprop(window)`, ...
+        estimator: `FullUnroll()`, `TruncatedBackprop(window)`, ...; `Groups(...)` of one of them
+            for tasks of several families.
         outer: the optimizer of theta.
-        horizon: steps per episode.
+        horizon: steps per episode; with `Groups`, also (shortest, longest). An optimizer, or
+            schedule, made with `steps=None` is told it.
         clip: largest norm of one task's meta-gradient; None for no limit.
         seed: of all randomness in training (on a GPU, apart from what a loss draws from torch's
             generator there).
 
     Raises:
-        ValueError: the optimizer has nothing to train, or a number is out of range.
+        ValueError: the optimizer has nothing to train, a number is out of range, a horizon is
+            shorter than the window of the estimator, or `tasks` or `horizon` are to be drawn
+            without `Groups`.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        tasks: TaskFamily,
+        tasks: TaskFamily | Families,
         *,
-        estimator: Estimator,
+        estimator: Estimator | Groups,
         outer: Optimizer,
-        horizon: int,
+        horizon: Horizon,
         clip: float | None = 1.0,
         seed: int = 0,
     ):
-        check_count(self, "horizon", horizon)
+        _check_plan(estimator, tasks, horizon)
         if not isinstance(outer, Optimizer):
             raise TypeError(
                 f"`outer` must be a metaopt Optimizer, got {type(outer).__name__}. For example "
@@ -67,6 +74,7 @@ class MetaTraining:
             )
         self.outer_state = outer.init(self._theta())
         self.estimator_state = estimator.init()
+        self._lost = 0  # steps in a row in which no task was good
 
     def step(self) -> dict[str, float | Tensor]:
         """Make one outer step.
@@ -74,6 +82,9 @@ class MetaTraining:
         Returns:
             The mean loss of its tasks, the norm of the meta-gradient, and the number of tasks left
             out.
+
+        Raises:
+            NonFiniteError: no task was good in this and many steps before.
         """
         theta = self._theta()
         estimate = self._estimate(theta)
@@ -87,6 +98,15 @@ class MetaTraining:
         loss = estimate.losses[good].mean()
         if good.any():
             self._update(grads, theta, loss)
+        self._lost = 0 if good.any() else self._lost + 1
+        if self._lost == MOST_LOST:
+            raise NonFiniteError(
+                "MetaTraining",
+                int(self.outer_state["step"]),
+                float(estimate.losses.mean()),
+                unit="outer step",
+                what=f"loss of every task, in each of {MOST_LOST} outer steps",
+            )
         self.estimator_state = estimate.state
         return {
             "loss": loss,
@@ -101,11 +121,12 @@ class MetaTraining:
         # What a loss draws from torch's own generator, dropout for example.
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+            optimizer, steps = self.optimizer, self.horizon
             return self.estimator(
-                self.optimizer,
+                with_steps(optimizer, steps) if isinstance(steps, int) else optimizer,
                 theta,
-                self.tasks,
-                self.horizon,
+                self.tasks,  # type: ignore[arg-type]  # likewise
+                steps,  # type: ignore[arg-type]  # checked: a pair is for `Groups`
                 self.estimator_state,
                 self.generator,
             )
@@ -138,3 +159,32 @@ class MetaTraining:
             for name, value in self.optimizer.named_parameters()
             if value.requires_grad
         }
+
+
+def _check_plan(estimator: Any, tasks: Any, horizon: Any) -> None:
+    """Raise ValueError if estimator, tasks and horizon do not go together."""
+    drawn = [
+        name
+        for name, is_drawn in (
+            ("tasks", not hasattr(tasks, "sample")),
+            ("horizon", isinstance(horizon, tuple)),
+        )
+        if is_drawn
+    ]
+    if drawn and not isinstance(estimator, Groups):
+        raise ValueError(
+            f"`{drawn[0]}` is drawn anew for each group of tasks, got {type(estimator).__name__} "
+            f"without groups. Write `estimator=Groups({type(estimator).__name__}(...))`."
+        )
+    low, high = horizon if isinstance(horizon, tuple) else (horizon, horizon)
+    for steps in (low, high):
+        check_count(None, "horizon", steps)
+    if low > high:
+        raise ValueError(f"`horizon` must be (shortest, longest), got {horizon}.")
+    own = estimator.estimator if isinstance(estimator, Groups) else estimator
+    window = getattr(own, "window", None)
+    if window is not None and window > low:
+        raise ValueError(
+            f"The horizon {low} is shorter than the window of {window} steps. Take window={low}, "
+            "or an estimator of whole episodes, `FullUnroll` or `ES`."
+        )

@@ -16,6 +16,7 @@ from metaopt import tree
 from metaopt._functional import Params, lend
 from metaopt._minimize import minimize
 from metaopt.meta_training.noise import Noise
+from metaopt.meta_training.objective import Window
 from metaopt.meta_training.task import TaskFamily, sample_tasks
 from metaopt.optimizer import Optimizer
 from metaopt.tree import Tree
@@ -34,7 +35,7 @@ class Differences:
     time.
 
     Attributes:
-        losses: the mean training loss of each pair, [pairs].
+        losses: the mean training loss of each pair, [pairs]; of a relative objective, its value.
         slopes: [pairs].
         norms: |g_i|, [pairs].
         state: the estimator's next state.
@@ -105,8 +106,8 @@ class Crowd:
 
     Its state is a dict: "seed" of the noise; "count", the number of the next estimate; for each
     pair "step", that of its episode, and "start", the estimate with which that began, [pairs];
-    "carry", (parameters, state of the optimizer) of both halves, leaves [pairs, 2, ...]; and
-    "batches", leaves [pairs, horizon, ...].
+    "carry", (parameters, state of the optimizer, first loss) of both halves, leaves
+    [pairs, 2, ...]; "batches", leaves [pairs, horizon, ...]; and "held_out", leaves [pairs, ...].
     """
 
     estimator: EvolutionEstimator
@@ -119,14 +120,14 @@ class Crowd:
     def begin(self) -> dict[str, Any]:
         """Return the state before the first estimate, where theta has taken the pairs."""
         seed = int(torch.randint(2**62, (), generator=self.generator))
-        carry, batches = self._draw(self.estimator.pairs)
+        carry, batches, held_out = self._draw(self.estimator.pairs)
         places = self.estimator.places(self.horizon)
         numbers = torch.arange(len(places))
         for before, place in itertools.pairwise(places.unique().tolist()):
             pairs = numbers[places >= place]
             first = torch.full_like(pairs, before)
             rows = _rows(batches, pairs, first, place - before)
-            carry = _put(carry, pairs, self._run_theta(_take(carry, pairs), rows))
+            carry = _put(carry, pairs, self._run_theta(_take(carry, pairs), rows, first))
         start = torch.zeros_like(places)
         return {
             "seed": seed,
@@ -135,6 +136,7 @@ class Crowd:
             "start": start,
             "carry": carry,
             "batches": batches,
+            "held_out": held_out,
         }
 
     def estimate(self, state: dict[str, Any]) -> Differences:
@@ -151,11 +153,12 @@ class Crowd:
             rows = _rows(state["batches"], pairs, step[pairs], int(lengths[pairs[0]]))
             before = _take(carry, pairs)
             last_rows = _rows(state["batches"], pairs, torch.full_like(pairs, self.horizon - 1), 1)
+            judged = tree.map(lambda leaf: leaf[:, 0], last_rows), _take(state["held_out"], pairs)
             after, values, means = self._run_halves(
-                noise(in_force[pairs], pairs), before, rows, last_rows
+                noise(in_force[pairs], pairs), before, rows, step[pairs], judged
             )
             if not estimator.halves_go_on:
-                after = self._run_theta(before, rows)
+                after = self._run_theta(before, rows, step[pairs])
             carry = _put(carry, pairs, after)
             slopes[pairs] = (values[:, 0] - values[:, 1]).to(slopes) / (2 * estimator.std**2)
             losses[pairs] = means.mean(1).to(losses)
@@ -170,65 +173,69 @@ class Crowd:
         """Draw new tasks for the pairs whose episode is over."""
         pairs = is_over.nonzero()[:, 0]
         if len(pairs):
-            carry, batches = self._draw(len(pairs))
+            carry, batches, held_out = self._draw(len(pairs))
             state = {
                 **state,
                 "step": state["step"].masked_fill(is_over, 0),
                 "start": state["start"].masked_fill(is_over, state["count"]),
                 "carry": _put(state["carry"], pairs, carry),
                 "batches": _put(state["batches"], pairs, batches),
+                "held_out": _put(state["held_out"], pairs, held_out),
             }
         return state
 
-    def _draw(self, count: int) -> tuple[Tree, Tree]:
-        """Return (carry, batches) of new tasks."""
-        params, batches = sample_tasks(self.family, self.generator, count, self.horizon)
-        carry = (params, vmap(self.optimizer.init)(params))
-        return tree.map(_twice, carry), batches
+    def _draw(self, count: int) -> tuple[Tree, Tree, Tree]:
+        """Return (carry, batches, held-out batches) of new tasks."""
+        task = sample_tasks(self.family, self.generator, count, self.horizon)
+        first = torch.full((count,), torch.nan, device=tree.leaves(task.params)[0].device)
+        carry = (task.params, vmap(self.optimizer.init)(task.params), first)
+        return tree.map(_twice, carry), task.batches, task.held_out
 
     def _run_halves(
-        self, epsilon: Params, carry: Tree, rows: Tree, last_rows: Tree
+        self, epsilon: Params, carry: Tree, rows: Tree, start: Tensor, judged: Tree
     ) -> tuple[Tree, Tensor, Tensor]:
         """Return (carry afterwards, J, mean loss), all [pairs, 2, ...], for theta +- epsilon."""
 
-        def pair(epsilon: Params, carry: Tree, rows: Tree, last_row: Tree) -> Tree:
+        def pair(epsilon: Params, carry: Tree, rows: Tree, start: Tensor, judged: Tree) -> Tree:
             both = {
                 name: torch.stack([at + epsilon[name], at - epsilon[name]])
                 for name, at in self.theta.items()
             }
-            half = partial(self._run, rows=rows, last_row=last_row)
+            half = partial(self._run, rows=rows, start=start, judged=judged)
             return vmap(half, randomness="same")(both, carry)
 
-        return vmap(pair, randomness="different")(epsilon, carry, rows, last_rows)  # type: ignore[no-any-return]
+        given = (epsilon, carry, rows, start.to(tree.leaves(carry)[0].device), judged)
+        return vmap(pair, randomness="different")(*given)  # type: ignore[no-any-return]
 
-    def _run_theta(self, carry: Tree, rows: Tree) -> Tree:
+    def _run_theta(self, carry: Tree, rows: Tree, start: Tensor) -> Tree:
         """Return the carry of pairs, both of whose halves go where theta leads the first."""
 
-        def one(carry: Tree, rows: Tree) -> Tree:
-            return self._run(self.theta, carry, rows, None)[0]
+        def one(carry: Tree, rows: Tree, start: Tensor) -> Tree:
+            return self._run(self.theta, carry, rows, start, None)[0]
 
         firsts = tree.map(lambda leaf: leaf[:, 0], carry)
-        return tree.map(_twice, vmap(one, randomness="different")(firsts, rows))
+        start = start.to(firsts[2].device)
+        return tree.map(_twice, vmap(one, randomness="different")(firsts, rows, start))
 
     def _run(
-        self, theta: Params, carry: Tree, rows: Tree, last_row: Tree
+        self, theta: Params, carry: Tree, rows: Tree, start: Tensor, judged: Tree
     ) -> tuple[Tree, Tensor, Tensor]:
         """Return (carry afterwards, the window's part of J, mean loss) of one half.
 
         J is the mean over windows of such parts.
         """
-        params, state = carry
-        loss = self.family.loss
+        params, state, first = carry
+        loss, objective = self.family.loss, self.estimator.objective
         out = lend(
             self.optimizer, theta, minimize, loss, self.optimizer, params, rows, opt_state=state
         )
-        windows = -(-self.horizon // self.estimator.window_of(self.horizon))
-        if last_row is None or self.estimator.objective == "mean":
-            value = out.losses.sum() * (windows / self.horizon)
-        else:
-            batch = tree.index(last_row, 0)
-            value = windows * (loss(out.params, batch) - loss(params, batch))
-        return (out.params, out.opt_state), value, out.losses.mean()
+        first = torch.where(start == 0, out.losses[0].to(first), first)
+        after = (out.params, out.opt_state, first)
+        if judged is None:
+            return after, first, first
+        window = Window(out.losses, first, start, self.horizon, params, out.params, *judged)
+        value = self.estimator.windows(self.horizon) * objective.part(window, loss)
+        return after, value, value if objective.is_bounded else out.losses.mean()
 
 
 def _alike(lengths: Tensor, chunk: int) -> Iterator[Tensor]:

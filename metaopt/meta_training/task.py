@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,10 +13,17 @@ from metaopt.tree import Tree
 
 
 class Task(NamedTuple):
-    """One inner problem: initial parameters, and a batch for every step (leading axis time)."""
+    """One inner problem.
+
+    Attributes:
+        params: initial parameters.
+        batches: a batch for every step, leading axis time.
+        held_out: a batch that no step sees, on which the result may be judged; () for none.
+    """
 
     params: Tree
     batches: Tree
+    held_out: Tree = ()
 
 
 class TaskFamily(Protocol):
@@ -44,4 +52,20 @@ def sample_tasks(family: TaskFamily, generator: torch.Generator, count: int, ste
             f"for each step, got {lengths} (-1: no rows). For the same batch at every step, "
             "`expand` it."
         )
+    _check_alike(family, drawn)
     return Task(*tree.stack([tuple(task) for task in drawn]))
+
+
+def _check_alike(family: TaskFamily, drawn: list[Task]) -> None:
+    """Raise ValueError if tasks of a family have different shapes."""
+    first = [(name, leaf.shape) for name, leaf in tree.named_leaves(tuple(drawn[0]))]
+    for task in drawn[1:]:
+        other = [(name, leaf.shape) for name, leaf in tree.named_leaves(tuple(task))]
+        if other != first:
+            pairs = itertools.zip_longest(first, other, fillvalue=("nothing", ()))
+            (name, shape), (_, found) = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ValueError(
+                f"{type(family).__name__}: the tasks of a family must have the same shapes, to be "
+                f"batched, got {tuple(shape)} and {tuple(found)} at {name}. Make a family for each "
+                "shape, and draw from several with `Mixture`."
+            )

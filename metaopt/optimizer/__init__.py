@@ -8,6 +8,7 @@ from __future__ import annotations
 from metaopt.optimizer.apply import apply_update, apply_updates, require_params
 from metaopt.optimizer.by_name import Value
 from metaopt.optimizer.counterparts import register_equal
+from metaopt.optimizer.horizon import require_steps, with_steps
 from metaopt.optimizer.hyperparameter import (
     Hyperparameter,
     is_zero,
@@ -36,6 +37,8 @@ __all__ = [
     "is_zero_anywhere",
     "register_equal",
     "require_params",
+    "require_steps",
     "set_hyperparameter",
     "set_value",
+    "with_steps",
 ]

@@ -33,7 +33,7 @@ def with_steps(module: M, steps: int) -> M:
         for name, child in module._modules.items()
     }
     if getattr(module, "steps", 0) is None:
-        twin.steps = steps
+        vars(twin)["steps"] = steps
     return twin
 
 

@@ -1,4 +1,4 @@
-"""A small learned optimizer: a normalised direction, and a controller of the step of each tensor."""
+"""A small learned optimizer: a normalised direction, and a controller of each tensor's step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from metaopt.optimizer import (
     Slots,
     State,
     require_params,
+    require_steps,
     set_hyperparameter,
 )
-from metaopt.optimizer.horizon import require_steps
 from metaopt.optimizer.missing import separate_state
 from metaopt.optimizer.step import step_leaves
 from metaopt.tree import Tree
