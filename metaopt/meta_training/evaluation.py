@@ -10,16 +10,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from metaopt import tree
-from metaopt._minimize import minimize
 from metaopt.autodiff.replay import Ambient
 from metaopt.extras import extra
+from metaopt.meta_training.running import AnyOptimizer, run_tasks
 from metaopt.meta_training.task import TaskFamily, sample_tasks
-from metaopt.optimizer import Optimizer
 from metaopt.table import write_table
-from metaopt.tree import Tree
 
 VALIDATION_SEED = 1_000_003
 TEST_SEED = 2_000_003
@@ -84,7 +81,7 @@ class Report:
 
 
 def evaluate(
-    optimizers: Mapping[str, Optimizer],
+    optimizers: Mapping[str, AnyOptimizer],
     tasks: TaskFamily,
     *,
     horizon: int,
@@ -94,7 +91,9 @@ def evaluate(
     """Run every optimizer on the same `seeds` tasks for `horizon` steps.
 
     Args:
-        optimizers: name -> optimizer.
+        optimizers: name -> optimizer; or a function from a list of parameters to a torch optimizer,
+            of whatever library: `lambda params: torch.optim.AdamW(params, lr=1e-3)`. One that was
+            made with `steps=None` is told the horizon.
         tasks: the family to draw from.
         horizon: number of steps.
         seeds: number of tasks.
@@ -114,19 +113,12 @@ def evaluate(
     drawn = sample_tasks(tasks, generator, seeds, horizon)
     noise = Ambient.after(generator, tree.leaves(tuple(drawn)))
 
-    def losses(optimizer: Optimizer) -> Tensor:
-        def run(params: Tree, batches: Tree) -> Tensor:
-            return minimize(tasks.loss, optimizer, params, batches).losses
-
-        with torch.no_grad(), noise.restored():
-            found: Tensor = vmap(run, randomness="different")(drawn.params, drawn.batches)
-        return found
-
-    return Report({name: losses(optimizer) for name, optimizer in optimizers.items()})
+    found = {name: run_tasks(one, tasks, drawn, noise) for name, one in optimizers.items()}
+    return Report({name: losses for name, (losses, _) in found.items()})
 
 
 def tune(
-    make: Callable[[float], Optimizer],
+    make: Callable[[float], AnyOptimizer],
     grid: Iterable[float],
     tasks: TaskFamily,
     *,

@@ -148,6 +148,21 @@ class Optimizer(Configurable):
         updates, state = self(grads, state, params, loss=loss)
         return apply_updates(params, updates), state
 
+    def evaluated(self, state: State, params: Tree) -> Tree:
+        """Return the parameters to evaluate at: the given ones, unless the optimizer keeps others.
+
+        `EMA`, `Lookahead` and `ScheduleFree` do. Differentiable in the parameters, the state and
+        what the optimizer learns. Of several behind each other the outermost decides.
+
+        Args:
+            state: from `init` or a step, such as `out.opt_state` of `minimize`.
+            params: the parameters that belong to it, such as `out.params`.
+
+        Raises:
+            ValueError: the state is another optimizer's.
+        """
+        return params
+
     def values(
         self,
         state: State,

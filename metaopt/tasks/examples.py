@@ -102,6 +102,10 @@ class Classes:
         """Return all rows that may be drawn."""
         return digits_part(True) if self.table == "digits" else table(self.table)
 
+    def judged(self) -> Batch | None:
+        """Return rows that are never drawn, if there are."""
+        return digits_part(False) if self.table == "digits" else None
+
     @property
     def inputs(self) -> int:
         """Number of columns."""

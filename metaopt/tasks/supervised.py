@@ -42,6 +42,13 @@ class Supervised:
         x, y = batch
         return self.data.loss(self.network(params, x), y)
 
+    def accuracy(self, params: Params) -> Tensor | None:
+        """Return the part of rows that no task sees which are classified rightly, if there are."""
+        judged = self.data.judged() if isinstance(self.data, Classes) else None
+        if judged is None:
+            return None
+        return (self.network(params, judged[0]).argmax(-1) == judged[1]).float().mean()
+
     def sample(self, generator: torch.Generator, steps: int) -> Task:
         """Draw parameters, and a minibatch for every step."""
         params = self.network.init(generator, self.data.inputs, self.data.outputs)

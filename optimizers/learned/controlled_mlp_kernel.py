@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Sequence
 from ctypes import c_double, c_int64, c_void_p
 from pathlib import Path
@@ -50,14 +52,25 @@ def step(
         slots: the memory.
         scalars: (loss, step from 0, rate).
     """
-    shapes = [number for size in sizes for number in size]
     arrays = [theta, grad, param, *(slots[name] for name in MEMORY), scalars]
-    update, *after = _step([x[None] for x in arrays], shapes, steps)
+    update, *after = _step([x[None] for x in arrays], _number(tuple(sizes)), steps)
     return update[0], {name: x[0] for name, x in zip(MEMORY, after, strict=True)}
 
 
+# The shapes of models by number: an operator takes a number, and under vmap each of its arguments
+# costs time.
+_layouts: list[ctypes.Array[c_int64]] = []
+
+
+@functools.cache
+def _number(sizes: tuple[tuple[int, int, int], ...]) -> int:
+    numbers = [number for size in sizes for number in size]
+    _layouts.append((c_int64 * len(numbers))(*numbers))
+    return len(_layouts) - 1
+
+
 @torch.library.custom_op("metaopt::controlled_step", mutates_args=())
-def _step(arrays: list[Tensor], shapes: list[int], steps: float) -> list[Tensor]:
+def _step(arrays: list[Tensor], layout: int, steps: float) -> list[Tensor]:
     """Return [update, *next memory]; all arrays have a leading axis, the batch."""
     library = load_native(SOURCE)
     assert library is not None  # `is_usable` has asked
@@ -65,11 +78,11 @@ def _step(arrays: list[Tensor], shapes: list[int], steps: float) -> list[Tensor]
     _, grad, _, *memory, _ = arrays
     written = [torch.empty_like(x) for x in (grad, *memory)]
     (batch, count), rows, columns = grad.shape, memory[2].shape[1], memory[3].shape[1]
-    of_shapes = (c_int64 * len(shapes))(*shapes)
+    shapes = _layouts[layout]
     library.controlled_step(
         c_int64(batch),
         c_int64(len(shapes) // 3),
-        of_shapes,
+        shapes,
         c_double(steps),
         *map(c_int64, (count, rows, columns)),
         *(c_void_p(x.data_ptr()) for x in (*arrays, *written)),
@@ -79,7 +92,7 @@ def _step(arrays: list[Tensor], shapes: list[int], steps: float) -> list[Tensor]
 
 @_step.register_vmap
 def _batched(
-    info: Any, in_dims: Any, arrays: list[Tensor], shapes: list[int], steps: float
+    info: Any, in_dims: Any, arrays: list[Tensor], layout: int, steps: float
 ) -> tuple[list[Tensor], list[int]]:
     """Join the axis that vmap adds with the batch."""
     size: int = info.batch_size
@@ -87,5 +100,5 @@ def _batched(
         x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
         for x, dim in zip(arrays, in_dims[0], strict=True)
     ]
-    written = _step([x.reshape(-1, *x.shape[2:]) for x in moved], shapes, steps)
+    written = _step([x.reshape(-1, *x.shape[2:]) for x in moved], layout, steps)
     return [x.view(size, -1, *x.shape[1:]) for x in written], [0] * len(written)
