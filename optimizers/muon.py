@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -126,7 +126,7 @@ class Muon(Optimizer):
         return decayed(self, updates, params, lr, decay), {"mean": mean}
 
 
-def orthogonalized(matrix: Tensor, coefficients: list[Value], eps: Value, steps: int) -> Tensor:
+def orthogonalized(matrix: Tensor, coefficients: Sequence[Value], eps: Value, steps: int) -> Tensor:
     """Return NS(X), [rows, columns]; smooth at X = 0, where it is X / eps to first order."""
     a, b, c = coefficients
     wide = matrix.shape[0] <= matrix.shape[1]

@@ -5,6 +5,7 @@ from metaopt.meta_training.estimate import Estimate, Estimator, Gradients
 from metaopt.meta_training.evaluation import Report, evaluate, tune
 from metaopt.meta_training.evolution import ES, NRES, PES, TruncatedES
 from metaopt.meta_training.groups import Families, Groups
+from metaopt.meta_training.judging import Contender, Judgement, judge_family
 from metaopt.meta_training.meta_training import MetaTraining
 from metaopt.meta_training.objective import (
     LastLoss,
@@ -20,12 +21,14 @@ __all__ = [
     "ES",
     "NRES",
     "PES",
+    "Contender",
     "Estimate",
     "Estimator",
     "Families",
     "FullUnroll",
     "Gradients",
     "Groups",
+    "Judgement",
     "LastLoss",
     "MeanLoss",
     "MetaTraining",
@@ -39,6 +42,7 @@ __all__ = [
     "ValidationLoss",
     "Window",
     "evaluate",
+    "judge_family",
     "sample_tasks",
     "tune",
 ]

@@ -2,7 +2,7 @@
 //
 // Tensors lie one behind the other. Of each, one pass takes the memory on and sums up what the
 // features are divided by, a second sums up those that need the mean of v, a third computes the
-// directions, and a last one scales them.
+// directions; those of a matrix are made orthogonal, and a last pass scales them.
 
 #include <algorithm>
 #include <cmath>
@@ -14,6 +14,8 @@ namespace {
 constexpr int FEATURES = 12, HIDDEN = 8, TIMES = 5, CONTROLS = 13;
 constexpr float DECAYS[3] = {0.5f, 0.9f, 0.99f}, LOSS_DECAYS[2] = {0.9f, 0.98f};
 constexpr float SQUARE_DECAY = 0.98f, FIRST_STEP = -4.6f, LARGEST = 8.0f, TINY = 1e-16f;
+constexpr float SCHULZ[3] = {3.4445f, -4.7750f, 2.0315f}, LEAST_NORM = 1e-7f;
+constexpr int SCHULZ_STEPS = 4;
 constexpr int64_t BLOCK = 1024;  // entries that are summed up in float before they join a double
 
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x + TINY); }
@@ -164,6 +166,82 @@ float log_step(const Theta& theta, const Tensors& x, const Means& means, bool is
     return FIRST_STEP + std::min(std::max(2 * change, -LARGEST), LARGEST);
 }
 
+using Lane = float __attribute__((vector_size(64), aligned(4)));
+constexpr int64_t WIDTH = 16, ROWS = 4;
+
+int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+
+// Y = scale Z + B X for four rows and LANES lanes of columns, held in registers.
+template <int LANES>
+void multiply_block(const float* B, int64_t of_b, const float* X, const float* Z, float scale,
+                    int64_t inner, int64_t columns, float* Y) {
+    Lane sums[ROWS][LANES] = {};
+    for (int64_t k = 0; k < inner; ++k) {
+        Lane x[LANES];
+        for (int l = 0; l < LANES; ++l)
+            x[l] = *reinterpret_cast<const Lane*>(X + k * columns + l * WIDTH);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            float b = B[r * of_b + k];
+#pragma GCC unroll 4
+            for (int l = 0; l < LANES; ++l) sums[r][l] += b * x[l];
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int l = 0; l < LANES; ++l) {
+            int64_t at = r * columns + l * WIDTH;
+            Lane sum = sums[r][l];
+            if (scale != 0) sum += scale * *reinterpret_cast<const Lane*>(Z + at);
+            *reinterpret_cast<Lane*>(Y + at) = sum;
+        }
+}
+
+// Y = scale Z + B X for B [rows, of_b >= inner], X [inner, columns], and Y and Z [rows, columns];
+// rows is a multiple of ROWS, columns of WIDTH.
+void multiply(const float* B, int64_t of_b, const float* X, const float* Z, float scale,
+              int64_t rows, int64_t inner, int64_t columns, float* Y) {
+    for (int64_t c = 0; c < columns;) {
+        int64_t lanes = columns - c >= 2 * WIDTH ? 2 : 1;
+        auto block = lanes == 2 ? multiply_block<2> : multiply_block<1>;
+        for (int64_t i = 0; i < rows; i += ROWS) {
+            int64_t at = i * columns + c;
+            block(B + i * of_b, of_b, X + c, Z + at, scale, inner, columns, Y + at);
+        }
+        c += lanes * WIDTH;
+    }
+}
+
+// Replace a matrix [rows, columns] by one whose singular values are near 1, and return the mean of
+// its squares: Newton-Schulz steps X = a X + (b G + c G^2) X with G = X X^T. Buffers are padded
+// with zeros, which stay zeros.
+double orthogonalize(float* out, int64_t rows, int64_t columns, double square) {
+    int64_t count = rows * columns, r = std::min(rows, columns), c = std::max(rows, columns);
+    int64_t R = padded(r, WIDTH), C = padded(c, WIDTH);
+    bool is_tall = rows > columns;
+    float norm = std::max(float(std::sqrt(square * double(count))), LEAST_NORM);
+    std::vector<float> X(R * C), Y(R * C), T(C * R), G(R * R), B(R * R);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j)
+            X[is_tall ? j * C + i : i * C + j] = out[i * columns + j] / norm;
+    int64_t used = padded(r, ROWS);
+    for (int step = 0; step < SCHULZ_STEPS; ++step) {
+        for (int64_t i = 0; i < r; ++i)
+            for (int64_t j = 0; j < c; ++j) T[j * R + i] = X[i * C + j];
+        multiply(X.data(), C, T.data(), G.data(), 0, used, c, R, G.data());
+        multiply(G.data(), R, G.data(), G.data(), 0, used, r, R, B.data());
+        for (int64_t i = 0; i < used * R; ++i) B[i] = SCHULZ[1] * G[i] + SCHULZ[2] * B[i];
+        multiply(B.data(), R, X.data(), X.data(), SCHULZ[0], used, r, C, Y.data());
+        X.swap(Y);
+    }
+    double total = 0;
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) {
+            float value = X[is_tall ? j * C + i : i * C + j];
+            out[i * columns + j] = value, total += double(value) * value;
+        }
+    return total / std::max<int64_t>(count, 1);
+}
+
 // Write d into x.out and return its mean square.
 double direct(const Theta& theta, const Tensors& x, const Means& means, const float* of_direction) {
     float scale[FEATURES];
@@ -216,9 +294,9 @@ double direct(const Theta& theta, const Tensors& x, const Means& means, const fl
 }  // namespace
 
 // All arrays are contiguous, with a leading axis of `batch`. shapes: (rows, columns, is vector) of
-// each tensor. scalars: the loss, the step from 0, and the rate. Those behind `scalars` are written.
+// each tensor; orthogonal: whether matrices are made so. scalars: the loss, the step from 0, and the rate. Those behind `scalars` are written.
 extern "C" void controlled_step(
-    int64_t batch, int64_t tensors, const int64_t* shapes, double steps, int64_t count,
+    int64_t batch, int64_t tensors, const int64_t* shapes, int64_t orthogonal, double steps, int64_t count,
     int64_t all_rows, int64_t all_columns, const float* theta, const float* g, const float* p,
     const float* m_old, const float* v_old, const float* rows_old, const float* columns_old,
     const float* losses_old, const float* scalars, float* out, float* m, float* v, float* rows,
@@ -252,6 +330,8 @@ extern "C" void controlled_step(
             take_rows_and_columns(x, rows_old + row, columns_old + column);
             sum_scaled(x, means);
             double square = direct(weights, x, means, time.of_direction);
+            if (orthogonal && shape[2] == 0)
+                square = orthogonalize(x.out, x.row_count, x.column_count, square);
             float step =
                 std::exp(log_step(weights, x, means, shape[2] != 0, seen, time.of_control));
             float factor = -rate * step * inverse_root(float(square));

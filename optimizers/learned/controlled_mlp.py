@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metaopt.checks import check_count
+from metaopt.checks import check_count, check_flag
 from metaopt.optimizer import (
     Hyper,
     Hyperparameter,
@@ -26,6 +26,7 @@ from metaopt.optimizer.step import step_leaves
 from metaopt.tree import Tree
 
 from ..lstm_cell import uniform
+from ..muon import orthogonalized
 from . import controlled_mlp_kernel as kernel
 
 DECAYS = (0.5, 0.9, 0.99)
@@ -38,6 +39,7 @@ CONTROLS = 13  # features of a tensor
 FIRST_STEP = -4.6  # the logarithm of the step before anything is learned: .01
 LARGEST = 8.0  # change of that logarithm
 TINY = 1e-16
+SCHULZ, SCHULZ_STEPS, LEAST_NORM = (3.4445, -4.7750, 2.0315), 4, 1e-7
 ADAM = 6  # the feature m / sqrt(v) with decay .9, the direction before anything is learned
 
 
@@ -49,7 +51,8 @@ class ControlledMLP(Optimizer):
     tensor: the gradient g and its momenta m at decays .5, .9, .99; the same four times
     1 / sqrt(v / mean v + 1e-4), where v is the second moment at decay .98; m.9 / sqrt(row col) with
     the means of g^2 over the columns and rows of the tensor as a matrix [first axis, others]; the
-    parameter p; min(1 / sqrt(v), 10); and 1. tau = (1, x, x^2, tanh(t / 10), (ln T - 5) / 2) is
+    parameter p; min(1 / sqrt(v), 10); and 1. The direction of a matrix, and of a filter as a matrix
+    [first axis, others], is made orthogonal by four Newton-Schulz steps as in `Muon`. tau = (1, x, x^2, tanh(t / 10), (ln T - 5) / 2) is
     time, with x = t / T.
 
     The step of a tensor is s = -4.6 + 2 (c . h + e . tanh(C h + k)), kept within 8 of -4.6. Its
@@ -66,6 +69,8 @@ class ControlledMLP(Optimizer):
         lr: factor on the update, the one number to tune; 1 is as trained.
         steps: T. None: whoever runs the optimizer for a known number of steps sets it
             (`MetaTraining`, `evaluate`), and you with `with_steps(optimizer, steps)`.
+        orthogonal: whether directions of matrices are made so. On wide layers that costs far more
+            than all the rest: 10 r^2 c multiplications for r rows and c >= r columns.
         seed: of the initial weights.
 
     Raises:
@@ -77,14 +82,23 @@ class ControlledMLP(Optimizer):
 
     Reference:
         Metz et al. 2022 (VeLO), arXiv:2211.09760, for a network per tensor above one per parameter;
-        Moudgil et al. 2026 (Celo2), arXiv:2602.19142, for the normalised direction.
+        Moudgil et al. 2026 (Celo2), arXiv:2602.19142, for the normalised direction;
+        Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, for orthogonal ones.
     """
 
     hyperparameters = ("lr",)
 
-    def __init__(self, lr: Hyperparameter = 1.0, *, steps: int | None = None, seed: int = 0):
+    def __init__(
+        self,
+        lr: Hyperparameter = 1.0,
+        *,
+        steps: int | None = None,
+        orthogonal: bool = True,
+        seed: int = 0,
+    ):
         super().__init__()
         set_hyperparameter(self, "lr", lr)
+        self.orthogonal = check_flag(self, "orthogonal", orthogonal)
         self.steps = None if steps is None else check_count(self, "steps", steps)
         self.seed = check_count(self, "seed", seed, least=0)
         generator = torch.Generator().manual_seed(seed)
@@ -146,7 +160,9 @@ class ControlledMLP(Optimizer):
             theta = torch.cat([p.reshape(-1) for p in self._theta()])
             scalars = torch.stack([loss, t, rate])
             sizes = [(*_as_matrix(shape), int(len(shape) < 2)) for shape in shapes]
-            update, after = kernel.step(sizes, steps, theta, flat, weights, slots, scalars)
+            update, after = kernel.step(
+                sizes, self.orthogonal, steps, theta, flat, weights, slots, scalars
+            )
         else:
             seen = {**slots, "losses": _follow(slots["losses"], loss, step)}
             update, after = self._plain_step(shapes, flat, weights, seen, Time.of(t, steps))
@@ -195,6 +211,9 @@ class ControlledMLP(Optimizer):
             columns = SQUARE_DECAY * columns + (1 - SQUARE_DECAY) * _mean(squares, 0)
             factors = _inverse_root(rows)[:, None] * _inverse_root(columns)
             direction = self._direction(_features(g, p, m, v, factors.view(-1)), time)
+            if self.orthogonal and len(shape) > 1 and len(g):
+                matrix = direction.view(len(rows), len(columns))
+                direction = orthogonalized(matrix, SCHULZ, LEAST_NORM, SCHULZ_STEPS).reshape(-1)
             step = self._log_step(shape, p, m, v, slots["losses"], time).exp()
             updates.append(-step * _inverse_root(_mean(direction.square())) * direction)
             all_rows.append(rows)

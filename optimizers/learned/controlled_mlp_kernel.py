@@ -34,6 +34,7 @@ def is_usable(flat: Tensor) -> bool:
 
 def step(
     sizes: Sequence[tuple[int, int, int]],
+    orthogonal: bool,
     steps: float,
     theta: Tensor,
     grad: Tensor,
@@ -45,6 +46,7 @@ def step(
 
     Args:
         sizes: (rows, columns, has one axis at most) of each tensor.
+        orthogonal: whether the directions of matrices are made orthogonal.
         steps: T.
         theta: all weights, [289].
         grad: the gradients of all tensors, one behind the other, [n].
@@ -53,7 +55,7 @@ def step(
         scalars: (loss, step from 0, rate).
     """
     arrays = [theta, grad, param, *(slots[name] for name in MEMORY), scalars]
-    update, *after = _step([x[None] for x in arrays], _number(tuple(sizes)), steps)
+    update, *after = _step([x[None] for x in arrays], _number(tuple(sizes)), orthogonal, steps)
     return update[0], {name: x[0] for name, x in zip(MEMORY, after, strict=True)}
 
 
@@ -70,7 +72,7 @@ def _number(sizes: tuple[tuple[int, int, int], ...]) -> int:
 
 
 @torch.library.custom_op("metaopt::controlled_step", mutates_args=())
-def _step(arrays: list[Tensor], layout: int, steps: float) -> list[Tensor]:
+def _step(arrays: list[Tensor], layout: int, orthogonal: bool, steps: float) -> list[Tensor]:
     """Return [update, *next memory]; all arrays have a leading axis, the batch."""
     library = load_native(SOURCE)
     assert library is not None  # `is_usable` has asked
@@ -83,6 +85,7 @@ def _step(arrays: list[Tensor], layout: int, steps: float) -> list[Tensor]:
         c_int64(batch),
         c_int64(len(shapes) // 3),
         shapes,
+        c_int64(orthogonal),
         c_double(steps),
         *map(c_int64, (count, rows, columns)),
         *(c_void_p(x.data_ptr()) for x in (*arrays, *written)),
@@ -92,7 +95,7 @@ def _step(arrays: list[Tensor], layout: int, steps: float) -> list[Tensor]:
 
 @_step.register_vmap
 def _batched(
-    info: Any, in_dims: Any, arrays: list[Tensor], layout: int, steps: float
+    info: Any, in_dims: Any, arrays: list[Tensor], layout: int, orthogonal: bool, steps: float
 ) -> tuple[list[Tensor], list[int]]:
     """Join the axis that vmap adds with the batch."""
     size: int = info.batch_size
@@ -100,5 +103,5 @@ def _batched(
         x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
         for x, dim in zip(arrays, in_dims[0], strict=True)
     ]
-    written = _step([x.reshape(-1, *x.shape[2:]) for x in moved], layout, steps)
+    written = _step([x.reshape(-1, *x.shape[2:]) for x in moved], layout, orthogonal, steps)
     return [x.view(size, -1, *x.shape[1:]) for x in written], [0] * len(written)
