@@ -11,6 +11,7 @@ if __name__ == "optimizers":  # the modules are those of `metaopt.optimizers`, w
             sys.modules[name.removeprefix("metaopt.")] = module
 
 from .adadelta import Adadelta
+from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .adamax import Adamax
@@ -21,6 +22,7 @@ from .lion import Lion
 from .muon import Muon
 from .nadam import NAdam
 from .per_entry import PerParameter
+from .per_tensor import PerTensor
 from .radam import RAdam
 from .rmsprop import RMSprop
 from .rprop import Rprop
@@ -37,32 +39,47 @@ from .schedules import (
     Piecewise,
     Plateau,
     Polynomial,
+    Positive,
     Staircase,
     WarmRestarts,
     Warmup,
     WarmupStableDecay,
+    Within,
 )
 from .sgd import SGD
 from .transforms import (
+    AGC,
+    EMA,
+    Accumulate,
+    Cautious,
     ClipNorm,
     ClipValue,
     DecoupledWeightDecay,
     Grouped,
+    Lookahead,
     Masked,
+    MetaCurvature,
+    ScheduleFree,
     Transform,
+    TrustRatio,
     WeightDecay,
 )
 
 register_equals()
 
 __all__ = [
+    "AGC",
     "ASGD",
+    "EMA",
     "SGD",
+    "Accumulate",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
     "Adamax",
+    "Cautious",
     "ClipNorm",
     "ClipValue",
     "Constant",
@@ -77,23 +94,30 @@ __all__ = [
     "LSTMSchedule",
     "Linear",
     "Lion",
+    "Lookahead",
     "MLPOptimizer",
     "Masked",
+    "MetaCurvature",
     "Muon",
     "NAdam",
     "OneCycle",
     "PerParameter",
     "PerStep",
+    "PerTensor",
     "Piecewise",
     "Plateau",
     "Polynomial",
+    "Positive",
     "RAdam",
     "RMSprop",
     "Rprop",
+    "ScheduleFree",
     "Staircase",
     "Transform",
+    "TrustRatio",
     "WarmRestarts",
     "Warmup",
     "WarmupStableDecay",
     "WeightDecay",
+    "Within",
 ]

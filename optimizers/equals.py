@@ -7,6 +7,7 @@ import torch
 from metaopt.optimizer import Optimizer, register_equal
 
 from .adadelta import Adadelta
+from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam, AdamW
 from .adamax import Adamax
@@ -27,6 +28,7 @@ EQUALS: dict[str, tuple[type[Optimizer], dict[str, str]]] = {
     "Adamax": (Adamax, {"mean": "exp_avg", "largest": "exp_inf"}),
     "RAdam": (RAdam, ADAM),
     "NAdam": (NAdam, ADAM | {"product": "mu_product"}),
+    "Adafactor": (Adafactor, {"row": "row_var", "column": "col_var", "square": "variance"}),
     "Adagrad": (Adagrad, {"square": "sum"}),
     "Adadelta": (Adadelta, {"square": "square_avg", "moved": "acc_delta"}),
     "RMSprop": (

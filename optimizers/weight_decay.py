@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from metaopt.optimizer import Leaves, Optimizer, Value, is_zero, require_params
+from metaopt.optimizer.text import shorten
 from metaopt.tree import scaled_sums
 
 
@@ -14,7 +15,7 @@ def penalized(owner: Optimizer, grads: Leaves, params: Leaves | None, decay: Val
     """
     if is_zero(decay):
         return grads
-    return scaled_sums(grads, decay, require_params(owner, params, f"weight_decay={decay}"))
+    return scaled_sums(grads, decay, _weights(owner, params, decay))
 
 
 def decayed(
@@ -27,5 +28,11 @@ def decayed(
     """
     if is_zero(decay):
         return updates
-    weights = require_params(owner, params, f"weight_decay={decay}")
-    return scaled_sums(updates, -lr * decay, weights)
+    return scaled_sums(updates, -lr * decay, _weights(owner, params, decay))
+
+
+def _weights(owner: Optimizer, params: Leaves | None, decay: Value) -> Leaves:
+    """Return the parameters; the text is made only if it is needed, since it reads a number."""
+    if params is not None:
+        return params
+    return require_params(owner, None, f"weight_decay={shorten(decay)}")

@@ -15,17 +15,22 @@ from torch.func import grad
 import metaopt as mo
 from metaopt import tree
 from optimizers import (
+    AGC,
     ASGD,
     SGD,
+    Accumulate,
     Adadelta,
+    Adafactor,
     Adagrad,
     Adam,
     Adamax,
     AdamW,
+    Cautious,
     ClipNorm,
     ClipValue,
     Grouped,
     Lion,
+    Lookahead,
     LSTMOptimizer,
     MLPOptimizer,
     Muon,
@@ -33,6 +38,8 @@ from optimizers import (
     RAdam,
     RMSprop,
     Rprop,
+    ScheduleFree,
+    TrustRatio,
 )
 
 RULES = {
@@ -108,7 +115,16 @@ def test_complex_parameters_move_as_with_torch_optim(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [LSTMOptimizer, MLPOptimizer, lambda: Lion(0.01)], ids=["lstm", "mlp", "lion"]
+    "make",
+    [
+        LSTMOptimizer,
+        MLPOptimizer,
+        lambda: Lion(0.01),
+        lambda: TrustRatio(0.1, Cautious(Adam(0.1))),
+        lambda: Lookahead(SGD(0.1), every=1),
+        lambda: Accumulate(1, ScheduleFree(SGD(0.1))),
+    ],
+    ids=["lstm", "mlp", "lion", "trust-ratio", "lookahead", "accumulate"],
 )
 def test_the_others_see_a_complex_number_as_two(make: Callable[[], mo.Optimizer]) -> None:
     optimizer, params = make(), start(torch.complex64)
@@ -143,6 +159,16 @@ def test_clipping_bounds_the_parts_and_the_modulus() -> None:
 def test_muon_refuses_complex_matrices() -> None:
     with pytest.raises(ValueError, match=r"`params` must be matrices, got shape \(2, 2, 2\)"):
         Muon(0.1).init({"z": torch.ones(2, 2, dtype=torch.complex64)})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Adafactor, lambda: Grouped({"*": AGC(0.1, SGD(0.1))})],
+    ids=["adafactor", "agc"],
+)
+def test_what_goes_by_the_axes_refuses_complex_parameters(make: Callable[[], mo.Optimizer]) -> None:
+    with pytest.raises(ValueError, match=r"`params` must be real, got torch.complex128 at \['a'\]"):
+        make().init(start())
 
 
 def test_func_grad_has_the_convention_of_autograd() -> None:

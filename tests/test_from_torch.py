@@ -60,6 +60,7 @@ CASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
         torch.optim.Adagrad,
         {"lr": 0.1, "lr_decay": 0.1, "weight_decay": 0.02, "initial_accumulator_value": 0.3},
     ),
+    "adafactor": (torch.optim.Adafactor, {"lr": 0.05, "weight_decay": 0.02}),
     "adadelta": (torch.optim.Adadelta, {"lr": 1.0, "rho": 0.8, "weight_decay": 0.02}),
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.01}),
     "rmsprop-all": (

@@ -23,6 +23,7 @@ from optimizers import (
     ASGD,
     SGD,
     Adadelta,
+    Adafactor,
     Adagrad,
     Adam,
     Adamax,
@@ -76,6 +77,7 @@ EQUALS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         torch.optim.Adagrad,
         {"lr": 0.05, "lr_decay": 0.1, "initial_accumulator_value": 0.2},
     ),
+    "adafactor": (Adafactor, torch.optim.Adafactor, {"lr": 0.05, "weight_decay": 0.1}),
     "adadelta": (Adadelta, torch.optim.Adadelta, {"lr": 0.5, "weight_decay": 0.1}),
     "rmsprop": (RMSprop, torch.optim.RMSprop, {"lr": 0.01, "weight_decay": 0.1}),
     "rmsprop-centered": (

@@ -23,30 +23,43 @@ from torch.func import functional_call, vmap
 import metaopt as mo
 from metaopt import tree
 from optimizers import (
+    AGC,
     ASGD,
+    EMA,
     SGD,
+    Accumulate,
     Adadelta,
+    Adafactor,
     Adagrad,
     Adam,
     Adamax,
     AdamW,
+    Cautious,
     ClipNorm,
     ClipValue,
     Constant,
+    Cosine,
     DecoupledWeightDecay,
     Grouped,
     Linear,
     Lion,
+    Lookahead,
     LSTMOptimizer,
     LSTMSchedule,
     Masked,
+    MetaCurvature,
     MLPOptimizer,
     Muon,
     NAdam,
+    PerTensor,
+    Positive,
     RAdam,
     RMSprop,
     Rprop,
+    ScheduleFree,
+    TrustRatio,
     WeightDecay,
+    Within,
 )
 
 
@@ -88,7 +101,7 @@ class Case:
 
     @property
     def matrices(self) -> bool:
-        return self.ours is Muon
+        return self.ours is Muon or self.name.endswith("matrices")
 
     def build(self) -> mo.Optimizer:
         return self.ours(**self.options)
@@ -239,6 +252,27 @@ CASES = [
         {"lr": 0.05, "etas": (0.4, 1.5), "step_sizes": (0.01, 0.1)},
         {"lr": 0.1, "etas": (0.5, 1.2), "step_sizes": (0.03, 0.2)},
     ),
+    Case(
+        "adafactor",
+        Adafactor,
+        torch.optim.Adafactor,
+        {},
+        {"lr": 0.3, "eps": (0.05, 1e-2), "d": 1.3, **_DECAY},
+    ),
+    # a step size above 1 / sqrt(t) and sizes below eps2 at first
+    Case(
+        "adafactor-matrices",
+        Adafactor,
+        torch.optim.Adafactor,
+        {
+            "lr": 0.1,
+            "beta2_decay": -0.5,
+            "eps": (1e-4, 1.5),
+            "d": 1.2,
+            "weight_decay": 0.02,
+        },
+        {"lr": 0.3, "eps": (0.05, 3.0), "d": 1.1, **_DECAY},
+    ),
     Case("lion", Lion, PublishedLion, {}, {"lr": 0.1, "betas": (0.8, 0.95), **_DECAY}),
     Case(
         "lion-decay",
@@ -271,6 +305,7 @@ CASES = [
         },
     ),
 ]
+SHAPES = {"matrix0": (4, 3), "matrix1": (2, 3), "vector": (3,), "scalar": ()}
 # What has no counterpart with the same arguments, but must be pure, savable, and so on.
 OTHERS: dict[str, Callable[[], mo.Optimizer]] = {
     "schedule": lambda: SGD(Linear(0.1, 5, final=0.01), Constant(0.9)),
@@ -284,6 +319,25 @@ OTHERS: dict[str, Callable[[], mo.Optimizer]] = {
     "grouped": lambda: Grouped(
         {"matrix*": Muon(), "vector": SGD(Constant(0.1)), "*": ClipNorm(0.1, Masked(NAdam(), "*"))}
     ),
+    "ema": lambda: EMA(Linear(0.5, 5, final=0.9), Adam(0.05)),
+    "lookahead": lambda: Lookahead(ClipNorm(1.0, Adam(Cosine(0.05, 5))), every=2),
+    "schedule-free": lambda: ScheduleFree(AdamW(0.05, (0.0, 0.9)), weight=Linear(0.0, 3, final=1)),
+    "accumulate": lambda: Accumulate(2, EMA(0.9, NAdam(Linear(0.05, 5)))),
+    "trust-ratio": lambda: TrustRatio(Constant(0.05), TrustRatio(0.1, AdamW(1.0), of="gradients")),
+    "agc": lambda: ClipValue(1.0, AGC(0.1, SGD(0.1, 0.9))),
+    "cautious": lambda: Cautious(Adam(0.05)),
+    "meta-curvature": lambda: Grouped(
+        {
+            "scalar": EMA(0.9, SGD(0.1)),
+            "*": MetaCurvature(
+                {name: shape for name, shape in SHAPES.items() if shape}, Adam(0.05)
+            ),
+        }
+    ),
+    "per-tensor": lambda: SGD(
+        PerTensor({name: torch.empty(shape) for name, shape in SHAPES.items()}, 0.1, steps=3)
+    ),
+    "within": lambda: Adam(Positive(0.05), (Within(0.9), Within(0.99, 0.9, 1.0))),
     "lstm": lambda: LSTMOptimizer(hidden_size=4),
     "mlp": lambda: MLPOptimizer(hidden_size=4),
 }
@@ -454,12 +508,14 @@ def memory(optimizer: mo.Optimizer, params: Tensor, step: int) -> dict[str, Any]
     state = optimizer.init(params)
     values = {
         "square": lambda p: torch.rand_like(p) + 0.5,
+        "row": lambda p: torch.rand_like(p) + 0.5,
+        "column": lambda p: torch.rand_like(p) + 0.5,
         "moved": lambda p: torch.rand_like(p) + 0.5,
         "size": lambda p: torch.rand_like(p) * 0.04 + 0.1,
         "largest": lambda p: torch.linspace(0.2, 1.5, p.numel()).reshape(p.shape),
         "previous": lambda p: torch.linspace(-0.4, 1.0, p.numel()).reshape(p.shape),
     }
-    slots = {name: values.get(name, torch.randn_like)(params) for name in state["slots"]}
+    slots = {name: values.get(name, torch.randn_like)(s) for name, s in state["slots"].items()}
     return {
         **state,
         "step": torch.tensor(step - 1),

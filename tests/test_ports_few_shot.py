@@ -6,7 +6,7 @@ Their meta-gradients against plain torch by hand, and finite differences.
 from __future__ import annotations
 
 import importlib.util
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import metaopt as mo
 from metaopt.tasks.episode import Episode
-from optimizers import SGD, PerParameter, PerStep
+from optimizers import SGD, MetaCurvature, PerParameter, PerStep
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -249,20 +249,15 @@ def test_meta_sgd_is_a_loop_by_hand(rule: Any, chunk_size: int) -> None:
 )
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_meta_curvature_is_a_loop_by_hand(rule: Any, chunk_size: int) -> None:
-    """The example's own optimizer; by hand as one Kronecker product for each matrix."""
-    program, params = load("meta_curvature"), few_shots()[0]
-    inner = program.MetaCurvature(
-        nn.Parameter(torch.tensor(0.3)), [tuple(p.shape) for p in params.values()]
-    )
-    assert all(torch.equal(m, torch.eye(len(m))) for m in [*inner.outputs, *inner.inputs])
-    for matrix in [*inner.outputs, *inner.inputs]:
+    """By hand it is one Kronecker product for each gradient."""
+    inner = MetaCurvature(few_shots()[0], SGD(nn.Parameter(torch.tensor(0.3))))
+    matrices = [matrix for row in inner.matrices.values() for matrix in row]
+    assert all(torch.equal(m, torch.eye(len(m))) for m in matrices)
+    for matrix in matrices:
         nn.init.normal_(matrix, std=0.5)
 
     def move(name: str, g: Tensor) -> Tensor:
-        left = inner.outputs[[*params].index(name)]
-        if g.ndim == 1:
-            return -inner.lr * (left @ g)
-        right = inner.inputs[["one", "two"].index(name)]
-        return -inner.lr * (torch.kron(left, right.T.contiguous()) @ g.flatten()).view_as(g)
+        product = reduce(torch.kron, inner.matrices[name])
+        return -inner.optimizer.lr * (product @ g.flatten()).view_as(g)
 
     check_meta_gradient(inner, move, rule, chunk_size)

@@ -41,7 +41,7 @@ def from_torch(
 
     Args:
         optimizer: a `torch.optim` SGD, Adam, AdamW, Adamax, RAdam, NAdam, Adagrad, Adadelta,
-            RMSprop, ASGD, Rprop or Muon.
+            Adafactor, RMSprop, ASGD, Rprop or Muon.
         params: the live parameters as the tree that will be updated, `functional(model).params`;
             needed where there are several groups. By default the leaves of that tree are those of
             the one group that require grad, in their order.
@@ -97,9 +97,9 @@ def from_torch(
             optimizers[-1].lr = continue_scheduler(scheduler, int(index), steps)
         own = [states.get(id(weights[place]), {}) for place in places]
         memory = {
-            name: [state[theirs].detach().clone() for state in own]
+            name: [_remembered(state.get(theirs)) for state in own]
             for name, theirs in names.items()
-            if isinstance(own[0].get(theirs), Tensor)
+            if any(isinstance(state.get(theirs), Tensor) for state in own)
         }
         parts.append(Part(tuple(places), group.get("maximize", False), steps, memory))
     return FromTorch(
@@ -114,13 +114,13 @@ class Part(NamedTuple):
         places: their indices among all.
         maximize: whether their gradients are climbed.
         step: the number of steps.
-        memory: name of a slot -> one tensor per parameter.
+        memory: name of a slot -> one tensor per parameter; None for one that has no such memory.
     """
 
     places: tuple[int, ...]
     maximize: bool
     step: int
-    memory: dict[str, Leaves]
+    memory: dict[str, list[Any]]
 
 
 class FromTorch(Optimizer):
@@ -290,6 +290,10 @@ class FromTorch(Optimizer):
         return leaves
 
 
+def _remembered(memory: Any) -> Tensor | None:
+    return memory.detach().clone() if isinstance(memory, Tensor) else None
+
+
 def _with_counts(state: State) -> State:
     """Return the state with the counts of its parts, if it has counts."""
     return (
@@ -304,8 +308,8 @@ def _resumed(optimizer: Optimizer, part: Part, like: Leaves) -> State:
     state = optimizer.init(like)
     memory = {
         name: [
-            tree.as_real(old.to(leaf.device, leaf.dtype))
-            for old, leaf in zip(part.memory[name], like, strict=True)
+            fresh if old is None else tree.as_real(old.to(leaf.device, leaf.dtype))
+            for old, fresh, leaf in zip(part.memory[name], state["slots"][name], like, strict=True)
         ]
         for name in state["slots"].keys() & part.memory.keys()
     }

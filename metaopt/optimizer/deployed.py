@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.optimizer.group import TUPLES, Group, by_items, with_items
 from metaopt.optimizer.missing import share_equal
+from metaopt.optimizer.state import with_inner
+from metaopt.optimizer.swapped import swapped
 
 if TYPE_CHECKING:
     from metaopt.optimizer import Optimizer
@@ -39,6 +42,7 @@ class Deployed(torch.optim.Optimizer):
     other rows as they are.
     """
 
+    _is_evaluated = False
     state: dict[Any, Any]  # type: ignore[assignment]  # "group 0" -> its memory; torch's own have a parameter as key
 
     def __init__(self, params: Iterable[Any], optimizer: Optimizer):
@@ -72,6 +76,31 @@ class Deployed(torch.optim.Optimizer):
         # torch has filled in the default `betas` beside a given `beta1`
         self.param_groups[-1] = by_items(self.param_groups[-1])
 
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Let the parameters be those to evaluate at, within a `with` block.
+
+        See `Optimizer.evaluated`. After the block they are what they were, and in it there is no
+        step.
+
+        Raises:
+            RuntimeError: it is called within such a block.
+        """
+        self._refuse_if_evaluated("enter another block")
+        places = []
+        with torch.no_grad():
+            for key, group in zip(self._keys(), self.param_groups, strict=True):
+                if key in self.state:  # else there was no step
+                    params = _name(group)
+                    at = self._with_options(group).evaluated(self.state[key], params)
+                    places += [(params[name], leaf) for name, leaf in at.items()]
+        self._is_evaluated = True
+        try:
+            with swapped(places):
+                yield
+        finally:
+            self._is_evaluated = False
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update.
@@ -83,6 +112,7 @@ class Deployed(torch.optim.Optimizer):
         Returns:
             What the closure returned, else None.
         """
+        self._refuse_if_evaluated("make a step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -121,6 +151,14 @@ class Deployed(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
         return super().__getstate__() | {"_optimizer": self._optimizer, "_numeric": self._numeric}
+
+    def _refuse_if_evaluated(self, what: str) -> None:
+        """Raise RuntimeError if the parameters are those to evaluate at, for the time being."""
+        if self._is_evaluated:
+            raise RuntimeError(
+                f"Cannot {what} within `with optimizer.evaluated():`, where the parameters are not "
+                "those that are updated. Leave the block first."
+            )
 
     def _keys(self) -> list[str]:
         return [f"group {index}" for index in range(len(self.param_groups))]
@@ -168,9 +206,22 @@ class Deployed(torch.optim.Optimizer):
             before = optimizer.separate(before, params)
         updates, self.state[key] = optimizer(grads, before, params, loss=loss)
         scale = 1.0 if "lr" in self._numeric else group["lr"]
+        if scale != 1.0:
+            self._require_scalable(scale)
         for name, update in updates.items():
             if update is not None:
                 params[name].add_(update.to(params[name].dtype), alpha=scale)
+
+    def _require_scalable(self, scale: Any) -> None:
+        """Raise ValueError if the memory would not follow updates that are scaled from outside."""
+        for part in self._optimizer.modules():
+            if getattr(part, "follows_params", False):
+                kind = type(part).__name__
+                raise ValueError(
+                    f"The updates of {kind} cannot be scaled, got lr={scale} in a parameter group: "
+                    "it remembers where its own updates bring the parameters. Give the optimizer "
+                    f"inside a schedule: {kind}(SGD(lr=Cosine(0.1, 100)))."
+                )
 
     def _with_options(self, group: dict[str, Any]) -> Optimizer:
         """Return the optimizer with the hyperparameters of a group."""
@@ -195,7 +246,7 @@ def _rename(memory: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
             return {own: node[saved] for saved, own in names.items() if saved in node}
         return {key: rename(part) for key, part in node.items()}
 
-    renamed = {**memory}
+    renamed = {**with_inner(memory, lambda inner: _rename(inner, names))}
     if "steps" in memory:
         renamed["steps"] = rename(memory["steps"])
     for kind in memory.keys() & {"slots", "shared"}:

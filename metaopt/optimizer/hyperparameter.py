@@ -49,11 +49,18 @@ def set_hyperparameter(
     note_limits(owner, name, limits)
 
 
-def set_value(owner: nn.Module, name: str, value: Any, *, below: float = math.inf) -> None:
-    """Store a number, tensor or parameter that a schedule computes with.
+def set_value(
+    owner: nn.Module,
+    name: str,
+    value: Any,
+    *,
+    high: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Store a number, tensor or parameter that is the same at every step.
 
     Raises:
-        ValueError: a number or an entry outside 0 <= value < below.
+        ValueError: a number or an entry outside 0 <= value <= high, value < below.
         TypeError: none of the kinds above, or a tensor that is not real and floating-point.
     """
     if isinstance(value, Schedule):
@@ -62,7 +69,7 @@ def set_value(owner: nn.Module, name: str, value: Any, *, below: float = math.in
             f"the schedule {type(value).__name__}. Put schedules one after the other with "
             "`Joined`, or write a `Schedule` of your own."
         )
-    limits = Limits(below=below)
+    limits = Limits(high=high, below=below)
     _check(owner, name, value, limits, takes="a number, a tensor or an nn.Parameter")
     store(owner, name, value)
     note_limits(owner, name, limits)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.optimizer.state import with_inner
 from metaopt.tree import Tree
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def share_equal(state: State) -> State:
     Their values are read. A state that was read from a file, or moved to another device, has lost
     what `find_parts` goes by.
     """
+    state = with_inner(state, share_equal)
     if "steps" not in state:
         return state
     known: dict[Any, Tensor] = {}

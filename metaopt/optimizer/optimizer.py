@@ -38,7 +38,8 @@ class Optimizer(Configurable):
     `metaopt.optimizer.flat`.
 
     The state is a dict: "step" (int64 scalar), "slots" (memory per parameter, in the parameters'
-    own structure), "shared" (memory over all parameters) and "schedules". With `init(params,
+    own structure), "shared" (memory over all parameters) and "schedules"; also "optimizer", the
+    state of another one, where that is kept whole. With `init(params,
     per_parameter=True)` there is also "steps", a count for each parameter, and a gradient may be
     None: then its parameter, memory and count stay as they are, as in `torch.optim`. `update` is
     called for some of the parameters at a time then; one that couples them, other than by "shared"
@@ -46,6 +47,9 @@ class Optimizer(Configurable):
     """
 
     hyperparameters: tuple[str, ...] = ()
+    # True if the memory follows the parameters as the updates move them, so that nobody else may
+    # scale the updates
+    follows_params = False
 
     def slots(self, params: Leaves) -> Slots:
         """Return the memory before the first step, by name.

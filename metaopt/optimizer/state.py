@@ -47,6 +47,20 @@ def refuse_state(owner: nn.Module, expected: str, found: object) -> NoReturn:
     )
 
 
+def with_inner(state: State, change: Callable[[State], State]) -> State:
+    """Return the state with `change` of those of other optimizers that it holds.
+
+    They are under "optimizer", of a group by the patterns.
+    """
+
+    def enter(node: dict[str, Any]) -> dict[str, Any]:
+        if node.keys() >= STATE_KEYS:
+            return change(node)
+        return {pattern: enter(part) for pattern, part in node.items()}
+
+    return state | {"optimizer": enter(state["optimizer"])} if "optimizer" in state else state
+
+
 def check_names(owner: nn.Module, what: str, own: Collection[str], names: Collection[str]) -> None:
     """Raise ValueError if `what` has other names in the state than its owner has."""
     if set(names) != set(own):

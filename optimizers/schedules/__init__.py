@@ -12,10 +12,12 @@ from .per_step import PerStep
 from .piecewise import Piecewise
 from .plateau import Plateau
 from .polynomial import Polynomial
+from .positive import Positive
 from .staircase import Staircase
 from .warm_restarts import WarmRestarts
 from .warmup import Warmup
 from .warmup_stable_decay import WarmupStableDecay
+from .within import Within
 
 __all__ = [
     "Constant",
@@ -30,8 +32,10 @@ __all__ = [
     "Piecewise",
     "Plateau",
     "Polynomial",
+    "Positive",
     "Staircase",
     "WarmRestarts",
     "Warmup",
     "WarmupStableDecay",
+    "Within",
 ]

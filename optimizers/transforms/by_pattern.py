@@ -79,6 +79,16 @@ class ByPattern(Optimizer):
             states.append(after)
         return tree.with_leaves(grads, updates.values()), self._merge(states)
 
+    def evaluated(self, state: State, params: Tree) -> Tree:
+        """Return what each member says of its own parameters; see `Optimizer.evaluated`."""
+        require_state(self, state)
+        named = paths(params)
+        for (_, optimizer), before, own in zip(
+            self._members(), self._split(state), self._divide(params), strict=True
+        ):
+            named |= optimizer.evaluated(before, own)
+        return tree.with_leaves(params, named.values())
+
     def values(
         self,
         state: State,

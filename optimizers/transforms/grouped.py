@@ -16,7 +16,8 @@ from .transform import check_optimizer
 
 Groups = Mapping[str, Optimizer] | Sequence[tuple[str, Optimizer]]
 MEMORY = ("slots", "shared")  # whose names are led by the pattern
-BY_GROUP = ("schedules", "steps")  # what a state holds by the pattern
+# what a state holds by the pattern; the state of another optimizer where a member has one
+BY_GROUP = ("schedules", "steps", "optimizer")
 
 
 class Grouped(ByPattern):
@@ -71,8 +72,9 @@ class Grouped(ByPattern):
                 for name, memory in state[kind].items()
             }
         for kind in BY_GROUP:
-            if kind in states[0]:
-                merged[kind] = {p: s[kind] for p, s in zip(self.patterns, states, strict=True)}
+            rows = zip(self.patterns, states, strict=True)
+            own = {pattern: state[kind] for pattern, state in rows if kind in state}
+            merged |= {kind: own} if own else {}
         return merged
 
     def _split(self, state: State) -> list[State]:
@@ -93,7 +95,7 @@ class Grouped(ByPattern):
             found = f"the groups {list(state['schedules'])} and memory of none {strangers}"
             refuse_state(self, f", with the groups {list(self.patterns)}", found)
         for pattern, before in own.items():
-            before |= {kind: state[kind][pattern] for kind in BY_GROUP if kind in state}
+            before |= {k: state[k][pattern] for k in BY_GROUP if pattern in state.get(k, ())}
         return list(own.values())
 
 

@@ -28,7 +28,8 @@ class Transform(Optimizer):
     """An optimizer in front of another, which changes the gradients or the updates.
 
     The gradients are changed on the way in, the updates on the way out: a subclass names its own
-    `hyperparameters` and defines `before` or `after`. The state is that of the inner optimizer,
+    `hyperparameters` and defines `before` or `after`; the latter not in front of an `EMA` and its
+    like, which would lose track of the parameters. The state is that of the inner optimizer,
     with the states of its schedules under "optimizer" and of this one's beside it. Deployed with
     `as_torch`, the hyperparameters of the outermost are options of a group, and so is a factor `lr`
     on the updates, 1 at the start.
@@ -37,6 +38,9 @@ class Transform(Optimizer):
     def __init__(self, optimizer: Optimizer, **hyperparameters: Hyperparameter):
         super().__init__()
         self.optimizer = check_optimizer(self, optimizer)
+        kind = type(self)
+        if kind.after is not Transform.after or kind._finished is not Transform._finished:
+            refuse_to_change(self, optimizer)
         for name, value in hyperparameters.items():
             set_hyperparameter(self, name, value)
 
@@ -70,9 +74,14 @@ class Transform(Optimizer):
             return grads, {**state, "step": state["step"] + 1}
         inner, outer = self._split(state)
         call = self._enter(grads, outer, params, loss)
-        updates, after = self.optimizer(call.change(self.before), inner, params, loss=loss)
+        updates, after = self.optimizer(self._observed(call), inner, params, loss=loss)
         schedules = {"optimizer": after["schedules"], **call.schedules}
-        return call.change(self.after, updates), {**after, "schedules": schedules}
+        return self._finished(call, updates), {**after, "schedules": schedules}
+
+    def evaluated(self, state: State, params: Tree) -> Tree:
+        """Return what the inner optimizer says; see `Optimizer.evaluated`."""
+        require_state(self, state)
+        return self.optimizer.evaluated(self._split(state)[0], params)
 
     def values(
         self,
@@ -94,17 +103,25 @@ class Transform(Optimizer):
             # else there is nothing exact for the inner one to see
             is_known = loss is not None or not outer["schedules"]
             call = self._enter(grads, outer, params, loss) if is_known else None
-            grads = None if call is None else call.change(self.before)
+            grads = None if call is None else self._observed(call)
         behind = self.optimizer.values(inner, loss=loss, grads=grads, params=params)
         return own | {f"optimizer.{name}": value for name, value in behind.items()}
 
-    def _enter(self, grads: Tree, state: State, params: Tree | None, loss: Tensor | None) -> _Call:
+    def _observed(self, call: Call) -> Tree:
+        """Return the gradients that the inner optimizer sees, a tree."""
+        return call.change(self.before)
+
+    def _finished(self, call: Call, updates: Tree) -> Tree:
+        """Return the updates, given those of the inner optimizer, a tree."""
+        return call.change(self.after, updates)
+
+    def _enter(self, grads: Tree, state: State, params: Tree | None, loss: Tensor | None) -> Call:
         """Return what a call on these gradients has to do; `state` has this one's own schedules."""
         gradients = _real(tree.leaves(grads))
         weights = None if params is None else _real(tree.leaves_like(grads, params, "params"))
         hyper, schedules = advance_schedules(self, state, gradients, loss, grads)
         present = find_present(gradients, grads, state)
-        return _Call(grads, weights, find_parts(hyper, present), schedules)
+        return Call(grads, weights, find_parts(hyper, present), schedules)
 
     def _split(self, state: State) -> tuple[State, State]:
         """Return (the state of the inner optimizer, the state with this one's own schedules).
@@ -119,7 +136,7 @@ class Transform(Optimizer):
         return {**state, "schedules": schedules.pop("optimizer")}, {**state, "schedules": schedules}
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """One call of a transform.
 
     Args:
@@ -146,6 +163,17 @@ class _Call(NamedTuple):
 
 def _real(leaves: list[Any]) -> list[Any]:
     return [None if leaf is None else tree.as_real(leaf) for leaf in leaves]
+
+
+def refuse_to_change(owner: Optimizer, optimizer: Optimizer) -> None:
+    """Raise ValueError if the optimizer's memory follows its own updates, which `owner` changes."""
+    for part in optimizer.modules():
+        if isinstance(part, Optimizer) and part.follows_params:
+            own, kind = type(owner).__name__, type(part).__name__
+            raise ValueError(
+                f"{own} changes the updates of {kind}, which remembers where they bring the "
+                f"parameters. Put it behind: `{kind}(..., {own}(...))`."
+            )
 
 
 def check_optimizer(owner: Optimizer, optimizer: Any) -> Optimizer:
