@@ -47,6 +47,7 @@ from .schedules import (
     Within,
 )
 from .sgd import SGD
+from .trained import load_trained, read_card, trained_names
 from .transforms import (
     AGC,
     EMA,
@@ -120,4 +121,7 @@ __all__ = [
     "WarmupStableDecay",
     "WeightDecay",
     "Within",
+    "load_trained",
+    "read_card",
+    "trained_names",
 ]

@@ -102,18 +102,25 @@ class Deployed(torch.optim.Optimizer):
             self._is_evaluated = False
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
+    ) -> Any:
         """Make one update.
 
         Args:
-            closure: recomputes the loss and its gradients and returns the loss; needed only if a
-                schedule observes the loss.
+            closure: recomputes the loss and its gradients and returns the loss.
+            loss: the loss of the gradients that are there, in place of a closure. One of the two is
+                needed where the optimizer, or a schedule of its own, looks at the loss.
 
         Returns:
-            What the closure returned, else None.
+            What the closure returned, else the loss.
+
+        Raises:
+            ValueError: both are given; or none, and the loss is needed.
         """
+        if closure is not None and loss is not None:
+            raise ValueError("`step` takes a closure or the loss, got both. Leave one out.")
         self._refuse_if_evaluated("make a step")
-        loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()

@@ -51,9 +51,9 @@ class ControlledMLP(Optimizer):
     tensor: the gradient g and its momenta m at decays .5, .9, .99; the same four times
     1 / sqrt(v / mean v + 1e-4), where v is the second moment at decay .98; m.9 / sqrt(row col) with
     the means of g^2 over the columns and rows of the tensor as a matrix [first axis, others]; the
-    parameter p; min(1 / sqrt(v), 10); and 1. The direction of a matrix, and of a filter as a matrix
-    [first axis, others], is made orthogonal by four Newton-Schulz steps as in `Muon`. tau = (1, x, x^2, tanh(t / 10), (ln T - 5) / 2) is
-    time, with x = t / T.
+    parameter p; min(1 / sqrt(v), 10); and 1. tau = (1, x, x^2, tanh(t / 10), (ln T - 5) / 2) is
+    time, with x = t / T. The direction of a matrix, and of a filter as a matrix, is made orthogonal
+    by four Newton-Schulz steps, as in `Muon`.
 
     The step of a tensor is s = -4.6 + 2 (c . h + e . tanh(C h + k)), kept within 8 of -4.6. Its
     features h: 1, x, x^4, 1 - tanh(t / (T / 20 + 3)), (ln T - 5) / 2, ln rms(p) / 2, ln of

@@ -90,8 +90,8 @@ def load_trained(name: str, *, steps: int | None = None) -> Optimizer:
     expected = read_card(name).sha256
     if digest(path) != expected:
         raise ValueError(
-            f"{path.name} has the SHA-256 {digest(path)}, its card says {expected}: they are not of "
-            "one training. Install the package again, or train anew with the card's command."
+            f"{path.name} has the SHA-256 {digest(path)}, its card says {expected}: they are not "
+            "of one training. Install the package again, or train anew with the card's command."
         )
     optimizer = Optimizer.load(path)
     return optimizer if steps is None else with_steps(optimizer, steps)
