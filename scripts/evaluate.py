@@ -1,6 +1,7 @@
 """Compare learned optimizers with tuned hand-designed ones on tasks that training never saw.
 
 python scripts/evaluate.py --weights runs/optimizer/weights.safetensors --task digits
+python scripts/evaluate.py --trained small --task held-out
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from tqdm import tqdm
 
 import metaopt as mo
 from metaopt.extras import extra
-from optimizers import SGD, Adam, RMSprop
+from optimizers import SGD, Adam, RMSprop, load_trained
 
 with extra("scripts/evaluate.py"):
     import tyro
+    from judging import hand_designed, judge, learned
     from train_optimizer import TASKS
 
 HAND_DESIGNED: dict[str, Callable[[float], mo.Optimizer]] = {
@@ -38,14 +40,30 @@ class Config:
 
     weights: tuple[Path, ...] = ()
     """Files that train_optimizer.py or train_schedule.py wrote."""
-    task: Literal["digits", "digits-deep", "quadratics"] = "digits"
-    """What they are compared on; it may differ from what they were trained on."""
+    trained: tuple[str, ...] = ()
+    """Names of optimizers that come with the package."""
+    task: Literal[
+        "digits",
+        "digits-deep",
+        "quadratics",
+        "quadratics-20",
+        "quadratics-50",
+        "held-out",
+        "stress",
+    ] = "digits"
+    """What they are compared on; it may differ from what they were trained on. "held-out" is a
+    table over eight families, "stress" one over longer runs and larger networks; there every
+    optimizer has one factor tuned over 14 values."""
     horizon: int | None = None
     """Inner steps; by default the task's own."""
-    seeds: int = 64
-    """Test tasks."""
-    tuning_seeds: int = 32
-    """Validation tasks on which learning rates are chosen."""
+    seeds: int | None = None
+    """Test tasks; by default 64, and 12 for each family of a table."""
+    tuning_seeds: int | None = None
+    """Validation tasks on which learning rates are chosen; by default 32, and 8 for a table."""
+    against: tuple[Literal["Adam", "Nesterov", "Muon"], ...] = ("Adam",)
+    """Hand-designed optimizers of a table, each with a constant rate and with a cosine."""
+    families: tuple[str, ...] = ()
+    """Names of some families of a table; by default all of them."""
     grid: tuple[float, ...] = (
         0.001,
         0.003,
@@ -79,20 +97,60 @@ class Config:
 
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
+    if config.task in ("held-out", "stress"):
+        make_table(config)
+    else:
+        compare(config)
+
+
+def load_learned(config: Config) -> dict[str, mo.Optimizer]:
+    """Return the optimizers that are to be judged, by name."""
+    shipped = {name: load_trained(name) for name in config.trained}
+    given = {str(path): mo.Optimizer.load(path) for path in config.weights}
+    return shipped | given
+
+
+def make_table(config: Config) -> None:
+    """Judge on several families, and write the tables, the figures and the curves."""
+    everything = (
+        mo.tasks.held_out_families() if config.task == "held-out" else mo.tasks.stress_families()
+    )
+    unknown = set(config.families) - everything.keys()
+    if unknown:
+        raise ValueError(f"There is no family {sorted(unknown)}; there are {[*everything]}.")
+    judgement = judge(
+        hand_designed(config.against)
+        | {name: learned(one) for name, one in load_learned(config).items()},
+        {name: everything[name] for name in config.families or everything},
+        config.against[0],
+        config.seeds or 12,
+        config.tuning_seeds or 8,
+        config.out,
+    )
+    tables = [judgement.table("mean"), judgement.table("final"), judgement.accuracies()]
+    text = "\n\n".join([table for table in tables if table] + [judgement.summary()])
+    print(text)
+    (config.out / f"{config.task}.txt").write_text(text + "\n")
+    judgement.plot(config.out / f"{config.task}.png")
+    print(f"Figures: {config.out / 'judgement.json'}   Plot: {config.out / config.task}.png")
+
+
+def compare(config: Config) -> None:
+    """Compare on one task, in a table and a plot."""
+    seeds, tuning_seeds = config.seeds or 64, config.tuning_seeds or 32
     family, horizon = TASKS[config.task]
     horizon = horizon if config.horizon is None else config.horizon
     optimizers: dict[str, mo.Optimizer] = {}
-    for path in config.weights:
-        learned = mo.Optimizer.load(path)
-        optimizers[
-            f"learned: {type(learned).__name__}" + (f" ({path})" if len(config.weights) > 1 else "")
-        ] = learned
+    found = load_learned(config)
+    for path, one in found.items():
+        name = f"learned: {type(one).__name__}"
+        optimizers[name + (f" ({path})" if len(found) > 1 else "")] = one
     for name, make in tqdm(HAND_DESIGNED.items(), desc="tuning", mininterval=0.5):
-        lr, _ = mo.tune(make, config.grid, family, horizon=horizon, seeds=config.tuning_seeds)
+        lr, _ = mo.tune(make, config.grid, family, horizon=horizon, seeds=tuning_seeds)
         optimizers[f"{name}, lr {lr:g}"] = make(lr)
-    report = mo.evaluate(optimizers, family, horizon=horizon, seeds=config.seeds)
+    report = mo.evaluate(optimizers, family, horizon=horizon, seeds=seeds)
 
-    title = f"{config.task}: {horizon} steps from {config.seeds} fresh initialisations"
+    title = f"{config.task}: {horizon} steps from {seeds} fresh initialisations"
     plot = config.out / f"{config.task}.png"
     report.plot(plot, title)
     print(f"\n{title}, none seen in training or tuning\n{report.table()}")

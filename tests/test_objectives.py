@@ -124,7 +124,8 @@ def test_a_relative_loss_counts_divergence_as_its_cap() -> None:
         None,
         torch.Generator().manual_seed(0),
     )
-    assert estimate.slopes.isfinite().all() and estimate.losses.isfinite().all()
+    assert estimate.slopes.isfinite().all()
+    assert estimate.losses.isfinite().all()
 
 
 class Sizes:
@@ -224,7 +225,7 @@ def test_what_does_not_go_together_is_said(given: dict[str, Any], message: str) 
 def test_more_bad_input() -> None:
     with pytest.raises(ValueError, match="at most the number of groups, 2, got 3"):
         mo.Groups(NRES, 2, at_a_time=3)
-    with pytest.raises(ValueError, match="Relative: `cap` must be .*positive.*, got 0"):
+    with pytest.raises(ValueError, match=r"Relative: `cap` must be .*positive.*, got 0"):
         mo.Relative(cap=0)
     estimator = mo.ES(0.1, 2, objective=mo.ValidationLoss())
     given = (learnable(), {"lr": torch.tensor(0.1)}, Lines(held_out=False), 5, None)
@@ -260,7 +261,7 @@ def test_training_that_has_no_finite_task_any_more_says_so_and_the_best_is_kept(
         horizon=20,
     )
     trainer = mo.Trainer(training, max_steps=100, validate=lambda: 1.0, progress=False)
-    with pytest.raises(mo.NonFiniteError, match="MetaTraining, outer step .*every task, in each"):
+    with pytest.raises(mo.NonFiniteError, match=r"MetaTraining, outer step .*every task, in each"):
         trainer.fit()
     assert trainer.best_step == 0
     assert training.optimizer.lr == 1e300

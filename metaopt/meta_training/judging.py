@@ -229,6 +229,22 @@ class Judgement:
         headers = [f"{by} loss", *(name for name, _ in columns)]
         return write_table(headers, rows, ["", *[".4f"] * len(columns)])
 
+    def accuracies(self) -> str:
+        """Return a row for each family whose results are classified, tuned for the final loss."""
+        known = {
+            family: one
+            for family, one in self.outcomes.items()
+            if all(outcome.final.accuracy is not None for outcome in one.values())
+        }
+        if not known:
+            return ""
+        rows: list[list[str | float]] = [
+            [family, *(float(one[name].final.accuracy.mean()) for name in self.names())]  # type: ignore[union-attr]
+            for family, one in known.items()
+        ]
+        headers = ["accuracy", *self.names()]
+        return write_table(headers, rows, ["", *[".4f"] * len(self.names())])
+
     def summary(self) -> str:
         """Return a row for each contender: what it did over all families."""
         headers = [

@@ -6,7 +6,7 @@ from metaopt.tasks.episode import Episode
 from metaopt.tasks.examples import Classes, Reconstruction, Teacher, Waves
 from metaopt.tasks.families import Mixture, RandomMLPs, RandomTeachers, Rescaled, small_networks
 from metaopt.tasks.functions import NoisyQuadratics, Rosenbrock
-from metaopt.tasks.held_out import HeldOut, held_out_families
+from metaopt.tasks.held_out import HeldOut, held_out_families, stress_families
 from metaopt.tasks.networks import MLP, ConvNet
 from metaopt.tasks.quadratics import Quadratics
 from metaopt.tasks.supervised import Supervised
@@ -33,4 +33,5 @@ __all__ = [
     "Waves",
     "held_out_families",
     "small_networks",
+    "stress_families",
 ]

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from metaopt.meta_training.task import TaskFamily
 from metaopt.tasks.characters import CharacterLSTM, CharacterTransformer
-from metaopt.tasks.examples import Classes, Reconstruction
+from metaopt.tasks.examples import Classes, Reconstruction, Waves
+from metaopt.tasks.functions import NoisyQuadratics, Rosenbrock
 from metaopt.tasks.networks import MLP, ConvNet
 from metaopt.tasks.supervised import Supervised
 
@@ -16,6 +17,19 @@ class HeldOut(NamedTuple):
 
     family: TaskFamily
     horizon: int
+
+
+def stress_families() -> dict[str, HeldOut]:
+    """Return harder versions of what small MLPs are: longer, wider and deeper, by name."""
+    return {
+        "2,000 steps": HeldOut(Supervised(MLP((64, 32)), Classes()), 2000),
+        "256 wide": HeldOut(Supervised(MLP((256, 256)), Classes()), 200),
+        "6 layers": HeldOut(Supervised(MLP((32,) * 5), Classes()), 200),
+        "tanh, large weights": HeldOut(Supervised(MLP((64, 32), "tanh", 3.0), Classes()), 200),
+        "Rosenbrock": HeldOut(Rosenbrock(), 200),
+        "noisy quadratics": HeldOut(NoisyQuadratics(50, 1000.0, 1.0), 200),
+        "waves": HeldOut(Supervised(MLP((40, 40)), Waves(), 10), 200),
+    }
 
 
 def held_out_families() -> dict[str, HeldOut]:
