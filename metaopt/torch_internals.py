@@ -6,6 +6,7 @@ checks them one by one, so a torch that changes one says so by that test's name.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import warnings
@@ -56,6 +57,7 @@ __all__ = [
     "refuse_hooks",
     "run_backward",
     "transforms",
+    "twin_of",
     "unwrapped",
     "unwrapped_if_over",
     "uses_dual_numbers",
@@ -64,6 +66,7 @@ __all__ = [
 ]
 
 Function = TypeVar("Function")
+M = TypeVar("M", bound=nn.Module)
 
 _are_plain = {Tensor, nn.Parameter}.issuperset
 _ENGINE: Any = torch.autograd.Variable._execution_engine
@@ -178,6 +181,19 @@ def has_buffers(module: nn.Module) -> bool:
             return True
         pending += [part for part in one._modules.values() if part is not None]
     return False
+
+
+def twin_of(module: M) -> M:
+    """Return a module with the same parameters, buffers and children, but registers of its own.
+
+    What is lent or assigned to the twin does not appear in the module.
+    """
+    twin = copy.copy(module)
+    twin.__dict__ = {
+        name: value.copy() if isinstance(value, dict | set) else value
+        for name, value in vars(module).items()
+    }
+    return twin
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

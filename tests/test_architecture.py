@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its
 # neighbours.
 LAYERS = [
-    ["torch_internals", "extras", "table"],
+    ["torch_internals", "extras", "table", "native"],
     ["transforms"],
     ["checks", "tree"],
     ["exact_ops", "compiled", "linear_solve"],
@@ -45,8 +45,10 @@ PACKAGES = ["metaopt", "optimizers", "scripts", "examples"]  # each may import t
 LAZY = {  # may import what is slow to load when it is asked for
     "metaopt/train/loggers.py",  # a logging backend
     "metaopt/meta_training/evaluation.py",  # matplotlib, for a report's plot
+    "metaopt/meta_training/judging.py",  # the same
     "metaopt/levels/show.py",  # matplotlib
     "metaopt/tasks/digits.py",  # scikit-learn, for its data
+    "metaopt/tasks/examples.py",  # the same
     "metaopt/tasks/omniglot.py",  # pillow, to read drawings
     "metaopt/interop/torchopt.py",  # torchopt, 0.13 s
     # our optimizers, which most programs that never ask for them do without

@@ -129,8 +129,8 @@ def test_random_networks_cover_their_ranges() -> None:
         activations.add(inner.network.activation)
         sizes |= {inner.batch_size}
         assert all(8 <= width <= 40 for width in inner.network.hidden)
-        kinds.add(type(inner.data).__name__)
-        assert getattr(inner.data, "table", "digits") == "digits"
+        kinds.add(type(inner.examples).__name__)
+        assert getattr(inner.examples, "table", "digits") == "digits"
         family.sample(generator, 1)
     assert depths == {0, 1, 2, 3}
     assert activations == set(ACTIVATIONS)

@@ -141,6 +141,27 @@ def test_jvp() -> None:
     assert not inside(vmap, is_jvp)
 
 
+def test_vmap() -> None:
+    def is_vmap(_: Tensor) -> bool:
+        return any(level.key() == internals.VMAP for level in internals.transforms())
+
+    assert inside(vmap, is_vmap)
+    assert not inside(grad, is_vmap)
+    assert not inside(forward, is_vmap)
+
+
+def test_twin_of() -> None:
+    module = nn.Sequential(nn.Linear(2, 3))
+    module.register_buffer("scale", torch.ones(2))
+    twin = internals.twin_of(module)
+    assert twin[0] is module[0]
+    assert twin.scale is module.scale
+    twin.scale, twin[0], twin.name = torch.zeros(2), nn.ReLU(), "twin"
+    assert module.scale.sum() == 2
+    assert isinstance(module[0], nn.Linear)
+    assert not hasattr(module, "name")
+
+
 def test_transforms() -> None:
     assert internals.transforms() == []
     assert inside(grad, lambda _: len(internals.transforms())) == 1

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TypeVar
 
 from torch import nn
 
 from metaopt.checks import check_count
+from metaopt.torch_internals import twin_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,16 +22,9 @@ def with_steps(module: M, steps: int) -> M:
         ValueError: `steps` is not positive.
     """
     check_count(None, "steps", steps)
-    twin = copy.copy(module)
-    # torch's own dicts too: what is lent to the twin must not appear in the module
-    twin.__dict__ = {
-        name: value.copy() if isinstance(value, dict | set) else value
-        for name, value in vars(module).items()
-    }
-    twin._modules = {
-        name: child if child is None else with_steps(child, steps)
-        for name, child in module._modules.items()
-    }
+    twin = twin_of(module)
+    for name, child in module.named_children():
+        setattr(twin, name, with_steps(child, steps))
     if getattr(module, "steps", 0) is None:
         vars(twin)["steps"] = steps
     return twin

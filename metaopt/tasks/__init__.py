@@ -3,7 +3,7 @@
 from metaopt.tasks.characters import CharacterLSTM, CharacterTransformer
 from metaopt.tasks.digits import DigitsMLP
 from metaopt.tasks.episode import Episode
-from metaopt.tasks.examples import Classes, Reconstruction, Teacher, Waves
+from metaopt.tasks.examples import Classes, Reconstruction, Teacher, Waves, table
 from metaopt.tasks.families import Mixture, RandomMLPs, RandomTeachers, Rescaled, small_networks
 from metaopt.tasks.functions import NoisyQuadratics, Rosenbrock
 from metaopt.tasks.held_out import HeldOut, held_out_families, stress_families
@@ -34,4 +34,5 @@ __all__ = [
     "held_out_families",
     "small_networks",
     "stress_families",
+    "table",
 ]

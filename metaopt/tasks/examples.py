@@ -139,14 +139,14 @@ class Reconstruction:
     """The inputs of other data are to be reproduced: weight times the mean squared error.
 
     Args:
-        data: whose inputs they are.
+        examples: whose inputs they are.
         weight: factor on the loss.
 
     Raises:
         ValueError: a weight that is not positive.
     """
 
-    data: Data = field(default=Classes())
+    examples: Data = field(default=Classes())
     weight: float = 10.0
 
     def __post_init__(self) -> None:
@@ -155,18 +155,18 @@ class Reconstruction:
     @property
     def inputs(self) -> int:
         """Number of features."""
-        return self.data.inputs
+        return self.examples.inputs
 
     @property
     def outputs(self) -> int:
         """Number of features."""
-        return self.data.inputs
+        return self.examples.inputs
 
     def draw(
         self, generator: torch.Generator, steps: int, size: int, held_out: int
     ) -> tuple[Batch, Batch]:
         """Draw batches of the other data, with the inputs as targets."""
-        (x, _), (other, _) = self.data.draw(generator, steps, size, held_out)
+        (x, _), (other, _) = self.examples.draw(generator, steps, size, held_out)
         return (x, x), (other, other)
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class RandomMLPs:
     `Rescaled` by exp(s N(0, 1)), with s drawn from `spreads`.
 
     Args:
-        data: one of them is drawn; or distributions of data, with a method `draw_data`.
+        examples: one of them is drawn; or distributions of data, with a method `draw_data`.
         depths: fewest and most hidden layers.
         widths: smallest and largest.
         batch_sizes: smallest and largest.
@@ -112,7 +112,7 @@ class RandomMLPs:
         ValueError: a range that is none.
     """
 
-    data: tuple[Data | RandomTeachers, ...] = (Classes(),)
+    examples: tuple[Data | RandomTeachers, ...] = (Classes(),)
     depths: tuple[int, int] = (0, 3)
     widths: tuple[int, int] = (8, 40)
     batch_sizes: tuple[int, int] = (8, 64)
@@ -128,7 +128,7 @@ class RandomMLPs:
 
     def draw(self, generator: torch.Generator) -> TaskFamily:
         """Draw a family."""
-        data = pick(self.data, generator)
+        data = pick(self.examples, generator)
         data = data.draw_data(generator) if isinstance(data, RandomTeachers) else data
         low, high = self.depths
         depth = int(torch.randint(low, high + 1, (), generator=generator))

@@ -20,7 +20,7 @@ class Supervised:
 
     Args:
         network: `MLP(...)`, `ConvNet(...)`, or another.
-        data: `Classes("digits")`, `Reconstruction(...)`, `Teacher(...)`, or other.
+        examples: `Classes("digits")`, `Reconstruction(...)`, `Teacher(...)`, or other.
         batch_size: examples per step.
         held_out: examples that are held out, for `ValidationLoss`; 0 for none.
 
@@ -29,7 +29,7 @@ class Supervised:
     """
 
     network: Network = field(default=MLP())
-    data: Data = field(default=Classes())
+    examples: Data = field(default=Classes())
     batch_size: int = 64
     held_out: int = 0
 
@@ -40,17 +40,17 @@ class Supervised:
     def loss(self, params: Params, batch: Batch) -> Tensor:
         """Return the loss of a batch (x, y)."""
         x, y = batch
-        return self.data.loss(self.network(params, x), y)
+        return self.examples.loss(self.network(params, x), y)
 
     def accuracy(self, params: Params) -> Tensor | None:
         """Return the part of rows that no task sees which are classified rightly, if there are."""
-        judged = self.data.judged() if isinstance(self.data, Classes) else None
+        judged = self.examples.judged() if isinstance(self.examples, Classes) else None
         if judged is None:
             return None
         return (self.network(params, judged[0]).argmax(-1) == judged[1]).float().mean()
 
     def sample(self, generator: torch.Generator, steps: int) -> Task:
         """Draw parameters, and a minibatch for every step."""
-        params = self.network.init(generator, self.data.inputs, self.data.outputs)
-        batches, held_out = self.data.draw(generator, steps, self.batch_size, self.held_out)
+        params = self.network.init(generator, self.examples.inputs, self.examples.outputs)
+        batches, held_out = self.examples.draw(generator, steps, self.batch_size, self.held_out)
         return Task(params, batches, held_out if self.held_out else ())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metaopt.native import load_native
 from metaopt.optimizer import Slots
+from metaopt.torch_internals import is_wrapped
 from metaopt.transforms import is_forward_only, unwrap
 
 SOURCE = Path(__file__).with_suffix("").with_name("controlled_mlp.cpp")
@@ -55,7 +56,9 @@ def step(
         scalars: (loss, step from 0, rate).
     """
     arrays = [theta, grad, param, *(slots[name] for name in MEMORY), scalars]
-    update, *after = _step([x[None] for x in arrays], _number(tuple(sizes)), orthogonal, steps)
+    # the operator is for vmap: called directly, the function saves the dispatcher's time
+    run = _step if is_wrapped(theta) or is_wrapped(grad) else _compute
+    update, *after = run([x[None] for x in arrays], _number(tuple(sizes)), orthogonal, steps)
     return update[0], {name: x[0] for name, x in zip(MEMORY, after, strict=True)}
 
 
@@ -71,8 +74,7 @@ def _number(sizes: tuple[tuple[int, int, int], ...]) -> int:
     return len(_layouts) - 1
 
 
-@torch.library.custom_op("metaopt::controlled_step", mutates_args=())
-def _step(arrays: list[Tensor], layout: int, orthogonal: bool, steps: float) -> list[Tensor]:
+def _compute(arrays: list[Tensor], layout: int, orthogonal: bool, steps: float) -> list[Tensor]:
     """Return [update, *next memory]; all arrays have a leading axis, the batch."""
     library = load_native(SOURCE)
     assert library is not None  # `is_usable` has asked
@@ -91,6 +93,9 @@ def _step(arrays: list[Tensor], layout: int, orthogonal: bool, steps: float) -> 
         *(c_void_p(x.data_ptr()) for x in (*arrays, *written)),
     )
     return written
+
+
+_step = torch.library.custom_op("metaopt::controlled_step", _compute, mutates_args=())
 
 
 @_step.register_vmap
