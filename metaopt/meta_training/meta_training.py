@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class MetaTraining:
         tasks: the tasks it is trained on.
         estimator: `FullUnroll()`, `TruncatedBackprop(window)`, ...; `Groups(...)` of one of them
             for tasks of several families.
-        outer: the optimizer of theta.
+        outer: the optimizer of theta. With `EMA` around it, use what `evaluated()` returns.
         horizon: steps per episode; with `Groups`, also (shortest, longest). An optimizer, or
             schedule, made with `steps=None` is told it.
         clip: largest norm of one task's meta-gradient; None for no limit.
@@ -113,6 +114,20 @@ class MetaTraining:
             "gradient norm": tree.norm(grads),
             "tasks left out": (~good).sum(),
         }
+
+    def evaluated(self) -> Optimizer:
+        """Return a copy of the optimizer as it is to be used now.
+
+        Its parameters are those that `outer` says are the ones to evaluate at: an average of the
+        last ones for `EMA(0.95, Adam(1e-2))`, which is often better than the last.
+        """
+        # deepcopy refuses computed tensors
+        constants = {id(one): one.detach().clone() for one in self.optimizer.buffers()}
+        found = copy.deepcopy(self.optimizer, constants)
+        with torch.no_grad():
+            for name, leaf in self.outer.evaluated(self.outer_state, self._theta()).items():
+                found.get_parameter(name).copy_(leaf)
+        return found
 
     def _estimate(self, theta: Params) -> Estimate:
         """Return the estimator's next estimate, which draws at random from our generator only."""

@@ -116,15 +116,21 @@ class MeanLoss:
 
     def part(self, window: Window, loss: Loss) -> Tensor:
         """Return 1/T sum of w_t L_t over the window."""
-        values = window.losses
+        return self._sum(window.losses, window.first, window.start, window.horizon)
+
+    def of(self, losses: Tensor) -> Tensor:
+        """Return J of a whole episode with these losses, [T]."""
+        return self._sum(losses, losses[0], torch.zeros((), dtype=torch.int64), len(losses))
+
+    def _sum(self, values: Tensor, first: Tensor, start: Tensor, horizon: int) -> Tensor:
         if self.relative is not None:
-            values = self.relative(values, window.first)
+            values = self.relative(values, first)
         if self.late != 1:
-            begin = math.ceil(LATE * window.horizon)
-            mean = 1 + (self.late - 1) * (1 - begin / window.horizon)
-            steps = window.start + torch.arange(len(values), device=values.device)
+            begin = math.ceil(LATE * horizon)
+            mean = 1 + (self.late - 1) * (1 - begin / horizon)
+            steps = start + torch.arange(len(values), device=values.device)
             values = values * torch.where(steps >= begin, self.late / mean, 1 / mean)
-        return values.sum() / window.horizon
+        return values.sum() / horizon
 
     @property
     def is_bounded(self) -> bool:
