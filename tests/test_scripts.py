@@ -137,7 +137,14 @@ def test_train_schedule(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize(
     "script",
-    ["train_optimizer.py", "evaluate.py", "train_schedule.py", "maml.py", "meta_weight_net.py"],
+    [
+        "train_optimizer.py",
+        "evaluate.py",
+        "train_schedule.py",
+        "maml.py",
+        "meta_weight_net.py",
+        "language_model.py",
+    ],
 )
 def test_help_lists_the_options(script: str) -> None:
     done = subprocess.run(

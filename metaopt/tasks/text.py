@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
+import pydoc_data.topics
+import sysconfig
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+# Folders of the standard library that are not read.
+LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
 @dataclass(frozen=True)
@@ -80,3 +87,39 @@ def encoded_sources(modules: tuple[str, ...], symbols: int) -> tuple[Alphabet, T
     texts = [source(module) for module in modules]
     alphabet = Alphabet.most_frequent(texts, symbols)
     return alphabet, alphabet.encode("".join(texts))
+
+
+def topics() -> dict[str, str]:
+    """Return the topics of Python's interactive help: name -> text."""
+    return dict(pydoc_data.topics.topics)
+
+
+def library() -> dict[str, str]:
+    """Return the sources of the standard library: path of the file -> text.
+
+    Left out are tests, what is installed beside it, the tables in `encodings`, and the topics of
+    help, which are documents of their own.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not LEFT_OUT.intersection(name.parts):
+            found[name.as_posix()] = path.read_text(encoding="utf-8", errors="replace")
+    return found
+
+
+def split_by_name(
+    documents: dict[str, str], shares: tuple[float, float]
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Return (training, validation, test): where a document goes depends on its name alone.
+
+    Args:
+        documents: name -> text.
+        shares: of training and of validation, about; the rest is for the test.
+    """
+    parts: tuple[dict[str, str], dict[str, str], dict[str, str]] = ({}, {}, {})
+    for name, text in documents.items():
+        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) / 2**32
+        parts[(place >= shares[0]) + (place >= sum(shares))][name] = text
+    return parts
