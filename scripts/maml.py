@@ -1,6 +1,7 @@
 """Model-agnostic meta-learning: an initialisation from which a few gradient steps learn a new task.
 
 python scripts/maml.py sinusoid --compile
+python scripts/maml.py sinusoid --compile --schedule lstm   # inner rates are learned too
 python scripts/maml.py omniglot --data FOLDER_OR_ZIP --ways 5 --shots 1
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from inner_schedule import Kind, make_inner
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -67,6 +69,12 @@ class Config:
     """step size of the outer Adam"""
     first_order: bool = False
     """hold inner gradients constant (FOMAML)"""
+    schedule: Kind = "none"
+    """schedule of the inner rate, learned together with the initialisation"""
+    per_tensor: bool = False
+    """a schedule of its own for each tensor of the network"""
+    schedule_lr: float = 1e-2
+    """step size of the outer Adam for the schedule"""
     test_tasks: int = 600
     """tasks in the test"""
     seed: int = 0
@@ -125,31 +133,43 @@ class MetaLearning:
         task_loss: Callable,
         sample: Callable[[torch.Generator], Any],
         config: Config,
+        inner: nn.Module | None = None,
         **batching: Any,
     ):
         self.model, self.sample = model, sample
         self.net = mo.functional(model)
-        self.meta_gradient = mo.meta_grad(task_loss, **batching)
-        self.outer = torch.optim.Adam(model.parameters(), lr=config.lr)
+        # an optimizer with a constant rate has nothing to learn
+        self.trained = [model, *([inner] if inner and list(inner.parameters()) else [])]
+        learn = {"learn": inner} if len(self.trained) > 1 else {}
+        self.meta_gradient = mo.meta_grad(task_loss, **learn, **batching)
+        rates = (config.lr, config.schedule_lr)
+        groups = [
+            {"params": [*module.parameters()], "lr": lr}
+            for module, lr in zip(self.trained, rates, strict=False)
+        ]
+        self.outer = torch.optim.Adam(groups)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.losses: list[float] = []
 
     def step(self) -> dict[str, float]:
-        grads, losses = self.meta_gradient(self.net.params, self.sample(self.generator))
-        mo.assign_grads(self.model, grads)
+        found, losses = self.meta_gradient(self.net.params, self.sample(self.generator))
+        grads = found if len(self.trained) > 1 else (found,)
+        for module, own in zip(self.trained, grads, strict=True):
+            mo.assign_grads(module, own)
         self.outer.step()
         self.losses.append(losses.mean().item())
         return {"query loss": self.losses[-1]}
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "model": self.model.state_dict(),
+            "trained": [module.state_dict() for module in self.trained],
             "outer": self.outer.state_dict(),
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        for module, own in zip(self.trained, state["trained"], strict=True):
+            module.load_state_dict(own)
         self.outer.load_state_dict(state["outer"])
         self.generator.set_state(state["generator"])
 
@@ -168,10 +188,18 @@ class MetaLearning:
         )
 
 
-def maml_loss(loss: Loss, config: Config) -> Callable[[Params, Episode], Tensor]:
-    """Return L(w'; query), where w' is w after gradient steps on the support set."""
+def inner_of(config: Config, names: Iterable[str]) -> SGD:
+    """Return the optimizer that adapts, of parameters with these names."""
+    steps, names = config.inner_steps, names if config.per_tensor else ()
+    return make_inner(config.schedule, config.inner_lr, steps, names, config.seed)
+
+
+def maml_loss(
+    loss: Loss, config: Config, inner: SGD | None = None
+) -> Callable[[Params, Episode], Tensor]:
+    """Return L(w'; query), where w' is w after steps of `inner` on the support set."""
     rule = mo.FirstOrder() if config.first_order else mo.Backprop()
-    optimizer = SGD(lr=config.inner_lr)
+    optimizer = inner or SGD(lr=config.inner_lr)
 
     def task_loss(params: Params, task: Episode) -> Tensor:
         adapted = mo.minimize(
@@ -184,13 +212,16 @@ def maml_loss(loss: Loss, config: Config) -> Callable[[Params, Episode], Tensor]
 
 @torch.no_grad()
 def adapt(
-    loss: Loss, lr: float, steps: Sequence[int], params: Params, task: Episode
+    loss: Loss, inner: float | SGD, steps: Sequence[int], params: Params, task: Episode
 ) -> list[Params]:
-    """Return the parameters after each of these numbers of gradient steps on the support set."""
-    path = []
+    """Return the parameters after each of these numbers of steps on the support set."""
+    optimizer = inner if isinstance(inner, SGD) else SGD(lr=inner)
+    path, state = [], optimizer.init(params)
     for done, wanted in zip((0, *steps), steps, strict=False):
         if wanted > done:
-            params = mo.minimize(loss, SGD(lr=lr), params, task.support, steps=wanted - done).params
+            params, state, *_ = mo.minimize(
+                loss, optimizer, params, task.support, steps=wanted - done, opt_state=state
+            )
         path.append(params)
     return path
 
@@ -228,12 +259,12 @@ def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
         x, y = batch
         return F.mse_loss(net(params, x), y)
 
-    def curves(params: Params, lr: float, tasks: Episode) -> Tensor:
+    def curves(params: Params, inner: float | SGD, tasks: Episode) -> Tensor:
         def one(task: Episode) -> Tensor:
             return torch.stack(
                 [
                     loss(adapted, task.query)
-                    for adapted in adapt(loss, lr, config.test_steps, params, task)
+                    for adapted in adapt(loss, inner, config.test_steps, params, task)
                 ]
             )
 
@@ -243,9 +274,11 @@ def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
     sample = partial(
         waves.sample, tasks=config.meta_batch, shots=config.shots, queries=config.queries
     )
-    MetaLearning(model, maml_loss(loss, config), sample, config, compile=config.compile).fit(
-        "maml", config.max_steps, config
-    )
+    inner = inner_of(config, net.params)
+    MetaLearning(
+        model, maml_loss(loss, config, inner), sample, config, inner, compile=config.compile
+    ).fit("maml", config.max_steps, config)
+    inner.save(config.out / "inner.safetensors")
 
     def joint(params: Params, task: Episode) -> Tensor:
         return loss(params, task.query)
@@ -264,15 +297,16 @@ def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
         partial(curves, start), FINE_TUNING_RATES, validation, test, larger_is_better=False
     )
     scores = {
-        "MAML": curves(net.params, config.inner_lr, test),
+        "MAML": curves(net.params, inner, test),
         "pretrained, rate tuned": fine_tuned,
     }
     report("mean squared error", scores, config, {"pretrained, rate tuned": best})
-    starts = {"MAML": (net.params, config.inner_lr), "pretrained": (start, best[-1])}
+    starts = {"MAML": (net.params, inner), "pretrained": (start, best[-1])}
     steps = (0, 1, config.test_steps[-1])
     adapted: dict[str, list] = {}
     for name, (params, lr) in starts.items():
-        waves = adapted[f"{name}, learning rate {lr:g}"] = []
+        what = f"rate {lr:g}" if isinstance(lr, float) else f"rate: {config.schedule}"
+        waves = adapted[f"{name}, learning {what}"] = []
         for task in (tree.index(test, index) for index in range(2)):
             path = adapt(loss, lr, steps, params, task)
             waves.append(
@@ -315,13 +349,13 @@ def run_omniglot(config: OmniglotConfig) -> dict[str, Tensor]:
         images, labels = batch
         return F.cross_entropy(net(params, images), labels)
 
-    def curves(params: Params, lr: float, tasks: Episode) -> Tensor:
+    def curves(params: Params, inner: float | SGD, tasks: Episode) -> Tensor:
         def one(task: Episode) -> Tensor:
             images, labels = task.query
             return torch.stack(
                 [
                     accuracy(net(adapted, images), labels)
-                    for adapted in adapt(loss, lr, config.test_steps, params, task)
+                    for adapted in adapt(loss, inner, config.test_steps, params, task)
                 ]
             )
 
@@ -335,19 +369,22 @@ def run_omniglot(config: OmniglotConfig) -> dict[str, Tensor]:
         shots=config.shots,
         queries=config.queries,
     )
-    training = MetaLearning(model, maml_loss(loss, config), sample, config, chunk_size=1)
+    inner = inner_of(config, net.params)
+    training = MetaLearning(
+        model, maml_loss(loss, config, inner), sample, config, inner, chunk_size=1
+    )
     training.fit("maml", config.max_steps, config)
     fine_tuned, best = fine_tune(
         partial(curves, untrained), FINE_TUNING_RATES, validation, test, larger_is_better=True
     )
     scores = {
-        "MAML": curves(net.params, config.inner_lr, test),
+        "MAML": curves(net.params, inner, test),
         "random initialisation, rate tuned": fine_tuned,
     }
     scores["pretrained features, nearest centroid"] = nearest_centroid(train, test, config)
     report("accuracy", scores, config, {"random initialisation, rate tuned": best})
     task = tree.index(test, 0)
-    (adapted,) = adapt(loss, config.inner_lr, config.test_steps[-1:], net.params, task)
+    (adapted,) = adapt(loss, inner, config.test_steps[-1:], net.params, task)
     right = net(adapted, task.query[0]).argmax(-1) == task.query[1]
     title = f"Omniglot, {config.ways}-way {config.shots}-shot, on alphabets not seen in training: "
     title += ", ".join(unseen)

@@ -252,7 +252,8 @@ def test_a_schedule_changes_the_rate_by_a_bounded_factor() -> None:
         value, state = schedule(
             state, step=torch.tensor(step), loss=torch.tensor(2.0), grads=[torch.ones(3)]
         )
-        assert abs(math.log(value.item() / rate)) == pytest.approx(0.25)
+        # the bound is reached slowly, so that no gradient dies there
+        assert abs(math.log(value.item() / rate)) == pytest.approx(0.25, rel=1e-4)
         rate = value.item()
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import metaopt as mo
-from optimizers import SGD, MLPOptimizer
+from optimizers import SGD, Adam, MLPOptimizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,13 +126,49 @@ def test_train_schedule(tmp_path, capsys) -> None:
     train_schedule.main(config)
     printed = capsys.readouterr().out
     assert all(
-        name in printed for name in ("learned schedule", "constant, best of 2", "cosine, best of 2")
+        name in printed for name in ("learned: lstm", "constant, best of 2", "cosine, best of 2")
     )
-    learned = SGD.load(tmp_path / "weights.safetensors")
+    learned = SGD.load(tmp_path / "lstm.safetensors")
     assert learned.lr.readout.abs().max() > 0
     assert (tmp_path / "schedule.png").exists()
     rates = train_schedule.observed_rates(SGD(0.3), mo.tasks.DigitsMLP(), horizon=4, seeds=2)
     torch.testing.assert_close(rates, torch.full((2, 4), 0.3))
+
+
+def test_train_schedules_of_adam_on_the_final_loss(tmp_path, capsys) -> None:
+    import train_schedule
+
+    config = train_schedule.Config(
+        kind=("gp", "policy"),
+        optimizer="adam",
+        objective="final",
+        start="cosine",
+        horizon=6,
+        steps=2,
+        batch=2,
+        validation_seeds=2,
+        seeds=3,
+        grid=(0.01, 0.02),
+        warmups=(0, 2),
+        transfer=(8, 8),
+        out=tmp_path,
+        json=tmp_path / "schedules.json",
+    )
+    train_schedule.main(config)
+    assert "cosine, best of 4" in capsys.readouterr().out
+    (entry,) = json.loads((tmp_path / "schedules.json").read_text()).values()
+    assert [row["name"].split(",")[0] for row in entry["test"]] == [
+        "learned: gp",
+        "learned: policy",
+        "cosine",
+        "constant",
+    ]
+    assert [row["name"].split(",")[0] for row in entry["transfer"]] == [
+        "cosine",
+        "learned: gp",
+        "learned: policy",
+    ]
+    assert Adam.load(tmp_path / "policy.safetensors").lr.net.readout.abs().max() > 0
 
 
 @pytest.mark.parametrize(
@@ -188,6 +224,11 @@ def test_install_says_in_one_line_what_is_wrong(tmp_path) -> None:
         ("evaluate", {"seeds": 0}, "`seeds` must be positive, got 0"),
         ("train_schedule", {"threads": 0}, "`threads` must be positive, got 0"),
         ("train_schedule", {"grid": (0.1, -1.0)}, "`grid` must hold positive learning rates"),
+        (
+            "train_schedule",
+            {"warmups": (-1,)},
+            r"`warmups` must hold numbers of steps, got \(-1,\)",
+        ),
     ],
 )
 def test_silly_options_are_refused_before_anything_runs(

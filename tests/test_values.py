@@ -22,11 +22,13 @@ from optimizers import (
     Constant,
     Cosine,
     Exponential,
+    GPSchedule,
     Grouped,
     Joined,
     LSTMSchedule,
     Masked,
     MLPOptimizer,
+    MLPSchedule,
     Warmup,
     WeightDecay,
 )
@@ -53,6 +55,8 @@ RATES: dict[str, tuple[Any, str, str]] = {
     "parameter": (lambda: SGD(nn.Parameter(torch.tensor(0.1))), "net.bias", "lr"),
     "schedule": (lambda: SGD(Cosine(0.1, 10)), "net.bias", "lr"),
     "observing": (lambda: SGD(learned()), "net.bias", "lr"),
+    "from-a-cosine": (lambda: SGD(MLPSchedule(Cosine(0.1, 10), 10)), "net.bias", "lr"),
+    "gaussian-process": (lambda: SGD(GPSchedule(0.1, 10)), "net.bias", "lr"),
     "warmup": (lambda: SGD(Warmup(learned(), 5, start=0.2)), "net.bias", "lr"),
     "joined": (lambda: SGD(Joined((Constant(0.3), learned()), (2,))), "net.bias", "lr"),
     "clipped": (

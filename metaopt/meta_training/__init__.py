@@ -15,6 +15,7 @@ from metaopt.meta_training.objective import (
     ValidationLoss,
     Window,
 )
+from metaopt.meta_training.reinforce import Reinforce
 from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "MeanLoss",
     "MetaTraining",
     "Objective",
+    "Reinforce",
     "Relative",
     "Report",
     "Task",

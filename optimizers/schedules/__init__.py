@@ -5,8 +5,14 @@ from .cosine import Cosine
 from .exponential import Exponential
 from .inverse_sqrt import InverseSqrt
 from .joined import Joined
+from .learned import (
+    AttentionSchedule,
+    GPSchedule,
+    LSTMSchedule,
+    MLPSchedule,
+    PolicySchedule,
+)
 from .linear import Linear
-from .lstm import LSTMSchedule
 from .one_cycle import OneCycle
 from .per_step import PerStep
 from .piecewise import Piecewise
@@ -20,17 +26,21 @@ from .warmup_stable_decay import WarmupStableDecay
 from .within import Within
 
 __all__ = [
+    "AttentionSchedule",
     "Constant",
     "Cosine",
     "Exponential",
+    "GPSchedule",
     "InverseSqrt",
     "Joined",
     "LSTMSchedule",
     "Linear",
+    "MLPSchedule",
     "OneCycle",
     "PerStep",
     "Piecewise",
     "Plateau",
+    "PolicySchedule",
     "Polynomial",
     "Positive",
     "Staircase",
