@@ -17,7 +17,7 @@ from .adam import Adam, AdamW
 from .adamax import Adamax
 from .asgd import ASGD
 from .equals import register_equals
-from .learned import ControlledMLP, LSTMOptimizer, MLPOptimizer
+from .learned import RNNMLP, AdafactorMLP, ControlledMLP, LSTMOptimizer, MLPOptimizer, NNAdam
 from .lion import Lion
 from .muon import Muon
 from .nadam import NAdam
@@ -76,10 +76,12 @@ __all__ = [
     "AGC",
     "ASGD",
     "EMA",
+    "RNNMLP",
     "SGD",
     "Accumulate",
     "Adadelta",
     "Adafactor",
+    "AdafactorMLP",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -108,6 +110,7 @@ __all__ = [
     "MetaCurvature",
     "Muon",
     "NAdam",
+    "NNAdam",
     "OneCycle",
     "PerParameter",
     "PerStep",

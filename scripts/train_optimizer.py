@@ -7,26 +7,61 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 import metaopt as mo
 from metaopt.extras import extra
 from metaopt.meta_training.evaluation import VALIDATION_SEED
-from optimizers import Adam, Cosine, LSTMOptimizer, MLPOptimizer
+from optimizers import EMA, RNNMLP, AdafactorMLP, Adam, Cosine, LSTMOptimizer, MLPOptimizer, NNAdam
 
 with extra("scripts/train_optimizer.py"):
     import tyro
 
-OPTIMIZERS = {"mlp": MLPOptimizer, "lstm": LSTMOptimizer}
+OPTIMIZERS: dict[str, Any] = {
+    "mlp": MLPOptimizer,
+    "lstm": LSTMOptimizer,
+    "adafactor-mlp": AdafactorMLP,
+    "rnn-mlp": RNNMLP,
+    "nn-adam": NNAdam,
+}
 # Each task with the number of steps of an episode.
 TASKS = {
     "digits": (mo.tasks.DigitsMLP(hidden=(32,)), 50),
     "digits-deep": (mo.tasks.DigitsMLP(hidden=(64, 32)), 100),
     "quadratics": (mo.tasks.Quadratics(dimension=10), 100),
+    "quadratics-20": (mo.tasks.Quadratics(dimension=20), 100),
+    "quadratics-50": (mo.tasks.Quadratics(dimension=50), 100),
+}
+VALIDATION_TASKS = {"quadratics": 512}  # 32 of the others
+# What is best known for backpropagation, by optimizer and task; docs/results.md says what it gives.
+RECIPES: dict[tuple[str, str], dict[str, Any]] = {
+    ("lstm", "quadratics"): {
+        "window": 5,
+        "second_order": True,
+        "batch": 128,
+        "steps": 4000,
+        "validate_every": 200,
+    },
+    ("mlp", "digits"): {
+        "window": 10,
+        "second_order": True,
+        "steps": 500,
+        "validate_every": 50,
+        "finish": 120,
+    },
+}
+OTHERWISE = {
+    "second_order": False,
+    "batch": 8,
+    "steps": 140,
+    "finish": 0,
+    "outer_lr": 0.01,
+    "average": 0.98,
+    "validate_every": 20,
 }
 
 
@@ -34,31 +69,43 @@ TASKS = {
 class Config:
     """Train a learned optimizer on its own training runs, by backpropagation or evolution."""
 
-    optimizer: Literal["mlp", "lstm"] = "mlp"
-    """Per-parameter MLP, or coordinatewise LSTM."""
-    task: Literal["digits", "digits-deep", "quadratics"] = "digits"
+    optimizer: Literal["mlp", "lstm", "adafactor-mlp", "rnn-mlp", "nn-adam"] = "mlp"
+    """Per-parameter MLP, coordinatewise LSTM, the MLP with Adafactor's features, an LSTM for each
+    tensor above an MLP, or Adam with a network that sets its rate and betas."""
+    task: Literal["digits", "digits-deep", "quadratics", "quadratics-20", "quadratics-50"] = (
+        "digits"
+    )
     """What it is trained on."""
     horizon: int | None = None
     """Inner steps per episode; by default the task's own."""
     estimator: Literal["backprop", "es", "pes", "nres"] = "backprop"
     """How the meta-gradient is estimated."""
     window: int | None = None
-    """The number of steps in a window of truncated backpropagation, PES or NRES; by default whole
-    episodes for the first, and 20 for the others."""
+    """The number of steps in a window of truncated backpropagation, PES or NRES; by default that of
+    the recipe for this optimizer and task, else whole episodes for the first, and 20 for the
+    others."""
     std: float = 0.01
     """Standard deviation of the noise of ES, PES and NRES."""
-    second_order: bool = False
-    """Differentiate through the inner gradients too."""
-    batch: int = 8
-    """Episodes per outer step, or pairs of episodes."""
+    second_order: bool | None = None
+    """Differentiate through the inner gradients too; by default as in the recipe, else not."""
+    batch: int | None = None
+    """Episodes per outer step, or pairs of episodes; this and what follows is by default that of
+    the recipe, else 8."""
     hidden_size: int | None = None
     """Width of the learned optimizer; by default its own."""
-    steps: int = 140
-    """Outer steps."""
-    outer_lr: float = 0.01
-    """Learning rate of the outer Adam, with cosine decay to a tenth."""
-    validate_every: int = 20
-    """Outer steps between validations; the weights that validate best are kept."""
+    steps: int | None = None
+    """Outer steps; else 140."""
+    finish: int | None = None
+    """Outer steps after these, with whole episodes and .3 of the learning rate, from the weights
+    that validated best: windows see too short a way ahead; else none."""
+    outer_lr: float | None = None
+    """Learning rate of the outer Adam, with cosine decay to a tenth; else .01."""
+    average: float | None = None
+    """Decay of the average of the weights, which is what is validated and kept; else .98."""
+    validate_every: int | None = None
+    """Outer steps between validations; the weights that validate best are kept; else 20."""
+    start: Path | None = None
+    """Weights to begin with, of a training before, in place of random ones."""
     seed: int = 0
     """Of the initial weights and of the training tasks."""
     threads: int = 1
@@ -67,6 +114,10 @@ class Config:
     """Folder for the weights, the configuration and TensorBoard events."""
 
     def __post_init__(self) -> None:
+        recipe = RECIPES.get((self.optimizer, self.task), {})
+        for name, value in (OTHERWISE | (recipe if self.estimator == "backprop" else {})).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name in (
             "horizon",
             "window",
@@ -81,6 +132,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
+        if self.finish < 0:
+            raise ValueError(f"`finish` must be at least 0, got {self.finish}.")
 
 
 def make_estimator(config: Config) -> mo.Estimator:
@@ -95,30 +148,44 @@ def make_estimator(config: Config) -> mo.Estimator:
     return mo.TruncatedBackprop(config.window, config.batch, rule)
 
 
-def main(config: Config) -> None:
-    torch.set_num_threads(config.threads)
+def find_family(config: Config) -> tuple[mo.TaskFamily, Config]:
+    """Return the tasks to train on, and the configuration of what they are to the estimator.
+
+    To the LSTM, which treats all coordinates alike, many quadratics are one with more coordinates.
+    """
+    family, _ = TASKS[config.task]
+    is_one = config.optimizer == "lstm" and config.estimator == "backprop"
+    if is_one and isinstance(family, mo.tasks.Quadratics):
+        return replace(family, functions=config.batch), replace(config, batch=1)
+    return family, config
+
+
+def train(config: Config, optimizer: mo.Optimizer) -> tuple[mo.Optimizer, float]:
+    """Return (the averaged weights that validated best, that loss), and write them to a file."""
     family, horizon = TASKS[config.task]
     horizon = horizon if config.horizon is None else config.horizon
-    width = {} if config.hidden_size is None else {"hidden_size": config.hidden_size}
-    optimizer = OPTIMIZERS[config.optimizer](**width, seed=config.seed)
-    estimator = make_estimator(config)
-    outer = Adam(lr=Cosine(config.outer_lr, config.steps, final=config.outer_lr / 10))
+    trained_on, seen = find_family(config)
+    rate = Cosine(config.outer_lr, config.steps, final=config.outer_lr / 10)
+    outer = EMA(config.average, Adam(rate))
     training = mo.MetaTraining(
-        optimizer, family, estimator=estimator, outer=outer, horizon=horizon, seed=config.seed
+        optimizer,
+        trained_on,
+        estimator=make_estimator(seen),
+        outer=outer,
+        horizon=horizon,
+        seed=config.seed,
     )
+    seeds = VALIDATION_TASKS.get(config.task, 32)
 
     def validate() -> float:
         return mo.evaluate(
-            {"": optimizer}, family, horizon=horizon, seeds=32, seed=VALIDATION_SEED
+            {"": training.evaluated()}, family, horizon=horizon, seeds=seeds, seed=VALIDATION_SEED
         ).mean("")
 
-    weights = sum(p.numel() for p in optimizer.parameters())
-    name = type(optimizer).__name__
     print(
-        f"Training {name} ({weights} weights) on {config.task}, {config.batch} episodes of "
-        f"{horizon} steps at a time."
+        f"{config.steps} outer steps of {config.batch} episodes of {horizon} steps, in windows of "
+        f"{config.window or horizon}."
     )
-    started = time.perf_counter()
     trainer = mo.Trainer(
         training,
         max_steps=config.steps,
@@ -129,11 +196,37 @@ def main(config: Config) -> None:
     try:
         trainer.fit()
     finally:  # also if interrupted: the best so far
-        optimizer.save(config.out / "weights.safetensors")
+        training.evaluated().save(config.out / "weights.safetensors")
+    return training.evaluated(), trainer.best
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(config.threads)
+    width = {} if config.hidden_size is None else {"hidden_size": config.hidden_size}
+    kind, start = OPTIMIZERS[config.optimizer], config.start
+    optimizer = kind(**width, seed=config.seed) if start is None else kind.load(start)
+    weights = sum(p.numel() for p in optimizer.parameters())
+    print(f"Training {type(optimizer).__name__} ({weights} weights) on {config.task}.")
+    phases = [config]
+    if config.finish:
+        phases.append(
+            replace(
+                config,
+                window=config.horizon or TASKS[config.task][1],
+                steps=config.finish,
+                outer_lr=0.3 * config.outer_lr,
+                validate_every=max(1, config.finish // 6),
+                out=config.out / "finish",
+            )
+        )
+    started = time.process_time()
+    for phase in phases:
+        optimizer, best = train(phase, optimizer)
+    optimizer.save(config.out / "weights.safetensors")
     (config.out / "config.json").write_text(json.dumps(asdict(config), default=str, indent=2))
     print(
-        f"Trained for {time.perf_counter() - started:.0f} s; mean validation loss "
-        f"{trainer.best:.4f} at step {trainer.best_step}."
+        f"Trained for {time.process_time() - started:.0f} s of CPU time; mean validation loss "
+        f"{best:.4f}."
     )
     print(
         f"Weights: {config.out / 'weights.safetensors'}   Curves: tensorboard --logdir {config.out}"

@@ -17,10 +17,12 @@ from metaopt import tree
 from optimizers import (
     AGC,
     ASGD,
+    RNNMLP,
     SGD,
     Accumulate,
     Adadelta,
     Adafactor,
+    AdafactorMLP,
     Adagrad,
     Adam,
     Adamax,
@@ -35,6 +37,7 @@ from optimizers import (
     MLPOptimizer,
     Muon,
     NAdam,
+    NNAdam,
     RAdam,
     RMSprop,
     Rprop,
@@ -119,12 +122,25 @@ def test_complex_parameters_move_as_with_torch_optim(name: str) -> None:
     [
         LSTMOptimizer,
         MLPOptimizer,
+        AdafactorMLP,
+        RNNMLP,
+        NNAdam,
         lambda: Lion(0.01),
         lambda: TrustRatio(0.1, Cautious(Adam(0.1))),
         lambda: Lookahead(SGD(0.1), every=1),
         lambda: Accumulate(1, ScheduleFree(SGD(0.1))),
     ],
-    ids=["lstm", "mlp", "lion", "trust-ratio", "lookahead", "accumulate"],
+    ids=[
+        "lstm",
+        "mlp",
+        "adafactor-mlp",
+        "rnn-mlp",
+        "nn-adam",
+        "lion",
+        "trust-ratio",
+        "lookahead",
+        "accumulate",
+    ],
 )
 def test_the_others_see_a_complex_number_as_two(make: Callable[[], mo.Optimizer]) -> None:
     optimizer, params = make(), start(torch.complex64)

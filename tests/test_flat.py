@@ -41,6 +41,7 @@ from optimizers import (
     MLPOptimizer,
     Muon,
     NAdam,
+    NNAdam,
     RAdam,
     RMSprop,
     Rprop,
@@ -382,7 +383,8 @@ class TestWhere:
         assert seen == [1, 1]
 
     @pytest.mark.parametrize(
-        "kind", [SGD, ASGD, Muon, LSTMOptimizer, MLPOptimizer, ClipNorm, Grouped, Masked, Doubled]
+        "kind",
+        [SGD, ASGD, Muon, LSTMOptimizer, MLPOptimizer, NNAdam, ClipNorm, Grouped, Masked, Doubled],
     )
     def test_not_by_optimizers_that_look_at_tensors_or_gain_nothing(
         self, kind: type[mo.Optimizer]

@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaopt as mo
-from optimizers import SGD, Adam, Constant, Cosine, LSTMOptimizer, LSTMSchedule, MLPOptimizer
+from optimizers import (
+    RNNMLP,
+    SGD,
+    AdafactorMLP,
+    Adam,
+    Constant,
+    Cosine,
+    LSTMOptimizer,
+    LSTMSchedule,
+    MLPOptimizer,
+    NNAdam,
+)
 from optimizers.learned.lstm import log_and_sign
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -38,6 +49,17 @@ def busy_schedule() -> LSTMSchedule:
     with torch.no_grad():
         schedule.readout.normal_()
     return schedule
+
+
+def busy(optimizer: mo.Optimizer) -> mo.Optimizer:
+    """Return an optimizer whose last layers, zero at the start, do something.
+
+    And which is not where a relu bends, as one is whose inputs are all cut off and whose bias is 0.
+    """
+    with torch.no_grad():
+        for parameter in optimizer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return optimizer
 
 
 def test_lstm_equals_torch_cells_run_coordinate_by_coordinate() -> None:
@@ -128,12 +150,18 @@ def test_log_and_sign_is_continuous_and_has_finite_derivatives_at_zero() -> None
 OPTIMIZERS = {
     "lstm": lambda: LSTMOptimizer(hidden_size=3),
     "mlp": lambda: MLPOptimizer(hidden_size=4),
+    "adafactor-mlp": lambda: busy(AdafactorMLP(step_size=0.1, sharpness=1.0)),
+    "rnn-mlp": lambda: busy(RNNMLP(4, 3, step_size=0.1)),
+    "nn-adam": lambda: busy(NNAdam(3, step_size=0.1)),
     "sgd-schedule": lambda: SGD(busy_schedule(), 0.5),
     "adam-schedule": lambda: Adam(busy_schedule(), eps=1e-2),
     "cosine": lambda: SGD(
         Cosine(nn.Parameter(torch.tensor(0.3)), 4, final=nn.Parameter(torch.tensor(0.1)))
     ),
 }
+
+
+LEARNED = ["lstm", "mlp", "adafactor-mlp", "rnn-mlp", "nn-adam"]
 
 
 @pytest.mark.parametrize("memory", ["full", "steps"])
@@ -193,7 +221,7 @@ def test_meta_gradients_equal_brute_force_and_finite_differences(name: str, memo
     torch.testing.assert_close(slope, (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["lstm", "mlp"])
+@pytest.mark.parametrize("name", LEARNED)
 def test_learned_optimizers_work_on_tied_frozen_scalar_and_empty_parameters(name: str) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -302,7 +330,7 @@ def test_cosine_equals_torch() -> None:
     assert late.item() == pytest.approx(0.01, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["lstm", "mlp", "sgd-schedule"])
+@pytest.mark.parametrize("name", [*LEARNED, "sgd-schedule"])
 def test_deployed_equals_minimize(name: str) -> None:
     optimizer = OPTIMIZERS[name]()
     net, x, y = inner_problem()

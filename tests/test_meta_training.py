@@ -16,7 +16,7 @@ from torch.func import functional_call
 import metaopt as mo
 from metaopt.meta_training import sample_tasks
 from metaopt.transforms import values_are_readable
-from optimizers import SGD, Adam, LSTMOptimizer, MLPOptimizer
+from optimizers import EMA, SGD, Adam, LSTMOptimizer, MLPOptimizer
 
 
 def objective(
@@ -528,3 +528,49 @@ def test_the_outer_optimizer_is_ours() -> None:
             outer=theirs,
             horizon=5,
         )
+
+
+@pytest.mark.usefixtures("float64")
+def test_many_quadratics_are_one_to_a_coordinatewise_optimizer() -> None:
+    """The gradient of their sum is the sum of their gradients."""
+    optimizer, generator = LSTMOptimizer(hidden_size=3), torch.Generator().manual_seed(5)
+    theta = dict(optimizer.named_parameters())
+    many = mo.tasks.Quadratics(4, functions=3)
+    task = many.sample(generator, 5)
+    assert task.params.shape == (3, 4)
+    together = torch.autograd.grad(objective(optimizer, many, task, mo.Backprop()), theta.values())
+    one, parts = mo.tasks.Quadratics(4), []
+    for i in range(3):
+        own = mo.Task(task.params[i], tuple(leaf[:, i] for leaf in task.batches))
+        loss = objective(optimizer, one, own, mo.Backprop())
+        parts.append(torch.autograd.grad(loss, theta.values()))
+    for found, *expected in zip(together, *parts, strict=True):
+        torch.testing.assert_close(found, sum(expected), rtol=1e-10, atol=1e-14)
+
+
+def test_the_parameters_to_use_are_those_that_the_outer_optimizer_evaluates_at() -> None:
+    """With EMA a_k = .8 a_{k-1} + .2 theta_k; it is saved and resumed."""
+
+    def make(outer: mo.Optimizer) -> mo.MetaTraining:
+        return mo.MetaTraining(
+            SGD(nn.Parameter(torch.tensor(0.01))),
+            mo.tasks.Quadratics(3),
+            estimator=mo.FullUnroll(2),
+            outer=outer,
+            horizon=4,
+        )
+
+    training, expected = make(EMA(0.8, Adam(1e-3))), 0.01
+    for _ in range(20):
+        training.step()
+        expected = 0.8 * expected + 0.2 * training.optimizer.lr.item()
+        assert training.evaluated().lr.item() == pytest.approx(expected, rel=1e-5)  # float32
+    other = make(EMA(0.8, Adam(1e-3)))
+    other.load_state_dict(copy.deepcopy(training.state_dict()))
+    for one in (training, other):
+        one.step()
+    assert training.evaluated().lr == other.evaluated().lr != training.optimizer.lr
+    plain = make(Adam(1e-3))
+    plain.step()
+    assert plain.evaluated().lr == plain.optimizer.lr
+    assert plain.evaluated().lr is not plain.optimizer.lr

@@ -21,9 +21,11 @@ import metaopt as mo
 from metaopt import tree
 from optimizers import (
     ASGD,
+    RNNMLP,
     SGD,
     Adadelta,
     Adafactor,
+    AdafactorMLP,
     Adagrad,
     Adam,
     Adamax,
@@ -39,6 +41,7 @@ from optimizers import (
     Masked,
     MLPOptimizer,
     NAdam,
+    NNAdam,
     RAdam,
     RMSprop,
     Rprop,
@@ -255,6 +258,7 @@ def test_the_structure_of_the_state_does_not_change() -> None:
         ClipNorm(1.0, Adam(Cosine(0.1, 5))),
         Grouped({"0": SGD(0.1, 0.5), "*": Adam()}),
         LSTMOptimizer(3),
+        RNNMLP(4, 3),
     ):
         params = {str(i): param.detach() for i, param in enumerate(start())}
         state = optimizer.init(params, per_parameter=True)
@@ -403,7 +407,10 @@ def test_masked_parameters_stay() -> None:
     assert_close(found[1:], [param.detach() for param in start()[1:]], 0)
 
 
-@pytest.mark.parametrize("optimizer", [LSTMOptimizer(4), MLPOptimizer(4), Lion(0.01)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [LSTMOptimizer(4), MLPOptimizer(4), AdafactorMLP(), RNNMLP(4, 3), NNAdam(3), Lion(0.01)],
+)
 def test_every_parameter_has_a_memory_of_its_own(optimizer: mo.Optimizer) -> None:
     """Coordinatewise, or a tensor at a time.
 

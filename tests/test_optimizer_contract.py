@@ -26,10 +26,12 @@ from optimizers import (
     AGC,
     ASGD,
     EMA,
+    RNNMLP,
     SGD,
     Accumulate,
     Adadelta,
     Adafactor,
+    AdafactorMLP,
     Adagrad,
     Adam,
     Adamax,
@@ -54,6 +56,7 @@ from optimizers import (
     MLPSchedule,
     Muon,
     NAdam,
+    NNAdam,
     PerTensor,
     PolicySchedule,
     Positive,
@@ -348,6 +351,9 @@ OTHERS: dict[str, Callable[[], mo.Optimizer]] = {
     "policy-schedule": lambda: RMSprop(PolicySchedule(0.05, 8)),
     "lstm": lambda: LSTMOptimizer(hidden_size=4),
     "mlp": lambda: MLPOptimizer(hidden_size=4),
+    "adafactor-mlp": AdafactorMLP,
+    "rnn-mlp": lambda: RNNMLP(4, 3),
+    "nn-adam": lambda: NNAdam(3),
 }
 BUILDERS: dict[str, Callable[[], mo.Optimizer]] = {case.name: case.build for case in CASES} | OTHERS
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -5,6 +5,7 @@ Each runs end to end in a small form, and says what is wrong when it cannot.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import metaopt as mo
-from optimizers import SGD, Adam, MLPOptimizer
+from optimizers import SGD, AdafactorMLP, Adam, MLPOptimizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +40,7 @@ def test_train_then_evaluate(tmp_path, capsys) -> None:
         batch=2,
         hidden_size=4,
         validate_every=2,
+        finish=0,
         out=tmp_path / "run",
     )
     train_optimizer.main(config)
@@ -90,6 +92,58 @@ def test_a_truncated_lstm_on_quadratics(tmp_path) -> None:
         )
     )
     assert mo.Optimizer.load(tmp_path / "weights.safetensors").hidden_size == 5
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor-mlp", "rnn-mlp", "nn-adam"])
+def test_each_optimizer_can_be_trained(optimizer: Any, tmp_path: Path) -> None:
+    import train_optimizer
+
+    config = train_optimizer.Config(
+        optimizer=optimizer, task="quadratics-20", horizon=3, steps=2, batch=2, out=tmp_path
+    )
+    train_optimizer.main(config)
+    kind, trained = (
+        train_optimizer.OPTIMIZERS[optimizer],
+        mo.Optimizer.load(tmp_path / "weights.safetensors"),
+    )
+    assert type(trained) is kind
+    assert any(not torch.equal(a, b) for a, b in zip(trained.parameters(), kind().parameters()))
+
+
+def test_training_goes_on_from_weights(tmp_path: Path) -> None:
+    import train_optimizer
+
+    AdafactorMLP(hidden_size=3, seed=5).save(tmp_path / "first")
+    config = train_optimizer.Config(
+        optimizer="adafactor-mlp",
+        horizon=3,
+        window=2,
+        steps=1,
+        finish=1,
+        batch=1,
+        start=tmp_path / "first",
+        out=tmp_path,
+    )
+    train_optimizer.main(config)
+    trained = AdafactorMLP.load(tmp_path / "weights.safetensors")
+    assert trained.hidden_size == 3
+    assert (tmp_path / "finish/weights.safetensors").exists()
+    with pytest.raises(ValueError, match="holds a AdafactorMLP, not a MLPOptimizer"):
+        train_optimizer.main(dataclasses.replace(config, optimizer="mlp"))
+
+
+def test_a_recipe_fills_in_what_is_not_given() -> None:
+    import train_optimizer
+
+    config = train_optimizer.Config(optimizer="lstm", task="quadratics", batch=7)
+    assert (config.window, config.second_order, config.batch) == (5, True, 7)
+    assert train_optimizer.Config().finish == 120
+    family, seen = train_optimizer.find_family(config)
+    assert (family.functions, seen.batch) == (7, 1)
+    assert train_optimizer.make_estimator(seen) == mo.TruncatedBackprop(5, 1, mo.Backprop())
+    other = train_optimizer.Config(optimizer="lstm", task="quadratics", estimator="pes")
+    assert (other.window, other.batch, other.outer_lr) == (None, 8, 0.01)
+    assert train_optimizer.find_family(other)[1] is other
 
 
 @pytest.mark.parametrize("estimator", ["es", "pes", "nres"])
@@ -220,6 +274,7 @@ def test_install_says_in_one_line_what_is_wrong(tmp_path) -> None:
     [
         ("train_optimizer", {"horizon": 0}, "`horizon` must be positive, got 0"),
         ("train_optimizer", {"steps": 0}, "`steps` must be positive, got 0"),
+        ("train_optimizer", {"finish": -1}, "`finish` must be at least 0, got -1"),
         ("evaluate", {"grid": ()}, r"`grid` must hold positive learning rates, got \(\)"),
         ("evaluate", {"seeds": 0}, "`seeds` must be positive, got 0"),
         ("train_schedule", {"threads": 0}, "`threads` must be positive, got 0"),

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import torch
-from einops import pack, rearrange, unpack
+from einops import pack, unpack
 from torch import Tensor, nn
 
 from metaopt.checks import check_count, check_number
 from metaopt.optimizer import Hyper, Leaves, Optimizer, Slots, require_params
 
 from ..lstm_cell import uniform
-from ..scalars import bias_correction
-
-DECAYS = (0.5, 0.9, 0.99)
-SQUARE_DECAY = 0.999
-HORIZONS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-PER_COORDINATE = 4 + 2 * len(DECAYS)
+from .normalized import FEATURES, HORIZONS, advance, features, memory, time_features
 
 
 class MLPOptimizer(Optimizer):
@@ -56,7 +51,7 @@ class MLPOptimizer(Optimizer):
         self.sharpness = check_number(self, "sharpness", sharpness)
         self.seed = check_count(self, "seed", seed, least=0)
         generator = torch.Generator().manual_seed(seed)
-        inputs = PER_COORDINATE + len(HORIZONS)
+        inputs = FEATURES + len(HORIZONS)
         self.input_weight = uniform((hidden_size, inputs), inputs, generator)
         self.input_bias = nn.Parameter(torch.zeros(hidden_size, 1))
         self.hidden_weight = uniform((hidden_size, hidden_size), hidden_size, generator)
@@ -65,11 +60,7 @@ class MLPOptimizer(Optimizer):
         self.output_bias = nn.Parameter(torch.zeros(2, 1))
 
     def slots(self, params: Leaves) -> Slots:
-        like = [p.to(self.input_weight.dtype) for p in params]
-        return {
-            "momenta": [p.new_zeros(len(DECAYS), *p.shape) for p in like],
-            "square": [torch.zeros_like(p) for p in like],
-        }
+        return memory([p.to(self.input_weight.dtype) for p in params])
 
     def update(
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
@@ -79,37 +70,13 @@ class MLPOptimizer(Optimizer):
         # small gradient.
         dtype = self.input_weight.dtype
         grads, params = [g.to(dtype) for g in grads], [p.to(dtype) for p in params]
-        decays = torch.tensor(DECAYS, dtype=dtype, device=grads[0].device)
-        each = [decays.view(-1, *[1] * g.ndim) for g in grads]
-        momenta = [
-            d * m + (1 - d) * g for d, m, g in zip(each, slots["momenta"], grads, strict=True)
-        ]
-        square = [
-            SQUARE_DECAY * v + (1 - SQUARE_DECAY) * g * g
-            for v, g in zip(slots["square"], grads, strict=True)
-        ]
-        unbias = 1 / bias_correction(decays, step, grads[0])
-        scale = 1 / bias_correction(SQUARE_DECAY, step, grads[0])
-        unbiased = [m * unbias.view(d.shape) for m, d in zip(momenta, each, strict=True)]
-        rows = zip(grads, params, unbiased, square, strict=True)
-        features, shapes = pack([_features(g, p, m, v * scale) for g, p, m, v in rows], "f *")
-
-        horizons = torch.tensor(HORIZONS, dtype=features.dtype, device=features.device)
-        time = torch.tanh(step / horizons)[:, None]
-        sizes = [PER_COORDINATE, len(HORIZONS)]
+        after, averages = advance(grads, slots, step)
+        rows = zip(grads, params, averages, strict=True)
+        seen, shapes = pack([features(*row) for row in rows], "f *")
+        sizes = [FEATURES, len(HORIZONS)]
         of_coordinate, of_time = torch.split(self.input_weight, sizes, dim=1)
-        x = of_coordinate @ features + (of_time @ time + self.input_bias)
+        x = of_coordinate @ seen + (of_time @ time_features(step, seen) + self.input_bias)
         x = self.hidden_weight @ x.relu() + self.hidden_bias
         direction, sharpness = self.output_weight @ x.relu() + self.output_bias
         updates = self.step_size * direction * torch.exp(self.sharpness * sharpness)
-        return unpack(updates, shapes, "*"), {"momenta": momenta, "square": square}
-
-
-def _features(grad: Tensor, param: Tensor, momenta: Tensor, square: Tensor) -> Tensor:
-    """Return [features, *shape of the tensor], each with root mean square 1 over the tensor."""
-    inverse = (square + 1e-16).rsqrt()
-    raw = torch.cat(
-        [torch.stack([grad, param, inverse, grad * inverse]), momenta, momenta * inverse]
-    )
-    mean_square = rearrange(raw, "f ... -> f (...)").square().sum(1) / max(grad.numel(), 1)
-    return raw * (mean_square + 1e-16).rsqrt().view(-1, *[1] * grad.ndim)
+        return unpack(updates, shapes, "*"), after
