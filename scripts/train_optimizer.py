@@ -6,6 +6,7 @@ python scripts/train_optimizer.py --optimizer lstm --task quadratics
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -118,6 +119,9 @@ class Config:
         for name, value in (OTHERWISE | (recipe if self.estimator == "backprop" else {})).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        window = recipe.get("window", 0)
+        if self.window == window and (self.horizon or math.inf) < window:
+            object.__setattr__(self, "window", None)  # of the recipe: an episode is shorter
         for name in (
             "horizon",
             "window",

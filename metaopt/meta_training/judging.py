@@ -70,7 +70,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         mean: at the rate that is best in the mean over the steps.
-        final: at the rate that is best in the end, where logarithms of losses are averaged.
+        final: at the rate that is best in the end, by the mean of ln(loss + first loss / 1000).
         own: untuned, if it has a rate of its own.
     """
 
@@ -115,7 +115,7 @@ def judge_family(
     for name, contender in contenders.items():
         tuning = [run(contender, rate, tuning_seeds, VALIDATION_SEED) for rate in contender.rates]
         means = [float(runs.figure("mean").mean()) for runs in tuning]
-        finals = [float((runs.figure("final") + 1e-12).log().mean()) for runs in tuning]
+        finals = [float(_log_final(runs).mean()) for runs in tuning]
         chosen = [contender.rates[figures.index(min(figures))] for figures in (means, finals)]
         judged = {
             rate: run(contender, rate, seeds, TEST_SEED)
@@ -124,6 +124,14 @@ def judge_family(
         own = None if contender.own is None else judged[contender.own]
         outcomes[name] = Outcome(judged[chosen[0]], judged[chosen[1]], own)
     return outcomes
+
+
+def _log_final(runs: Runs) -> Tensor:
+    """Return ln(final loss + a thousandth of the first), [seeds].
+
+    Without the latter, a rate at which most runs end at 0 and one diverges would be the best.
+    """
+    return (runs.figure("final") + 1e-3 * runs.losses[:, 0]).log()
 
 
 def _accuracy(family: TaskFamily, ends: tree.Tree) -> Tensor | None:
