@@ -20,7 +20,7 @@ from optimizers import SGD, Adam, RMSprop, load_trained
 
 with extra("scripts/evaluate.py"):
     import tyro
-    from judging import hand_designed, judge, learned
+    from judging import hand_designed, judge, learned, publish
     from train_optimizer import TASKS
 
 HAND_DESIGNED: dict[str, Callable[[float], mo.Optimizer]] = {
@@ -62,6 +62,8 @@ class Config:
     """Validation tasks on which learning rates are chosen; by default 32, and 8 for a table."""
     against: tuple[Literal["Adam", "Nesterov", "Muon"], ...] = ("Adam",)
     """Hand-designed optimizers of a table, each with a constant rate and with a cosine."""
+    write: bool = False
+    """Publish a table in the README, docs/results.md and benchmarks/carrying-over.json."""
     families: tuple[str, ...] = ()
     """Names of some families of a table; by default all of them."""
     grid: tuple[float, ...] = (
@@ -132,6 +134,8 @@ def make_table(config: Config) -> None:
     print(text)
     (config.out / f"{config.task}.txt").write_text(text + "\n")
     judgement.plot(config.out / f"{config.task}.png")
+    if config.write:
+        publish(judgement)
     print(f"Figures: {config.out / 'judgement.json'}   Plot: {config.out / config.task}.png")
 
 

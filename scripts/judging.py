@@ -1,4 +1,8 @@
-"""The table of optimizers over the held-out families, for `evaluate.py --task held-out`."""
+"""The table of optimizers over the held-out families, for `evaluate.py --task held-out`.
+
+`--write` publishes it: the figures in benchmarks/carrying-over.json, tables in docs/results.md and
+README.md.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,19 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from bench_report import between
 from tqdm import tqdm
 
 import metaopt as mo
 from metaopt.optimizer import Hyper, Leaves, Slots, set_hyperparameter
 from optimizers import SGD, Adam, Cosine, Muon, Transform
 
+ROOT = Path(__file__).parents[1]
+FIGURES = "benchmarks/carrying-over.json"
+OF_README = ("Adam", "Adam, cosine", "small")
 QUARTERS = tuple(10 ** (i / 4) for i in range(14))
 OF_ADAM = tuple(3.16e-4 * quarter for quarter in QUARTERS)
 OF_SGD = tuple(1e-3 * quarter for quarter in QUARTERS)
@@ -111,3 +120,66 @@ def judge(
         (out / "judgement.json").write_text(json.dumps(judgement.as_dict(), indent=2) + "\n")
         progress.write(f"{name}: {time.process_time() - started:.0f} CPU seconds")
     return judgement
+
+
+def publish(judgement: mo.Judgement, root: Path = ROOT) -> None:
+    """Write the figures and the tables made of them into the project."""
+    figures = {"reference": judgement.reference, "families": judgement.as_dict()}
+    figures["summary"] = {
+        name: {
+            "mean, interquartile": judgement.interquartile(name, "mean"),
+            "final, interquartile": judgement.interquartile(name, "final"),
+            "against each, mean": {
+                other: judgement.score(name, other, "mean") for other in judgement.names()
+            },
+            "against each, final": {
+                other: judgement.score(name, other, "final") for other in judgement.names()
+            },
+        }
+        for name in judgement.names()
+    }
+    (root / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
+    for page, columns in (("README.md", OF_README), ("docs/results.md", None)):
+        path = root / page
+        path.write_text(between(path.read_text(), "carrying over", markdown(figures, columns)))
+
+
+def markdown(figures: dict[str, Any], columns: Sequence[str] | None) -> str:
+    """Return the mean losses, and for all columns (None) the final losses too, as Markdown.
+
+    Args:
+        figures: what `publish` wrote.
+        columns: names of contenders.
+    """
+    first = next(iter(figures["families"].values()))
+    names = list(first) if columns is None else [name for name in columns if name in first]
+    tables = [_table(figures["families"], names, "mean")]
+    if columns is None:
+        tables += [_table(figures["families"], names, "final"), _accuracies(figures, names)]
+    return "\n\n".join(tables)
+
+
+def _table(families: dict[str, Any], names: Sequence[str], by: str) -> str:
+    heads = [(name, by) for name in names]
+    heads += [
+        (name, "own") for name in names if all("own" in one[name] for one in families.values())
+    ]
+    titles = [name if how == by else f"{name}, untuned" for name, how in heads]
+    rows = [
+        [family, *(f"{one[name][how][by]:.4f}" for name, how in heads)]
+        for family, one in families.items()
+    ]
+    return _lines([f"{by} loss", *titles], rows)
+
+
+def _accuracies(figures: dict[str, Any], names: Sequence[str]) -> str:
+    rows = [
+        [family, *(f"{one[name]['final']['accuracy']:.4f}" for name in names)]
+        for family, one in figures["families"].items()
+        if "accuracy" in one[names[0]]["final"]
+    ]
+    return _lines(["accuracy, tuned for the final loss", *names], rows)
+
+
+def _lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +125,8 @@ def test_shipped_weights_are_those_of_their_cards(name: str) -> None:
 def test_an_unknown_name_and_a_card_of_other_weights(tmp_path, monkeypatch) -> None:
     with pytest.raises(ValueError, match=r"no trained optimizer 'smal'; there are .*small"):
         optimizers.load_trained("smal")
+    with pytest.raises(ValueError, match=r"'lstm' takes no number of steps, got steps=9"):
+        optimizers.load_trained("lstm", steps=9)
     monkeypatch.setattr(trained, "FOLDER", tmp_path)
     ControlledMLP().save(tmp_path / "mine.safetensors")
     card = trained.Card("a", "b", "c", "d", 'of "two"\nlines', "f", "0" * 64)
@@ -216,3 +220,13 @@ def test_a_state_dict_goes_on_where_it_was() -> None:
         opt.step(closure_of(model, opt), loss=1.0)
     with pytest.raises(ValueError, match=r"looks at the loss, got None.*step\(loss=loss\)"):
         opt.step()
+
+
+def test_the_tables_of_what_carries_over_are_those_of_the_last_run(monkeypatch) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root / "scripts"))
+    import judging
+
+    figures = json.loads((root / judging.FIGURES).read_text())
+    for page, columns in (("README.md", judging.OF_README), ("docs/results.md", None)):
+        assert judging.markdown(figures, columns) in (root / page).read_text(), page

@@ -84,7 +84,8 @@ def load_trained(name: str, *, steps: int | None = None) -> Optimizer:
         steps: the number of steps of your training, for those that have to know it.
 
     Raises:
-        ValueError: an unknown name, or a card that is not that of the weights.
+        ValueError: an unknown name, a card that is not that of the weights, or `steps` for one that
+            does not have to know it.
     """
     path = _file(name)
     expected = read_card(name).sha256
@@ -94,7 +95,14 @@ def load_trained(name: str, *, steps: int | None = None) -> Optimizer:
             "of one training. Install the package again, or train anew with the card's command."
         )
     optimizer = Optimizer.load(path)
-    return optimizer if steps is None else with_steps(optimizer, steps)
+    if steps is None:
+        return optimizer
+    if all(getattr(part, "steps", 0) is not None for part in optimizer.modules()):
+        raise ValueError(
+            f"The trained optimizer {name!r} takes no number of steps, got steps={steps}. Leave it "
+            "out; `read_card` says for how long a training it was made."
+        )
+    return with_steps(optimizer, steps)
 
 
 def _file(name: str) -> Path:
