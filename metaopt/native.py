@@ -6,6 +6,7 @@ once: the result is kept in the user's cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -47,12 +48,14 @@ def load_native(source: Path) -> ctypes.CDLL | None:
     level = LEVELS.get(torch.backends.cpu.get_cpu_capability())
     command = [compiler, *FLAGS, *([f"-march={level}"] if level else [])]
     key = hashlib.sha256(source.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
-    target = _cache() / f"{source.stem}-{key}.so"
     try:
-        if not target.is_file():
-            _compile(command, source, target)
+        target = _cache() / f"{source.stem}-{key}.so"
+        with contextlib.suppress(OSError):  # not there yet, or damaged
+            return ctypes.CDLL(str(target))
+        _compile(command, source, target)
         return ctypes.CDLL(str(target))
-    except (OSError, subprocess.CalledProcessError) as error:
+    # RuntimeError: there is no home
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or error
         warnings.warn(
             f"{source.name} could not be compiled with {compiler}, so its slower definition in "

@@ -33,6 +33,7 @@ __all__ = [
     "NormWithStatistics",
     "allow_hooks",
     "buffers_of",
+    "children_of",
     "foreach_add",
     "foreach_addcmul",
     "foreach_copy_",
@@ -194,6 +195,11 @@ def twin_of(module: M) -> M:
         for name, value in vars(module).items()
     }
     return twin
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the modules that stand in a module, by name, repeated ones too."""
+    return module._modules
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

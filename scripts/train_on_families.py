@@ -26,7 +26,7 @@ with extra("scripts/train_on_families.py"):
 class Config:
     """Noise-reusing evolution strategies on a mixture of small MLPs: digits, random teachers."""
 
-    steps: int = 600
+    steps: int = 450
     """Outer steps."""
     outer_lr: float = 0.005
     """Learning rate of the outer Adam, with cosine decay to a twentieth."""

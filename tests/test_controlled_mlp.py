@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 import metaopt as mo
-from optimizers import Adam, ControlledMLP, LSTMSchedule
+from optimizers import SGD, Accumulate, Adam, ControlledMLP, Grouped, LSTMSchedule, PerTensor
 from optimizers.learned import controlled_mlp_kernel as kernel
 from optimizers.muon import orthogonalized
 
@@ -166,7 +168,7 @@ def test_the_kernel_equals_the_definition(orthogonal: bool, monkeypatch) -> None
     with torch.no_grad():
         fast = vmap(vmap(one))(theta)
         assert len(calls) == len(given)
-        monkeypatch.setattr(kernel, "is_usable", lambda flat: False)
+        monkeypatch.setattr(kernel, "is_usable", lambda *_: False)
         slow = vmap(vmap(one))(theta)
     for name, leaf in slow.items():
         assert leaf.std(0).max() > 1e-4  # the weights are different, and so are the results
@@ -248,3 +250,100 @@ def partial_given() -> tuple[mo.tree.Tree, ...]:
     grads, loss = history(1)[0]
     optimizer = ControlledMLP(steps=5)
     return grads, optimizer.init(grads), {n: torch.zeros_like(g) for n, g in grads.items()}, loss
+
+
+def tree_state(scale: tuple[int, int]) -> tuple[dict[str, Tensor], mo.tree.Tree]:
+    grads = {"w": torch.randn(scale)}
+    return grads, ControlledMLP(steps=5).init(grads)
+
+
+@needs_kernel
+def test_the_kernel_refuses_the_state_of_other_parameters_and_other_dtypes() -> None:
+    """It would read beyond the end of an array."""
+    optimizer = ControlledMLP(steps=5)
+    (_, state), (big, own) = tree_state((3, 2)), tree_state((4, 4))
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"memory 'momenta' of shape \(3, 16\), got \(3, 6\)"):
+            optimizer(big, state, big, loss=torch.tensor(1.0))
+        wide = mo.tree.map(lambda x: x.double() if x.is_floating_point() else x, own)
+        assert not kernel.is_usable(big["w"], *wide["shared"].values())
+    with pytest.raises(ValueError, match=r"`loss` must be a scalar .*\(1,\)"):
+        optimizer(big, own, big, loss=torch.ones(1))
+
+
+@needs_kernel
+@pytest.mark.parametrize("what", ["loss", "params", "state"])
+def test_the_kernel_under_vmap_over_one_argument_alone(what: str) -> None:
+    optimizer, (grads, state) = ControlledMLP(steps=5), tree_state((3, 2))
+    given = {"loss": torch.tensor(1.0), "params": grads, "state": state}
+    rows = mo.tree.map(lambda x: torch.stack([x, 2 * x]), given[what])
+
+    def update(row: Any) -> Tensor:
+        seen = {**given, what: row}
+        return optimizer(grads, seen["state"], seen["params"], loss=seen["loss"])[0]["w"]
+
+    with torch.no_grad():
+        both = vmap(update)(rows)
+        for i in range(2):
+            torch.testing.assert_close(both[i], update(mo.tree.index(rows, i)))
+
+
+@needs_kernel
+def test_losses_that_are_no_numbers_are_seen_alike(monkeypatch) -> None:
+    """The first one is kept."""
+    optimizer, (grads, state) = trained(), tree_state((3, 2))
+    for bad in (math.inf, -math.inf, math.nan):
+        found = []
+        for usable in (True, False):
+            monkeypatch.setattr(kernel, "is_usable", lambda *_, usable=usable: usable)
+            with torch.no_grad():
+                _, after = optimizer(grads, state, grads, loss=torch.tensor(2.0))
+                updates, after = optimizer(grads, after, grads, loss=torch.tensor(bad))
+            assert after["shared"]["losses"][0] == 2
+            found.append(updates["w"])
+        torch.testing.assert_close(*found, equal_nan=True, rtol=2e-5, atol=1e-7)
+
+
+@needs_kernel
+def test_sums_over_long_columns_are_exact() -> None:
+    grads = {"b": 1 + torch.rand(3_000_000)}
+    optimizer = ControlledMLP(steps=5)
+    with torch.no_grad():
+        _, after = optimizer(grads, optimizer.init(grads), grads, loss=torch.tensor(1.0))
+    expected = 0.02 * grads["b"].double().square().mean()
+    assert abs(after["shared"]["columns"][0] / expected - 1) < 1e-6
+
+
+def test_a_damaged_library_is_compiled_again_and_no_home_is_no_error(monkeypatch, tmp_path) -> None:
+    from metaopt import native
+
+    if native._find_compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    source = tmp_path / "one.cpp"
+    source.write_text('extern "C" int one() { return 1; }')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "metaopt").mkdir()
+    monkeypatch.setattr(native, "load_native", native.load_native.__wrapped__)
+    assert native.load_native(source).one() == 1
+    (made,) = (tmp_path / "metaopt").glob("one-*.so")
+    made.unlink()  # not overwritten: it is in use
+    made.write_bytes(b"half a file")
+    assert native.load_native(source).one() == 1
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.warns(UserWarning, match="home directory"):
+        assert native.load_native(source) is None
+
+
+def test_with_steps_in_several_places_and_behind_accumulate() -> None:
+    inner = ControlledMLP()
+    told = mo.with_steps(Grouped({"b": inner, "*": inner}), 10)
+    found = [part for part in told.modules() if isinstance(part, ControlledMLP)]
+    assert [part.steps for part in found] == [10]
+    assert mo.with_steps(Accumulate(4, ControlledMLP()), 100).optimizer.steps == 25
+    rates = SGD(PerTensor({"w": torch.zeros(2)}, 0.1))
+    assert mo.with_steps(rates, 7).lr.steps is None

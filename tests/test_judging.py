@@ -151,7 +151,7 @@ def loop(model: nn.Module, make: Any, steps: int, **options: Any) -> list[float]
         opt.zero_grad()
         loss.backward()
         opt.step(loss=loss)
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -230,3 +230,24 @@ def test_the_tables_of_what_carries_over_are_those_of_the_last_run(monkeypatch) 
     figures = json.loads((root / judging.FIGURES).read_text())
     for page, columns in (("README.md", judging.OF_README), ("docs/results.md", None)):
         assert judging.markdown(figures, columns) in (root / page).read_text(), page
+
+
+def test_what_cannot_be_judged_is_said() -> None:
+    class Below(mo.tasks.Quadratics):
+        def loss(self, params: Tensor, batch: Any) -> Tensor:
+            return super().loss(params, batch) - 100
+
+    adam = {"Adam": mo.Contender(lambda lr, steps: Adam(lr), (0.1,))}
+    with pytest.raises(ValueError, match=r"must not be negative, got -.* of Below"):
+        mo.judge_family(adam, Below(2), 3, tuning_seeds=1, seeds=2)
+    with pytest.raises(ValueError, match=r"`seeds` must be .* 2, got 1"):
+        mo.judge_family(adam, WINE, 3, seeds=1)
+    wild = {"SGD": mo.Contender(lambda lr, steps: SGD(lr), (1e9,))}
+    with pytest.warns(UserWarning, match="SGD diverged at each of its rates on Quadratics"):
+        outcomes = mo.judge_family(wild, mo.tasks.Quadratics(9), 9, tuning_seeds=2, seeds=2)
+    with pytest.raises(ValueError, match=r"got 'Adam'; there are \['SGD'\]"):
+        mo.Judgement({"one": outcomes}, "Adam")
+    with pytest.raises(ValueError, match=r"'SGD' has no rate of its own.*own=1.0"):
+        mo.Judgement({"one": outcomes}, "SGD").score("SGD", "SGD", untuned=True)
+    with pytest.raises(TypeError, match=r"LBFGS cannot be compared: its `step` wants"):
+        mo.evaluate({"": torch.optim.LBFGS}, mo.tasks.Quadratics(2), horizon=2, seeds=2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import metaopt as mo
 from metaopt.meta_training import sample_tasks
 from metaopt.meta_training.groups import draw_horizon
-from optimizers import SGD, Adam, ControlledMLP
+from optimizers import EMA, SGD, Adam, ControlledMLP
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -265,3 +265,33 @@ def test_training_that_has_no_finite_task_any_more_says_so_and_the_best_is_kept(
         trainer.fit()
     assert trainer.best_step == 0
     assert training.optimizer.lr == 1e300
+
+
+def test_what_is_judged_are_the_parameters_to_evaluate_at() -> None:
+    """Those of an average: its decay has a derivative, against finite differences."""
+    family, optimizer = Lines(), EMA(nn.Parameter(torch.tensor(0.6)), SGD(0.1))
+    task = family.sample(torch.Generator().manual_seed(5), 7)
+
+    def value(decay: float) -> Tensor:
+        one = EMA(decay, SGD(0.1))
+        out = mo.minimize(family.loss, one, task.params, task.batches)
+        return family.loss(one.evaluated(out.opt_state, out.params), task.held_out)
+
+    slope = (value(0.6 + 1e-6) - value(0.6 - 1e-6)) / 2e-6
+    given = (optimizer, {"decay": optimizer.decay.detach()}, family, 7, None)
+    exact = mo.FullUnroll(1, mo.Backprop(), objective=mo.ValidationLoss())(
+        *given, torch.Generator().manual_seed(5)
+    )
+    torch.testing.assert_close(exact.grads["decay"][0], slope, rtol=1e-6, atol=1e-9)
+    generator = torch.Generator().manual_seed(5)
+    estimator, state, found = mo.NRES(1e-3, 1, window=3, objective=mo.ValidationLoss()), None, 0.0
+    torch.manual_seed(0)
+    seeded = torch.Generator().manual_seed(5)
+    torch.randint(2**62, (), generator=seeded)
+    task = family.sample(seeded, 7)
+    for _ in range(3):
+        estimate = estimator(*given[:4], state, generator)
+        state = estimate.state
+        found += estimate.slopes * 1e-6 / estimate.multipliers.of(torch.arange(1))["decay"]
+    slope = (value(0.6 + 1e-6) - value(0.6 - 1e-6)) / 2e-6
+    torch.testing.assert_close(found[0] / 3, slope, rtol=1e-3, atol=1e-9)

@@ -150,6 +150,11 @@ def test_vmap() -> None:
     assert not inside(forward, is_vmap)
 
 
+def test_children_of() -> None:
+    layer = nn.Linear(2, 2)
+    assert [*internals.children_of(nn.Sequential(layer, layer)).values()] == [layer, layer]
+
+
 def test_twin_of() -> None:
     module = nn.Sequential(nn.Linear(2, 3))
     module.register_buffer("scale", torch.ones(2))

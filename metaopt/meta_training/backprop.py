@@ -13,13 +13,18 @@ from torch.func import grad_and_value, vmap
 
 from metaopt import tree
 from metaopt._functional import Params, lend
-from metaopt._minimize import minimize
 from metaopt.autodiff.gradient import gradient
 from metaopt.batching import prefers_loop
 from metaopt.checks import check_count
 from metaopt.differentiate import FirstOrder, Rule
 from metaopt.meta_training.estimate import Gradients
-from metaopt.meta_training.objective import MeanLoss, Objective, Window, check_objective
+from metaopt.meta_training.objective import (
+    MeanLoss,
+    Objective,
+    Window,
+    check_objective,
+    run_evaluated,
+)
 from metaopt.meta_training.task import TaskFamily, sample_tasks
 from metaopt.optimizer import Optimizer
 from metaopt.tree import Tree
@@ -29,15 +34,17 @@ from metaopt.tree import Tree
 End = tuple[tuple[Tree, Any, Tensor], Tensor]
 
 
+MOST_KINDS = 256  # of tasks, that are remembered
+
+
 class _Way:
     """How several tasks are differentiated: batched, or one after the other.
 
-    The first look at a family of tasks decides.
+    The first look at a kind of task decides: a class of families, and shapes.
     """
 
     def __init__(self) -> None:
-        self._family: TaskFamily | None = None
-        self._loops = False
+        self._loops: dict[Any, bool] = {}
 
     def gradients(
         self,
@@ -56,13 +63,15 @@ class _Way:
         """
         batched = vmap(grad_and_value(one, has_aux=True), in_dims=(None, 0), randomness="different")
         count = len(tree.leaves(given)[0])
-        # Asked once for each family: the answer costs an evaluation.
-        if count > 1 and self._family is not family:
+        # Asked once for each kind: the answer costs an evaluation.
+        kind = (type(family), tuple(leaf.shape for leaf in tree.leaves(given)))
+        if count > 1 and kind not in self._loops:
+            if len(self._loops) == MOST_KINDS:
+                self._loops.clear()
             two = tree.index(given, slice(2))
             first = tree.index(two[0], 0)
-            self._loops = prefers_loop(lambda _, two: batched(theta, two), first, two)
-            self._family = family
-        if count > 1 and not self._loops:
+            self._loops[kind] = prefers_loop(lambda _, two: batched(theta, two), first, two)
+        if count > 1 and not self._loops[kind]:
             grads, (values, ends) = batched(theta, given)
             return grads, values, ends
         with torch.no_grad():  # a meta-gradient is not differentiated again
@@ -219,20 +228,13 @@ def _run_window(
     """
     (params, opt_state, first), rows, last, held_out = given
     start, horizon, windows = place
-    out = lend(
-        optimizer,
-        theta,
-        minimize,
-        family.loss,
-        optimizer,
-        params,
-        rows,
-        opt_state=opt_state,
-        differentiate=estimator.differentiate,
+    rule = estimator.differentiate
+    out, before, after = lend(
+        optimizer, theta, run_evaluated, family.loss, optimizer, params, rows, opt_state, rule
     )
     first = first if start else out.losses[0].detach().to(first)
     at = torch.tensor(start, device=first.device)
-    window = Window(out.losses, first, at, horizon, params, out.params, last, held_out)
+    window = Window(out.losses, first, at, horizon, before, after, last, held_out)
     value = windows * estimator.objective.part(window, family.loss)
     # Detached: what goes on into the next window is a constant there.
     carry = tree.map(torch.Tensor.detach, (out.params, out.opt_state, first))

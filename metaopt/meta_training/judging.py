@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.func import vmap
 
 from metaopt import tree
 from metaopt.autodiff.replay import Ambient
+from metaopt.checks import check_count
 from metaopt.extras import extra
 from metaopt.meta_training.evaluation import TEST_SEED, VALIDATION_SEED
 from metaopt.meta_training.running import AnyOptimizer, run_tasks
@@ -100,14 +102,25 @@ def judge_family(
         family: what the tasks are drawn from.
         horizon: number of steps.
         tuning_seeds: tasks on which the rate is chosen.
-        seeds: tasks on which it is judged.
+        seeds: tasks on which it is judged, at least 2: their spread is looked at.
+
+    Raises:
+        ValueError: a number is too small, or a loss is negative.
     """
+    check_count(None, "tuning_seeds", tuning_seeds)
+    check_count(None, "seeds", seeds, least=2)
+    check_count(None, "horizon", horizon)
 
     def run(contender: Contender, rate: float, count: int, seed: int) -> Runs:
         generator = torch.Generator().manual_seed(seed)
         tasks = sample_tasks(family, generator, count, horizon)
         noise = Ambient.after(generator, tree.leaves(tuple(tasks)))
         losses, ends = run_tasks(contender.make(rate, horizon), family, tasks, noise)
+        if bool((losses < 0).any()):
+            raise ValueError(
+                f"Losses are compared by their ratios, so they must not be negative, got "
+                f"{float(losses.min()):.4g} of {type(family).__name__}. Add a constant to the loss."
+            )
         losses = losses.nan_to_num(LARGEST, LARGEST, LARGEST).clamp(max=LARGEST)
         return Runs(rate, losses, _accuracy(family, ends))
 
@@ -115,6 +128,12 @@ def judge_family(
     for name, contender in contenders.items():
         tuning = [run(contender, rate, tuning_seeds, VALIDATION_SEED) for rate in contender.rates]
         means = [float(runs.figure("mean").mean()) for runs in tuning]
+        if min(float(runs.figure("final").mean()) for runs in tuning) >= LARGEST:
+            warnings.warn(
+                f"{name} diverged at each of its rates on {type(family).__name__}, or all losses "
+                f"are above {LARGEST:g}, which count as that. Give smaller rates.",
+                stacklevel=2,
+            )
         finals = [float(_log_final(runs).mean()) for runs in tuning]
         chosen = [contender.rates[figures.index(min(figures))] for figures in (means, finals)]
         judged = {
@@ -154,6 +173,14 @@ class Judgement:
     outcomes: dict[str, dict[str, Outcome]]
     reference: str
 
+    def __post_init__(self) -> None:
+        if not self.outcomes or any(self.reference not in one for one in self.outcomes.values()):
+            known = sorted({name for one in self.outcomes.values() for name in one})
+            raise ValueError(
+                f"Judgement: the reference must be a contender on every family, got "
+                f"{self.reference!r}; there are {known}."
+            )
+
     def names(self) -> list[str]:
         """Return the contenders."""
         return list(next(iter(self.outcomes.values())))
@@ -175,7 +202,11 @@ class Judgement:
         counts = [0, 0, 0]
         for outcomes in self.outcomes.values():
             ours = outcomes[name].own if untuned else outcomes[name].tuned(by)
-            assert ours is not None
+            if ours is None:
+                raise ValueError(
+                    f"{name!r} has no rate of its own, so nothing is known of it untuned. Write "
+                    "`Contender(make, rates, own=1.0)`."
+                )
             gap = ours.figure(by) - outcomes[against].tuned(by).figure(by)
             error = float(gap.std()) / len(gap) ** 0.5
             place = 0 if gap.mean() < -2 * error else 2 if gap.mean() > 2 * error else 1

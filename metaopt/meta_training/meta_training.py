@@ -191,6 +191,8 @@ def _check_plan(estimator: Any, tasks: Any, horizon: Any) -> None:
             f"`{drawn[0]}` is drawn anew for each group of tasks, got {type(estimator).__name__} "
             f"without groups. Write `estimator=Groups({type(estimator).__name__}(...))`."
         )
+    if isinstance(horizon, tuple) and len(horizon) != 2:
+        raise ValueError(f"`horizon` must be a number or (shortest, longest), got {horizon}.")
     low, high = horizon if isinstance(horizon, tuple) else (horizon, horizon)
     for steps in (low, high):
         check_count(None, "horizon", steps)

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from metaopt._minimize import Minimized, minimize
 from metaopt.checks import check_positive
+from metaopt.differentiate import Backprop, Rule
+from metaopt.optimizer import Optimizer
 from metaopt.tree import Tree
 
 LATE = 0.8  # where the last fifth of an episode begins
@@ -29,8 +32,8 @@ class Window(NamedTuple):
         first: the loss before the first step of the episode.
         start: index of the first of these steps in the episode, an integer tensor.
         horizon: number of steps of the episode.
-        before: the parameters before these steps.
-        after: the parameters after them.
+        before: the parameters to evaluate at, before these steps; see `Optimizer.evaluated`.
+        after: the same after them.
         last_batch: the batch of the last step of the episode.
         held_out: the task's batch that no step sees, or ().
     """
@@ -58,6 +61,20 @@ class Objective(Protocol):
         ...
 
 
+def run_evaluated(
+    loss: Loss,
+    optimizer: Optimizer,
+    params: Tree,
+    rows: Tree,
+    opt_state: Any,
+    differentiate: Rule = Backprop(),  # noqa: B008
+) -> tuple[Minimized, Tree, Tree]:
+    """Return (the result of some steps, the parameters to evaluate at before them, and after)."""
+    out = minimize(loss, optimizer, params, rows, opt_state=opt_state, differentiate=differentiate)
+    before = optimizer.evaluated(opt_state, params)
+    return out, before, optimizer.evaluated(out.opt_state, out.params)
+
+
 def check_objective(owner: object, objective: Any) -> None:
     """Raise TypeError if it is none."""
     if not callable(getattr(objective, "part", None)):
@@ -71,8 +88,9 @@ def check_objective(owner: object, objective: Any) -> None:
 class Relative:
     """l -> min(ln((l + floor l_0 + 1e-4) / (l_0 + 1e-4)), cap), with the first loss l_0.
 
-    Losses of all tasks are then of one size without any reference run, and a run that diverges
-    counts as `cap`.
+    Losses of all tasks are then of one size without any reference run, and to estimators by pairs
+    a run that diverges counts as `cap`. (Backpropagation has no derivative of it, and leaves it
+    out.)
 
     Args:
         floor: part of the first loss beyond which a lower loss hardly counts.

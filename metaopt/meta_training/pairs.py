@@ -14,9 +14,8 @@ from torch.func import vmap
 
 from metaopt import tree
 from metaopt._functional import Params, lend
-from metaopt._minimize import minimize
 from metaopt.meta_training.noise import Noise
-from metaopt.meta_training.objective import Window
+from metaopt.meta_training.objective import Window, run_evaluated
 from metaopt.meta_training.task import TaskFamily, sample_tasks
 from metaopt.optimizer import Optimizer
 from metaopt.tree import Tree
@@ -226,14 +225,14 @@ class Crowd:
         """
         params, state, first = carry
         loss, objective = self.family.loss, self.estimator.objective
-        out = lend(
-            self.optimizer, theta, minimize, loss, self.optimizer, params, rows, opt_state=state
+        out, before, last = lend(
+            self.optimizer, theta, run_evaluated, loss, self.optimizer, params, rows, state
         )
         first = torch.where(start == 0, out.losses[0].to(first), first)
         after = (out.params, out.opt_state, first)
         if judged is None:
             return after, first, first
-        window = Window(out.losses, first, start, self.horizon, params, out.params, *judged)
+        window = Window(out.losses, first, start, self.horizon, before, last, *judged)
         value = self.estimator.windows(self.horizon) * objective.part(window, loss)
         return after, value, value if objective.is_bounded else out.losses.mean()
 

@@ -182,7 +182,8 @@ def _find_policies(optimizer: Optimizer) -> list[_Place]:
     if not places:
         raise ValueError(
             f"`Reinforce` trains policies, got {type(optimizer).__name__} without one among its "
-            "hyperparameters. Write `SGD(lr=PolicySchedule(0.1, steps=100))`."
+            "own hyperparameters (those of an optimizer behind a transform are not seen). Write "
+            "`SGD(lr=PolicySchedule(0.1, steps=100))`."
         )
     return places
 

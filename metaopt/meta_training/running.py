@@ -76,5 +76,15 @@ def _run_torch(make: TorchOptimizer, family: TaskFamily, tasks: Task) -> tuple[T
         for i, (views, one) in enumerate(zip(each, optimizers, strict=True)):
             for view, row in zip(views, rows, strict=True):
                 view.grad = row[i]
-            one.step()
+            _step(one)
     return torch.stack(losses, 1), params
+
+
+def _step(optimizer: torch.optim.Optimizer) -> None:
+    try:
+        optimizer.step()
+    except TypeError as error:
+        raise TypeError(
+            f"{type(optimizer).__name__} cannot be compared: its `step` wants more than gradients "
+            f"({error}). Compare optimizers that make a step from one gradient."
+        ) from error

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from metaopt.checks import check_count
-from metaopt.torch_internals import twin_of
+from metaopt.torch_internals import children_of, twin_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -15,19 +15,34 @@ M = TypeVar("M", bound=nn.Module)
 def with_steps(module: M, steps: int) -> M:
     """Return the optimizer, or schedule, for runs of `steps` steps.
 
-    It has the same parameters, not copies. Whatever in it was made with `steps=None` is told; a
-    number that was given stays.
+    It has the same parameters, not copies. Whatever in it has to know and was made with
+    `steps=None` is told; a number that was given stays. Behind `Accumulate(k, ...)` there are only
+    steps / k of them.
 
     Raises:
         ValueError: `steps` is not positive.
     """
     check_count(None, "steps", steps)
-    twin = twin_of(module)
-    for name, child in module.named_children():
-        setattr(twin, name, with_steps(child, steps))
-    if getattr(module, "steps", 0) is None:
-        vars(twin)["steps"] = steps
-    return twin
+    told: M = _tell(module, steps, {})
+    return told
+
+
+def _tell(module: Any, steps: int, twins: dict[int, Any]) -> Any:
+    """Return the twin of a module; one that stands in several places has one twin."""
+    if id(module) not in twins:
+        twins[id(module)] = twin = twin_of(module)
+        if asks_for_steps(module):
+            vars(twin)["steps"] = steps
+        inside = getattr(module, "steps_inside", lambda steps: steps)(steps)
+        for name, child in children_of(module).items():
+            if child is not None:
+                children_of(twin)[name] = _tell(child, inside, twins)
+    return twins[id(module)]
+
+
+def asks_for_steps(module: nn.Module) -> bool:
+    """Return True if a module itself has to know the number of steps, and was not told."""
+    return bool(getattr(module, "needs_steps", False)) and module.steps is None
 
 
 def require_steps(owner: nn.Module) -> int:
@@ -36,11 +51,11 @@ def require_steps(owner: nn.Module) -> int:
     Raises:
         ValueError: none was.
     """
-    steps: int | None = owner.steps  # type: ignore[assignment]
-    if steps is None:
+    if asks_for_steps(owner):
         name = type(owner).__name__
         raise ValueError(
             f"{name} must know the number of steps of the run, got steps=None. Make it with "
             f"`{name}(steps=1000)`, or let `mo.with_steps(optimizer, 1000)` tell it."
         )
+    steps: int = vars(owner)["steps"]
     return steps

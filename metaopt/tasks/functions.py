@@ -13,15 +13,15 @@ from metaopt.meta_training.task import Task
 
 @dataclass(frozen=True)
 class NoisyQuadratics:
-    """L(w) = 1/2 (w - b)^T Q diag(h) Q^T (w - b) + noise z^T w, from a start N(0, I).
+    """L(w) = 1/2 (w - b_t)^T Q diag(h) Q^T (w - b_t), from a start N(0, I).
 
-    Q is a random rotation, the curvatures h are 1 to 1 / condition in equal ratios, b ~ N(0, I),
-    and z ~ N(0, I / dimension) is drawn anew at every step.
+    Q is a random rotation, and the curvatures h are 1 to 1 / condition in equal ratios. The minimum
+    b_t = b + noise z_t is that of a batch: b ~ N(0, I), z_t ~ N(0, I) drawn anew at every step.
 
     Args:
         dimension: of w.
         condition: the largest curvature over the smallest.
-        noise: standard deviation of the noise in the gradient.
+        noise: standard deviation of the minimum from step to step.
 
     Raises:
         ValueError: a number that is out of range.
@@ -39,11 +39,10 @@ class NoisyQuadratics:
                 f"{self.condition} and {self.noise}."
             )
 
-    def loss(self, params: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Return L for (a root of the matrix, b, noise z)."""
-        root, center, noise = batch
-        away = params - center
-        return 0.5 * (root @ away).square().sum() + (noise * params).sum()
+    def loss(self, params: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return L for (a root of the matrix, b_t)."""
+        root, center = batch
+        return 0.5 * (root @ (params - center)).square().sum()
 
     def sample(self, generator: torch.Generator, steps: int) -> Task:
         """Draw a function, the same at every step, and noise."""
@@ -52,8 +51,8 @@ class NoisyQuadratics:
         curvatures = self.condition ** -torch.linspace(0, 1, n)
         root = curvatures.sqrt()[:, None] * rotation
         center, start = torch.randn(2, n, generator=generator)
-        noise = self.noise / n**0.5 * torch.randn(steps, n, generator=generator)
-        return Task(start, (root.expand(steps, -1, -1), center.expand(steps, -1), noise))
+        centers = center + self.noise * torch.randn(steps, n, generator=generator)
+        return Task(start, (root.expand(steps, -1, -1), centers))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def stress_families() -> dict[str, HeldOut]:
         "6 layers": HeldOut(Supervised(MLP((32,) * 5), Classes()), 200),
         "tanh, large weights": HeldOut(Supervised(MLP((64, 32), "tanh", 3.0), Classes()), 200),
         "Rosenbrock": HeldOut(Rosenbrock(), 200),
-        "noisy quadratics": HeldOut(NoisyQuadratics(50, 1000.0, 1.0), 200),
+        "noisy quadratics": HeldOut(NoisyQuadratics(50, 1000.0, 0.3), 200),
         "waves": HeldOut(Supervised(MLP((40, 40)), Waves(), 10), 200),
     }
 

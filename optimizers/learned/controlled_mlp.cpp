@@ -84,23 +84,35 @@ void advance(Tensors& x, Means& means) {
     means.v *= scale;
 }
 
+// Take the mean squares of rows and columns on. Sums over many entries are made in blocks that
+// join doubles.
 void take_rows_and_columns(Tensors& x, const float* rows_old, const float* columns_old) {
     int64_t R = x.row_count, C = x.column_count;
     x.row_factor.resize(R), x.column_factor.resize(C);
+    std::vector<double> totals(C, 0.0);
     std::vector<float>& sums = x.column_factor;
-    std::fill(sums.begin(), sums.end(), 0.0f);
-    for (int64_t r = 0; r < R; ++r) {
-        const float* g = x.g + r * C;
-        float sum = 0;
-        for (int64_t c = 0; c < C; ++c) {
-            float square = g[c] * g[c];
-            sum += square, sums[c] += square;
+    for (int64_t first = 0; first < R; first += BLOCK) {
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (int64_t r = first; r < std::min(first + BLOCK, R); ++r) {
+            const float* g = x.g + r * C;
+            double total = 0;
+            for (int64_t start = 0; start < C; start += BLOCK) {
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t c = start; c < std::min(start + BLOCK, C); ++c) {
+                    float square = g[c] * g[c];
+                    sum += square, sums[c] += square;
+                }
+                total += sum;
+            }
+            float mean = float(total / std::max<int64_t>(C, 1));
+            x.rows[r] = SQUARE_DECAY * rows_old[r] + (1 - SQUARE_DECAY) * mean;
+            x.row_factor[r] = inverse_root(x.rows[r]);
         }
-        x.rows[r] = SQUARE_DECAY * rows_old[r] + (1 - SQUARE_DECAY) * sum / std::max<int64_t>(C, 1);
-        x.row_factor[r] = inverse_root(x.rows[r]);
+        for (int64_t c = 0; c < C; ++c) totals[c] += sums[c];
     }
     for (int64_t c = 0; c < C; ++c) {
-        float mean = sums[c] / std::max<int64_t>(R, 1);
+        float mean = float(totals[c] / std::max<int64_t>(R, 1));
         x.columns[c] = SQUARE_DECAY * columns_old[c] + (1 - SQUARE_DECAY) * mean;
         x.column_factor[c] = inverse_root(x.columns[c]);
     }
@@ -294,23 +306,27 @@ double direct(const Theta& theta, const Tensors& x, const Means& means, const fl
 }  // namespace
 
 // All arrays are contiguous, with a leading axis of `batch`. shapes: (rows, columns, is vector) of
-// each tensor; orthogonal: whether matrices are made so. scalars: the loss, the step from 0, and the rate. Those behind `scalars` are written.
+// each tensor; orthogonal: whether matrices are made so. scalars: the loss, the step from 0, and
+// the rate. Those behind `scalars` are written.
 extern "C" void controlled_step(
-    int64_t batch, int64_t tensors, const int64_t* shapes, int64_t orthogonal, double steps, int64_t count,
-    int64_t all_rows, int64_t all_columns, const float* theta, const float* g, const float* p,
+    int64_t batch, int64_t tensors, const int64_t* shapes, int64_t orthogonal, double steps,
+    int64_t count, int64_t all_rows, int64_t all_columns, const float* theta, const float* g,
+    const float* p,
     const float* m_old, const float* v_old, const float* rows_old, const float* columns_old,
     const float* losses_old, const float* scalars, float* out, float* m, float* v, float* rows,
     float* columns, float* losses) {
     static_assert(sizeof(Theta) == 289 * sizeof(float), "the weights lie one behind the other");
     for (int64_t b = 0; b < batch; ++b) {
         const Theta& weights = reinterpret_cast<const Theta*>(theta)[b];
-        float loss = scalars[3 * b], t = scalars[3 * b + 1], rate = scalars[3 * b + 2];
+        const float* scalar = scalars + 3 * b;
+        float loss = scalar[0], t = scalar[1], rate = scalar[2];
         Time time(t, float(steps));
         float* seen = losses + 3 * b;
         seen[0] = t == 0 ? loss : losses_old[3 * b];
         for (int k = 0; k < 2; ++k) {
             float decay = t == 0 ? 0.0f : LOSS_DECAYS[k];
-            seen[1 + k] = (t == 0 ? 0.0f : decay * losses_old[3 * b + 1 + k]) + (1 - decay) * loss;
+            float before = t == 0 ? 0.0f : decay * losses_old[3 * b + 1 + k];
+            seen[1 + k] = before + (1 - decay) * loss;
         }
         int64_t start = 0, row = b * all_rows, column = b * all_columns;
         for (int64_t tensor = 0; tensor < tensors; ++tensor) {

@@ -87,6 +87,7 @@ class ControlledMLP(Optimizer):
     """
 
     hyperparameters = ("lr",)
+    needs_steps = True
 
     def __init__(
         self,
@@ -114,17 +115,8 @@ class ControlledMLP(Optimizer):
         self.step_weight = nn.Parameter(torch.zeros(HIDDEN))
 
     def slots(self, params: Leaves) -> Slots:
-        sizes = [_as_matrix(p.shape) for p in params]
-        count = sum(rows * columns for rows, columns in sizes)
-        lengths = {
-            "momenta": (len(DECAYS), count),
-            "square": (count,),
-            "rows": (sum(rows for rows, _ in sizes),),
-            "columns": (sum(columns for _, columns in sizes),),
-            "losses": (1 + len(LOSS_DECAYS),),
-        }
         like = partial(self.direct.new_zeros, device=params[0].device)
-        return {name: like(shape) for name, shape in lengths.items()}
+        return {name: like(shape) for name, shape in _memory([p.shape for p in params]).items()}
 
     def separate(self, state: State, params: Tree) -> State:
         return separate_state(self, state, params)
@@ -137,6 +129,11 @@ class ControlledMLP(Optimizer):
                 f"{type(self).__name__} looks at the loss, got None. Call `optimizer(grads, state, "
                 "params, loss=loss)`; deployed as a torch optimizer, `step(loss=loss)` or "
                 "`step(closure)`."
+            )
+        if isinstance(loss, Tensor) and loss.ndim:
+            raise ValueError(
+                f"`loss` must be a scalar for {type(self).__name__} to look at, got "
+                f"{tuple(loss.shape)}. Take the mean."
             )
         return step_leaves(self, partial(self._step, loss), grads, state, params, loss)
 
@@ -156,7 +153,9 @@ class ControlledMLP(Optimizer):
         loss = torch.as_tensor(loss, dtype=dtype, device=flat.device)
         t = step.to(dtype) - 1
         rate = torch.as_tensor(hyper["lr"], dtype=dtype, device=flat.device)
-        if rate.ndim == 0 and kernel.is_usable(flat):
+        if {name: slot.shape for name, slot in slots.items()} != _memory(shapes):
+            raise KeyError("memory")  # whoever calls says which it is
+        if rate.ndim == 0 and kernel.is_usable(flat, weights, self.direct, *slots.values()):
             theta = torch.cat([p.reshape(-1) for p in self._theta()])
             scalars = torch.stack([loss, t, rate])
             sizes = [(*_as_matrix(shape), int(len(shape) < 2)) for shape in shapes]
@@ -259,6 +258,19 @@ class ControlledMLP(Optimizer):
         return FIRST_STEP + change.clamp(-LARGEST, LARGEST)
 
 
+def _memory(shapes: list[torch.Size]) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the memory of parameters with these shapes."""
+    sizes = [_as_matrix(shape) for shape in shapes]
+    count = sum(rows * columns for rows, columns in sizes)
+    return {
+        "momenta": (len(DECAYS), count),
+        "square": (count,),
+        "rows": (sum(rows for rows, _ in sizes),),
+        "columns": (sum(columns for _, columns in sizes),),
+        "losses": (1 + len(LOSS_DECAYS),),
+    }
+
+
 class Time(NamedTuple):
     """What the networks see of the time t of T.
 
@@ -285,8 +297,9 @@ class Time(NamedTuple):
 
 def _follow(losses: Tensor, loss: Tensor, step: Tensor) -> Tensor:
     """Return (the first loss, its fast and its slow average) after this one."""
-    decays = losses.new_tensor([1.0, *LOSS_DECAYS])
-    return torch.where(step == 1, loss, decays * losses + (1 - decays) * loss)
+    decays = losses.new_tensor(LOSS_DECAYS)
+    averages = decays * losses[1:] + (1 - decays) * loss
+    return torch.where(step == 1, loss, torch.cat([losses[:1], averages]))
 
 
 def _features(g: Tensor, p: Tensor, m: Tensor, v: Tensor, factors: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaopt.native import load_native
 from metaopt.optimizer import Slots
@@ -21,15 +21,20 @@ SOURCE = Path(__file__).with_suffix("").with_name("controlled_mlp.cpp")
 MEMORY = ("momenta", "square", "rows", "columns", "losses")
 
 
-def is_usable(flat: Tensor) -> bool:
-    """Return True if the kernel may compute with tensors like this one."""
-    plain = unwrap(flat)
+def is_usable(*tensors: Tensor) -> bool:
+    """Return True if the kernel may compute with these tensors."""
     return (
-        plain.dtype == torch.float32
-        and plain.device.type == "cpu"
-        and type(plain) is Tensor
-        and is_forward_only()
+        is_forward_only()
+        and all(_is_plain(unwrap(tensor)) for tensor in tensors)
         and load_native(SOURCE) is not None
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, nn.Parameter)
     )
 
 
@@ -57,7 +62,7 @@ def step(
     """
     arrays = [theta, grad, param, *(slots[name] for name in MEMORY), scalars]
     # the operator is for vmap: called directly, the function saves the dispatcher's time
-    run = _step if is_wrapped(theta) or is_wrapped(grad) else _compute
+    run = _step if any(map(is_wrapped, arrays)) else _compute
     update, *after = run([x[None] for x in arrays], _number(tuple(sizes)), orthogonal, steps)
     return update[0], {name: x[0] for name, x in zip(MEMORY, after, strict=True)}
 
@@ -109,4 +114,5 @@ def _batched(
         for x, dim in zip(arrays, in_dims[0], strict=True)
     ]
     written = _step([x.reshape(-1, *x.shape[2:]) for x in moved], layout, orthogonal, steps)
-    return [x.view(size, -1, *x.shape[1:]) for x in written], [0] * len(written)
+    batch = moved[0].shape[1]
+    return [x.view(size, batch, *x.shape[1:]) for x in written], [0] * len(written)

@@ -37,6 +37,11 @@ class Within(Schedule):
                 "is learned at an end."
             )
         self.logit = nn.Parameter(torch.tensor(math.log((value - low) / (high - value))))
+        if not self.low < float(self._value()) < self.high:
+            raise ValueError(
+                f"Within: `value` must lie between low={low} and high={high} after it is rounded "
+                f"to {self.logit.dtype}, got {value}. Take one that is further away from the ends."
+            )
 
     def forward(self, state: Any, **_: Any) -> tuple[Value, Any]:
         return self._value(), state

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from metaopt.optimizer import Optimizer, with_steps
+from metaopt.optimizer.horizon import asks_for_steps
 
 FOLDER = Path(__file__).parent
 
@@ -97,7 +98,7 @@ def load_trained(name: str, *, steps: int | None = None) -> Optimizer:
     optimizer = Optimizer.load(path)
     if steps is None:
         return optimizer
-    if all(getattr(part, "steps", 0) is not None for part in optimizer.modules()):
+    if not any(map(asks_for_steps, optimizer.modules())):
         raise ValueError(
             f"The trained optimizer {name!r} takes no number of steps, got steps={steps}. Leave it "
             "out; `read_card` says for how long a training it was made."

@@ -41,6 +41,10 @@ class Accumulate(Holding):
         super().__init__(optimizer)
         self.every = check_count(self, "every", every)
 
+    def steps_inside(self, steps: int) -> int:
+        """Return the number of steps of the inner optimizer in this many calls."""
+        return max(1, steps // self.every)
+
     def slots(self, params: Leaves) -> Slots:
         like = params[0]
         loss = torch.zeros((), dtype=scalar_dtype(like), device=like.device)

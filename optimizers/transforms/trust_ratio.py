@@ -77,6 +77,6 @@ def trusted(update: Tensor, weight: Tensor, coefficient: Value) -> Tensor:
     """Return coefficient |w| / |u| u."""
     dtype = scalar_dtype(update)  # half precision would overflow
     size, length = tree.norm(weight.to(dtype)), tree.norm(update.to(dtype))
-    has_both = (size > 0) & (length > 0)
+    has_both = (size != 0) & (length != 0)  # with nan, the ratio is nan
     ratio = torch.where(has_both, size / torch.where(has_both, length, 1), 1)
     return (coefficient * ratio * update).to(update.dtype)
