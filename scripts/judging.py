@@ -22,7 +22,7 @@ from optimizers import SGD, Adam, Cosine, Muon, Transform
 
 ROOT = Path(__file__).parents[1]
 FIGURES = "benchmarks/carrying-over.json"
-OF_README = ("Adam", "Adam, cosine", "small")
+OF_README = ("Adam", "Adam, cosine", "Muon, cosine", "small")
 QUARTERS = tuple(10 ** (i / 4) for i in range(14))
 OF_ADAM = tuple(3.16e-4 * quarter for quarter in QUARTERS)
 OF_SGD = tuple(1e-3 * quarter for quarter in QUARTERS)
