@@ -45,7 +45,7 @@ def test_sources_are_read_without_an_import() -> None:
 
 @each_family
 def test_batches_are_pieces_of_the_text(family) -> None:
-    params, batches = family.sample(torch.Generator().manual_seed(0), 40)
+    params, batches, _ = family.sample(torch.Generator().manual_seed(0), 40)
     assert batches.shape == (40, 3, 6)
     _, text = encoded_sources(family.modules, family.symbols)
     windows = {tuple(row) for row in text.unfold(0, 6, 1).tolist()}
@@ -121,7 +121,7 @@ def test_the_lstm_is_torchs() -> None:
 @each_family
 def test_gradients_of_many_models_are_those_of_each(family) -> None:
     """Two transforms deep, as evolution asks for them; float64, so to rounding."""
-    (params, batches), gradient = (
+    (params, batches, _), gradient = (
         sample_tasks(family, torch.Generator().manual_seed(0), 2, 1),
         grad(family.loss),
     )
@@ -136,7 +136,7 @@ def test_gradients_of_many_models_are_those_of_each(family) -> None:
 
 @each_family
 def test_a_loss_before_training_is_near_that_of_a_guess(family) -> None:
-    params, batches = family.sample(torch.Generator().manual_seed(0), 1)
+    params, batches, _ = family.sample(torch.Generator().manual_seed(0), 1)
     assert family.loss(params, batches[0]).item() == pytest.approx(math.log(48), rel=0.35)
 
 

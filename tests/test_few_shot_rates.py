@@ -218,6 +218,7 @@ def test_a_value_in_a_range(make: Callable[[], mo.Schedule], name: str, slope: f
     [
         (lambda: Positive(0.0), r"Positive: `value` must be a positive number, got 0.0"),
         (lambda: Within(1.0), r"Within: `value` must lie between low=0.0 and high=1.0, got 1.0"),
+        (lambda: Within(1 - 1e-9), r"Within: `value` must .* rounded to torch.float32, got 0.9"),
     ],
 )
 def test_values_at_an_end_are_refused(make: Callable[[], Any], message: str) -> None:

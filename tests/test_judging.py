@@ -251,3 +251,11 @@ def test_what_cannot_be_judged_is_said() -> None:
         mo.Judgement({"one": outcomes}, "SGD").score("SGD", "SGD", untuned=True)
     with pytest.raises(TypeError, match=r"LBFGS cannot be compared: its `step` wants"):
         mo.evaluate({"": torch.optim.LBFGS}, mo.tasks.Quadratics(2), horizon=2, seeds=2)
+
+
+def test_a_transform_with_one_entry_that_is_no_number_says_so() -> None:
+    """`TrustRatio`: its ratio fell to 1 for the others."""
+    optimizer = optimizers.TrustRatio(0.1, SGD(1.0))
+    params = {"w": torch.tensor([100.0, 100.0])}
+    updates, _ = optimizer({"w": torch.tensor([1.0, math.nan])}, optimizer.init(params), params)
+    assert updates["w"].isnan().all()

@@ -41,6 +41,7 @@ from optimizers import (
     ClipNorm,
     ClipValue,
     Constant,
+    ControlledMLP,
     Cosine,
     DecoupledWeightDecay,
     GPSchedule,
@@ -352,6 +353,7 @@ OTHERS: dict[str, Callable[[], mo.Optimizer]] = {
     "lstm": lambda: LSTMOptimizer(hidden_size=4),
     "mlp": lambda: MLPOptimizer(hidden_size=4),
     "adafactor-mlp": AdafactorMLP,
+    "controlled-mlp": lambda: ControlledMLP(steps=9),
     "rnn-mlp": lambda: RNNMLP(4, 3),
     "nn-adam": lambda: NNAdam(3),
 }

@@ -38,16 +38,20 @@ def test_the_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monk
     torch.manual_seed(0)
     module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where classes look themselves up
+    outputs = []
     for number, (program, expected) in enumerate(BLOCK.findall(page.read_text()), 1):
         name = f"{page.name}, block {number}"
         linecache.cache[name] = (len(program), None, program.splitlines(keepends=True), name)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(program, name, "exec", dont_inherit=True), vars(module))
+        outputs.append(printed.getvalue())
         if expected:
             assert printed.getvalue() == expected, name
     if page.stem == "README":
-        errors = [float(line.split(": ")[1]) for line in printed.getvalue().splitlines()]
+        (recipe,) = (text for text in outputs if "test error" in text)
+        errors = [float(line.split(": ")[1]) for line in recipe.splitlines()]
         assert errors[1] < 0.8 * errors[0]
+        assert module.value.item() < 0.01  # the learned optimizer's
     if page.stem == "learned-optimizers":
         assert (tmp_path / "runs/docs-learned/curves.png").exists()
         assert list((tmp_path / "runs/docs-learned").glob("events.*"))

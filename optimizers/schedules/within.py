@@ -36,11 +36,13 @@ class Within(Schedule):
                 f"Within: `value` must lie between low={low} and high={high}, got {value}. Nothing "
                 "is learned at an end."
             )
-        self.logit = nn.Parameter(torch.tensor(math.log((value - low) / (high - value))))
-        if not self.low < float(self._value()) < self.high:
+        logit = math.log((value - low) / (high - value))
+        self.logit = nn.Parameter(torch.tensor(logit))
+        rounded = low + (high - low) * torch.tensor(logit, device="cpu").sigmoid()
+        if not low < float(rounded) < high:
             raise ValueError(
                 f"Within: `value` must lie between low={low} and high={high} after it is rounded "
-                f"to {self.logit.dtype}, got {value}. Take one that is further away from the ends."
+                f"to {rounded.dtype}, got {value}. Take one that is further away from the ends."
             )
 
     def forward(self, state: Any, **_: Any) -> tuple[Value, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from metaopt.optimizer import Optimizer, with_steps
 from metaopt.optimizer.horizon import asks_for_steps
 
+__all__ = ["Card", "digest", "load_trained", "read_card", "trained_names"]
+
 FOLDER = Path(__file__).parent
 
 

@@ -1,0 +1,1 @@
+from optimizers.trained import *
