@@ -291,14 +291,14 @@ def scaled_sums(xs: list[Tensor], scale: float | Tensor, ys: list[Tensor]) -> li
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """Return sqrt(x) for x >= 0 with every derivative 0, not infinite, at x = 0.
+    """Return sqrt(x), with every derivative 0, not infinite, at x = 0; nan of nan and below 0.
 
     The inner `where` keeps the infinite slope out of the graph, the outer one restores the value.
     """
     if is_unrecorded():
         return x.sqrt()
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
+    has_slope = x != 0
+    return torch.where(has_slope, torch.where(has_slope, x, 1).sqrt(), 0)
 
 
 def as_real(leaf: Tensor) -> Tensor:

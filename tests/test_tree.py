@@ -41,6 +41,15 @@ def test_derivatives_at_zero_are_zero_and_elsewhere_true() -> None:
     )
 
 
+def test_a_root_and_a_norm_of_what_is_no_number_are_none() -> None:
+    """They were 0 where a graph was recorded."""
+    x = torch.tensor([1.0, torch.nan, -1.0], requires_grad=True)
+    assert tree.safe_sqrt(x).isnan().tolist() == [False, True, True]
+    assert tree.norm({"x": x}).isnan()
+    with torch.no_grad():
+        assert tree.norm({"x": x}).isnan()
+
+
 def test_derivatives_pass_through_a_row_in_which_complex_entries_begin_at_an_odd_place() -> None:
     parts = {"a": torch.randn(1), "z": torch.randn(2, dtype=torch.complex128)}
     weights = torch.arange(5.0)
