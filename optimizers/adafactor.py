@@ -24,7 +24,7 @@ from metaopt.optimizer import (
 from metaopt.tree import Tree
 
 from .betas import as_pair
-from .moving import averages
+from .moving import averages, mean_along
 from .real import require_real
 from .scalars import precise, scalar_dtype
 from .weight_decay import decayed
@@ -140,21 +140,18 @@ def _moments(x: Tensor) -> Moments:
     nothing = x.new_zeros(0)
     if x.ndim < 2:
         return Moments(nothing, nothing, x.square())
-    return Moments(mean(x.square(), -1), mean(x.square(), -2), nothing)
+    rows, columns = (mean_along(x.square(), axis, keepdim=True) for axis in (-1, -2))
+    return Moments(rows, columns, nothing)
 
 
 def _spread(moments: Moments, eps1: Value) -> Tensor:
     """Return V."""
     row, column, square = moments
-    return row * column / mean(row, -2).clamp(min=eps1) if row.ndim > 1 else square
+    if row.ndim < 2:
+        return square
+    return row * column / mean_along(row, -2, keepdim=True).clamp(min=eps1)
 
 
 def root_mean_square(x: Tensor) -> Tensor:
     """Return sqrt(mean(x^2)), with derivative 0 at 0."""
     return tree.norm(x.to(scalar_dtype(x))) / math.sqrt(max(x.numel(), 1))
-
-
-def mean(x: Tensor, axis: int) -> Tensor:
-    """Return the mean along an axis, which stays; 0 along one without entries."""
-    average: Tensor = x.sum(axis, keepdim=True) / max(x.shape[axis], 1)
-    return average

@@ -1,4 +1,4 @@
-"""Memory on lists of tensors: zeros to begin with, moving averages, and their roots.
+"""Memory on lists of tensors: zeros to begin with, moving averages, their roots, and means.
 
 Where nobody differentiates them, torch's kernels for lists compute them.
 """
@@ -50,3 +50,9 @@ def scaled(xs: Leaves, scale: Value) -> Leaves:
     if not isinstance(scale, Tensor) and is_unrecorded():
         return list(foreach_mul(xs, scale))
     return [scale * x for x in xs]
+
+
+def mean_along(x: Tensor, axis: int = 0, *, keepdim: bool = False) -> Tensor:
+    """Return the mean along an axis; 0 along one without entries."""
+    average: Tensor = x.sum(axis, keepdim=keepdim) / max(x.shape[axis], 1)
+    return average

@@ -26,6 +26,7 @@ from metaopt.optimizer.step import step_leaves
 from metaopt.tree import Tree
 
 from ..lstm_cell import uniform
+from ..moving import mean_along
 from ..muon import orthogonalized
 from . import controlled_mlp_kernel as kernel
 
@@ -206,15 +207,15 @@ class ControlledMLP(Optimizer):
         updates, all_rows, all_columns = [], [], []
         for shape, g, p, m, v, rows, columns in parts:
             squares = (g * g).view(len(rows), len(columns))
-            rows = SQUARE_DECAY * rows + (1 - SQUARE_DECAY) * _mean(squares, 1)
-            columns = SQUARE_DECAY * columns + (1 - SQUARE_DECAY) * _mean(squares, 0)
+            rows = SQUARE_DECAY * rows + (1 - SQUARE_DECAY) * mean_along(squares, 1)
+            columns = SQUARE_DECAY * columns + (1 - SQUARE_DECAY) * mean_along(squares, 0)
             factors = _inverse_root(rows)[:, None] * _inverse_root(columns)
             direction = self._direction(_features(g, p, m, v, factors.view(-1)), time)
             if self.orthogonal and len(shape) > 1 and len(g):
                 matrix = direction.view(len(rows), len(columns))
                 direction = orthogonalized(matrix, SCHULZ, LEAST_NORM, SCHULZ_STEPS).reshape(-1)
             step = self._log_step(shape, p, m, v, slots["losses"], time).exp()
-            updates.append(-step * _inverse_root(_mean(direction.square())) * direction)
+            updates.append(-step * _inverse_root(mean_along(direction.square())) * direction)
             all_rows.append(rows)
             all_columns.append(columns)
         return torch.cat(updates), {
@@ -227,7 +228,7 @@ class ControlledMLP(Optimizer):
 
     def _direction(self, features: Tensor, time: Time) -> Tensor:
         """Return d [n] for features [12, n], which this divides by their root mean squares."""
-        scale = _inverse_root(_mean(features.square(), 1))
+        scale = _inverse_root(mean_along(features.square(), 1))
         hidden = (self.feature_weight * scale) @ features
         hidden = (hidden + (self.time_weight @ time.of_direction)[:, None]).relu()
         return (self.direct * scale) @ features + self.direction_weight @ hidden
@@ -237,16 +238,16 @@ class ControlledMLP(Optimizer):
     ) -> Tensor:
         """Return s, the logarithm of the step of a tensor with this shape."""
         rows, columns = _as_matrix(shape)
-        log_spread = (_mean(v) + TINY).log() / 2
+        log_spread = (mean_along(v) + TINY).log() / 2
         first, fast, slow = losses.unbind()
         floor = 0.01 * first.abs() + 1e-8
         fast, slow, first = ((x.clamp(min=0) + floor).log() for x in (fast, slow, first.abs()))
         constants = [math.log(max(columns, 1)) / 3, math.log(max(rows, 1)) / 3]
         observed = torch.stack(
             [
-                (_mean(p.square()) + 1e-4).log() / 4,
-                (_mean(m[1].square()) + TINY).log() / 2 - log_spread,
-                (_mean(m[2].square()) + TINY).log() / 2 - log_spread,
+                (mean_along(p.square()) + 1e-4).log() / 4,
+                (mean_along(m[1].square()) + TINY).log() / 2 - log_spread,
+                (mean_along(m[2].square()) + TINY).log() / 2 - log_spread,
                 (fast - slow).clamp(max=3),
                 (fast - first).clamp(max=6) / 2,
             ]
@@ -305,7 +306,7 @@ def _follow(losses: Tensor, loss: Tensor, step: Tensor) -> Tensor:
 def _features(g: Tensor, p: Tensor, m: Tensor, v: Tensor, factors: Tensor) -> Tensor:
     """Return the features of the coordinates of a tensor, [12, n], of any size."""
     moved = torch.cat([g[None], m])
-    relative = (v / (_mean(v) + TINY) + 1e-4).rsqrt()
+    relative = (v / (mean_along(v) + TINY) + 1e-4).rsqrt()
     others = [m[1] * factors, p, _inverse_root(v).clamp(max=10), torch.ones_like(p)]
     return torch.cat([moved, moved * relative, torch.stack(others)])
 
@@ -313,11 +314,6 @@ def _features(g: Tensor, p: Tensor, m: Tensor, v: Tensor, factors: Tensor) -> Te
 def _as_matrix(shape: torch.Size) -> tuple[int, int]:
     """Return (rows, columns) of a tensor as a matrix; one with one axis is a column."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (math.prod(shape), 1)
-
-
-def _mean(x: Tensor, axis: int = 0) -> Tensor:
-    """Return the mean along an axis, 0 where it is empty."""
-    return x.sum(axis) / max(x.shape[axis], 1)
 
 
 def _inverse_root(x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..moving import mean_along
+
 
 class Axes(NamedTuple):
     """The two largest axes of a tensor; of equal ones the last.
@@ -80,10 +82,10 @@ def factor(grad: Tensor, rows: Tensor, columns: Tensor, forget: Tensor) -> Facto
     if axes is None:
         rows = _average(rows, square, forget)
         return Factored(rows, columns, (_safe_rsqrt(rows + 1e-9),), ((rows + 1e-6).rsqrt(),))
-    rows = _average(rows, _mean(square, axes.column), forget)
-    columns = _average(columns, _mean(square, axes.row), forget)
+    rows = _average(rows, mean_along(square, axes.column), forget)
+    columns = _average(columns, mean_along(square, axes.row), forget)
     at = axes.row - (axes.row > axes.column) + 1
-    of_rows = _safe_rsqrt(rows / (_mean(rows, at).unsqueeze(at) + 1e-9))
+    of_rows = _safe_rsqrt(rows / (mean_along(rows, at).unsqueeze(at) + 1e-9))
     roots = axes.broadcast(of_rows, _safe_rsqrt(columns))
     return Factored(rows, columns, roots, None)
 
@@ -91,10 +93,6 @@ def factor(grad: Tensor, rows: Tensor, columns: Tensor, forget: Tensor) -> Facto
 def _average(average: Tensor, square: Tensor, forget: Tensor) -> Tensor:
     weight = forget.view(-1, *[1] * square.ndim)
     return torch.lerp(average, square.expand_as(average), weight)
-
-
-def _mean(x: Tensor, axis: int) -> Tensor:
-    return x.sum(axis) / max(x.shape[axis], 1)
 
 
 def _safe_rsqrt(x: Tensor) -> Tensor:
