@@ -106,7 +106,8 @@ class Crowd:
     Its state is a dict: "seed" of the noise; "count", the number of the next estimate; for each
     pair "step", that of its episode, and "start", the estimate with which that began, [pairs];
     "carry", (parameters, state of the optimizer, first loss) of both halves, leaves
-    [pairs, 2, ...]; "batches", leaves [pairs, horizon, ...]; and "held_out", leaves [pairs, ...].
+    [pairs, 2, ...]; "batches", a list of the pairs' own, leaves [horizon, ...]; and "held_out",
+    leaves [pairs, ...].
     """
 
     estimator: EvolutionEstimator
@@ -178,17 +179,19 @@ class Crowd:
                 "step": state["step"].masked_fill(is_over, 0),
                 "start": state["start"].masked_fill(is_over, state["count"]),
                 "carry": _put(state["carry"], pairs, carry),
-                "batches": _put(state["batches"], pairs, batches),
+                "batches": _replaced(state["batches"], pairs, batches),
                 "held_out": _put(state["held_out"], pairs, held_out),
             }
         return state
 
-    def _draw(self, count: int) -> tuple[Tree, Tree, Tree]:
-        """Return (carry, batches, held-out batches) of new tasks."""
+    def _draw(self, count: int) -> tuple[Tree, list[Tree], Tree]:
+        """Return (carry, batches of each, held-out batches) of new tasks."""
         task = sample_tasks(self.family, self.generator, count, self.horizon)
         first = torch.full((count,), torch.nan, device=tree.leaves(task.params)[0].device)
         carry = (task.params, vmap(self.optimizer.init)(task.params), first)
-        return tree.map(_twice, carry), task.batches, task.held_out
+        # each by itself: to put new ones among the others must not copy all of them
+        own = [tree.map(torch.clone, tree.index(task.batches, i)) for i in range(count)]
+        return tree.map(_twice, carry), own, task.held_out
 
     def _run_halves(
         self, epsilon: Params, carry: Tree, rows: Tree, start: Tensor, judged: Tree
@@ -243,14 +246,23 @@ def _alike(lengths: Tensor, chunk: int) -> Iterator[Tensor]:
         yield from (lengths == length).nonzero()[:, 0].split(chunk)
 
 
-def _rows(batches: Tree, pairs: Tensor, first: Tensor, count: int) -> Tree:
+def _rows(batches: list[Tree], pairs: Tensor, first: Tensor, count: int) -> Tree:
     """Return the batches of `count` steps of some pairs, each from its own first one."""
+    spans = zip(pairs.tolist(), first.tolist(), strict=True)
+    return tree.stack(
+        [
+            tree.map(lambda leaf, start=start: leaf[start : start + count], batches[pair])
+            for pair, start in spans
+        ]
+    )
 
-    def take(leaf: Tensor) -> Tensor:
-        places = (first[:, None] + torch.arange(count)).to(leaf.device)
-        return leaf[pairs.to(leaf.device)[:, None], places]
 
-    return tree.map(take, batches)
+def _replaced(batches: list[Tree], pairs: Tensor, new: list[Tree]) -> list[Tree]:
+    """Return the batches with those of some pairs replaced."""
+    found = list(batches)
+    for pair, own in zip(pairs.tolist(), new, strict=True):
+        found[pair] = own
+    return found
 
 
 def _take(values: Tree, pairs: Tensor) -> Tree:
