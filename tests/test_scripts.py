@@ -291,3 +291,49 @@ def test_silly_options_are_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         importlib.import_module(script).Config(**options)
+
+
+def test_an_optimizer_is_trained_on_families_and_judged_on_those_held_out(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    import evaluate
+    import judging
+    import train_on_families
+
+    monkeypatch.setattr(judging, "OF_LEARNED", (1.0,))  # of the 14 rates, for time
+    monkeypatch.setattr(judging, "HAND_DESIGNED", {"Adam": (Adam, (0.03,))})
+
+    train_on_families.main(
+        train_on_families.Config(
+            steps=2,
+            groups=1,
+            pairs=2,
+            window=5,
+            horizon=(5, 8),
+            validate_every=1,
+            validation=1,
+            out=tmp_path / "run",
+        )
+    )
+    weights = tmp_path / "run/weights.safetensors"
+    evaluate.main(
+        evaluate.Config(
+            weights=(weights,),
+            trained=("small",),
+            task="held-out",
+            families=("wine",),
+            seeds=2,
+            tuning_seeds=1,
+            out=tmp_path / "table",
+        )
+    )
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("Adam, cosine", "small, untuned", str(weights)))
+    figures = json.loads((tmp_path / "table/judgement.json").read_text())
+    assert figures["wine"]["small"]["own"]["rate"] == 1.0
+    assert figures["wine"]["small"]["own"]["mean"] < figures["wine"][str(weights)]["own"]["mean"]
+    assert (tmp_path / "table/held-out.png").exists()
+    with pytest.raises(ValueError, match=r"no family \['iris'\]; there are"):
+        evaluate.main(evaluate.Config(task="held-out", families=("iris",)))
+    with pytest.raises(ValueError, match="`steps` must be positive, got 0"):
+        train_on_families.Config(steps=0)

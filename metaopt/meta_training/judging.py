@@ -256,17 +256,18 @@ class Judgement:
 
     def table(self, by: Figure = "mean") -> str:
         """Return a row for each family, with every contender's figure, tuned, and untuned."""
-        columns: list[tuple[str, Callable[[dict[str, Outcome]], Runs]]] = []
+        columns: list[str] = []
+        figures: list[list[float]] = []  # of each column
         for name in self.names():
-            columns.append((name, lambda one, name=name: one[name].tuned(by)))  # type: ignore[misc]
-            if all(one[name].own is not None for one in self.outcomes.values()):
-                columns.append((f"{name}, untuned", lambda one, name=name: one[name].own))  # type: ignore[misc]
-        rows: list[list[str | float]] = [
-            [family, *(float(read(one).figure(by).mean()) for _, read in columns)]
-            for family, one in self.outcomes.items()
-        ]
-        headers = [f"{by} loss", *(name for name, _ in columns)]
-        return write_table(headers, rows, ["", *[".4f"] * len(columns)])
+            outcomes = [one[name] for one in self.outcomes.values()]
+            own = [one.own for one in outcomes if one.own is not None]
+            kinds = [(name, [one.tuned(by) for one in outcomes]), (f"{name}, untuned", own)]
+            for title, runs in kinds:
+                if len(runs) == len(outcomes):
+                    columns.append(title)
+                    figures.append([float(one.figure(by).mean()) for one in runs])
+        rows = [[family, *row] for family, *row in zip(self.outcomes, *figures, strict=True)]
+        return write_table([f"{by} loss", *columns], rows, ["", *[".4f"] * len(columns)])
 
     def accuracies(self) -> str:
         """Return a row for each family whose results are classified, tuned for the final loss."""
