@@ -115,7 +115,19 @@ class Relative:
 
 
 @dataclass(frozen=True)
-class MeanLoss:
+class OfLosses:
+    """What the objectives here have in common: losses, or relative ones."""
+
+    relative: Relative | None = None
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether losses are relative."""
+        return self.relative is not None
+
+
+@dataclass(frozen=True)
+class MeanLoss(OfLosses):
     """J = 1/T sum_t w_t L_t, the mean training loss: the area under the curve.
 
     Args:
@@ -126,7 +138,6 @@ class MeanLoss:
         ValueError: a weight that is not positive.
     """
 
-    relative: Relative | None = None
     late: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -150,14 +161,9 @@ class MeanLoss:
             values = values * torch.where(steps >= begin, self.late / mean, 1 / mean)
         return values.sum() / horizon
 
-    @property
-    def is_bounded(self) -> bool:
-        """Whether losses are relative."""
-        return self.relative is not None
-
 
 @dataclass(frozen=True)
-class LastLoss:
+class LastLoss(OfLosses):
     """J = L(w_T), where an episode ends, on the batch of its last step.
 
     It is summed up from its changes over the windows.
@@ -166,20 +172,13 @@ class LastLoss:
         relative: what is taken in place of the loss.
     """
 
-    relative: Relative | None = None
-
     def part(self, window: Window, loss: Loss) -> Tensor:
         """Return how much the loss changes over the window."""
         return _change(window, loss, window.last_batch, self.relative)
 
-    @property
-    def is_bounded(self) -> bool:
-        """Whether losses are relative."""
-        return self.relative is not None
-
 
 @dataclass(frozen=True)
-class ValidationLoss:
+class ValidationLoss(OfLosses):
     """J = L(w_T), where an episode ends, on the batch that the task holds out.
 
     It is summed up from its changes over the windows.
@@ -191,8 +190,6 @@ class ValidationLoss:
         ValueError: at an estimate: the tasks hold nothing out.
     """
 
-    relative: Relative | None = None
-
     def part(self, window: Window, loss: Loss) -> Tensor:
         """Return how much the loss changes over the window."""
         if isinstance(window.held_out, tuple) and not window.held_out:
@@ -201,11 +198,6 @@ class ValidationLoss:
                 "part of a task: `Task(params, batches, held_out)`."
             )
         return _change(window, loss, window.held_out, self.relative)
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether losses are relative."""
-        return self.relative is not None
 
 
 def _change(window: Window, loss: Loss, batch: Tree, relative: Relative | None) -> Tensor:
