@@ -241,7 +241,7 @@ class TestEquality:
     def test_second_derivatives_through_a_compiled_loop(
         self, memory: object, float64: None
     ) -> None:
-        optimizer = Adam(lr=nn.Parameter(torch.tensor(0.1)))
+        optimizer = SGD(lr=nn.Parameter(torch.tensor(0.1)), momentum=0.9)
 
         def seconds(*, compile: bool) -> list[Tensor]:
             first = gradients(optimizer, mo.Backprop(memory), 4, compile=compile, create_graph=True)
@@ -265,8 +265,8 @@ class TestEquality:
 
         The derivative in the schedule and in the initial parameters is included.
         """
-        optimizer = Adam(lr=Cosine(nn.Parameter(torch.tensor(0.1)), steps=4))
-        loss_fn, params, rows = *made(), batches(4)
+        optimizer = Adam(lr=Cosine(nn.Parameter(torch.tensor(0.1)), steps=2))
+        loss_fn, params, rows = *made(), batches(2)
 
         def value() -> Tensor:
             return mo.minimize(loss_fn, optimizer, params, rows).losses.sum()
