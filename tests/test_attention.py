@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from problems import assert_close
 from torch import Tensor, nn
-from torch.func import grad
+from torch.func import grad, hessian, jacfwd, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaopt.exact_ops import any_order
+from metaopt import tree
+from metaopt.exact_ops import any_order, attention
 
 MASK = torch.tensor(
     [[True, False, True, False], [False, False, False, False], [True, True, True, True]]
@@ -119,3 +121,117 @@ def test_a_compiler_sees_through_it() -> None:
             return grad(lambda x: layer(x, x, x, need_weights=False)[0].sin().sum())(x)
 
     assert_close(torch.compile(gradient, fullgraph=True, backend="eager")(x), gradient(x), 1e-13)
+
+
+# In parts: long sequences, whose scores are never there as a whole
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two queries at a time, of three."""
+    monkeypatch.setattr(attention, "LONG", 1)
+    monkeypatch.setattr(attention, "ROWS", 2)
+
+
+PARTS = [form for form in FORMS if form != "dropout"]
+
+
+def derivatives_of_three_orders(form: str, moving: tuple[int, ...] = (0, 1, 2)) -> list[Tensor]:
+    torch.manual_seed(0)
+    given, found = options(form, torch.float64), []
+    leaves = list(tensors(form, torch.float64))
+    variables = [leaves[i].requires_grad_() for i in moving]
+    if form == "bias":
+        variables.append(given["attn_mask"].requires_grad_())
+    value = F.scaled_dot_product_attention(*leaves, **given).sin().sum()
+    for order in range(3):
+        slopes = torch.autograd.grad(value, variables, create_graph=order < 2)
+        found += slopes
+        value = sum((s.nan_to_num() + 0.3).square().sum() for s in slopes)
+    return found
+
+
+@pytest.mark.parametrize("moving", [(0, 1, 2), (1,)], ids=["all", "keys"])
+@pytest.mark.parametrize("form", PARTS)
+def test_three_derivatives_in_parts(
+    form: str, moving: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, request: Any
+) -> None:
+    with any_order():
+        expected = derivatives_of_three_orders(form, moving)
+        request.getfixturevalue("in_parts")
+        found = derivatives_of_three_orders(form, moving)
+    assert_close(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("form", PARTS)
+def test_transforms_in_parts(form: str, request: Any) -> None:
+    """Of reverse over reverse, forward over reverse and forward over forward, in a batch."""
+    query, *others = tensors(form, torch.float64)
+    given = options(form, torch.float64)
+
+    def value(query: Tensor) -> Tensor:
+        with any_order():
+            return F.scaled_dot_product_attention(query, *others, **given).sin().sum()
+
+    def derivatives() -> list[Tensor]:
+        point = query[:, :1] if form != "grouped" else query
+        batch = torch.stack([point, 2 * point])
+        return [
+            vmap(grad(lambda x: grad(value)(x).square().sum()))(batch),
+            hessian(value)(point),
+            jacfwd(jacfwd(value))(point),
+        ]
+
+    expected = derivatives()
+    request.getfixturevalue("in_parts")
+    assert_close(derivatives(), expected, 1e-12)
+
+
+def test_more_queries_than_keys_in_parts(request: Any) -> None:
+    query, key = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
+
+    def attend() -> Tensor:
+        with any_order():
+            return F.scaled_dot_product_attention(query, key, key, is_causal=True)
+
+    expected = attend()
+    request.getfixturevalue("in_parts")
+    assert_close(attend(), expected, 1e-6)
+
+
+def test_a_backward_pass_computes_in_the_autocast_of_the_forward_pass(request: Any) -> None:
+    """It runs outside of it; the recomputed part would be another function's."""
+
+    def slopes() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        leaves = [x.requires_grad_() for x in tensors("plain", torch.float32)]
+        with any_order(), torch.autocast("cpu", torch.bfloat16):
+            value = F.scaled_dot_product_attention(*leaves).float().sin().sum()
+        return torch.autograd.grad(value, leaves[:1])  # sums of the others are rounded otherwise
+
+    expected = slopes()
+    request.getfixturevalue("in_parts")
+    assert_close([*slopes()], [*expected], 1e-6)
+
+
+def test_scores_of_a_long_sequence_are_never_whole() -> None:
+    """No tensor of a double backward pass is as large as they are."""
+
+    class Largest(TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for leaf in tree.leaves(result):
+                if isinstance(leaf, Tensor):
+                    self.entries = max(self.entries, leaf.numel())
+            return result
+
+    leaves = [torch.randn(1, 1024, 2, requires_grad=True) for _ in range(3)]
+    with any_order(), Largest() as largest:
+        value = F.scaled_dot_product_attention(*leaves).sin().sum()
+        first = torch.autograd.grad(value, leaves, create_graph=True)
+        torch.autograd.grad(sum(x.sin().sum() for x in first), leaves)
+    assert largest.entries == 128 * 1024
