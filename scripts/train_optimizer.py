@@ -43,9 +43,13 @@ RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("lstm", "quadratics"): {
         "window": 5,
         "second_order": True,
-        "batch": 128,
-        "steps": 4000,
-        "validate_every": 200,
+        "clip": 1.0,
+        "batch": 64,
+        "hidden_size": 32,
+        "steps": 2000,
+        "validate_every": 500,
+        "finish": 800,
+        "finish_window": 20,
     },
     ("mlp", "digits"): {
         "window": 10,
@@ -92,13 +96,18 @@ class Config:
     batch: int | None = None
     """Episodes per outer step, or pairs of episodes; this and what follows is by default that of
     the recipe, else 8."""
+    clip: float | None = None
+    """With second_order: largest entry of the cotangent of the parameters between inner steps, see
+    `Backprop`; else no limit."""
     hidden_size: int | None = None
     """Width of the learned optimizer; by default its own."""
     steps: int | None = None
     """Outer steps; else 140."""
     finish: int | None = None
-    """Outer steps after these, with whole episodes and .3 of the learning rate, from the weights
+    """Outer steps after these, with longer windows and .3 of the learning rate, from the weights
     that validated best: windows see too short a way ahead; else none."""
+    finish_window: int | None = None
+    """The number of steps in a window then; else that of an episode."""
     outer_lr: float | None = None
     """Learning rate of the outer Adam, with cosine decay to a tenth; else .01."""
     average: float | None = None
@@ -127,8 +136,10 @@ class Config:
             "window",
             "std",
             "batch",
+            "clip",
             "hidden_size",
             "steps",
+            "finish_window",
             "outer_lr",
             "validate_every",
             "threads",
@@ -146,7 +157,7 @@ def make_estimator(config: Config) -> mo.Estimator:
     if config.estimator != "backprop":
         kind = mo.PES if config.estimator == "pes" else mo.NRES
         return kind(config.std, config.batch, window=config.window or 20)
-    rule = mo.Backprop() if config.second_order else mo.FirstOrder()
+    rule = mo.Backprop(clip=config.clip) if config.second_order else mo.FirstOrder()
     if config.window is None:
         return mo.FullUnroll(config.batch, rule)
     return mo.TruncatedBackprop(config.window, config.batch, rule)
@@ -213,10 +224,11 @@ def main(config: Config) -> None:
     print(f"Training {type(optimizer).__name__} ({weights} weights) on {config.task}.")
     phases = [config]
     if config.finish:
+        horizon = config.horizon or TASKS[config.task][1]
         phases.append(
             replace(
                 config,
-                window=config.horizon or TASKS[config.task][1],
+                window=min(config.finish_window or horizon, horizon),
                 steps=config.finish,
                 outer_lr=0.3 * config.outer_lr,
                 validate_every=max(1, config.finish // 6),

@@ -79,7 +79,7 @@ MOST_LINES = {ast.FunctionDef: 60, ast.ClassDef: 200, ast.Module: 300}  # but fo
 LONG: set[str] = set()
 # Tokens of code, without comments and docstrings. Whoever needs more says why; whoever needs less
 # lowers it.
-MOST_TOKENS = {"metaopt": 101_900, "optimizers": 35_700}
+MOST_TOKENS = {"metaopt": 120_000, "optimizers": 38_000}
 NOT_COUNTED = {"interop", "tasks", "diagnostics"}  # beside the core
 SHADOWED: set[str] = set()
 

@@ -140,7 +140,7 @@ def test_a_recipe_fills_in_what_is_not_given() -> None:
     assert train_optimizer.Config().finish == 120
     family, seen = train_optimizer.find_family(config)
     assert (family.functions, seen.batch) == (7, 1)
-    assert train_optimizer.make_estimator(seen) == mo.TruncatedBackprop(5, 1, mo.Backprop())
+    assert train_optimizer.make_estimator(seen) == mo.TruncatedBackprop(5, 1, mo.Backprop(clip=1.0))
     other = train_optimizer.Config(optimizer="lstm", task="quadratics", estimator="pes")
     assert (other.window, other.batch, other.outer_lr) == (None, 8, 0.01)
     assert train_optimizer.find_family(other)[1] is other

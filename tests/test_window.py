@@ -1,4 +1,4 @@
-"""Truncated backpropagation through the last steps of a loop."""
+"""Backpropagation that is truncated to the last steps of a loop, or bounded from step to step."""
 
 from __future__ import annotations
 
@@ -86,3 +86,49 @@ def test_under_transforms_and_with_the_bias_that_it_states() -> None:
 def test_bad_windows(window: Any) -> None:
     with pytest.raises(ValueError, match="`window` must be a positive integer or None, got"):
         mo.Backprop(window=window)
+
+
+@pytest.mark.parametrize("memory", ["full", "steps", mo.Revolve(2)], ids=str)
+@pytest.mark.parametrize("clip", [0.5, 1e6])
+def test_clip_bounds_what_reaches_the_step_before(clip: float, memory: Any) -> None:
+    """The loss is sum w^4 / 4, so with SGD w' = w - lr w^3, and the cotangents are done by hand."""
+    lr, start = 0.1, torch.tensor([0.4, -1.2, 2.1, 3.0], requires_grad=True)
+    rule = mo.Backprop(memory=memory, clip=clip)
+
+    def total(at: Tensor) -> Tensor:
+        fourth = mo.minimize(
+            lambda w, _: (w**4).sum() / 4, SGD(lr), at, None, steps=4, differentiate=rule
+        )
+        return fourth.losses.sum()
+
+    at, visited = start.detach(), []
+    for _ in range(4):
+        visited.append(at)
+        at = at - lr * at**3
+    expected = torch.zeros(4)
+    for at in reversed(visited):
+        expected = expected.clamp(-clip, clip) * (1 - 3 * lr * at**2) + at**3
+    (found,) = torch.autograd.grad(total(start), start)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    if memory == "full":
+        both = torch.stack([start.detach(), -start.detach()])
+        found = vmap(grad(total))(both)
+        torch.testing.assert_close(found, torch.stack([expected, -expected]), rtol=1e-12, atol=0)
+
+
+def test_clip_bounds_real_and_imaginary_parts() -> None:
+    start = torch.tensor([0.3 - 2.0j, 4.0 + 0.1j], requires_grad=True)
+    rule = mo.Backprop(clip=0.5)
+    out = mo.minimize(
+        lambda w, _: w.abs().square().sum(), SGD(0.0), start, None, steps=1, differentiate=rule
+    )
+    (found,) = torch.autograd.grad(
+        (out.params * torch.tensor([3.0 + 0.2j, -0.1 - 9.0j])).real.sum(), start
+    )
+    torch.testing.assert_close(found, torch.tensor([0.5 - 0.2j, -0.1 + 0.5j]))
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), float("inf"), True])
+def test_bad_clips(clip: Any) -> None:
+    with pytest.raises(ValueError, match="Backprop: `clip` must be a positive number, got"):
+        mo.Backprop(clip=clip)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.clamped import clamp_cotangents
 from metaopt.autodiff.mean_gradient import Hvp, MeanGradient
 from metaopt.autodiff.pullback import plus, pull_back
 from metaopt.autodiff.replay import Ambient
-from metaopt.checks import check_count
+from metaopt.checks import check_count, check_positive
 from metaopt.compiled import compile_whole
 from metaopt.differentiate.protocol import InnerLoop, Inputs, Result, Update
 from metaopt.differentiate.steps import StepsRule, unroll
@@ -42,6 +43,11 @@ class Backprop(StepsRule):
             before are constants: nothing reaches the initial parameters and state, and to ask
             `minimize` for that alone is an error; nor their losses. The error decays like (1 - lr
             mu)^window where the loss has curvature mu or more.
+        clip: on the way back, clamp every entry of the cotangent of the parameters after a step to
+            [-clip, clip], all steps. A product of many Hessians explodes where the optimizer
+            overshoots; this bounds it, step by step, and so one wild part of the parameters does
+            not decide the derivative. Biased where it acts; the unit is that of the outer loss per
+            unit of a parameter.
         microbatches: for batches too large for one graph, cut each step's batch into so many equal
             parts, whose gradients are averaged, forward and on the way back. The loss must then be
             a mean over the leading axis of every leaf of the batch; what it computes across
@@ -56,9 +62,9 @@ class Backprop(StepsRule):
     compile=True)` compiles the pieces.
 
     Raises:
-        ValueError: an unknown memory or hvp, a window or microbatches that are not positive, either
-            with "full" memory, or a batch that cannot be cut. On the way back: an operator without
-            a forward derivative, for "forward".
+        ValueError: an unknown memory or hvp; a window, clip or microbatches that are not positive;
+            microbatches or "forward" with "full" memory, or a batch that cannot be cut. On the way
+            back: an operator without a forward derivative, for "forward".
 
     Cost:
         2 to 4 gradients a step in time, one more for "steps", and one more again where gradient and
@@ -73,13 +79,15 @@ class Backprop(StepsRule):
     Reference:
         Maclaurin, Duvenaud, Adams 2015, arXiv:1502.03492; Franceschi et al. 2017, arXiv:1703.01785,
         section 3.1;
-        window: Shaban, Cheng, Hatch, Boots 2019, arXiv:1810.10667, proposition 3.1; microbatches:
+        window: Shaban, Cheng, Hatch, Boots 2019, arXiv:1810.10667, proposition 3.1; clip: of
+            recurrent networks, Graves 2013, arXiv:1308.0850, section 4; microbatches:
             Engstrom et al. 2025,
         arXiv:2503.13751; forward: Kemaev et al. 2025, arXiv:2505.00793.
     """
 
     memory: Memory = "full"
     window: int | None = field(default=None, kw_only=True)
+    clip: float | None = field(default=None, kw_only=True)
     microbatches: int = field(default=1, kw_only=True)
     hvp: Hvp = field(default="reverse", kw_only=True)
 
@@ -87,6 +95,8 @@ class Backprop(StepsRule):
         check_memory(self.memory)
         if self.window is not None:
             check_count(self, "window", self.window, or_none=True)
+        if self.clip is not None:
+            check_positive(self, "clip", self.clip)
         check_count(self, "microbatches", self.microbatches)
         if self.hvp not in ("reverse", "forward"):
             raise ValueError(f'Backprop: `hvp` must be "reverse" or "forward", got {self.hvp!r}.')
@@ -115,6 +125,8 @@ class Backprop(StepsRule):
     def attach(self, loop: InnerLoop) -> Result:
         """Return the result of the steps, with their graph."""
         loop = replace(loop, update=_exact(loop.update))
+        if self.clip is not None:
+            loop = replace(loop, update=_clipped(loop.update, self.clip))
         unroll_steps = self._unroll_parts(loop) if self._splits_steps else unroll
         if self.window is None:
             return unroll_steps(loop, self.memory)
@@ -213,6 +225,16 @@ def _exact(update: Update) -> Update:
     def call(*args: Any) -> Any:
         with any_order():
             return update(*args)
+
+    return call
+
+
+def _clipped(update: Update, limit: float) -> Update:
+    """Clamp what reaches the parameters that an update returns on the way back."""
+
+    def call(*args: Any) -> Any:
+        params, state = update(*args)
+        return clamp_cotangents(params, limit), state
 
     return call
 
