@@ -41,6 +41,8 @@ class ReptileConfig(SinusoidConfig):
     """Regression of sine waves from a few points, by Reptile."""
 
     inner_lr: float = 0.02
+    schedule_lr: float = 3e-3
+    """step size of the outer Adam for the schedule; at 1e-2 some trainings went astray"""
     out: Path = Path("runs/reptile")
 
 

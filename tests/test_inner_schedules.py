@@ -90,14 +90,17 @@ def test_the_schedule_is_trained_saved_and_used(script: str, tmp_path: Path) -> 
 
 
 def test_the_comparison_writes_paired_differences(tmp_path: Path) -> None:
+    """Seeds that tune are not those that are reported; a reported one trains as it does alone."""
     module = importlib.import_module("compare_inner_rates")
     config = module.Config(
         "reptile",
         kinds=("mlp",),
         per_tensor=("per-step",),
         rates=(0.01, 0.02),
+        schedule_lrs=(0.01,),
         inner_steps=2,
-        max_steps=2,
+        max_steps=4,
+        tuning_seeds=1,
         seeds=2,
         test_tasks=10,
         compile=False,
@@ -106,18 +109,38 @@ def test_the_comparison_writes_paired_differences(tmp_path: Path) -> None:
     )
     module.main(config)
     (entry,) = json.loads((tmp_path / "found.json").read_text()).values()
-    constant, *learned = entry["rows"].values()
+    tuned = {name: one for name, one in entry["tuning"].items() if name.startswith("constant")}
+    assert len(tuned) == 2
+    best = min(tuned, key=lambda name: tuned[name][0])
+    (name, constant), *learned = entry["rows"].items()
+    assert name == best
     assert constant["difference"] == 0
-    assert len(learned) == 2
-    for row in learned:
+    assert [row.split(",")[:2] for row, _ in learned] == [
+        ["mlp", " one for all tensors"],
+        ["per-step", " one for each tensor"],
+    ]
+    for _, row in learned:
         assert row["difference"] == pytest.approx(row["error"] - constant["error"], abs=1e-5)
+    rate = module.Rate("per-step", True, float(best.split(", ")[1]), 0.01)
+    alone = module.train_and_test(config, rate, [1]).test.mean()
+    assert learned[1][1]["seeds"][1] == pytest.approx(float(alone), abs=1e-4)
 
 
 def test_the_interval_of_known_differences() -> None:
     module = importlib.import_module("compare_inner_rates")
-    scores = torch.tensor([[1.0, 3.0, 2.0, 4.0], [3.0, 1.0, 2.0, 4.0]])
-    found = module.describe(scores, torch.zeros(2, 4))
-    # means over seeds 2, 2, 2, 4: variance 1
-    assert found["difference"] == pytest.approx(2.5)
-    assert found["± difference"] == pytest.approx(1.96 / 2)
-    assert found["seeds"] == [2.5, 2.5]
+    reference = torch.tensor([[1.0, 3.0], [2.0, 4.0], [0.0, 0.0]])
+    found = module.describe(reference + torch.tensor([[-1.0], [-2.0], [-3.0]]), reference)
+    # of -1, -2, -3: standard deviation 1; the 97.5 % point of t with two degrees is 4.3027
+    assert found["difference"] == pytest.approx(-2.0)
+    assert found["± difference"] == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert found["seeds"] == [1.0, 1.0, -3.0]
+
+
+def test_a_training_that_diverges_has_the_error_inf(tmp_path: Path) -> None:
+    module = importlib.import_module("compare_inner_rates")
+    options = {"max_steps": 2, "test_tasks": 3, "compile": False, "out": tmp_path}
+    config = module.Config("maml", **options)
+    errors = module.train_and_test(config, module.Rate("none", False, 1e30), [0])
+    assert errors.validation.isinf().all()
+    with pytest.raises(ValueError, match=r"`seeds` must be at least 2.* got 1 and 2"):
+        module.Config("maml", seeds=1)

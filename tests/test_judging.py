@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -90,6 +91,43 @@ def test_speed_and_divergence() -> None:
     assert judgement.speed("fast") == {"one": (math.ceil((9.45 / 0.2) - 2) + 5) / 100}
     assert judgement.speed("bad")["one"] > judgement.speed("fast")["one"] - 1
     assert "100.0%" in judgement.summary().splitlines()[-1]
+
+
+def test_publishing_adds_to_what_is_known(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    judging = importlib.import_module("judging")
+    places = {"README.md": ["carrying over"], "docs/results.md": ["carrying over", "specialists"]}
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "docs").mkdir()
+    for name, markers in places.items():
+        (tmp_path / name).write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in markers))
+    low, high = constant([[1.0, 1.0]] * 2), constant([[2.0, 2.0]] * 2)
+    adam = dict.fromkeys(("Adam", "Adam, cosine"), high._replace(own=None))
+    first = {family: {**adam, "small": low} for family in ("wine", "conv")}
+    judging.publish(mo.Judgement(first, "Adam"), tmp_path)
+    second = {family: {**adam, "lstm": constant([[3.0, 3.0]] * 2)} for family in ("wine", "conv")}
+    judging.publish(mo.Judgement(second, "Adam"), tmp_path)
+
+    page = (tmp_path / "docs/results.md").read_text()
+    general, special = page.split("<!-- specialists -->")
+    assert "| wine | 2.0000 | 2.0000 | 1.0000 |" in general
+    assert "lstm" not in general
+    assert "| wine | 2.0000 | 2.0000 | 3.0000 | 3.0000 |" in special
+    assert "| mean, against Adam | 0-0-2 | 0-0-2 |" in special
+    figures = json.loads((tmp_path / judging.FIGURES).read_text())
+    assert figures["summary"]["Adam"]["against each, mean"] == {
+        "Adam": [0, 2, 0],
+        "Adam, cosine": [0, 2, 0],
+        "small": [0, 0, 2],
+        "lstm": [2, 0, 0],
+    }
+    with pytest.raises(ValueError, match=r"over all families, got none of \['wine'\]"):
+        judging.publish(mo.Judgement({"conv": second["conv"]}, "Adam"), tmp_path)
+
+    contenders = {name: mo.Contender(lambda lr, _: Adam(lr), (1.0, 2.0)) for name in ("Adam", "x")}
+    recorded = {"Adam": {"mean": {"rate": 0.1}, "final": {"rate": 0.1}}}
+    known = judging.at_recorded_rates(contenders, recorded)
+    assert [known[name].rates for name in contenders] == [(0.1,), (1.0, 2.0)]
 
 
 def test_a_family_is_judged_with_rates_that_are_tuned_on_other_tasks(tmp_path) -> None:

@@ -316,23 +316,24 @@ def test_an_optimizer_is_trained_on_families_and_judged_on_those_held_out(
         )
     )
     weights = tmp_path / "run/weights.safetensors"
-    evaluate.main(
-        evaluate.Config(
-            weights=(weights,),
-            trained=("small",),
-            task="held-out",
-            families=("wine",),
-            seeds=2,
-            tuning_seeds=1,
-            out=tmp_path / "table",
-        )
+    config = evaluate.Config(
+        weights=(weights,),
+        trained=("small",),
+        task="held-out",
+        families=("wine",),
+        seeds=2,
+        tuning_seeds=1,
+        out=tmp_path / "table",
     )
+    evaluate.main(config)
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("Adam, cosine", "small, untuned", str(weights)))
     figures = json.loads((tmp_path / "table/judgement.json").read_text())
     assert figures["wine"]["small"]["own"]["rate"] == 1.0
     assert figures["wine"]["small"]["own"]["mean"] < figures["wine"][str(weights)]["own"]["mean"]
     assert (tmp_path / "table/held-out.png").exists()
+    evaluate.main(dataclasses.replace(config, resume=True, seeds=3))  # seeds: nothing is run again
+    assert printed.endswith(capsys.readouterr().out)
     with pytest.raises(ValueError, match=r"no family \['iris'\]; there are"):
         evaluate.main(evaluate.Config(task="held-out", families=("iris",)))
     with pytest.raises(ValueError, match="`steps` must be positive, got 0"):
