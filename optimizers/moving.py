@@ -56,3 +56,11 @@ def mean_along(x: Tensor, axis: int = 0, *, keepdim: bool = False) -> Tensor:
     """Return the mean along an axis; 0 along one without entries."""
     average: Tensor = x.sum(axis, keepdim=keepdim) / max(x.shape[axis], 1)
     return average
+
+
+def mean_of_squares(x: Tensor) -> Tensor:
+    """Return the mean of the squares of each row; 0 of one without entries."""
+    if is_unrecorded():  # in one pass; its second derivative would be wrong at 0
+        norms: Tensor = torch.linalg.vector_norm(x, dim=1)
+        return norms.square() / max(x.shape[1], 1)
+    return mean_along(x.square(), 1)

@@ -30,6 +30,8 @@ Name = Literal[
     "sinusoid",
     "omniglot",
     "lstm",
+    "meta-training",
+    "meta-training-nres",
     "transformer",
     "meta-weight-net",
     "imaml",

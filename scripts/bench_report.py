@@ -57,13 +57,16 @@ def write(
 ) -> None:
     """Write one table's rows, and what they were measured with, into `out`."""
     kind = type(rows[0]).__name__.lower()
+    sizes = asdict(problem)
+    if hasattr(problem, "inner_steps"):
+        sizes["inner steps"] = problem.inner_steps
     found = {
         "comparison": comparison,
         "kind": kind,
         "threads": threads,
         "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
-        "problem": {"about": " ".join(str(type(problem).__doc__).split()), **asdict(problem)},
+        "problem": {"about": " ".join(str(type(problem).__doc__).split()), **sizes},
         "versions": _versions(),
         "machine": _machine(),
         "rows": [asdict(row) for row in rows],
@@ -101,9 +104,11 @@ def tables(results: list[dict[str, Any]]) -> str:
         sizes = ", ".join(
             f"{name} {value}" for name, value in table["problem"].items() if name != "about"
         )
-        build = _times if table["kind"] == "times" else _memory
         head = f"**{table['comparison']}**, {threads}. {table['problem']['about']} ({sizes})"
-        parts.append(f"{head}\n\n{build(table['rows'])}")
+        steps = table["problem"].get("inner steps")
+        is_times = table["kind"] == "times"
+        rows = _times(table["rows"], steps) if is_times else _memory(table["rows"])
+        parts.append(f"{head}\n\n{rows}")
     return "\n\n".join([*parts, _measured_with(results)])
 
 
@@ -140,7 +145,7 @@ def _joined(names: set[str]) -> str:
     return " and ".join(sorted(names))
 
 
-def _times(rows: list[dict[str, Any]]) -> str:
+def _times(rows: list[dict[str, Any]], inner_steps: int | None) -> str:
     sides = [Times(**row) for row in rows]
     cells = [
         [
@@ -153,6 +158,10 @@ def _times(rows: list[dict[str, Any]]) -> str:
         for side in sides
     ]
     headers = ["side", "median", "range", f"times as fast as {sides[0].name}", "first run"]
+    if inner_steps:
+        headers.append("inner steps a second")
+        for row, side in zip(cells, sides, strict=True):
+            row.append(f"{inner_steps / side.median:,.0f}")
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
 
 

@@ -30,6 +30,12 @@ def small(comparison: str) -> Any:
         "sinusoid": lambda: problems.Sinusoid(tasks=3, shots=2, queries=4, steps=2, hidden=5),
         "omniglot": lambda: problems.Omniglot(tasks=2, ways=2, queries=2, steps=2, filters=4),
         "lstm": lambda: problems.LSTM(steps=3, batch=4, sizes=(6, 5, 3), hidden=4),
+        **{
+            f"meta-training{name}": lambda kind=kind: problems.MetaTraining(
+                kind, tasks=2, steps=3, batch=4, hidden=(3,), size=4
+            )
+            for name, kind in (("", "backprop"), ("-nres", "nres"))
+        },
         "transformer": lambda: problems.Transformer(steps=2, batch=2, length=5, width=8, heads=2),
         "meta-weight-net": lambda: problems.MetaWeightNet(batch=6, sizes=(5, 4, 3), hidden=4),
         "imaml": lambda: problems.IMAML(shots=4, queries=3, steps=2, hidden=5, cg_steps=3),
@@ -48,6 +54,8 @@ NAMES = [
     "sinusoid",
     "omniglot",
     "lstm",
+    "meta-training",
+    "meta-training-nres",
     "transformer",
     "meta-weight-net",
     "imaml",

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_evolution_estimators import Regression
 from torch import Tensor, nn
 from torch_versions import is_mended
 
@@ -387,6 +388,48 @@ def test_more_shapes_than_torch_remembers_by_itself() -> None:
         fast = compile_whole(lambda x: x.sin() + 1)
     for length in range(1, 12):
         assert_equal([fast(torch.ones(length))], [torch.ones(length).sin() + 1], 0.0)
+
+
+class Noisy(Regression):
+    """The same with noise on the inputs, which both halves of a pair have alike."""
+
+    def loss(self, w: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return super().loss(w, (x + 0.1 * torch.randn_like(x), y))
+
+
+def train(make: Any, family: mo.TaskFamily, *, compile: bool, steps: int) -> list[Any]:
+    """Return theta after each outer step, over the end of an episode."""
+    optimizer = SGD(lr=nn.Parameter(torch.tensor(0.05)), momentum=0.5)
+    training = mo.MetaTraining(
+        optimizer, family, estimator=make(compile=compile), outer=Adam(0.01), horizon=5
+    )
+    found = []
+    for _ in range(steps):
+        found += [training.step()["loss"], optimizer.lr.detach().clone()]
+    return found
+
+
+@needs_compiler
+class TestEstimators:
+    @pytest.mark.usefixtures("float64")
+    @pytest.mark.parametrize(
+        ("family", "make"),
+        [
+            (Noisy(), lambda **more: mo.PES(0.1, pairs=2, window=2, stagger=False, **more)),
+            (Regression(), lambda **more: mo.TruncatedBackprop(window=2, tasks=2, **more)),
+        ],
+        ids=["PES", "TruncatedBackprop"],
+    )
+    def test_equal_to_the_eager_one_with_one_compiled_step(
+        self, family: Any, make: Any, no_recompilation: Callable[[], None]
+    ) -> None:
+        """Sums in another order: 1e-10. A window has two steps, the last of an episode one."""
+        train(make, family, compile=True, steps=1)
+        no_recompilation()
+        pairs = zip(*[train(make, family, compile=c, steps=4) for c in (True, False)], strict=True)
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_inside_a_transform_the_outermost_function_is_to_be_compiled() -> None:

@@ -477,5 +477,5 @@ def test_they_are_values() -> None:
     assert mo.PES(0.1, window=5) != mo.NRES(0.1, window=5)
     assert repr(mo.ES(0.1)) == (
         "ES(std=0.1, pairs=8, objective=MeanLoss(relative=None, late=1.0), rank=None, "
-        "chunk_size=None)"
+        "chunk_size=None, compile=False)"
     )

@@ -12,7 +12,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import metaopt as mo
+from metaopt.autodiff.replay import Ambient
+from metaopt.meta_training import sample_tasks
+from metaopt.meta_training.running import run_tasks
 from metaopt.tasks.omniglot import SIZE, CharacterTasks, conv4, read_omniglot, split_alphabets
+from optimizers import SGD, Adam
 
 OFFICIAL = Path(__file__).parents[2] / "shared/data/omniglot/images_background_small1.zip"
 ALPHABETS = {"Braille": 3, "Greek": 4, "Latin": 5}
@@ -348,3 +353,80 @@ def test_the_order_of_pooling_and_relu_does_not_matter():
     torch.testing.assert_close(
         model(images), model.get_submodule("head")(value.flatten(1)), rtol=0, atol=1e-12
     )
+
+
+def drawings_of(images, alphabets):
+    """Return (alphabet, character, drawing) of each image, [n, 3], for images [n, 784]."""
+    found = []
+    for image in images:
+        places = [
+            (index, *place.tolist())
+            for index, drawings in enumerate(alphabets.values())
+            for place in (drawings.flatten(2) / 255 == image).all(-1).nonzero()
+        ]
+        assert len(places) == 1
+        found += places
+    return torch.tensor(found)
+
+
+def test_tasks_of_a_family_are_episodes_held_out_by_class(archive, alphabets):
+    """The last alphabet of three is held out; support and query share characters, not drawings."""
+    for part, alphabet in (("train", [0, 1]), ("test", [2])):
+        data = mo.tasks.OmniglotClasses(archive, ways=3, part=part)
+        family = mo.tasks.Supervised(mo.tasks.MLP((4,)), data, batch_size=6, held_out=9)
+        tasks = sample_tasks(family, torch.Generator().manual_seed(0), 4, 5)
+        (x, y), (other, other_y) = tasks.batches, tasks.held_out
+        assert x.shape == (4, 5, 6, SIZE * SIZE)
+        assert other.shape == (4, 9, SIZE * SIZE)
+        assert torch.equal(x, x[:, :1].expand_as(x))
+        characters = set()
+        for i in range(4):
+            near, far = drawings_of(x[i, 0], alphabets), drawings_of(other[i], alphabets)
+            rows = torch.cat([near, far])
+            assert len(rows.unique(dim=0)) == 15
+            assert set(rows[:, 0].tolist()) <= set(alphabet)
+            labels = torch.cat([y[i, 0], other_y[i]])
+            for label in range(3):  # one label, one character
+                assert len(rows[labels == label, :2].unique(dim=0)) == 1
+            assert len(rows[:, :2].unique(dim=0)) == 3
+            characters |= {tuple(row) for row in rows[:, :2].tolist()}
+        assert len(characters) > 3
+
+
+@pytest.mark.skipif(not OFFICIAL.exists(), reason="the official small archive is not here")
+def test_an_optimizer_is_trained_on_the_queries_of_the_real_archive():
+    """Five shots of characters that training never sees: the queries' loss goes down."""
+    train, test = (
+        mo.tasks.Supervised(mo.tasks.MLP((16,)), data, batch_size=25, held_out=25)
+        for data in (mo.tasks.OmniglotClasses(OFFICIAL, part=part) for part in ("train", "test"))
+    )
+    optimizer = SGD(torch.nn.Parameter(torch.tensor(0.01)))
+    estimator = mo.NRES(0.01, pairs=4, window=5, objective=mo.ValidationLoss())
+    training = mo.MetaTraining(optimizer, train, estimator=estimator, outer=Adam(0.02), horizon=5)
+
+    def judge():
+        tasks = sample_tasks(test, torch.Generator().manual_seed(1), 32, 5)
+        _, after = run_tasks(optimizer, test, tasks, Ambient.now([]))
+        return torch.func.vmap(test.loss)(after, tasks.held_out).mean()
+
+    before = judge()
+    for _ in range(8):
+        training.step()
+    assert judge() < before - 0.1  # from 1.61, which is chance, to 1.43
+
+
+def test_few_shot_data_says_what_is_wrong(archive, tmp_path):
+    make = mo.tasks.OmniglotClasses
+    with pytest.raises(FileNotFoundError, match="No Omniglot data at"):
+        make(tmp_path / "nothing.zip")
+    with pytest.raises(ValueError, match=r"`ways` must be at most 5, the characters of .*'test'"):
+        make(archive, ways=6, part="test")
+    with pytest.raises(ValueError, match="`ways` must be an integer of at least 2, got 1"):
+        make(archive, ways=1)
+    with pytest.raises(ValueError, match="`part` must be"):
+        make(archive, part="validation")
+    generator, data = torch.Generator().manual_seed(0), make(archive, ways=3)
+    with pytest.raises(ValueError, match="multiples of the 3 ways, got 4"):
+        data.draw(generator, 2, 4, 3)
+    with pytest.raises(ValueError, match=r"`shots \+ queries` must be at most 6, .* got 4 \+ 3"):
+        data.draw(generator, 2, 12, 9)

@@ -46,6 +46,7 @@ from optimizers import (
     DecoupledWeightDecay,
     GPSchedule,
     Grouped,
+    LearnedStart,
     Linear,
     Lion,
     Lookahead,
@@ -329,6 +330,9 @@ OTHERS: dict[str, Callable[[], mo.Optimizer]] = {
     ),
     "ema": lambda: EMA(Linear(0.5, 5, final=0.9), Adam(0.05)),
     "lookahead": lambda: Lookahead(ClipNorm(1.0, Adam(Cosine(0.05, 5))), every=2),
+    "learned-start": lambda: LearnedStart(
+        {name: torch.zeros(shape) for name, shape in SHAPES.items()}, Adam(0.05)
+    ),
     "schedule-free": lambda: ScheduleFree(AdamW(0.05, (0.0, 0.9)), weight=Linear(0.0, 3, final=1)),
     "accumulate": lambda: Accumulate(2, EMA(0.9, NAdam(Linear(0.05, 5)))),
     "trust-ratio": lambda: TrustRatio(Constant(0.05), TrustRatio(0.1, AdamW(1.0), of="gradients")),

@@ -15,7 +15,7 @@ from metaopt import tree
 from metaopt._functional import Params, lend
 from metaopt.autodiff.gradient import gradient
 from metaopt.batching import prefers_loop
-from metaopt.checks import check_count
+from metaopt.checks import check_count, check_flag
 from metaopt.differentiate import FirstOrder, Rule
 from metaopt.meta_training.estimate import Gradients
 from metaopt.meta_training.objective import (
@@ -26,7 +26,7 @@ from metaopt.meta_training.objective import (
     run_evaluated,
 )
 from metaopt.meta_training.task import TaskFamily, sample_tasks
-from metaopt.optimizer import Optimizer
+from metaopt.optimizer import Optimizer, begin
 from metaopt.tree import Tree
 
 # where a window ends: parameters, state of the optimizer, the first loss of the episode; and the
@@ -52,6 +52,8 @@ class _Way:
         family: TaskFamily,
         one: Callable[..., tuple[Tensor, End]],
         given: Tree,
+        *,
+        one_by_one: bool,
     ) -> tuple[Params, Tensor, End]:
         """Return (gradients, values, ends), with the leading axis of the tasks.
 
@@ -60,18 +62,11 @@ class _Way:
             family: where the tasks are from.
             one: (theta, what it is given) -> (value, end) of one task.
             given: what each of the tasks is given, leaves [tasks, ...].
+            one_by_one: whether there is no choice.
         """
         batched = vmap(grad_and_value(one, has_aux=True), in_dims=(None, 0), randomness="different")
         count = len(tree.leaves(given)[0])
-        # Asked once for each kind: the answer costs an evaluation.
-        kind = (type(family), tuple(leaf.shape for leaf in tree.leaves(given)))
-        if count > 1 and kind not in self._loops:
-            if len(self._loops) == MOST_KINDS:
-                self._loops.clear()
-            two = tree.index(given, slice(2))
-            first = tree.index(two[0], 0)
-            self._loops[kind] = prefers_loop(lambda _, two: batched(theta, two), first, two)
-        if count > 1 and not self._loops[kind]:
+        if count > 1 and not one_by_one and not self._prefers_loop(batched, theta, family, given):
             grads, (values, ends) = batched(theta, given)
             return grads, values, ends
         with torch.no_grad():  # a meta-gradient is not differentiated again
@@ -79,6 +74,19 @@ class _Way:
             found = [gradient(task, theta) for task in each]
         grads, values, ends = tree.stack(found)
         return grads, values, ends
+
+    def _prefers_loop(
+        self, batched: Callable[..., Tree], theta: Params, family: TaskFamily, given: Tree
+    ) -> bool:
+        # Asked once for each kind: the answer costs an evaluation.
+        kind = (type(family), tuple(leaf.shape for leaf in tree.leaves(given)))
+        if kind not in self._loops:
+            if len(self._loops) == MOST_KINDS:
+                self._loops.clear()
+            two = tree.index(given, slice(2))
+            first = tree.index(two[0], 0)
+            self._loops[kind] = prefers_loop(lambda _, two: batched(theta, two), first, two)
+        return self._loops[kind]
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,8 @@ class FullUnroll:
             see `prefers_loop`.
         differentiate: how gradients pass through the inner loop.
         objective: J: `MeanLoss()`, `LastLoss()` or `ValidationLoss()`.
+        compile: compile one step and its derivative, as `minimize` does, for each shape. The tasks
+            then run one after the other, which for small networks takes back what it gains.
 
     Cost:
         `tasks` times T inner steps, and what `differentiate` costs on top.
@@ -98,11 +108,13 @@ class FullUnroll:
     tasks: int = 8
     differentiate: Rule = field(default=FirstOrder())
     objective: Objective = field(default=MeanLoss(), kw_only=True)
+    compile: bool = field(default=False, kw_only=True)
     _way: _Way = field(default_factory=_Way, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count(self, "tasks", self.tasks)
         check_objective(self, self.objective)
+        check_flag(self, "compile", self.compile)
 
     def init(self) -> None:
         """Return nothing: there is nothing to remember."""
@@ -139,6 +151,7 @@ class TruncatedBackprop:
             see `prefers_loop`.
         differentiate: how gradients pass through a window.
         objective: as in `FullUnroll`.
+        compile: as in `FullUnroll`.
 
     Cost:
         `tasks` times `window` inner steps, and what `differentiate` costs on top.
@@ -148,12 +161,14 @@ class TruncatedBackprop:
     tasks: int = 8
     differentiate: Rule = field(default=FirstOrder())
     objective: Objective = field(default=MeanLoss(), kw_only=True)
+    compile: bool = field(default=False, kw_only=True)
     _way: _Way = field(default_factory=_Way, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count(self, "window", self.window)
         check_count(self, "tasks", self.tasks)
         check_objective(self, self.objective)
+        check_flag(self, "compile", self.compile)
 
     def init(self) -> None:
         """Return the state before the first episode.
@@ -202,7 +217,9 @@ def _estimate(
     place = (start, horizon, estimator.windows(horizon))
     one = partial(_run_window, estimator, optimizer, family, place)
     given = (state["carry"], rows, last, held_out)
-    grads, values, (carry, losses) = estimator._way.gradients(theta, family, one, given)
+    grads, values, (carry, losses) = estimator._way.gradients(
+        theta, family, one, given, one_by_one=estimator.compile
+    )
     # At the horizon the next window begins new episodes.
     after = None if stop == horizon else {**state, "carry": carry, "step": stop}
     return Gradients(grads, values if estimator.objective.is_bounded else losses, after)
@@ -228,9 +245,19 @@ def _run_window(
     """
     (params, opt_state, first), rows, last, held_out = given
     start, horizon, windows = place
-    rule = estimator.differentiate
+    if not start:  # the initial parameters, and so the state, may be learned too
+        params, opt_state = lend(optimizer, theta, begin, optimizer, params)
     out, before, after = lend(
-        optimizer, theta, run_evaluated, family.loss, optimizer, params, rows, opt_state, rule
+        optimizer,
+        theta,
+        run_evaluated,
+        family.loss,
+        optimizer,
+        params,
+        rows,
+        opt_state,
+        differentiate=estimator.differentiate,
+        compile=estimator.compile,
     )
     first = first if start else out.losses[0].detach().to(first)
     at = torch.tensor(start, device=first.device)

@@ -32,11 +32,13 @@ class EvolutionEstimator:
     objective: Objective = field(default=MeanLoss(), kw_only=True)
     rank: int | None = field(default=None, kw_only=True)
     chunk_size: int | None = field(default=None, kw_only=True)
+    compile: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_positive(self, "std", self.std)
         check_count(self, "pairs", self.pairs)
         check_objective(self, self.objective)
+        check_flag(self, "compile", self.compile)
         for name in ("rank", "chunk_size"):
             if getattr(self, name) is not None:
                 check_count(self, name, getattr(self, name), or_none=True)
@@ -102,6 +104,9 @@ class ES(EvolutionEstimator):
         objective: J: `MeanLoss()`, `LastLoss()` or `ValidationLoss()`.
         rank: of the noise of matrices, see `Noise`; by default it is full.
         chunk_size: pairs that run at a time, by `vmap`; by default all.
+        compile: compile one step of all pairs that run at a time. It is compiled anew for another
+            number of them (where the last windows of `stagger`ed episodes are shorter), and for
+            each shape, so not for `Groups` of families that are drawn.
 
     Raises:
         ValueError: a number is not positive, or there is no such objective.
@@ -157,6 +162,7 @@ class TruncatedES(Windowed):
         objective: as in `ES`, of the steps of the window.
         rank: as in `ES`.
         chunk_size: as in `ES`.
+        compile: as in `ES`.
 
     Cost:
         3 windows per pair, forward only.
@@ -189,6 +195,7 @@ class PES(Windowed):
         objective: as in `ES`.
         rank: as in `ES`.
         chunk_size: as in `ES`.
+        compile: as in `ES`.
 
     Cost:
         2 windows per pair, forward only. The noise of an episode so far is made again at each
@@ -221,6 +228,7 @@ class NRES(Windowed):
         objective: as in `ES`.
         rank: as in `ES`.
         chunk_size: as in `ES`.
+        compile: as in `ES`.
 
     Cost:
         2 windows per pair, forward only.

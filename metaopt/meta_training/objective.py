@@ -15,7 +15,6 @@ from torch import Tensor
 
 from metaopt._minimize import Minimized, minimize
 from metaopt.checks import check_positive
-from metaopt.differentiate import Backprop, Rule
 from metaopt.optimizer import Optimizer
 from metaopt.tree import Tree
 
@@ -67,10 +66,13 @@ def run_evaluated(
     params: Tree,
     rows: Tree,
     opt_state: Any,
-    differentiate: Rule = Backprop(),  # noqa: B008
+    **options: Any,
 ) -> tuple[Minimized, Tree, Tree]:
-    """Return (the result of some steps, the parameters to evaluate at before them, and after)."""
-    out = minimize(loss, optimizer, params, rows, opt_state=opt_state, differentiate=differentiate)
+    """Return (the result of some steps, the parameters to evaluate at before them, and after).
+
+    The options are those of `minimize`.
+    """
+    out = minimize(loss, optimizer, params, rows, opt_state=opt_state, **options)
     before = optimizer.evaluated(opt_state, params)
     return out, before, optimizer.evaluated(out.opt_state, out.params)
 

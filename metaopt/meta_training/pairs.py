@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +14,12 @@ from torch.func import vmap
 
 from metaopt import tree
 from metaopt._functional import Params, lend
+from metaopt._minimize import minimize
+from metaopt.compiled import compile_whole
 from metaopt.meta_training.noise import Noise
-from metaopt.meta_training.objective import Window, run_evaluated
+from metaopt.meta_training.objective import Window
 from metaopt.meta_training.task import TaskFamily, sample_tasks
-from metaopt.optimizer import Optimizer
+from metaopt.optimizer import Optimizer, begin
 from metaopt.tree import Tree
 
 if TYPE_CHECKING:
@@ -197,47 +199,114 @@ class Crowd:
         self, epsilon: Params, carry: Tree, rows: Tree, start: Tensor, judged: Tree
     ) -> tuple[Tree, Tensor, Tensor]:
         """Return (carry afterwards, J, mean loss), all [pairs, 2, ...], for theta +- epsilon."""
-
-        def pair(epsilon: Params, carry: Tree, rows: Tree, start: Tensor, judged: Tree) -> Tree:
-            both = {
-                name: torch.stack([at + epsilon[name], at - epsilon[name]])
-                for name, at in self.theta.items()
-            }
-            half = partial(self._run, rows=rows, start=start, judged=judged)
-            return vmap(half, randomness="same")(both, carry)
-
-        given = (epsilon, carry, rows, start.to(tree.leaves(carry)[0].device), judged)
-        return vmap(pair, randomness="different")(*given)  # type: ignore[no-any-return]
+        theta = {
+            name: torch.stack([at + epsilon[name], at - epsilon[name]], 1)
+            for name, at in self.theta.items()
+        }
+        if (start == 0).any():
+            begun = _over_halves(self._start)((theta, carry[0]), ())
+            carry = _begun(start, begun, carry)
+        after, losses = self._advance(self._step_halves, theta, carry, rows, start)
+        start = start.to(losses.device)
+        values = _over_halves(self._judge)((theta, carry, after, losses), (start, judged))
+        means = values if self.estimator.objective.is_bounded else losses.mean(-1)
+        return after, values, means
 
     def _run_theta(self, carry: Tree, rows: Tree, start: Tensor) -> Tree:
         """Return the carry of pairs, both of whose halves go where theta leads the first."""
-
-        def one(carry: Tree, rows: Tree, start: Tensor) -> Tree:
-            return self._run(self.theta, carry, rows, start, None)[0]
-
         firsts = tree.map(lambda leaf: leaf[:, 0], carry)
-        start = start.to(firsts[2].device)
-        return tree.map(_twice, vmap(one, randomness="different")(firsts, rows, start))
+        if (start == 0).any():
+            begun = vmap(lambda params: self._start((self.theta, params), ()))(firsts[0])
+            firsts = _begun(start, begun, firsts)
+        after, _ = self._advance(self._step_theta, self.theta, firsts, rows, start)
+        return tree.map(_twice, after)
 
-    def _run(
-        self, theta: Params, carry: Tree, rows: Tree, start: Tensor, judged: Tree
-    ) -> tuple[Tree, Tensor, Tensor]:
-        """Return (carry afterwards, the window's part of J, mean loss) of one half.
-
-        J is the mean over windows of such parts.
-        """
+    def _advance(
+        self, step: Callable[..., Tree], theta: Params, carry: Tree, rows: Tree, start: Tensor
+    ) -> tuple[Tree, Tensor]:
+        """Return (carry after the steps whose batches these are, losses [pairs, (2,) n])."""
         params, state, first = carry
-        loss, objective = self.family.loss, self.estimator.objective
-        out, before, last = lend(
-            self.optimizer, theta, run_evaluated, loss, self.optimizer, params, rows, state
-        )
-        first = torch.where(start == 0, out.losses[0].to(first), first)
-        after = (out.params, out.opt_state, first)
-        if judged is None:
-            return after, first, first
-        window = Window(out.losses, first, start, self.horizon, before, last, *judged)
-        value = self.estimator.windows(self.horizon) * objective.part(window, loss)
-        return after, value, value if objective.is_bounded else out.losses.mean()
+        parts = [rows]
+        if self.estimator.compile:
+            step = compile_whole(step)
+            # one by one, each laid out as the others: all are one compiled step
+            parts = [_row(rows, t) for t in range(tree.leaves(rows)[0].shape[1])]
+        found = []
+        for part in parts:
+            params, state, losses = step(theta, params, state, part)
+            found.append(losses)
+        all_losses = torch.cat(found, -1)
+        first = _at_start(start, all_losses[..., 0].to(first), first)
+        return (params, state, first), all_losses
+
+    def _step_halves(self, theta: Params, params: Tree, state: Any, rows: Tree) -> Tree:
+        """Return (params, state, losses), all [pairs, 2, ...], of both halves of pairs."""
+        after = _over_halves(self._step)((theta, params, state), rows)
+        return tree.map(Tensor.contiguous, after)  # for compiled steps: as what they are given
+
+    def _step_theta(self, theta: Params, params: Tree, state: Any, rows: Tree) -> Tree:
+        """Return (params, state, losses), all [pairs, ...], where theta is one for all."""
+
+        def one(params: Tree, state: Any, rows: Tree) -> Tree:
+            return self._step((theta, params, state), rows)
+
+        after = vmap(one, randomness="different")(params, state, rows)
+        return tree.map(Tensor.contiguous, after)
+
+    def _start(self, own: Tree, _: Tree) -> tuple[Tree, Any]:
+        """Return (params, state) where an episode begins, which may be learned."""
+        theta, params = own
+        found: tuple[Tree, Any] = lend(self.optimizer, theta, begin, self.optimizer, params)
+        return found
+
+    def _step(self, own: Tree, rows: Tree) -> tuple[Tree, Any, Tensor]:
+        """Return (params, state, losses) of one inner problem after as many steps as rows."""
+        theta, params, state = own
+        loss, optimizer = self.family.loss, self.optimizer
+        out = lend(optimizer, theta, minimize, loss, optimizer, params, rows, opt_state=state)
+        return out.params, out.opt_state, out.losses
+
+    def _judge(self, own: Tree, shared: Tree) -> Tensor:
+        """Return a window's part of J, which is the mean over windows of such parts."""
+        theta, before, (params, state, first), losses = own
+        start, judged = shared
+        objective, loss = self.estimator.objective, self.family.loss
+
+        def evaluated(params: Tree, state: Any) -> Tree:
+            return lend(self.optimizer, theta, self.optimizer.evaluated, state, params)
+
+        ends = evaluated(before[0], before[1]), evaluated(params, state)
+        window = Window(losses, first, start, self.horizon, *ends, *judged)
+        return self.estimator.windows(self.horizon) * objective.part(window, loss)
+
+
+def _over_halves(fn: Callable[[Tree, Tree], Tree]) -> Callable[[Tree, Tree], Tree]:
+    """Map over pairs, and over the two halves, which draw the same random numbers.
+
+    Args:
+        fn: (what each half has, what both share) -> a tree.
+    """
+
+    def pair(own: Tree, shared: Tree) -> Tree:
+        return vmap(lambda own: fn(own, shared), randomness="same")(own)
+
+    return vmap(pair, randomness="different")
+
+
+def _begun(start: Tensor, begun: tuple[Tree, Any], carry: Tree) -> Tree:
+    """Return the carry with (params, state) of the pairs that are at the start of an episode."""
+    now = tree.map(lambda new, old: _at_start(start, new, old), begun, carry[:2])
+    return (*now, carry[2])
+
+
+def _at_start(start: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Return the new values of the pairs whose steps are 0, and the old ones of the others."""
+    return torch.where((start == 0).to(old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
+
+
+def _row(rows: Tree, t: int) -> Tree:
+    """Return the batch of one step, leaves [pairs, 1, ...]."""
+    return tree.map(lambda leaf: leaf[:, t : t + 1].contiguous(), rows)
 
 
 def _alike(lengths: Tensor, chunk: int) -> Iterator[Tensor]:

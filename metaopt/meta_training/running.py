@@ -13,7 +13,7 @@ from metaopt import tree
 from metaopt._minimize import minimize
 from metaopt.autodiff.replay import Ambient
 from metaopt.meta_training.task import Task, TaskFamily
-from metaopt.optimizer import Optimizer, with_steps
+from metaopt.optimizer import Optimizer, begin, with_steps
 from metaopt.tree import Tree
 
 # A list of parameters -> the torch optimizer that trains them, of whatever library.
@@ -46,7 +46,8 @@ def _run_batched(optimizer: Optimizer, family: TaskFamily, tasks: Task) -> tuple
     told = with_steps(optimizer, horizon)
 
     def run(params: Tree, batches: Tree) -> tuple[Tensor, Tree]:
-        out = minimize(family.loss, told, params, batches)
+        params, state = begin(told, params)
+        out = minimize(family.loss, told, params, batches, opt_state=state)
         return out.losses, told.evaluated(out.opt_state, out.params)
 
     found: tuple[Tensor, Tree] = vmap(run, randomness="different")(tasks.params, tasks.batches)

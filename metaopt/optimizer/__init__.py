@@ -6,6 +6,7 @@ What one needs to write an optimizer or a schedule is imported from here.
 from __future__ import annotations
 
 from metaopt.optimizer.apply import apply_update, apply_updates, require_params
+from metaopt.optimizer.beginning import begin
 from metaopt.optimizer.by_name import Value
 from metaopt.optimizer.counterparts import register_equal
 from metaopt.optimizer.horizon import require_steps, with_steps
@@ -33,6 +34,7 @@ __all__ = [
     "Value",
     "apply_update",
     "apply_updates",
+    "begin",
     "is_zero",
     "is_zero_anywhere",
     "register_equal",

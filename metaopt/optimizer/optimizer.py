@@ -152,6 +152,19 @@ class Optimizer(Configurable):
         updates, state = self(grads, state, params, loss=loss)
         return apply_updates(params, updates), state
 
+    def initial(self, params: Tree) -> Tree:
+        """Return the parameters to start at: the given ones, unless they are learned.
+
+        `LearnedStart` has others. `MetaTraining` and `evaluate` start there.
+
+        Args:
+            params: where a task says that they start.
+
+        Raises:
+            ValueError: these are parameters of another network.
+        """
+        return params
+
     def evaluated(self, state: State, params: Tree) -> Tree:
         """Return the parameters to evaluate at: the given ones, unless the optimizer keeps others.
 

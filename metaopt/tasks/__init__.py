@@ -5,6 +5,7 @@ from metaopt.tasks.digits import DigitsMLP
 from metaopt.tasks.episode import Episode
 from metaopt.tasks.examples import Classes, Reconstruction, Teacher, Waves, table
 from metaopt.tasks.families import Mixture, RandomMLPs, RandomTeachers, Rescaled, small_networks
+from metaopt.tasks.few_shot import OmniglotClasses
 from metaopt.tasks.functions import NoisyQuadratics, Rosenbrock
 from metaopt.tasks.held_out import HeldOut, held_out_families, stress_families
 from metaopt.tasks.networks import MLP, ConvNet
@@ -22,6 +23,7 @@ __all__ = [
     "HeldOut",
     "Mixture",
     "NoisyQuadratics",
+    "OmniglotClasses",
     "Quadratics",
     "RandomMLPs",
     "RandomTeachers",

@@ -209,18 +209,37 @@ void multiply_block(const float* B, int64_t of_b, const float* X, const float* Z
 }
 
 // Y = scale Z + B X for B [rows, of_b >= inner], X [inner, columns], and Y and Z [rows, columns];
-// rows is a multiple of ROWS, columns of WIDTH.
+// rows is a multiple of ROWS, columns of WIDTH. Of a symmetric Y nothing is computed that `mirror`
+// makes of the rest, which is half.
 void multiply(const float* B, int64_t of_b, const float* X, const float* Z, float scale,
-              int64_t rows, int64_t inner, int64_t columns, float* Y) {
+              int64_t rows, int64_t inner, int64_t columns, float* Y, bool symmetric) {
     for (int64_t c = 0; c < columns;) {
         int64_t lanes = columns - c >= 2 * WIDTH ? 2 : 1;
         auto block = lanes == 2 ? multiply_block<2> : multiply_block<1>;
-        for (int64_t i = 0; i < rows; i += ROWS) {
+        int64_t last = symmetric ? std::min(rows, c + lanes * WIDTH) : rows;
+        for (int64_t i = 0; i < last; i += ROWS) {
             int64_t at = i * columns + c;
             block(B + i * of_b, of_b, X + c, Z + at, scale, inner, columns, Y + at);
         }
         c += lanes * WIDTH;
     }
+}
+
+// T = X^T for X [rows, columns], in squares that stay in the cache; both are multiples of WIDTH.
+void transpose(const float* X, int64_t rows, int64_t columns, float* T) {
+    for (int64_t i = 0; i < rows; i += WIDTH)
+        for (int64_t j = 0; j < columns; j += WIDTH)
+            for (int64_t b = j; b < j + WIDTH; ++b)
+                for (int64_t a = i; a < i + WIDTH; ++a) T[b * rows + a] = X[a * columns + b];
+}
+
+// Copy what is above the diagonal of a square matrix to below it; size is a multiple of WIDTH.
+void mirror(float* G, int64_t size) {
+    for (int64_t i = 0; i < size; i += WIDTH)
+        for (int64_t j = 0; j <= i; j += WIDTH)
+            for (int64_t a = i; a < i + WIDTH; ++a)
+                for (int64_t b = j; b < std::min(j + WIDTH, a); ++b)
+                    G[a * size + b] = G[b * size + a];
 }
 
 // Replace a matrix [rows, columns] by one whose singular values are near 1, and return the mean of
@@ -237,12 +256,13 @@ double orthogonalize(float* out, int64_t rows, int64_t columns, double square) {
             X[is_tall ? j * C + i : i * C + j] = out[i * columns + j] / norm;
     int64_t used = padded(r, ROWS);
     for (int step = 0; step < SCHULZ_STEPS; ++step) {
-        for (int64_t i = 0; i < r; ++i)
-            for (int64_t j = 0; j < c; ++j) T[j * R + i] = X[i * C + j];
-        multiply(X.data(), C, T.data(), G.data(), 0, used, c, R, G.data());
-        multiply(G.data(), R, G.data(), G.data(), 0, used, r, R, B.data());
+        transpose(X.data(), R, C, T.data());
+        multiply(X.data(), C, T.data(), G.data(), 0, used, c, R, G.data(), true);
+        mirror(G.data(), R);
+        multiply(G.data(), R, G.data(), G.data(), 0, used, r, R, B.data(), true);
         for (int64_t i = 0; i < used * R; ++i) B[i] = SCHULZ[1] * G[i] + SCHULZ[2] * B[i];
-        multiply(B.data(), R, X.data(), X.data(), SCHULZ[0], used, r, C, Y.data());
+        mirror(B.data(), R);
+        multiply(B.data(), R, X.data(), X.data(), SCHULZ[0], used, r, C, Y.data(), false);
         X.swap(Y);
     }
     double total = 0;

@@ -26,7 +26,7 @@ from metaopt.optimizer.step import step_leaves
 from metaopt.tree import Tree
 
 from ..lstm_cell import uniform
-from ..moving import mean_along
+from ..moving import mean_along, mean_of_squares
 from ..muon import orthogonalized
 from . import controlled_mlp_kernel as kernel
 
@@ -228,10 +228,12 @@ class ControlledMLP(Optimizer):
 
     def _direction(self, features: Tensor, time: Time) -> Tensor:
         """Return d [n] for features [12, n], which this divides by their root mean squares."""
-        scale = _inverse_root(mean_along(features.square(), 1))
-        hidden = (self.feature_weight * scale) @ features
-        hidden = (hidden + (self.time_weight @ time.of_direction)[:, None]).relu()
-        return (self.direct * scale) @ features + self.direction_weight @ hidden
+        lines = torch.cat([self.feature_weight, self.direct[None]])
+        biases = torch.cat([self.time_weight @ time.of_direction, self.direct.new_zeros(1)])
+        # the 12 n features are read twice: for their sizes, and for all lines at once
+        scale = _inverse_root(mean_of_squares(features))
+        seen = torch.addmm(biases[:, None], lines * scale, features)
+        return seen[-1] + self.direction_weight @ seen[:-1].relu()
 
     def _log_step(
         self, shape: torch.Size, p: Tensor, m: Tensor, v: Tensor, losses: Tensor, time: Time

@@ -6,6 +6,7 @@ from .cautious import Cautious
 from .clip import ClipNorm, ClipValue
 from .ema import EMA
 from .grouped import Grouped
+from .learned_start import LearnedStart
 from .lookahead import Lookahead
 from .masked import Masked
 from .meta_curvature import MetaCurvature
@@ -23,6 +24,7 @@ __all__ = [
     "ClipValue",
     "DecoupledWeightDecay",
     "Grouped",
+    "LearnedStart",
     "Lookahead",
     "Masked",
     "MetaCurvature",

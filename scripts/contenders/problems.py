@@ -5,6 +5,7 @@ Everyone gets the same float32 numbers.
 
 from __future__ import annotations
 
+import itertools
 import sysconfig
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -17,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaopt import tree
+from metaopt.meta_training.noise import Noise
+from metaopt.meta_training.task import Task
+from metaopt.tasks import MLP, Classes, Supervised
 from metaopt.tasks.episode import Episode
 from metaopt.tasks.omniglot import conv4
 from metaopt.tasks.sinusoid import Sinusoids, sinusoid_mlp
@@ -118,6 +122,54 @@ class LSTM:
         generator = torch.Generator().manual_seed(1)
         x = torch.rand(self.steps, self.batch, self.sizes[0], generator=generator)
         return x, torch.randint(self.sizes[-1], (self.steps, self.batch), generator=generator)
+
+
+@dataclass(frozen=True)
+class MetaTraining:
+    """A coordinatewise LSTM learns to train networks on digits, many side by side.
+
+    One estimate of the meta-gradient of the mean loss over whole episodes: backpropagated, first
+    order; or by antithetic pairs, one to a task, whose noise every side gets alike.
+    """
+
+    estimator: Literal["backprop", "nres"]
+    tasks: int = 16
+    steps: int = 20
+    batch: int = 32
+    hidden: tuple[int, ...] = (32,)
+    size: int = 20
+    std: float = 0.1
+
+    @property
+    def inner_steps(self) -> int:
+        """Number of steps, over all tasks, and of both halves of pairs."""
+        return self.tasks * self.steps * (2 if self.estimator == "nres" else 1)
+
+    def family(self) -> Drawn:
+        family = Supervised(MLP(self.hidden), Classes("digits"), self.batch)
+        generator = torch.Generator().manual_seed(1)
+        return Drawn(family, [family.sample(generator, self.steps) for _ in range(self.tasks)])
+
+    def generator(self) -> torch.Generator:
+        """Return what an estimate draws from, first of all the seed of its noise."""
+        return torch.Generator().manual_seed(2)
+
+    def noise(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return epsilon of the first estimate, leaves [tasks, ...]."""
+        seed = int(torch.randint(2**62, (), generator=self.generator()))
+        tasks = torch.arange(self.tasks)
+        return Noise(seed, self.std, theta)(torch.zeros_like(tasks), tasks)
+
+
+class Drawn:
+    """A family of which the same tasks come again and again, so that drawing costs nothing."""
+
+    def __init__(self, family: Supervised, tasks: list[Task]):
+        self.loss, self.tasks = family.loss, tasks
+        self._next = itertools.cycle(tasks)
+
+    def sample(self, generator: torch.Generator, steps: int) -> Task:
+        return next(self._next)
 
 
 @dataclass(frozen=True)

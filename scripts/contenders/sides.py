@@ -74,6 +74,11 @@ FEW, MANY = (16, 64, 256), (16, 64, 256, 2000)
 BETTY, MENDED = Side("Betty", "with_betty"), Side("Betty, its CG mended", "with_betty")
 EAGER = [Side("PyTorch by hand", "by_hand"), Side("metaopt", "with_metaopt")]
 LEVELS = [*EAGER, Side("metaopt, compiled", "with_metaopt", {"compile": True})]
+TRAINING = [
+    Side("metaopt", "with_metaopt"),
+    Side("metaopt, compiled", "with_metaopt", {"compile": True}),
+    Side("JAX jit, vmap, scan", "with_jax"),
+]
 REGRESSION = "logistic_regression"
 COMPARISONS = {
     "sinusoid": Comparison(
@@ -117,6 +122,12 @@ COMPARISONS = {
             Side("JAX jit, scan, checkpoint", "with_jax", lengths=(20, 100)),
             Side("JAX jit, scan", "with_jax", {"remat": False}, lengths=(20, 100)),
         ],
+    ),
+    "meta-training": Comparison(
+        problems.MetaTraining("backprop"), TRAINING, function="meta_training"
+    ),
+    "meta-training-nres": Comparison(
+        problems.MetaTraining("nres"), TRAINING, function="meta_training"
     ),
     "transformer": Comparison(
         problems.Transformer(),

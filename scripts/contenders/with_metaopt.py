@@ -88,6 +88,24 @@ def lstm(problem: problems.LSTM, *, memory: Any = "full", **options: Any) -> Run
     return run
 
 
+def meta_training(problem: problems.MetaTraining, *, compile: bool = False) -> Run:
+    learned, family = LSTMOptimizer(problem.size), problem.family()
+    theta = {name: param.detach() for name, param in learned.named_parameters()}
+    estimator: mo.Estimator = mo.FullUnroll(problem.tasks, compile=compile)
+    if problem.estimator == "nres":
+        estimator = mo.NRES(
+            problem.std, problem.tasks, window=problem.steps, stagger=False, compile=compile
+        )
+    weights = torch.full((problem.tasks,), 1 / problem.tasks)
+
+    def run() -> dict[str, Tensor]:
+        generator = problem.generator()
+        estimate = estimator(learned, theta, family, problem.steps, estimator.init(), generator)
+        return estimate.weighted_sum(weights)
+
+    return run
+
+
 def transformer(problem: problems.Transformer, *, memory: Any = "full", **options: Any) -> Run:
     net, (train, validation) = mo.functional(problem.model()), problem.data()
     start = {name: param.detach() for name, param in net.params.items()}
