@@ -44,6 +44,22 @@ from metaopt.scan.revolve import Revolve
 
 if TYPE_CHECKING:
     from metaopt import tasks
+    from metaopt.black_box import (
+        Ax,
+        Backend,
+        BlackBox,
+        BoTorch,
+        Choice,
+        Float,
+        Int,
+        Journal,
+        JsonLines,
+        Optuna,
+        OptunaJournal,
+        RandomSearch,
+        Sobol,
+        Trial,
+    )
     from metaopt.diagnostics import (
         HypergradientCheck,
         MeasuredRule,
@@ -140,6 +156,21 @@ __all__ = [  # noqa: RUF022 - in groups
     "Level",
     "LevelGraph",
     "Levels",
+    # a level without gradients: the space, who suggests, where trials are written down
+    "Ax",
+    "Backend",
+    "BlackBox",
+    "BoTorch",
+    "Choice",
+    "Float",
+    "Int",
+    "Journal",
+    "JsonLines",
+    "Optuna",
+    "OptunaJournal",
+    "RandomSearch",
+    "Sobol",
+    "Trial",
     # training optimizers and comparing them, and to write a family of tasks or an estimator
     "Contender",
     "ES",
@@ -186,6 +217,22 @@ __all__ = [  # noqa: RUF022 - in groups
 # The core is imported with the package, what stands on it when it is asked for: a program pays for
 # what it uses.
 ON_DEMAND = {
+    "black_box": [
+        "Ax",
+        "Backend",
+        "BlackBox",
+        "BoTorch",
+        "Choice",
+        "Float",
+        "Int",
+        "Journal",
+        "JsonLines",
+        "Optuna",
+        "OptunaJournal",
+        "RandomSearch",
+        "Sobol",
+        "Trial",
+    ],
     "diagnostics": [
         "HypergradientCheck",
         "MeasuredRule",

@@ -12,11 +12,17 @@ PACKAGES = {  # name of the import -> name of the package
     "tabulate": "tabulate",
     "tyro": "tyro",
 }
+SEARCH_PACKAGES = {  # the same, of the extra `blackbox`
+    "ax": "ax-platform",
+    "botorch": "botorch",
+    "gpytorch": "gpytorch",
+    "optuna": "optuna",
+}
 
 
 @contextmanager
 def extra(user: str) -> Iterator[None]:
-    """While entered, say how to install a package of the extra `scripts` that is not there.
+    """While entered, say how to install a package of an extra that is not there.
 
     Args:
         user: what needs it, for the message.
@@ -27,11 +33,13 @@ def extra(user: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = PACKAGES.get((error.name or "").split(".")[0])
+        module = (error.name or "").split(".")[0]
+        package = (PACKAGES | SEARCH_PACKAGES).get(module)
         if package is None:
             raise
+        name = "scripts" if module in PACKAGES else "blackbox"
         raise ModuleNotFoundError(
             f"{user} needs {package}, which is not installed. It comes with the extra: pip install "
-            f'"torch-metaopt[scripts]".',
+            f'"torch-metaopt[{name}]".',
             name=error.name,
         ) from error

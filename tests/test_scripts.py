@@ -234,6 +234,7 @@ def test_train_schedules_of_adam_on_the_final_loss(tmp_path, capsys) -> None:
         "maml.py",
         "meta_weight_net.py",
         "language_model.py",
+        "search.py",
     ],
 )
 def test_help_lists_the_options(script: str) -> None:
@@ -277,6 +278,8 @@ def test_install_says_in_one_line_what_is_wrong(tmp_path) -> None:
         ("train_optimizer", {"finish": -1}, "`finish` must be at least 0, got -1"),
         ("evaluate", {"grid": ()}, r"`grid` must hold positive learning rates, got \(\)"),
         ("evaluate", {"seeds": 0}, "`seeds` must be positive, got 0"),
+        ("search", {"trials": 0}, "`trials` must be positive, got 0"),
+        ("search", {"noise": 1.0}, r"`noise` must lie in \[0, 1\), got 1.0"),
         ("train_schedule", {"threads": 0}, "`threads` must be positive, got 0"),
         ("train_schedule", {"grid": (0.1, -1.0)}, "`grid` must hold positive learning rates"),
         (
@@ -338,3 +341,20 @@ def test_an_optimizer_is_trained_on_families_and_judged_on_those_held_out(
         evaluate.main(evaluate.Config(task="held-out", families=("iris",)))
     with pytest.raises(ValueError, match="`steps` must be positive, got 0"):
         train_on_families.Config(steps=0)
+
+
+def test_ways_to_search_are_compared_and_go_on(tmp_path, capsys) -> None:
+    import search
+
+    config = search.Config(
+        problem="meta-weight-net", backends=("sobol",), trials=2, seeds=1, steps=20
+    )
+    config = dataclasses.replace(config, out=tmp_path)
+    first = search.main(config)
+    assert "Least loss after 2 trials" in capsys.readouterr().out
+    assert (tmp_path / "meta-weight-net/best.png").exists()
+    assert (tmp_path / "meta-weight-net/sobol.png").exists()
+    longer = search.main(dataclasses.replace(config, trials=3))
+    assert all(a >= b for name in first for a, b in zip(first[name], longer[name], strict=True))
+    lines = (tmp_path / "meta-weight-net/sobol-0.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 3  # the search; a begin and an end of three trials

@@ -1,0 +1,191 @@
+"""Bayesian optimisation in its plainest form, on BoTorch's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from metaopt.black_box.backend import Backend
+from metaopt.black_box.isolation import derive_seed, isolate
+from metaopt.black_box.sampling import Sobol
+from metaopt.black_box.space import CENTRE, Choice, Float, Space, Values
+from metaopt.black_box.trial import Trial, fill_losses
+from metaopt.checks import check_count
+
+CANDIDATES = 512  # points of the space that are scored before some are improved
+IMPROVED = 4  # of them, whose real numbers are then moved uphill
+FEWEST = 2  # losses that make a model
+REACH = 5.0  # how far above the median a loss may be, over how far the least is below
+
+
+@dataclass(frozen=True)
+class BoTorch(Backend):
+    """A Gaussian process of the loss, and the point with the largest expected improvement on it.
+
+    The first points are a Sobol sequence. Then, with f the Gaussian process (Matern 5/2 kernel, a
+    length for each axis, fitted to the losses) and y the least loss so far:
+
+        next point = argmax_x log E[max(y - f(x), 0)]
+
+    A choice of n options has n axes, one for each, on which it is 0 or 1; other parameters have one
+    axis, on which their range (or its logarithm) is [0, 1]. A parameter that is not active stands
+    at its centre. The maximum is found among points of the space itself: 512 points of a Sobol
+    sequence, of which the best four are moved along the axes of real numbers by L-BFGS, their
+    integers and choices held. Trials that still run count through the process's own samples of
+    their losses. Failed trials, see `fill_losses`. A loss of a training that blew up would leave
+    no difference between the others: losses are cut off at m + 5 (m - y), m their median.
+
+    Args:
+        seed: of everything random.
+        initial: number of first points.
+
+    Raises:
+        ValueError: `initial` or `seed` is out of range.
+        ModuleNotFoundError: on the first suggestion, if the extra `blackbox` is not installed.
+
+    Cost:
+        Of a suggestion after n trials, O(n^3) with n in the hundreds at most: about a second.
+
+    Reference:
+        Jones, Schonlau, Welch 1998, Efficient global optimization of expensive black-box functions,
+        J. Global Optimization 13. Ament et al. 2023, arXiv:2310.20708 (the logarithm). Balandat et
+        al. 2020, arXiv:1910.06403 (BoTorch).
+    """
+
+    seed: int = 0
+    initial: int = 5
+
+    def __post_init__(self) -> None:
+        check_count(self, "seed", self.seed, least=0)
+        check_count(self, "initial", self.initial)
+
+    def suggest(self, space: Space, trials: Sequence[Trial]) -> Values:
+        known = fill_losses(trials)
+        if len(trials) < self.initial or len(known) < FEWEST:
+            return Sobol(self.seed).suggest(space, trials)
+        with isolate("`BoTorch`", "botorch.models", derive_seed(self.seed, len(trials))):
+            improvement = _make_improvement(space, known, _find_running(space, trials))
+            return _maximize(improvement, space, derive_seed(self.seed, len(trials)))
+
+    def find_importance(self, space: Space, trials: Sequence[Trial]) -> dict[str, float]:
+        """Return the share of each parameter in the sum of the inverse lengths of the kernel."""
+        known = fill_losses(trials)
+        if len(known) < self.initial:
+            return {}
+        with isolate("`BoTorch`", "botorch.models", derive_seed(self.seed, 0)):
+            kernel = _fit(space, known).covar_module
+        # the scale of the kernel is in the losses, which are standardised
+        lengths = getattr(kernel, "base_kernel", kernel).lengthscale.detach().flatten()
+        inverse = iter((1 / lengths).tolist())
+        total = {
+            name: sum(next(inverse) for _ in range(_count_axes(parameter)))
+            for name, parameter in space.items()
+        }
+        return {name: value / sum(total.values()) for name, value in total.items()}
+
+
+def _fit(space: Space, known: Sequence[tuple[Trial, float]]) -> Any:
+    """Return the Gaussian process of minus the loss, fitted by its marginal likelihood."""
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import SingleTaskGP
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    points = torch.stack([embed(space, trial.values) for trial, _ in known])
+    losses = torch.tensor([[loss] for _, loss in known], dtype=torch.float64)
+    middle = losses.median()
+    losses = losses.clamp(max=middle + REACH * (middle - losses.min()))
+    model = SingleTaskGP(points, -losses)  # BoTorch maximises; it standardises by itself
+    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+    return model
+
+
+def _make_improvement(
+    space: Space, known: Sequence[tuple[Trial, float]], running: Tensor | None
+) -> Any:
+    """Return x -> log expected improvement."""
+    model = _fit(space, known)
+    from botorch.acquisition.analytic import LogExpectedImprovement
+    from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+
+    if running is None:
+        return LogExpectedImprovement(model, best_f=-min(loss for _, loss in known))
+    points = torch.stack([embed(space, trial.values) for trial, _ in known])
+    return qLogNoisyExpectedImprovement(model, points, X_pending=running)
+
+
+def _maximize(improvement: Any, space: Space, seed: int) -> Values:
+    """Return the values at the best point found."""
+    from botorch.optim.optimize import optimize_acqf
+
+    engine = SobolEngine(len(space), scramble=True, seed=seed)
+    units = engine.draw(CANDIDATES, dtype=torch.float64).tolist()
+    candidates = [space.place(dict(zip(space, unit, strict=True))) for unit in units]
+    points = torch.stack([embed(space, values) for values in candidates])
+    with torch.no_grad():
+        scores = improvement(points[:, None])
+    best: list[tuple[float, Values]] = []
+    for index in scores.topk(IMPROVED).indices.tolist():
+        values, point, score = candidates[index], points[index], float(scores[index])
+        held = {axis: float(point[axis]) for axis in _find_held_axes(space, values)}
+        if len(held) < len(point):
+            found: Any = optimize_acqf(
+                improvement,
+                bounds=torch.tensor([[0.0], [1.0]], dtype=point.dtype).expand(2, len(point)),
+                q=1,
+                num_restarts=1,
+                batch_initial_conditions=point[None, None],
+                fixed_features=held,
+            )
+            point, score = found[0][0], float(found[1])
+        best.append((score, _move(space, values, point)))
+    return max(best, key=lambda pair: pair[0])[1]
+
+
+def embed(space: Space, values: Values) -> Tensor:
+    """Return a point of the space as a point of the unit cube, [axes], float64."""
+    axes: list[float] = []
+    for name, parameter in space.items():
+        if isinstance(parameter, Choice):
+            axes += [
+                float(name in values and option == values[name]) for option in parameter.options
+            ]
+        else:
+            axes.append(parameter.to_unit(values[name]) if name in values else CENTRE)
+    return torch.tensor(axes, dtype=torch.float64)
+
+
+def _move(space: Space, values: Values, point: Tensor) -> Values:
+    """Return the values with the real numbers of a point."""
+    place = iter(point.tolist())
+    moved = dict(values)
+    for name, parameter in space.items():
+        axes = [next(place) for _ in range(_count_axes(parameter))]
+        if isinstance(parameter, Float) and name in values:
+            moved[name] = parameter.from_unit(axes[0])
+    return moved
+
+
+def _find_held_axes(space: Space, values: Values) -> list[int]:
+    """Return the axes of all but active real numbers."""
+    held: list[int] = []
+    axis = 0
+    for name, parameter in space.items():
+        count = _count_axes(parameter)
+        if not isinstance(parameter, Float) or name not in values:
+            held += range(axis, axis + count)
+        axis += count
+    return held
+
+
+def _count_axes(parameter: object) -> int:
+    return len(parameter.options) if isinstance(parameter, Choice) else 1
+
+
+def _find_running(space: Space, trials: Sequence[Trial]) -> Tensor | None:
+    running = [embed(space, trial.values) for trial in trials if not trial.has_ended]
+    return torch.stack(running) if running else None
