@@ -69,7 +69,7 @@ if TYPE_CHECKING:
         metasmoothness,
     )
     from metaopt.interop import from_torch, from_torchopt
-    from metaopt.levels import Edge, Level, LevelGraph, Levels
+    from metaopt.levels import Edge, Level, LevelGraph, Levels, Shuffled
     from metaopt.meta_training import (
         ES,
         NRES,
@@ -100,7 +100,19 @@ if TYPE_CHECKING:
     )
     from metaopt.second_order import check_second_order
     from metaopt.tasks import Episode
-    from metaopt.train import Logger, TensorBoardLogger, Trainer
+    from metaopt.train import (
+        Callback,
+        CheckpointError,
+        Checkpoints,
+        ConsoleLogger,
+        JSONLogger,
+        Logger,
+        PictureLogger,
+        RunLogger,
+        Several,
+        TensorBoardLogger,
+        Trainer,
+    )
 
 __version__ = "0.2.0"
 
@@ -209,7 +221,16 @@ __all__ = [  # noqa: RUF022 - in groups
     "hypergradient_check",
     "metasmoothness",
     # running a training
+    "Callback",
+    "CheckpointError",
+    "Checkpoints",
+    "ConsoleLogger",
+    "JSONLogger",
     "Logger",
+    "PictureLogger",
+    "RunLogger",
+    "Several",
+    "Shuffled",
     "TensorBoardLogger",
     "Trainer",
 ]
@@ -242,7 +263,7 @@ ON_DEMAND = {
         "metasmoothness",
     ],
     "interop": ["from_torch", "from_torchopt"],
-    "levels": ["Edge", "Level", "LevelGraph", "Levels"],
+    "levels": ["Edge", "Level", "LevelGraph", "Levels", "Shuffled"],
     "meta_training": [
         "Contender",
         "ES",
@@ -273,7 +294,19 @@ ON_DEMAND = {
     ],
     "second_order": ["check_second_order"],
     "tasks": ["Episode"],
-    "train": ["Logger", "TensorBoardLogger", "Trainer"],
+    "train": [
+        "Callback",
+        "CheckpointError",
+        "Checkpoints",
+        "ConsoleLogger",
+        "JSONLogger",
+        "Logger",
+        "PictureLogger",
+        "RunLogger",
+        "Several",
+        "TensorBoardLogger",
+        "Trainer",
+    ],
 }
 
 

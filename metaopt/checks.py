@@ -20,8 +20,8 @@ from metaopt.transforms import is_differentiable, is_readable
 class NonFiniteError(FloatingPointError):
     """A loss, or the gradient that a step needs, became infinite or not a number.
 
-    It is the one exception of our own. Everything else that is wrong is a `ValueError` or a
-    `TypeError`.
+    It is the one exception of our own beside `CheckpointError`, which is a `ValueError`. Everything
+    else that is wrong is a `ValueError` or a `TypeError`.
 
     Args:
         where: whose loss it is, for example `minimize` or a level's name.

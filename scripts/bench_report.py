@@ -76,7 +76,7 @@ def write(
 
 def read(out: Path) -> list[dict[str, Any]]:
     """Return the results in `out`, by comparison."""
-    return [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(out.glob("*-*.json"))]
 
 
 def publish(results: list[dict[str, Any]], root: Path = ROOT) -> None:

@@ -41,6 +41,7 @@ from metaopt.tasks.sinusoid import Sinusoids, sinusoid_mlp
 from optimizers import SGD
 
 with extra("scripts/compare_inner_rates.py"):
+    import command_line
     import tyro
     from scipy.special import stdtrit
     from tabulate import tabulate
@@ -265,4 +266,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command_line.run(main, Config, __doc__)

@@ -20,7 +20,7 @@ from metaopt.extras import extra
 from optimizers import SGD, Adam, RMSprop, load_trained
 
 with extra("scripts/evaluate.py"):
-    import tyro
+    import command_line
     from judging import hand_designed, judge, learned, publish, recorded_figures
     from train_optimizer import TASKS
 
@@ -178,4 +178,4 @@ def compare(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line.run(main, Config)

@@ -28,7 +28,7 @@ from metaopt.tasks.text import Alphabet, library, split_by_name, topics
 from optimizers import SGD, LSTMOptimizer, MLPOptimizer
 
 with extra("scripts/language_model.py"):
-    import tyro
+    import command_line
     from language_model_report import plot, write_report
 
 SYMBOLS = 97  # what can be printed in ASCII, the end of a line, and one for all others
@@ -100,11 +100,13 @@ class Config:
     threads: int = 1
     """Threads for torch."""
     out: Path = Path("runs/language-model")
-    """Folder for the plot, the figures and TensorBoard events."""
+    """Folder for the plot, the figures, checkpoints and TensorBoard events."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and value <= 0:
+            if name != "resume" and isinstance(value, int | float) and value <= 0:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
         if not self.grid or min(self.grid) <= 0:
             raise ValueError(f"`grid` must hold positive learning rates, got {self.grid}.")
@@ -168,6 +170,7 @@ class Learning:
         rates: of Adam, for the model and for the optimizer.
         schedule: the factor on them at a step.
         rule: how gradients pass through a passage.
+        generator: what `draw` draws from.
     """
 
     def __init__(
@@ -177,8 +180,9 @@ class Learning:
         rates: tuple[float, float],
         schedule: Callable[[int], float],
         rule: mo.Rule,
+        generator: torch.Generator,
     ):
-        self.way, self.draw = way, draw
+        self.way, self.draw, self.generator = way, draw, generator
         learned = [] if way.optimizer is None else [*way.optimizer.parameters()]
         groups = [[*way.model.parameters()], learned]
         self.groups = [group for group in groups if group]
@@ -214,6 +218,7 @@ class Learning:
             "optimizer": {} if learned is None else learned.state_dict(),
             "outer": self.outer.state_dict(),
             "decay": self.decay.state_dict(),
+            "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -222,6 +227,7 @@ class Learning:
             self.way.optimizer.load_state_dict(state["optimizer"])
         self.outer.load_state_dict(state["outer"])
         self.decay.load_state_dict(state["decay"])
+        self.generator.set_state(state["generator"])
 
 
 class Data(NamedTuple):
@@ -291,10 +297,18 @@ def train(config: Config, data: Data, seed: int) -> tuple[dict[str, Way], dict[s
         draw = partial(draw_passages, data.training, generator, way, *size)
         schedule = partial(warm_up if first else fall, steps=steps)
         of_optimizer = config.rate_lr if name == RATES else config.optimizer_lr
-        learning = Learning(way, draw, (lr, of_optimizer), schedule, make_rule(config))
+        rates, rule = (lr, of_optimizer), make_rule(config)
+        learning = Learning(way, draw, rates, schedule, rule, generator)
         logger = mo.TensorBoardLogger(config.out / f"{name}, seed {seed}")
         started = time.process_time()
-        mo.Trainer(learning, max_steps=steps, logger=logger, label=name).fit()
+        mo.Trainer(
+            learning,
+            max_steps=steps,
+            logger=logger,
+            label=name,
+            **command_line.saved(config, f"{name}, seed {seed}"),
+            checkpoint_every=50,
+        ).fit()
         seconds[name] = time.process_time() - started
 
     model = ChunkTransformer(
@@ -392,4 +406,4 @@ def main(config: Config) -> dict[str, dict[str, Tensor]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line.run(main, Config)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,10 @@ from metaopt.extras import extra
 from metaopt.tasks.episode import Episode
 from metaopt.tasks.omniglot import CharacterTasks, conv4, read_omniglot, split_alphabets
 from metaopt.tasks.sinusoid import Sinusoids, sinusoid_mlp
-from metaopt.train import TensorBoardLogger, Trainer
 from optimizers import SGD
 
 with extra("scripts/maml.py"):
-    import tyro
+    import command_line
     from maml_plots import mean_and_margin, plot_omniglot, plot_sinusoid
     from tabulate import tabulate
 
@@ -80,7 +79,9 @@ class Config:
     seed: int = 0
     """seed of the initialisation and of the training tasks"""
     out: Path
-    """folder for weights, plot and TensorBoard events"""
+    """folder for weights, plot, checkpoints and TensorBoard events"""
+    resume: bool = False
+    """go on from the newest checkpoints in `out`"""
 
 
 @dataclass(kw_only=True)
@@ -165,6 +166,7 @@ class MetaLearning:
             "trained": [module.state_dict() for module in self.trained],
             "outer": self.outer.state_dict(),
             "generator": self.generator.get_state(),
+            "losses": self.losses,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -172,11 +174,16 @@ class MetaLearning:
             module.load_state_dict(own)
         self.outer.load_state_dict(state["outer"])
         self.generator.set_state(state["generator"])
+        self.losses = [*state["losses"]]
 
     def fit(self, name: str, steps: int, config: Config) -> None:
         """Train, with events and weights in `config.out`."""
-        Trainer(
-            self, max_steps=steps, logger=TensorBoardLogger(config.out / name), label=name
+        mo.Trainer(
+            self,
+            max_steps=steps,
+            logger=mo.TensorBoardLogger(config.out / name),
+            label=name,
+            **command_line.saved(config, name),
         ).fit()
         weights = {
             key: tensor.contiguous().clone() for key, tensor in self.model.state_dict().items()
@@ -190,8 +197,13 @@ class MetaLearning:
 
 def inner_of(config: Config, names: Iterable[str]) -> SGD:
     """Return the optimizer that adapts, of parameters with these names."""
-    steps, names = config.inner_steps, names if config.per_tensor else ()
-    return make_inner(config.schedule, config.inner_lr, steps, names, config.seed)
+    return make_inner(
+        config.schedule,
+        config.inner_lr,
+        config.inner_steps,
+        names if config.per_tensor else (),
+        config.seed,
+    )
 
 
 def maml_loss(
@@ -472,13 +484,7 @@ def report(
     (config.out / "report.md").write_text(text + "\n")
 
 
-def main() -> None:
-    config = tyro.cli(
-        Annotated[SinusoidConfig, tyro.conf.subcommand("sinusoid")]
-        | Annotated[OmniglotConfig, tyro.conf.subcommand("omniglot")],
-        description=__doc__,
-    )
-    config.out.mkdir(parents=True, exist_ok=True)
+def main(config: SinusoidConfig | OmniglotConfig) -> None:
     if isinstance(config, SinusoidConfig):
         torch.set_num_threads(1)  # tensors this small only make threads wait for each other
         run_sinusoid(config)
@@ -487,5 +493,7 @@ def main() -> None:
     print(f"plot, weights and events are in {config.out}")
 
 
+CONFIGS = {"sinusoid": SinusoidConfig, "omniglot": OmniglotConfig}
+
 if __name__ == "__main__":
-    main()
+    command_line.run(main, CONFIGS, __doc__)

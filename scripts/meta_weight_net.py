@@ -28,30 +28,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from tqdm import tqdm
 
 import metaopt as mo
 from metaopt import tree
 from metaopt.extras import extra
 from metaopt.tasks.corruption import flip_labels, long_tail, stratified_split
 from metaopt.tasks.digits import digits
-from metaopt.train import TensorBoardLogger
 from metaopt.tree import Tree
 from optimizers import SGD, Adam
 
 with extra("scripts/meta_weight_net.py"):
-    import matplotlib
+    import command_line
     import tabulate
-    import tyro
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from meta_weight_net_plot import plot
 
 # CLEAN and TRAIN: examples of each class
 CLASSES, CLEAN, TRAIN, FOLDS, MOMENTUM = 10, 10, 100, 5, 0.9
@@ -82,7 +77,9 @@ class Config:
     seed: int = 0
     """The first of them."""
     out: Path = Path("runs/meta_weight_net")
-    """Folder for the plot and the TensorBoard events."""
+    """Folder for the plot, checkpoints and TensorBoard events."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rates", "lengths"):
@@ -292,49 +289,77 @@ class Result(NamedTuple):
         return self.test_accuracy[torch.arange(len(rate)), rate, length]
 
 
-def train(method: str, config: Config, data: Data, logger: TensorBoardLogger) -> Result:
-    """Train one method on every seed, learning rate and fold at once, and judge it at every length.
+class Training:
+    """Trains one method on every seed, learning rate and fold at once, and judges it at lengths.
 
     Methods see the same minibatches if they draw from the same examples.
     """
-    learner, starts = make_learner(method, config)
-    probabilities = sampling(method, data)
-    seeds, trainings = probabilities.shape[:2]
-    grid = (seeds, len(config.learning_rates), trainings)
 
-    def per_run(leaf: Tensor) -> Tensor:  # [seeds, ...] -> [runs, ...]
-        return leaf[:, None, None].expand(*grid, *leaf.shape[1:]).flatten(0, 2)
-
-    images, labels, clean, state = tree.map(
-        per_run, (data.images, data.labels, data.clean(), starts)
-    )
-    rates = torch.tensor(config.learning_rates)[:, None].expand(grid).flatten()
-    runs = torch.arange(len(rates))[:, None]
-    step, forward = vmap(learner.step), vmap(learner.net)
-    generator = torch.Generator().manual_seed(config.seed)
-
-    accuracies, scores, states = [], [], []
-    for length in tqdm(range(1, config.lengths[-1] + 1), desc=method, mininterval=0.5):
-        drawn = torch.multinomial(
-            probabilities.flatten(0, 1), config.batch_size, replacement=True, generator=generator
+    def __init__(self, method: str, config: Config, data: Data):
+        self.method, self.config, self.data = method, config, data
+        self.learner, starts = make_learner(method, config)
+        self.probabilities = sampling(method, data)
+        seeds, trainings = self.probabilities.shape[:2]
+        self.grid = (seeds, len(config.learning_rates), trainings)
+        self.images, self.labels, self.clean, state = tree.map(
+            self.per_run, (data.images, data.labels, data.clean(), starts)
         )
-        index = drawn.view(seeds, 1, trainings, -1).expand(*grid, -1).flatten(0, 2)
-        state = step(state, rates, (images[runs, index], labels[runs, index]), clean)
-        if length in config.lengths:
-            last = tree.map(lambda leaf: leaf.unflatten(0, grid)[:, :, -1], state)
-            logits = vmap(vmap(learner.net, (0, None)))(last["params"], data.test_images)
-            accuracy = (logits.argmax(-1) == data.test_labels[:, None]).float().mean(-1)
-            accuracies.append(accuracy)
-            scores.append(score(forward(state["params"], clean[0]).unflatten(0, grid), data))
-            states.append(last)
-            logger.log(
-                length,
-                {
-                    f"{method}/rate {rate:g}": a
-                    for rate, a in zip(config.learning_rates, accuracy.mean(0).tolist())
-                },
-            )
-    return Result(torch.stack(accuracies, -1), torch.stack(scores, -1), states)
+        rates = torch.tensor(config.learning_rates)[:, None].expand(self.grid).flatten()
+        self.rates, self.runs = rates, torch.arange(len(rates))[:, None]
+        self.generator = torch.Generator().manual_seed(config.seed)
+        # "judged": at each length so far, (test accuracies, scores, states)
+        self.now: dict[str, Any] = {"step": 0, "state": state, "judged": []}
+
+    def per_run(self, leaf: Tensor) -> Tensor:
+        """Repeat [seeds, ...] for each rate and fold: [runs, ...]."""
+        return leaf[:, None, None].expand(*self.grid, *leaf.shape[1:]).flatten(0, 2)
+
+    def step(self) -> dict[str, float]:
+        seeds, _, trainings = self.grid
+        drawn = torch.multinomial(
+            self.probabilities.flatten(0, 1),
+            self.config.batch_size,
+            replacement=True,
+            generator=self.generator,
+        )
+        index = drawn.view(seeds, 1, trainings, -1).expand(*self.grid, -1).flatten(0, 2)
+        batch = (self.images[self.runs, index], self.labels[self.runs, index])
+        state = vmap(self.learner.step)(self.now["state"], self.rates, batch, self.clean)
+        self.now = {**self.now, "step": self.now["step"] + 1, "state": state}
+        return self.judge() if self.now["step"] in self.config.lengths else {}
+
+    def judge(self) -> dict[str, float]:
+        """Remember how good the present state is, and return the accuracy at each rate."""
+        state, data, net = self.now["state"], self.data, self.learner.net
+        last = tree.map(lambda leaf: leaf.unflatten(0, self.grid)[:, :, -1], state)
+        logits = vmap(vmap(net, (0, None)))(last["params"], data.test_images)
+        accuracy = (logits.argmax(-1) == data.test_labels[:, None]).float().mean(-1)
+        on_clean = vmap(net)(state["params"], self.clean[0]).unflatten(0, self.grid)
+        self.now["judged"] = [*self.now["judged"], (accuracy, score(on_clean, data), last)]
+        means = zip(self.config.learning_rates, accuracy.mean(0).tolist())
+        return {f"{self.method}/rate {rate:g}": mean for rate, mean in means}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.now, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.now = {name: state[name] for name in self.now}
+        self.generator.set_state(state["generator"])
+
+
+def train(method: str, config: Config, data: Data) -> Result:
+    """Return what a method's trainings give on the grid."""
+    training = Training(method, config, data)
+    mo.Trainer(
+        training,
+        max_steps=config.lengths[-1],
+        logger=mo.TensorBoardLogger(config.out),
+        label=method,
+        **command_line.saved(config, method),
+        checkpoint_every=200,
+    ).fit()
+    accuracies, scores, states = zip(*training.now["judged"])
+    return Result(torch.stack(accuracies, -1), torch.stack(scores, -1), list(states))
 
 
 def make_learner(method: str, config: Config) -> tuple[Learner, Tree]:
@@ -474,81 +499,19 @@ def learned_weights(
     return found
 
 
-def plot(config: Config, data: Data, results: Mapping[str, Result], path: Path) -> None:
-    """Draw test accuracy over training at every learning rate, and the weight over the loss."""
-    figure = plt.figure(figsize=(14, 8), layout="constrained")
-    figure.suptitle(
-        f"{title(config)}: test accuracy over training, and what the weight net learned"
-    )
-    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
-    axes = above.subplots(1, len(config.learning_rates), sharey=True, squeeze=False)[0]
-    for i, (axis, rate) in enumerate(zip(axes, config.learning_rates)):
-        for colour, (method, result) in enumerate(results.items()):
-            accuracy = 100 * result.test_accuracy[:, i]
-            mean, error = accuracy.mean(0), accuracy.std(0) / config.seeds**0.5
-            axis.plot(
-                config.lengths, mean, marker="o", markersize=3, color=f"C{colour}", label=method
-            )
-            axis.fill_between(
-                config.lengths,
-                mean - error,
-                mean + error,
-                color=f"C{colour}",
-                alpha=0.2,
-                linewidth=0,
-            )
-        axis.set(xlabel="steps", title=f"learning rate {rate:g}", ylim=(40, 100))
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(config.lengths, labels=[str(length) for length in config.lengths])
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy (%), mean ± standard error")
-    axes[0].legend(loc="lower right")
-
-    found = learned_weights(config, data, results["meta-weight-net"])
-    losses, weights, group = (torch.cat(parts) for parts in zip(*found))
-    names = (
-        ("right labels", "wrong labels")
-        if config.noise
-        else ("five largest classes", "five rarest classes")
-    )
-    scatter, histogram = below.subplots(1, 2)
-    bins = torch.linspace(0, weights.max(), 41).tolist()
-    for name, shade, chosen in zip(names, ("C0", "C3"), (~group, group)):
-        scatter.scatter(
-            losses[chosen], weights[chosen], s=6, color=shade, alpha=0.5, linewidths=0, label=name
-        )
-        histogram.hist(weights[chosen], bins=bins, density=True, color=shade, alpha=0.5, label=name)
-    relative = "learned weight / mean weight"
-    scatter.set(
-        xlabel="loss of the training example (nats)",
-        ylabel=relative,
-        title="Learned weight over the loss",
-    )
-    scatter.set(xscale="log", xlim=(1e-4, None))
-    histogram.set(xlabel=relative, ylabel="density", title="Distribution of the learned weight")
-    for axis in (scatter, histogram):
-        axis.legend(
-            title=f"{config.seeds} seeds, tuned rate, {config.lengths[-1]} steps", markerscale=3
-        )
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def main(config: Config) -> Mapping[str, Result]:
     """Train every method, print the tables, and write plot and events."""
     torch.set_num_threads(1)
     data = tree.stack(
         [damaged_digits(config, seed) for seed in range(config.seed, config.seed + config.seeds)]
     )
-    logger = TensorBoardLogger(config.out)
     with torch.no_grad():
-        results = {method: train(method, config, data, logger) for method in METHODS}
-        plot(config, data, results, config.out / "meta_weight_net.png")
-    logger.close()
+        results = {method: train(method, config, data) for method in METHODS}
+        found = learned_weights(config, data, results["meta-weight-net"])
+        plot(config, title(config), found, results, config.out / "meta_weight_net.png")
     print(f"\n{report(config, results)}\nPlot: {config.out / 'meta_weight_net.png'}")
     return results
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command_line.run(main, Config, __doc__)

@@ -23,7 +23,7 @@ from metaopt.tasks.sinusoid import Sinusoids, sinusoid_mlp
 from optimizers import SGD
 
 with extra("scripts/reptile.py"):
-    import tyro
+    import command_line
     from maml import (
         TEST_SEED,
         Batch,
@@ -108,9 +108,11 @@ def run(config: SinusoidConfig) -> dict[str, Tensor]:
     return scores
 
 
-if __name__ == "__main__":
-    config = tyro.cli(ReptileConfig, description=__doc__)
-    config.out.mkdir(parents=True, exist_ok=True)
+def main(config: ReptileConfig) -> None:
     torch.set_num_threads(1)  # tensors this small only make threads wait for each other
     run(config)
     print(f"weights and events are in {config.out}")
+
+
+if __name__ == "__main__":
+    command_line.run(main, ReptileConfig, __doc__)

@@ -5,9 +5,8 @@ python scripts/train_on_families.py --out runs/small
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from metaopt.meta_training.groups import draw_family, draw_horizon
 from optimizers import EMA, Adam, ControlledMLP, Cosine
 
 with extra("scripts/train_on_families.py"):
-    import tyro
+    import command_line
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,9 @@ class Config:
     threads: int = 1
     """Threads for torch."""
     out: Path = Path("runs/small")
-    """Folder for the weights, the configuration and TensorBoard events."""
+    """Folder for the weights, the configuration, checkpoints and TensorBoard events."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "outer_lr", "validate_every", "validation", "threads"):
@@ -109,12 +110,13 @@ def main(config: Config) -> None:
         logger=mo.TensorBoardLogger(config.out),
         validate=validate,
         validate_every=config.validate_every,
+        **command_line.saved(config),
+        checkpoint_every=config.validate_every,
     )
     try:
         trainer.fit()
     finally:  # also if interrupted: the best so far
         training.evaluated().save(config.out / "weights.safetensors")
-    (config.out / "config.json").write_text(json.dumps(asdict(config), default=str, indent=2))
     print(
         f"Trained for {time.process_time() - started:.0f} s of CPU time; mean validation objective "
         f"{trainer.best:.4f} at step {trainer.best_step}. Weights: "
@@ -123,4 +125,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line.run(main, Config)

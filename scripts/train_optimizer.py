@@ -5,10 +5,9 @@ python scripts/train_optimizer.py --optimizer lstm --task quadratics
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from metaopt.meta_training.evaluation import VALIDATION_SEED
 from optimizers import EMA, RNNMLP, AdafactorMLP, Adam, Cosine, LSTMOptimizer, MLPOptimizer, NNAdam
 
 with extra("scripts/train_optimizer.py"):
-    import tyro
+    import command_line
 
 OPTIMIZERS: dict[str, Any] = {
     "mlp": MLPOptimizer,
@@ -121,7 +120,9 @@ class Config:
     threads: int = 1
     """Threads for torch; these networks are too small for more to help."""
     out: Path = Path("runs/optimizer")
-    """Folder for the weights, the configuration and TensorBoard events."""
+    """Folder for the weights, the configuration, checkpoints and TensorBoard events."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
 
     def __post_init__(self) -> None:
         recipe = RECIPES.get((self.optimizer, self.task), {})
@@ -207,6 +208,8 @@ def train(config: Config, optimizer: mo.Optimizer) -> tuple[mo.Optimizer, float]
         logger=mo.TensorBoardLogger(config.out),
         validate=validate,
         validate_every=config.validate_every,
+        **command_line.saved(config),
+        checkpoint_every=config.validate_every,
     )
     try:
         trainer.fit()
@@ -239,7 +242,6 @@ def main(config: Config) -> None:
     for phase in phases:
         optimizer, best = train(phase, optimizer)
     optimizer.save(config.out / "weights.safetensors")
-    (config.out / "config.json").write_text(json.dumps(asdict(config), default=str, indent=2))
     print(
         f"Trained for {time.process_time() - started:.0f} s of CPU time; mean validation loss "
         f"{best:.4f}."
@@ -250,4 +252,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line.run(main, Config)

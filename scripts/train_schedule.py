@@ -42,7 +42,7 @@ from optimizers import (
 )
 
 with extra("scripts/train_schedule.py"):
-    import tyro
+    import command_line
 
 Kind = Literal["lstm", "mlp", "gp", "attention", "policy"]
 KINDS: dict[Kind, type[mo.Schedule]] = {
@@ -121,7 +121,9 @@ class Config:
     threads: int = 1
     """Threads for torch."""
     out: Path = Path("runs/schedule")
-    """Folder for the weights, the plot and TensorBoard events."""
+    """Folder for the weights, the plot, checkpoints and TensorBoard events."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
     json: Path | None = None
     """A file that the figures are written to, beside those of other kinds."""
 
@@ -234,6 +236,8 @@ def train(config: Config, kind: Kind, family: mo.TaskFamily) -> mo.Optimizer:
         label=kind,
         validate=validate,
         validate_every=config.validate_every,
+        **command_line.saved(config, kind),
+        checkpoint_every=config.validate_every,
     )
     try:
         trainer.fit()
@@ -306,4 +310,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    command_line.run(main, Config)

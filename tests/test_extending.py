@@ -199,7 +199,10 @@ def test_both_on_an_edge(rule: Rule, known: Rule, tolerance: float) -> None:
     own, other = graph(rule), graph(known)
     for _ in range(3):
         assert_close(own.hypergradient("top"), other.hypergradient("top"), tolerance)
-        assert_close(own.step(), other.step(), tolerance)
+        # the library's solvers also say how they did
+        expected = {key: value for key, value in other.step().items() if "/solver " not in key}
+        found = own.step()
+        assert_close({key: found[key] for key in expected}, expected, tolerance)
 
 
 def test_a_rule_without_its_method_says_so() -> None:

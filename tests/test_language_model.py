@@ -122,7 +122,9 @@ def test_meta_gradients_are_those_of_autograd(prefix: str, rule: mo.Rule) -> Non
     names = [name for name, _ in net.named_parameters() if name.startswith(prefix)]
     rates = {name: nn.Parameter(torch.tensor(0.3).double()) for name in names}
     way = language_model.Way(net, SGD(lr=rates), prefix)
-    learning = language_model.Learning(way, lambda: passages, (0.0, 0.0), lambda step: 1.0, rule)
+    learning = language_model.Learning(
+        way, lambda: passages, (0.0, 0.0), lambda step: 1.0, rule, torch.Generator()
+    )
     (grads, of_rates), losses = learning.meta_gradient(way.net.params, passages)
 
     start = dict(net.named_parameters())
@@ -173,7 +175,7 @@ def test_a_learned_rate_stays_at_0_or_above() -> None:
     way = language_model.Way(model().float(), SGD(lr=rate), "blocks.1.mlp.")
     passages = documents().beginnings(2)
     learning = language_model.Learning(
-        way, lambda: passages, (0.1, 1.0), lambda step: 1.0, mo.Backprop()
+        way, lambda: passages, (0.1, 1.0), lambda step: 1.0, mo.Backprop(), torch.Generator()
     )
     rates = []
     for _ in range(4):

@@ -137,6 +137,11 @@ def tops(graph: mo.LevelGraph) -> list[str]:
     return [name for name in graph.plan.levels if graph.plan.is_top(name)]
 
 
+def losses(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics without what solvers say, which is heard on a tape alone."""
+    return {name: value for name, value in metrics.items() if "/solver " not in name}
+
+
 @each_graph
 @each_rule
 def test_it_equals_autograd_through_attached_responses(
@@ -153,7 +158,7 @@ def test_it_equals_autograd_through_attached_responses(
         for name in tops(graph)
         for after in (False, True)
     ]
-    steps = [graph.step() for _ in range(3)]
+    steps = [losses(graph.step()) for _ in range(3)]
     monkeypatch.setattr(Plan, "responds_at_points", lambda self, name: False)
     expected = [
         other.hypergradient(name, after_steps=after)
@@ -161,7 +166,7 @@ def test_it_equals_autograd_through_attached_responses(
         for after in (False, True)
     ]
     assert_close(found, expected, 1e-10)
-    assert_close(steps, [other.step() for _ in range(3)], 1e-10)
+    assert_close(steps, [losses(other.step()) for _ in range(3)], 1e-10)
     assert_close(graph.state_dict()["levels"], other.state_dict()["levels"], 1e-10)
     assert all(grad["value"].abs().min() > 1e-6 for grad in found)
 
@@ -214,7 +219,7 @@ def test_random_numbers_are_those_of_attached_responses(rule: Any, monkeypatch: 
     def run() -> tuple[Any, Tensor]:
         torch.manual_seed(3)
         graph = noisy(rule)
-        return [graph.step() for _ in range(3)], torch.get_rng_state()
+        return [losses(graph.step()) for _ in range(3)], torch.get_rng_state()
 
     found, random = run()
     monkeypatch.setattr(Plan, "responds_at_points", lambda self, name: False)
@@ -280,7 +285,7 @@ def test_a_whole_step_is_one_compiled_function(
     eager, fast = make(rule), make(rule, compile=True)
     assert fast.plan.is_one_function
     for _ in range(3):
-        assert_close(fast.step(), eager.step(), 1e-10)
+        assert_close(losses(fast.step()), losses(eager.step()), 1e-10)
         assert counted() == 1
     assert_close(fast.state_dict()["levels"], eager.state_dict()["levels"], 1e-10)
 

@@ -225,6 +225,13 @@ def test_the_sinusoid_run_learns_and_writes_what_it_says(script, tmp_path):
     )
 
 
+def lead(script) -> None:
+    """Run it as a program, with `sys.argv`."""
+    with pytest.raises(SystemExit) as stop:
+        script.command_line.run(script.main, script.CONFIGS)
+    assert stop.value.code == 0
+
+
 def test_the_omniglot_run_learns_to_adapt(script, tmp_path, monkeypatch):
     archive = write(tmp_path / "images_background.zip", members())
     out = tmp_path / "run"
@@ -260,7 +267,7 @@ def test_the_omniglot_run_learns_to_adapt(script, tmp_path, monkeypatch):
         "argv",
         [*command, *sizes, *rates, "--test-steps", "0", "1", "--test-alphabets", "Latin"],
     )
-    script.main()
+    lead(script)
     table = (out / "report.md").read_text()
     rows = {
         line.split("|")[1].strip(): line.split("|")[2:-1]
@@ -291,4 +298,4 @@ def test_the_omniglot_run_without_data_says_where_it_looked(script, tmp_path, mo
         ],
     )
     with pytest.raises(FileNotFoundError, match=r"No Omniglot data at .*nowhere"):
-        script.main()
+        lead(script)

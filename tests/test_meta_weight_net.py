@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,7 @@ LR, MOMENTUM, WEIGHT_LR = 0.1, 0.9, 0.01
 
 def load_script() -> ModuleType:
     path = Path(__file__).parents[1] / "scripts" / "meta_weight_net.py"
+    sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location("meta_weight_net_script", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up by name
@@ -157,11 +159,13 @@ def test_stacked_runs_equal_single_runs(problem):
         torch.testing.assert_close(tree.index(together, k), alone, rtol=1e-12, atol=1e-12)
 
 
-def test_weight_net_learns_to_ignore_wrong_labels():
-    config = script.Config(noise=0.4, learning_rates=(0.03,), lengths=(400,), seeds=2, seed=50)
+def test_weight_net_learns_to_ignore_wrong_labels(tmp_path):
+    config = script.Config(
+        noise=0.4, learning_rates=(0.03,), lengths=(400,), seeds=2, seed=50, out=tmp_path
+    )
     data = tree.stack([script.damaged_digits(config, seed) for seed in (50, 51)])
     with torch.no_grad():
-        result = script.train("meta-weight-net", config, data, Records())
+        result = script.train("meta-weight-net", config, data)
         for _, weights, wrong in script.learned_weights(config, data, result):
             assert wrong.sum() == 400
             # Chance would be a ratio of 1.
@@ -169,14 +173,6 @@ def test_weight_net_learns_to_ignore_wrong_labels():
 
 
 # The comparison
-
-
-class Records:
-    def __init__(self):
-        self.metrics = {}
-
-    def log(self, step, metrics):
-        self.metrics[step] = dict(metrics)
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +285,13 @@ def test_end_to_end(tmp_path, capsys, weight_input):
     for result in results.values():
         assert result.test_accuracy.shape == (2, 2, 2)
         assert result.test_accuracy[:, :, 1].max() > 0.4  # chance is 0.1
+    # where it was stopped early, it goes on: here behind the first of the four methods
+    shutil.rmtree(tmp_path / "checkpoints/oracle")
+    try:
+        again = script.main(dataclasses.replace(config, resume=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(again[method].score, result.score) for method, result in results.items())
     assert (tmp_path / "meta_weight_net.png").stat().st_size > 10_000
     assert list(tmp_path.glob("events.out.tfevents.*"))
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
+import signal
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +16,7 @@ import torch
 
 import metaopt as mo
 from metaopt.train import progress
+from optimizers import Adam
 
 
 class Counter:
@@ -119,6 +125,36 @@ def test_a_terminal_gets_a_bar(capsys: Any, monkeypatch: Any) -> None:
             r"`progress` must be True or False, got 'no'",
         ),
         (
+            {"max_steps": 1, "patience": 0},
+            ValueError,
+            r"`patience` must be positive, got 0",
+        ),
+        (
+            {"max_steps": 1, "min_change": -1},
+            ValueError,
+            r"`min_change` must be a finite number, at least 0, got -1",
+        ),
+        (
+            {"max_steps": 1, "time_limit": -3},
+            ValueError,
+            r"`time_limit` must be a positive number, got -3",
+        ),
+        (
+            {"max_steps": 1, "checkpoint_every": 0.5},
+            TypeError,
+            r"`checkpoint_every` must be an integer, got 0.5",
+        ),
+        (
+            {"max_steps": 1, "resume": "yes"},
+            TypeError,
+            r"`resume` must be True or False, got 'yes'",
+        ),
+        (
+            {"max_steps": 1, "callbacks": [3]},
+            TypeError,
+            r"`callbacks` must be functions of \(trainer, metrics\) in a list, got \[3\]",
+        ),
+        (
             {"max_steps": 1, "logger": print},
             TypeError,
             r"`logger` must have the methods log, close, got builtin_function_or",
@@ -153,5 +189,315 @@ def test_a_metric_is_one_number() -> None:
         match=r"The metric 'loss' must be one number, got a tensor of shape \(3,\). Take its mean",
     ):
         mo.Trainer(Counter({"loss": torch.ones(3)}), max_steps=1, progress=False).fit()
+    with pytest.raises(
+        TypeError, match=r"What `validate` returns must have 'loss', .* got \['accuracy'\]"
+    ):
+        mo.Trainer(Counter(), max_steps=1, validate=lambda: {"accuracy": 1.0}, progress=False).fit()
     with pytest.raises(TypeError, match=r"What `validate` returns must be one number, got None"):
         mo.Trainer(Counter(), max_steps=1, validate=lambda: None, progress=False).fit()  # type: ignore[arg-type,return-value]
+
+
+class Notes:
+    """A logger that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.closed = 0
+
+    def log(self, step: int, metrics: Any) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "min_change", "ends"),
+    [
+        ([5, 4, 3, 2, 1, 0], 2, 0.0, (5, "max_steps", 0)),
+        ([5, 4, 4, 4, 3, 2], 2, 0.0, (3, "patience", 4)),
+        ([5, 4, 3.9, 3.8, 1, 0], 2, 0.5, (3, "patience", 3.8)),
+        ([5, 4.6, 4.2, 3.8, 1, 0], 2, 0.5, (5, "max_steps", 0)),
+        ([math.nan, 4, math.nan, math.nan, 3, 2], 2, 0.0, (3, "patience", 4)),
+        ([math.nan] * 6, 3, 0.0, (2, "patience", math.inf)),
+    ],
+)
+def test_it_ends_when_nothing_gets_better(
+    values: list[float], patience: int, min_change: float, ends: Any
+) -> None:
+    """Small changes add up; a nan is no change for the better."""
+    each = iter(values)
+    trainer = mo.Trainer(
+        Counter(),
+        max_steps=5,
+        validate=lambda: next(each),
+        validate_every=1,
+        patience=patience,
+        min_change=min_change,
+        progress=False,
+    )
+    trainer.fit()
+    assert (trainer.step, trainer.stopped_by, trainer.best) == ends
+
+
+def test_several_validations_are_logged_and_the_loss_decides() -> None:
+    notes, training = Notes(), Counter()
+    seen: list[Any] = []
+    trainer = mo.Trainer(
+        training,
+        max_steps=4,
+        validate=lambda: {"accuracy": training.value, "loss": abs(training.value - 2)},
+        validate_every=2,
+        logger=notes,
+        callbacks=[lambda _, metrics: seen.append(dict(metrics))],
+        progress=False,
+    )
+    trainer.fit()
+    assert (trainer.best, trainer.best_step, training.value) == (0, 2, 2)
+    assert (4, {"validation/accuracy": 4.0, "validation/loss": 2.0}) in notes.rows
+    assert seen[0] == {}
+    assert seen[1] == {"validation/accuracy": 2.0, "validation/loss": 0.0}
+
+
+def test_a_loop_from_outside_is_the_same_as_fit(tmp_path: Path) -> None:
+    one, other = Counter({"loss": 1.5}), Counter({"loss": 1.5})
+    notes = Notes()
+    mo.Trainer(one, max_steps=5, progress=False).fit()
+    trainer = mo.Trainer(
+        other, max_steps=5, logger=notes, checkpoint=tmp_path, checkpoint_every=2, progress=False
+    )
+    assert [metrics["loss"] for metrics in trainer] == [1.5] * 5
+    assert (one.value, other.value, trainer.stopped_by) == (5, 5, "max_steps")
+    assert notes.closed == 1
+    again = mo.Trainer(
+        other, max_steps=9, logger=notes, checkpoint=tmp_path, resume=True, progress=False
+    )
+    for _ in again:
+        if again.step == 7:
+            break
+    assert (other.value, notes.closed) == (7, 2)
+
+
+def test_a_callback_can_stop_it() -> None:
+    def stop(trainer: mo.Trainer, metrics: Any) -> None:
+        if trainer.step == 3:
+            trainer.stop()
+
+    training = Counter()
+    trainer = mo.Trainer(training, max_steps=50, callbacks=[stop], progress=False)
+    trainer.fit()
+    assert (training.value, trainer.stopped_by) == (3, "stop")
+
+
+def test_the_time_is_up(tmp_path: Path, capsys: Any) -> None:
+    class Slow(Counter):
+        def step(self) -> dict[str, Any]:
+            time.sleep(0.02)
+            return super().step()
+
+    training = Slow()
+    trainer = mo.Trainer(training, max_steps=500, time_limit=0.05, checkpoint=tmp_path)
+    trainer.fit()
+    assert trainer.stopped_by == "time_limit"
+    assert 1 <= training.value <= 4
+    assert mo.Checkpoints(tmp_path).steps() == [training.value]
+    assert (
+        f"The time is up at step {training.value}. It is saved in {tmp_path}. Run it again with"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_and_saves(number: signal.Signals, tmp_path: Path) -> None:
+    class Signalled(Counter):
+        def step(self) -> dict[str, Any]:
+            if self.value == 3:
+                os.kill(os.getpid(), number)
+            return super().step()
+
+    before = signal.getsignal(number)
+    training = Signalled()
+    trainer = mo.Trainer(training, max_steps=50, checkpoint=tmp_path, progress=False)
+    with pytest.raises(
+        KeyboardInterrupt,
+        match=f"{number.name} after step 4 of 50. It is saved in .* again with `resume=True` to go",
+    ):
+        trainer.fit()
+    assert training.value == 4
+    assert mo.Checkpoints(tmp_path).steps() == [4]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_ends_it_at_once() -> None:
+    class Signalled(Counter):
+        def step(self) -> dict[str, Any]:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().step()
+
+    training = Signalled()
+    with pytest.raises(KeyboardInterrupt):
+        mo.Trainer(training, max_steps=50, progress=False).fit()
+    assert training.value == 0
+
+
+def test_a_logger_that_fails_is_reported_once() -> None:
+    class Broken(Notes):
+        def log(self, step: int, metrics: Any) -> None:
+            raise ConnectionError("no network")
+
+        close = None  # type: ignore[assignment]
+
+    class BrokenToo(Broken):
+        def close(self) -> None:
+            raise OSError("no disk")
+
+    training = Counter({"loss": 1.0})
+    with pytest.warns(
+        UserWarning, match=r"The logger BrokenToo failed at step 1: ConnectionError\('no network'\)"
+    ) as caught:
+        mo.Trainer(training, max_steps=5, logger=BrokenToo(), progress=False).fit()
+    assert training.value == 5
+    assert len(caught) == 1
+
+
+def test_a_logger_gets_pace_and_memory(monkeypatch: Any) -> None:
+    from metaopt.train import trainer as module
+
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_MEASURES", 0.0)
+    notes = Notes()
+    mo.Trainer(Counter({"loss": 2.0}), max_steps=2, logger=notes, progress=False).fit()
+    assert [step for step, row in notes.rows if "loss" in row] == [1, 2]
+    measured = [row for _, row in notes.rows if "steps per second" in row]
+    assert len(measured) == 2
+    assert measured[0]["steps per second"] > 0
+    assert 50 < measured[0]["peak memory (MiB)"] < 1e6
+
+
+def test_the_progress_shows_the_loss_and_goes_on_where_it_was(tmp_path: Path, capsys: Any) -> None:
+    training = Counter({"low/loss": 9.0, "top/loss": torch.tensor(0.125), "norm": 1.0})
+    mo.Trainer(training, max_steps=2, checkpoint=tmp_path).fit()
+    assert ", top/loss 0.125" in capsys.readouterr().err
+    mo.Trainer(training, max_steps=3, checkpoint=tmp_path, resume=True).fit()
+    assert "training: step 3 of 3" in capsys.readouterr().err
+    assert training.value == 3
+
+
+def test_it_costs_a_few_microseconds_a_step(tmp_path: Path) -> None:
+    """At most 3 % of steps of 1 ms, with a checkpoint after every 1000 of them.
+
+    The processor's time, the best of three: others are at work on the machine.
+    """
+    training = Counter({"loss": 1.0, "norm": torch.tensor(2.0)})
+
+    def spend(place: Path) -> float:
+        began = time.process_time()
+        mo.Trainer(training, max_steps=3000, checkpoint=place, progress=False).fit()
+        return time.process_time() - began
+
+    assert min(spend(tmp_path / str(i)) for i in range(3)) < 0.03 * 3000 * 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_in_a_loss_leaves_state_and_gradients_in_float32(dtype: torch.dtype) -> None:
+    seen: list[torch.dtype] = []
+
+    def loss(params: Any, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", dtype):
+            out = torch.nn.functional.linear(batch, params["w"]).relu()
+        seen.append(out.dtype)
+        return out.float().square().mean()
+
+    w, x = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    out = mo.minimize(loss, Adam(0.01), {"w": w}, x, steps=3)
+    (found,) = torch.autograd.grad(loss(out.params, x), w)
+    assert set(seen) == {dtype}
+    leaves = mo.tree.leaves((out.params, out.opt_state["slots"], found))
+    assert {leaf.dtype for leaf in leaves} == {torch.float32}
+    full = mo.minimize(
+        lambda p, x: torch.nn.functional.linear(x, p["w"]).relu().square().mean(),
+        Adam(0.01),
+        {"w": w},
+        x,
+        steps=3,
+    )
+    # Adam's steps are of one size whatever the gradient's, so that rounding shows little
+    torch.testing.assert_close(out.params["w"], full.params["w"], rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_levels_compute_in_a_precision_and_keep_their_state_in_float32(dtype: torch.dtype) -> None:
+    x = torch.randn(6, 3)
+
+    def loss(levels: mo.Levels, batch: Any) -> torch.Tensor:
+        return (levels.low(batch) * levels.top(batch)).float().square().mean()
+
+    low = mo.Level("low", torch.nn.Linear(3, 2), loss, Adam(0.01), [x], precision=dtype)
+    top = mo.Level(
+        "top",
+        torch.nn.Linear(3, 2),
+        lambda s, b: s.low(b).float().square().mean(),
+        Adam(0.01),
+        [x],
+        precision=dtype,
+    )
+    graph = mo.LevelGraph([mo.Edge(top, low)])
+    mo.Trainer(graph, max_steps=3, progress=False).fit()
+    state = graph.state_dict()["levels"]["top"]
+    tensors = (state["params"], state["optimizer"]["slots"], state["below"]["low"]["params"])
+    assert {leaf.dtype for leaf in mo.tree.leaves(tensors)} == {torch.float32}
+    grads = graph.hypergradient("top")
+    assert {grad.dtype for grad in grads.values()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_ends_it_with_where_it_was(tmp_path: Path) -> None:
+    """At the lower level; the checkpoint before is there."""
+    data = [torch.ones(2, 3)] * 4 + [torch.full((2, 3), torch.nan)]
+    low = mo.Level(
+        "low",
+        torch.nn.Linear(3, 1),
+        lambda s, b: (s.low(b) * s.top(torch.ones(3))).square().mean(),
+        Adam(0.01),
+        data,
+    )
+    top = mo.Level(
+        "top", torch.nn.Linear(3, 1), lambda s, _: s.low(torch.ones(3)).sum(), Adam(0.01)
+    )
+    graph = mo.LevelGraph([mo.Edge(top, low)])
+    trainer = mo.Trainer(
+        graph, max_steps=9, checkpoint=tmp_path, checkpoint_every=2, progress=False
+    )
+    with pytest.raises(mo.NonFiniteError, match="level 'low', step 4"):
+        trainer.fit()
+    assert mo.Checkpoints(tmp_path).steps() == [2, 4]
+
+
+def test_a_solver_says_how_it_did_at_its_edge() -> None:
+    """Conjugate gradients on a quadratic with two different eigenvalues: exact in two steps."""
+    scales = torch.tensor([1.0, 3.0, 3.0], dtype=torch.float64)
+
+    class Value(torch.nn.Module):
+        def __init__(self, value: list[float]):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(value, dtype=torch.float64))
+
+        def forward(self) -> torch.Tensor:
+            return self.w
+
+    low = mo.Level(
+        "low",
+        Value([0.0, 0.0, 0.0]),
+        lambda s, _: (scales * (s.low() - s.top()) ** 2).sum() / 2,
+        Adam(0.1),
+    )
+    top = mo.Level(
+        "top", Value([1.0, 2.0, 3.0]), lambda s, _: (s.low() ** 2 + s.low()).sum(), Adam(0.1)
+    )
+    rule = mo.Implicit(mo.ConjugateGradient(max_steps=9, rtol=1e-12))
+    notes = Notes()
+    graph = mo.LevelGraph([mo.Edge(top, low, steps=3, differentiate=rule)])
+    mo.Trainer(graph, max_steps=2, logger=notes, progress=False).fit()
+    _, row = notes.rows[-1]
+    assert row["low/solver steps"] == 2
+    assert 0 <= row["low/solver residual"] < 1e-10
+    assert row["top/gradient norm"] > 0

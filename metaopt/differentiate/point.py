@@ -18,6 +18,7 @@ from metaopt.autodiff.replay import Ambient, drawn_again
 from metaopt.compiled import compile_whole
 from metaopt.differentiate.arguments import Scale
 from metaopt.differentiate.protocol import Given, InnerLoop, Inputs, Pullback, Result, Rule
+from metaopt.differentiate.statistics import say
 from metaopt.differentiate.steps import run
 from metaopt.scan.stream import Stream, last_row
 from metaopt.transforms import has_tangent
@@ -176,12 +177,15 @@ def _pull_back(rule: PointRule, loop: InnerLoop, end: End, cotangent: Tree, want
     if loss is not None:
         loop = replace(loop, loss=loss)
     if not loop.compile or torch.is_grad_enabled():
-        return fill_none(rule.pull_back(loop, end, cotangent, wanted)[0], wanted)  # type: ignore[no-any-return]
+        bars, statistics = rule.pull_back(loop, end, cotangent, wanted)
+    else:
 
-    def pull_back(inputs: Inputs, end: End, cotangent: Tree) -> Read:
-        return rule.pull_back(replace(loop, inputs=inputs), end, cotangent, wanted)[0]
+        def pull_back(inputs: Inputs, end: End, cotangent: Tree) -> tuple[Read, dict[str, Tensor]]:
+            return rule.pull_back(replace(loop, inputs=inputs), end, cotangent, wanted)
 
-    return fill_none(compile_whole(pull_back)(loop.inputs, end, cotangent), wanted)  # type: ignore[no-any-return]
+        bars, statistics = compile_whole(pull_back)(loop.inputs, end, cotangent)
+    say(statistics)
+    return fill_none(bars, wanted)  # type: ignore[no-any-return]
 
 
 def fill_none(bars: Tree, wanted: Tree) -> Tree:

@@ -26,6 +26,7 @@ from metaopt._functional import Params
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.pullback import plus
 from metaopt.differentiate import Given, Result
+from metaopt.differentiate.statistics import name_owner
 from metaopt.levels.forward import Place, replay, run_turn, total_loss
 from metaopt.levels.history import Window, make_inputs
 from metaopt.levels.plan import Plan
@@ -130,6 +131,7 @@ def sweep(tape: Sequence[Response], slopes: Mapping[str, Slope], root: str) -> S
         # to the level from here on belongs to the response before it.
         slope = total.pop(response.level, {})
         if any(part is not None for part in slope.values()):
+            name_owner(response.level)
             for level, bars in _pull_back(response, slope, moving).items():
                 before = total.get(level, {})
                 total[level] = {key: plus(bar, before.get(key)) for key, bar in bars.items()}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.levels.order import Batches, Order
 from metaopt.levels.plan import Plan
 from metaopt.levels.scope import Rows
 from metaopt.levels.timetable import Owner
@@ -48,21 +49,17 @@ class LevelData:
                 f"level {level!r}: `data` must be an iterable of batches or None, got "
                 f"{type(data).__name__}."
             )
-        self.level, self.source, self.device = level, data, device
+        self.level, self.device = level, device
         self.position = 0
-        self._read = 0  # batches out of the iterable since it began
-        self._length: int | None = None  # batches from its beginning to its end, once seen
-        self._batches: Iterator[Any] = iter(()) if data is None else iter(data)
+        self._batches = Batches(() if data is None else data)
         self._ahead: deque[Tree] = deque()
-        self._skip = 0
+        self._place: Order | None = None  # where to go before the next batch
 
     def peek(self, count: int) -> list[Tree]:
         """Return the next batches without taking them."""
-        for _ in range(self._skip):
-            self._next()
-        self._skip = 0
+        self.wind()
         while len(self._ahead) < count:
-            self._ahead.append(self._next())
+            self._ahead.append(self._moved(self._next()))
         return list(self._ahead)[:count]
 
     def take(self, count: int) -> None:
@@ -71,31 +68,56 @@ class LevelData:
             self._ahead.popleft()
         self.position += count
 
-    def seek(self, position: int) -> None:
-        """Go to a position at the next batch; a generator goes on from where it is."""
-        if self.source is None or self.source is self._batches or position == self.position:
+    def place(self) -> Order:
+        """Return where the data is, for `seek`."""
+        return self._place or self._batches.place(self.position)
+
+    def check(self, place: Any) -> None:
+        """Raise ValueError unless it is a place in data of this kind."""
+        try:
+            self._batches.check(place)
+        except (TypeError, LookupError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"level {self.level!r}: the state is not that of its `data`: {error}. Pass the "
+                "kind of data that it was saved with."
+            ) from error
+
+    def seek(self, place: Order) -> None:
+        """Go to a place at the next batch; an iterator that is past it stays where it is."""
+        if self._batches.is_iterator and place["position"] <= self.position:
             return
         self._ahead.clear()
-        self._batches, self._read, self.position = iter(self.source), 0, position
-        self._skip = position % self._length if self._length else position
+        self._place, self.position = place, place["position"]
+
+    def wind(self) -> None:
+        """Go where `seek` said."""
+        if self._place is not None:
+            place, self._place = self._place, None
+            try:
+                self._batches.wind(place)
+            except StopIteration:
+                raise self._ended() from None
 
     def _next(self) -> Tree:
-        assert self.source is not None
         try:
-            batch = next(self._batches)
+            return self._batches.next()
         except StopIteration:
-            if self._batches is self.source:
-                raise ValueError(
-                    f"level {self.level!r}: `data` ended after {self._read} batches and cannot "
-                    f"begin again: it is an iterator. "
-                    "Pass a list or a DataLoader, or a generator that does not end."
-                ) from None
-            if self._read == 0:
-                raise ValueError(f"level {self.level!r}: `data` is empty.") from None
-            self._batches, self._read, self._length = iter(self.source), 0, self._read
-            return self._next()
-        self._read += 1
-        return self._moved(batch)
+            raise self._ended() from None
+        except Exception as error:
+            error.add_note(f"It comes from `data` of level {self.level!r}: {self._where()}.")
+            raise
+
+    def _where(self) -> str:
+        return f"batch {self._batches.number}, counted from 0, could not be read"
+
+    def _ended(self) -> ValueError:
+        if self._batches.is_iterator:
+            return ValueError(
+                f"level {self.level!r}: `data` ended after {self._batches.number} batches and "
+                "cannot begin again: it is an iterator. "
+                "Pass a list or a DataLoader, or a generator that does not end."
+            )
+        return ValueError(f"level {self.level!r}: `data` is empty.")
 
     def _moved(self, batch: Tree) -> Tree:
         leaves = tree.leaves(batch)
@@ -137,6 +159,8 @@ def peek_rows(
     plan: Plan, data: Mapping[str, LevelData], owner: Owner
 ) -> tuple[Rows, dict[str, int]]:
     """Return the next batches of one turn of `owner`, and their numbers, by level."""
+    for one in data.values():  # all at once: loaders may have a generator in common
+        one.wind()
     rows: Rows = {}
     counts: dict[str, int] = {}
     for name, level in plan.levels.items():

@@ -20,6 +20,7 @@ from metaopt.batching import prefers_loop
 from metaopt.checks import NonFiniteError, find_not_finite
 from metaopt.compiled import compile_whole
 from metaopt.differentiate import EvolutionStrategy
+from metaopt.differentiate.statistics import gathering
 from metaopt.levels.backward import take_total_gradient
 from metaopt.levels.check_plan import check_plan, check_state, name_levels
 from metaopt.levels.data import LevelData, peek_rows
@@ -113,7 +114,9 @@ class LevelGraph:
     def step(self) -> dict[str, float | Tensor]:
         """Make one step of the top levels and what it takes below; return losses by name.
 
-        The names of losses and metrics are "level/name".
+        The names of losses and metrics are "level/name". Of a top level there is the "gradient
+        norm", that of its hypergradient; of a level below whose rule solves a linear system,
+        "solver residual" and "solver steps", for its last response.
 
         Of several top levels that share a lower one, each makes the smallest number of steps after
         which all are done at once; `print(graph)` shows it. Losses and metrics are those of each
@@ -130,7 +133,7 @@ class LevelGraph:
         """
         _check_surroundings("step")
         rows, counts = peek_rows(self.plan, self._data, None)
-        with torch.no_grad(), self._drawn_again() as drawn:
+        with torch.no_grad(), gathering() as gathered, self._drawn_again() as drawn:
             _, states = self._run_turn(self._states, rows)
             # until here nothing has changed, and no batch is gone
             _raise_if_not_finite(states, self._steps)
@@ -140,7 +143,7 @@ class LevelGraph:
         self._states = states
         self._steps += 1
         self._load()
-        return _find_metrics(states)
+        return _find_metrics(states) | gathered.found
 
     def hypergradient(self, level: str, *, after_steps: bool = False) -> Params:
         """Return dT/dw of a level by parameter name, at the present state; nothing steps.
@@ -204,11 +207,15 @@ class LevelGraph:
             }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next step depends on, but for the order of data and the random state."""
+        """Return what the next step depends on, but for the random state that losses draw from.
+
+        Of data it is the number of the next batch, and of a `DataLoader` the random state that
+        its order came from.
+        """
         return {
             "levels": self._states,
             "initial": dict(self.plan.initial),
-            "data": {name: one.position for name, one in self._data.items()},
+            "data": {name: one.place() for name, one in self._data.items()},
             "steps": self._steps,
             "draws": {str(edge): rule.draws for edge, rule in self._drawing()},
         }
@@ -216,18 +223,23 @@ class LevelGraph:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a state, also in the levels' models.
 
-        Data is wound to where it was, generators go on from where they are.
+        Data is wound to where it was: a `DataLoader` reads the batches before that place again, of
+        the order they were in; an iterator can only go on, and one that is past it stays where it
+        is. `Shuffled` is there at once.
 
         Raises:
             ValueError: it is the state of another graph; then nothing is changed.
         """
         check_state(state, self.state_dict())
-        self._states, self._steps = state["levels"], state["steps"]
-        self.plan.initial.update(state["initial"])
+        for name, one in self._data.items():
+            one.check(state["data"][name])
+        self._states = tree.map(_move, state["levels"], self._states)
+        self._steps = state["steps"]
+        self.plan.initial.update(tree.map(_move, state["initial"], dict(self.plan.initial)))
         for edge, rule in self._drawing():
             rule.wind_to(state["draws"][str(edge)])
-        for name, position in state["data"].items():
-            self._data[name].seek(position)
+        for name, place in state["data"].items():
+            self._data[name].seek(place)
         self._load()
 
     def draw(self, path: str | Path) -> None:
@@ -315,6 +327,11 @@ class LevelGraph:
                 values += map(now.__getitem__, own)
         with torch.no_grad():
             foreach_copy_(models, values)
+
+
+def _move(leaf: Any, own: Any) -> Any:
+    """Return a leaf on the device of the graph's own, where a file knows the CPU alone."""
+    return leaf.to(own.device) if isinstance(leaf, Tensor) else leaf
 
 
 def _check_surroundings(method: str) -> None:

@@ -35,7 +35,8 @@ class Level:
             it: that level then learns the optimizer.
         data: an iterable of batches, trees of tensors: a `DataLoader`, a list, a generator. It is
             begun again when it ends, except for a generator. For one batch that is always the same,
-            a list with that batch. None: the loss gets None.
+            a list with that batch. Of an object with a method `batch_at(n)`, as `Shuffled` has, the
+            batches n = 0, 1, 2, ... None: the loss gets None.
         copies: number of independent problems with parameters of their own, batched under `vmap`.
             The batches of this level, and of the one above it, then have the leading axis `copies`.
         accumulate: number of batches in a step; the loss is the mean over them.

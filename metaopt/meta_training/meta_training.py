@@ -15,6 +15,7 @@ from metaopt.meta_training.estimate import Estimate, Estimator
 from metaopt.meta_training.groups import Families, Groups, Horizon
 from metaopt.meta_training.task import TaskFamily
 from metaopt.optimizer import Optimizer, apply_updates, with_steps
+from metaopt.tree import Tree
 
 MOST_LOST = 20  # steps in a row without a finite task, after which there is no hope
 
@@ -160,13 +161,42 @@ class MetaTraining:
             "outer": self.outer_state,
             "estimator": self.estimator_state,
             "generator": self.generator.get_state(),
+            "lost": self._lost,
+            "made with": _describe(self.estimator),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a state that `state_dict` returned."""
+        """Go back to a state that `state_dict` returned.
+
+        Raises:
+            ValueError: it is that of another training; then nothing is changed.
+        """
+        self._check_state(state)
         self.optimizer.load_state_dict(state["theta"])
         self.outer_state, self.estimator_state = state["outer"], state["estimator"]
         self.generator.set_state(state["generator"])
+        self._lost = state["lost"]
+
+    def _check_state(self, state: Any) -> None:
+        """Raise ValueError unless a state has the parts of our own, with tensors of their shapes.
+
+        Of the estimator's part, which may be empty, it is the kind of estimator that must agree.
+        """
+        own = self.state_dict()
+        if not isinstance(state, dict) or state.keys() != own.keys():
+            raise ValueError(
+                f"MetaTraining: a state must have the parts {sorted(own)}, got "
+                f"{sorted(state) if isinstance(state, dict) else type(state).__name__}."
+            )
+        for part in ("theta", "outer", "generator", "lost", "made with"):
+            one, other = _find_kinds(state[part]), _find_kinds(own[part])
+            for path in [*other, *one]:
+                if one.get(path) != other.get(path):
+                    raise ValueError(
+                        f"MetaTraining: the state is that of another training. At {part}{path} it "
+                        f"has {one.get(path, 'nothing')}, where this one has "
+                        f"{other.get(path, 'nothing')}. Build it as it was when it was saved."
+                    )
 
     def _theta(self) -> Params:
         return {
@@ -174,6 +204,24 @@ class MetaTraining:
             for name, value in self.optimizer.named_parameters()
             if value.requires_grad
         }
+
+
+def _describe(estimator: Any) -> str:
+    """Return the kind of an estimator: states of others do not fit it."""
+    inner = f"({_describe(estimator.estimator)})" if isinstance(estimator, Groups) else ""
+    return f"{type(estimator).__name__}{inner}"
+
+
+def _find_kinds(values: Tree) -> dict[str, str]:
+    """Return path -> what stands there: dtype and shape of a tensor, a text itself."""
+    return {
+        path: f"{leaf.dtype} {tuple(leaf.shape)}"
+        if isinstance(leaf, Tensor)
+        else leaf
+        if isinstance(leaf, str)
+        else type(leaf).__name__
+        for path, leaf in tree.named_leaves(values)
+    }
 
 
 def _check_plan(estimator: Any, tasks: Any, horizon: Any) -> None:

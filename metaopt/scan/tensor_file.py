@@ -72,11 +72,15 @@ def read(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: it cannot be read.
     """
     facts = read_facts(path, remedy)
-    pairs, expected = json.loads(facts.pop("complex")), facts.pop("checksum")
-    with outside_transforms(), safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        tensors |= {name: torch.view_as_complex(tensors[name]) for name in pairs}
-    found = digest(tensors.items())
+    pairs, expected = facts.pop("complex"), facts.pop("checksum")
+    try:
+        with outside_transforms(), safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors |= {name: torch.view_as_complex(tensors[name]) for name in json.loads(pairs)}
+        found = digest(tensors.items())
+    # what a file that nobody wrote may hold: dtypes and shapes that torch refuses, any JSON
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise _damaged(path, str(error), remedy) from error
     if found != expected:
         how = f"its checksum is {found[:12]}..., not {expected[:12]}... as written in it"
         raise _damaged(path, how, remedy)
@@ -103,7 +107,7 @@ def digest(leaves: Iterable[tuple[str, Any]]) -> str:
             with outside_transforms():
                 tensor = _to_cpu(leaf)
                 sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+                sha.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         else:
             is_plain = isinstance(leaf, bool | int | float | str | None)
             value = repr(leaf) if is_plain else type(leaf).__name__

@@ -1,6 +1,29 @@
-"""Running a training: the loop and its loggers."""
+"""Running a training: the loop, its checkpoints and its loggers."""
 
-from metaopt.train.loggers import Logger, TensorBoardLogger
-from metaopt.train.trainer import Trainer, Training
+from metaopt.train.checkpoint import Checkpoints
+from metaopt.train.loggers import (
+    ConsoleLogger,
+    JSONLogger,
+    Logger,
+    PictureLogger,
+    RunLogger,
+    Several,
+    TensorBoardLogger,
+)
+from metaopt.train.state_file import CheckpointError
+from metaopt.train.trainer import Callback, Trainer, Training
 
-__all__ = ["Logger", "TensorBoardLogger", "Trainer", "Training"]
+__all__ = [
+    "Callback",
+    "CheckpointError",
+    "Checkpoints",
+    "ConsoleLogger",
+    "JSONLogger",
+    "Logger",
+    "PictureLogger",
+    "RunLogger",
+    "Several",
+    "TensorBoardLogger",
+    "Trainer",
+    "Training",
+]

@@ -1,18 +1,30 @@
-"""The training loop: step, log, validate, keep the best."""
+"""The training loop: step, log, validate, save, stop."""
 
 from __future__ import annotations
 
-import copy
-import math
 import operator
-from collections.abc import Callable, Mapping
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from metaopt.checks import check_flag
+from metaopt.checks import check_flag, check_positive
+from metaopt.train.checkpoint import Checkpoints
+from metaopt.train.interrupt import Interrupt
 from metaopt.train.loggers import Logger
+from metaopt.train.memory import peak_memory
 from metaopt.train.progress import Bar, Lines, show_progress
+from metaopt.train.random_state import read_random_state, restore_random_state
+from metaopt.train.selection import Selection
+from metaopt.train.state_file import CheckpointError
+
+SECONDS_BETWEEN_MEASURES = 1.0  # of pace and memory, for the logger
+
+Metrics = dict[str, float]
 
 
 class Training(Protocol):
@@ -31,28 +43,58 @@ class Training(Protocol):
         ...
 
 
-class Trainer:
-    """Steps a training `max_steps` times and shows how far it is.
+class Callback(Protocol):
+    """What is called after each step."""
 
-    In a terminal that is a progress bar; where stderr is a pipe or a file, a line every 30 seconds
-    and one at the end.
+    def __call__(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Look at the step `trainer.step`; `trainer.stop()` makes it the last one."""
+        ...
+
+
+class Trainer:
+    """Steps a training `max_steps` times, and saves, validates, logs and shows how far it is.
+
+    `fit()` does it all; `for metrics in trainer:` does the same, a step at a time, for a loop of
+    another library. In a terminal the progress is a bar; where stderr is a pipe or a file, a line
+    every 30 seconds and one at the end.
+
+    The first SIGINT or SIGTERM lets the step end, saves, and raises KeyboardInterrupt with what to
+    do to go on; a second one ends the program at once.
 
     Args:
         training: what to train.
-        max_steps: number of steps.
+        max_steps: number of steps, those before a resumption included.
         logger: takes the metrics of each step, and "validation"; and, of a training that has a
             method `values`, as a `LevelGraph` has, the numbers that it returns before the step:
-            those of schedules and learned rates.
-        validate: returns a number, lower is better; called before the first step, every
-            `validate_every` steps, and after the last. After `fit` the training is back in the
-            state that validated best.
+            those of schedules and learned rates. At most once a second also "steps per second" and
+            "peak memory (MiB)". One that raises is reported once, and the training goes on.
+        validate: returns a number, lower is better, or several by name, of which "loss" decides;
+            called before the first step, every `validate_every` steps, and after the last. After
+            `fit` the training is back in the state that validated best.
         validate_every: steps between validations.
+        patience: number of validations in a row that are not better, after which it ends; a nan is
+            not better. None: it does not end for this.
+        min_change: how much lower than the best a validation must be to count as better for
+            `patience`.
+        checkpoint: a directory for checkpoints, of which the last two and the best are kept; or
+            `Checkpoints`, which can say more. Everything is in them: the training's state, torch's,
+            numpy's and Python's random state, and what `fit` knows.
+        checkpoint_every: steps between checkpoints; one is also written where the validation is
+            best, and at the end.
+        resume: go on from the newest checkpoint that can be read, or begin if there is none.
+        time_limit: seconds after which it saves and ends.
+        callbacks: called after each step, with the metrics, and those of a validation after it.
         label: text in front of the progress.
         progress: False to show nothing.
 
     Raises:
-        ValueError: `max_steps` or `validate_every` is not positive.
+        ValueError: a number is out of range.
         TypeError: an argument of another type.
+        CheckpointError: the directory cannot be written to, or it has checkpoints and `resume` is
+            False.
+
+    Cost:
+        Beside the steps, a few microseconds for each, and the checkpoints.
     """
 
     def __init__(
@@ -61,70 +103,235 @@ class Trainer:
         *,
         max_steps: int,
         logger: Logger | None = None,
-        validate: Callable[[], float] | None = None,
+        validate: Callable[[], float | Mapping[str, float]] | None = None,
         validate_every: int = 100,
+        patience: int | None = None,
+        min_change: float = 0.0,
+        checkpoint: str | Path | Checkpoints | None = None,
+        checkpoint_every: int = 1000,
+        resume: bool = False,
+        time_limit: float | None = None,
+        callbacks: Sequence[Callback] = (),
         label: str = "training",
         progress: bool = True,
     ):
         _require_methods("training", training, ("step", "state_dict", "load_state_dict"))
         if logger is not None:
             _require_methods("logger", logger, ("log", "close"))
-        if validate is not None and not callable(validate):
-            raise TypeError(
-                f"`validate` must be a function that returns a number, got {validate!r}. Write "
-                "validate=lambda: ..."
-            )
+        _require_functions(validate, callbacks)
         check_flag(None, "progress", progress)
+        check_positive(None, "min_change", min_change, or_zero=True)
         self.training, self.logger, self.validate = training, logger, validate
         self.max_steps = _as_count("max_steps", max_steps)
         self.validate_every = _as_count("validate_every", validate_every)
+        self.patience = None if patience is None else _as_count("patience", patience)
+        self.min_change = min_change
+        self.time_limit = time_limit and check_positive(None, "time_limit", time_limit)
+        self.checkpoints = _open(checkpoint, check_flag(None, "resume", resume))
+        self.checkpoint_every = _as_count("checkpoint_every", checkpoint_every)
+        self.resume, self.callbacks = resume, tuple(callbacks)
         self.label, self.progress = label, progress
-        self.best = math.inf
-        self.best_step = 0
-        self._best_state: dict[str, Any] | None = None
+        self._begin()
 
     def fit(self) -> None:
         """Train, and go back to the state that validated best.
 
-        `best` and `best_step` then say which it was. The same happens if a step raises or the user
-        interrupts: what was best by then is kept.
+        `step`, `best` and `best_step` then say how it went. The same happens if a step raises or
+        the user interrupts: what was best by then is kept.
 
         Raises:
             TypeError: a metric, or what `validate` returned, is not one number.
+            CheckpointError: there is no checkpoint to go on from that can be read and is of this
+                training.
+            OSError: a checkpoint could not be written, for example on a full disk; those before are
+                as they were.
+            KeyboardInterrupt: a signal to stop came; everything is saved.
         """
-        progress = show_progress(self.label, self.max_steps, shown=self.progress)
+        for _ in self:
+            pass
+
+    def __iter__(self) -> Iterator[Metrics]:
+        """Yield the metrics of each step when all that belongs to it is done; as `fit` otherwise.
+
+        A loop that is left early leaves the training in the best state by then, as `fit` does.
+        """
+        self._begin()
+        is_resumed = self._resume()
+        progress = show_progress(self.label, self.max_steps, done=self.step, shown=self.progress)
         try:
-            self._validate(0, progress)
-            for step in range(1, self.max_steps + 1):
-                # Before the step: these are the values that it uses.
-                values = {} if self.logger is None else _read_values(self.training)
-                metrics = {
-                    name: _as_number(f"The metric {name!r}", value)
-                    for name, value in self.training.step().items()
-                }
-                if self.logger is not None:
-                    self.logger.log(step, values | metrics)
-                progress.advance()
-                if step % self.validate_every == 0 or step == self.max_steps:
-                    self._validate(step, progress)
+            with Interrupt() as interrupt:
+                if not is_resumed:
+                    self._validate(progress)
+                    self._end_step(interrupt)
+                while self.stopped_by is None:
+                    metrics = self._step(progress)
+                    self._end_step(interrupt)
+                    yield metrics
         finally:
             progress.close()
-            # Also after an interruption: what was best by then is kept.
-            if self._best_state is not None:
-                self.training.load_state_dict(self._best_state)
-            if self.logger is not None:
-                self.logger.close()
+            self._close()
 
-    def _validate(self, step: int, progress: Bar | Lines) -> None:
-        if self.validate is None:
-            return
-        value = _as_number("What `validate` returns", self.validate())
+    def stop(self) -> None:
+        """Make the present step the last one, from a callback or the body of a loop."""
+        self._stopped = True
+
+    @property
+    def stopped_by(self) -> str | None:
+        """What ended the training: "max_steps", "patience", "time_limit" or "stop"; else None."""
+        if self._stopped:
+            return "stop"
+        if self.step >= self.max_steps:
+            return "max_steps"
+        if self._selection.is_over:
+            return "patience"
+        if self.time_limit and time.perf_counter() - self._started >= self.time_limit:
+            return "time_limit"
+        return None
+
+    @property
+    def best(self) -> float:
+        """The lowest validation so far."""
+        return self._selection.best
+
+    @property
+    def best_step(self) -> int:
+        """The step at which that was."""
+        return self._selection.best_step
+
+    def _begin(self) -> None:
+        self.step = 0
+        self._selection = Selection(self.patience, self.min_change)
+        self._stopped = self._is_best = self._has_failed_to_log = False
+        self._started = self._measured = time.perf_counter()
+        self._measured_at = 0
+
+    def _resume(self) -> bool:
+        """Go to the newest checkpoint; return False if that is not asked for or there is none."""
+        found = self.checkpoints.load() if self.checkpoints and self.resume else None
+        if found is None:
+            return False
+        try:
+            best = None if found.best is None else found.best["training"]
+            self._selection.load_state_dict(found.state["selection"], best)
+            self.training.load_state_dict(found.state["training"])
+            restore_random_state(found.state["random"])
+        except (TypeError, LookupError, ValueError, RuntimeError, AttributeError) as error:
+            assert self.checkpoints
+            raise CheckpointError(
+                f"{self.checkpoints.path(found.step)} is not a checkpoint of this training: "
+                f"{error} Go on with the training that wrote it, or begin in another directory."
+            ) from error
+        self.step = self._measured_at = found.step
+        return True
+
+    def _step(self, progress: Bar | Lines) -> Metrics:
+        # Before the step: these are the values that it uses.
+        values = {} if self.logger is None else _read_values(self.training)
+        metrics = {
+            name: _as_number(f"The metric {name!r}", value)
+            for name, value in self.training.step().items()
+        }
+        self.step += 1
+        self._is_best = False
         if self.logger is not None:
-            self.logger.log(step, {"validation": value})
-        if value < self.best:  # a nan is never best
-            self.best, self.best_step = value, step
-            self._best_state = copy.deepcopy(self.training.state_dict())
+            self._log(values | metrics)
+            self._log_measures()
+        progress.advance(metrics)
+        if self.step % self.validate_every == 0 or self.step == self.max_steps:
+            metrics |= self._validate(progress)
+        for callback in self.callbacks:
+            callback(self, metrics)
+        return metrics
+
+    def _end_step(self, interrupt: Interrupt) -> None:
+        """Save if it is time for it, the step the best, or the last; raise if a signal came."""
+        ends = self.stopped_by
+        is_due = self.step % self.checkpoint_every == 0 and self.step
+        if is_due or ends or interrupt.received or self._is_best:
+            self._save()
+        saved = "" if self.checkpoints is None else f" It is saved in {self.checkpoints.directory}."
+        again = f"{saved} Run it again with `resume=True` to go on." if saved else ""
+        if ends == "time_limit" and self.progress:
+            print(f"The time is up at step {self.step}.{again}", file=sys.stderr)
+        if interrupt.received and not ends:
+            raise KeyboardInterrupt(
+                f"{interrupt.received} after step {self.step} of {self.max_steps}.{again}"
+            )
+
+    def _validate(self, progress: Bar | Lines) -> Metrics:
+        """Validate if there is something to do it with; return the values by name."""
+        if self.validate is None:
+            return {}
+        given = self.validate()
+        values = _name_values(given)
+        self._log(values)
+        value = values["validation/loss" if isinstance(given, Mapping) else "validation"]
+        self._is_best = self._selection.take(self.step, value, self.training.state_dict())
         progress.note({"validation": f"{value:.4g}", "best": f"{self.best:.4g}@{self.best_step}"})
+        return values
+
+    def _save(self) -> None:
+        if self.checkpoints is None:
+            return
+        state = {
+            "training": self.training.state_dict(),
+            "selection": self._selection.state_dict(),
+            "random": read_random_state(),
+        }
+        has_best = self._selection.best_state is not None
+        self.checkpoints.save(self.step, state, self.best_step if has_best else None)
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        if self.logger is None:
+            return
+        try:
+            self.logger.log(self.step, metrics)
+        except Exception as error:
+            self._report_logger(error)
+
+    def _log_measures(self) -> None:
+        now = time.perf_counter()
+        if now - self._measured >= SECONDS_BETWEEN_MEASURES:
+            pace = (self.step - self._measured_at) / (now - self._measured)
+            self._log({"steps per second": pace, "peak memory (MiB)": peak_memory()})
+            self._measured, self._measured_at = now, self.step
+
+    def _report_logger(self, error: Exception) -> None:
+        if not self._has_failed_to_log:
+            self._has_failed_to_log = True
+            warnings.warn(
+                f"The logger {type(self.logger).__name__} failed at step {self.step}: {error!r}. "
+                "The training goes on; this is said once.",
+                stacklevel=2,
+            )
+
+    def _close(self) -> None:
+        """Go back to what was best, also after an interruption."""
+        if self._selection.best_state is not None:
+            self.training.load_state_dict(self._selection.best_state)
+        if self.logger is not None:
+            try:
+                self.logger.close()
+            except Exception as error:
+                self._report_logger(error)
+
+
+def _open(checkpoint: str | Path | Checkpoints | None, resume: bool) -> Checkpoints | None:
+    """Return the directory of the checkpoints.
+
+    Raises:
+        CheckpointError: there are some that nobody said to go on from.
+    """
+    if checkpoint is None:
+        return None
+    found = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
+    steps = found.steps()
+    if steps and not resume:
+        raise CheckpointError(
+            f"{found.directory} has checkpoints, up to step {steps[-1]}. Go on from there with "
+            "`resume=True`, or delete them, or take another directory."
+        )
+    return found
 
 
 def _require_methods(name: str, given: Any, methods: tuple[str, ...]) -> None:
@@ -136,6 +343,18 @@ def _require_methods(name: str, given: Any, methods: tuple[str, ...]) -> None:
         )
 
 
+def _require_functions(validate: Any, callbacks: Any) -> None:
+    if validate is not None and not callable(validate):
+        raise TypeError(
+            f"`validate` must be a function that returns a number, got {validate!r}. Write "
+            "validate=lambda: ..."
+        )
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise TypeError(
+            f"`callbacks` must be functions of (trainer, metrics) in a list, got {callbacks!r}."
+        )
+
+
 def _read_values(training: Any) -> dict[str, float]:
     """Return the hyperparameters that are single numbers, of a training that tells them."""
     tell = getattr(training, "values", None)
@@ -144,6 +363,21 @@ def _read_values(training: Any) -> dict[str, float]:
         name: float(value)
         for name, value in found.items()
         if not isinstance(value, Tensor) or value.numel() == 1
+    }
+
+
+def _name_values(given: Any) -> Metrics:
+    """Return what `validate` returned, by name."""
+    if not isinstance(given, Mapping):
+        return {"validation": _as_number("What `validate` returns", given)}
+    if "loss" not in given:
+        raise TypeError(
+            f"What `validate` returns must have 'loss', which decides what is best, got "
+            f"{sorted(given)}."
+        )
+    return {
+        f"validation/{name}": _as_number(f"The validation {name!r}", value)
+        for name, value in given.items()
     }
 
 

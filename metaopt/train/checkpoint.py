@@ -1,0 +1,229 @@
+"""The checkpoints of a training run: a directory in which, whatever happens, one can be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from metaopt.checks import check_count
+from metaopt.scan.tensor_file import read_facts
+from metaopt.train.state_file import CheckpointError, read_state, write_state
+
+FORMAT = "metaopt checkpoint 1"
+DAMAGED = "An older checkpoint is used if there is one; this file may be deleted."
+
+
+class Restored(NamedTuple):
+    """What a checkpoint gives back.
+
+    Attributes:
+        step: after which it was written.
+        state: of the run.
+        best: the state at the step that it names as the best, if it names one that can be read.
+    """
+
+    step: int
+    state: Any
+    best: Any | None
+
+
+class Checkpoints:
+    """Files `step-00001000.safetensors` in a directory, each the whole state after a step.
+
+    A file takes its name when its content is on the disk: a process that is killed, even as it
+    writes, leaves those before. The last `keep` are kept, and those that they name as the best.
+
+    Args:
+        directory: where; it is made if need be.
+        keep: how many to keep.
+        config: of the run, a dataclass or a mapping: what a run that goes on must have in common
+            with the one that began.
+
+    Raises:
+        CheckpointError: nothing can be written there.
+
+    Cost:
+        Of `save`: two copies of the state in main memory, a SHA-256 of it, and the writing.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2, config: Any = None):
+        self.directory, self.keep = Path(directory), check_count(None, "keep", keep)
+        self.config = describe_config(config)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        probe = self.directory / "probe.partial"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            for partial in self.directory.glob("*.partial"):  # of a process killed as it wrote
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"The directory for checkpoints, {self.directory}, must be one that can be written "
+                f"to, got: {error.strerror}. Pass another one, or change its permissions."
+            ) from error
+
+    def steps(self) -> list[int]:
+        """Return the steps after which there are checkpoints, in order."""
+        names = [re.fullmatch(r"step-(\d{8,})", path.stem) for path in self._files()]
+        return sorted(int(name[1]) for name in names if name)
+
+    def path(self, step: int) -> Path:
+        """Return the file of a step."""
+        return self.directory / f"step-{step:08}.safetensors"
+
+    def save(self, step: int, state: Any, best_step: int | None = None) -> None:
+        """Write a checkpoint, and delete those that nobody needs any more.
+
+        Args:
+            step: after which it is.
+            state: of the run.
+            best_step: the step that was best, whose checkpoint is kept with this one.
+
+        Raises:
+            OSError: it could not be written; those before are as they were.
+            TypeError: the state has something that cannot be stored.
+        """
+        facts = {
+            "format": FORMAT,
+            "best": json.dumps(best_step),
+            "config": json.dumps(self.config),
+            "versions": json.dumps(find_versions()),
+        }
+        write_state(self.path(step), state, facts)
+        directory = os.open(self.directory, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # its new entry
+        finally:
+            os.close(directory)
+        self._prune()
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        last = steps[-self.keep :]
+        kept = {*last, *(self._read_facts(self.path(step)).get("best") for step in last)}
+        for step in steps:
+            if step not in kept:
+                self.path(step).unlink(missing_ok=True)
+
+    def load(self) -> Restored | None:
+        """Return the newest checkpoint that can be read, None if the directory has none.
+
+        One that cannot is renamed to "*.damaged", with a warning.
+
+        Raises:
+            CheckpointError: none of several can be read, or it is that of another configuration.
+        """
+        last: CheckpointError | None = None
+        for step in reversed(self.steps()):
+            try:
+                facts = self._read_facts(self.path(step))
+                self._compare(self.path(step), facts)
+                state = read_state(self.path(step), DAMAGED)
+            except _Other:
+                raise
+            except CheckpointError as error:
+                last = error
+                self.path(step).rename(self.path(step).with_suffix(".damaged"))
+                warnings.warn(f"{error} The training goes back before step {step}.", stacklevel=2)
+            else:
+                best = facts["best"]
+                return Restored(step, state, state if best == step else self._load_best(best))
+        if last is not None:
+            raise last
+        return None
+
+    def _load_best(self, best: int | None) -> Any | None:
+        if best is None:
+            return None
+        try:
+            return read_state(self.path(best), DAMAGED)
+        except CheckpointError as error:
+            warnings.warn(f"The best state, of step {best}, is lost: {error}", stacklevel=2)
+            return None
+
+    def _read_facts(self, path: Path) -> dict[str, Any]:
+        """Return what the header of a file says, without its tensors."""
+        try:
+            facts = read_facts(path, DAMAGED)
+            if facts.get("format") != FORMAT:
+                raise ValueError(f"{path} must be of the format {FORMAT!r}. {DAMAGED}")
+            found = {name: json.loads(facts[name]) for name in ("best", "config", "versions")}
+            is_step = found["best"] is None or type(found["best"]) is int
+            if not is_step or not all(type(found[name]) is dict for name in ("config", "versions")):
+                raise ValueError(f"{path} has a header with other facts, {str(found)[:200]}")
+        except (ValueError, LookupError, RecursionError, OSError) as error:
+            raise CheckpointError(f"{error} ({path})") from error
+        return found
+
+    def _compare(self, path: Path, facts: dict[str, Any]) -> None:
+        """Raise if a checkpoint has another configuration; warn if it has other versions."""
+        differs = _list_differences(facts["config"], self.config)
+        if differs:
+            raise _Other(
+                f"{path} is a checkpoint of another configuration: {'; '.join(differs)}. Go on "
+                "with the one it was written with, or begin in another directory."
+            )
+        versions = _list_differences(facts["versions"], find_versions())
+        if versions:
+            warnings.warn(
+                f"{path} was written by other versions: {'; '.join(versions)}. The run goes on, "
+                "but perhaps not bit for bit.",
+                stacklevel=3,
+            )
+
+    def _files(self) -> list[Path]:
+        return [*self.directory.glob("step-*.safetensors")]
+
+
+class _Other(CheckpointError):
+    """A checkpoint that can be read, of another configuration."""
+
+
+def describe_config(config: Any) -> dict[str, Any]:
+    """Return a configuration as JSON would give it back.
+
+    Raises:
+        TypeError: it is neither a dataclass, nor a mapping, nor None.
+    """
+    if is_dataclass(config) and not isinstance(config, type):
+        config = asdict(config)
+    if not isinstance(config, Mapping | None):
+        raise TypeError(
+            f"`config` must be a dataclass or a dict, got {type(config).__name__}. Write "
+            "config={'lr': 0.1}."
+        )
+    described: dict[str, Any] = json.loads(json.dumps(dict(config or {}), default=str))
+    return described
+
+
+def _list_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} was {there.get(name, 'absent')!r}, is {here.get(name, 'absent')!r}"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name, _ABSENT) != here.get(name, _ABSENT)
+    ]
+
+
+_ABSENT = object()
+
+
+@cache
+def find_versions() -> dict[str, str]:
+    """Return the versions on which the numbers of a run may depend."""
+    try:
+        own = version("torch-metaopt")
+    except PackageNotFoundError:  # on the path, but not installed
+        own = "not installed"
+    return {"metaopt": own, "torch": str(torch.__version__)}

@@ -1,0 +1,47 @@
+"""A signal to stop that waits until a step is over."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupt:
+    """While entered, the first signal to stop is kept in mind; a second one acts as without this.
+
+    In a thread that is not the main one Python delivers no signals, and nothing is done.
+
+    Attributes:
+        received: the name of the signal, None until one comes.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        self.received = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = {one: signal.signal(one, self._keep) for one in SIGNALS}
+        return self
+
+    def _keep(self, number: int, frame: object) -> None:
+        self.received = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            one, handler = self._before.popitem()
+            signal.signal(one, signal.SIG_DFL if handler is None else handler)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
