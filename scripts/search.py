@@ -38,6 +38,7 @@ from metaopt.tasks.digits import CLASSES, PIXELS, digits
 from optimizers import SGD, Adam
 
 with extra("scripts/search.py"):
+    import command_line
     import tyro
     from matplotlib.figure import Figure
 
@@ -229,4 +230,4 @@ def main(config: Config) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    command_line.run(main, Config, __doc__)
