@@ -26,6 +26,7 @@ from metaopt.differentiate import (
     PointRule,
     Rule,
 )
+from metaopt.distributed import Ranks, join_ranks
 from metaopt.linear_solve import (
     GMRES,
     BiCGStab,
@@ -220,6 +221,9 @@ __all__ = [  # noqa: RUF022 - in groups
     "compare_rules",
     "hypergradient_check",
     "metasmoothness",
+    # work shared over processes
+    "Ranks",
+    "join_ranks",
     # running a training
     "Callback",
     "CheckpointError",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metaopt.autodiff.modes import note_modes
+from metaopt.distributed import call_fully_sharded, is_fully_sharded
 from metaopt.exact_ops import any_order
 from metaopt.torch_internals import (
     NormWithStatistics,
@@ -42,6 +43,9 @@ def functional(model: nn.Module) -> Functional:
     Args:
         model: any module. It is read, never written: buffers that its forward updates in place are
             updated on copies.
+
+    A module on which `fully_shard` was called has first derivatives only. `DTensor`s in an
+    ordinary module have all.
 
     Returns:
         A `Functional`. Its `params` are the model's own trainable parameters, one entry per
@@ -102,7 +106,14 @@ class Functional:
                 f"`model` must be an nn.Module, got {type(model).__name__}. Pass the module, not "
                 "its output."
             )
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            raise TypeError(
+                f"`model` must be the module that {type(model).__name__} was made of, got that "
+                "itself: it sends gradients in `backward()` only, so other derivatives would "
+                "silently be those of one process. Pass `model.module`, and enter `join_ranks()`."
+            )
         self.model = model
+        self._is_sharded = is_fully_sharded(model)
         self._trainable = _locate(
             name for name, parameter in model.named_parameters() if is_tracked(parameter)
         )
@@ -207,6 +218,8 @@ class Functional:
         """Run the model with these tensors; `buffers` then holds what the forward left in them."""
         if params.keys() != self._trainable.keys():
             self._check("params", params, self.params)
+        if self._is_sharded:
+            return call_fully_sharded(self.model, params, args, kwargs)
         if not torch.compiler.is_compiling():
             note_modes(self.model)
         given: Mapping[str, Any] = params

@@ -21,6 +21,15 @@ from metaopt.batching import prefers_loop
 from metaopt.checks import check_differentiable, check_finite, check_scalar
 from metaopt.closure import find_hidden, find_leaves, name_tracked
 from metaopt.compiled import compile_whole
+from metaopt.distributed import (
+    Ranks,
+    check_agreement,
+    copy_to_ranks,
+    current_ranks,
+    gather_rows,
+    sum_over_ranks,
+    work_alone,
+)
 from metaopt.exact_ops import any_order
 from metaopt.inner_problem import as_tensor
 from metaopt.torch_internals import is_autograd_excluded
@@ -34,6 +43,11 @@ class _Variables(NamedTuple):
     params: Tree
     learned: Params
 
+
+SEED_ALIKE = (
+    "Every rank makes the same models and draws the same tasks, of which it then takes its part: "
+    "use the same seeds on all of them."
+)
 
 _Differentiated = tuple[_Variables, Tensor, Tree]  # mean gradients, losses [n], aux [n, ...]
 
@@ -73,7 +87,8 @@ def meta_grad(
         shapes may differ, and which are differentiated one by one (aux is then stacked, or a list
         if its shapes differ). With `learn`, `grads` is a pair: those of `params`, and those of the
         module's parameters by name. All is detached at the top level; to differentiate it again,
-        call it inside `torch.func.grad`.
+        call it inside `torch.func.grad`. Inside of `join_ranks`, where every rank is given the
+        same `tasks`, each differentiates its part of them; what is returned is of all.
 
     Raises:
         TypeError: `learn` is not a module, or `chunk_size` not an integer.
@@ -134,40 +149,66 @@ class MetaGradient:
                 "`net.params`."
             )
         count = _count_listed(tasks) if isinstance(tasks, list) else _count(tasks)
+        ranks = current_ranks()
+        part = ranks.share(count, "tasks")
         variables = _Variables(params, {} if self.learned is None else self.learned.params)
         # Where plain autograd stands in for a transform around this, it is not the outermost one.
         outermost = values_are_readable() and not VARIABLES.get()
         if outermost:
             self._check(variables, tasks)
             variables = tree.map(torch.Tensor.detach, variables)
-        total, losses, aux = None, [], []
         # Without gradients at the top level, autograd would record the whole computation once more.
         with torch.set_grad_enabled(not outermost):
-            for grads, loss, more in self._differentiate_parts(variables, tasks, count):
-                total = _add(total, grads, len(loss) / count)
-                losses.append(loss)
-                aux.append(more)
-        assert total is not None  # there is a task
-        all_losses = losses[0] if len(losses) == 1 else torch.cat(losses)
+            if not ranks.are_many:
+                total, all_losses, all_aux = self._average(variables, tasks, count)
+            else:
+                own = tasks[part] if isinstance(tasks, list) else ranks.own(tasks)
+                total, all_losses, all_aux = self._average_own(variables, own, count, ranks)
         if outermost:
             check_finite(all_losses, "meta_grad", unit="task")
         found = total.params if self.learned is None else tuple(total)
-        return (found, all_losses, _join(aux)) if self.has_aux else (found, all_losses)
+        return (found, all_losses, all_aux) if self.has_aux else (found, all_losses)
+
+    def _average(self, variables: _Variables, tasks: Tree, count: int) -> _Differentiated:
+        """Return (1/count of the sum of the gradients, losses, aux) of some tasks."""
+        total, losses, aux = None, [], []
+        for grads, loss, more in self._differentiate_parts(variables, tasks):
+            total = _add(total, grads, len(loss) / count)
+            losses.append(loss)
+            aux.append(more)
+        assert total is not None  # there is a task
+        return total, losses[0] if len(losses) == 1 else torch.cat(losses), _join(aux)
+
+    def _average_own(
+        self, variables: _Variables, tasks: Tree, count: int, ranks: Ranks
+    ) -> _Differentiated:
+        """Return what `_average` does for the tasks of all ranks, of which these are one's own."""
+        variables = copy_to_ranks(variables, ranks)
+        with work_alone():
+            own, losses, aux = self._average(variables, tasks, count)
+        if isinstance(aux, list):
+            raise ValueError(
+                "meta_grad: aux of different shapes cannot be gathered from several ranks. Let "
+                "`task_loss` return the same shapes for every task, or no aux."
+            )
+        total = sum_over_ranks(own, ranks)
+        return total, *gather_rows((losses, aux), count, ranks)
 
     def _check(self, variables: _Variables, tasks: Tree) -> None:
         """Raise at the first call if derivatives would be left out."""
         if self._is_checked or is_autograd_excluded():
             return
         check_differentiable(None, "params", tree.named_leaves(variables.params))
+        given = {"params": variables, "tasks": tasks}
+        check_agreement("meta_grad", given, current_ranks(), SEED_ALIKE)
         some = tasks if isinstance(tasks, list) else [tree.index(tasks, 0)]
         _check_dependence(self.task_loss, self._value, variables, some)
         self._is_checked = True
 
-    def _differentiate_parts(
-        self, variables: _Variables, tasks: Tree, count: int
-    ) -> Iterator[_Differentiated]:
+    def _differentiate_parts(self, variables: _Variables, tasks: Tree) -> Iterator[_Differentiated]:
         """Differentiate some tasks after the other; those in a list, and in chunks of 1, singly."""
         listed = isinstance(tasks, list)
+        count = len(tasks) if listed else len(tree.leaves(tasks)[0])
         chunk = 1 if listed else self._chunk(variables, tasks, count)
         for start in range(0, count, chunk):
             if chunk == 1:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from metaopt.transforms import is_differentiable, is_readable
+from metaopt.transforms import gather_whole, is_differentiable, is_readable
 
 
 class NonFiniteError(FloatingPointError):
@@ -200,7 +200,7 @@ def check_finite(losses: Tensor, where: str, *, unit: str = "step") -> None:
     if losses.is_meta:  # no values
         return
     # One transfer from the device for all of them.
-    values = losses.detach().tolist()
+    values = gather_whole(losses.detach()).tolist()
     first = find_not_finite(values)
     if first is not None:
         last_finite = values[first - 1] if first and unit == "step" else None

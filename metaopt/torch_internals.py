@@ -32,6 +32,7 @@ __all__ = [
     "VMAP",
     "NormWithStatistics",
     "allow_hooks",
+    "allow_in_compiled_graphs",
     "buffers_of",
     "children_of",
     "foreach_add",
@@ -70,6 +71,7 @@ Function = TypeVar("Function")
 M = TypeVar("M", bound=nn.Module)
 
 _are_plain = {Tensor, nn.Parameter}.issuperset
+_ALLOWED: list[Any] = []  # functions marked by `allow_in_compiled_graphs`
 _ENGINE: Any = torch.autograd.Variable._execution_engine
 
 # pytree: trees of tensors, as torch.func itself takes them. Torch has no public module for them.
@@ -286,6 +288,17 @@ def mark_constant_when_compiled(fn: Function) -> Function:
     return fn
 
 
+def allow_in_compiled_graphs(fn: Function) -> Function:
+    """Mark a function that a compiler puts into its graph as one call, without a look inside.
+
+    What it calls, such as an `autograd.Function`, has then the derivatives that it has uncompiled.
+    It is `torch.compiler.allow_in_graph`, which would import the compiler, put off until somebody
+    compiles.
+    """
+    _ALLOWED.append(fn)
+    return fn
+
+
 @functools.cache
 def load_compiler() -> None:
     """Import the compiler behind `torch.compile`, which torch otherwise does at the first call.
@@ -296,3 +309,5 @@ def load_compiler() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.script(_method)?` is deprecated")
         importlib.import_module("torch._inductor.compile_fx")
+    for fn in _ALLOWED:
+        torch.compiler.allow_in_graph(fn)

@@ -45,6 +45,27 @@ def unwrap(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def is_sharded(leaf: Any) -> bool:
+    """Return True if the entries of a tensor are spread over processes, as of torch's `DTensor`."""
+    return type(leaf) is not Tensor and hasattr(leaf, "full_tensor")
+
+
+def gather_whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that is spread over processes with all of its entries, on each of them."""
+    if type(tensor) is Tensor or torch.compiler.is_compiling() or not is_sharded(tensor):
+        return tensor
+    whole: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return whole
+
+
+def take_local(tensor: Tensor) -> Tensor:
+    """Return what this process has of a tensor, in the same memory."""
+    if not is_sharded(tensor):
+        return tensor
+    part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return part
+
+
 def count_entries(tensor: Tensor) -> int:
     """Return the number of entries, in all rows of a `vmap` together."""
     return unwrap(tensor).numel()

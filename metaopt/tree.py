@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from metaopt.torch_internals import foreach_add, foreach_norm, pytree
-from metaopt.transforms import is_tracked, is_unrecorded
+from metaopt.transforms import gather_whole, is_tracked, is_unrecorded
 
 Tree = Any
 Structure = pytree.TreeSpec
@@ -259,9 +259,8 @@ def norm(tree: Tree) -> Tensor:
     found = leaves(tree)
     # In one pass and without a copy.
     if is_unrecorded() and not any(leaf.dtype in _HALF for leaf in found):
-        total: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(found)))
-        return total
-    return safe_sqrt(sum_leaves(lambda leaf: as_real(leaf).square().sum(), tree))
+        return gather_whole(torch.linalg.vector_norm(torch.stack(foreach_norm(found))))
+    return safe_sqrt(gather_whole(sum_leaves(lambda leaf: as_real(leaf).square().sum(), tree)))
 
 
 def sum_leaves(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tensor:

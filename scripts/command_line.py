@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from on_ranks import run_on_ranks
+
 import metaopt as mo
 from metaopt.extras import extra
 
@@ -41,7 +43,7 @@ def run(
     _require_fresh(found)
     show(found)
     try:
-        main(found)
+        run_on_ranks(main, found)
     except KeyboardInterrupt as stop:
         print(f"Interrupted. {stop}", file=sys.stderr)
         sys.exit(INTERRUPTED)

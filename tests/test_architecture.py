@@ -28,7 +28,7 @@ LAYERS = [
     ["torch_internals", "extras", "table", "native"],
     ["transforms"],
     ["checks", "tree"],
-    ["exact_ops", "compiled", "linear_solve"],
+    ["exact_ops", "compiled", "linear_solve", "distributed"],
     ["autodiff"],
     ["_functional", "scan", "batching"],
     ["closure", "differentiate", "second_order"],
@@ -336,7 +336,7 @@ def test_the_core_is_pure(name: str) -> None:
     assert not {"pickle", "random", "numpy.random"} & set(imports(SOURCES[name]))
 
 
-def test_one_file_each_knows_distribution_and_logging_backends() -> None:
+def test_one_place_each_knows_distribution_and_logging_backends() -> None:
     users = {
         name
         for name in SOURCES
@@ -344,7 +344,9 @@ def test_one_file_each_knows_distribution_and_logging_backends() -> None:
         if i.startswith(("torch.distributed", "torch.utils.tensorboard"))
     }
     pages = "metaopt.black_box.show"  # TensorBoard's page of hyperparameters
-    assert users <= {"metaopt.train.distributed", "metaopt.train.loggers", pages}
+    distributed = {name for name in MODULES if unit(name) == "distributed"}
+    counts = "scripts.scaling"  # messages
+    assert users <= distributed | {"metaopt.train.loggers", pages, counts}
 
 
 @pytest.mark.parametrize(

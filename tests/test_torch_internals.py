@@ -77,6 +77,37 @@ def test_pytree() -> None:
     assert not hasattr(torch.utils, "pytree"), "there is a public module now"
 
 
+def test_allow_in_compiled_graphs() -> None:
+    """A Function that a compiler would refuse for its `jvp` has its derivatives in a graph."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, bar: Tensor) -> Tensor:
+            return double(2 * bar)
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+            return double(2 * tangent)
+
+    @internals.allow_in_compiled_graphs
+    def double(x: Tensor) -> Tensor:
+        found: Tensor = Double.apply(x)
+        return found
+
+    internals.load_compiler.__wrapped__()  # it may have been called before
+    slope = grad(lambda x: grad(lambda x: double(x).square().sum())(x).square().sum())
+    compiled = torch.compile(slope, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ONES), slope(ONES))
+
+
 def test_compiled_call() -> None:
     layer = nn.Linear(2, 2)
     before = vars(layer).get(internals.COMPILED_CALL)

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.differentiate import PointRule, Rule
+from metaopt.differentiate import SAMA, FiniteDifference, Penalty, PointRule, Rule
+from metaopt.distributed import is_fully_sharded
 from metaopt.levels.edge import Edge
 from metaopt.levels.facts import find_buffers_behind
 from metaopt.levels.joint import JointRule
@@ -78,6 +79,7 @@ def check_plan(plan: Plan) -> None:
         _check_copies(plan, edge)
         _check_look_ahead(plan, edge)
         _check_link(plan, edge)
+        _check_sharded(plan, edge)
     for name in plan.timetable.levels:
         _check_shared(plan, name)
     responding = plan if plan.virtual is None else plan.virtual
@@ -88,6 +90,18 @@ def check_plan(plan: Plan) -> None:
     for name, level in plan.levels.items():
         if plan.lowers[name] and not level.allow_unused:
             _check_used(responding, name)
+
+
+def _check_sharded(plan: Plan, edge: Edge) -> None:
+    first_order = FiniteDifference | SAMA | Penalty
+    for level in (edge.upper, edge.lower):
+        if is_fully_sharded(level.model) and not isinstance(edge.differentiate, first_order):
+            raise ValueError(
+                f"{edge}: the model of {level.name!r} is fully sharded and has first derivatives "
+                f"only, got differentiate={edge.differentiate}. Take `SAMA()`, "
+                "`FiniteDifference()` or `Penalty()`; or leave `fully_shard` out and make its "
+                "parameters `DTensor`s, which have all derivatives."
+            )
 
 
 def _check_start(plan: Plan, edge: Edge) -> None:

@@ -262,7 +262,9 @@ def _find_start(plan: Plan, name: str) -> Edge | None:
 def _find_loss(plan: Plan, name: str) -> OwnLoss:
     keeps = plan.copies_below[name] is None
     level, reading = plan.levels[name], plan.readings[name]
-    return make_loss(level, reading, plan.nets, plan.carried, keeps_statistics=keeps)
+    return make_loss(
+        level, reading, plan.nets, plan.carried, keeps_statistics=keeps, ranks=plan.ranks
+    )
 
 
 def _of_each(find: Callable[[Plan, str], Any]) -> Callable[[Plan], dict[str, Any]]:

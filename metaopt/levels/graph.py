@@ -21,6 +21,7 @@ from metaopt.checks import NonFiniteError, find_not_finite
 from metaopt.compiled import compile_whole
 from metaopt.differentiate import EvolutionStrategy
 from metaopt.differentiate.statistics import gathering
+from metaopt.distributed import check_agreement, current_ranks
 from metaopt.levels.backward import take_total_gradient
 from metaopt.levels.check_plan import check_plan, check_state, name_levels
 from metaopt.levels.data import LevelData, peek_rows
@@ -44,7 +45,7 @@ from metaopt.levels.state import (
 from metaopt.levels.timetable import arrange
 from metaopt.levels.top_step import begin_virtual_steps, step_top_level
 from metaopt.torch_internals import foreach_copy_
-from metaopt.transforms import values_are_readable
+from metaopt.transforms import take_local, values_are_readable
 
 
 class LevelGraph:
@@ -59,6 +60,11 @@ class LevelGraph:
     again), to learn what it reads: a level steps when the levels below that its loss reads have
     made their steps; those it does not read follow it. A loss that calls none of the functions
     whose derivatives `any_order` corrects is from then on evaluated without it.
+
+    Inside of `join_ranks`, where every rank is given the same models and batches, each rank
+    evaluates the losses on its part of every batch. They are taken for means over the examples;
+    a loss that is not, and a norm layer with batch statistics, sees one rank's part at a time. All
+    derivatives are those of the mean over ranks, whatever the rules.
 
     Args:
         edges: which connect the levels.
@@ -103,8 +109,10 @@ class LevelGraph:
             initial=initial,
             sequential_copies=_find_sequential_copies(edges, find),
             compile=compile,
+            ranks=current_ranks(),
         )
         check_plan(self.plan)
+        _check_ranks(self.plan, self._data)
         self._run_turn = _make_turn(self.plan)
         self._states = {
             name: _make_first_state(self.plan, name) for name in timetable.members[None]
@@ -323,8 +331,8 @@ class LevelGraph:
                 (net.params, seen["params"]),
                 (net.buffers if seen["buffers"] else {}, seen["buffers"]),
             ):
-                models += own.values()
-                values += map(now.__getitem__, own)
+                models += map(take_local, own.values())
+                values += [take_local(now[key]) for key in own]
         with torch.no_grad():
             foreach_copy_(models, values)
 
@@ -382,6 +390,35 @@ def _find_sequential_copies(
             edge,
         )
     )
+
+
+def _check_ranks(plan: Plan, data: dict[str, LevelData]) -> None:
+    """Raise where several ranks would not be one run: what is replicated must be so."""
+    if not plan.ranks.are_many:
+        return
+    for name, level in plan.levels.items():
+        if level.batches is None and plan.readings[name].is_random:
+            raise ValueError(
+                f"level {name!r}: its loss draws random numbers and has no data that ranks could "
+                "share, so each rank would draw others. Give the level data, or draw from a "
+                "generator with a seed of its own."
+            )
+    models = {f"parameters of the level {name!r}": one for name, one in plan.initial.items()}
+    check_agreement(
+        "LevelGraph", models, plan.ranks, "Seed every rank alike before the models are made."
+    )
+    batches = {f"data in the level {name!r}": data[name].peek(1) for name in _with_data(plan)}
+    check_agreement(
+        "LevelGraph",
+        batches,
+        plan.ranks,
+        "Each rank takes its part of the same batch: shuffle with one seed on all ranks, and leave "
+        "a `DistributedSampler` out.",
+    )
+
+
+def _with_data(plan: Plan) -> list[str]:
+    return [name for name, level in plan.levels.items() if level.batches is not None]
 
 
 def _make_turn(plan: Plan) -> Callable[[States, Rows], tuple[Scene, States]]:

@@ -1,4 +1,7 @@
-"""A level's own loss as a function of what it sees: of one batch, or the mean over several."""
+"""A level's own loss as a function of what it sees.
+
+It is that of one batch, or the mean over several; and over the ranks, each with a part of them.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt import tree
 from metaopt._functional import Functional, Params
+from metaopt.distributed import Ranks, copy_to_ranks, sum_over_ranks
 from metaopt.levels.level import Level
 from metaopt.levels.reading import Reading
-from metaopt.levels.scope import After, Rows, Scene, evaluate, keep_carried
+from metaopt.levels.scope import After, Rows, Scene, Shown, evaluate, keep_carried
 from metaopt.scan import scan
-from metaopt.transforms import constant
+from metaopt.transforms import constant, is_differentiable, is_sharded
+from metaopt.tree import Tree
 
 OwnLoss = Callable[[Scene, Rows], tuple[Tensor, After]]
 
@@ -26,6 +32,7 @@ def make_loss(
     carried: Mapping[str, Collection[str]],
     *,
     keeps_statistics: bool,
+    ranks: Ranks,
 ) -> OwnLoss:
     """Return (scene, rows) -> (the level's loss, `After`).
 
@@ -35,6 +42,7 @@ def make_loss(
         nets: every level's model.
         carried: level -> its buffers that have derivatives.
         keeps_statistics: whether the level's own buffers are updated.
+        ranks: which share the batches.
     """
     # Bound arguments, not calls around calls: a user's traceback has fewer frames of ours in it.
     loss = partial(
@@ -46,7 +54,60 @@ def make_loss(
         exact=reading.is_delicate,
         carried=carried,
     )
-    return loss if level.accumulate == 1 else partial(_accumulate, level, reading, carried, loss)
+    if level.accumulate > 1:
+        loss = partial(_accumulate, level, reading, carried, loss)
+    if ranks.are_many and level.batches is not None:
+        loss = partial(_share, level, reading, ranks, loss)
+    return loss
+
+
+def _share(
+    level: Level, reading: Reading, ranks: Ranks, loss: OwnLoss, scene: Scene, rows: Rows
+) -> tuple[Tensor, After]:
+    """Return the mean of a loss over the ranks, each with its part of the batch.
+
+    L(w) = sum_r n_r / n L_r(w), where rank r has n_r of n examples: for a loss that is a mean over
+    examples the same as of the whole batch. Everything around it, the rules too, takes it for a
+    loss like any other; see `all_reduce` for its derivatives.
+    """
+    if any(is_sharded(leaf) for leaf in tree.leaves(rows[level.name])):
+        return loss(scene, rows)  # a batch that is spread over the ranks is one for all of them
+    own, share = _split_batch(level, rows[level.name], ranks)
+    moves = frozenset().union(reading.params, *reading.moves.values())
+    seen: Scene = {}
+    for other in (level.name, *sorted(reading.levels)):
+        # Zeros would arrive at what the loss does not depend on: a derivative that is to be missed.
+        params = {
+            key: leaf if level.allow_unused or (other, key) in moves else constant(leaf)
+            for key, leaf in scene[other]["params"].items()
+        }
+        shown: Shown = {"params": params, "buffers": scene[other]["buffers"]}
+        seen[other] = copy_to_ranks(shown, ranks)
+    value, after = loss({**scene, **seen}, {level.name: own})
+    # Buffers that count are alike anyway.
+    counts = {k: leaf for k, leaf in after["buffers"].items() if not is_differentiable(leaf)}
+    floats = {k: leaf for k, leaf in after["buffers"].items() if k not in counts}
+    parts = tree.map(lambda leaf: share * leaf, (value, floats, after["metrics"]))
+    total, floats, metrics = sum_over_ranks(parts, ranks)
+    moved = counts | floats
+    return total, {"buffers": {key: moved[key] for key in after["buffers"]}, "metrics": metrics}
+
+
+def _split_batch(level: Level, batch: Tree, ranks: Ranks) -> tuple[Tree, float]:
+    """Return (this rank's examples of a batch, their share of all)."""
+    axis = 1 if level.accumulate > 1 else 0
+    lengths = {leaf.shape[axis] for leaf in tree.leaves(batch) if leaf.ndim > axis}
+    if len(lengths) != 1:
+        shapes = [tuple(leaf.shape) for leaf in tree.leaves(batch)]
+        raise ValueError(
+            f"level {level.name!r}: {ranks.size} ranks share its batches, whose tensors must have "
+            f"the number of examples as their leading axis, got the shapes {shapes}."
+        )
+    (count,) = lengths
+    part = ranks.share(count, f"examples in a batch of the level {level.name!r}")
+    at = (slice(None),) * axis + (part,)
+    own = tree.map(lambda leaf: leaf[at] if leaf.ndim > axis else leaf, batch)
+    return own, (part.stop - part.start) / count
 
 
 def _accumulate(

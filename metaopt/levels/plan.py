@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from metaopt._functional import Functional
 from metaopt.differentiate import Rule
+from metaopt.distributed import Ranks
 from metaopt.levels.edge import Edge
 from metaopt.levels.facts import FACTS, Links, Move, find_rule, is_compilable, is_plain
 from metaopt.levels.level import Level
@@ -32,6 +33,7 @@ class Plan:
         initial: level -> the state before the first step.
         sequential_copies: levels whose lower copies run one after the other, not under `vmap`.
         compile: whether inner loops are compiled.
+        ranks: which share the batches of each level.
         nets: level -> its model as a function.
         above: level -> the edges to the levels directly above.
         lowers: level -> the edges to the levels directly below.
@@ -63,6 +65,7 @@ class Plan:
     initial: dict[str, State]
     sequential_copies: frozenset[str]
     compile: bool
+    ranks: Ranks
     nets: dict[str, Functional] = field(init=False)
     above: dict[str, list[Edge]] = field(init=False)
     lowers: dict[str, list[Edge]] = field(init=False)

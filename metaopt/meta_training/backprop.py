@@ -15,9 +15,10 @@ from metaopt import tree
 from metaopt._functional import Params, lend
 from metaopt.autodiff.gradient import gradient
 from metaopt.batching import prefers_loop
-from metaopt.checks import check_count, check_flag
+from metaopt.checks import NonFiniteError, check_count, check_flag
 from metaopt.differentiate import FirstOrder, Rule
-from metaopt.meta_training.estimate import Gradients
+from metaopt.distributed import current_ranks, work_alone
+from metaopt.meta_training.estimate import Estimate, Gradients
 from metaopt.meta_training.objective import (
     MeanLoss,
     Objective,
@@ -25,7 +26,8 @@ from metaopt.meta_training.objective import (
     check_objective,
     run_evaluated,
 )
-from metaopt.meta_training.task import TaskFamily, sample_tasks
+from metaopt.meta_training.shared import Shared
+from metaopt.meta_training.task import TaskFamily, draw_own_tasks
 from metaopt.optimizer import Optimizer, begin
 from metaopt.tree import Tree
 
@@ -70,8 +72,7 @@ class _Way:
             grads, (values, ends) = batched(theta, given)
             return grads, values, ends
         with torch.no_grad():  # a meta-gradient is not differentiated again
-            each = [partial(one, given=tree.index(given, i)) for i in range(count)]
-            found = [gradient(task, theta) for task in each]
+            found = [_differentiate(one, theta, tree.index(given, i)) for i in range(count)]
         grads, values, ends = tree.stack(found)
         return grads, values, ends
 
@@ -87,6 +88,21 @@ class _Way:
             first = tree.index(two[0], 0)
             self._loops[kind] = prefers_loop(lambda _, two: batched(theta, two), first, two)
         return self._loops[kind]
+
+
+def _differentiate(
+    one: Callable[..., tuple[Tensor, End]], theta: Params, given: Tree
+) -> tuple[Params, Tensor, End]:
+    """Return (gradient, value, end) of one task; all nan if it is not finite, as in a batch."""
+    try:
+        return gradient(partial(one, given=given), theta)
+    except NonFiniteError:
+        carry = tree.map(_spoil, given[0])
+        return tree.map(_spoil, theta), carry[2], (carry, carry[2])
+
+
+def _spoil(leaf: Tensor) -> Tensor:
+    return torch.full_like(leaf, torch.nan) if leaf.is_floating_point() else leaf
 
 
 @dataclass(frozen=True)
@@ -132,7 +148,7 @@ class FullUnroll:
         horizon: int,
         state: None,
         generator: torch.Generator,
-    ) -> Gradients:
+    ) -> Estimate:
         return _estimate(self, horizon, optimizer, theta, family, horizon, None, generator)
 
 
@@ -190,7 +206,7 @@ class TruncatedBackprop:
         horizon: int,
         state: Any,
         generator: torch.Generator,
-    ) -> Gradients:
+    ) -> Estimate:
         return _estimate(self, self.window, optimizer, theta, family, horizon, state, generator)
 
 
@@ -203,11 +219,13 @@ def _estimate(
     horizon: int,
     state: Any,
     generator: torch.Generator,
-) -> Gradients:
+) -> Estimate:
     """Estimate over the next `length` steps of the episodes in the state, or of new ones."""
+    ranks = current_ranks()
     if state is None:
-        task = sample_tasks(family, generator, estimator.tasks, horizon)
-        first = tree.leaves(task.params)[0].new_full((estimator.tasks,), torch.nan)
+        task = draw_own_tasks(family, generator, estimator.tasks, horizon, ranks)
+        some = tree.leaves(task.params)[0]
+        first = some.new_full((len(some),), torch.nan)
         carry = (task.params, vmap(optimizer.init)(task.params), first)
         state = {"carry": carry, "batches": task.batches, "held_out": task.held_out, "step": 0}
     start, batches, held_out = state["step"], state["batches"], state["held_out"]
@@ -217,12 +235,14 @@ def _estimate(
     place = (start, horizon, estimator.windows(horizon))
     one = partial(_run_window, estimator, optimizer, family, place)
     given = (state["carry"], rows, last, held_out)
-    grads, values, (carry, losses) = estimator._way.gradients(
-        theta, family, one, given, one_by_one=estimator.compile
-    )
+    with work_alone():
+        grads, values, (carry, losses) = estimator._way.gradients(
+            theta, family, one, given, one_by_one=estimator.compile
+        )
     # At the horizon the next window begins new episodes.
     after = None if stop == horizon else {**state, "carry": carry, "step": stop}
-    return Gradients(grads, values if estimator.objective.is_bounded else losses, after)
+    own = Gradients(grads, values if estimator.objective.is_bounded else losses, after)
+    return Shared(own, estimator.tasks, ranks) if ranks.are_many else own
 
 
 def _run_window(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metaopt._functional import Params
 from metaopt.checks import check_count, check_flag, check_positive
+from metaopt.distributed import current_ranks
 from metaopt.meta_training.objective import MeanLoss, Objective, check_objective
 from metaopt.meta_training.pairs import Crowd, Differences
 from metaopt.meta_training.task import TaskFamily
@@ -24,7 +25,8 @@ class EvolutionEstimator:
     epsilon ~ N(0, std^2 I). Of each pair one half runs with theta + epsilon, the other with
     theta - epsilon; task, batches, random numbers in the loss and resets are the same. No
     derivative of the loss in theta is taken, so chaotic and discontinuous losses are no trouble.
-    The noise is a function of (seed, number of the estimate, pair), see `Noise`.
+    The noise is a function of (seed, number of the estimate, pair), see `Noise`: ranks that share
+    the pairs tell each other two numbers of each, and make the others' noise themselves.
     """
 
     std: float
@@ -57,8 +59,10 @@ class EvolutionEstimator:
         generator: torch.Generator,
     ) -> Differences:
         """Estimate over the next window of each pair's episode."""
+        ranks = current_ranks()
+        ranks.share(self.pairs, "pairs")
         with torch.no_grad():
-            crowd = Crowd(self, optimizer, theta, family, horizon, generator)
+            crowd = Crowd(self, optimizer, theta, family, horizon, generator, ranks)
             return crowd.estimate(crowd.begin() if state is None else state)
 
     def window_of(self, horizon: int) -> int:

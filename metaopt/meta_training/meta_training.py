@@ -11,6 +11,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt._functional import Params
 from metaopt.checks import NonFiniteError, check_count
+from metaopt.distributed import check_agreement, current_ranks
 from metaopt.meta_training.estimate import Estimate, Estimator
 from metaopt.meta_training.groups import Families, Groups, Horizon
 from metaopt.meta_training.task import TaskFamily
@@ -26,6 +27,9 @@ class MetaTraining:
     theta are the optimizer's `nn.Parameter`s. A task whose loss or gradient is not finite is left
     out of the mean, and counted. The gradient of each other task is clipped to the norm `clip`
     before the mean, so that one wild episode does not decide a step.
+
+    Inside of `join_ranks` the ranks share the tasks or pairs of every estimate, and make the same
+    step. `state_dict` has then the inner problems of this rank: each rank keeps its own.
 
     Args:
         optimizer: what is trained, in place: a learned optimizer, or a hand-designed one with
@@ -77,6 +81,7 @@ class MetaTraining:
         self.outer_state = outer.init(self._theta())
         self.estimator_state = estimator.init()
         self._lost = 0  # steps in a row in which no task was good
+        self._has_agreed = False  # whether all ranks were seen to be alike
 
     def step(self) -> dict[str, float | Tensor]:
         """Make one outer step.
@@ -89,6 +94,7 @@ class MetaTraining:
             NonFiniteError: no task was good in this and many steps before.
         """
         theta = self._theta()
+        self._check_ranks(theta)
         estimate = self._estimate(theta)
         norms = estimate.norms
         good = norms.isfinite() & estimate.losses.isfinite()
@@ -130,12 +136,21 @@ class MetaTraining:
                 found.get_parameter(name).copy_(leaf)
         return found
 
+    def _check_ranks(self, theta: Params) -> None:
+        """Raise at the first step if ranks have different parameters or random states."""
+        if not self._has_agreed:
+            given = {"parameters of the optimizer": theta, "seed": self.generator.get_state()}
+            fix = "Make the optimizer, and the training, with the same seeds on every rank."
+            check_agreement("MetaTraining", given, current_ranks(), fix)
+            self._has_agreed = True
+
     def _estimate(self, theta: Params) -> Estimate:
         """Return the estimator's next estimate, which draws at random from our generator only."""
         # The estimator draws tasks from our generator, so the losses' draws need one of their own.
         seed = int(torch.randint(2**62, (), generator=self.generator))
         # What a loss draws from torch's own generator, dropout for example.
         with torch.random.fork_rng(devices=[]):
+            seed += current_ranks().rank  # each rank draws for other tasks
             torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
             optimizer, steps = self.optimizer, self.horizon
             return self.estimator(

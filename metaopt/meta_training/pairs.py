@@ -16,9 +16,10 @@ from metaopt import tree
 from metaopt._functional import Params, lend
 from metaopt._minimize import minimize
 from metaopt.compiled import compile_whole
+from metaopt.distributed import Ranks, gather_rows, work_alone
 from metaopt.meta_training.noise import Noise
 from metaopt.meta_training.objective import Window
-from metaopt.meta_training.task import TaskFamily, sample_tasks
+from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
 from metaopt.optimizer import Optimizer, begin
 from metaopt.tree import Tree
 
@@ -109,7 +110,8 @@ class Crowd:
     pair "step", that of its episode, and "start", the estimate with which that began, [pairs];
     "carry", (parameters, state of the optimizer, first loss) of both halves, leaves
     [pairs, 2, ...]; "batches", a list of the pairs' own, leaves [horizon, ...]; and "held_out",
-    leaves [pairs, ...].
+    leaves [pairs, ...]. Of the last three a rank has those of its own pairs: these it runs, and
+    tells the others their slopes and losses.
     """
 
     estimator: EvolutionEstimator
@@ -118,15 +120,18 @@ class Crowd:
     family: TaskFamily
     horizon: int
     generator: torch.Generator
+    ranks: Ranks
 
     def begin(self) -> dict[str, Any]:
         """Return the state before the first estimate, where theta has taken the pairs."""
         seed = int(torch.randint(2**62, (), generator=self.generator))
-        carry, batches, held_out = self._draw(self.estimator.pairs)
         places = self.estimator.places(self.horizon)
-        numbers = torch.arange(len(places))
+        carry, batches, held_out = self._draw(torch.arange(len(places)))
+        own = self.ranks.own(places)
         for before, place in itertools.pairwise(places.unique().tolist()):
-            pairs = numbers[places >= place]
+            pairs = (own >= place).nonzero()[:, 0]
+            if not len(pairs):
+                continue
             first = torch.full_like(pairs, before)
             rows = _rows(batches, pairs, first, place - before)
             carry = _put(carry, pairs, self._run_theta(_take(carry, pairs), rows, first))
@@ -147,23 +152,25 @@ class Crowd:
         noise = Noise(state["seed"], estimator.std, self.theta, estimator.rank)
         in_force, first, last = estimator.seen(state["start"], count)
         multipliers = Multipliers(noise, first, last, estimator.chunk_size or len(step))
-        slopes = torch.empty(len(step), dtype=torch.float64)
-        losses = torch.empty(len(step), dtype=next(iter(self.theta.values())).dtype)
-        carry = state["carry"]
         lengths = (self.horizon - step).clamp(max=estimator.window_of(self.horizon))
-        for pairs in _alike(lengths, multipliers.chunk):
-            rows = _rows(state["batches"], pairs, step[pairs], int(lengths[pairs[0]]))
+        own = self._own_pairs
+        told = torch.empty(len(own), 2, dtype=torch.float64)  # slope and loss of each
+        carry = state["carry"]
+        for pairs in _alike(lengths[own], multipliers.chunk):
+            number, start = own[pairs], step[own[pairs]]
+            rows = _rows(state["batches"], pairs, start, int(lengths[number[0]]))
             before = _take(carry, pairs)
             last_rows = _rows(state["batches"], pairs, torch.full_like(pairs, self.horizon - 1), 1)
             judged = tree.map(lambda leaf: leaf[:, 0], last_rows), _take(state["held_out"], pairs)
-            after, values, means = self._run_halves(
-                noise(in_force[pairs], pairs), before, rows, step[pairs], judged
-            )
+            epsilon = noise(in_force[number], number)
+            after, values, means = self._run_halves(epsilon, before, rows, start, judged)
             if not estimator.halves_go_on:
-                after = self._run_theta(before, rows, step[pairs])
+                after = self._run_theta(before, rows, start)
             carry = _put(carry, pairs, after)
-            slopes[pairs] = (values[:, 0] - values[:, 1]).to(slopes) / (2 * estimator.std**2)
-            losses[pairs] = means.mean(1).to(losses)
+            told[pairs, 0] = (values[:, 0] - values[:, 1]).to(told) / (2 * estimator.std**2)
+            told[pairs, 1] = means.mean(1).to(told)
+        slopes, losses = gather_rows(told, len(step), self.ranks).unbind(1)
+        losses = losses.to(next(iter(self.theta.values())).dtype)
         norms = torch.cat([_norms(rows).to(slopes) for _, rows in multipliers.by_chunk()])
         # without numbers, an episode is over too
         is_over = (step + lengths >= self.horizon) | ~(slopes.isfinite() & losses.isfinite())
@@ -173,28 +180,50 @@ class Crowd:
 
     def _begin_again(self, state: dict[str, Any], is_over: Tensor) -> dict[str, Any]:
         """Draw new tasks for the pairs whose episode is over."""
-        pairs = is_over.nonzero()[:, 0]
-        if len(pairs):
-            carry, batches, held_out = self._draw(len(pairs))
-            state = {
-                **state,
-                "step": state["step"].masked_fill(is_over, 0),
-                "start": state["start"].masked_fill(is_over, state["count"]),
-                "carry": _put(state["carry"], pairs, carry),
-                "batches": _replaced(state["batches"], pairs, batches),
-                "held_out": _put(state["held_out"], pairs, held_out),
-            }
-        return state
+        over = is_over.nonzero()[:, 0]
+        if not len(over):
+            return state
+        state = {
+            **state,
+            "step": state["step"].masked_fill(is_over, 0),
+            "start": state["start"].masked_fill(is_over, state["count"]),
+        }
+        pairs = is_over[self._own_pairs].nonzero()[:, 0]
+        carry, batches, held_out = self._draw(over)
+        if not len(pairs):
+            return state
+        return {
+            **state,
+            "carry": _put(state["carry"], pairs, carry),
+            "batches": _replaced(state["batches"], pairs, batches),
+            "held_out": _put(state["held_out"], pairs, held_out),
+        }
 
-    def _draw(self, count: int) -> tuple[Tree, list[Tree], Tree]:
-        """Return (carry, batches of each, held-out batches) of new tasks."""
-        task = sample_tasks(self.family, self.generator, count, self.horizon)
-        first = torch.full((count,), torch.nan, device=tree.leaves(task.params)[0].device)
+    @property
+    def _own_pairs(self) -> Tensor:
+        """The pairs that this rank runs."""
+        found: Tensor = self.ranks.own(torch.arange(self.estimator.pairs))
+        return found
+
+    def _draw(self, pairs: Tensor) -> tuple[Tree, list[Tree], Tree]:
+        """Return (carry, batches of each, held-out batches) of new tasks for some pairs.
+
+        All ranks draw the tasks of all pairs, so that their generators stay alike, and keep those
+        of their own. A rank without any gets the first, which nobody looks at.
+        """
+        task = sample_tasks(self.family, self.generator, len(pairs), self.horizon)
+        own = self._own_pairs
+        kept = ((pairs >= own[0]) & (pairs <= own[-1])).nonzero()[:, 0]
+        if len(kept) < len(pairs):
+            kept = kept if len(kept) else torch.zeros(1, dtype=torch.int64)
+            task = Task(*_take(tuple(task), kept))
+        first = torch.full((len(kept),), torch.nan, device=tree.leaves(task.params)[0].device)
         carry = (task.params, vmap(self.optimizer.init)(task.params), first)
         # each by itself: to put new ones among the others must not copy all of them
-        own = [tree.map(torch.clone, tree.index(task.batches, i)) for i in range(count)]
-        return tree.map(_twice, carry), own, task.held_out
+        batches = [tree.map(torch.clone, tree.index(task.batches, i)) for i in range(len(kept))]
+        return tree.map(_twice, carry), batches, task.held_out
 
+    @work_alone()
     def _run_halves(
         self, epsilon: Params, carry: Tree, rows: Tree, start: Tensor, judged: Tree
     ) -> tuple[Tree, Tensor, Tensor]:
@@ -212,6 +241,7 @@ class Crowd:
         means = values if self.estimator.objective.is_bounded else losses.mean(-1)
         return after, values, means
 
+    @work_alone()
     def _run_theta(self, carry: Tree, rows: Tree, start: Tensor) -> Tree:
         """Return the carry of pairs, both of whose halves go where theta leads the first."""
         firsts = tree.map(lambda leaf: leaf[:, 0], carry)

@@ -15,8 +15,10 @@ from metaopt import tree
 from metaopt._functional import Params, lend
 from metaopt._minimize import minimize
 from metaopt.checks import check_count
-from metaopt.meta_training.estimate import Gradients
-from metaopt.meta_training.task import Task, TaskFamily, sample_tasks
+from metaopt.distributed import current_ranks, work_alone
+from metaopt.meta_training.estimate import Estimate, Gradients
+from metaopt.meta_training.shared import Shared
+from metaopt.meta_training.task import Task, TaskFamily, draw_own_tasks
 from metaopt.optimizer import Optimizer
 from metaopt.optimizer.by_name import ByName
 from metaopt.optimizer.values import find_schedules
@@ -98,25 +100,29 @@ class Reinforce:
         horizon: int,
         state: None,
         generator: torch.Generator,
-    ) -> Gradients:
+    ) -> Estimate:
         """Run the rollouts of new tasks."""
         places = _find_policies(optimizer)
-        drawn = sample_tasks(family, generator, self.tasks, horizon)
+        ranks = current_ranks()
+        drawn = draw_own_tasks(family, generator, self.tasks, horizon, ranks)
         start = vmap(optimizer.init)(drawn.params)
         _check(optimizer, theta, places, tree.index(start, 0), horizon)
         noises = [
-            torch.randn(self.tasks, self.rollouts, rows.shape[1], generator=generator).to(rows)
+            ranks.own(
+                torch.randn(self.tasks, self.rollouts, rows.shape[1], generator=generator).to(rows)
+            )
             for rows in (_get(start, place.path)["noise"] for place in places)
         ]
         run = partial(_roll_out, optimizer, theta, family, places)
-        with torch.no_grad():
+        with torch.no_grad(), work_alone():
             over_rollouts = vmap(run, in_dims=(None, None, 0), randomness="same")
             over_tasks = vmap(over_rollouts, randomness="different")
             losses, records = over_tasks(drawn, start, noises)
             advantages = self._advantages(losses)
         score = partial(_score, optimizer, places)
         grads = vmap(grad(score), in_dims=(None, 0, 0))(theta, records, advantages)
-        return Gradients(grads, losses.mean((1, 2)), None)
+        own = Gradients(grads, losses.mean((1, 2)), None)
+        return Shared(own, self.tasks, ranks) if ranks.are_many else own
 
     def _advantages(self, losses: Tensor) -> Tensor:
         """Return (G - b) / n for losses [tasks, rollouts, horizon]."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.distributed import Ranks
 from metaopt.tree import Tree
 
 
@@ -54,6 +55,19 @@ def sample_tasks(family: TaskFamily, generator: torch.Generator, count: int, ste
         )
     _check_alike(family, drawn)
     return Task(*tree.stack([tuple(task) for task in drawn]))
+
+
+def draw_own_tasks(
+    family: TaskFamily, generator: torch.Generator, count: int, steps: int, ranks: Ranks
+) -> Task:
+    """Draw `count` tasks on every rank, the same ones, and keep this rank's.
+
+    Raises:
+        ValueError: there are fewer tasks than ranks, or as in `sample_tasks`.
+    """
+    part = ranks.share(count, "tasks")
+    drawn = sample_tasks(family, generator, count, steps)
+    return Task(*tree.map(lambda leaf: leaf[part], tuple(drawn))) if ranks.are_many else drawn
 
 
 def _check_alike(family: TaskFamily, drawn: list[Task]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from metaopt.transforms import is_differentiable, outside_transforms, unwrap
+from metaopt.transforms import gather_whole, is_differentiable, outside_transforms, unwrap
 
 
 def check_rebuilt(rebuilt: Mapping[int, Tensor], taken: Sequence[Tensor | None]) -> None:
@@ -34,7 +34,7 @@ def check_rebuilt(rebuilt: Mapping[int, Tensor], taken: Sequence[Tensor | None])
     if not times or found[0].is_meta:
         return
     with outside_transforms(), torch.no_grad():
-        _compare(times, torch.cat(found), torch.cat(before))
+        _compare(times, gather_whole(torch.cat(found)), gather_whole(torch.cat(before)))
 
 
 def _compare(times: list[int], found: Tensor, taken: Tensor) -> None:

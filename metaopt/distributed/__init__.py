@@ -1,0 +1,25 @@
+"""Work shared over processes, and the derivatives of what they exchange."""
+
+from metaopt.distributed.agreement import check_agreement
+from metaopt.distributed.all_reduce import (
+    copy_to_ranks,
+    gather_rows,
+    mean_over_ranks,
+    sum_over_ranks,
+)
+from metaopt.distributed.fully_sharded import call_fully_sharded, is_fully_sharded
+from metaopt.distributed.ranks import Ranks, current_ranks, join_ranks, work_alone
+
+__all__ = [
+    "Ranks",
+    "call_fully_sharded",
+    "check_agreement",
+    "copy_to_ranks",
+    "current_ranks",
+    "gather_rows",
+    "is_fully_sharded",
+    "join_ranks",
+    "mean_over_ranks",
+    "sum_over_ranks",
+    "work_alone",
+]
