@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextvars
 import json
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.func import grad, hessian, jvp, vmap
-from waves import Waves
+from waves import Waves, make_training
 
 import metaopt as mo
 from metaopt import tree
@@ -540,6 +542,25 @@ def fully_sharded_modules_have_the_first_order_rules(ranks: Ranks) -> None:
         two(two.params, x)
     assert_equal(model.weight.to_local(), before)
     assert model.weight.grad is None
+
+
+@check
+def what_ends_a_training_on_one_rank_ends_it_on_all(ranks: Ranks) -> None:
+    def stop(trainer: mo.Trainer, metrics: Any) -> None:
+        if ranks.rank == 1 and trainer.step == 2:
+            trainer.stop()
+
+    trainer = mo.Trainer(make_training(Waves()), max_steps=5, callbacks=[stop], progress=False)
+    trainer.fit()
+    assert (trainer.step, trainer.stopped_by) == (2, "stop")
+
+    def interrupt(trainer: mo.Trainer, metrics: Any) -> None:
+        if ranks.rank == 0 and trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = mo.Trainer(make_training(Waves()), max_steps=5, callbacks=[interrupt], progress=False)
+    with pytest.raises(KeyboardInterrupt, match="after step 2 of 5"):
+        trainer.fit()
 
 
 @check

@@ -1,8 +1,8 @@
 """A job of several processes in which one is killed: `test_distributed` starts it by torchrun.
 
-torchrun --nproc-per-node 2 --max-restarts 1 tests/rank_job.py FOLDER trains a rate, each rank saves
-its state after each step, and rank 1 kills itself in the middle of the third step of the first
-attempt.
+torchrun --nproc-per-node 2 --max-restarts 1 tests/rank_job.py FOLDER trains a rate, with a
+checkpoint after each step. In the first attempt rank 1 kills itself in the middle of the third
+step, when rank 0 has one checkpoint more: that of rank 1 after the second step is taken away.
 """
 
 from __future__ import annotations
@@ -36,16 +36,20 @@ def main(folder: Path, ranks: mo.Ranks) -> None:
     torch.set_num_threads(1)
     tasks: Any = Killed()
     training = make_training(tasks)
-    done, saved = 0, sorted(folder.glob(f"rank{ranks.rank}-step*.pt"))
-    if saved:
-        done = int(saved[-1].stem[-1])
-        training.load_state_dict(torch.load(saved[-1], weights_only=False))
-    for step in range(done + 1, STEPS + 1):
-        is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        tasks.dies = is_first and ranks.rank == 1 and step == 3
-        training.step()
-        torch.save(training.state_dict(), folder / f"rank{ranks.rank}-step{step}.pt")
-    (folder / f"rank{ranks.rank}.txt").write_text(f"{done} {training.optimizer.lr.tolist()!r}")
+    checkpoints = mo.Checkpoints(folder)
+    is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    trainer = mo.Trainer(
+        training, max_steps=STEPS, checkpoint=checkpoints, checkpoint_every=1, resume=True
+    )
+    began_after = None
+    for _ in trainer:
+        began_after = trainer.step - 1 if began_after is None else began_after
+        tasks.dies = is_first and ranks.rank == 1 and trainer.step == 2
+        if tasks.dies:
+            checkpoints.path(2).unlink()
+    (folder / f"rank{ranks.rank}.txt").write_text(
+        f"{began_after} {training.optimizer.lr.tolist()!r}"
+    )
 
 
 if __name__ == "__main__":

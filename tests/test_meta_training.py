@@ -102,7 +102,7 @@ def test_defaults_can_be_read_in_a_signature() -> None:
     """`help` showed `differentiate = <factory>`."""
     signature = str(inspect.signature(mo.FullUnroll))
     assert "differentiate: 'Rule' = FirstOrder(memory='full')" in signature
-    for name in mo.__all__:
+    for name in {*mo.__all__} - {"Trial"}:  # a record, which a search makes
         if dataclasses.is_dataclass(one := getattr(mo, name)):
             assert "<factory>" not in str(inspect.signature(one)), name
 

@@ -87,6 +87,8 @@ def test_a_truncated_lstm_on_quadratics(tmp_path) -> None:
             steps=3,
             batch=3,
             hidden_size=5,
+            finish=2,
+            finish_window=6,
             out=tmp_path,
         )
     )

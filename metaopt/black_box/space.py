@@ -35,7 +35,7 @@ class Float:
     low: float
     high: float
     log: bool = field(default=False, kw_only=True)
-    when: Conditions = field(default_factory=dict, kw_only=True)
+    when: Conditions | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("low", "high"):  # so that Float(0, 1) is Float(0.0, 1.0)
@@ -77,7 +77,7 @@ class Int:
     low: int
     high: int
     log: bool = field(default=False, kw_only=True)
-    when: Conditions = field(default_factory=dict, kw_only=True)
+    when: Conditions | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("low", "high"):
@@ -120,7 +120,7 @@ class Choice:
     """
 
     options: tuple[Value, ...]
-    when: Conditions
+    when: Conditions | None
 
     def __init__(self, *options: Value, when: Conditions | None = None):
         for value in options:
@@ -135,7 +135,7 @@ class Choice:
                 "value that is not searched stands in the objective."
             )
         object.__setattr__(self, "options", options)
-        object.__setattr__(self, "when", {} if when is None else when)
+        object.__setattr__(self, "when", when)
         _check_conditions(self)
 
     def from_unit(self, place: float) -> Value:
@@ -175,7 +175,7 @@ class Space(dict[str, Parameter]):
                     f"The search space must be names with Float, Int or Choice, got {name!r}: "
                     f"{parameter!r}."
                 )
-            for other, wanted in parameter.when.items():
+            for other, wanted in (parameter.when or {}).items():
                 self._check_condition(name, other, wanted)
             self[name] = parameter
 
@@ -197,7 +197,7 @@ class Space(dict[str, Parameter]):
         """Return True if the conditions of a parameter hold, given the values before it."""
         return all(
             other in values and values[other] in _as_tuple(wanted)
-            for other, wanted in self[name].when.items()
+            for other, wanted in (self[name].when or {}).items()
         )
 
     def place(self, units: Mapping[str, float]) -> Values:
@@ -241,7 +241,7 @@ class Space(dict[str, Parameter]):
 
 
 def _check_conditions(owner: Parameter) -> None:
-    if not isinstance(owner.when, Mapping):
+    if not isinstance(owner.when, Mapping | None):
         raise TypeError(
             f"{type(owner).__name__}: `when` must be a dict, got {owner.when!r}. Write "
             'when={"optimizer": "sgd"}.'

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from metaopt.checks import check_count
+from metaopt.distributed import current_ranks, gather_rows
 from metaopt.scan.tensor_file import read_facts
 from metaopt.train.state_file import CheckpointError, read_state, write_state
 
@@ -43,6 +44,9 @@ class Checkpoints:
     A file takes its name when its content is on the disk: a process that is killed, even as it
     writes, leaves those before. The last `keep` are kept, and those that they name as the best.
 
+    In several processes (see `join_ranks`) each rank has files of its own, rank 1 in the folder
+    `rank1` in there, and a run goes on after the newest step that all ranks have.
+
     Args:
         directory: where; it is made if need be.
         keep: how many to keep.
@@ -57,7 +61,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2, config: Any = None):
-        self.directory, self.keep = Path(directory), check_count(None, "keep", keep)
+        self._ranks = current_ranks()
+        own = f"rank{self._ranks.rank}" if self._ranks.rank else ""
+        self.directory, self.keep = Path(directory) / own, check_count(None, "keep", keep)
         self.config = describe_config(config)
         self._prepare()
 
@@ -126,23 +132,35 @@ class Checkpoints:
             CheckpointError: none of several can be read, or it is that of another configuration.
         """
         last: CheckpointError | None = None
-        for step in reversed(self.steps()):
+        while steps := self._find_common_steps():
+            step, found = steps[-1], None
             try:
-                facts = self._read_facts(self.path(step))
-                self._compare(self.path(step), facts)
-                state = read_state(self.path(step), DAMAGED)
+                found = self._read(step)
             except _Other:
                 raise
             except CheckpointError as error:
                 last = error
                 self.path(step).rename(self.path(step).with_suffix(".damaged"))
                 warnings.warn(f"{error} The training goes back before step {step}.", stacklevel=2)
-            else:
-                best = facts["best"]
-                return Restored(step, state, state if best == step else self._load_best(best))
+            is_there = gather_rows(torch.tensor([found is not None]), self._ranks.size, self._ranks)
+            if is_there.all():
+                return found
         if last is not None:
             raise last
         return None
+
+    def _find_common_steps(self) -> list[int]:
+        """Return the newest steps after which all ranks have checkpoints, in order."""
+        steps = self.steps()[-self.keep - 1 :]  # a killed job may have left one more on some ranks
+        padded = torch.tensor([steps + [-1] * (self.keep + 1 - len(steps))])
+        each = gather_rows(padded, self._ranks.size, self._ranks).tolist()
+        return sorted(set.intersection(*map(set, each)) - {-1})
+
+    def _read(self, step: int) -> Restored:
+        facts = self._read_facts(self.path(step))
+        self._compare(self.path(step), facts)
+        state, best = read_state(self.path(step), DAMAGED), facts["best"]
+        return Restored(step, state, state if best == step else self._load_best(best))
 
     def _load_best(self, best: int | None) -> Any | None:
         if best is None:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from metaopt.checks import check_flag, check_positive
+from metaopt.distributed import current_ranks, gather_rows
 from metaopt.train.checkpoint import Checkpoints
 from metaopt.train.interrupt import Interrupt
 from metaopt.train.loggers import Logger
@@ -61,6 +63,9 @@ class Trainer:
     The first SIGINT or SIGTERM lets the step end, saves, and raises KeyboardInterrupt with what to
     do to go on; a second one ends the program at once.
 
+    In several processes (see `join_ranks`) rank 0 shows and logs, each rank saves, and what ends
+    the training on one rank ends it on all.
+
     Args:
         training: what to train.
         max_steps: number of steps, those before a resumption included.
@@ -87,6 +92,11 @@ class Trainer:
         label: text in front of the progress.
         progress: False to show nothing.
 
+    Attributes:
+        step: number of steps so far.
+        stopped_by: what ended the training: "max_steps", "patience", "time_limit" or "stop"; None
+            before, and after an interruption.
+
     Raises:
         ValueError: a number is out of range.
         TypeError: an argument of another type.
@@ -96,6 +106,9 @@ class Trainer:
     Cost:
         Beside the steps, a few microseconds for each, and the checkpoints.
     """
+
+    step: int
+    stopped_by: str | None
 
     def __init__(
         self,
@@ -157,7 +170,9 @@ class Trainer:
         """
         self._begin()
         is_resumed = self._resume()
-        progress = show_progress(self.label, self.max_steps, done=self.step, shown=self.progress)
+        progress = show_progress(
+            self.label, self.max_steps, done=self.step, shown=self.progress and not self._ranks.rank
+        )
         try:
             with Interrupt() as interrupt:
                 if not is_resumed:
@@ -167,6 +182,9 @@ class Trainer:
                     metrics = self._step(progress)
                     self._end_step(interrupt)
                     yield metrics
+                    if self.stopped_by is None and self._stopped:
+                        self._save()  # not yet done: the body of the loop has stopped it
+                        self.stopped_by = "stop"
         finally:
             progress.close()
             self._close()
@@ -174,19 +192,6 @@ class Trainer:
     def stop(self) -> None:
         """Make the present step the last one, from a callback or the body of a loop."""
         self._stopped = True
-
-    @property
-    def stopped_by(self) -> str | None:
-        """What ended the training: "max_steps", "patience", "time_limit" or "stop"; else None."""
-        if self._stopped:
-            return "stop"
-        if self.step >= self.max_steps:
-            return "max_steps"
-        if self._selection.is_over:
-            return "patience"
-        if self.time_limit and time.perf_counter() - self._started >= self.time_limit:
-            return "time_limit"
-        return None
 
     @property
     def best(self) -> float:
@@ -199,6 +204,8 @@ class Trainer:
         return self._selection.best_step
 
     def _begin(self) -> None:
+        self.stopped_by = None
+        self._ranks = current_ranks()
         self.step = 0
         self._selection = Selection(self.patience, self.min_change)
         self._stopped = self._is_best = self._has_failed_to_log = False
@@ -245,18 +252,39 @@ class Trainer:
 
     def _end_step(self, interrupt: Interrupt) -> None:
         """Save if it is time for it, the step the best, or the last; raise if a signal came."""
-        ends = self.stopped_by
+        ends, is_interrupted = self._decide(interrupt)
+        self.stopped_by = ends
         is_due = self.step % self.checkpoint_every == 0 and self.step
-        if is_due or ends or interrupt.received or self._is_best:
+        if is_due or ends or is_interrupted or self._is_best:
             self._save()
         saved = "" if self.checkpoints is None else f" It is saved in {self.checkpoints.directory}."
         again = f"{saved} Run it again with `resume=True` to go on." if saved else ""
-        if ends == "time_limit" and self.progress:
+        if ends == "time_limit" and self.progress and not self._ranks.rank:
             print(f"The time is up at step {self.step}.{again}", file=sys.stderr)
-        if interrupt.received and not ends:
-            raise KeyboardInterrupt(
-                f"{interrupt.received} after step {self.step} of {self.max_steps}.{again}"
-            )
+        if is_interrupted and not ends:
+            signal = interrupt.received or "A signal to another rank"
+            raise KeyboardInterrupt(f"{signal} after step {self.step} of {self.max_steps}.{again}")
+
+    def _decide(self, interrupt: Interrupt) -> tuple[str | None, bool]:
+        """Return (what ends the training after this step, whether it is interrupted).
+
+        What happens to one rank, a signal or the end of its time, is for all of them: the others
+        would wait for it in the next step.
+        """
+        is_late = self.time_limit and time.perf_counter() - self._started >= self.time_limit
+        reasons = {
+            "stop": self._stopped,
+            "max_steps": self.step >= self.max_steps,
+            "patience": self._selection.is_over,
+            "time_limit": bool(is_late),
+            "": interrupt.received is not None,
+        }
+        if self._ranks.are_many:
+            mine = torch.tensor([[*reasons.values()]])
+            anywhere = gather_rows(mine, self._ranks.size, self._ranks).any(0).tolist()
+            reasons = dict(zip(reasons, anywhere, strict=True))
+        is_interrupted = reasons.pop("")
+        return next((name for name, ends in reasons.items() if ends), None), is_interrupted
 
     def _validate(self, progress: Bar | Lines) -> Metrics:
         """Validate if there is something to do it with; return the values by name."""
@@ -282,7 +310,7 @@ class Trainer:
         self.checkpoints.save(self.step, state, self.best_step if has_best else None)
 
     def _log(self, metrics: Mapping[str, float]) -> None:
-        if self.logger is None:
+        if self.logger is None or self._ranks.rank:
             return
         try:
             self.logger.log(self.step, metrics)
