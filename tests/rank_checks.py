@@ -33,6 +33,7 @@ from metaopt import tree
 from metaopt.distributed import (
     Ranks,
     copy_to_ranks,
+    gather_rows,
     mean_over_ranks,
     sum_over_ranks,
     work_alone,
@@ -561,6 +562,32 @@ def what_ends_a_training_on_one_rank_ends_it_on_all(ranks: Ranks) -> None:
     trainer = mo.Trainer(make_training(Waves()), max_steps=5, callbacks=[interrupt], progress=False)
     with pytest.raises(KeyboardInterrupt, match="after step 2 of 5"):
         trainer.fit()
+
+
+@check
+def ranks_draw_their_own_noise_and_keep_the_order_of_data(ranks: Ranks) -> None:
+    drawn = []
+
+    def noisy(levels: Any, batch: Any) -> Tensor:
+        drawn.append(torch.rand(2))
+        if len(drawn) % 2 == ranks.rank:  # at times more than the other rank
+            torch.rand(3)
+        return (levels.low(batch) * drawn[-1].sum() - levels.high(batch)).square().mean()
+
+    def plain(levels: Any, batch: Any) -> Tensor:
+        return (levels.low(batch) - 1).square().mean()
+
+    torch.manual_seed(5)
+    x = torch.randn(12, 3)
+    loader = torch.utils.data.DataLoader(x, batch_size=6, shuffle=True)
+    low = mo.Level("low", nn.Linear(3, 1), noisy, SGD(0.1), data=loader)
+    high = mo.Level("high", nn.Linear(3, 1), plain, SGD(0.1), data=[x])
+    graph = mo.LevelGraph([mo.Edge(high, low)])
+    for _ in range(5):
+        graph.step()
+    both = gather_rows(torch.stack([torch.rand(2), drawn[-1]])[None], ranks.size, ranks)
+    assert torch.equal(both[0, 0], both[1, 0])
+    assert not torch.equal(both[0, 1], both[1, 1])
 
 
 @check

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from problems import assert_close
 from torch import Tensor, nn
-from torch.func import grad, hessian, jacfwd, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -185,6 +186,20 @@ def test_transforms_in_parts(form: str, request: Any) -> None:
     expected = derivatives()
     request.getfixturevalue("in_parts")
     assert_close(derivatives(), expected, 1e-12)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_dual_numbers_take_the_whole() -> None:
+    """`torch.func.jvp`, by which parts have tangents, does not nest in them."""
+    query, key, value = tensors("plain", torch.float64)
+
+    def attend(query: Tensor) -> Tensor:
+        with any_order():
+            return F.scaled_dot_product_attention(query, key, value)
+
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(attend(forward_ad.make_dual(query, query))).tangent
+    assert_close(found, jvp(attend, (query,), (query,))[1], 1e-14)
 
 
 def test_more_queries_than_keys_in_parts(request: Any) -> None:

@@ -33,6 +33,8 @@ SPACE = {
     "momentum": mo.Float(0.0, 0.99, when={"optimizer": "sgd"}),
 }
 FORK = multiprocessing.get_context("fork")
+# Other tests of this process may have started JAX, whose threads no child here has to do with.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
 
 
 def loss(values: dict[str, Any]) -> float:
@@ -680,3 +682,11 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ModuleNotFoundError, match=message):
             make(backend).ask()
     assert make(mo.Sobol()).ask().number == 0
+
+
+def test_options_are_those_that_a_file_gives_back() -> None:
+    choice = mo.Choice(*np.logspace(-2, -1, 2), np.int64(3))
+    assert choice == mo.Choice(*[float(x) for x in np.logspace(-2, -1, 2)], 3)
+    assert [type(one) for one in choice.options] == [float, float, int]
+    with pytest.raises(ValueError, match="an option must be finite, got inf"):
+        mo.Choice(1.0, math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import resource
 import signal
 import struct
@@ -20,11 +21,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import metaopt as mo
 from metaopt import tree
 from metaopt.levels.data import LevelData
+from metaopt.random_state import read_random_state, restore_random_state
 from metaopt.train import checkpoint
 from metaopt.train.state_file import read_state, write_state
 from optimizers import SGD, Adam
@@ -272,6 +274,77 @@ def test_a_run_in_parts_is_one_run(tmp_path: Path) -> None:
     assert len(straight) == 17
 
 
+@pytest.mark.parametrize("reason", ["max_steps", "patience"])
+def test_a_run_that_is_over_stays_so(reason: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 4}
+    if reason == "patience":
+        options = {"max_steps": 9, "validate": lambda: 1.0, "validate_every": 2, "patience": 2}
+    for _ in range(2):
+        training = Counter()
+        trainer = mo.Trainer(training, checkpoint=tmp_path, resume=True, progress=False, **options)
+        trainer.fit()
+        assert (trainer.step, trainer.stopped_by) == (4, reason)
+
+
+def test_a_second_fit_does_not_lose_what_it_saves(tmp_path: Path) -> None:
+    trainer = mo.Trainer(Counter(), max_steps=2, checkpoint=tmp_path, progress=False)
+    trainer.fit()
+    with pytest.raises(mo.CheckpointError, match=r"has checkpoints, up to step 2\. Go on from"):
+        trainer.fit()
+
+
+def test_the_best_state_is_not_the_one_that_goes_on(tmp_path: Path) -> None:
+    class Shared(Counter):
+        """It keeps what it loads, and changes it in place."""
+
+        def step(self) -> dict[str, Any]:
+            self.values += [1.0]
+            return {}
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"values": self.values}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.values = state["values"]
+
+    losses = iter([3.0, 1.0, 2.0, 2.0])
+    for steps in (1, 3):
+        training = Shared()
+        mo.Trainer(
+            training,
+            max_steps=steps,
+            validate=lambda: next(losses),
+            validate_every=1,
+            checkpoint=tmp_path,
+            resume=True,
+            progress=False,
+        ).fit()
+    assert len(training.values) == 1
+
+
+def test_a_damaged_older_file_names_no_best(tmp_path: Path) -> None:
+    checkpoints = mo.Checkpoints(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"step": step})
+    checkpoints.path(2).write_bytes(b"xx")
+    checkpoints.save(4, {"step": 4})
+    assert checkpoints.steps() == [2, 3, 4]
+
+
+def test_a_configuration_has_names(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"`config` must hold numbers, .* got <built-in "):
+        mo.Checkpoints(tmp_path, config={"activation": torch.relu})
+    config = {"out": tmp_path, "dtype": torch.float64, "cap": float("nan")}
+    mo.Checkpoints(tmp_path, config=config).save(1, {})
+    assert mo.Checkpoints(tmp_path, config=config).load() is not None
+
+
+def test_checkpoints_are_those_of_a_rank(tmp_path: Path) -> None:
+    checkpoints = mo.Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match="made where there were 1 ranks, and is used where there"):
+        checkpoints.check_ranks(mo.Ranks(1, 2))
+
+
 def test_checkpoints_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
     mo.Trainer(Counter(), max_steps=3, checkpoint=tmp_path, progress=False).fit()
     with pytest.raises(mo.CheckpointError, match=r"has checkpoints, up to step 3\. Go on from"):
@@ -383,15 +456,45 @@ def test_data_is_wound_to_where_it_was(make: Any) -> None:
     data = order(make())
     read(data, 5)
     data.peek(6)  # a look ahead, into the next pass
-    place, random = data.place(), torch.get_rng_state()
+    place, state = data.place(), torch.get_rng_state()
     expected = read(data, 9)
     torch.manual_seed(77)
     again = order(make())
     again.peek(1)
     again.check(place)
     again.seek(place)
-    torch.set_rng_state(random)
+    torch.set_rng_state(state)
     assert all(torch.equal(a, b) for a, b in zip(read(again, 9), expected, strict=True))
+
+
+class Noisy(Dataset[torch.Tensor]):
+    """Each example is drawn again, from numpy's and Python's own generators."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        return torch.tensor(place + np.random.rand() + random.random())  # noqa: NPY002
+
+
+def test_data_that_draws_from_every_generator_comes_back() -> None:
+    def read(data: LevelData, count: int) -> list[Any]:
+        found = []
+        for _ in range(count):
+            found += tree.leaves(data.peek(1))
+            data.take(1)
+        return found
+
+    data = order(DataLoader(Noisy(), 2, shuffle=True))
+    read(data, 4)
+    place, common = data.place(), read_random_state()
+    expected = read(data, 7)
+    random.seed(8)
+    again = order(DataLoader(Noisy(), 2, shuffle=True))
+    again.check(place)
+    again.seek(place)
+    restore_random_state(common)
+    assert all(torch.equal(a, b) for a, b in zip(read(again, 7), expected, strict=True))
 
 
 def test_an_iterator_that_draws_from_torchs_generator_is_warned_of() -> None:

@@ -142,12 +142,36 @@ def test_it_is_learned_and_evaluated_wherever_it_stands() -> None:
     assert not any(torch.equal(start[name], drawn[name]) for name in start)
 
 
+@pytest.mark.parametrize("estimator", [mo.FullUnroll(2), mo.TruncatedBackprop(2, 2), mo.ES(0.1, 2)])
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_start_and_a_rate_of_two_dtypes(estimator: Any, clip: float | None) -> None:
+    start = {"w": torch.ones(3, dtype=torch.float64)}
+    optimizer = LearnedStart(start, SGD(lr=nn.Parameter(torch.tensor(0.1))))
+
+    class Bowl:
+        def loss(self, params: Any, batch: Any) -> torch.Tensor:
+            return (params["w"] - batch).square().sum()
+
+        def sample(self, generator: torch.Generator, steps: int) -> mo.Task:
+            return mo.Task({"w": torch.zeros(3).double()}, torch.full((steps, 3), 2.0).double())
+
+    training = mo.MetaTraining(
+        optimizer, Bowl(), estimator=estimator, outer=SGD(1e-3), horizon=2, clip=clip
+    )
+    assert training.step()["tasks left out"] == 0
+    assert (optimizer.params["w"] != 1).all()
+
+
 def test_another_network_is_refused(tmp_path: Any) -> None:
     optimizer = LearnedStart({"w": torch.ones(3), "b": torch.ones(())}, SGD(0.1))
-    with pytest.raises(ValueError, match=r"parameter 'w' with shape \(3,\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"parameter 'w', \(3,\) of torch.float32, got \(2,\)"):
         optimizer.initial({"w": torch.zeros(2), "b": torch.zeros(())})
-    with pytest.raises(ValueError, match=r"parameter 'b' with shape \(\), got only \['w'\]"):
+    with pytest.raises(ValueError, match=r"parameter 'b', \(\) of .*, got only \['w'\]"):
         optimizer.initial({"w": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"got \(3,\) of torch.float64"):
+        optimizer.initial({"w": torch.zeros(3).double(), "b": torch.zeros(())})
+    with pytest.raises(ValueError, match=r"`params` must have a parameter, got \{\}"):
+        LearnedStart({}, SGD(0.1))
     with pytest.raises(TypeError, match="LearnedStart: `params` must be floating-point"):
         LearnedStart({"w": torch.ones(2, dtype=torch.int64)}, SGD(0.1))
     optimizer.save(tmp_path / "start.safetensors")

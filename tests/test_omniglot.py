@@ -206,9 +206,11 @@ def test_sampling_more_than_there_is_says_so(alphabets):
         tasks.sample(generator, 1, ways=5, shots=3, queries=4)
     with pytest.raises(
         ValueError,
-        match=r"`tasks`, `ways`, `shots` and `queries` must be positive, got 1, 5, 0 and 1",
+        match=r"`tasks`, `ways` and `shots` must be positive, .* got 1, 5, 0 and 1",
     ):
         tasks.sample(generator, 1, ways=5, shots=0, queries=1)
+    support, query = tasks.sample(generator, 1, ways=5, shots=6, queries=0)
+    assert (support[0].shape[1], query[0].shape[1]) == (30, 0)
 
 
 def test_a_missing_path_and_a_folder_without_archives(tmp_path):

@@ -362,7 +362,7 @@ def test_a_logger_that_fails_is_reported_once() -> None:
 
 
 def test_a_logger_gets_pace_and_memory(monkeypatch: Any) -> None:
-    from metaopt.train import trainer as module
+    from metaopt.train import reporting as module
 
     monkeypatch.setattr(module, "SECONDS_BETWEEN_MEASURES", 0.0)
     notes = Notes()
@@ -501,3 +501,43 @@ def test_a_solver_says_how_it_did_at_its_edge() -> None:
     assert row["low/solver steps"] == 2
     assert 0 <= row["low/solver residual"] < 1e-10
     assert row["top/gradient norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resume": True}, "needs a folder to go on from: give `checkpoint=`"),
+        ({"patience": 2}, "`patience=2` counts validations: give `validate=`"),
+        ({"time_limit": 0}, "`time_limit` must be a positive number, got 0"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mo.Trainer(Counter(), max_steps=3, **options)
+
+
+def test_a_signal_in_the_last_step_is_heard() -> None:
+    """What comes after the training, another one perhaps, is not to begin."""
+
+    def signal_at_the_end(trainer: mo.Trainer, metrics: Any) -> None:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = mo.Trainer(Counter(), max_steps=2, callbacks=[signal_at_the_end], progress=False)
+    with pytest.raises(KeyboardInterrupt, match="SIGINT after step 2 of 2"):
+        trainer.fit()
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        trainer = mo.Trainer(
+            Counter(),
+            max_steps=2,
+            callbacks=[lambda *_: os.kill(os.getpid(), signal.SIGINT)],
+            progress=False,
+        )
+        trainer.fit()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert trainer.stopped_by == "max_steps"

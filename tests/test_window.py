@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 import metaopt as mo
+from metaopt.torch_internals import load_compiler
 from optimizers import SGD, Adam
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -126,6 +127,31 @@ def test_clip_bounds_real_and_imaginary_parts() -> None:
         (out.params * torch.tensor([3.0 + 0.2j, -0.1 - 9.0j])).real.sum(), start
     )
     torch.testing.assert_close(found, torch.tensor([0.5 - 0.2j, -0.1 + 0.5j]))
+
+
+def test_clip_in_forward_mode_is_refused() -> None:
+    def last(w: Tensor) -> Tensor:
+        rule = mo.Backprop(clip=0.5)
+        loss = lambda w, _: w.square().sum()
+        return mo.minimize(loss, SGD(0.1), w, None, steps=2, differentiate=rule).params
+
+    with pytest.raises(ValueError, match=r"Backprop\(clip=0.5\) bounds the cotangents"):
+        torch.func.jvp(last, (torch.ones(2),), (torch.ones(2),))
+
+
+def test_clip_in_a_compiled_batch() -> None:
+    """Traced without a C++ compiler."""
+    load_compiler()
+
+    def end(w: Tensor, task: Tensor) -> Tensor:
+        rule = mo.Backprop(clip=0.1)
+        loss = lambda w, _: (w - task).square().sum()
+        return mo.minimize(loss, SGD(0.7), w, None, steps=2, differentiate=rule).params.sum() * 3
+
+    w, tasks = torch.tensor([0.1, -0.2]), torch.randn(3, 2)
+    batched = torch.func.vmap(torch.func.grad(end), in_dims=(None, 0))
+    found = torch.compile(batched, fullgraph=True, backend="eager")(w, tasks)
+    torch.testing.assert_close(found, batched(w, tasks))
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, float("nan"), float("inf"), True])

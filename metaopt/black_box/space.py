@@ -115,7 +115,7 @@ class Choice:
         when: see `Float`.
 
     Raises:
-        ValueError: there are fewer than two, or two that are equal.
+        ValueError: there are fewer than two, two that are equal, or an infinite one.
         TypeError: one is of another type.
     """
 
@@ -123,12 +123,7 @@ class Choice:
     when: Conditions | None
 
     def __init__(self, *options: Value, when: Conditions | None = None):
-        for value in options:
-            if not isinstance(value, int | float | str | bool):
-                raise TypeError(
-                    f"Choice: an option must be a text, a number or a truth value, got {value!r}. "
-                    'Write Choice("relu", "tanh") and look the function up in the objective.'
-                )
+        options = tuple(map(_as_plain, options))
         if len(options) < 2 or len(set(options)) < len(options):
             raise ValueError(
                 f"Choice: there must be at least two options, all different, got {options}. A "
@@ -149,6 +144,24 @@ class Choice:
     def holds(self, value: object) -> bool:
         """Return True for an option; True is not 1."""
         return any(value == one and type(value) is type(one) for one in self.options)
+
+
+def _as_plain(value: Any) -> Value:
+    """Return an option as one of Python's own kinds, as it will be read from a file."""
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"Choice: an option must be finite, got {value}. Call it by a text, and look "
+                    "its value up in the objective."
+                )
+            return kind(value)
+    if hasattr(value, "__index__"):  # an integer of another library
+        return int(value)
+    raise TypeError(
+        f"Choice: an option must be a text, a number or a truth value, got {value!r}. "
+        'Write Choice("relu", "tanh") and look the function up in the objective.'
+    )
 
 
 Parameter = Float | Int | Choice

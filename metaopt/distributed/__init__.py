@@ -8,6 +8,7 @@ from metaopt.distributed.all_reduce import (
     sum_over_ranks,
 )
 from metaopt.distributed.fully_sharded import call_fully_sharded, is_fully_sharded
+from metaopt.distributed.noise import own_noise
 from metaopt.distributed.ranks import Ranks, current_ranks, join_ranks, work_alone
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "is_fully_sharded",
     "join_ranks",
     "mean_over_ranks",
+    "own_noise",
     "sum_over_ranks",
     "work_alone",
 ]

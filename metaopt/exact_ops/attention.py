@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaopt.exact_ops.dropout import dropout
 from metaopt.exact_ops.recomputed import recomputed
+from metaopt.torch_internals import uses_dual_numbers
+from metaopt.transforms import is_inside_jvp
 
 LONG = 1024**2  # scores a head: of fewer the whole is faster
 ROWS = 128  # queries at a time: 64 and 256 take as long, and more memory
@@ -37,7 +39,7 @@ def _attention(
 
     A query that may attend to nothing gets a row of zeros. The scores of `LONG` entries a head and
     more are never there as a whole: `ROWS` queries at a time are attended to, and again for each
-    derivative. Not with dropout, nor in a compiler.
+    derivative. Not with dropout, in a compiler, or with dual numbers.
     """
     if is_causal and attn_mask is not None:  # torch's error
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
@@ -47,9 +49,14 @@ def _attention(
     causal_from = 0 if is_causal else None
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     is_long = query.shape[-2] * key.shape[-2] >= LONG and query.shape[-2] > ROWS
-    if not is_long or dropout_p or torch.compiler.is_compiling():
+    if not is_long or dropout_p or torch.compiler.is_compiling() or _has_plain_tangents():
         return _attend(scale, dropout_p, causal_from, *tensors)
     return _attend_in_parts(scale, is_causal, *tensors)
+
+
+def _has_plain_tangents() -> bool:
+    """Return True for dual numbers outside of `torch.func.jvp`, which does not nest in them."""
+    return uses_dual_numbers() and not is_inside_jvp()
 
 
 def _attend(

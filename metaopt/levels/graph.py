@@ -21,7 +21,7 @@ from metaopt.checks import NonFiniteError, find_not_finite
 from metaopt.compiled import compile_whole
 from metaopt.differentiate import EvolutionStrategy
 from metaopt.differentiate.statistics import gathering
-from metaopt.distributed import check_agreement, current_ranks
+from metaopt.distributed import check_agreement, current_ranks, own_noise
 from metaopt.levels.backward import take_total_gradient
 from metaopt.levels.check_plan import check_plan, check_state, name_levels
 from metaopt.levels.data import LevelData, peek_rows
@@ -142,7 +142,8 @@ class LevelGraph:
         _check_surroundings("step")
         rows, counts = peek_rows(self.plan, self._data, None)
         with torch.no_grad(), gathering() as gathered, self._drawn_again() as drawn:
-            _, states = self._run_turn(self._states, rows)
+            with own_noise(self.plan.ranks):
+                _, states = self._run_turn(self._states, rows)
             # until here nothing has changed, and no batch is gone
             _raise_if_not_finite(states, self._steps)
             drawn.clear()
@@ -171,7 +172,7 @@ class LevelGraph:
         """
         _check_surroundings("hypergradient")
         state, scene, rows, window = self._view(level)
-        with torch.no_grad(), self._drawn_again():
+        with torch.no_grad(), self._drawn_again(), own_noise(self.plan.ranks):
             plan, state = begin_virtual_steps(self.plan, level, state)
             grads, *_ = take_total_gradient(
                 plan, level, scene, state, rows, window, at_point=not after_steps
@@ -194,7 +195,7 @@ class LevelGraph:
         """
         state, scene, rows, window = self._view(level)
         inputs = make_inputs(scene, window, rows)
-        with torch.no_grad():
+        with torch.no_grad(), own_noise(self.plan.ranks):
             plan, state = begin_virtual_steps(self.plan, level, state)
             memory = without_params(state)
             return total_loss(plan, level, "around", inputs, params, memory, rows)[0]

@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypedDict, runtime_checkable
 import torch
 from torch import Tensor
 
+from metaopt.random_state import kept_random_state, read_random_state, restore_random_state
+
 
 @runtime_checkable
 class NumberedBatches(Protocol):
@@ -26,12 +28,13 @@ class Start(TypedDict):
 
     Attributes:
         number: of the first batch that came out.
-        random: state of torch's generator, from which a shuffled `DataLoader` draws its order.
+        random: state of the generators that all have in common; from torch's a shuffled
+            `DataLoader` draws its order.
         own: states of the generators that the iterable has of its own.
     """
 
     number: int
-    random: Tensor
+    random: dict[str, Any]
     own: list[Tensor]
 
 
@@ -90,8 +93,9 @@ class Batches:
 
     def check(self, place: Any) -> None:
         """Raise TypeError, LookupError, ValueError or RuntimeError unless it can be a place."""
-        for start in place["starts"]:
-            torch.Generator().set_state(start["random"])
+        with kept_random_state():
+            for start in place["starts"]:
+                restore_random_state(start["random"])
         numbers = [place["position"], *[start["number"] for start in place["starts"]]]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(f"the numbers of batches are {numbers}")
@@ -102,7 +106,7 @@ class Batches:
     def wind(self, place: Order) -> None:
         """Go to a place; an iterator can only go on, and is left where it is if it is past it.
 
-        The generators are afterwards as they were at that place, torch's as it is now.
+        The generators are afterwards as they were at that place, common ones as they are now.
         """
         position = place["position"]
         if self.is_iterator and position < self.number:
@@ -110,7 +114,7 @@ class Batches:
         if not self.is_iterator:
             self._pass, self._starts = None, [*place["starts"]]
             self.number = self._starts[0]["number"] if self._starts else position
-        with torch.random.fork_rng(devices=[]):
+        with kept_random_state():
             self._skip_to(position)
         for generator, state in zip(self._generators, place["own"], strict=True):
             generator.set_state(state)
@@ -150,7 +154,7 @@ class Batches:
         if not known:
             now: Start = {
                 "number": self.number,
-                "random": torch.get_rng_state(),
+                "random": read_random_state(),
                 "own": self._own(),
             }
             self._starts.append(now)
@@ -162,8 +166,8 @@ class Batches:
 
     @contextmanager
     def _drawing_from(self, start: Start) -> Iterator[None]:
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(start["random"])
+        with kept_random_state():
+            restore_random_state(start["random"])
             for generator, state in zip(self._generators, start["own"], strict=True):
                 generator.set_state(state)
             yield

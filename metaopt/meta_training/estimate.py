@@ -90,5 +90,7 @@ class Gradients(NamedTuple):
         found = {}
         for name, grad in self.grads.items():
             seen = (weights != 0).view(-1, *[1] * (grad.ndim - 1))
-            found[name] = torch.einsum("t,t...->...", weights, torch.where(seen, grad, 0))
+            found[name] = torch.einsum(
+                "t,t...->...", weights.to(grad.dtype), torch.where(seen, grad, 0)
+            )
         return found

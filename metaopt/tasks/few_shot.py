@@ -71,10 +71,10 @@ class OmniglotClasses:
         """Draw characters, `size` drawings of them to learn from and others."""
         shots, queries = (self._each(count) for count in (size, held_out))
         (x, y), (other, other_y) = _read(self.path, self.part).sample(
-            generator, 1, ways=self.ways, shots=shots, queries=max(queries, 1)
+            generator, 1, ways=self.ways, shots=shots, queries=queries
         )
         batches = x.flatten(2).expand(steps, -1, -1), y.expand(steps, -1)
-        return batches, (other[0, :held_out].flatten(1), other_y[0, :held_out])
+        return batches, (other[0].flatten(1), other_y[0])
 
     def _each(self, count: int) -> int:
         each, rest = divmod(count, self.ways)
@@ -90,6 +90,10 @@ class OmniglotClasses:
         return F.cross_entropy(outputs, y)
 
 
-@functools.cache
 def _read(path: str | Path, part: str) -> CharacterTasks:
-    return CharacterTasks(split_alphabets(read_omniglot(path))[PARTS.index(part)])
+    return _read_parts(Path(path))[PARTS.index(part)]
+
+
+@functools.cache
+def _read_parts(path: Path) -> tuple[CharacterTasks, ...]:
+    return tuple(CharacterTasks(part) for part in split_alphabets(read_omniglot(path)))

@@ -157,12 +157,13 @@ class CharacterTasks:
             [tasks, ways * shots] in 0 ... ways - 1); query likewise with `queries`.
 
         Raises:
-            ValueError: a count is not positive, or there are too few characters or drawings.
+            ValueError: a count is not positive (`queries`: is negative), or there are too few
+                characters or drawings.
         """
-        if min(tasks, ways, shots, queries) < 1:
+        if min(tasks, ways, shots) < 1 or queries < 0:
             raise ValueError(
-                f"`tasks`, `ways`, `shots` and `queries` must be positive, got {tasks}, {ways}, "
-                f"{shots} and {queries}."
+                f"`tasks`, `ways` and `shots` must be positive, and `queries` not negative, got "
+                f"{tasks}, {ways}, {shots} and {queries}."
             )
         if ways > self.characters:
             raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from metaopt.checks import check_count
-from metaopt.distributed import current_ranks, gather_rows
+from metaopt.distributed import Ranks, current_ranks, gather_rows
 from metaopt.scan.tensor_file import read_facts
 from metaopt.train.state_file import CheckpointError, read_state, write_state
 
@@ -118,10 +118,27 @@ class Checkpoints:
     def _prune(self) -> None:
         steps = self.steps()
         last = steps[-self.keep :]
-        kept = {*last, *(self._read_facts(self.path(step)).get("best") for step in last)}
+        kept = {*last, *map(self._find_best, last)}
         for step in steps:
             if step not in kept:
                 self.path(step).unlink(missing_ok=True)
+
+    def _find_best(self, step: int) -> int | None:
+        """Return the step that a checkpoint names as the best; one that is damaged names none."""
+        try:
+            best: int | None = self._read_facts(self.path(step))["best"]
+        except CheckpointError:
+            return None
+        return best
+
+    def check_ranks(self, ranks: Ranks) -> None:
+        """Raise ValueError unless these are the processes that it was made in."""
+        if ranks != self._ranks:
+            raise ValueError(
+                f"`checkpoint` was made where there were {self._ranks.size} ranks, and is used "
+                f"where there are {ranks.size}: all would write the same files. Make it inside of "
+                "`join_ranks`."
+            )
 
     def load(self) -> Restored | None:
         """Return the newest checkpoint that can be read, None if the directory has none.
@@ -222,19 +239,29 @@ def describe_config(config: Any) -> dict[str, Any]:
             f"`config` must be a dataclass or a dict, got {type(config).__name__}. Write "
             "config={'lr': 0.1}."
         )
-    described: dict[str, Any] = json.loads(json.dumps(dict(config or {}), default=str))
+    described: dict[str, Any] = json.loads(json.dumps(dict(config or {}), default=_name))
     return described
+
+
+def _name(value: Any) -> str:
+    """Return the text of a value that JSON does not have, the same in every process."""
+    if isinstance(value, Path | torch.dtype | torch.device):
+        return str(value)
+    raise TypeError(
+        f"`config` must hold numbers, texts, truth values, paths, lists and dicts, got {value!r}. "
+        "Write its name."
+    )
 
 
 def _list_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return [
         f"{name} was {there.get(name, 'absent')!r}, is {here.get(name, 'absent')!r}"
         for name in dict.fromkeys([*there, *here])
-        if there.get(name, _ABSENT) != here.get(name, _ABSENT)
+        # as texts: nan is not equal to nan
+        if name not in there
+        or name not in here
+        or json.dumps(there[name]) != json.dumps(here[name])
     ]
-
-
-_ABSENT = object()
 
 
 @cache

@@ -26,7 +26,9 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         self.received = None
         if threading.current_thread() is threading.main_thread():
-            self._before = {one: signal.signal(one, self._keep) for one in SIGNALS}
+            # one that is ignored, as in the background of a shell, stays ignored
+            heard = [one for one in SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+            self._before = {one: signal.signal(one, self._keep) for one in heard}
         return self
 
     def _keep(self, number: int, frame: object) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,16 +15,14 @@ from torch import Tensor
 
 from metaopt.checks import check_flag, check_positive
 from metaopt.distributed import current_ranks, gather_rows
+from metaopt.random_state import read_random_state, restore_random_state
 from metaopt.train.checkpoint import Checkpoints
 from metaopt.train.interrupt import Interrupt
 from metaopt.train.loggers import Logger
-from metaopt.train.memory import peak_memory
 from metaopt.train.progress import Bar, Lines, show_progress
-from metaopt.train.random_state import read_random_state, restore_random_state
+from metaopt.train.reporting import Reporting
 from metaopt.train.selection import Selection
 from metaopt.train.state_file import CheckpointError
-
-SECONDS_BETWEEN_MEASURES = 1.0  # of pace and memory, for the logger
 
 Metrics = dict[str, float]
 
@@ -139,8 +137,14 @@ class Trainer:
         self.validate_every = _as_count("validate_every", validate_every)
         self.patience = None if patience is None else _as_count("patience", patience)
         self.min_change = min_change
-        self.time_limit = time_limit and check_positive(None, "time_limit", time_limit)
+        self.time_limit = time_limit
+        if time_limit is not None:
+            check_positive(None, "time_limit", time_limit)
         self.checkpoints = _open(checkpoint, check_flag(None, "resume", resume))
+        if resume and checkpoint is None:
+            raise ValueError("`resume=True` needs a folder to go on from: give `checkpoint=`.")
+        if patience is not None and validate is None:
+            raise ValueError(f"`patience={patience}` counts validations: give `validate=`.")
         self.checkpoint_every = _as_count("checkpoint_every", checkpoint_every)
         self.resume, self.callbacks = resume, tuple(callbacks)
         self.label, self.progress = label, progress
@@ -170,12 +174,16 @@ class Trainer:
         """
         self._begin()
         is_resumed = self._resume()
+        # one rank is enough: all come to the same metrics
+        self._reporting = Reporting(None if self._ranks.rank else self.logger, self.step)
         progress = show_progress(
             self.label, self.max_steps, done=self.step, shown=self.progress and not self._ranks.rank
         )
         try:
             with Interrupt() as interrupt:
-                if not is_resumed:
+                if is_resumed:  # perhaps from the end
+                    self.stopped_by, _ = self._decide(interrupt)
+                else:
                     self._validate(progress)
                     self._end_step(interrupt)
                 while self.stopped_by is None:
@@ -206,19 +214,22 @@ class Trainer:
     def _begin(self) -> None:
         self.stopped_by = None
         self._ranks = current_ranks()
+        if self.checkpoints is not None:
+            self.checkpoints.check_ranks(self._ranks)
         self.step = 0
         self._selection = Selection(self.patience, self.min_change)
-        self._stopped = self._is_best = self._has_failed_to_log = False
-        self._started = self._measured = time.perf_counter()
-        self._measured_at = 0
+        self._stopped = self._is_best = False
+        self._started = time.perf_counter()
 
     def _resume(self) -> bool:
         """Go to the newest checkpoint; return False if that is not asked for or there is none."""
+        _require_fresh(self.checkpoints, self.resume)  # `fit` may be called again
         found = self.checkpoints.load() if self.checkpoints and self.resume else None
         if found is None:
             return False
         try:
-            best = None if found.best is None else found.best["training"]
+            # a copy: it may be the same tree as the state that goes on
+            best = None if found.best is None else copy.deepcopy(found.best["training"])
             self._selection.load_state_dict(found.state["selection"], best)
             self.training.load_state_dict(found.state["training"])
             restore_random_state(found.state["random"])
@@ -228,7 +239,7 @@ class Trainer:
                 f"{self.checkpoints.path(found.step)} is not a checkpoint of this training: "
                 f"{error} Go on with the training that wrote it, or begin in another directory."
             ) from error
-        self.step = self._measured_at = found.step
+        self.step = found.step
         return True
 
     def _step(self, progress: Bar | Lines) -> Metrics:
@@ -240,9 +251,7 @@ class Trainer:
         }
         self.step += 1
         self._is_best = False
-        if self.logger is not None:
-            self._log(values | metrics)
-            self._log_measures()
+        self._reporting.log_step(self.step, values | metrics)
         progress.advance(metrics)
         if self.step % self.validate_every == 0 or self.step == self.max_steps:
             metrics |= self._validate(progress)
@@ -261,7 +270,7 @@ class Trainer:
         again = f"{saved} Run it again with `resume=True` to go on." if saved else ""
         if ends == "time_limit" and self.progress and not self._ranks.rank:
             print(f"The time is up at step {self.step}.{again}", file=sys.stderr)
-        if is_interrupted and not ends:
+        if is_interrupted:
             signal = interrupt.received or "A signal to another rank"
             raise KeyboardInterrupt(f"{signal} after step {self.step} of {self.max_steps}.{again}")
 
@@ -271,12 +280,12 @@ class Trainer:
         What happens to one rank, a signal or the end of its time, is for all of them: the others
         would wait for it in the next step.
         """
-        is_late = self.time_limit and time.perf_counter() - self._started >= self.time_limit
+        passed = time.perf_counter() - self._started
         reasons = {
             "stop": self._stopped,
             "max_steps": self.step >= self.max_steps,
             "patience": self._selection.is_over,
-            "time_limit": bool(is_late),
+            "time_limit": self.time_limit is not None and passed >= self.time_limit,
             "": interrupt.received is not None,
         }
         if self._ranks.are_many:
@@ -292,7 +301,7 @@ class Trainer:
             return {}
         given = self.validate()
         values = _name_values(given)
-        self._log(values)
+        self._reporting.log(self.step, values)
         value = values["validation/loss" if isinstance(given, Mapping) else "validation"]
         self._is_best = self._selection.take(self.step, value, self.training.state_dict())
         progress.note({"validation": f"{value:.4g}", "best": f"{self.best:.4g}@{self.best_step}"})
@@ -309,39 +318,11 @@ class Trainer:
         has_best = self._selection.best_state is not None
         self.checkpoints.save(self.step, state, self.best_step if has_best else None)
 
-    def _log(self, metrics: Mapping[str, float]) -> None:
-        if self.logger is None or self._ranks.rank:
-            return
-        try:
-            self.logger.log(self.step, metrics)
-        except Exception as error:
-            self._report_logger(error)
-
-    def _log_measures(self) -> None:
-        now = time.perf_counter()
-        if now - self._measured >= SECONDS_BETWEEN_MEASURES:
-            pace = (self.step - self._measured_at) / (now - self._measured)
-            self._log({"steps per second": pace, "peak memory (MiB)": peak_memory()})
-            self._measured, self._measured_at = now, self.step
-
-    def _report_logger(self, error: Exception) -> None:
-        if not self._has_failed_to_log:
-            self._has_failed_to_log = True
-            warnings.warn(
-                f"The logger {type(self.logger).__name__} failed at step {self.step}: {error!r}. "
-                "The training goes on; this is said once.",
-                stacklevel=2,
-            )
-
     def _close(self) -> None:
         """Go back to what was best, also after an interruption."""
         if self._selection.best_state is not None:
             self.training.load_state_dict(self._selection.best_state)
-        if self.logger is not None:
-            try:
-                self.logger.close()
-            except Exception as error:
-                self._report_logger(error)
+        self._reporting.close(self.step)
 
 
 def _open(checkpoint: str | Path | Checkpoints | None, resume: bool) -> Checkpoints | None:
@@ -353,13 +334,19 @@ def _open(checkpoint: str | Path | Checkpoints | None, resume: bool) -> Checkpoi
     if checkpoint is None:
         return None
     found = checkpoint if isinstance(checkpoint, Checkpoints) else Checkpoints(checkpoint)
-    steps = found.steps()
-    if steps and not resume:
-        raise CheckpointError(
-            f"{found.directory} has checkpoints, up to step {steps[-1]}. Go on from there with "
-            "`resume=True`, or delete them, or take another directory."
-        )
+    _require_fresh(found, resume)
     return found
+
+
+def _require_fresh(checkpoints: Checkpoints | None, resume: bool) -> None:
+    """Raise CheckpointError if there are some that nobody said to go on from."""
+    steps = checkpoints.steps() if checkpoints and not resume else []
+    if steps:
+        assert checkpoints
+        raise CheckpointError(
+            f"{checkpoints.directory} has checkpoints, up to step {steps[-1]}. Go on from there "
+            "with `resume=True`, or delete them, or take another directory."
+        )
 
 
 def _require_methods(name: str, given: Any, methods: tuple[str, ...]) -> None:

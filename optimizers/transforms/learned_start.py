@@ -18,7 +18,9 @@ class LearnedStart(Transform):
 
     `MetaTraining` then trains the initial parameters, with any estimator and beside whatever else
     the optimizer learns: MAML by evolution strategies or by truncated backpropagation, for example.
-    `optimizer.initial(params)` returns them. The updates are those of the optimizer behind.
+    The updates are those of the optimizer behind. `minimize`, levels and `as_torch` begin at the
+    parameters that they are given, which are `optimizer.initial(params)` for the learned ones.
+    Parameters that are tied are one as long as they are not saved and loaded.
 
     Args:
         params: the initial parameters, a tree like that of the tasks, or a dict of some of them by
@@ -27,7 +29,8 @@ class LearnedStart(Transform):
         optimizer: what moves the parameters.
 
     Raises:
-        ValueError: where it starts: the tasks have no such parameter, or one of another shape.
+        ValueError: there are no parameters. Where it starts: the tasks have no such parameter, or
+            one of another shape or dtype.
         TypeError: a leaf is not a floating-point or complex tensor.
 
     Cost:
@@ -41,6 +44,8 @@ class LearnedStart(Transform):
     def __init__(self, params: Tree, optimizer: Optimizer):
         super().__init__(optimizer)
         named = named_params("LearnedStart", params)
+        if not named:
+            raise ValueError(f"LearnedStart: `params` must have a parameter, got {params!r}.")
         self.names = tuple(named)
         self.starts = nn.ParameterList(
             one if isinstance(one, nn.Parameter) else nn.Parameter(one.detach().clone())
@@ -55,11 +60,16 @@ class LearnedStart(Transform):
     def initial(self, params: Tree) -> Tree:
         named = paths(params)
         for name, start in self.params.items():
-            if name not in named or named[name].shape != start.shape:
-                found = tuple(named[name].shape) if name in named else f"only {sorted(named)}"
+            given = named.get(name)
+            if given is None or (given.shape, given.dtype) != (start.shape, start.dtype):
+                found = f"only {sorted(named)}" if given is None else _describe(given)
                 raise ValueError(
-                    f"LearnedStart: the tasks must have the parameter {name!r} with shape "
-                    f"{tuple(start.shape)}, got {found}. Give the parameters of the tasks' own "
+                    f"LearnedStart: the tasks must have the parameter {name!r}, "
+                    f"{_describe(start)}, got {found}. Give the parameters of the tasks' own "
                     "network."
                 )
         return tree.with_leaves(params, [self.params.get(name, named[name]) for name in named])
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {tensor.dtype}"

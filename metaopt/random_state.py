@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -35,3 +37,13 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     for index, one in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(one.cpu(), index)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """While entered, what is drawn leaves no trace: afterwards all of them are as they were."""
+    before = read_random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(before)
