@@ -528,6 +528,8 @@ def test_shuffled_batches_are_passes_through_the_examples() -> None:
     assert len({str(mo.Shuffled(torch.arange(99), 9, seed).batch_at(0)) for seed in range(9)}) == 9
     with pytest.raises(ValueError, match=r"one number of rows, at least the batch_size 3, got"):
         mo.Shuffled([torch.ones(4), torch.ones(3)], 3)
+    with pytest.raises(TypeError, match=r"must be a tree of tensors .* got something else at"):
+        mo.Shuffled((np.ones((4, 2)), torch.ones(4)), 2)
 
 
 def test_data_of_another_kind_is_refused() -> None:

@@ -55,6 +55,15 @@ def test_json_is_a_line_a_step(tmp_path: Path, figure: Any) -> None:
     logger.close()
 
 
+def test_json_goes_on_after_it_was_closed(tmp_path: Path) -> None:
+    logger = mo.JSONLogger(tmp_path / "log.jsonl")
+    for step in (1, 2):
+        logger.log(step, {"loss": 1.0})
+        logger.histogram(step, "nothing", torch.empty(0))
+        logger.close()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
 def test_the_console_gets_a_line_now_and_then(capsys: Any) -> None:
     logger = mo.ConsoleLogger(seconds=100)
     logger.log(1, {"loss": 1 / 3, "norm": 2.0})

@@ -31,12 +31,20 @@ class Shuffled:
 
     Raises:
         ValueError: the leaves have different numbers of examples, or fewer than a batch.
+        TypeError: a leaf is no tensor, or has no axis of examples.
     """
 
     def __init__(self, examples: Tree, batch_size: int, seed: int = 0):
         self.examples, self.seed = examples, check_count(self, "seed", seed, least=0)
         self.batch_size = check_count(self, "batch_size", batch_size)
         counts = tree.leading_axes(examples)
+        others = [path for path, count in counts.items() if count < 0]
+        if others:
+            raise TypeError(
+                f"Shuffled: `examples` must be a tree of tensors with a row for each example, got "
+                f"something else at {others}. Write torch.as_tensor(...); of a data set, "
+                "stack its examples."
+            )
         if len({*counts.values()}) != 1 or min(counts.values()) < batch_size:
             raise ValueError(
                 "Shuffled: the leaves of `examples` must have one number of rows, at least the "

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 from torch import Tensor
@@ -83,17 +83,24 @@ class JSONLogger:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", buffering=1)  # by line: it can be read on the way
+        self._file = self._open()
+
+    def _open(self) -> TextIO:
+        return self.path.open("a", buffering=1)  # by line: it can be read on the way
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics in one line."""
         numbers = {
             name: value if math.isfinite(value) else str(value) for name, value in metrics.items()
         }
+        if self._file.closed:  # by an earlier run of the same trainer
+            self._file = self._open()
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
 
     def histogram(self, step: int, name: str, values: Tensor) -> None:
         """Write quantiles of the entries."""
+        if not values.numel():
+            return
         found = np.quantile(values.detach().double().cpu().numpy(), QUANTILES)
         self.log(step, {f"{name}/{q:g}": float(value) for q, value in zip(QUANTILES, found)})
 
