@@ -21,7 +21,7 @@ from metaopt.exact_ops.recomputed import recomputed
 from metaopt.torch_internals import uses_dual_numbers
 from metaopt.transforms import is_inside_jvp
 
-LONG = 1024**2  # scores a head: of fewer the whole is faster
+LONG = 1024**2  # scores a head: fewer are kept as a whole, which is faster up to about there
 ROWS = 128  # queries at a time: 64 and 256 take as long, and more memory
 
 
