@@ -2,6 +2,8 @@
 
 python scripts/scaling.py                                        # what the model predicts
 torchrun --nproc-per-node 2 scripts/scaling.py --measure         # what it is fitted to
+torchrun --nproc-per-node 2 scripts/scaling.py --speed-up        # two processes against one
+torchrun --nproc-per-node 2 scripts/scaling.py --overlap         # sums beside the backward pass
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from two_processes import measure_overlap, measure_speed_up
 
 import metaopt as mo
 from metaopt.distributed import sum_over_ranks
+from metaopt.distributed.overlap import BUCKET, FIRST_BUCKET
 from metaopt.extras import extra
 from optimizers import SGD, Adam, MLPOptimizer
 
@@ -69,6 +73,7 @@ class Way:
         own: seconds that every rank spends, however many there are.
         messages: bytes of each message of a step.
         hidden: seconds of work beside which the messages are sent.
+        late: bytes of each message, among these, that is not sent before that work is over.
         grows: whether each rank has as much to do, however many there are (the batch grows), or the
             work is shared out.
         parts: number of tasks or pairs, more than which no ranks have anything to do.
@@ -79,14 +84,18 @@ class Way:
     own: float
     messages: tuple[float, ...]
     hidden: float = 0.0
+    late: tuple[float, ...] = ()
     grows: bool = False
     parts: int | None = None
 
     def time(self, ranks: int, network: Network) -> float:
         """Return the seconds of a step."""
-        sent = sum(network.all_reduce(size, ranks) for size in self.messages)
+        sent, late = (
+            sum(network.all_reduce(size, ranks) for size in sizes)
+            for sizes in (self.messages, self.late)
+        )
         work = self.shared if self.grows else self.shared / ranks
-        return self.own + work + max(0.0, sent - self.hidden)
+        return self.own + work + max(late, sent - self.hidden)
 
     def efficiency(self, ranks: int, network: Network) -> float:
         """Return the part of the ranks' time that is work, which one process would do too."""
@@ -102,12 +111,21 @@ class Way:
         return ranks
 
 
+def fill_buckets(size: float) -> tuple[float, ...]:
+    """Return the messages of a gradient of `size` bytes, sent beside its backward pass."""
+    if size <= FIRST_BUCKET:
+        return (size,)
+    full, rest = divmod(size - FIRST_BUCKET, BUCKET)
+    return (FIRST_BUCKET, *(BUCKET,) * int(full), *((rest,) if rest else ()))
+
+
 def sama(params: float, meta: float, steps: int) -> tuple[float, ...]:
     """Return the messages of `steps` inner steps and a hypergradient by SAMA."""
     # the inner gradients, that of the outer loss, and that of the inner loss where the steps ended:
     # a scalar on the way, a gradient on the way back
-    gradients = (FLOAT, FLOAT * params) * (steps + 2)
-    return gradients + (FLOAT, FLOAT * meta) * 2  # at the two displaced points
+    gradients = (FLOAT, *fill_buckets(FLOAT * params)) * (steps + 2)
+    # and at the two displaced points
+    return gradients + (FLOAT, *fill_buckets(FLOAT * meta)) * 2
 
 
 def backprop(params: float, meta: float, steps: int) -> tuple[float, ...]:
@@ -145,14 +163,15 @@ WAYS = [
         shared=8 * 60e-3,
         own=10e-3,
         messages=sama(110e6, 1e3, 4),
+        hidden=6 * 40e-3,  # backward passes, two thirds of a gradient
+        late=(FLOAT, fill_buckets(FLOAT * 110e6)[-1]) * 6 + (FLOAT, FLOAT * 1e3) * 2,
         grows=True,
     ),
     Way(
-        "the same, overlapped with the backward passes (2/3 of the work)",
+        "the same, if each gradient were sent after its backward pass",
         shared=8 * 60e-3,
         own=10e-3,
-        messages=sama(110e6, 1e3, 4),
-        hidden=8 * 40e-3,
+        messages=(FLOAT, FLOAT * 110e6) * 6 + (FLOAT, FLOAT * 1e3) * 2,
         grows=True,
     ),
     Way(
@@ -284,25 +303,33 @@ def count_messages() -> list[list[Any]]:
     return rows
 
 
-def main(measure: bool = False) -> None:
+def main(measure: bool = False, speed_up: bool = False, overlap: bool = False) -> None:
     """Print the tables.
 
     Args:
         measure: measure the network between the ranks of this job, and count messages.
+        speed_up: time two processes against one, a minute if both cores are free.
+        overlap: time gradients whose sums are sent beside the backward pass, two minutes.
     """
     torch.set_num_threads(1)
-    if not measure:
+    if not (measure or speed_up or overlap):
         print(predict())
         return
     with mo.join_ranks() as ranks:
         if not ranks.are_many:
             raise SystemExit("There is one process. Start two: torchrun --nproc-per-node 2 ...")
-        latency, bandwidth, table = fit_network(ranks)
-        counts = count_messages()
-        if ranks.rank == 0:
-            print(f"{table}\n\nlatency {1e6 * latency:.0f} us, {bandwidth / 1e9:.2f} GB/s\n")
+        tables = []
+        if measure:
+            latency, bandwidth, table = fit_network(ranks)
+            tables += [table, f"latency {1e6 * latency:.0f} us, {bandwidth / 1e9:.2f} GB/s"]
             headers = ["a step of", "messages", "bytes", "by the formula", "bytes by the formula"]
-            print(tabulate(counts, headers, tablefmt="github"))
+            tables.append(tabulate(count_messages(), headers, tablefmt="github"))
+        if speed_up:
+            tables.append(measure_speed_up(ranks))
+        if overlap:
+            tables.append(measure_overlap(ranks))
+        if ranks.rank == 0:
+            print("\n\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,14 @@ from waves import Waves, make_training
 
 import metaopt as mo
 from metaopt import tree
+from metaopt.autodiff.gradient import gradient
 from metaopt.distributed import (
     Ranks,
+    copy_beside_backward,
     copy_to_ranks,
     gather_rows,
     mean_over_ranks,
+    overlap,
     sum_over_ranks,
     work_alone,
 )
@@ -42,6 +45,7 @@ from metaopt.torch_internals import load_compiler
 from optimizers import SGD, Adam, PolicySchedule
 
 CHECKS: dict[str, Callable[[Ranks], None]] = {}
+LAST = "how the job ended"
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(8, 3).sin()
 
 
@@ -165,6 +169,104 @@ def a_task_of_ones_own_is_not_shared(ranks: Ranks) -> None:
     for fn in (sum_over_ranks, copy_to_ranks):
         with work_alone(), refused("works on alone"):
             fn(torch.ones(2), ranks)
+
+
+# Sums beside the backward pass.
+
+
+class Passed(torch.autograd.Function):
+    """The identity; the backward pass writes into a log that it has come here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log: list[Any]) -> Tensor:
+        ctx.log = log
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, bar: Tensor) -> Any:
+        ctx.log.append("pass")
+        return bar, None
+
+
+def logged_gradient(
+    ranks: Ranks, params: dict[str, Tensor], *, log: list[Any], others: bool = False
+) -> Any:
+    """Return the gradient of a loss that uses "a", then "b", and on rank 0 "c".
+
+    The log gets the sizes of messages, and "pass" where the backward pass is between "b" and "a".
+    """
+    send = torch.distributed.all_reduce
+
+    def note(message: Tensor, **given: Any) -> Any:
+        log.append(message.numel())
+        return send(message, **given)
+
+    def loss(w: dict[str, Tensor]) -> tuple[Tensor, Any]:
+        seen = copy_beside_backward(w)
+        assert seen is not None
+        hidden = Passed.apply(torch.tanh(ranks.own(X) @ seen["a"]), log)
+        part = (hidden @ seen["b"]).square().sum()
+        if ranks.rank == 0 and "c" in w:
+            part = part + seen["c"].square().sum()
+        if others:
+            part = part + copy_to_ranks(w["b"].sin(), ranks).sum() / ranks.size
+        return sum_over_ranks(part, ranks) + w["b"].square().sum(), ()
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.distributed, "all_reduce", note)
+        found, *_ = gradient(loss, params)
+    assert log[0] == 1  # the loss
+    del log[0]
+    return found
+
+
+@check
+def gradients_are_sent_beside_the_backward_pass(ranks: Ranks) -> None:
+    a, b = seeded(3, 2), seeded(2)
+    c = torch.ones(5, dtype=torch.float32)
+
+    def whole(w: dict[str, Tensor]) -> Tensor:
+        return (torch.tanh(X @ w["a"]) @ w["b"]).square().sum() + w["b"].square().sum()
+
+    wanted = grad(whole)({"a": a, "b": b})
+    log: list[Any] = []
+    assert_equal(logged_gradient(ranks, {"a": a, "b": b}, log=log), wanted)
+    assert log == ["pass", 8]  # what is small is one message
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap, "FIRST_BUCKET", 1)
+        patch.setattr(overlap, "BUCKET", 1)
+        log = []
+        assert_equal(logged_gradient(ranks, {"a": a, "b": b}, log=log), wanted)
+        assert log == [2, "pass", 6]
+        log = []  # in the order of the parameters, not of time
+        assert_equal(logged_gradient(ranks, {"b": b, "a": a}, log=log), wanted)
+        assert log == ["pass", 6, 2]
+        log = []  # what one rank does not use is late there, and the others wait for it
+        found = logged_gradient(ranks, {"a": a, "b": b, "c": c}, log=log)
+        assert_equal(found, wanted | {"c": 2 * c})
+        assert log == ([5, 2, "pass", 6] if ranks.rank == 0 else ["pass", 5, 2, 6])
+        log = []  # and beside other messages, whose order depends on the graph, all are late
+        found = logged_gradient(ranks, {"a": a, "b": b}, log=log, others=True)
+        assert_equal(found, wanted | {"b": wanted["b"] + b.cos()})
+        assert sorted(log[:2], key=str) == [2, "pass"]
+        assert log[2:] == [2, 6]
+        many = run(weight_net(mo.SAMA(), Adam(lr=0.05)))
+    assert_equal(many, run(weight_net(mo.SAMA(), Adam(lr=0.05))), 0.0)
+
+
+def fail_in_a_backward_pass(ranks: Ranks) -> None:
+    """Raise on rank 1 when the first of two messages is on its way."""
+
+    class Failing(Passed):
+        @staticmethod
+        def backward(ctx: Any, bar: Tensor) -> Any:
+            raise KeyError("of rank 1")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap, "FIRST_BUCKET", 1)
+        if ranks.rank == 1:
+            patch.setattr(sys.modules[__name__], "Passed", Failing)
+        logged_gradient(ranks, {"a": seeded(3, 2), "b": seeded(2)}, log=[])
 
 
 # Tasks and pairs.
@@ -607,14 +709,18 @@ def wrapped_modules_are_refused(ranks: Ranks) -> None:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     found = {}
-    with mo.join_ranks(timeout=60) as ranks:
-        for name, fn in CHECKS.items():
-            try:
-                fn(ranks)
-                found[name] = ""
-            except Exception:
-                found[name] = traceback.format_exc()
-        (folder / f"rank{ranks.rank}.json").write_text(json.dumps(found))
+    try:
+        with mo.join_ranks(timeout=60) as ranks:
+            for name, fn in CHECKS.items():
+                try:
+                    fn(ranks)
+                    found[name] = ""
+                except Exception:
+                    found[name] = traceback.format_exc()
+            fail_in_a_backward_pass(ranks)  # the last: it ends all
+    except (KeyError, RuntimeError) as error:
+        found[LAST] = f"{type(error).__name__}: {error}"
+    (folder / f"rank{ranks.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ MOST_LINES = {ast.FunctionDef: 60, ast.ClassDef: 200, ast.Module: 300}  # but fo
 LONG: set[str] = set()
 # Tokens of code, without comments and docstrings. Whoever needs more says why; whoever needs less
 # lowers it.
-MOST_TOKENS = {"metaopt": 117_700, "optimizers": 36_100}
+MOST_TOKENS = {"metaopt": 119_200, "optimizers": 36_100}
 NOT_COUNTED = {"interop", "tasks", "diagnostics", "black_box"}  # beside the core
 SHADOWED: set[str] = set()
 # set the global generators, and put them back
@@ -346,8 +346,8 @@ def test_one_place_each_knows_distribution_and_logging_backends() -> None:
     }
     pages = "metaopt.black_box.show"  # TensorBoard's page of hyperparameters
     distributed = {name for name in MODULES if unit(name) == "distributed"}
-    counts = "scripts.scaling"  # messages
-    assert users <= distributed | {"metaopt.train.loggers", pages, counts}
+    measured = {"scripts.scaling", "scripts.two_processes"}  # messages
+    assert users <= distributed | {"metaopt.train.loggers", pages} | measured
 
 
 @pytest.mark.parametrize(

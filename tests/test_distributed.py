@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -59,6 +60,13 @@ def test_two_processes_equal_one(name: str, results: dict[str, str]) -> None:
     assert not results[name], results[name]
 
 
+def test_an_error_in_one_backward_pass_ends_all(results: dict[str, str]) -> None:
+    """One rank's own error, and on the other what it was waiting for: no time runs out."""
+    found = results[rank_checks.LAST]
+    assert "KeyError: 'of rank 1'" in found
+    assert re.search(r"RuntimeError: A sum over 2 ranks .* failed on rank 0.*look first at", found)
+
+
 def start_job(folder: Path, restarts: int) -> subprocess.CompletedProcess[str]:
     """Run `rank_job` by torchrun on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -100,6 +108,10 @@ def test_the_model_of_messages_has_the_closed_form(monkeypatch: pytest.MonkeyPat
     assert way.efficiency(8, slow) == 8 / (8 + 6)
     assert way.limit(slow) == 8  # of 16 ranks, 4 seconds of 12 are work
     assert scaling.Way("", 64.0, 0.0, (0.0,), hidden=6.0).efficiency(8, slow) == 1
+    late = scaling.Way("", 64.0, 0.0, (0.0, 0.0), hidden=12.0, late=(0.0,))
+    assert late.efficiency(8, slow) == 8 / (8 + 6)
+    assert scaling.fill_buckets(2**20) == (2**20,)
+    assert scaling.fill_buckets(60 * 2**20) == (2**20, 25 * 2**20, 25 * 2**20, 9 * 2**20)
 
 
 def test_a_sum_that_fails_says_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.graph import find_ancestors, goes_beyond
 from metaopt.autodiff.plain import Recording, begin_at, cut, slopes_of_scalar, stands_in
+from metaopt.distributed import OverlappedSums, is_shared
 from metaopt.transforms import constant
 from metaopt.tree import Tree
 
@@ -45,7 +47,10 @@ def gradient(
         return _transform(function, at, allow_unused, is_constant)
     again = torch.is_grad_enabled()
     variables = begin_at(leaves, again)
-    with Recording(variables):
+    # a first derivative, whose sums over ranks can go beside the backward pass
+    sums = OverlappedSums(variables) if not again and is_shared() else None
+    recorded = variables if sums is None else [*variables, *sums.copies]
+    with Recording(recorded), sums or nullcontext():
         value, aux = function(tree.with_leaves(at, variables))
     goes_on = (
         again
@@ -53,7 +58,12 @@ def gradient(
         and value.requires_grad
         and (all(leaf.requires_grad for leaf in leaves) or goes_beyond(value))
     )
-    found: Tree = slopes_of_scalar(value, variables, again=goes_on, keep=again and is_constant)
+    backward = partial(slopes_of_scalar, value, again=goes_on, keep=again and is_constant)
+    found: Tree
+    if sums is None or not value.requires_grad:
+        found = backward(variables)
+    else:
+        found = sums.differentiate(backward)
     if not allow_unused and type(None) in map(type, found):
         known = zip(found, leaves, strict=True)
         found = [

@@ -26,6 +26,7 @@ from torch.autograd import Function
 
 from metaopt import tree
 from metaopt.distributed.message import sum_leaves
+from metaopt.distributed.overlap import running_sums
 from metaopt.distributed.ranks import Ranks, is_busy
 from metaopt.torch_internals import allow_in_compiled_graphs
 from metaopt.transforms import has_tangent, is_differentiable, is_sharded, is_tracked
@@ -171,9 +172,31 @@ def copy_to_ranks(values: Tree, ranks: Ranks) -> Tree:
     # constants have no cotangents, which nobody needs to send
     places = [place for place, leaf in enumerate(leaves) if _may_vary(leaf)]
     if places:
+        sums = running_sums()
+        if sums is not None:
+            sums.is_alone = False
         copies = _copy(*[leaves[place] for place in places])
         for place, copy in zip(places, copies, strict=True):
             leaves[place] = copy
+    return tree.with_leaves(values, leaves)
+
+
+def copy_beside_backward(values: Tree) -> Tree | None:
+    """Return what `copy_to_ranks` does, with sums that are sent while the backward pass runs.
+
+    It is for a first derivative in nothing else than these tensors: see `overlap`. Where that is
+    not what is being taken, the answer is None.
+    """
+    sums = running_sums()
+    leaves = tree.leaves(values)
+    if sums is None or any(map(is_sharded, leaves)):
+        return None
+    places = [place for place, leaf in enumerate(leaves) if _may_vary(leaf)]
+    copies = sums.copy([leaves[place] for place in places])
+    if copies is None:
+        return None
+    for place, copy in zip(places, copies, strict=True):
+        leaves[place] = copy
     return tree.with_leaves(values, leaves)
 
 

@@ -93,6 +93,12 @@ def current_ranks() -> Ranks:
     return ranks or ALONE
 
 
+def is_shared() -> bool:
+    """Return True if ranks that were joined share what is computed now."""
+    ranks = _CURRENT.get()
+    return ranks is not None and ranks.are_many and not _IS_BUSY.get()
+
+
 def is_busy() -> bool:
     """Return True while this rank works on a part of its own, which the others do not know."""
     return _IS_BUSY.get()

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from metaopt import tree
 from metaopt._functional import Functional, Params
-from metaopt.distributed import Ranks, copy_to_ranks, sum_over_ranks
+from metaopt.distributed import Ranks, copy_beside_backward, copy_to_ranks, sum_over_ranks
 from metaopt.levels.level import Level
 from metaopt.levels.reading import Reading
-from metaopt.levels.scope import After, Rows, Scene, Shown, evaluate, keep_carried
+from metaopt.levels.scope import After, Rows, Scene, evaluate, keep_carried
 from metaopt.scan import scan
 from metaopt.transforms import constant, is_differentiable, is_sharded
 from metaopt.tree import Tree
@@ -74,15 +74,17 @@ def _share(
         return loss(scene, rows)  # a batch that is spread over the ranks is one for all of them
     own, share = _split_batch(level, rows[level.name], ranks)
     moves = frozenset().union(reading.params, *reading.moves.values())
-    seen: Scene = {}
+    shown: Scene = {}
     for other in (level.name, *sorted(reading.levels)):
         # Zeros would arrive at what the loss does not depend on: a derivative that is to be missed.
         params = {
             key: leaf if level.allow_unused or (other, key) in moves else constant(leaf)
             for key, leaf in scene[other]["params"].items()
         }
-        shown: Shown = {"params": params, "buffers": scene[other]["buffers"]}
-        seen[other] = copy_to_ranks(shown, ranks)
+        shown[other] = {"params": params, "buffers": scene[other]["buffers"]}
+    seen = copy_beside_backward(shown)
+    if seen is None:  # one message for each level: not all of them may be differentiated
+        seen = {other: copy_to_ranks(one, ranks) for other, one in shown.items()}
     value, after = loss({**scene, **seen}, {level.name: own})
     # Buffers that count are alike anyway.
     counts = {k: leaf for k, leaf in after["buffers"].items() if not is_differentiable(leaf)}
