@@ -121,7 +121,7 @@ def check_hypergradient() -> None:
     start = vector(-2.0)
     direction = torch.randn(1, PIXELS, generator=torch.Generator().manual_seed(0))
     h = 1e-4
-    graph = level_graph(start, SGD(0.0), TRAIN_PAIRS, seed=5, copies=2, solve=400)
+    graph = level_graph(start, SGD(0.0), TRAIN_PAIRS, seed=5, copies=2, solve=250)
     exact = (graph.hypergradient("initial_strength")["weight"] * direction).sum()
     high, low = (
         graph.objective("initial_strength", {"weight": -2.0 + sign * h * direction})

@@ -122,7 +122,7 @@ def test_no_number_depends_on_the_order_of_a_set() -> None:
 
     first = printed(0)
     assert "nan" not in first
-    assert {printed(seed) for seed in (1, 2)} == {first}
+    assert printed(2) == first  # every set of these names has another order than with 0
 
 
 def test_running_statistics_are_those_of_each_run() -> None:
