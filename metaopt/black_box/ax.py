@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from metaopt.black_box.backend import Backend
 from metaopt.black_box.isolation import derive_seed, isolate
-from metaopt.black_box.space import Choice, Float, Space, Value, Values
+from metaopt.black_box.space import Choice, Float, Parameter, Space, Value, Values
 from metaopt.black_box.trial import Trial, fill_losses
 from metaopt.checks import check_count
 
 LOSS = "loss"
 FEWEST = 2  # losses that make a model
+MOST_LISTED = 10_000  # integers that Ax may list one by one; of more it sees real numbers
 OPTION = "_OH_PARAM_"  # between a category and the number of its option, in what Ax returns
 
 
@@ -65,6 +67,9 @@ class Ax(Backend):
 
     def suggest(self, space: Space, trials: Sequence[Trial]) -> Values:
         number = len(trials)
+        points = math.prod(map(_count_points, space.values()))
+        if number >= points:  # Ax suggests none twice
+            return dict(trials[number % int(points)].values)
         with isolate("`Ax`", "ax.api.client", derive_seed(self.seed, number)):
             is_first = number < self.initial or len(fill_losses(trials)) < FEWEST
             if is_first and self.configure is None:
@@ -100,11 +105,14 @@ class Ax(Backend):
             analysis = SensitivityAnalysisPlot(order="total", top_k=None)
             (card,) = client.compute_analyses([analysis], display=False)
         total = dict.fromkeys(space, 0.0)
-        for name, index in zip(card.df["parameter_name"], card.df["sensitivity"], strict=True):
+        for label, index in zip(card.df["parameter_name"], card.df["sensitivity"], strict=True):
             # Of more than two options each has an index. An index is a mean over samples, and may
             # come out a little below 0.
-            total[name.split(OPTION)[0]] += max(float(index), 0.0)
-        return {name: index / sum(total.values()) for name, index in total.items() if index}
+            name = label if label in total else label.rsplit(OPTION, 1)[0]
+            total[name] += max(float(index), 0.0)
+        whole = sum(total.values())
+        # nan where all losses are equal
+        return {name: index / whole for name, index in total.items() if index} if whole > 0 else {}
 
     def _make_client(self, space: Space, seed: int, *, first: bool) -> Any:
         from ax.api.client import Client
@@ -144,6 +152,13 @@ def _attach(client: Any, space: Space, trials: Sequence[Trial]) -> dict[int, int
     return places
 
 
+def _count_points(parameter: Parameter) -> float:
+    """Return how many values a parameter has."""
+    if isinstance(parameter, Choice):
+        return len(parameter.options)
+    return math.inf if isinstance(parameter, Float) else parameter.high - parameter.low + 1
+
+
 def _to_ax_parameter(name: str, parameter: Any) -> Any:
     from ax.api.configs import ChoiceParameterConfig, RangeParameterConfig
 
@@ -153,16 +168,20 @@ def _to_ax_parameter(name: str, parameter: Any) -> Any:
     return RangeParameterConfig(
         name,
         (parameter.low, parameter.high),
-        parameter_type="float" if isinstance(parameter, Float) else "int",
+        parameter_type="float" if _count_points(parameter) > MOST_LISTED else "int",
         scaling="log" if parameter.log else "linear",
     )
 
 
 def _to_ax(space: Space, values: Values) -> dict[str, Any]:
-    return {
-        name: _label(value) if isinstance(space[name], Choice) else value
-        for name, value in space.fill(values).items()
-    }
+    told: dict[str, Any] = {}
+    for name, value in space.fill(values).items():
+        parameter = space[name]
+        if isinstance(parameter, Choice):
+            told[name] = _label(value)
+        else:
+            told[name] = float(value) if _count_points(parameter) > MOST_LISTED else value
+    return told
 
 
 def _from_ax(space: Space, suggested: dict[str, Any]) -> Values:
@@ -174,7 +193,7 @@ def _from_ax(space: Space, suggested: dict[str, Any]) -> Values:
         else:
             # a bound that went through a logarithm may come back a little outside
             value = min(max(suggested[name], parameter.low), parameter.high)
-            values[name] = float(value) if isinstance(parameter, Float) else int(value)
+            values[name] = float(value) if isinstance(parameter, Float) else round(value)
     return values
 
 

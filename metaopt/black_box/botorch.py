@@ -20,7 +20,7 @@ from metaopt.checks import check_count
 CANDIDATES = 512  # points of the space that are scored before some are improved
 IMPROVED = 4  # of them, whose real numbers are then moved uphill
 FEWEST = 2  # losses that make a model
-REACH = 5.0  # how far above the median a loss may be, over how far the least is below
+KEPT = 0.5  # chance that a candidate near the best trial has a coordinate from it
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,23 @@ class BoTorch(Backend):
     """A Gaussian process of the loss, and the point with the largest expected improvement on it.
 
     The first points are a Sobol sequence. Then, with f the Gaussian process (Matern 5/2 kernel, a
-    length for each axis, fitted to the losses) and y the least loss so far:
+    length for each axis, fitted with a prior whose lengths grow with the number of axes) and y the
+    least loss so far:
 
         next point = argmax_x log E[max(y - f(x), 0)]
+
+    The process is of compressed losses, since those of trainings that nearly blew up would leave no
+    difference between the others. With m the median:
+
+        t = (loss - m) / (m - y), and f is of t below 0, of log(1 + t) above
 
     A choice of n options has n axes, one for each, on which it is 0 or 1; other parameters have one
     axis, on which their range (or its logarithm) is [0, 1]. A parameter that is not active stands
     at its centre. The maximum is found among points of the space itself: 512 points of a Sobol
-    sequence, of which the best four are moved along the axes of real numbers by L-BFGS, their
-    integers and choices held. Trials that still run count through the process's own samples of
-    their losses. Failed trials, see `fill_losses`. A loss of a training that blew up would leave
-    no difference between the others: losses are cut off at m + 5 (m - y), m their median.
+    sequence, of which every other one takes about half of its coordinates from the best trial. The
+    best four are moved along the axes of real numbers by L-BFGS, their integers and choices held.
+    Trials that still run count through the process's own samples of their losses. Failed trials,
+    see `fill_losses`.
 
     Args:
         seed: of everything random.
@@ -54,7 +60,7 @@ class BoTorch(Backend):
     Reference:
         Jones, Schonlau, Welch 1998, Efficient global optimization of expensive black-box functions,
         J. Global Optimization 13. Ament et al. 2023, arXiv:2310.20708 (the logarithm). Balandat et
-        al. 2020, arXiv:1910.06403 (BoTorch).
+        al. 2020, arXiv:1910.06403 (BoTorch). Hvarfner et al. 2024, arXiv:2402.02229 (the prior).
     """
 
     seed: int = 0
@@ -70,7 +76,9 @@ class BoTorch(Backend):
             return Sobol(self.seed).suggest(space, trials)
         with isolate("`BoTorch`", "botorch.models", derive_seed(self.seed, len(trials))):
             improvement = _make_improvement(space, known, _find_running(space, trials))
-            return _maximize(improvement, space, derive_seed(self.seed, len(trials)))
+            seed = derive_seed(self.seed, len(trials))
+            best, _ = min(known, key=lambda pair: pair[1])
+            return _maximize(improvement, space, _draw_candidates(space, best.values, seed))
 
     def find_importance(self, space: Space, trials: Sequence[Trial]) -> dict[str, float]:
         """Return the share of each parameter in the sum of the inverse lengths of the kernel."""
@@ -79,8 +87,7 @@ class BoTorch(Backend):
             return {}
         with isolate("`BoTorch`", "botorch.models", derive_seed(self.seed, 0)):
             kernel = _fit(space, known).covar_module
-        # the scale of the kernel is in the losses, which are standardised
-        lengths = getattr(kernel, "base_kernel", kernel).lengthscale.detach().flatten()
+        lengths = kernel.lengthscale.detach().flatten()
         inverse = iter((1 / lengths).tolist())
         total = {
             name: sum(next(inverse) for _ in range(_count_axes(parameter)))
@@ -90,18 +97,27 @@ class BoTorch(Backend):
 
 
 def _fit(space: Space, known: Sequence[tuple[Trial, float]]) -> Any:
-    """Return the Gaussian process of minus the loss, fitted by its marginal likelihood."""
+    """Return the Gaussian process of minus the compressed loss."""
     from botorch.fit import fit_gpytorch_mll
     from botorch.models import SingleTaskGP
+    from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior
     from gpytorch.mlls import ExactMarginalLogLikelihood
 
     points = torch.stack([embed(space, trial.values) for trial, _ in known])
-    losses = torch.tensor([[loss] for _, loss in known], dtype=torch.float64)
-    middle = losses.median()
-    losses = losses.clamp(max=middle + REACH * (middle - losses.min()))
-    model = SingleTaskGP(points, -losses)  # BoTorch maximises; it standardises by itself
+    kernel = get_covar_module_with_dim_scaled_prior(points.shape[1], use_rbf_kernel=False)
+    # BoTorch maximises; it standardises by itself
+    model = SingleTaskGP(points, -_compress(known)[:, None], covar_module=kernel)
     fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
     return model
+
+
+def _compress(known: Sequence[tuple[Trial, float]]) -> Tensor:
+    """Return the losses in units of median minus least, logarithmic above the median."""
+    losses = torch.tensor([loss for _, loss in known], dtype=torch.float64)
+    middle, least, largest = losses.median(), losses.min(), losses.max()
+    unit = middle - least if middle > least else largest - least
+    scaled = (losses - middle) / (unit if unit > 0 else 1.0)  # all may be equal
+    return torch.where(scaled > 0, scaled.clamp(min=0).log1p(), scaled)
 
 
 def _make_improvement(
@@ -113,18 +129,25 @@ def _make_improvement(
     from botorch.acquisition.logei import qLogNoisyExpectedImprovement
 
     if running is None:
-        return LogExpectedImprovement(model, best_f=-min(loss for _, loss in known))
+        return LogExpectedImprovement(model, best_f=-_compress(known).min())
     points = torch.stack([embed(space, trial.values) for trial, _ in known])
     return qLogNoisyExpectedImprovement(model, points, X_pending=running)
 
 
-def _maximize(improvement: Any, space: Space, seed: int) -> Values:
+def _draw_candidates(space: Space, best: Values, seed: int) -> list[Values]:
+    """Return points all over the space, every other one with coordinates of the best trial."""
+    units = SobolEngine(len(space), scramble=True, seed=seed).draw(CANDIDATES, dtype=torch.float64)
+    place = [space[name].to_unit(best[name]) if name in best else CENTRE for name in space]
+    chances = torch.rand(units.shape, generator=torch.Generator().manual_seed(seed))
+    is_near = torch.arange(CANDIDATES)[:, None] % 2 == 1
+    units = torch.where(is_near & (chances < KEPT), units.new_tensor(place), units)
+    return [space.place(dict(zip(space, unit, strict=True))) for unit in units.tolist()]
+
+
+def _maximize(improvement: Any, space: Space, candidates: Sequence[Values]) -> Values:
     """Return the values at the best point found."""
     from botorch.optim.optimize import optimize_acqf
 
-    engine = SobolEngine(len(space), scramble=True, seed=seed)
-    units = engine.draw(CANDIDATES, dtype=torch.float64).tolist()
-    candidates = [space.place(dict(zip(space, unit, strict=True))) for unit in units]
     points = torch.stack([embed(space, values) for values in candidates])
     with torch.no_grad():
         scores = improvement(points[:, None])

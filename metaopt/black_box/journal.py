@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import errno
 import json
@@ -18,6 +19,8 @@ from metaopt.black_box.trial import Status, Trial
 
 Suggest = Callable[[Sequence[Trial]], Values]
 MOST_ATTEMPTS = 3
+# what a line that is no event of ours leads to; the last two for numbers and nests without end
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 DIED = f"the process that ran it died {MOST_ATTEMPTS} times"
 
 
@@ -25,7 +28,8 @@ class Journal(abc.ABC):
     """Holds the trials of one search, and decides who runs which.
 
     A trial whose process has died is run again under its own number; after three such deaths it
-    has failed.
+    has failed. One that was released, by an interruption, is run again too, and that counts for
+    nothing.
     """
 
     @abc.abstractmethod
@@ -57,8 +61,11 @@ class Journal(abc.ABC):
         """Write down a trial that has ended."""
 
     @abc.abstractmethod
-    def release(self, trial: Trial) -> None:
-        """Let a trial that was begun be begun again: its process goes, or its worker has died."""
+    def release(self, trial: Trial, *, died: bool) -> None:
+        """Let a trial that was begun be begun again; it counts as a death only if it `died`.
+
+        A trial that has ended stays as it is.
+        """
 
     @abc.abstractmethod
     def wait(self) -> bool:
@@ -71,6 +78,7 @@ class Memory(Journal):
     def __init__(self) -> None:
         self._trials: list[Trial] = []
         self._orphans: deque[int] = deque()
+        self._released: set[int] = set()  # of the orphans, those whose process did not die
 
     def open(self, name: str, space: Space, objective: str) -> None:
         """Do nothing."""
@@ -83,8 +91,9 @@ class Memory(Journal):
             orphan = self._trials[self._orphans.popleft()]
             if orphan.has_ended:  # it was evaluated elsewhere, and told
                 continue
-            if orphan.attempt < MOST_ATTEMPTS:
-                return self._write_begin(orphan.number, orphan.values, orphan.attempt + 1)
+            attempt = self._count_next(orphan)
+            if attempt <= MOST_ATTEMPTS:
+                return self._write_begin(orphan.number, orphan.values, attempt)
             self.end(dataclasses.replace(orphan, status="failed", error=DIED))
         if limit is not None and len(self._trials) >= limit:
             return None
@@ -100,11 +109,23 @@ class Memory(Journal):
         metrics = {n: v if math.isfinite(v) else str(v) for n, v in trial.metrics.items()}
         self._note({"event": "end", **facts, "metrics": metrics})
 
-    def release(self, trial: Trial) -> None:
+    def release(self, trial: Trial, *, died: bool) -> None:
+        if self._trials[trial.number].has_ended or trial.number in self._orphans:
+            return
         self._orphans.append(trial.number)
+        if not died:
+            event = {"event": "release", "number": trial.number}
+            self._update(event)
+            # a full disk may be what ends the search; then the next one counts a death
+            with contextlib.suppress(OSError):
+                self._write(event)
 
     def wait(self) -> bool:
         return False
+
+    def _count_next(self, trial: Trial) -> int:
+        """Return the number of the attempt that follows: one more for each death."""
+        return trial.attempt + (trial.number not in self._released)
 
     def _write_begin(self, number: int, values: Values, attempt: int) -> Trial:
         self._note({"event": "begin", "number": number, "values": values, "attempt": attempt})
@@ -120,6 +141,10 @@ class Memory(Journal):
     def _update(self, event: Mapping[str, Any]) -> None:
         """Bring the trials up to date. Also what a file is read with: so both are the same."""
         number = event["number"]
+        if event["event"] == "release":
+            self._released.add(number)
+            return
+        self._released.discard(number)
         if event["event"] == "begin":
             begun = Trial(number, event["values"], attempt=event["attempt"])
             if number == len(self._trials):
@@ -143,10 +168,11 @@ class Memory(Journal):
 
 
 class JsonLines(Memory):
-    """A file that is only appended to, one event a line: the search, a trial's begin, report, end.
+    """A file that is only appended to, one event a line.
 
-    Each line is on the disk before the search goes on. A last line that was cut off by a crash is
-    dropped. One process at a time writes; for more there is `OptunaJournal`.
+    Events are the search and a trial's begin, report, release and end. Each line is on the disk
+    before the search goes on. A last line that was cut off by a crash is dropped. One process at a
+    time writes; for more there is `OptunaJournal`.
 
     Args:
         path: the file. It, and its folder, are made if need be.
@@ -162,24 +188,20 @@ class JsonLines(Memory):
         self._space = space
         head = describe(name, space, objective)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self._drop_cut_line()
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
             self._read_line(number, line, head)
+        if not whole and not _encode(head).startswith(content):
+            raise ValueError(f"{self.path} is not the file of a search. Name a new one.")
+        # only now, that the file is known to be ours, what a crash left behind the last line
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        self._size = len(whole)
         self._orphans.extend(trial.number for trial in self._trials if not trial.has_ended)
         if not whole:
             self._write(head)
             _sync_folder(self.path.parent)
-
-    def _drop_cut_line(self) -> bytes:
-        """Return the whole lines of the file; what stands behind the last of them is cut off."""
-        if not self.path.exists():
-            return b""
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
-        self._size = len(whole)
-        return whole
 
     def _read_line(self, number: int, line: bytes, head: Mapping[str, Any]) -> None:
         where = f"{self.path}, line {number}"
@@ -189,26 +211,30 @@ class JsonLines(Memory):
                 check_head(self.path, event, head)
                 return
             self._check_event(event)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, _OtherSearchError):
+            self._update(event)
+        except UNREADABLE as error:
+            if isinstance(error, OtherSearchError):
                 raise
             raise ValueError(
                 f"{where} is not an event of a search: {error!r}. Was the file edited? Name a new "
                 "one to begin again."
             ) from error
-        self._update(event)
 
     def _check_event(self, event: Mapping[str, Any]) -> None:
         """Raise if an event does not follow on those before it."""
         assert self._space is not None
         kind, number = event["event"], event["number"]
         known = len(self._trials)
-        is_new = kind == "begin" and event["attempt"] == 1
-        if type(number) is not int or not (number == known if is_new else 0 <= number < known):
+        is_new = kind == "begin" and number == known
+        if type(number) is not int or not (is_new or 0 <= number < known):
             raise ValueError(f"trial {number!r}, where there are {known} before it")
         if not is_new and self._trials[number].has_ended:
             raise ValueError(f"trial {number} has ended before")
         if kind == "begin":
+            attempt = 1 if is_new else self._count_next(self._trials[number])
+            if event["attempt"] != attempt:
+                found = f"attempt {event['attempt']!r} of trial {number}"
+                raise ValueError(f"{found}, where {attempt} follows")
             self._space.check(event["values"])
         elif kind == "report":
             _check_numbers({"step": event["step"], "loss": event["loss"]})
@@ -217,29 +243,35 @@ class JsonLines(Memory):
                 raise ValueError(f"the status {event['status']!r}")
             has_loss = event["status"] in ("done", "stopped early")
             _check_numbers({"loss": event["loss"]} if has_loss else {})
-        else:
+        elif kind != "release":
             raise ValueError(f"the event {kind!r}")
 
     def _write(self, event: Mapping[str, Any]) -> None:
-        line = json.dumps(event, allow_nan=False).encode() + b"\n"
+        line = _encode(event)
         with self.path.open("ab", buffering=0) as file:
             if file.tell() != self._size:
                 raise RuntimeError(
-                    f"{self.path} was written by another process. One at a time goes on with a "
-                    "file; for more write journal=mo.OptunaJournal(path)."
+                    f"{self.path} was written by another process, or by another search of this "
+                    "one. One at a time goes on with a file; for more write "
+                    "journal=mo.OptunaJournal(path)."
                 )
             try:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
                 os.fsync(file.fileno())
-            except OSError:  # half a line must not stand before the next one
+            except BaseException:  # half a line must not stand before the next one
                 file.truncate(self._size)
                 raise
         self._size += len(line)
 
 
-class _OtherSearchError(ValueError):
+class OtherSearchError(ValueError):
     """The file is of another search."""
+
+
+def _encode(event: Mapping[str, Any]) -> bytes:
+    """Return a line of the file."""
+    return json.dumps(event, allow_nan=False).encode() + b"\n"
 
 
 def describe(name: str, space: Space, objective: str) -> dict[str, Any]:
@@ -263,7 +295,7 @@ def check_head(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
         text = "; ".join(
             f"{key}: {there} there, {here} here" for key, (there, here) in facts.items()
         )
-        raise _OtherSearchError(
+        raise OtherSearchError(
             f"{path} is of another search ({text}). Name another file, or make the search as it "
             "was."
         )
@@ -271,7 +303,8 @@ def check_head(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
             raise ValueError(f"the {name} {value!r}")
 
 

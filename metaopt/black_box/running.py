@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
-from concurrent.futures import BrokenExecutor, Executor
+from concurrent.futures import BrokenExecutor, CancelledError, Executor
+from functools import partial
 from typing import Any, Protocol
 
+from metaopt.black_box.evaluation import Facts, Function, Outcome, evaluate, read_error
 from metaopt.black_box.journal import Journal
-from metaopt.black_box.space import Values
+from metaopt.black_box.termination import hear_termination
 from metaopt.black_box.trial import Trial, find_best
 from metaopt.train.progress import Bar, Lines, show_progress
 
-Function = Callable[[Values], Any]
 NAP = 0.02  # seconds between two looks at what runs on an executor
 
 
@@ -20,15 +20,15 @@ class Search(Protocol):
     """What gives out trials: a `BlackBox`."""
 
     name: str
+    objective: str
     journal: Journal
 
     @property
     def trials(self) -> list[Trial]: ...
     def begin(self, limit: int | None) -> Trial | None: ...
-    def tell(self, trial: Trial, result: Any, *, stopped: bool = False) -> Trial: ...
-    def fail(self, trial: Trial, error: str | BaseException) -> Trial: ...
+    def end(self, trial: Trial, facts: Facts) -> Trial: ...
     def report(self, trial: Trial, step: int, loss: Any) -> bool: ...
-    def release(self, trial: Trial) -> None: ...
+    def release(self, trial: Trial, *, died: bool = False) -> None: ...
 
 
 def run_all(
@@ -41,16 +41,19 @@ def run_all(
     shown: bool,
 ) -> None:
     """Run trials until there are `limit` and all have ended, elsewhere too."""
+    if executor is not None:
+        _try_out(executor, function)
     bar = show_progress(search.name, limit, shown=shown)
     try:
         _advance(search, bar, sum(trial.has_ended for trial in search.trials))
-        while True:
-            if executor is None:
-                _run_here(search, function, limit, bar)
-            else:
-                _run_on(executor, parallel, search, function, limit, bar)
-            if not search.journal.wait():
-                return
+        with hear_termination():
+            while True:
+                if executor is None:
+                    _run_here(search, function, limit, bar)
+                else:
+                    _run_on(executor, parallel, search, function, limit, bar)
+                if not search.journal.wait():
+                    return
     finally:
         bar.close()
 
@@ -58,28 +61,12 @@ def run_all(
 def _run_here(search: Search, function: Function, limit: int, bar: Bar | Lines) -> None:
     while (trial := search.begin(limit)) is not None:
         try:
-            result, stopped = _evaluate(search, function, trial)
-        except Exception as error:
-            search.fail(trial, error)
+            report = partial(search.report, trial)
+            _take(search, trial, evaluate(function, dict(trial.values), search.objective, report))
         except BaseException:
             search.release(trial)
             raise
-        else:
-            _take(search, trial, result, stopped=stopped)
         _advance(search, bar, 1)
-
-
-def _evaluate(search: Search, function: Function, trial: Trial) -> tuple[Any, bool]:
-    """Return what the function returns, and whether it was stopped early."""
-    result = function(dict(trial.values))
-    if not isinstance(result, Generator):
-        return result, False
-    last = None
-    for step, last in enumerate(result, start=1):
-        if search.report(trial, step, last):
-            result.close()
-            return last, True
-    return last, False
 
 
 def _run_on(
@@ -93,9 +80,10 @@ def _run_on(
     flying: dict[Any, Trial] = {}
     try:
         while True:
-            while len(flying) < parallel and (trial := search.begin(limit)) is not None:
+            while _has_room(flying, parallel) and (trial := search.begin(limit)) is not None:
                 try:
-                    flying[executor.submit(function, dict(trial.values))] = trial
+                    values = dict(trial.values)
+                    flying[executor.submit(evaluate, function, values, search.objective)] = trial
                 except BaseException:
                     search.release(trial)
                     raise
@@ -105,29 +93,69 @@ def _run_on(
             while not (done := [future for future in flying if future.done()]):
                 time.sleep(NAP)
             for future in done:
-                error = future.exception()
-                if isinstance(error, BrokenExecutor):
-                    raise error
-                trial = flying.pop(future)
-                if error is None:
-                    _take(search, trial, future.result())
-                else:
-                    search.fail(trial, error)
+                try:
+                    outcome = future.result()
+                except Exception as error:  # the executor's: see `evaluate`
+                    if not isinstance(error, BrokenExecutor | CancelledError):
+                        search.release(flying.pop(future), died=True)
+                    raise
+                _take(search, flying[future], outcome)
+                del flying[future]
                 _advance(search, bar, 1)
-    except BaseException:
+    except BaseException as error:
         for future, trial in flying.items():
             future.cancel()
-            search.release(trial)
+            search.release(trial, died=isinstance(error, BrokenExecutor))
         raise
 
 
-def _take(search: Search, trial: Trial, result: Any, *, stopped: bool = False) -> None:
-    """Tell a result; one that is no number ends the search too, since all would be."""
+def _has_room(flying: dict[Any, Trial], parallel: int) -> bool:
+    """Return True if another trial may begin.
+
+    One during which a process died runs alone: if it dies again, the others do not count with it.
+    """
+    suspect = any(trial.attempt > 1 for trial in flying.values())
+    return len(flying) < parallel and not suspect
+
+
+def _try_out(executor: Executor, function: Function) -> None:
+    """Send the function to a worker without a trial.
+
+    What can be sent is for the executor to say: a process pool's pickle takes no lambda, a
+    cluster's may.
+
+    Raises:
+        TypeError: it does not arrive.
+    """
+    future: Any = None
     try:
-        search.tell(trial, result, stopped=stopped)
-    except (TypeError, ValueError) as error:
-        search.fail(trial, error)
-        raise
+        future = executor.submit(_receive, function)
+        while not future.done():
+            time.sleep(NAP)
+        future.result()
+    except Exception as error:
+        was_shut = future is None and isinstance(error, RuntimeError)
+        if was_shut or isinstance(error, CancelledError):
+            raise
+        raise TypeError(
+            f"`function`, {function!r}, does not reach the workers of {type(executor).__name__} "
+            f"({type(error).__name__}: {error}). Define it at the top level of a module that they "
+            'can import, in a script that starts them under `if __name__ == "__main__":`; or use '
+            "a ThreadPoolExecutor."
+        ) from error
+
+
+def _receive(function: Function) -> None:
+    """Do nothing: it has arrived."""
+
+
+def _take(search: Search, trial: Trial, outcome: Outcome) -> None:
+    """Write down how a trial ends; a result that is no number ends the search, as all would be."""
+    if isinstance(outcome, dict):
+        search.end(trial, outcome)
+    else:
+        search.end(trial, read_error(outcome))
+        raise outcome
 
 
 def _advance(search: Search, bar: Bar | Lines, steps: int) -> None:

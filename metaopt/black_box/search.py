@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
-import numbers
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from metaopt.black_box import show
 from metaopt.black_box.backend import Backend
+from metaopt.black_box.evaluation import Facts, Function, read_error, read_result
 from metaopt.black_box.journal import Journal, JsonLines, Memory
-from metaopt.black_box.running import Function, run_all
+from metaopt.black_box.running import run_all
 from metaopt.black_box.sampling import RandomSearch
 from metaopt.black_box.space import Parameter, Space, Values
 from metaopt.black_box.trial import Trial, find_best
-from metaopt.checks import NonFiniteError, check_count
+from metaopt.checks import check_count
 
 
 class BlackBox:
@@ -129,31 +126,44 @@ class BlackBox:
             TypeError: it is something else.
             ValueError: the objective is not in the dict, or the trial has ended before.
         """
-        loss, metrics = self._read_result(result)
-        if math.isfinite(loss):
-            status = "stopped early" if stopped else "done"
-            return self._end(trial, status=status, loss=loss, metrics=metrics)
-        error = f"the {self.objective} is {loss}"
-        return self._end(trial, status="non-finite", error=error, metrics=metrics)
+        return self.end(trial, read_result(self.objective, result, stopped=stopped))
 
     def fail(self, trial: Trial, error: str | BaseException) -> Trial:
         """Write down that a trial has failed; after a `NonFiniteError`, that it is not finite."""
-        status = "non-finite" if isinstance(error, NonFiniteError) else "failed"
-        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-        return self._end(trial, status=status, error=text)
+        return self.end(trial, read_error(error))
 
-    def release(self, trial: Trial) -> None:
-        """Give a trial back: it is begun again, here or elsewhere."""
+    def end(self, trial: Trial, facts: Facts) -> Trial:
+        """Write down how a trial has ended, as `evaluate` found it, and return it as it is now."""
+        now = self.trials
+        if not isinstance(trial, Trial) or trial.number >= len(now):
+            raise ValueError(f"{self.name}: the trial must be one from `ask`, got {trial!r}.")
+        if now[trial.number].has_ended and trial.number not in self._begun:
+            raise ValueError(
+                f"{self.name}: trial {trial.number} has ended before, {now[trial.number].status}."
+            )
+        begun = self._begun.get(trial.number)
+        seconds = None if begun is None else time.monotonic() - begun
+        self.journal.end(dataclasses.replace(now[trial.number], seconds=seconds, **facts))
         self._begun.pop(trial.number, None)
-        self.journal.release(trial)
+        return self.trials[trial.number]
+
+    def release(self, trial: Trial, *, died: bool = False) -> None:
+        """Give a trial back: it is begun again, here or elsewhere.
+
+        Args:
+            trial: from `ask`.
+            died: the process that ran it is gone. After three times the trial has failed.
+        """
+        self._begun.pop(trial.number, None)
+        self.journal.release(trial, died=died)
 
     def report(self, trial: Trial, step: int, loss: Any) -> bool:
         """Write down a loss on the way, and return True if the trial should be stopped.
 
         Then `tell` its last loss, with `stopped=True`. A loss that is not finite stops a trial too.
         """
-        value = self._read_result(loss)[0]
-        if not math.isfinite(value):
+        value = read_result(self.objective, loss).get("loss")
+        if value is None:  # not finite
             return True
         self.journal.report(trial, step, value)
         trials = self.trials
@@ -223,38 +233,3 @@ class BlackBox:
         values = self.backend.suggest(self.space, trials)
         self.space.check(values)
         return values
-
-    def _end(self, trial: Trial, **facts: Any) -> Trial:
-        now = self.trials
-        if not isinstance(trial, Trial) or trial.number >= len(now):
-            raise ValueError(f"{self.name}: the trial must be one from `ask`, got {trial!r}.")
-        if now[trial.number].has_ended and trial.number not in self._begun:
-            raise ValueError(
-                f"{self.name}: trial {trial.number} has ended before, {now[trial.number].status}."
-            )
-        begun = self._begun.pop(trial.number, None)
-        seconds = None if begun is None else time.monotonic() - begun
-        self.journal.end(dataclasses.replace(now[trial.number], seconds=seconds, **facts))
-        return self.trials[trial.number]
-
-    def _read_result(self, result: Any) -> tuple[float, dict[str, float]]:
-        """Return the loss and the other metrics."""
-        if not isinstance(result, Mapping):
-            return _as_number(self.objective, result), {}
-        if self.objective not in result:
-            raise ValueError(
-                f"{self.name}: the result must have {self.objective!r}, got {sorted(result)}."
-            )
-        metrics = {name: _as_number(name, value) for name, value in result.items()}
-        return metrics.pop(self.objective), metrics
-
-
-def _as_number(name: str, value: Any) -> float:
-    is_tensor = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_tensor and not is_number:
-        raise TypeError(
-            f"The {name} of a trial must be one number, got {value!r}. Return a float, or a dict "
-            "of floats."
-        )
-    return float(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import threading
 import time
 import uuid
@@ -12,13 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from metaopt.black_box.isolation import isolate
-from metaopt.black_box.journal import DIED, MOST_ATTEMPTS, Journal, Suggest, check_head, describe
+from metaopt.black_box.journal import (
+    DIED,
+    MOST_ATTEMPTS,
+    UNREADABLE,
+    Journal,
+    OtherSearchError,
+    Suggest,
+    check_head,
+    describe,
+)
 from metaopt.black_box.optuna import to_optuna_trial
 from metaopt.black_box.space import Space
 from metaopt.black_box.trial import Trial
 from metaopt.checks import check_positive
 
+FIRST = b'{"op_code"'  # how the file begins
 BEATS = 5  # signs of life within the patience
+RELEASED, DEAD = "released", "dead"  # in place of a sign
 LONGEST_NAP = 1.0  # seconds between two looks at trials that run elsewhere
 
 
@@ -51,21 +63,49 @@ class OptunaJournal(Journal):
         self._mine: dict[int, int] = {}  # number of a trial that runs here -> signs of life
         self._seen: dict[int, tuple[Any, float]] = {}  # -> the last new one, and when it was read
         self._pulse: threading.Thread | None = None
+        self._guard = threading.Lock()  # of `_mine`, and of the signs: none follows a release
 
     def open(self, name: str, space: Space, objective: str) -> None:
         self._space = space
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with isolate("`OptunaJournal`", "optuna", 0), self._lock():
-            from optuna import create_study
-            from optuna.storages import JournalStorage
-            from optuna.storages.journal import JournalFileBackend
+            try:
+                self._drop_cut_line()
+                self._open_study(name, describe(name, space, objective))
+            except (*UNREADABLE, AssertionError) as error:
+                if isinstance(error, OtherSearchError):
+                    raise
+                raise ValueError(
+                    f"{self.path} is not a journal of Optuna's, or it is damaged: {error!r}. Name "
+                    "a new one to begin again."
+                ) from error
 
-            self._storage: Any = JournalStorage(JournalFileBackend(str(self.path)))
-            study = create_study(storage=self._storage, study_name=name, load_if_exists=True)
-            self._study = self._storage.get_study_id_from_name(name)
-            head = describe(name, space, objective)
-            check_head(self.path, study.user_attrs.get("search", head), head)
-            study.set_user_attr("search", head)
+    def _open_study(self, name: str, head: dict[str, Any]) -> None:
+        from optuna import create_study
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        self._storage: Any = JournalStorage(JournalFileBackend(str(self.path)))
+        study = create_study(storage=self._storage, study_name=name, load_if_exists=True)
+        self._study = self._storage.get_study_id_from_name(name)
+        check_head(self.path, study.user_attrs.get("search", head), head)
+        study.set_user_attr("search", head)
+
+    def _drop_cut_line(self) -> None:
+        """Take off what a crash left behind the last line; Optuna would write on in that line."""
+        from optuna.storages.journal import JournalFileSymlinkLock
+
+        if not self.path.exists():
+            return
+        lock = JournalFileSymlinkLock(str(self.path))  # under which Optuna writes whole lines
+        lock.acquire()
+        try:
+            content = self.path.read_bytes()
+            if not (content + FIRST).startswith(FIRST):
+                raise ValueError("the first line is none of Optuna's")
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+        finally:
+            lock.release()
 
     def read(self) -> list[Trial]:
         return [_from_optuna(frozen) for frozen in self._read()]
@@ -76,8 +116,9 @@ class OptunaJournal(Journal):
                 if frozen.number in self._mine or not self._is_dead(frozen):
                     continue
                 orphan = _from_optuna(frozen)
-                if orphan.attempt < MOST_ATTEMPTS:
-                    return self._claim(dataclasses.replace(orphan, attempt=orphan.attempt + 1))
+                attempt = orphan.attempt + (_get_sign(frozen) != RELEASED)
+                if attempt <= MOST_ATTEMPTS:
+                    return self._claim(dataclasses.replace(orphan, attempt=attempt))
                 self.end(dataclasses.replace(orphan, status="failed", error=DIED))
             trials = self.read()
             if limit is not None and len(trials) >= limit:
@@ -104,12 +145,14 @@ class OptunaJournal(Journal):
                 state.get(trial.status, TrialState.FAIL),
                 None if trial.loss is None else [trial.loss],
             )
-        self._mine.pop(trial.number, None)
+        with self._guard:
+            self._mine.pop(trial.number, None)
 
-    def release(self, trial: Trial) -> None:
-        self._mine.pop(trial.number, None)
-        with self._unless_ended():
-            self._storage.set_trial_user_attr(self._find(trial.number), "alive", None)
+    def release(self, trial: Trial, *, died: bool) -> None:
+        with self._guard, self._unless_ended():
+            self._mine.pop(trial.number, None)
+            sign = DEAD if died else RELEASED
+            self._storage.set_trial_user_attr(self._find(trial.number), "alive", sign)
 
     def wait(self) -> bool:
         others = [t for t in self.read() if not t.has_ended and t.number not in self._mine]
@@ -120,8 +163,9 @@ class OptunaJournal(Journal):
     def _claim(self, trial: Trial) -> Trial:
         place = self._find(trial.number)
         self._storage.set_trial_user_attr(place, "attempt", trial.attempt)
-        self._storage.set_trial_user_attr(place, "alive", [self._me, 0])
-        self._mine[trial.number] = 0
+        with self._guard:
+            self._storage.set_trial_user_attr(place, "alive", [self._me, 0])
+            self._mine[trial.number] = 0
         if self._pulse is None or not self._pulse.is_alive():
             self._pulse = threading.Thread(target=self._beat, daemon=True)
             self._pulse.start()
@@ -131,18 +175,22 @@ class OptunaJournal(Journal):
         """Write a sign of life for each trial that runs here, until there is none."""
         while self._mine:
             time.sleep(self.patience / BEATS)
-            for number in list(self._mine):
-                with self._unless_ended():
+            with (
+                self._guard,
+                contextlib.suppress(OSError),
+            ):  # a disk that is full may have room later
+                for number in self._mine:
                     self._mine[number] += 1
                     sign = [self._me, self._mine[number]]
-                    self._storage.set_trial_user_attr(self._find(number), "alive", sign)
+                    with self._unless_ended():
+                        self._storage.set_trial_user_attr(self._find(number), "alive", sign)
 
     def _is_dead(self, frozen: Any) -> bool:
         """Return True for a trial that nobody runs: let go, or without a new sign for too long."""
         if frozen.state.is_finished():
             return False
-        sign = frozen.user_attrs.get("alive", "begun")
-        if sign is None:
+        sign = _get_sign(frozen)
+        if sign in (RELEASED, DEAD):
             return True
         now = time.monotonic()
         before, since = self._seen.get(frozen.number, (None, now))
@@ -180,6 +228,11 @@ class OptunaJournal(Journal):
 
         with contextlib.suppress(UpdateFinishedTrialError):
             yield
+
+
+def _get_sign(frozen: Any) -> Any:
+    """Return the last sign of life: a worker with a count, or that there is none."""
+    return frozen.user_attrs.get("alive", "begun")
 
 
 def _from_optuna(frozen: Any) -> Trial:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,9 @@ from metaopt.checks import check_flag, check_number
 
 Value = int | float | str | bool
 Values = dict[str, Value]  # of one trial; a parameter that is not active has none
-Conditions = Mapping[str, Value | tuple[Value, ...]]
+Conditions = Mapping[str, Value | Sequence[Value]]
 
+LARGEST = 2**53  # up to which float64 has every integer
 CENTRE = 0.5  # of the unit interval: where models see a parameter that is not active
 
 
@@ -70,7 +72,7 @@ class Int:
         when: see `Float`.
 
     Raises:
-        ValueError: there is no choice, or a bound has no logarithm.
+        ValueError: there is no choice, a bound is beyond 2^53, or has no logarithm.
         TypeError: a bound is not an integer.
     """
 
@@ -82,11 +84,19 @@ class Int:
     def __post_init__(self) -> None:
         for name in ("low", "high"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(
                     f"Int: `{name}` must be an integer, got {value!r}. Write Int(1, 10), or "
                     "Float(0.1, 1.0) for real numbers."
                 )
+            value = operator.index(value)
+            if abs(value) > LARGEST:
+                raise ValueError(
+                    f"Int: `{name}` must lie in -2^53, ..., 2^53, got {value}. Models compute in "
+                    "float64, which has no gaps between integers up to there; for larger ones "
+                    "search the exponent, Int(0, 30), or Float(1.0, 1e30, log=True)."
+                )
+            object.__setattr__(self, name, value)
         _check_range(self, self.low, self.high, self.log)
 
     def from_unit(self, place: float) -> int:
@@ -123,15 +133,14 @@ class Choice:
     when: Conditions | None
 
     def __init__(self, *options: Value, when: Conditions | None = None):
-        options = tuple(map(_as_plain, options))
+        options = tuple(_as_plain("Choice: an option", option) for option in options)
         if len(options) < 2 or len(set(options)) < len(options):
             raise ValueError(
                 f"Choice: there must be at least two options, all different, got {options}. A "
                 "value that is not searched stands in the objective."
             )
         object.__setattr__(self, "options", options)
-        object.__setattr__(self, "when", when)
-        _check_conditions(self)
+        _set_conditions(self, when)
 
     def from_unit(self, place: float) -> Value:
         """Return the value at a place in [0, 1]; each has an equal piece."""
@@ -146,20 +155,20 @@ class Choice:
         return any(value == one and type(value) is type(one) for one in self.options)
 
 
-def _as_plain(value: Any) -> Value:
-    """Return an option as one of Python's own kinds, as it will be read from a file."""
+def _as_plain(what: str, value: Any) -> Value:
+    """Return a value as one of Python's own kinds, as it will be read from a file."""
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(
-                    f"Choice: an option must be finite, got {value}. Call it by a text, and look "
-                    "its value up in the objective."
+                    f"{what} must be finite, got {value}. Call it by a text, and look its value up "
+                    "in the objective."
                 )
             return kind(value)
     if hasattr(value, "__index__"):  # an integer of another library
         return int(value)
     raise TypeError(
-        f"Choice: an option must be a text, a number or a truth value, got {value!r}. "
+        f"{what} must be a text, a number or a truth value, got {value!r}. "
         'Write Choice("relu", "tanh") and look the function up in the objective.'
     )
 
@@ -253,22 +262,38 @@ class Space(dict[str, Parameter]):
             )
 
 
-def _check_conditions(owner: Parameter) -> None:
-    if not isinstance(owner.when, Mapping | None):
+def _set_conditions(owner: Parameter, when: Any) -> None:
+    """Keep the conditions as they will be compared and written down: plain values, or tuples."""
+    if not isinstance(when, Mapping | None):
         raise TypeError(
-            f"{type(owner).__name__}: `when` must be a dict, got {owner.when!r}. Write "
+            f"{type(owner).__name__}: `when` must be a dict, got {when!r}. Write "
             'when={"optimizer": "sgd"}.'
         )
+    if when is not None:
+        when = {other: _read_wanted(owner, wanted) for other, wanted in when.items()}
+    object.__setattr__(owner, "when", when)
+
+
+def _read_wanted(owner: Parameter, wanted: Any) -> Value | tuple[Value, ...]:
+    what = f"{type(owner).__name__}: a value of `when`"
+    if isinstance(wanted, list | tuple):
+        return tuple(_as_plain(what, value) for value in wanted)
+    return _as_plain(what, wanted)
 
 
 def _check_range(owner: Float | Int, low: float, high: float, log: bool) -> None:
     check_flag(owner, "log", log)
-    _check_conditions(owner)
+    _set_conditions(owner, owner.when)
     kind = type(owner).__name__
     if not low < high:
         raise ValueError(
             f"{kind}: the range from `low` to `high` is empty, got {low} and {high}. A value that "
             "is not searched stands in the objective."
+        )
+    if not math.isfinite(high - low):
+        raise ValueError(
+            f"{kind}: the range from `low` to `high` must have a finite width, got {low} and "
+            f"{high}. Search the logarithm of what is so large."
         )
     if log and low <= 0:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from metaopt.black_box.space import Values
 
+LARGEST = 1e100  # of the losses that a model sees
 Status = Literal["running", "done", "failed", "non-finite", "stopped early"]
 
 
@@ -25,7 +26,7 @@ class Trial:
         reports: step -> loss on the way.
         error: what went wrong.
         seconds: how long it took, wall time.
-        attempt: 1, or more if the process that ran it before has died.
+        attempt: 1, and one more for each process that died while it ran this.
     """
 
     number: int
@@ -55,14 +56,16 @@ def fill_losses(trials: Sequence[Trial]) -> list[tuple[Trial, float]]:
 
     One that failed or is not finite counts as the worst loss of the others: so a model learns to
     keep away from there, and is not driven by a number that was made up. While all have failed
-    nothing is known, and there are none.
+    nothing is known, and there are none. Losses beyond +-1e100 count as that: squares stay finite.
     """
     known = [trial.loss for trial in trials if trial.has_ended and trial.loss is not None]
     if not known:
         return []
     worst = max(known)
     return [
-        (trial, worst if trial.loss is None else trial.loss) for trial in trials if trial.has_ended
+        (trial, min(max(worst if trial.loss is None else trial.loss, -LARGEST), LARGEST))
+        for trial in trials
+        if trial.has_ended
     ]
 
 
