@@ -17,6 +17,7 @@ from metaopt.black_box.space import CENTRE, Choice, Float, Space, Values
 from metaopt.black_box.trial import Trial, fill_losses
 from metaopt.checks import check_count
 
+WORST = 20.0  # units above the median at which a loss ends
 CANDIDATES = 512  # points of the space that are scored before some are improved
 IMPROVED = 4  # of them, whose real numbers are then moved uphill
 FEWEST = 2  # losses that make a model
@@ -112,12 +113,15 @@ def _fit(space: Space, known: Sequence[tuple[Trial, float]]) -> Any:
 
 
 def _compress(known: Sequence[tuple[Trial, float]]) -> Tensor:
-    """Return the losses in units of median minus least, logarithmic above the median."""
+    """Return the losses in units of median minus least, logarithmic above the median.
+
+    They end at 20 units above it: how badly a training blew up says nothing about the good ones.
+    """
     losses = torch.tensor([loss for _, loss in known], dtype=torch.float64)
     middle, least, largest = losses.median(), losses.min(), losses.max()
     unit = middle - least if middle > least else largest - least
     scaled = (losses - middle) / (unit if unit > 0 else 1.0)  # all may be equal
-    return torch.where(scaled > 0, scaled.clamp(min=0).log1p(), scaled)
+    return torch.where(scaled > 0, scaled.clamp(0, WORST).log1p(), scaled)
 
 
 def _make_improvement(
