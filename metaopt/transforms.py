@@ -66,6 +66,17 @@ def take_local(tensor: Tensor) -> Tensor:
     return part
 
 
+def spread_like(tensor: Tensor, like: Any) -> Tensor:
+    """Return a tensor spread over the processes as another one is; as it is if that is not."""
+    if not is_sharded(like):
+        return tensor
+    own: Any = tensor
+    if not is_sharded(tensor):  # each process has it whole
+        own = type(like.detach()).from_local(tensor, like.device_mesh, run_check=False)
+    spread: Tensor = own.redistribute(placements=like.placements)
+    return spread
+
+
 def count_entries(tensor: Tensor) -> int:
     """Return the number of entries, in all rows of a `vmap` together."""
     return unwrap(tensor).numel()

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextvars
 import json
 import os
+import pickle
+import resource
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -21,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -41,7 +45,9 @@ from metaopt.distributed import (
     sum_over_ranks,
     work_alone,
 )
+from metaopt.distributed.shards import read_shards, write_shards
 from metaopt.torch_internals import load_compiler
+from metaopt.transforms import gather_whole, is_sharded, take_local
 from optimizers import SGD, Adam, PolicySchedule
 
 CHECKS: dict[str, Callable[[Ranks], None]] = {}
@@ -599,6 +605,11 @@ def sharded_parameters_have_all_derivatives(ranks: Ranks) -> None:
             assert_equal(tree.map(lambda leaf: leaf.full_tensor(), found), wanted, 1e-12)
 
 
+def shard(model: nn.Sequential) -> None:
+    for part in (model[0], model[2], model):
+        fully_shard(part)
+
+
 class Two(nn.Linear):
     """Returns two tensors."""
 
@@ -612,10 +623,6 @@ def fully_sharded_modules_have_the_first_order_rules(ranks: Ranks) -> None:
         graph = weight_net(rule, inner, prepare=prepare)
         metrics = run(graph)[0]
         return metrics, graph.hypergradient("weights"), graph.params("learner")
-
-    def shard(model: nn.Sequential) -> None:
-        for part in (model[0], model[2], model):
-            fully_shard(part)
 
     for rule in (mo.SAMA(), mo.FiniteDifference(), mo.Penalty()):
         inner = Adam(lr=0.05) if isinstance(rule, mo.SAMA) else SGD(lr=0.1, momentum=0.9)
@@ -645,6 +652,231 @@ def fully_sharded_modules_have_the_first_order_rules(ranks: Ranks) -> None:
         two(two.params, x)
     assert_equal(model.weight.to_local(), before)
     assert model.weight.grad is None
+
+
+# Checkpoints of what is spread.
+
+
+def own_folder(name: str) -> Path:
+    """Return a folder that all ranks have in common."""
+    return Path(sys.argv[1]) / name
+
+
+def distribute(model: nn.Module, mesh: Any) -> None:
+    """Make parameters `DTensor`s: of 4 and of 2 rows, which are shared, and a bias that is not."""
+    for name, parameter in [*model.named_parameters()]:
+        place = Replicate() if name.endswith("bias") else Shard(0)
+        spread = distribute_tensor(parameter.detach(), mesh, [place])
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, nn.Parameter(spread))
+
+
+def spread_net(rule: Any, inner: Any, mesh: Any) -> mo.LevelGraph:
+    """Return a level of `DTensor`s under one of ordinary tensors."""
+    torch.manual_seed(5)
+    model, scale = nn.Linear(3, 4).double(), nn.Linear(1, 1, bias=False).double()
+    distribute(model, mesh)
+    batches = [(seeded(6, 3) + k, seeded(6, 4)) for k in range(3)]
+
+    def errors(levels: Any, batch: Any) -> Tensor:
+        x, y = batch
+        out = levels.learner(distribute_tensor(x, mesh, [Replicate()])).full_tensor()
+        return (out - y).square().mean()
+
+    def loss(levels: Any, batch: Any) -> Tensor:
+        return errors(levels, batch) * levels.scale.params["weight"].sum().sigmoid()
+
+    learner = mo.Level("learner", model, loss, inner, batches)
+    top = mo.Level("scale", scale, errors, Adam(lr=0.1), batches)
+    return mo.LevelGraph([mo.Edge(top, learner, steps=2, differentiate=rule)])
+
+
+def read_bits(state: Any) -> Any:
+    return tree.map(lambda leaf: take_local(leaf) if isinstance(leaf, Tensor) else leaf, state)
+
+
+@check
+def sharded_states_go_on_bit_for_bit(ranks: Ranks) -> None:
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    ways = {
+        "momentum": lambda: weight_net(mo.SAMA(), SGD(lr=0.1, momentum=0.9), prepare=shard),
+        "adam": lambda: weight_net(mo.SAMA(), Adam(lr=0.05), prepare=shard),
+        "dtensor": lambda: spread_net(mo.Backprop(), Adam(lr=0.05), mesh),
+    }
+    for name, make in ways.items():
+        folder = own_folder(f"sharded-{name}")
+        losses = iter([3.0, 2.0, 1.0, 4.0, 1.0, 4.0, 4.0, 4.0])  # step 2 is the best
+
+        def run(steps: int, validated: Any, make: Any = make, **given: Any) -> mo.LevelGraph:
+            graph = make()
+            mo.Trainer(
+                graph,
+                max_steps=steps,
+                validate=lambda: next(validated),
+                validate_every=1,
+                progress=False,
+                **given,
+            ).fit()
+            return graph
+
+        straight = run(4, iter([5.0, 4.0, 3.0, 2.0, 1.0])).state_dict()
+        saved = {"checkpoint": folder, "checkpoint_every": 1}
+        best = run(2, losses, **saved).state_dict()
+        graph = run(4, losses, resume=True, **saved)
+        assert_equal(read_bits(graph.state_dict()), read_bits(best), 0)
+        found = mo.Checkpoints(folder).load({"training": make().state_dict()})
+        assert found is not None
+        assert found.step == 4
+        assert_equal(read_bits(found.state["training"]), read_bits(straight), 0)
+        folders = sorted(path.name[:13] for path in folder.glob("*.shards"))
+        assert folders == [f"step-{step:08}" for step in (2, 3, 4)], folders
+        # each number that is spread is in one file, and one time
+        (last,) = folder.glob("step-00000004-*.shards")
+        spread = [leaf for leaf in tree.leaves(straight) if is_sharded(leaf)]
+        files = [load_file(path) for path in last.iterdir()]
+        written = [sum(leaf.numel() for leaf in file.values()) for file in files]
+        assert sum(written) == sum(leaf.numel() for leaf in spread)
+        assert len(written) == ranks.size
+        assert max(written) < 0.7 * sum(written), written
+
+
+@check
+def what_is_spread_is_read_whole_or_in_other_parts(ranks: Ranks) -> None:
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    rows = seeded(3, 5)  # of which one rank has two
+    spread = distribute_tensor(rows, mesh, [Shard(0)])
+    half = distribute_tensor(rows.bfloat16(), mesh, [Shard(1)])
+    ones = distribute_tensor(torch.ones(2, 2), mesh, [Shard(0)])
+    state = {
+        "rows": [spread, {"again": spread}],
+        "half": half,
+        "sum": ones.sum(),  # each rank has its part of it
+        "plain": rows,
+    }
+    assert state["sum"].placements[0].is_partial()
+    folder = own_folder("spread")
+    mo.Checkpoints(folder).save(3, state)
+    plain = {**state, "rows": [rows, {"again": rows}], "half": rows.bfloat16()}
+    plain["sum"] = torch.tensor(0.0)
+    other = distribute_tensor(rows, mesh, [Shard(1)])
+    for like in (state, plain, {**state, "rows": [other, {"again": other}], "plain": other}):
+        found = mo.Checkpoints(folder).load(like)
+        assert found is not None
+        one, again = found.state["rows"][0], found.state["rows"][1]["again"]
+        assert one is again
+        assert is_sharded(one) == (like is not plain)
+        whole = tree.map(gather_whole, found.state)
+        assert_equal(whole["rows"][0], rows, 0)
+        assert_equal([whole["half"], whole["plain"]], [rows.bfloat16(), rows], 0)
+        assert whole["sum"] == 4
+    assert found.state["rows"][0].placements == (Shard(0),)  # as it was: so the bits are the same
+    for like, message in (
+        (None, r"a torch.float64 of shape \[3, 5\], spread over ranks, and .* it has none\."),
+        ({**state, "rows": [spread[:2]]}, r"it has a torch.float64 of shape \[2, 5\]"),
+        ({**state, "rows": [spread.float()]}, r"it has a torch.float32 of shape \[3, 5\]"),
+    ):
+        with pytest.raises(mo.CheckpointError, match=message):
+            mo.Checkpoints(folder).load(like)
+    assert mo.Checkpoints(folder).steps() == [3]  # none was put aside for that
+    with pytest.raises(TypeError, match=r"spread over the ranks, that safetensors cannot store"):
+        mo.Checkpoints(folder).save(
+            4, [distribute_tensor(torch.ones(2).to(torch.complex128), mesh, [Shard(0)])]
+        )
+    with work_alone():
+        alone = mo.Checkpoints(own_folder(f"alone{ranks.rank}"))
+        with refused("spread over 2 ranks cannot be saved by 1"):
+            alone.save(1, state)
+
+
+@check
+def lost_and_damaged_shards_are_gone_behind_by_all_ranks(ranks: Ranks) -> None:
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    w = distribute_tensor(seeded(4, 2), mesh, [Shard(0)])
+
+    def save(name: str) -> mo.Checkpoints:
+        checkpoints = mo.Checkpoints(own_folder(name))
+        for step in (1, 2):
+            checkpoints.save(step, {"w": w * step})
+        return checkpoints
+
+    def damage(kind: str, root: Path) -> None:
+        (folder,) = root.glob("step-00000002-*.shards")
+        second = sorted(folder.iterdir())[1]
+        content = second.read_bytes()
+        if kind == "flipped":
+            second.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        elif kind == "pickle":
+            second.write_bytes(pickle.dumps(Path("x")))
+        elif kind == "lost":
+            second.unlink()
+        elif kind == "more":
+            save_file({"x": torch.ones(2)}, folder / "x.safetensors")
+        else:
+            folder.rename(root / "unfinished.shards")  # killed before it had its name
+
+    for kind in ("flipped", "pickle", "lost", "more", "unfinished"):
+        checkpoints = save(f"damaged-{kind}")
+        if ranks.rank == 0:
+            damage(kind, own_folder(f"damaged-{kind}"))
+        gather_rows(torch.ones(1), ranks.size, ranks)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            found = checkpoints.load({"w": w})
+        assert found is not None
+        assert found.step == 1
+        assert_equal(gather_whole(found.state["w"]), gather_whole(w), 0)
+        told = gather_rows(torch.tensor([len(heard)]), ranks.size, ranks)
+        assert told.any()
+        for one in heard:
+            assert "must be as it was written: " in str(one.message) or kind == "pickle", one
+        checkpoints.save(2, {"w": w})  # again, with other numbers
+        checkpoints.save(2, {"w": w})  # and the same
+        found = checkpoints.load({"w": w})
+        assert found is not None
+        assert_equal(gather_whole(found.state["w"]), gather_whole(w), 0)
+    # files that fit each other, but not the training
+    with refused("must be a directory that all ranks see: one of them does not find what another"):
+        mo.Checkpoints(own_folder(f"apart{ranks.rank}")).save(1, {"w": w})
+    root = own_folder("damaged-lost")
+    files = write_shards(root, 7, {"0": w}, ranks)
+    gather_rows(torch.ones(1), ranks.size, ranks)  # the folder has its name
+    with pytest.raises(ValueError, match=r"must have the tensors that belong to it, got .*Missing"):
+        read_shards(root, 7, files, {"1": w}, ranks, "")
+
+
+@check
+def a_rank_with_a_full_disk_ends_the_save_on_all(ranks: Ranks) -> None:
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    w = distribute_tensor(torch.zeros(999, 2), mesh, [Shard(0)])
+    checkpoints = mo.Checkpoints(own_folder("full"), keep=1)
+    checkpoints.save(1, {"w": w})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        if ranks.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
+        with pytest.raises(OSError, match="rank 1 could not write its part of the tensors"):
+            checkpoints.save(2, {"w": w})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    found = checkpoints.load({"w": w})
+    assert found is not None
+    assert found.step == 1
+    checkpoints.save(2, {"w": w})
+    checkpoints.save(3, {"w": w})
+    assert checkpoints.steps() == [2, 3]  # others may not have the last one yet
+
+
+@check
+def more_ranks_than_wrote_are_refused(ranks: Ranks) -> None:
+    folder = own_folder("one-rank")
+    if ranks.rank == 0:
+        with work_alone():
+            mo.Checkpoints(folder).save(1, {"w": 1})
+    gather_rows(torch.ones(1), ranks.size, ranks)
+    with pytest.raises(mo.CheckpointError, match="written by 1 ranks, and there are 2: some would"):
+        mo.Checkpoints(folder).load()
 
 
 @check
@@ -712,6 +944,8 @@ def main(folder: Path) -> None:
     try:
         with mo.join_ranks(timeout=60) as ranks:
             for name, fn in CHECKS.items():
+                if len(sys.argv) > 2 and name not in sys.argv[2:]:
+                    continue
                 try:
                     fn(ranks)
                     found[name] = ""

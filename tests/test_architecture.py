@@ -44,6 +44,7 @@ LAYERS = [
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 PACKAGES = ["metaopt", "optimizers", "scripts", "examples"]  # each may import the ones before it
 LAZY = {  # may import what is slow to load when it is asked for
+    "metaopt/distributed/shards.py",  # torch.distributed.checkpoint, 1 s
     "metaopt/train/loggers.py",  # a logging backend
     "metaopt/meta_training/evaluation.py",  # matplotlib, for a report's plot
     "metaopt/meta_training/judging.py",  # the same
@@ -85,7 +86,7 @@ MOST_LINES = {ast.FunctionDef: 60, ast.ClassDef: 200, ast.Module: 300}  # but fo
 LONG: set[str] = set()
 # Tokens of code, without comments and docstrings. Whoever needs more says why; whoever needs less
 # lowers it.
-MOST_TOKENS = {"metaopt": 119_200, "optimizers": 36_100}
+MOST_TOKENS = {"metaopt": 122_000, "optimizers": 36_100}
 NOT_COUNTED = {"interop", "tasks", "diagnostics", "black_box"}  # beside the core
 SHADOWED: set[str] = set()
 # set the global generators, and put them back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 import resource
@@ -25,10 +26,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import metaopt as mo
 from metaopt import tree
+from metaopt.distributed.shards import read_shards
 from metaopt.levels.data import LevelData
 from metaopt.random_state import read_random_state, restore_random_state
+from metaopt.scan import tensor_file
 from metaopt.train import checkpoint
-from metaopt.train.state_file import read_state, write_state
+from metaopt.train.state_file import STRUCTURE, read_state, write_state
 from optimizers import SGD, Adam
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +96,33 @@ def test_what_cannot_be_stored_is_named(state: Any, message: str, tmp_path: Path
     with pytest.raises(TypeError, match=message):
         mo.Checkpoints(tmp_path).save(0, state)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("node", "message"),
+    [
+        ({"sharded": [0, 1, 2]}, "its structure has"),
+        ({"shards": [{"a": 1}, None]}, "its shards are"),
+        ({"shards": [{"../a": "x"}, None]}, "as it was written: it cannot be read: No such file"),
+        (
+            {"shards": [{}, {"sharded": [0, "torch.float32", [3], [[1], [0]]]}]},
+            r"has a torch.float32 of shape \[3\], .* it has a torch.float32 of shape \[2\]",
+        ),
+        (
+            {"shards": [{}, {"sharded": [-1, "torch.float32", [2], [["x"], [{}]]]}]},
+            "as it was written: it cannot be read: No such file",
+        ),
+    ],
+)
+def test_shards_that_nobody_wrote_are_refused(node: Any, message: str, tmp_path: Path) -> None:
+    text = torch.frombuffer(bytearray(json.dumps(node).encode()), dtype=torch.uint8)
+    tensor_file.write(tmp_path / "x.safetensors", {STRUCTURE: text}, {})
+
+    def read(files: Any, targets: Any) -> None:
+        read_shards(tmp_path, 1, files, targets, mo.Ranks(), "")
+
+    with pytest.raises(mo.CheckpointError, match=message):
+        read_state(tmp_path / "x.safetensors", "", torch.ones(2), read)
 
 
 # which are kept, and which is read

@@ -19,6 +19,7 @@ from waves import Waves, make_training
 
 import metaopt as mo
 from metaopt.distributed import sum_over_ranks
+from optimizers import Adam
 
 ROOT = Path(__file__).parents[1]
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")])
@@ -41,8 +42,13 @@ def environments(size: int) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the checks work."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, str]:
     command = [sys.executable, str(Path(__file__).with_name("rank_checks.py")), str(folder)]
     running = [
         subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
@@ -67,6 +73,21 @@ def test_an_error_in_one_backward_pass_ends_all(results: dict[str, str]) -> None
     assert re.search(r"RuntimeError: A sum over 2 ranks .* failed on rank 0.*look first at", found)
 
 
+def test_one_process_goes_on_with_what_two_have_spread(
+    results: dict[str, str], folder: Path
+) -> None:
+    graph = rank_checks.weight_net(mo.SAMA(), Adam(lr=0.05))
+    found = mo.Checkpoints(folder / "sharded-adam").load({"training": graph.state_dict()})
+    assert found is not None
+    graph.load_state_dict(found.state["training"])
+    graph.step()
+    straight = rank_checks.weight_net(mo.SAMA(), Adam(lr=0.05))
+    for _ in range(5):
+        straight.step()
+    for name in ("learner", "weights"):
+        torch.testing.assert_close(graph.params(name), straight.params(name), rtol=0, atol=1e-12)
+
+
 def start_job(folder: Path, restarts: int) -> subprocess.CompletedProcess[str]:
     """Run `rank_job` by torchrun on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -89,6 +110,7 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(tmp_path: Path) -> Non
     found = [(tmp_path / f"rank{rank}.txt").read_text().split() for rank in range(2)]
     assert found[0] == found[1]  # the same step, and the same bits
     assert found[0][0] == "1"  # the newest that both have
+    assert float(found[0][2]) == 3 * 5  # of three numbers, one for each step
     alone = make_training(Waves())
     for _ in range(5):
         alone.step()

@@ -376,6 +376,21 @@ LEVELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"level 'a': `precision` must be a floating-point dtype or None, got torch.int8",
     ),
+    "loss scale": (
+        lambda: level("a", 1.0, abs, precision=torch.float16, loss_scale=1000),
+        ValueError,
+        r"level 'a': `loss_scale` must be a power of two, got 1000: .* Write 1024.0\.",
+    ),
+    "no loss scale": (
+        lambda: level("a", 1.0, abs, precision=torch.float16, loss_scale=0),
+        ValueError,
+        r"level 'a': `loss_scale` must be a positive number, got 0\.",
+    ),
+    "loss scale elsewhere": (
+        lambda: level("a", 1.0, abs, precision=torch.bfloat16, loss_scale=8.0),
+        ValueError,
+        r"`loss_scale` is for `precision=torch.float16`, got it with torch.bfloat16",
+    ),
     "one edge": (
         lambda: mo.LevelGraph(mo.Edge(*named("a", "b"))),
         TypeError,

@@ -45,7 +45,7 @@ from metaopt.levels.state import (
 from metaopt.levels.timetable import arrange
 from metaopt.levels.top_step import begin_virtual_steps, step_top_level
 from metaopt.torch_internals import foreach_copy_
-from metaopt.transforms import take_local, values_are_readable
+from metaopt.transforms import spread_like, take_local, values_are_readable
 
 
 class LevelGraph:
@@ -333,7 +333,8 @@ class LevelGraph:
                 (net.buffers if seen["buffers"] else {}, seen["buffers"]),
             ):
                 models += map(take_local, own.values())
-                values += [take_local(now[key]) for key in own]
+                # what an optimizer returns may be spread in another way
+                values += [take_local(spread_like(now[key], leaf)) for key, leaf in own.items()]
         with torch.no_grad():
             foreach_copy_(models, values)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from metaopt._functional import functional
-from metaopt.checks import check_count, check_flag
+from metaopt.checks import check_count, check_flag, check_positive
 from metaopt.optimizer import Optimizer
 
 if TYPE_CHECKING:
     from metaopt.levels.scope import Levels
 
+SCALE = 2.0**10  # of losses in float16
 LevelLoss = Callable[["Levels", Any], Tensor | dict[str, Tensor]]
 
 
@@ -45,6 +47,10 @@ class Level:
             error.
         precision: the dtype of `torch.autocast` under which the loss is computed, for example
             `torch.bfloat16`.
+        loss_scale: for `precision=torch.float16`: a power of two, by which derivatives are
+            multiplied while they are computed in the loss, those of every order, and divided again
+            as they leave it. Numbers from 6e-8 / loss_scale to 65504 / loss_scale are then kept.
+            None: 1024, from 6e-11 to 64.
 
     Cost:
         With `accumulate`, a gradient takes the memory of one batch, and one more evaluation of the
@@ -70,6 +76,7 @@ class Level:
         warmup: int = 0,
         allow_unused: bool = False,
         precision: torch.dtype | None = None,
+        loss_scale: float | None = None,
     ):
         _check_name(name)
         _check_kinds(name, model, loss, optimizer, allow_unused, precision)
@@ -88,6 +95,7 @@ class Level:
         self.name, self.model, self.loss, self.optimizer = name, model, loss, optimizer
         self.batches, self.copies, self.accumulate, self.warmup = data, copies, accumulate, warmup
         self.allow_unused, self.precision = allow_unused, precision
+        self.loss_scale = _check_scale(name, precision, loss_scale)
 
     def with_optimizer(self, optimizer: Optimizer) -> Level:
         """Return the same level, of the same model, with another optimizer."""
@@ -107,6 +115,28 @@ def _check_name(name: object) -> None:
             f"Level: `name` must be an identifier, got {name!r}. Losses refer to the level as "
             f"`levels.NAME`."
         )
+
+
+def _check_scale(name: str, precision: Any, loss_scale: float | None) -> float:
+    """Return the loss scale; 1 where there is none.
+
+    Raises:
+        ValueError: it is not a power of two, or the level does not compute in float16.
+    """
+    if loss_scale is None:
+        return SCALE if precision is torch.float16 else 1.0
+    if precision is not torch.float16:
+        raise ValueError(
+            f"level {name!r}: `loss_scale` is for `precision=torch.float16`, got it with "
+            f"{precision}, which loses no small numbers. Leave it out."
+        )
+    scale = check_positive(f"level {name!r}", "loss_scale", loss_scale)
+    if math.frexp(scale)[0] != 0.5:
+        raise ValueError(
+            f"level {name!r}: `loss_scale` must be a power of two, got {loss_scale!r}: others round"
+            f" what they multiply. Write {2.0 ** round(math.log2(scale))}."
+        )
+    return scale
 
 
 def _check_kinds(

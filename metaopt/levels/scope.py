@@ -13,6 +13,7 @@ from metaopt._functional import Functional, Params
 from metaopt.checks import describe
 from metaopt.exact_ops import any_order
 from metaopt.levels.level import Level
+from metaopt.levels.loss_scale import enter_scaled, leave_scaled
 from metaopt.transforms import constant
 from metaopt.tree import Tree
 
@@ -129,14 +130,18 @@ def evaluate(
     Raises:
         ValueError: the loss reads an unknown level, or returns no scalar.
     """
+    seen = {name: scene[name] for name in (scene if reads is None else reads)}
+    scale = level.loss_scale if level.precision is torch.float16 else 1.0
+    if scale != 1:
+        seen = enter_scaled(seen, scale)
     views = {
         name: LevelView(
             nets[name],
-            scene[name]["params"],
-            keep_carried(scene[name]["buffers"], name, carried),
+            shown["params"],
+            keep_carried(shown["buffers"], name, carried),
             keeps_statistics and name == level.name,
         )
-        for name in (scene if reads is None else reads)
+        for name, shown in seen.items()
     }
     if noted is None:
         levels = Levels(level.name, views, nets)
@@ -155,6 +160,8 @@ def evaluate(
         result = level.loss(levels, batch)
     loss, metrics = _split(level.name, result)
     buffers = keep_carried(views[level.name].buffers, level.name, carried)
+    if scale != 1:
+        loss, buffers = leave_scaled((loss, buffers), scale)
     return loss, {"buffers": buffers, "metrics": metrics}
 
 

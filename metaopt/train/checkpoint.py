@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,17 @@ import torch
 
 from metaopt.checks import check_count
 from metaopt.distributed import Ranks, current_ranks, gather_rows
+from metaopt.distributed.shards import Files, prune_shards, read_shards, write_shards
 from metaopt.scan.tensor_file import read_facts
-from metaopt.train.state_file import CheckpointError, read_state, write_state
+from metaopt.train.state_file import (
+    CheckpointError,
+    Named,
+    OtherTrainingError,
+    read_state,
+    write_state,
+)
 
-FORMAT = "metaopt checkpoint 1"
+FORMAT = "metaopt checkpoint 2"
 DAMAGED = "An older checkpoint is used if there is one; this file may be deleted."
 
 
@@ -45,7 +52,10 @@ class Checkpoints:
     writes, leaves those before. The last `keep` are kept, and those that they name as the best.
 
     In several processes (see `join_ranks`) each rank has files of its own, rank 1 in the folder
-    `rank1` in there, and a run goes on after the newest step that all ranks have.
+    `rank1` in there, and a run goes on after the newest step that all ranks have. Tensors that are
+    spread over ranks (`DTensor`s, also those of `fully_shard`) are saved once, in a folder
+    `step-00001000-CHECKSUM.shards` that all ranks see, each rank its part, by
+    torch.distributed.checkpoint. A run of them may go on with fewer ranks.
 
     Args:
         directory: where; it is made if need be.
@@ -57,13 +67,15 @@ class Checkpoints:
         CheckpointError: nothing can be written there.
 
     Cost:
-        Of `save`: two copies of the state in main memory, a SHA-256 of it, and the writing.
+        Of `save`: two copies of the state, or of a rank's part, in main memory, a SHA-256 of it,
+        and the writing.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2, config: Any = None):
         self._ranks = current_ranks()
         own = f"rank{self._ranks.rank}" if self._ranks.rank else ""
-        self.directory, self.keep = Path(directory) / own, check_count(None, "keep", keep)
+        self._root = Path(directory)  # of all ranks
+        self.directory, self.keep = self._root / own, check_count(None, "keep", keep)
         self.config = describe_config(config)
         self._prepare()
 
@@ -100,14 +112,17 @@ class Checkpoints:
         Raises:
             OSError: it could not be written; those before are as they were.
             TypeError: the state has something that cannot be stored.
+            ValueError: it is spread over ranks that do not all save, or do not see the directory.
         """
         facts = {
             "format": FORMAT,
             "best": json.dumps(best_step),
             "config": json.dumps(self.config),
             "versions": json.dumps(find_versions()),
+            "ranks": json.dumps(self._ranks.size),
         }
-        write_state(self.path(step), state, facts)
+        write = partial(write_shards, self._root, step, ranks=self._ranks)
+        write_state(self.path(step), state, facts, write)
         directory = os.open(self.directory, os.O_RDONLY)
         try:
             os.fsync(directory)  # its new entry
@@ -117,11 +132,14 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = self.steps()
-        last = steps[-self.keep :]
+        # a job may be killed when others have not yet written what this rank has
+        last = steps[-max(self.keep, 1 + self._ranks.are_many) :]
         kept = {*last, *map(self._find_best, last)}
         for step in steps:
             if step not in kept:
                 self.path(step).unlink(missing_ok=True)
+        if self._ranks.rank == 0:
+            prune_shards(self._root, kept)
 
     def _find_best(self, step: int) -> int | None:
         """Return the step that a checkpoint names as the best; one that is damaged names none."""
@@ -140,20 +158,27 @@ class Checkpoints:
                 "`join_ranks`."
             )
 
-    def load(self) -> Restored | None:
+    def load(self, like: Any = None) -> Restored | None:
         """Return the newest checkpoint that can be read, None if the directory has none.
 
         One that cannot is renamed to "*.damaged", with a warning.
 
+        Args:
+            like: a state of the same structure, or a part of one. Tensors that are spread over
+                ranks come back as they were; if they are spread over another number of ranks there,
+                as there, and whole where it has them whole.
+
         Raises:
-            CheckpointError: none of several can be read, or it is that of another configuration.
+            CheckpointError: none of several can be read; it is that of another configuration, or of
+                fewer ranks; or `like` has no room for its tensors.
         """
+        self._check_size()
         last: CheckpointError | None = None
         while steps := self._find_common_steps():
             step, found = steps[-1], None
             try:
-                found = self._read(step)
-            except _Other:
+                found = self._read(step, like)
+            except OtherTrainingError:
                 raise
             except CheckpointError as error:
                 last = error
@@ -166,6 +191,21 @@ class Checkpoints:
             raise last
         return None
 
+    def _check_size(self) -> None:
+        """Raise if the newest checkpoint has none for some ranks, since there were fewer."""
+        steps = self.steps()
+        try:
+            written: int = self._read_facts(self.path(steps[-1]))["ranks"] if steps else 0
+        except CheckpointError:  # to be put aside
+            written = 0
+        of_first = gather_rows(torch.tensor([written]), self._ranks.size, self._ranks).tolist()[0]
+        if 0 < of_first < self._ranks.size:
+            raise OtherTrainingError(
+                f"The checkpoints in {self._root} were written by {of_first} ranks, and there are "
+                f"{self._ranks.size}: some would have none. Go on with {of_first} processes, or "
+                "begin in another directory."
+            )
+
     def _find_common_steps(self) -> list[int]:
         """Return the newest steps after which all ranks have checkpoints, in order."""
         steps = self.steps()[-self.keep - 1 :]  # a killed job may have left one more on some ranks
@@ -173,17 +213,23 @@ class Checkpoints:
         each = gather_rows(padded, self._ranks.size, self._ranks).tolist()
         return sorted(set.intersection(*map(set, each)) - {-1})
 
-    def _read(self, step: int) -> Restored:
+    def _read(self, step: int, like: Any) -> Restored:
         facts = self._read_facts(self.path(step))
         self._compare(self.path(step), facts)
-        state, best = read_state(self.path(step), DAMAGED), facts["best"]
-        return Restored(step, state, state if best == step else self._load_best(best))
+        state, best = self._read_state(step, like), facts["best"]
+        return Restored(step, state, state if best == step else self._load_best(best, like))
 
-    def _load_best(self, best: int | None) -> Any | None:
+    def _read_state(self, step: int, like: Any) -> Any:
+        def read(files: Files, targets: Named) -> None:
+            read_shards(self._root, step, files, targets, self._ranks, DAMAGED)
+
+        return read_state(self.path(step), DAMAGED, like, read)
+
+    def _load_best(self, best: int | None, like: Any) -> Any | None:
         if best is None:
             return None
         try:
-            return read_state(self.path(best), DAMAGED)
+            return self._read_state(best, like)
         except CheckpointError as error:
             warnings.warn(f"The best state, of step {best}, is lost: {error}", stacklevel=2)
             return None
@@ -194,9 +240,11 @@ class Checkpoints:
             facts = read_facts(path, DAMAGED)
             if facts.get("format") != FORMAT:
                 raise ValueError(f"{path} must be of the format {FORMAT!r}. {DAMAGED}")
-            found = {name: json.loads(facts[name]) for name in ("best", "config", "versions")}
-            is_step = found["best"] is None or type(found["best"]) is int
-            if not is_step or not all(type(found[name]) is dict for name in ("config", "versions")):
+            names = ("best", "config", "versions", "ranks")
+            found = {name: json.loads(facts[name]) for name in names}
+            are_counts = type(found["ranks"]) is int and type(found["best"]) in (int, type(None))
+            are_dicts = all(type(found[name]) is dict for name in ("config", "versions"))
+            if not are_counts or not are_dicts or not 0 < found["ranks"] < 2**31:
                 raise ValueError(f"{path} has a header with other facts, {str(found)[:200]}")
         except (ValueError, LookupError, RecursionError, OSError) as error:
             raise CheckpointError(f"{error} ({path})") from error
@@ -206,7 +254,7 @@ class Checkpoints:
         """Raise if a checkpoint has another configuration; warn if it has other versions."""
         differs = _list_differences(facts["config"], self.config)
         if differs:
-            raise _Other(
+            raise OtherTrainingError(
                 f"{path} is a checkpoint of another configuration: {'; '.join(differs)}. Go on "
                 "with the one it was written with, or begin in another directory."
             )
@@ -220,10 +268,6 @@ class Checkpoints:
 
     def _files(self) -> list[Path]:
         return [*self.directory.glob("step-*.safetensors")]
-
-
-class _Other(CheckpointError):
-    """A checkpoint that can be read, of another configuration."""
 
 
 def describe_config(config: Any) -> dict[str, Any]:

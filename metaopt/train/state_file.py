@@ -10,13 +10,15 @@ values and None stand for themselves, a list for a list, and an object with one 
     {"dict": [[key, value], ...]}     a dict, in its order
     {"tensor": [i, device]}           tensor i; where one stands at two places, i does
     {"array": i}                      tensor i as an array of numpy
+    {"sharded": [i, dtype, shape, layout]}   tensor i of those that are spread over ranks
+    {"shards": [files, ...]}          at the top: which files have those
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from metaopt.distributed.shards import Files, describe_layout, make_room
 from metaopt.scan import tensor_file
+from metaopt.transforms import is_sharded, spread_like
 
 MOST_BYTES = 2**28  # of JSON, whatever size a file says it has
 STRUCTURE = "structure"
@@ -35,8 +39,27 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read, or belongs to another training."""
 
 
-def write_state(path: Path, state: Any, facts: Mapping[str, str]) -> None:
+class OtherTrainingError(CheckpointError):
+    """A checkpoint that can be read, of another training."""
+
+
+Named = Mapping[str, Tensor]
+
+
+def write_state(
+    path: Path,
+    state: Any,
+    facts: Mapping[str, str],
+    write_sharded: Callable[[Named], Files] | None = None,
+) -> None:
     """Write a tree, and facts that `read_facts` of `tensor_file` returns without it.
+
+    Args:
+        path: the file.
+        state: the tree.
+        facts: the facts.
+        write_sharded: writes tensors that are spread over ranks, before the file; without it they
+            are refused.
 
     Raises:
         TypeError: it holds something else than tensors, numpy arrays, numbers, texts, truth values
@@ -44,8 +67,12 @@ def write_state(path: Path, state: Any, facts: Mapping[str, str]) -> None:
         OSError: see `tensor_file.write`.
     """
     tensors: list[Tensor] = []
-    text = json.dumps(_Encoder(tensors).encode(state, ""), separators=(",", ":")).encode()
-    named = {str(place): tensor for place, tensor in enumerate(tensors)}
+    sharded: list[Tensor] = []
+    node = _Encoder(tensors, None if write_sharded is None else sharded).encode(state, "")
+    if sharded and write_sharded:
+        node = {"shards": [write_sharded(_name(sharded)), node]}
+    text = json.dumps(node, separators=(",", ":")).encode()
+    named = _name(tensors)
     # as a tensor: it is then part of the checksum, and headers have a size limit
     named[STRUCTURE] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     try:
@@ -58,10 +85,27 @@ def write_state(path: Path, state: Any, facts: Mapping[str, str]) -> None:
         ) from error
 
 
-def read_state(path: Path, remedy: str) -> Any:
+def _name(tensors: list[Tensor]) -> dict[str, Tensor]:
+    return {str(place): tensor for place, tensor in enumerate(tensors)}
+
+
+def read_state(
+    path: Path,
+    remedy: str,
+    like: Any = None,
+    read_sharded: Callable[[Files, Named], None] | None = None,
+) -> Any:
     """Return the tree that `write_state` wrote; tensors of a device that is not here on the CPU.
 
+    Args:
+        path: the file.
+        remedy: the end of an error's message.
+        like: a tree that says by its tensors how those at the same places are to be spread over
+            ranks.
+        read_sharded: fills tensors with what was written by `write_sharded`.
+
     Raises:
+        OtherTrainingError: `like` has no such tensor where there is one that is spread over ranks.
         CheckpointError: the file cannot be read, is damaged or was not written by `write_state`;
             the message ends with the remedy.
     """
@@ -76,7 +120,15 @@ def read_state(path: Path, remedy: str) -> Any:
         if text.dtype != torch.uint8 or text.ndim != 1 or len(text) > MOST_BYTES:
             raise ValueError(f"its structure is a {text.dtype} of shape {tuple(text.shape)}")
         node = json.loads(text.numpy().tobytes())
-        return _Decoder([tensors[str(place)] for place in range(len(tensors))]).decode(node)
+        decoder = _Decoder([tensors[str(place)] for place in range(len(tensors))])
+        match node:
+            case {"shards": [dict() as files, inner]} if read_sharded:
+                state = decoder.decode(inner, like)
+                read_sharded(_check_files(files), decoder.sharded)
+                return state
+        return decoder.decode(node, like)
+    except OtherTrainingError:
+        raise
     # whatever JSON there is in it
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
@@ -84,15 +136,28 @@ def read_state(path: Path, remedy: str) -> Any:
         ) from error
 
 
-class _Encoder:
-    """Turns a tree into JSON, and collects its tensors, each once."""
+def _check_files(files: dict[str, Any]) -> Files:
+    if not all(isinstance(checksum, str) for checksum in files.values()):
+        raise ValueError(f"its shards are {str(files)[:80]}")
+    return files
 
-    def __init__(self, tensors: list[Tensor]):
-        self._tensors = tensors
+
+class _Encoder:
+    """Turns a tree into JSON, and collects its tensors, each once.
+
+    Those that are spread over ranks come into a list of their own; without one they are refused.
+    """
+
+    def __init__(self, tensors: list[Tensor], sharded: list[Tensor] | None):
+        self._tensors, self._sharded = tensors, sharded
         self._places: dict[int, int] = {}
 
     def encode(self, value: Any, path: str) -> Any:
         match value:
+            case Tensor() if self._sharded is not None and is_sharded(value):
+                place = self._append(self._sharded, value)
+                layout = describe_layout(value)
+                return {"sharded": [place, str(value.dtype), list(value.shape), layout]}
             case Tensor():
                 return {"tensor": [self._place(value, path), value.device.type]}
             case np.ndarray():
@@ -133,9 +198,12 @@ class _Encoder:
                 f"A state must hold dense tensors, got a {type(tensor).__name__} of layout "
                 f"{tensor.layout} at {path}. Store `.to_dense()`, or its parts."
             )
+        return self._append(self._tensors, tensor)
+
+    def _append(self, tensors: list[Tensor], tensor: Tensor) -> int:
         if id(tensor) not in self._places:
-            self._places[id(tensor)] = len(self._tensors)
-            self._tensors.append(tensor)
+            self._places[id(tensor)] = len(tensors)
+            tensors.append(tensor)
         return self._places[id(tensor)]
 
 
@@ -143,34 +211,64 @@ class _Decoder:
     """Turns JSON into a tree with these tensors.
 
     A named tuple is made without a call of its class, which must be known already.
+
+    Attributes:
+        sharded: the tensors that are spread over ranks, by name, still to be filled.
     """
 
     def __init__(self, tensors: list[Tensor]):
         self._tensors = tensors
         self._moved: dict[tuple[int, str], Tensor] = {}
+        self.sharded: dict[str, Tensor] = {}
 
-    def decode(self, node: Any) -> Any:
+    def decode(self, node: Any, like: Any = None) -> Any:
+        """Return the tree; `like` has at the same places what its tensors are to be like."""
         match node:
             case None | bool() | int() | float() | str():
                 return node
             case list():
-                return [self.decode(item) for item in node]
+                return self._decode_row(node, like)
             case {"float": "inf" | "-inf" | "nan" as text}:
                 return float(text)
             case {"complex": [real, imaginary]}:
                 return complex(self.decode(real), self.decode(imaginary))
             case {"tuple": [*items]}:
-                return tuple(self.decode(item) for item in items)
+                return tuple(self._decode_row(items, like))
             case {"named": [str() as name, [*fields], [*items]]} if len(fields) == len(items):
                 kind = _find_named_tuple(name, fields)
-                return tuple.__new__(kind, [self.decode(item) for item in items])
+                return tuple.__new__(kind, self._decode_row(items, like))
             case {"dict": [*pairs]}:
-                return {self.decode(key): self.decode(item) for key, item in pairs}
+                keys = [self.decode(key) for key, _ in pairs]
+                own = like if isinstance(like, Mapping) else {}
+                return {
+                    key: self.decode(item, own.get(key))
+                    for key, (_, item) in zip(keys, pairs, strict=True)
+                }
             case {"tensor": [int() as place, str() as device]}:
-                return self._take(place, device)
+                return spread_like(self._take(place, device), like)
+            case {"sharded": [int() as place, str() as dtype, [*shape], [[*_], [*_]] as layout]}:
+                return self._make_room(place, dtype, shape, layout, like)
             case {"array": int() as place}:
                 return self._take(place, "cpu").numpy()
         raise ValueError(f"its structure has {str(node)[:80]!r}")
+
+    def _decode_row(self, items: list[Any], like: Any) -> list[Any]:
+        own = list(like) if isinstance(like, list | tuple) else []
+        own += [None] * (len(items) - len(own))
+        return [self.decode(item, one) for item, one in zip(items, own, strict=False)]
+
+    def _make_room(
+        self, place: int, dtype: str, shape: list[Any], layout: list[Any], like: Any
+    ) -> Tensor:
+        found = (str(like.dtype), [*like.shape]) if isinstance(like, Tensor) else None
+        if found != (dtype, shape):
+            has = f"it has a {found[0]} of shape {found[1]}" if found else "it has none"
+            raise OtherTrainingError(
+                f"A checkpoint has a {dtype} of shape {shape}, spread over ranks, and where it "
+                f"belongs in the training {has}. Go on with the training that wrote it; of "
+                "`Checkpoints.load` give a state as `like`."
+            )
+        return self.sharded.setdefault(str(place), make_room(like, layout))
 
     def _take(self, place: int, device: str) -> Tensor:
         if place < 0:

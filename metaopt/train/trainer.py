@@ -224,7 +224,9 @@ class Trainer:
     def _resume(self) -> bool:
         """Go to the newest checkpoint; return False if that is not asked for or there is none."""
         _require_fresh(self.checkpoints, self.resume)  # `fit` may be called again
-        found = self.checkpoints.load() if self.checkpoints and self.resume else None
+        found = None
+        if self.checkpoints and self.resume:
+            found = self.checkpoints.load({"training": self.training.state_dict()})
         if found is None:
             return False
         try:
