@@ -48,6 +48,7 @@ __all__ = [
     "holders_of",
     "is_autograd_excluded",
     "is_batched",
+    "is_in_backward",
     "is_in_transform",
     "is_wrapped",
     "level_of",
@@ -115,6 +116,11 @@ def is_in_transform() -> bool:
 def uses_dual_numbers() -> bool:
     """Return True inside forward-mode differentiation, of `torch.func.jvp` or by dual numbers."""
     return forward_ad._current_level >= 0
+
+
+def is_in_backward() -> bool:
+    """Return True inside a backward pass of autograd, also in what a Function computes there."""
+    return _C._current_graph_task_id() != -1
 
 
 def is_autograd_excluded() -> bool:

@@ -39,6 +39,7 @@ Name = Literal[
     "regression-darts",
     "regression-cg",
     "regression-neumann",
+    "trainer",
     "many-tensors",
 ]
 
@@ -189,4 +190,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, Config, __doc__)
+    command_line.run(main, Config, __doc__, shares=False)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from on_ranks import run_on_ranks
+from on_ranks import is_first_rank, run_on_ranks
 
 import metaopt as mo
 from metaopt.extras import extra
@@ -30,7 +30,11 @@ NOT_OF_A_RUN = {"out", "resume", "threads"}
 
 
 def run(
-    main: Callable[[Any], object], config: type | Mapping[str, type], about: str | None = None
+    main: Callable[[Any], object],
+    config: type | Mapping[str, type],
+    about: str | None = None,
+    *,
+    shares: bool = True,
 ) -> NoReturn:
     """Read the arguments, save the configuration, call `main` with it, and leave.
 
@@ -38,12 +42,14 @@ def run(
         main: does the work.
         config: a dataclass; or several by the name of a subcommand.
         about: text for `--help`; by default the docstring of the dataclass.
+        shares: whether several processes share its work, see `run_on_ranks`.
     """
     found = parse(config, sys.argv[1:], about)
     _require_fresh(found)
-    show(found)
+    if is_first_rank():
+        show(found)
     try:
-        run_on_ranks(main, found)
+        run_on_ranks(main, found, shares=shares)
     except KeyboardInterrupt as stop:
         print(f"Interrupted. {stop}", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -406,4 +406,4 @@ def main(config: Config) -> dict[str, dict[str, Tensor]]:
 
 
 if __name__ == "__main__":
-    command_line.run(main, Config)
+    command_line.run(main, Config, shares=False)  # it pretrains on one passage at a time

@@ -20,7 +20,8 @@ equally often.
 
 The learning rate and the number of steps are chosen for each method and seed from one grid, by the
 accuracy on the clean examples (ties by the loss); clean only is chosen by 5-fold cross-validation
-within them, then trained on all 100. All seeds, rates and folds train side by side under `vmap`.
+within them, then trained on all 100. All seeds, rates and folds train side by side under `vmap`;
+several processes (`torchrun`) share the seeds.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from torch.func import grad, vmap
 
 import metaopt as mo
 from metaopt import tree
+from metaopt.distributed import current_ranks, gather_rows
 from metaopt.extras import extra
 from metaopt.tasks.corruption import flip_labels, long_tail, stratified_split
 from metaopt.tasks.digits import digits
@@ -292,15 +294,18 @@ class Result(NamedTuple):
 class Training:
     """Trains one method on every seed, learning rate and fold at once, and judges it at lengths.
 
-    Methods see the same minibatches if they draw from the same examples.
+    Methods see the same minibatches if they draw from the same examples. Of several ranks, each
+    trains its part of the seeds, and all know how good those of the others are.
     """
 
     def __init__(self, method: str, config: Config, data: Data):
-        self.method, self.config, self.data = method, config, data
+        self.method, self.config, self.ranks = method, config, current_ranks()
+        self.own = self.ranks.share(len(data.labels), "seeds")
         self.learner, starts = make_learner(method, config)
         self.probabilities = sampling(method, data)
-        seeds, trainings = self.probabilities.shape[:2]
-        self.grid = (seeds, len(config.learning_rates), trainings)
+        self.data, starts = tree.index((data, starts), self.own)
+        data, trainings = self.data, self.probabilities.shape[1]
+        self.grid = (len(data.labels), len(config.learning_rates), trainings)
         self.images, self.labels, self.clean, state = tree.map(
             self.per_run, (data.images, data.labels, data.clean(), starts)
         )
@@ -315,14 +320,14 @@ class Training:
         return leaf[:, None, None].expand(*self.grid, *leaf.shape[1:]).flatten(0, 2)
 
     def step(self) -> dict[str, float]:
-        seeds, _, trainings = self.grid
         drawn = torch.multinomial(
             self.probabilities.flatten(0, 1),
             self.config.batch_size,
             replacement=True,
             generator=self.generator,
         )
-        index = drawn.view(seeds, 1, trainings, -1).expand(*self.grid, -1).flatten(0, 2)
+        drawn = drawn.unflatten(0, self.probabilities.shape[:2])[self.own]
+        index = drawn[:, None].expand(*self.grid, -1).flatten(0, 2)
         batch = (self.images[self.runs, index], self.labels[self.runs, index])
         state = vmap(self.learner.step)(self.now["state"], self.rates, batch, self.clean)
         self.now = {**self.now, "step": self.now["step"] + 1, "state": state}
@@ -335,7 +340,9 @@ class Training:
         logits = vmap(vmap(net, (0, None)))(last["params"], data.test_images)
         accuracy = (logits.argmax(-1) == data.test_labels[:, None]).float().mean(-1)
         on_clean = vmap(net)(state["params"], self.clean[0]).unflatten(0, self.grid)
-        self.now["judged"] = [*self.now["judged"], (accuracy, score(on_clean, data), last)]
+        found = (accuracy, score(on_clean, data), last)
+        accuracy, _, _ = found = gather_rows(found, len(self.probabilities), self.ranks)
+        self.now["judged"] = [*self.now["judged"], found]
         means = zip(self.config.learning_rates, accuracy.mean(0).tolist())
         return {f"{self.method}/rate {rate:g}": mean for rate, mean in means}
 

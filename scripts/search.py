@@ -230,4 +230,4 @@ def main(config: Config) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    command_line.run(main, Config, __doc__)
+    command_line.run(main, Config, __doc__, shares=False)

@@ -16,6 +16,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -628,6 +629,10 @@ pytree.register_pytree_node(
 )
 
 
+def note_loss(told: list[Any], level: str, count: int, metrics: dict[str, Tensor]) -> None:
+    told.append((level, count, metrics["loss"]))
+
+
 def compare(seed: int, steps: int = 3) -> str:
     """Return "same" or why the graph is refused.
 
@@ -663,8 +668,14 @@ def compare(seed: int, steps: int = 3) -> str:
                         expected,
                         f"hypergradient of {name} after {step} steps, after_steps={after}",
                     )
-        graph.step()
+        told: list[tuple[str, int, float]] = []
+        metrics = graph.step(partial(note_loss, told))
         simulation.step()
+        for name, total in graph.plan.timetable.total.items():
+            its = [(count, loss) for level, count, loss in told if level == name]
+            first = step * total + 1
+            assert [count for count, _ in its] == [*range(first, first + total)]
+            assert its[-1][1] == metrics[f"{name}/loss"], f"seed {seed}, told of {name}"
         for name in specs:
             check(
                 graph.params(name),

@@ -889,6 +889,12 @@ def what_ends_a_training_on_one_rank_ends_it_on_all(ranks: Ranks) -> None:
     trainer.fit()
     assert (trainer.step, trainer.stopped_by) == (2, "stop")
 
+    # in the body of a loop, when the other is on its way to the next step
+    trainer = mo.Trainer(make_training(Waves()), max_steps=5, progress=False)
+    for _ in trainer:
+        stop(trainer, {})
+    assert (trainer.step, trainer.stopped_by) == (3, "stop")
+
     def interrupt(trainer: mo.Trainer, metrics: Any) -> None:
         if ranks.rank == 0 and trainer.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,23 +1,28 @@
 """Trainings that are killed again and again, and go on: a program for as many kills as one likes.
 
-    python tests/resumable.py 50 0 40   # kills, shared out over the kinds of training; seed; steps
+    python tests/resumable.py 50 0 40       # kills, shared out over the kinds; seed; steps
+    python tests/resumable.py 50 0 40 1 2   # the same, and then in two processes that share it
 
-Each attempt runs in a process of its own. It is killed (SIGKILL) after a random time, or inside its
-n-th save: when the new file is open but not on the disk, or before it has its name.
+Each attempt runs in processes of its own. They are killed (SIGKILL) after a random time, all or one
+of them, or one is inside its n-th save: when the new file is open but not on the disk, or before it
+has its name. One that is left without the others ends with an error, soon after.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +37,9 @@ from metaopt.train import Checkpoints, state_file
 from optimizers import SGD, Adam, LSTMSchedule, MLPOptimizer
 
 EVERY = 3
+ALL = -1  # in place of a rank
+ALONE = 3  # exit code of a process whose others are gone
+SECONDS_ALONE = 2.0  # after which it is killed
 
 
 def make_levels() -> Any:
@@ -115,86 +123,148 @@ def run(kind: str, directory: Path, steps: int, die_in_save: int | None) -> None
         state_file.tensor_file.os.fsync = sync  # type: ignore[attr-defined]
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - their states are in a checkpoint too
-    training = KINDS[kind]()
-    trainer = mo.Trainer(
-        training,
-        max_steps=steps,
-        validate=lambda: abs(trainer.step - 7) + torch.rand(()).item(),  # best on the way
-        validate_every=7,
-        checkpoint=directory,
-        checkpoint_every=EVERY,
-        resume=True,
-        progress=False,
-    )
-    trainer.fit()
+    with mo.join_ranks(timeout=30):
+        training = KINDS[kind]()
+        trainer = mo.Trainer(
+            training,
+            max_steps=steps,
+            validate=lambda: abs(trainer.step - 7) + torch.rand(()).item(),  # best on the way
+            validate_every=7,
+            checkpoint=directory,
+            checkpoint_every=EVERY,
+            resume=True,
+            progress=False,
+        )
+        trainer.fit()
+
+
+class Death(NamedTuple):
+    """How an attempt is to end early.
+
+    Attributes:
+        rank: of the process that is killed, or `ALL`.
+        seconds: after which it is.
+        save: the number of the save in which it is; None for a time.
+    """
+
+    rank: int
+    seconds: float = 0.0
+    save: int | None = None
 
 
 def attempt(
-    kind: str, directory: Path, steps: int, seconds: float | None = None, save: Any = None
+    kind: str, directory: Path, steps: int, ranks: int = 1, death: Death | None = None
 ) -> bool:
-    """Run in a process of its own; return True if it came to its end, False if it was killed."""
+    """Run in processes of its own; return True if all came to the end, False if one was killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    children = [start(kind, directory, steps, rank, death) for rank in range(ranks)]
+    if death is not None and death.save is None:
+        time.sleep(death.seconds)
+        for rank, child in enumerate(children):
+            if death.rank in (rank, ALL):
+                os.kill(child, signal.SIGKILL)
+    codes = wait(children)
+    expected = {0} if death is None else {0, -signal.SIGKILL, *([ALONE] if ranks > 1 else [])}
+    assert {*codes} <= expected, codes
+    return not any(codes)
+
+
+def start(kind: str, directory: Path, steps: int, rank: int, death: Death | None) -> int:
+    """Return the process of a rank."""
     child = os.fork()
     if child == 0:
+        os.environ["RANK"] = str(rank)
         try:
-            run(kind, directory, steps, save)
+            run(kind, directory, steps, death.save if death and death.rank == rank else None)
         except BaseException as error:
+            if death is not None and os.environ["WORLD_SIZE"] != "1":
+                os._exit(ALONE)
             print(f"{kind}: {error!r}", file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL), code
-    return code == 0
+    return child
 
 
-def digest(directory: Path) -> tuple[int, str]:
-    """Return the step of the newest checkpoint, and the digest of all that is in it."""
+def wait(children: list[int]) -> list[int]:
+    """Return the exit codes; when one has ended early the others have seconds to do so."""
+    codes: dict[int, int] = {}
+    end = math.inf
+    while len(codes) < len(children):
+        time.sleep(0.002)
+        for child in {*children} - codes.keys():
+            if time.monotonic() > end:  # one that waits for a rank that never came
+                os.kill(child, signal.SIGKILL)
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                end = time.monotonic() + SECONDS_ALONE if codes[child] else end
+    return [codes[child] for child in children]
+
+
+def find_newest(directory: Path, ranks: int) -> tuple[int, list[Checkpoints]]:
+    """Return (the newest step of which all ranks have a checkpoint, or -1; those of each)."""
+    each = [Checkpoints(directory / (f"rank{rank}" if rank else "")) for rank in range(ranks)]
+    return max(set.intersection(*[{*one.steps()} for one in each]), default=-1), each
+
+
+def digest(directory: Path, ranks: int) -> tuple[int, list[str]]:
+    """Return the newest step that all ranks have, and for each a digest of all that is in it."""
+    step, each = find_newest(directory, ranks)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # one that cannot be read
-        found = Checkpoints(directory).load()
-    assert found is not None
-    assert found.best is not None
-    return found.step, digest_of(tree.leaves((found.state, found.best)))
+        found = [one._read(step) for one in each]
+    assert all(one.best is not None for one in found)
+    return step, [digest_of(tree.leaves((one.state, one.best))) for one in found]
 
 
-def kill(kind: str, kills: int, steps: int, draw: random.Random) -> int:
+def kill(kind: str, kills: int, steps: int, ranks: int, draw: random.Random) -> int:
     """Kill a training again and again; return the number of times it came to its end."""
     ends = 0
     with tempfile.TemporaryDirectory() as folder:
         straight = Path(folder, "straight")
         began = time.perf_counter()
-        assert attempt(kind, straight, steps)
-        duration, expected = time.perf_counter() - began, digest(straight)
+        assert attempt(kind, straight, steps, ranks)
+        duration, expected = time.perf_counter() - began, digest(straight, ranks)
         while kills > 0:
             directory = Path(folder, f"killed {ends}")
             before = -1
             while True:
-                how: dict[str, Any] = {"seconds": draw.uniform(0.02, 0.6 * duration)}
-                if draw.random() < 0.4:
-                    how = {"save": draw.randrange(steps // EVERY)}
-                done = attempt(kind, directory, steps, **(how if kills > 0 else {}))
+                rank = draw.randrange(ranks)
+                death = Death(draw.choice([rank, ALL]), draw.uniform(0.02, 0.6 * duration))
+                saves = 2 * steps // EVERY  # each waits for the disk twice
+                if before < 0 and not ends:  # so late that there is something to go on from
+                    death = Death(rank, save=draw.randrange(3, saves))
+                elif draw.random() < 0.4:
+                    death = Death(rank, save=draw.randrange(saves))
+                done = attempt(kind, directory, steps, ranks, death if kills > 0 else None)
                 kills -= not done
-                if [*directory.glob("step-*.safetensors")]:
-                    step, _ = digest(directory)
-                    assert step >= before, "a checkpoint was lost"
-                    before = step
+                step, _ = find_newest(directory, ranks)
+                assert step >= before, "a checkpoint was lost"
+                before = step
+                if step >= 0:
+                    digest(directory, ranks)  # it can be read
                 if done:
                     break
-            assert digest(directory) == expected, f"{kind}: not bit for bit"
+            assert digest(directory, ranks) == expected, f"{kind}: not bit for bit"
             ends += 1
     return ends
 
 
-def main(kills: int, seed: int, steps: int) -> None:
+def main(kills: int, seed: int, steps: int, *sizes: int) -> None:
     torch.set_num_threads(1)
     draw = random.Random(seed)
-    for place, kind in enumerate(KINDS):
-        share = (kills + place) // len(KINDS)
-        KINDS[kind]().step()  # what it imports, each process would import again
-        ends = kill(kind, share, steps, draw)
-        print(f"{kind}: {share} kills, {ends} times to the end, each bit for bit", flush=True)
+    for ranks in sizes or (1,):
+        if ranks > 1:
+            import_module("torch._dynamo")  # each process would, at its first message
+        for place, kind in enumerate(KINDS):
+            share = (kills + place) // len(KINDS)
+            KINDS[kind]().step()  # what it imports, each process would import again
+            ends = kill(kind, share, steps, ranks, draw)
+            what = f"{kind} in {ranks} process{'es' * (ranks > 1)}"
+            print(f"{what}: {share} kills, {ends} times to the end, each bit for bit", flush=True)
 
 
 if __name__ == "__main__":

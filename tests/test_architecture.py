@@ -86,7 +86,7 @@ MOST_LINES = {ast.FunctionDef: 60, ast.ClassDef: 200, ast.Module: 300}  # but fo
 LONG: set[str] = set()
 # Tokens of code, without comments and docstrings. Whoever needs more says why; whoever needs less
 # lowers it.
-MOST_TOKENS = {"metaopt": 122_000, "optimizers": 36_100}
+MOST_TOKENS = {"metaopt": 123_200, "optimizers": 36_100}
 NOT_COUNTED = {"interop", "tasks", "diagnostics", "black_box"}  # beside the core
 SHADOWED: set[str] = set()
 # set the global generators, and put them back

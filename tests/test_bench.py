@@ -24,7 +24,7 @@ def _scripts_on_path(monkeypatch) -> None:
 
 
 def small(comparison: str) -> Any:
-    from contenders import problems
+    from contenders import problems, short_steps
 
     return {
         "sinusoid": lambda: problems.Sinusoid(tasks=3, shots=2, queries=4, steps=2, hidden=5),
@@ -46,6 +46,7 @@ def small(comparison: str) -> Any:
         "regression-neumann": lambda: problems.LogisticRegression(
             "neumann", examples=9, features=4, steps=3
         ),
+        "trainer": lambda: short_steps.TrainerLoop(batch=6, sizes=(5, 4, 3), steps=3),
         "many-tensors": lambda: problems.ManyTensors(layers=8, width=3, batch=4, steps=3),
     }[comparison]()
 
@@ -62,6 +63,7 @@ NAMES = [
     "regression-darts",
     "regression-cg",
     "regression-neumann",
+    "trainer",
     "many-tensors",
 ]
 

@@ -433,15 +433,15 @@ def test_a_checkpoint_of_another_training_says_so(
 
 
 def test_killed_trainings_go_on_bit_for_bit() -> None:
-    """`python tests/resumable.py 50 0 40` is the long form."""
+    """In one process and in two; `python tests/resumable.py 50 0 40 1 2` is the long form."""
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/resumable.py", "4", "1", "10"],
+        [sys.executable, ROOT / "tests/resumable.py", "4", "1", "8", "1", "2"],
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("bit for bit") == 4
+    assert done.stdout.count("in 1 process: ") == done.stdout.count("in 2 processes: ") == 4
 
 
 # the order of data

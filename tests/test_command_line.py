@@ -111,6 +111,24 @@ def test_how_it_ends(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     assert lead(lambda config: None, *out, "--resume", monkeypatch=monkeypatch) == 0
 
 
+def test_what_cannot_be_shared_is_done_by_one_process(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    done: list[Any] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["program.py", "--out", str(tmp_path / "out")])
+    for rank in ("1", "0"):
+        assert not done
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="0"):
+            command_line.run(done.append, Config, shares=False)
+        assert (tmp_path / "out").exists() == (rank == "0")
+    captured = capsys.readouterr()
+    assert captured.out.count("steps = 3") == 1
+    assert captured.err.count("Nothing here can be shared: one process works") == 1
+    assert len(done) == 1
+
+
 def test_subcommands(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     found: list[Config] = []
     configs = {"one": Config, "other": dataclasses.make_dataclass("Other", [("out", Path)])}

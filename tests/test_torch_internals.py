@@ -388,6 +388,18 @@ def test_allow_hooks() -> None:
         pass
 
 
+def test_is_in_backward() -> None:
+    """Also where a hook of a backward pass computes something."""
+    x, seen = torch.ones(1, requires_grad=True), []
+    y = 2 * x
+    y.register_hook(lambda grad: seen.append(internals.is_in_backward()))
+    assert not internals.is_in_backward()
+    torch.func.grad(lambda x: (seen.append(internals.is_in_backward()), x)[1])(torch.tensor(1.0))
+    y.sum().backward()
+    assert seen == [False, True]
+    assert not internals.is_in_backward()
+
+
 def test_mark_constant_when_compiled() -> None:
     """The mark is that of torch's own decorator."""
 

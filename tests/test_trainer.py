@@ -550,3 +550,86 @@ def test_an_ignored_signal_stays_ignored() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert trainer.stopped_by == "max_steps"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_body_of_a_loop_saves_and_ends_it_there(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    training, before = Counter(), signal.getsignal(number)
+    steps = iter(mo.Trainer(training, max_steps=50, checkpoint=tmp_path, progress=False))
+    next(steps), next(steps)
+    with pytest.raises(KeyboardInterrupt, match=f"{number.name} after step 2 of 50. It is saved"):
+        os.kill(os.getpid(), number)
+    assert mo.Checkpoints(tmp_path).steps() == [2]
+    assert signal.getsignal(number) is before  # though the iterator is still there
+    again = Counter()
+    mo.Trainer(again, max_steps=3, checkpoint=tmp_path, resume=True, progress=False).fit()
+    assert again.value == 3
+    with pytest.raises(KeyboardInterrupt, match=f"{number.name} after step 3 of 50"):
+        next(steps)  # it is not forgotten
+
+
+def test_an_iterator_that_is_dropped_gives_the_signals_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    for drop in ("close", "forget", "never begin"):
+        steps: Any = iter(mo.Trainer(Counter(), max_steps=50, progress=False))
+        if drop != "never begin":
+            next(steps)
+            assert signal.getsignal(signal.SIGINT) is not before
+        if drop == "close":
+            steps.close()
+        del steps
+        assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_step_must_return_metrics() -> None:
+    class Silent(Counter):
+        def step(self) -> Any:
+            self.value += 1
+
+    with pytest.raises(
+        TypeError, match=r"`step` of Silent must return its metrics, .* got None. Return \{\} if"
+    ):
+        mo.Trainer(Silent(), max_steps=2, progress=False).fit()
+
+
+def test_inner_callbacks_see_each_step_of_each_level(tmp_path: Path) -> None:
+    """Every second step of the lower level is logged; a trainer can be stopped from inside."""
+
+    def loss(levels: mo.Levels, batch: Any) -> torch.Tensor:
+        return (levels.low(batch) - levels.top(batch)).square().mean()
+
+    x = torch.randn(4, 3)
+    low = mo.Level("low", torch.nn.Linear(3, 1), loss, Adam(0.01), [x])
+    top = mo.Level("top", torch.nn.Linear(3, 1), lambda s, b: s.low(b).mean(), Adam(0.01), [x])
+    graph = mo.LevelGraph([mo.Edge(top, low, steps=3)])
+    notes, seen = Notes(), list[Any]()
+
+    def log(trainer: mo.Trainer, level: str, step: int, metrics: Any) -> None:
+        seen.append((trainer.step, level, step))
+        if level == "low" and step % 2 == 0:
+            trainer.log(step, {"low/inner loss": metrics["loss"]})
+        if step == 5:
+            trainer.stop()
+
+    trainer = mo.Trainer(graph, max_steps=4, logger=notes, inner_callbacks=[log], progress=False)
+    trainer.fit()
+    assert (trainer.step, trainer.stopped_by) == (2, "stop")
+    rows = [(step, *row) for step, row in notes.rows if "low/inner loss" in row]
+    assert rows == [(step, "low/inner loss") for step in (2, 4, 6)]
+    assert dict(notes.rows)[6]["low/inner loss"] == notes.rows[-1][1]["low/loss"]
+    lows = [(step // 3, "low", step + 1) for step in range(6)]
+    assert seen == [*lows[:3], (0, "top", 1), *lows[3:], (1, "top", 2)]
+    mo.Trainer(Counter(), max_steps=1).log(1, {"nobody": 1.0})  # hears it
+
+
+def test_inner_callbacks_need_inner_steps() -> None:
+    with pytest.raises(
+        TypeError, match=r"`inner_callbacks` need a training whose `step` takes `on_step`.*Counter"
+    ):
+        mo.Trainer(Counter(), max_steps=1, inner_callbacks=[print])
+    with pytest.raises(TypeError, match=r"`inner_callbacks` must be functions of .*, got \[3\]"):
+        mo.Trainer(Counter(), max_steps=1, inner_callbacks=[3])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"`logger` must be an object, .* Write Notes\(\.\.\.\)"):
+        mo.Trainer(Counter(), max_steps=1, logger=Notes)  # type: ignore[arg-type]

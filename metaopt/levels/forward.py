@@ -33,6 +33,7 @@ from metaopt.levels.state import (
     show,
     show_all,
 )
+from metaopt.levels.telling import each_copy, untold
 from metaopt.levels.timetable import Owner
 
 # (plan, level, scene, state, rows, window) -> state after a step of a top level
@@ -115,7 +116,8 @@ def total_loss(
     rows = rows if inputs["batch"] is None else inputs["batch"]
     scene = {**scene, name: {"params": params, "buffers": memory["buffers"]}}
     if window.records:
-        scene = replay(plan, name, scene, window, place=place)
+        with untold():
+            scene = replay(plan, name, scene, window, place=place)
     below, at_point = memory["below"], place == "end"
     # The levels below see this one's parameters as they are here, so their responses are functions
     # of w, and T is L along all paths.
@@ -150,7 +152,7 @@ def _mean_of_copies(
                     for key, row in rows.items()
                 },
             )
-            for i in range(plan.copies_below[name] or 0)
+            for i in each_copy(plan.copies_below[name] or 0)
         ]
         loss, after = tree.stack(results)
     else:
@@ -214,7 +216,8 @@ def _expose(
         return show_all({name: state})
     # levels inside respond to the end point; re-evaluate them there
     scene, last = {**scene, name: show(state)}, _row(plan, name, rows, -1)
-    scene, _ = run_turn(plan, name, scene, state["below"], last, at_point=True, tape=tape)
+    with untold():
+        scene, _ = run_turn(plan, name, scene, state["below"], last, at_point=True, tape=tape)
     return {other: scene[other] for other in sorted(plan.timetable.inside[name] | {name})}
 
 

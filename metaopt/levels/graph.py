@@ -42,6 +42,7 @@ from metaopt.levels.state import (
     show_all,
     without_params,
 )
+from metaopt.levels.telling import OnStep, telling
 from metaopt.levels.timetable import arrange
 from metaopt.levels.top_step import begin_virtual_steps, step_top_level
 from metaopt.torch_internals import foreach_copy_
@@ -119,7 +120,7 @@ class LevelGraph:
         }
         self._steps = 0
 
-    def step(self) -> dict[str, float | Tensor]:
+    def step(self, on_step: OnStep | None = None) -> dict[str, float | Tensor]:
         """Make one step of the top levels and what it takes below; return losses by name.
 
         The names of losses and metrics are "level/name". Of a top level there is the "gradient
@@ -133,16 +134,30 @@ class LevelGraph:
         All that changes is the graph's state, and, when the step has succeeded, the values in the
         levels' models (but not of levels with `copies`).
 
+        Args:
+            on_step: called after each step of each level with (its name, the number of its steps
+                so far, {"loss": L, its metrics}): tensors without a graph, on their device; nothing
+                waits for their values unless it reads them. Of copies the tensors have one number
+                each, or, where the copies run one after the other, each is told by itself. A step
+                that fails has told of what came before.
+
         Raises:
             NonFiniteError: a loss, or the gradient of a top level, is not finite; the state is then
                 that before the step.
             ValueError: no derivative arrives at a parameter, batches do not fit, or it is called in
-                inference mode or inside a transform of `torch.func`.
+                inference mode or inside a transform of `torch.func`; or with `on_step` where loops
+                are compiled.
         """
         _check_surroundings("step")
+        if on_step is not None and self.plan.compile:
+            raise ValueError(
+                "LevelGraph.step: nobody can be told of each step of a compiled loop, got "
+                f"on_step={on_step!r} and compile=True. Leave `compile` out; losses and metrics of "
+                "each level's last step are what `step` returns."
+            )
         rows, counts = peek_rows(self.plan, self._data, None)
         with torch.no_grad(), gathering() as gathered, self._drawn_again() as drawn:
-            with own_noise(self.plan.ranks):
+            with own_noise(self.plan.ranks), telling(on_step, self._count_steps()):
                 _, states = self._run_turn(self._states, rows)
             # until here nothing has changed, and no batch is gone
             _raise_if_not_finite(states, self._steps)
@@ -278,6 +293,10 @@ class LevelGraph:
             for edge in self.plan.edges
             if isinstance(edge.differentiate, EvolutionStrategy)
         ]
+
+    def _count_steps(self) -> dict[str, int]:
+        """Return the number of steps that each level has made."""
+        return {name: self._steps * count for name, count in self.plan.timetable.total.items()}
 
     def _state(self, name: str) -> State:
         owner = self.plan.timetable.owner[name]

@@ -16,6 +16,7 @@ from metaopt.levels.level import Level
 from metaopt.levels.plan import Plan
 from metaopt.levels.reading import Reading
 from metaopt.levels.scope import Scene, Shown
+from metaopt.levels.telling import tell_step
 from metaopt.optimizer import Observe
 from metaopt.optimizer.by_name import Value
 from metaopt.transforms import constant
@@ -160,6 +161,7 @@ def update(
         moved = tree.map(lambda new, old: torch.where(moves, new, old), moved, (params, before))
     after, optimizer = moved
     new = {**aux, "optimizer": optimizer, "progress": _count(memory["progress"], loss)}
+    tell_step(level.name, loss, aux["metrics"])
     # in the same order, by which trees are flattened
     return after, {key: new[key] for key in memory}  # type: ignore[return-value]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from metaopt import tree
@@ -11,6 +13,7 @@ from metaopt.levels.history import Window, make_inputs
 from metaopt.levels.plan import Plan
 from metaopt.levels.scope import Rows, Scene
 from metaopt.levels.state import State, find_optimizer_tensors, update, without_params
+from metaopt.levels.telling import untold
 from metaopt.optimizer import Optimizer
 
 
@@ -21,22 +24,24 @@ def step_top_level(
     level, memory = plan.levels[name], without_params(state)
     ahead, there = begin_virtual_steps(plan, name, state)
     inputs = make_inputs(scene, window, rows, find_optimizer_tensors(plan, name, scene))
+    looks_ahead = any(edge.look_ahead for edge in plan.lowers[name])
     waits = (
         level.warmup
         and not torch.compiler.is_compiling()
         and int(state["progress"]["steps"]) < level.warmup
     )
-    # without a gradient, but with the loss: its levels below move all the same
-    if waits:
-        others = without_params(there)
-        loss, aux = total_loss(ahead, name, "steps", inputs, state["params"], others, rows)
-        grads = tree.map(torch.zeros_like, state["params"])
-    else:
-        grads, loss, aux = take_total_gradient(ahead, name, scene, there, rows, window)
+    with untold() if looks_ahead else nullcontext():
+        # without a gradient, but with the loss: its levels below move all the same
+        if waits:
+            others = without_params(there)
+            loss, aux = total_loss(ahead, name, "steps", inputs, state["params"], others, rows)
+            grads = tree.map(torch.zeros_like, state["params"])
+        else:
+            grads, loss, aux = take_total_gradient(ahead, name, scene, there, rows, window)
     aux["metrics"] = {**aux["metrics"], "gradient norm": tree.norm(grads)}
     params, after = update(level, inputs, grads, memory, state["params"], loss, aux)
     # the steps above were for the gradient alone: those that count see the new parameters
-    if any(edge.look_ahead for edge in plan.lowers[name]):
+    if looks_ahead:
         moved: Scene = {**scene, name: {"params": params, "buffers": memory["buffers"]}}
         _, after["below"] = run_turn(plan, name, moved, memory["below"], rows)
     return {"params": params, **after}

@@ -25,6 +25,11 @@ class Reporting:
         self._has_failed = False
         self._measured, self._measured_at = time.perf_counter(), step
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether there is a logger."""
+        return self._logger is not None
+
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand on the metrics of a step, and now and then pace and memory."""
         measures = {}

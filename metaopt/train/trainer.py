@@ -3,52 +3,39 @@
 from __future__ import annotations
 
 import copy
-import operator
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NoReturn
 
-import torch
 from torch import Tensor
 
 from metaopt.checks import check_flag, check_positive
-from metaopt.distributed import current_ranks, gather_rows
+from metaopt.distributed import current_ranks
 from metaopt.random_state import read_random_state, restore_random_state
+from metaopt.train.arguments import (
+    Callback,
+    InnerCallback,
+    Training,
+    as_count,
+    check_parts,
+)
 from metaopt.train.checkpoint import Checkpoints
+from metaopt.train.ending import find_reasons, tell_how_to_go_on
 from metaopt.train.interrupt import Interrupt
 from metaopt.train.loggers import Logger
+from metaopt.train.metrics import (
+    Metrics,
+    read_metrics,
+    read_numbers,
+    read_validation,
+    read_values,
+)
 from metaopt.train.progress import Bar, Lines, show_progress
 from metaopt.train.reporting import Reporting
 from metaopt.train.selection import Selection
 from metaopt.train.state_file import CheckpointError
-
-Metrics = dict[str, float]
-
-
-class Training(Protocol):
-    """What can be trained: something that steps, and whose whole state is one tree."""
-
-    def step(self) -> Mapping[str, float | Tensor]:
-        """Make one step and return its metrics."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that the next step depends on."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a state."""
-        ...
-
-
-class Callback(Protocol):
-    """What is called after each step."""
-
-    def __call__(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        """Look at the step `trainer.step`; `trainer.stop()` makes it the last one."""
-        ...
 
 
 class Trainer:
@@ -59,7 +46,9 @@ class Trainer:
     every 30 seconds and one at the end.
 
     The first SIGINT or SIGTERM lets the step end, saves, and raises KeyboardInterrupt with what to
-    do to go on; a second one ends the program at once.
+    do to go on; a second one ends the program at once. Between two steps, in the body of a loop, it
+    saves and raises at once, as long as the iterator is there; on several ranks, after the next
+    step of all.
 
     In several processes (see `join_ranks`) rank 0 shows and logs, each rank saves, and what ends
     the training on one rank ends it on all.
@@ -87,6 +76,8 @@ class Trainer:
         resume: go on from the newest checkpoint that can be read, or begin if there is none.
         time_limit: seconds after which it saves and ends.
         callbacks: called after each step, with the metrics, and those of a validation after it.
+        inner_callbacks: called inside each step, after each step of each level of a `LevelGraph`,
+            as its `step` tells of it.
         label: text in front of the progress.
         progress: False to show nothing.
 
@@ -123,19 +114,17 @@ class Trainer:
         resume: bool = False,
         time_limit: float | None = None,
         callbacks: Sequence[Callback] = (),
+        inner_callbacks: Sequence[InnerCallback] = (),
         label: str = "training",
         progress: bool = True,
     ):
-        _require_methods("training", training, ("step", "state_dict", "load_state_dict"))
-        if logger is not None:
-            _require_methods("logger", logger, ("log", "close"))
-        _require_functions(validate, callbacks)
+        check_parts(training, logger, validate, callbacks, inner_callbacks)
         check_flag(None, "progress", progress)
         check_positive(None, "min_change", min_change, or_zero=True)
         self.training, self.logger, self.validate = training, logger, validate
-        self.max_steps = _as_count("max_steps", max_steps)
-        self.validate_every = _as_count("validate_every", validate_every)
-        self.patience = None if patience is None else _as_count("patience", patience)
+        self.max_steps = as_count("max_steps", max_steps)
+        self.validate_every = as_count("validate_every", validate_every)
+        self.patience = None if patience is None else as_count("patience", patience)
         self.min_change = min_change
         self.time_limit = time_limit
         if time_limit is not None:
@@ -145,9 +134,9 @@ class Trainer:
             raise ValueError("`resume=True` needs a folder to go on from: give `checkpoint=`.")
         if patience is not None and validate is None:
             raise ValueError(f"`patience={patience}` counts validations: give `validate=`.")
-        self.checkpoint_every = _as_count("checkpoint_every", checkpoint_every)
-        self.resume, self.callbacks = resume, tuple(callbacks)
-        self.label, self.progress = label, progress
+        self.checkpoint_every = as_count("checkpoint_every", checkpoint_every)
+        self.callbacks, self.inner_callbacks = tuple(callbacks), tuple(inner_callbacks)
+        self.resume, self.label, self.progress = resume, label, progress
         self._begin()
 
     def fit(self) -> None:
@@ -180,7 +169,7 @@ class Trainer:
             self.label, self.max_steps, done=self.step, shown=self.progress and not self._ranks.rank
         )
         try:
-            with Interrupt() as interrupt:
+            with Interrupt(self._leave) as interrupt:
                 if is_resumed:  # perhaps from the end
                     self.stopped_by, _ = self._decide(interrupt)
                 else:
@@ -189,8 +178,12 @@ class Trainer:
                 while self.stopped_by is None:
                     metrics = self._step(progress)
                     self._end_step(interrupt)
+                    # The body of the loop may be long, or never end: it is not waited for. But of
+                    # several ranks, the others would wait in the next step.
+                    interrupt.is_awaited = self._ranks.are_many
                     yield metrics
-                    if self.stopped_by is None and self._stopped:
+                    interrupt.is_awaited = True
+                    if self._stopped and self.stopped_by is None and not self._ranks.are_many:
                         self._save()  # not yet done: the body of the loop has stopped it
                         self.stopped_by = "stop"
         finally:
@@ -198,8 +191,20 @@ class Trainer:
             self._close()
 
     def stop(self) -> None:
-        """Make the present step the last one, from a callback or the body of a loop."""
+        """Make the present step the last one, from a callback or the body of a loop.
+
+        From the body of a loop on several ranks, the next one: the others are on their way to it.
+        """
         self._stopped = True
+
+    def log(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+        """Hand a callback's numbers to the logger, if there is one; of several ranks rank 0 does.
+
+        Raises:
+            TypeError: a value is not one number.
+        """
+        if self._reporting.is_heard:
+            self._reporting.log(step, read_numbers(metrics))
 
     @property
     def best(self) -> float:
@@ -217,6 +222,7 @@ class Trainer:
         if self.checkpoints is not None:
             self.checkpoints.check_ranks(self._ranks)
         self.step = 0
+        self._reporting = Reporting(None, 0)
         self._selection = Selection(self.patience, self.min_change)
         self._stopped = self._is_best = False
         self._started = time.perf_counter()
@@ -224,9 +230,9 @@ class Trainer:
     def _resume(self) -> bool:
         """Go to the newest checkpoint; return False if that is not asked for or there is none."""
         _require_fresh(self.checkpoints, self.resume)  # `fit` may be called again
-        found = None
-        if self.checkpoints and self.resume:
-            found = self.checkpoints.load({"training": self.training.state_dict()})
+        if self.checkpoints is None or not self.resume:
+            return False
+        found = self.checkpoints.load({"training": self.training.state_dict()})
         if found is None:
             return False
         try:
@@ -236,7 +242,6 @@ class Trainer:
             self.training.load_state_dict(found.state["training"])
             restore_random_state(found.state["random"])
         except (TypeError, LookupError, ValueError, RuntimeError, AttributeError) as error:
-            assert self.checkpoints
             raise CheckpointError(
                 f"{self.checkpoints.path(found.step)} is not a checkpoint of this training: "
                 f"{error} Go on with the training that wrote it, or begin in another directory."
@@ -246,11 +251,9 @@ class Trainer:
 
     def _step(self, progress: Bar | Lines) -> Metrics:
         # Before the step: these are the values that it uses.
-        values = {} if self.logger is None else _read_values(self.training)
-        metrics = {
-            name: _as_number(f"The metric {name!r}", value)
-            for name, value in self.training.step().items()
-        }
+        values = {} if self.logger is None else read_values(self.training)
+        inner = {"on_step": self._tell_inner} if self.inner_callbacks else {}
+        metrics = read_metrics(self.training, self.training.step(**inner))
         self.step += 1
         self._is_best = False
         self._reporting.log_step(self.step, values | metrics)
@@ -261,27 +264,31 @@ class Trainer:
             callback(self, metrics)
         return metrics
 
+    def _tell_inner(self, level: str, step: int, metrics: Mapping[str, Tensor]) -> None:
+        for callback in self.inner_callbacks:
+            callback(self, level, step, metrics)
+
     def _end_step(self, interrupt: Interrupt) -> None:
         """Save if it is time for it, the step the best, or the last; raise if a signal came."""
         ends, is_interrupted = self._decide(interrupt)
+        if is_interrupted:
+            self._leave(interrupt.received or "A signal to another rank")
         self.stopped_by = ends
         is_due = self.step % self.checkpoint_every == 0 and self.step
-        if is_due or ends or is_interrupted or self._is_best:
+        if is_due or ends or self._is_best:
             self._save()
-        saved = "" if self.checkpoints is None else f" It is saved in {self.checkpoints.directory}."
-        again = f"{saved} Run it again with `resume=True` to go on." if saved else ""
         if ends == "time_limit" and self.progress and not self._ranks.rank:
-            print(f"The time is up at step {self.step}.{again}", file=sys.stderr)
-        if is_interrupted:
-            signal = interrupt.received or "A signal to another rank"
-            raise KeyboardInterrupt(f"{signal} after step {self.step} of {self.max_steps}.{again}")
+            how = tell_how_to_go_on(self.checkpoints)
+            print(f"The time is up at step {self.step}.{how}", file=sys.stderr)
+
+    def _leave(self, signal: str) -> NoReturn:
+        """Save and end, where a signal came after a step."""
+        self._save()
+        how = tell_how_to_go_on(self.checkpoints)
+        raise KeyboardInterrupt(f"{signal} after step {self.step} of {self.max_steps}.{how}")
 
     def _decide(self, interrupt: Interrupt) -> tuple[str | None, bool]:
-        """Return (what ends the training after this step, whether it is interrupted).
-
-        What happens to one rank, a signal or the end of its time, is for all of them: the others
-        would wait for it in the next step.
-        """
+        """Return (what ends the training after this step, whether it is interrupted)."""
         passed = time.perf_counter() - self._started
         reasons = {
             "stop": self._stopped,
@@ -290,19 +297,15 @@ class Trainer:
             "time_limit": self.time_limit is not None and passed >= self.time_limit,
             "": interrupt.received is not None,
         }
-        if self._ranks.are_many:
-            mine = torch.tensor([[*reasons.values()]])
-            anywhere = gather_rows(mine, self._ranks.size, self._ranks).any(0).tolist()
-            reasons = dict(zip(reasons, anywhere, strict=True))
-        is_interrupted = reasons.pop("")
-        return next((name for name, ends in reasons.items() if ends), None), is_interrupted
+        found = find_reasons(reasons, self._ranks)
+        return next(iter(found), None) or None, "" in found
 
     def _validate(self, progress: Bar | Lines) -> Metrics:
         """Validate if there is something to do it with; return the values by name."""
         if self.validate is None:
             return {}
         given = self.validate()
-        values = _name_values(given)
+        values = read_validation(given)
         self._reporting.log(self.step, values)
         value = values["validation/loss" if isinstance(given, Mapping) else "validation"]
         self._is_best = self._selection.take(self.step, value, self.training.state_dict())
@@ -349,70 +352,3 @@ def _require_fresh(checkpoints: Checkpoints | None, resume: bool) -> None:
             f"{checkpoints.directory} has checkpoints, up to step {steps[-1]}. Go on from there "
             "with `resume=True`, or delete them, or take another directory."
         )
-
-
-def _require_methods(name: str, given: Any, methods: tuple[str, ...]) -> None:
-    missing = [method for method in methods if not callable(getattr(given, method, None))]
-    if missing:
-        raise TypeError(
-            f"`{name}` must have the methods {', '.join(methods)}, got {type(given).__name__} "
-            f"without {missing}."
-        )
-
-
-def _require_functions(validate: Any, callbacks: Any) -> None:
-    if validate is not None and not callable(validate):
-        raise TypeError(
-            f"`validate` must be a function that returns a number, got {validate!r}. Write "
-            "validate=lambda: ..."
-        )
-    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
-        raise TypeError(
-            f"`callbacks` must be functions of (trainer, metrics) in a list, got {callbacks!r}."
-        )
-
-
-def _read_values(training: Any) -> dict[str, float]:
-    """Return the hyperparameters that are single numbers, of a training that tells them."""
-    tell = getattr(training, "values", None)
-    found: Mapping[str, Any] = tell() if callable(tell) else {}
-    return {
-        name: float(value)
-        for name, value in found.items()
-        if not isinstance(value, Tensor) or value.numel() == 1
-    }
-
-
-def _name_values(given: Any) -> Metrics:
-    """Return what `validate` returned, by name."""
-    if not isinstance(given, Mapping):
-        return {"validation": _as_number("What `validate` returns", given)}
-    if "loss" not in given:
-        raise TypeError(
-            f"What `validate` returns must have 'loss', which decides what is best, got "
-            f"{sorted(given)}."
-        )
-    return {
-        f"validation/{name}": _as_number(f"The validation {name!r}", value)
-        for name, value in given.items()
-    }
-
-
-def _as_count(name: str, value: Any) -> int:
-    """Return a positive integer, of Python or of another library."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}. Write {name}=100.")
-    count = operator.index(value)
-    if count < 1:
-        raise ValueError(f"`{name}` must be positive, got {count}.")
-    return count
-
-
-def _as_number(what: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = (
-            f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        )
-        raise TypeError(f"{what} must be one number, got {kind}. Take its mean.") from error

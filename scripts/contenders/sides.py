@@ -12,6 +12,7 @@ from typing import Any
 import metaopt as mo
 from contenders import problems
 from contenders.problems import LogisticRegression
+from contenders.short_steps import TrainerLoop
 
 BETTY_VERSION = "0.2.1"
 # its metadata asks for Python below 3.11, though it runs on later ones
@@ -151,6 +152,14 @@ COMPARISONS = {
     "regression-cg": Comparison(LogisticRegression("cg"), [MENDED, *EAGER], function=REGRESSION),
     "regression-neumann": Comparison(
         LogisticRegression("neumann"), [BETTY, *EAGER], function=REGRESSION
+    ),
+    # the limit is 3 %
+    "trainer": Comparison(
+        TrainerLoop(),
+        [
+            Side("loop by hand", "with_metaopt", {"by_hand": True}),
+            Side("Trainer, with a checkpoint", "with_metaopt"),
+        ],
     ),
     "many-tensors": Comparison(
         problems.ManyTensors(),

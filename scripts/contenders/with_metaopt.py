@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import metaopt as mo
 from contenders import problems
 from contenders.problems import next_byte_losses
+from contenders.short_steps import Descent, TrainerLoop
 from metaopt._functional import Functional, Params
 from metaopt.differentiate import Rule
 from metaopt.tasks.episode import Episode
@@ -157,6 +159,30 @@ def meta_weight_net(problem: problems.MetaWeightNet, *, compile: bool = False) -
         [mo.Edge(upper=weights, lower=learner, differentiate=rule)], compile=compile
     )
     return hypergradients(graph, "weights")
+
+
+def trainer(problem: TrainerLoop, *, by_hand: bool = False) -> Run:
+    """Make all steps by a `Trainer` with a checkpoint, or in a loop of one line without."""
+    training = Descent(problem)
+    start = training.state_dict()
+
+    def run() -> dict[str, Tensor]:
+        training.load_state_dict(start)
+        if by_hand:
+            for _ in range(problem.steps):
+                training.step()
+        else:
+            with TemporaryDirectory() as folder:
+                mo.Trainer(
+                    training,
+                    max_steps=problem.steps,
+                    checkpoint=folder,
+                    checkpoint_every=problem.steps,
+                    progress=False,
+                ).fit()
+        return training.state_dict()
+
+    return run
 
 
 def imaml(problem: problems.IMAML, *, compile: bool = False) -> Run:
