@@ -215,7 +215,7 @@ def digest(directory: Path, ranks: int) -> tuple[int, list[str]]:
     step, each = find_newest(directory, ranks)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # one that cannot be read
-        found = [one._read(step) for one in each]
+        found = [one._read(step, None) for one in each]
     assert all(one.best is not None for one in found)
     return step, [digest_of(tree.leaves((one.state, one.best))) for one in found]
 
