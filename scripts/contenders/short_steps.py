@@ -16,7 +16,7 @@ class TrainerLoop:
     Everyone calls the same steps of gradient descent, which are plain PyTorch.
     """
 
-    batch: int = 128
+    batch: int = 320
     sizes: tuple[int, int, int] = (128, 256, 10)
     lr: float = 0.01
     steps: int = 1000

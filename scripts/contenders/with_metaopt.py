@@ -162,15 +162,14 @@ def meta_weight_net(problem: problems.MetaWeightNet, *, compile: bool = False) -
 
 
 def trainer(problem: TrainerLoop, *, by_hand: bool = False) -> Run:
-    """Make all steps by a `Trainer` with a checkpoint, or in a loop of one line without."""
+    """Make all steps by a `Trainer` with a checkpoint, or in a loop of one line that keeps the losses."""
     training = Descent(problem)
     start = training.state_dict()
 
     def run() -> dict[str, Tensor]:
         training.load_state_dict(start)
         if by_hand:
-            for _ in range(problem.steps):
-                training.step()
+            _ = [float(training.step()["loss"]) for _ in range(problem.steps)]
         else:
             with TemporaryDirectory() as folder:
                 mo.Trainer(
