@@ -83,6 +83,7 @@ class InnerProblem:
             steps,
             compile,
             rate=self.rate,
+            precondition=self.precondition,
             emit=self.emit,
             describe=self.describe,
             skips=skips,
@@ -120,6 +121,15 @@ class InnerProblem:
         memory = state["optimizer"] if self.has_buffers else state
         optimizer, tensors = self.optimizer, inputs["optimizer"]
         return lend(optimizer, tensors, optimizer.rate, memory, params, observe)  # type: ignore[no-any-return]
+
+    def precondition(
+        self, inputs: Inputs, v: Tree, grads: Tree, state: Any, params: Tree, loss: Tensor
+    ) -> Tree:
+        """Return what the derivative of the optimizer's update makes of v."""
+        memory = state["optimizer"] if self.has_buffers else state
+        optimizer, tensors = self.optimizer, inputs["optimizer"]
+        apply = optimizer.precondition
+        return lend(optimizer, tensors, apply, v, grads, memory, params, loss=loss)
 
     def emit(
         self, inputs: Inputs, after: tuple[Tree, Any], x: Tree, loss: Tensor, aux: Tree

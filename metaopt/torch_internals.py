@@ -42,6 +42,8 @@ __all__ = [
     "foreach_norm",
     "foreach_sqrt",
     "function_modes",
+    "fused_adam_",
+    "fused_adamw_",
     "has_buffers",
     "has_forward_hooks",
     "has_no_hooks",
@@ -88,6 +90,10 @@ foreach_copy_ = torch._foreach_copy_
 foreach_mul = torch._foreach_mul
 foreach_norm = torch._foreach_norm
 foreach_sqrt = torch._foreach_sqrt
+
+# A whole step of Adam and AdamW in one pass, in place: what `torch.optim` calls with `fused=True`.
+fused_adam_ = torch._fused_adam_
+fused_adamw_ = torch._fused_adamw_
 
 # What `torch.nn.utils.parametrizations.weight_norm` calls: a function mode that stands in for it
 # has to know it.

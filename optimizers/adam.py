@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,16 @@ from metaopt.optimizer import (
     is_zero,
     set_hyperparameter,
 )
+from metaopt.optimizer.blocks import is_plain
+from metaopt.torch_internals import fused_adam_, fused_adamw_
+from metaopt.transforms import is_unrecorded
 
 from .betas import Pair, WithBetas
 from .moving import averages, averages_of_squares, roots, zeros
 from .scalars import bias_correction, precise
 from .weight_decay import decayed, penalized
+
+LEAST_FUSED = 2**16  # entries; fewer are as fast one operation after another
 
 
 class Adam(WithBetas):
@@ -77,6 +84,75 @@ class Adam(WithBetas):
         self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
     ) -> tuple[Value, Leaves, Slots]:
         return self._adam(penalized(self, grads, params, hyper["weight_decay"]), slots, hyper, step)
+
+    def move(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
+        if params is None or not self._is_fused([grads, params, *slots.values()], hyper):
+            return super().move(grads, params, slots, hyper, step)
+        moved = [w.clone() for w in params]
+        after = {name: [memory.clone() for memory in slot] for name, slot in slots.items()}
+        memories = after["mean"], after["square"], after.get("largest", [])
+        steps = [step.to("cpu", torch.float32)] * len(grads)
+        options = {name: hyper[name] for name in ("lr", "beta1", "beta2", "weight_decay", "eps")}
+        step_in_place = fused_adamw_ if isinstance(self, AdamW) else fused_adam_
+        step_in_place(
+            moved, grads, *memories, steps, amsgrad=self.amsgrad, maximize=False, **options
+        )
+        return moved, after
+
+    def _is_fused(self, rows: Sequence[Leaves], hyper: Hyper) -> bool:
+        """Return True if torch has all of it as one operation, and that is faster.
+
+        It knows no variant of the update, no `eps_root`, and no derivative.
+        """
+        numbers = {name: value for name, value in hyper.items() if name != "lr"}
+        lr = hyper["lr"]
+        return (
+            type(self) in (Adam, AdamW)
+            and not {"update", "direction"} & vars(self).keys()
+            and is_zero(hyper["eps_root"])
+            and all(isinstance(value, float) for value in numbers.values())
+            and (isinstance(lr, float) or (lr.ndim == 0 and lr.device.type == "cpu"))
+            and is_unrecorded()
+            and sum(map(Tensor.numel, rows[0])) >= LEAST_FUSED
+            and all(is_plain(leaf) for row in rows for leaf in row)
+            and len({leaf.dtype for row in rows for leaf in row}) == 1
+        )
+
+    def diagonal(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> Leaves:
+        penalty = penalized(self, grads, params, hyper["weight_decay"])
+        return self._adam_diagonal(penalty, slots, hyper, step)
+
+    def _adam_diagonal(self, grads: Leaves, slots: Slots, hyper: Hyper, step: Tensor) -> Leaves:
+        """Return du/dg of each entry; see `_adam`.
+
+        u = -lr m^ / d with d = r + eps and r = sqrt(v^ + eps_root). So du/dg = -lr / (1 - beta1^t)
+        (1 - beta1 - m r' / d) / d, where r' = (1 - beta2) / (1 - beta2^t) g / r, or 0 at r = 0.
+        """
+        after, shares = moments(grads, slots, hyper), [1.0] * len(grads)
+        spread = after["square"]
+        if self.amsgrad:
+            pairs = [*zip(slots["largest"], spread, strict=True)]
+            spread = [torch.maximum(old, v) for old, v in pairs]
+            # of two equal ones autograd gives each a half
+            shares = [((v > old) * 0.5 + (v >= old) * 0.5).to(v.dtype) for old, v in pairs]
+        bias = bias_correction(hyper["beta2"], step, grads[0])
+        scale = -hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])
+        of_mean, of_square = 1 - hyper["beta1"], (1 - hyper["beta2"]) / bias
+        found = []
+        # in place, for the caches
+        for g, m, v, share in zip(grads, after["mean"], spread, shares, strict=True):
+            root = v / bias
+            if not is_zero(hyper["eps_root"]):
+                root += hyper["eps_root"]
+            denominator = root.sqrt_() + hyper["eps"]
+            slope = (m * g).div_(root * denominator).masked_fill_(root == 0, 0)
+            slope.mul_(-of_square * share).add_(of_mean).div_(denominator)
+            found.append(slope.mul_(scale))
+        return found
 
     def _adam(
         self, grads: Leaves, slots: Slots, hyper: Hyper, step: Tensor
@@ -143,6 +219,11 @@ class AdamW(MaybeDecoupled):
         super().__init__(
             lr, betas, eps=eps, eps_root=eps_root, weight_decay=weight_decay, amsgrad=amsgrad
         )
+
+    def diagonal(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> Leaves:
+        return self._adam_diagonal(grads, slots, hyper, step)  # the decay does not depend on g
 
 
 def moments(grads: Leaves, slots: Slots, hyper: Hyper) -> Slots:

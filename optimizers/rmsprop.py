@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from metaopt.checks import check_flag
@@ -95,3 +96,25 @@ class RMSprop(Optimizer):
                 )
             direction = after["velocity"] = scaled_sums(direction, momentum, slots["velocity"])
         return [-lr * d for d in direction], after
+
+    def diagonal(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> Leaves:
+        """Return du/dg = -lr (1 - g r' / d) / d with d = r + eps, r = sqrt(v).
+
+        r' = (1 - alpha) g / r, of `centered` (1 - alpha) (g - a) / r; 0 where r = 0.
+        """
+        lr, alpha, eps, decay, _ = (hyper[name] for name in self.hyperparameters)
+        grads = penalized(self, grads, params, decay)
+        spread, off = averages_of_squares(slots["square"], grads, alpha), grads
+        if self.centered:
+            means = averages(slots["mean"], grads, alpha)
+            spread = [(v - a * a).clamp_min(0) for v, a in zip(spread, means, strict=True)]
+            off = [g - a for g, a in zip(grads, means, strict=True)]
+        found = []
+        for g, v, x in zip(grads, spread, off, strict=True):
+            root = v.sqrt()
+            slope = torch.where(root > 0, (1 - alpha) * x / root, 0)
+            denominator = root + eps
+            found.append(-lr * (1 - g * slope / denominator) / denominator)
+        return found

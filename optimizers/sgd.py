@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -98,3 +100,15 @@ class SGD(Optimizer):
         velocity = scaled_sums(damped, momentum, slots["velocity"])
         ahead = scaled_sums(grads, momentum, velocity) if self.nesterov else velocity
         return -hyper["lr"], ahead, {"velocity": velocity}
+
+    def diagonal(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> Sequence[Value]:
+        momentum, dampening = hyper["momentum"], hyper["dampening"]
+        share: Value = 1.0
+        if not is_zero(momentum):
+            if not is_zero(dampening):
+                share = torch.where(step == 1, 1.0, 1 - dampening)
+            if self.nesterov:
+                share = share + momentum
+        return [-hyper["lr"] * share] * len(grads)

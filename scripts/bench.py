@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import command_line
 import numpy as np
 import tyro
 from bench_process import Contender
 from bench_report import Memory, Times, publish, read, tables, write
+from contenders.large_model import Scale
 from contenders.sides import COMPARISONS, Side, function_of
 from tqdm import tqdm
 
@@ -41,15 +42,20 @@ Name = Literal[
     "regression-neumann",
     "trainer",
     "many-tensors",
+    "scale-darts",
+    "scale-sama",
+    "scale-darts-frozen",
+    "scale-sama-frozen",
 ]
+GROUPS = {"scale": tuple(name for name in get_args(Name) if name.startswith("scale-"))}
 
 
 @dataclass
 class Config:
     """What to compare, and how thoroughly."""
 
-    comparisons: tyro.conf.Positional[tuple[Name, ...]] = ()
-    """which; by default all"""
+    comparisons: tyro.conf.Positional[tuple[Name | Literal["scale"], ...]] = ()
+    """which; by default all. "scale" stands for those on a large model: about six minutes"""
     threads: int = 1
     """cores of each process"""
     repeats: int = 20
@@ -60,6 +66,8 @@ class Config:
     """
     max_gib: float = 10.0
     """runs that would need more memory are left out"""
+    model: Path | None = None
+    """folder of a model that `transformers` reads, for "scale"; by default random weights"""
     out: Path = Path("runs/bench")
     """folder for the results"""
     write: bool = False
@@ -157,21 +165,31 @@ def _extrapolated(points: list[Memory], steps: int) -> int:
     return last.grown + (last.grown - before) * (steps - last.steps) // (last.steps - at)
 
 
+def chosen(config: Config) -> list[str]:
+    """Return the names of the comparisons that are asked for."""
+    asked = config.comparisons or tuple(COMPARISONS)
+    return [name for one in asked for name in GROUPS.get(one, (one,))]
+
+
 def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as cold:
         # what earlier runs compiled would hide the time that it takes
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold
-        for name in config.comparisons or tuple(COMPARISONS):
+        for name in chosen(config):
             comparison = COMPARISONS[name]
+            if comparison.missing is not None:
+                print(f"{name} is left out: {comparison.missing}")
+                continue
             problem, function = comparison.problem, function_of(name)
+            if config.model is not None and isinstance(problem, Scale):
+                problem = replace(problem, folder=str(config.model.resolve()))
             sides = [side for side in comparison.sides if side.missing is None]
             for side in comparison.sides:
                 if side.missing is not None:
                     print(f"{side.name} is left out of {name}: {side.missing}")
-            times = compare(
-                function, sides, problem, config.threads, config.repeats, comparison.tolerance
-            )
+            repeats = min(config.repeats, comparison.repeats)
+            times = compare(function, sides, problem, config.threads, repeats, comparison.tolerance)
             write(config.out, name, config.threads, problem, times)
             rows: list[Memory] = []
             for side in tqdm(

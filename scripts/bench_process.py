@@ -26,8 +26,8 @@ class Contender:
 
     Attributes:
         first: seconds that building and the first run took, compilation included.
-        held: bytes resident before the first run, libraries loaded and everything built.
-        grown: bytes by which the first run raised the largest resident size.
+        held: bytes resident before anything is built, the side's own imports loaded.
+        grown: bytes by which building and the first run raised the largest resident size.
         peak: largest resident size in bytes.
     """
 
@@ -93,9 +93,10 @@ def _serve(pipe: Connection, side: Side, function: str, problem: Any, threads: i
         # by now the environment says the same; torch alone would take all cores it can see
         importlib.import_module("torch").set_num_threads(threads)
         contender = getattr(importlib.import_module(f"contenders.{side.module}"), function)
+        # before building: some keep in it what others make in a run, such as an optimizer's memory
+        held = resident("VmRSS")
         start = time.perf_counter()
         run = contender(problem, **side.options)
-        held = resident("VmRSS")
         run()
         first = time.perf_counter() - start
         peak = resident("VmHWM")

@@ -40,7 +40,7 @@ class Memory:
     """A side's memory in bytes for a number of steps; an estimate has no peak and no time.
 
     Attributes:
-        grown: by which a run raised the largest resident size.
+        grown: by which a run, and building before it, raised the largest resident size.
         peak: the largest resident size, libraries included.
         seconds: of the run, and of building before it.
     """

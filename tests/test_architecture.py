@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["torch_internals", "extras", "table", "native"],
     ["transforms"],
-    ["checks", "tree", "random_state"],
+    ["checks", "tree", "random_state", "spare"],
     ["exact_ops", "compiled", "linear_solve", "distributed"],
     ["autodiff"],
     ["_functional", "scan", "batching"],
@@ -53,6 +53,7 @@ LAZY = {  # may import what is slow to load when it is asked for
     "metaopt/tasks/examples.py",  # the same
     "metaopt/tasks/omniglot.py",  # pillow, to read drawings
     "metaopt/interop/torchopt.py",  # torchopt, 0.13 s
+    "scripts/contenders/large_model.py",  # transformers, 2 s
     "metaopt/black_box/ax.py",  # Ax, 3 s
     "metaopt/black_box/botorch.py",  # BoTorch, 2 s
     "metaopt/black_box/optuna.py",  # Optuna
@@ -86,7 +87,7 @@ MOST_LINES = {ast.FunctionDef: 60, ast.ClassDef: 200, ast.Module: 300}  # but fo
 LONG: set[str] = set()
 # Tokens of code, without comments and docstrings. Whoever needs more says why; whoever needs less
 # lowers it.
-MOST_TOKENS = {"metaopt": 123_200, "optimizers": 36_100}
+MOST_TOKENS = {"metaopt": 126_000, "optimizers": 37_700}
 NOT_COUNTED = {"interop", "tasks", "diagnostics", "black_box"}  # beside the core
 SHADOWED: set[str] = set()
 # set the global generators, and put them back

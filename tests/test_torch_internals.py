@@ -145,6 +145,29 @@ def test_foreach_copy_() -> None:
     assert torch.equal(memory, ONES)
 
 
+def check_fused_step(operation: Callable[..., None], kind: Any) -> None:
+    """Two steps, by a number and a tensor as rate; the count is that of the step that is made."""
+    for lr in (0.1, torch.tensor(0.1)):
+        w, mean, square, count = torch.ones(3), torch.zeros(3), torch.zeros(3), torch.zeros(())
+        other = nn.Parameter(w.clone())
+        optimizer = kind([other], 0.1, weight_decay=0.2)
+        for g in (torch.tensor([1.0, 0.0, -2.0]), torch.tensor([0.5, 1.0, 1.0])):
+            other.grad, count = g.clone(), count + 1
+            optimizer.step()
+            settings = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.2, "eps": 1e-8}
+            rows = [[w], [g], [mean], [square], [], [count]]
+            operation(*rows, lr=lr, amsgrad=False, maximize=False, **settings)
+        torch.testing.assert_close(w, other.detach())
+
+
+def test_fused_adam_() -> None:
+    check_fused_step(internals.fused_adam_, torch.optim.Adam)
+
+
+def test_fused_adamw_() -> None:
+    check_fused_step(internals.fused_adamw_, torch.optim.AdamW)
+
+
 def test_weight_norm() -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
     with Seen() as seen:

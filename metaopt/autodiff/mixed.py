@@ -11,6 +11,8 @@ from metaopt import tree
 from metaopt.autodiff.gradient import gradient
 from metaopt.autodiff.pullback import choose, pull_back, put, spread
 from metaopt.autodiff.replay import Ambient
+from metaopt.spare import empty_like
+from metaopt.transforms import is_unrecorded
 from metaopt.tree import Tree
 
 Loss = Callable[[Tree, Tree], Tensor]  # (w, given) -> L
@@ -87,7 +89,7 @@ def mixed_difference(
         # of a wider one a 0-dim leaf would take the dtype
         e_in = {kind: e.to(kind) for kind in kinds}
         # One displaced copy at a time; not in the same memory, which a slope may be a view of.
-        there = tree.map(lambda w, x: torch.addcmul(w, x, e_in[w.dtype]), w, x)
+        there = tree.map(lambda w, x: _displace(w, x, e_in[w.dtype]), w, x)
 
         def value(variables: list[Tensor]) -> tuple[Tensor, Tree]:
             return loss(there, put(variables, given, wanted)), ()
@@ -99,6 +101,13 @@ def mixed_difference(
     slant = 1 / (sign * 2 * scale)
     bars = [((a - b) * slant).to(a.dtype) for a, b in zip(ahead, behind, strict=True)]
     return spread(bars, given, wanted)
+
+
+def _displace(w: Tensor, x: Tensor, e: Tensor) -> Tensor:
+    """Return w + e x."""
+    if is_unrecorded() and type(w) is type(x) is Tensor:
+        return torch.addcmul(w, x, e, out=empty_like(w))
+    return torch.addcmul(w, x, e)
 
 
 def map_same_noise(

@@ -40,6 +40,8 @@ Loss = Callable[[Inputs, Tree, Any, Tree], tuple[Tensor, Tree]]
 Update = Callable[[Inputs, Tree, Any, Tree, Tensor, Tree], tuple[Tree, Any]]
 # (inputs, (params, state) after the step, batch, loss, aux) -> a tree of tensors
 Emit = Callable[[Inputs, tuple[Tree, Any], Tree, Tensor, Tree], Tree]
+# (inputs, v, gradients, state, params, loss) -> [d(params after)/d(gradients)]' v
+Precondition = Callable[[Inputs, Tree, Tree, Any, Tree, Tensor], Tree]
 # (inputs, state, params, what gives (gradients, loss)) -> the optimizer's step size
 Rate = Callable[[Inputs, Any, Tree, Callable[[], tuple[Tree, Tensor]]], float | Tensor]
 
@@ -101,6 +103,8 @@ class InnerLoop:
         rate: (inputs, state, params, observe) -> the step size of the update that would be made
             next; `observe()` gives the gradients and the loss there, if it needs them. None where
             there is no optimizer.
+        precondition: the transposed derivative of `update` in the gradients, applied to a vector;
+            None where nobody knows it better than the graph of `update`.
         emit: what the loop says of each step, stacked over steps; the loss comes first in it.
         describe: returns the settings of the functions, as text.
         skips: whether the gradient of a parameter is None, not zero, at a step whose loss does not
@@ -119,6 +123,7 @@ class InnerLoop:
     steps: int | None
     compile: bool = False
     rate: Rate | None = None
+    precondition: Precondition | None = None
     emit: Emit = emit_loss
     describe: Callable[[], str] = str  # str() is ""
     skips: bool = False

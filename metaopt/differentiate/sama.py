@@ -13,6 +13,7 @@ from metaopt.checks import check_positive
 from metaopt.differentiate.point import End, PointRule, Read, at_end
 from metaopt.differentiate.protocol import InnerLoop
 from metaopt.exact_ops import any_order
+from metaopt.transforms import is_unrecorded
 from metaopt.tree import Tree
 
 
@@ -38,7 +39,8 @@ class SAMA(PointRule):
         ValueError: `radius` is not positive; on the way back: parameters in half precision.
 
     Cost:
-        The loop without a graph, three gradients and a vjp of the update.
+        The loop without a graph, three gradients, and a vjp of the update: for an elementwise one,
+        if nobody differentiates the result, a pass over the parameters; see `Optimizer.diagonal`.
 
     Reference:
         Choe, Mehta, Ahn, Neiswanger, Xie, Strubell, Xing 2023, arXiv:2310.05674, section 3. They
@@ -68,6 +70,8 @@ class SAMA(PointRule):
         """Return D' v."""
         params, state, batch = end
         grads, loss, aux = loop.gradient(loop.inputs, params, state, batch)
+        if loop.precondition is not None and is_unrecorded():
+            return loop.precondition(loop.inputs, cotangent, grads, state, params, loss)
 
         def after(grads: Tree) -> Tree:
             with any_order():

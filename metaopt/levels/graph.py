@@ -45,6 +45,7 @@ from metaopt.levels.state import (
 from metaopt.levels.telling import OnStep, telling
 from metaopt.levels.timetable import arrange
 from metaopt.levels.top_step import begin_virtual_steps, step_top_level
+from metaopt.spare import Spare
 from metaopt.torch_internals import foreach_copy_
 from metaopt.transforms import spread_like, take_local, values_are_readable
 
@@ -115,9 +116,13 @@ class LevelGraph:
         check_plan(self.plan)
         _check_ranks(self.plan, self._data)
         self._run_turn = _make_turn(self.plan)
+        self._spare = Spare()  # what held the state before last holds the next
         self._states = {
             name: _make_first_state(self.plan, name) for name in timetable.members[None]
         }
+        # only a level that begins anew looks at how it began: of a large one, three copies less
+        for name in [name for name in levels if self.plan.starts[name] is None]:
+            del self.plan.initial[name]
         self._steps = 0
 
     def step(self, on_step: OnStep | None = None) -> dict[str, float | Tensor]:
@@ -157,7 +162,11 @@ class LevelGraph:
             )
         rows, counts = peek_rows(self.plan, self._data, None)
         with torch.no_grad(), gathering() as gathered, self._drawn_again() as drawn:
-            with own_noise(self.plan.ranks), telling(on_step, self._count_steps()):
+            with (
+                own_noise(self.plan.ranks),
+                telling(on_step, self._count_steps()),
+                self._spare.used(),
+            ):
                 _, states = self._run_turn(self._states, rows)
             # until here nothing has changed, and no batch is gone
             _raise_if_not_finite(states, self._steps)

@@ -30,7 +30,7 @@ class Plan:
         timetable: when which level steps.
         readings: level -> what its loss depends on.
         links: level -> tensor of its optimizer -> (level above, parameter) that this tensor is.
-        initial: level -> the state before the first step.
+        initial: level -> the state before the first step; in the end of those that begin anew.
         sequential_copies: levels whose lower copies run one after the other, not under `vmap`.
         compile: whether inner loops are compiled.
         ranks: which share the batches of each level.

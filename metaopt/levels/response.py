@@ -24,6 +24,7 @@ from metaopt.levels.state import (
     begin,
     find_optimizer_tensors,
     find_rate,
+    precondition,
     update,
     without_params,
 )
@@ -123,6 +124,8 @@ def make_loop(
         steps=steps,
         compile=plan.compiles(name) and values_are_readable(),
         rate=partial(find_rate, level),
+        # in its warmup a level does not move by its optimizer's updates
+        precondition=None if level.warmup else partial(precondition, level),
         # where its steps ended, the levels below have made theirs
         loss_at_end=partial(total_loss, plan, name, "end") if has_below else None,
         # elsewhere, those that it shares would have moved in another way

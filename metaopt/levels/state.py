@@ -175,6 +175,21 @@ def find_rate(
     return lend(optimizer, tensors, optimizer.rate, before, params, observe)  # type: ignore[no-any-return]
 
 
+def precondition(
+    level: Level,
+    inputs: Inputs,
+    v: Params,
+    grads: Params,
+    memory: Memory,
+    params: Params,
+    loss: Tensor,
+) -> Params:
+    """Return what the derivative of the optimizer's update makes of v."""
+    optimizer, before = level.optimizer, memory["optimizer"]
+    apply = optimizer.precondition
+    return lend(optimizer, inputs["optimizer"], apply, v, grads, before, params, loss=loss)  # type: ignore[no-any-return]
+
+
 def find_values(level: Level, state: State) -> dict[str, float | Tensor]:
     """Return the values of the hyperparameters in the next step; of copies their mean."""
     seen = {

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import DisableTorchFunction, Tensor, nn
 
 from metaopt import tree
-from metaopt.optimizer.state import Leaves, Slots
+from metaopt.optimizer.state import Leaves
 from metaopt.tree import Tree
-
-if TYPE_CHECKING:
-    from metaopt.optimizer.optimizer import Optimizer
 
 
 def apply_updates(params: Tree, updates: Tree) -> Tree:
@@ -78,19 +75,11 @@ def require_params(owner: nn.Module, params: Leaves | None, reason: str) -> Leav
     return params
 
 
-def move(
-    optimizer: Optimizer, grads: Leaves, params: Leaves | None, *arguments: Any
-) -> tuple[Leaves, Slots]:
-    """Return (w + scale d, next slots) for an update u = scale d, without making u first.
-
-    The arguments are those of `Optimizer.direction`.
-    """
-    weights = require_params(optimizer, params, "it moves them")
-    scale, directions, after = optimizer.direction(grads, weights, *arguments)
+def move(weights: Leaves, scale: float | Tensor, directions: Leaves) -> Leaves:
+    """Return w + scale d, in the dtypes of w."""
     with DisableTorchFunction():
-        moved = tree.scaled_sums(weights, scale, directions)
-        pairs = zip(weights, moved, strict=True)
+        pairs = zip(weights, tree.scaled_sums(weights, scale, directions), strict=True)
         return [
             new if new.shape == w.shape and new.dtype == w.dtype else fit(w, new)
             for w, new in pairs
-        ], after
+        ]

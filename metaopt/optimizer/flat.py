@@ -12,7 +12,8 @@ import torch
 from torch import DisableTorchFunction, Tensor
 from torch.nn import Parameter
 
-from metaopt.optimizer.state import Arguments, Leaves, Slots, UpdateFn
+from metaopt.optimizer.blocks import call_in_blocks, is_divisible
+from metaopt.optimizer.state import Arguments, Hyper, Leaves, Slots, UpdateFn
 from metaopt.transforms import count_entries, is_unrecorded
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ def call_joined(
 ) -> tuple[Leaves, Slots]:
     """Return what `update_fn` does, called on joined tensors where that is the same and faster."""
     # a compiler fuses the loop over tensors itself
-    if len(given.grads) < LEAST_TENSORS or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not is_joinable(type(optimizer)):
         return update_fn(*given)
-    if not is_joinable(type(optimizer)) or not _is_faster(optimizer, given):
+    if _is_divisible(optimizer, given):
+        return call_in_blocks(update_fn, given)
+    if len(given.grads) < LEAST_TENSORS or not _is_faster(optimizer, given):
         return update_fn(*given)
     with DisableTorchFunction():
         params = None if given.params is None else join(given.params)
@@ -55,12 +58,24 @@ def call_joined(
 
 def _is_faster(optimizer: Optimizer, given: Arguments) -> bool:
     with DisableTorchFunction():
-        rows = [given.grads, given.params, *given.slots.values()]
-        if not prefers_joined([row for row in rows if isinstance(row, list)]):
-            return False
-        is_replaced = "update" in vars(optimizer) or "direction" in vars(optimizer)
-        has_axes = any(isinstance(value, Tensor) and value.ndim for value in given.hyper.values())
-        return not is_replaced and not has_axes
+        return prefers_joined(_find_rows(given)) and is_elementwise(optimizer, given.hyper)
+
+
+def _is_divisible(optimizer: Optimizer, given: Arguments) -> bool:
+    with DisableTorchFunction():
+        return is_divisible(_find_rows(given)) and is_elementwise(optimizer, given.hyper)
+
+
+def _find_rows(given: Arguments) -> list[Leaves]:
+    rows = [given.grads, given.params, *given.slots.values()]
+    return [row for row in rows if isinstance(row, list)]
+
+
+def is_elementwise(optimizer: Optimizer, hyper: Hyper) -> bool:
+    """Return True if one of a joinable class does as that says, with numbers that entries share."""
+    is_replaced = "update" in vars(optimizer) or "direction" in vars(optimizer)
+    has_axes = any(isinstance(value, Tensor) and value.ndim for value in hyper.values())
+    return not is_replaced and not has_axes
 
 
 def prefers_joined(lists: Sequence[list[Tensor]]) -> bool:

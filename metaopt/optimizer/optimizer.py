@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from metaopt import tree
-from metaopt.optimizer.apply import apply_updates, move
+from metaopt.optimizer.apply import apply_update, apply_updates, move, require_params
 from metaopt.optimizer.by_name import Value
 from metaopt.optimizer.deployed import Deployed
 from metaopt.optimizer.missing import separate_state
 from metaopt.optimizer.module import Configurable
+from metaopt.optimizer.precondition import precondition_by_vjp, precondition_in_blocks
 from metaopt.optimizer.state import Hyper, Leaves, Slots, State
 from metaopt.optimizer.step import start, step_leaves
 from metaopt.optimizer.values import Observe, find_rate, read_values
@@ -79,6 +79,22 @@ class Optimizer(Configurable):
             f"{type(self).__name__} must define `update(grads, params, slots, hyper, step)`, or "
             "`direction`."
         )
+
+    def move(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> tuple[Leaves, Slots]:
+        """Return (w + u, next slots); with a `direction`, without making u first.
+
+        A class may do it in fewer passes where nothing is recorded. The arguments are those of
+        `update`, and `params` are needed.
+        """
+        weights = require_params(self, params, "it moves them")
+        if type(self).update is Optimizer.update and "update" not in vars(self):
+            scale, directions, after = self.direction(grads, weights, slots, hyper, step)
+            return move(weights, scale, directions), after
+        updates, after = self.update(grads, weights, slots, hyper, step)
+        pairs = zip(weights, updates, strict=True)
+        return [apply_update(w, u) for w, u in pairs], after
 
     def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step, on the parameters' device and in their dtypes.
@@ -146,11 +162,49 @@ class Optimizer(Configurable):
         Raises:
             ValueError: as `forward`, and if an update has another shape than its parameter.
         """
-        if _is_plain(self):
-            after, state = step_leaves(self, partial(move, self), grads, state, params, loss)
+        if is_plain(self):
+            after, state = step_leaves(self, self.move, grads, state, params, loss)
             return (tree.map(_or_kept, params, after) if "steps" in state else after), state
         updates, state = self(grads, state, params, loss=loss)
         return apply_updates(params, updates), state
+
+    def diagonal(
+        self, grads: Leaves, params: Leaves | None, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> Sequence[Value]:
+        """Return du/dg for each parameter, entry by entry, or a number for all entries.
+
+        A class whose `update` is elementwise may define it in closed form, as the derivative that
+        autograd would find; its subclasses, which may have another update, do not inherit it.
+        The arguments are those of `update`.
+        """
+        raise TypeError(
+            f"{type(self).__name__} must define `diagonal(grads, params, slots, hyper, step)` to "
+            "have its derivative in closed form."
+        )
+
+    def precondition(
+        self, v: Tree, grads: Tree, state: State, params: Tree, *, loss: Tensor | None = None
+    ) -> Tree:
+        """Return D' v with D = du/dg, the derivative of the next update in the gradient.
+
+        Args:
+            v: a tree like the gradients.
+            grads: as for `forward`, and so are the others, of which it needs `params`.
+            state: from `init` or the step before.
+            params: the parameters at which the gradients were taken.
+            loss: the loss there.
+
+        Raises:
+            ValueError: as `forward`.
+
+        Cost:
+            Where the update is elementwise, and nobody differentiates this, one pass over the
+            parameters, by `diagonal` if there is one. Elsewhere the graph of the update.
+        """
+        found = None
+        if is_plain(self):
+            found = precondition_in_blocks(self, v, grads, state, params, loss)
+        return precondition_by_vjp(self, v, grads, state, params, loss) if found is None else found
 
     def initial(self, params: Tree) -> Tree:
         """Return the parameters to start at: the given ones, unless they are learned.
@@ -229,15 +283,13 @@ class Optimizer(Configurable):
         return Deployed(params, self)
 
 
-def _is_plain(optimizer: Optimizer) -> bool:
-    """Return True if a call does what `direction` says, and nothing else that is to happen."""
-    kind, own = type(optimizer), vars(optimizer)
+def is_plain(optimizer: Optimizer) -> bool:
+    """Return True if a call does what `update` says, and nothing else that is to happen."""
+    kind = type(optimizer)
     return (
         kind.__call__ is Optimizer.__call__
         and kind.forward is Optimizer.forward
-        and kind.update is Optimizer.update
-        and "forward" not in own
-        and "update" not in own
+        and "forward" not in vars(optimizer)
         and not has_forward_hooks(optimizer)
     )
 

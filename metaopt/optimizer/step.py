@@ -97,7 +97,7 @@ def step_leaves(
     if weights is not None:
         check_gradients(gradients, weights, grads)
     hyper, schedules = advance_schedules(optimizer, state, gradients, loss, grads)
-    slots, step = _read(state, "slots", grads), state["step"] + 1
+    slots, step = read_memory(state, "slots", grads), state["step"] + 1
     if "steps" in state or is_divided(hyper):
         given = Arguments(gradients, weights, slots, hyper, step)
         results, shared, counts = _step_in_parts(optimizer, update_fn, given, state, grads, present)
@@ -134,7 +134,7 @@ def _step_in_parts(
     # begins as the gradients, of which those that are absent stay None
     results = [*given.grads]
     counts, history = [state["step"]] * len(given.grads), []
-    shared = _read(state, "shared", grads)
+    shared = read_memory(state, "shared", grads)
     if "steps" in state:
         counts = [*tree.leaves_like(grads, state["steps"], "state['steps']")]
         history = [counts, *shared.values()]
@@ -155,7 +155,7 @@ def _step_in_parts(
     return results, {name: tree.with_leaves(grads, row) for name, row in shared.items()}, steps
 
 
-def _read(state: State, kind: str, grads: Tree) -> dict[str, list[Any]]:
+def read_memory(state: State, kind: str, grads: Tree) -> dict[str, list[Any]]:
     """Return name -> one tensor per parameter, of a kind of memory."""
     return {
         name: tree.leaves_like(grads, slot, f"state[{kind!r}][{name!r}]")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from metaopt import tree
+from metaopt.autodiff.pullback import pull_back
 from metaopt.optimizer import (
     Hyper,
     Hyperparameter,
@@ -21,6 +22,7 @@ from metaopt.optimizer.schedule import Schedule
 from metaopt.optimizer.state import refuse_state, require_state
 from metaopt.optimizer.step import find_present
 from metaopt.optimizer.values import advance_schedules, find_schedules, fit_values
+from metaopt.torch_internals import has_forward_hooks
 from metaopt.tree import Tree
 
 
@@ -77,6 +79,39 @@ class Transform(Optimizer):
         updates, after = self.optimizer(self._observed(call), inner, params, loss=loss)
         schedules = {"optimizer": after["schedules"], **call.schedules}
         return self._finished(call, updates), {**after, "schedules": schedules}
+
+    def moved(
+        self, grads: Tree, state: State, params: Tree, *, loss: Tensor | None = None
+    ) -> tuple[Tree, State]:
+        """Return (w + u, next state), in one pass where the inner optimizer can."""
+        if not self._is_in_front or not find_present(tree.leaves(grads), grads, state):
+            return super().moved(grads, state, params, loss=loss)
+        inner, outer = self._split(state)
+        call = self._enter(grads, outer, params, loss)
+        moved, after = self.optimizer.moved(self._observed(call), inner, params, loss=loss)
+        return moved, {**after, "schedules": {"optimizer": after["schedules"], **call.schedules}}
+
+    def precondition(
+        self, v: Tree, grads: Tree, state: State, params: Tree, *, loss: Tensor | None = None
+    ) -> Tree:
+        """Return D' v, with that of the inner optimizer; see `Optimizer.precondition`."""
+        if not self._is_in_front:
+            return super().precondition(v, grads, state, params, loss=loss)
+        inner, outer = self._split(state)
+
+        def observe(grads: Tree) -> Tree:
+            return self._observed(self._enter(grads, outer, params, loss))
+
+        x = self.optimizer.precondition(v, observe(grads), inner, params, loss=loss)
+        return pull_back(observe, (grads,), x, (True,))[0]
+
+    @property
+    def _is_in_front(self) -> bool:
+        """Whether it changes the gradients alone, and nothing else is to happen in a call."""
+        kind = type(self)
+        changes = (kind.forward, kind.after, kind._finished)
+        own = (Transform.forward, Transform.after, Transform._finished)
+        return changes == own and "forward" not in vars(self) and not has_forward_hooks(self)
 
     def evaluated(self, state: State, params: Tree) -> Tree:
         """Return what the inner optimizer says; see `Optimizer.evaluated`."""

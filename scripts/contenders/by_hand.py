@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from contenders import problems
+from contenders.large_model import Scale, adam_slopes
 from metaopt.tasks.episode import Episode
 from optimizers import LSTMOptimizer
 
@@ -107,6 +108,48 @@ def meta_weight_net(problem: problems.MetaWeightNet) -> Run:
         inner.step()
         v = torch.autograd.grad(F.cross_entropy(model(clean_x), clean_y), params)
         put_grads(above, mixed_difference(loss, params, above, v, problem.radius))
+        outer.step()
+
+    return again_and_again(step, dict(weights.named_parameters()), params, inner, outer)
+
+
+def scale(problem: Scale) -> Run:
+    """Move parameters in place, with operations on lists.
+
+    The losses that the weights see are constants, so no graph of the transformer is needed there.
+    """
+    model, weights = problem.model(), problem.weights()
+    (words, y), (clean_words, clean_y) = problem.data()
+    params = [param for param in model.parameters() if param.requires_grad]
+    above = list(weights.parameters())
+    inner = torch.optim.AdamW(params, problem.lr, foreach=True)
+    outer = torch.optim.Adam(above, problem.outer_lr, foreach=True)
+
+    def losses() -> Tensor:
+        return F.cross_entropy(model(words), y, reduction="none")
+
+    def loss() -> Tensor:
+        return problems.weighted_loss(losses(), weights)
+
+    def seen_from_above() -> Tensor:
+        with torch.no_grad():
+            each = losses()
+        return problems.weighted_loss(each, weights)
+
+    def precondition(v: Sequence[Tensor]) -> list[Tensor]:
+        grads = torch.autograd.grad(loss(), params)
+        memory = [inner.state[param] for param in params]
+        slopes = adam_slopes(grads, memory, inner.param_groups[0])
+        torch._foreach_mul_(slopes, v)
+        return torch._foreach_neg(slopes)
+
+    def step() -> None:
+        put_grads(params, torch.autograd.grad(loss(), params))
+        inner.step()
+        inner.zero_grad()
+        v = torch.autograd.grad(F.cross_entropy(model(clean_words), clean_y), params)
+        x = precondition(v) if problem.rule == "sama" else v
+        put_grads(above, mixed_difference(seen_from_above, params, above, x, problem.radius))
         outer.step()
 
     return again_and_again(step, dict(weights.named_parameters()), params, inner, outer)
@@ -245,7 +288,7 @@ def mixed_difference(
 
     The parameters are as before on return.
     """
-    eps = radius / torch.cat([part.flatten() for part in v]).norm().item()
+    eps = radius / torch.stack(torch._foreach_norm(v)).norm().item()
     before = [param.detach().clone() for param in params]
     with torch.no_grad():
         torch._foreach_add_(params, v, alpha=eps)
@@ -267,7 +310,7 @@ def again_and_again(
     step: Callable[[], None],
     above: dict[str, nn.Parameter],
     below: list[nn.Parameter],
-    inner: torch.optim.SGD,
+    inner: torch.optim.Optimizer,
     outer: torch.optim.Adam,
 ) -> Run:
     """Return a run that makes the first step of all problems.

@@ -11,6 +11,7 @@ from typing import Any
 
 import metaopt as mo
 from contenders import problems
+from contenders.large_model import Scale
 from contenders.problems import LogisticRegression
 from contenders.short_steps import TrainerLoop
 
@@ -68,6 +69,17 @@ class Comparison:
     """
     function: str | None = None
     """of each library's module; by default the comparison's name"""
+    needs: str | None = None
+    """a package without which nobody can take part"""
+    repeats: int = 1000
+    """timings of each side at most"""
+
+    @property
+    def missing(self) -> str | None:
+        """What keeps everybody from taking part, and how to mend that; None if nothing does."""
+        if self.needs is None or find_spec(self.needs) is not None:
+            return None
+        return f"{self.needs} is not installed. `pip install {self.needs}` brings it."
 
 
 STEPS, REVOLVE = {"memory": "steps"}, {"memory": mo.Revolve(16)}
@@ -81,6 +93,20 @@ TRAINING = [
     Side("JAX jit, vmap, scan", "with_jax"),
 ]
 REGRESSION = "logistic_regression"
+
+
+def at_scale(problem: Scale) -> Comparison:
+    """Return a comparison on a large model."""
+    rule = "Betty" if problem.rule == "darts" else "Betty, its SAMA mended"
+    sides = [
+        Side(rule, "with_betty", lengths=(1,)),
+        Side("PyTorch by hand", "by_hand", lengths=(1,)),
+        Side("metaopt", "with_metaopt", lengths=(1,)),
+    ]
+    # The finite difference divides the rounding of float32 by its radius.
+    return Comparison(problem, sides, 3e-2, "scale", needs="transformers", repeats=3)
+
+
 COMPARISONS = {
     "sinusoid": Comparison(
         problems.Sinusoid(),
@@ -171,6 +197,10 @@ COMPARISONS = {
         # In float64 the gradients agree to 1e-13; 1 - beta^t loses digits in float32.
         tolerance=1e-3,
     ),
+    "scale-darts": at_scale(Scale("darts")),
+    "scale-sama": at_scale(Scale("sama")),
+    "scale-darts-frozen": at_scale(Scale("darts", batch=64, frozen=4)),
+    "scale-sama-frozen": at_scale(Scale("sama", batch=64, frozen=4)),
 }
 
 

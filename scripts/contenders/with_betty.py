@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,22 @@ import torch.nn.functional as F
 from betty import hypergradient
 from betty.configs import Config, EngineConfig
 from betty.engine import Engine
+from betty.hypergradient import utils
 from betty.problems import ImplicitProblem
 from torch import Tensor, nn
 
 from contenders import problems
 from contenders.by_hand import Run, again_and_again
+from contenders.large_model import Scale, adam_slopes
 
 BATCHES = 1000  # in its data loader, which is begun again when it ends
+
+
+class AdamW(torch.optim.AdamW):
+    """Takes all its defaults as arguments, with which the engine makes it anew."""
+
+    def __init__(self, *args: Any, decoupled_weight_decay: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
 
 
 def meta_weight_net(problem: problems.MetaWeightNet) -> Run:
@@ -39,6 +49,32 @@ def meta_weight_net(problem: problems.MetaWeightNet) -> Run:
     model, weights = problem.model(), problem.weights()
     inner = torch.optim.SGD(model.parameters(), problem.lr, momentum=problem.momentum)
     config = Config(type="darts", darts_alpha=problem.radius)
+    lower = Lower("lower", config, model, inner, train_data_loader=[noisy] * BATCHES)
+    return hypergradients(lower, upper_problem(Upper, weights, problem.outer_lr, clean), 1)
+
+
+def scale(problem: Scale) -> Run:
+    """One step of the engine, with its rule "darts" or "sama"."""
+    mend_preconditioner()
+    noisy, clean = problem.data()
+
+    class Lower(ImplicitProblem):
+        def training_step(self, batch: Any) -> Tensor:
+            x, y = batch
+            return problems.weighted_loss(
+                F.cross_entropy(self.module(x), y, reduction="none"), self.upper.module
+            )
+
+    class Upper(ImplicitProblem):
+        def training_step(self, batch: Any) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(self.lower.module(x), y)
+
+    model, weights = problem.model(), problem.weights()
+    params = [param for param in model.parameters() if param.requires_grad]
+    model.parameters = lambda recurse=True: iter(params)  # it would differentiate in frozen ones
+    inner = AdamW(params, problem.lr, foreach=True)
+    config = Config(type=problem.rule, darts_alpha=problem.radius, sama_adam_alpha=problem.radius)
     lower = Lower("lower", config, model, inner, train_data_loader=[noisy] * BATCHES)
     return hypergradients(lower, upper_problem(Upper, weights, problem.outer_lr, clean), 1)
 
@@ -145,3 +181,21 @@ def mend_conjugate_gradients() -> None:
     scope = dict(vars(inspect.getmodule(hypergradient.cg)))
     exec(source.replace(wrong, wrong.replace("zip(r,", "zip(r_new,")), scope)
     hypergradient.jvp_fn_mapping["cg"] = scope["cg"]
+
+
+def mend_preconditioner() -> None:
+    """Put the derivative of Adam's update in the place of what its rule "sama" takes for it.
+
+    That has no correction of the bias, and is 0 at the first step. The derivative is that of the
+    next update, whose gradient is taken where the weights stand.
+    """
+
+    def precondition(vectors: Sequence[Tensor], problem: Any) -> list[Tensor]:
+        params = problem.meta_trainable_parameters()
+        grads = torch.autograd.grad(problem.training_step_exec(problem.cur_batch), params)
+        memory = [problem.get_opt_state_for_param(param) for param in params]
+        group = problem.get_opt_param_group_for_param(params[0])
+        pairs = zip(vectors, adam_slopes(grads, memory, group), strict=True)
+        return [-slope.mul_(v) for v, slope in pairs]
+
+    utils.precondition_fn_mapping["adam"] = precondition

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 import metaopt as mo
 from contenders import problems
+from contenders.large_model import Scale
 from contenders.problems import next_byte_losses
 from contenders.short_steps import Descent, TrainerLoop
+from metaopt import tree
 from metaopt._functional import Functional, Params
 from metaopt.differentiate import Rule
 from metaopt.tasks.episode import Episode
-from optimizers import SGD, Adam, Grouped, LSTMOptimizer
+from optimizers import SGD, Adam, AdamW, Grouped, LSTMOptimizer
 
 Run = Callable[[], dict[str, Tensor]]
 
@@ -180,6 +182,43 @@ def trainer(problem: TrainerLoop, *, by_hand: bool = False) -> Run:
                     progress=False,
                 ).fit()
         return training.state_dict()
+
+    return run
+
+
+def scale(problem: Scale) -> Run:
+    noisy, clean = problem.data()
+
+    def learner_loss(levels: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        words, y = batch
+        return problems.weighted_loss(
+            F.cross_entropy(levels.learner(words), y, reduction="none"), levels.weights
+        )
+
+    def meta_loss(levels: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        words, y = batch
+        return F.cross_entropy(levels.learner(words), y)
+
+    rules = {"darts": mo.FiniteDifference, "sama": mo.SAMA}
+    rule = rules[problem.rule](problem.radius)
+    learner = mo.Level("learner", problem.model(), learner_loss, AdamW(problem.lr), data=[noisy])
+    weights = mo.Level(
+        "weights", problem.weights(), meta_loss, Adam(problem.outer_lr), data=[clean]
+    )
+    graph = mo.LevelGraph([mo.Edge(upper=weights, lower=learner, differentiate=rule)])
+    first = {name: tree.map(Tensor.clone, graph.params(name)) for name in ("learner", "weights")}
+
+    def run() -> dict[str, Tensor]:
+        # In place, as the sides by hand do it: a second state to load would be a second model.
+        states = graph.state_dict()["levels"]
+        levels = {"weights": states["weights"], "learner": states["weights"]["below"]["learner"]}
+        with torch.no_grad():
+            for name, state in levels.items():
+                tree.map(Tensor.copy_, state["params"], first[name])
+                tree.map(Tensor.zero_, state["optimizer"])
+        graph.step()
+        memory = graph.state_dict()["levels"]["weights"]["optimizer"]["slots"]["mean"]
+        return {name: mean / (1 - 0.9) for name, mean in memory.items()}  # Adam's beta1
 
     return run
 
