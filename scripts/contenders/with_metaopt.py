@@ -164,7 +164,7 @@ def meta_weight_net(problem: problems.MetaWeightNet, *, compile: bool = False) -
 
 
 def trainer(problem: TrainerLoop, *, by_hand: bool = False) -> Run:
-    """Make all steps by a `Trainer` with a checkpoint, or in a loop of one line that keeps the losses."""
+    """Make all steps by a `Trainer` with a checkpoint, or in one line that keeps the losses."""
     training = Descent(problem)
     start = training.state_dict()
 
