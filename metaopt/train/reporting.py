@@ -30,15 +30,19 @@ class Reporting:
         """Whether there is a logger."""
         return self._logger is not None
 
-    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand on the metrics of a step, and now and then pace and memory."""
+    def log_step(
+        self, step: int, values: Mapping[str, float], metrics: Mapping[str, float]
+    ) -> None:
+        """Hand on the values and metrics of a step, and now and then pace and memory."""
+        if self._logger is None:
+            return
         measures = {}
         now = time.perf_counter()
         if now - self._measured >= SECONDS_BETWEEN_MEASURES:
             pace = (step - self._measured_at) / (now - self._measured)
             measures = {"steps per second": pace, "peak memory (MiB)": peak_memory()}
             self._measured, self._measured_at = now, step
-        self.log(step, {**metrics, **measures})
+        self.log(step, {**values, **metrics, **measures})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hand on the metrics."""

@@ -256,8 +256,7 @@ class Trainer:
         metrics = read_metrics(self.training, self.training.step(**inner))
         self.step += 1
         self._is_best = False
-        if self._reporting.is_heard:
-            self._reporting.log_step(self.step, values | metrics)
+        self._reporting.log_step(self.step, values, metrics)
         progress.advance(metrics)
         if self.step % self.validate_every == 0 or self.step == self.max_steps:
             metrics |= self._validate(progress)
