@@ -18,6 +18,8 @@ SEARCH_PACKAGES = {  # the same, of the extra `blackbox`
     "gpytorch": "gpytorch",
     "optuna": "optuna",
 }
+TEXT_PACKAGES = {"transformers": "transformers"}  # the same, of the extra `text`
+EXTRAS = {"scripts": PACKAGES, "blackbox": SEARCH_PACKAGES, "text": TEXT_PACKAGES}
 
 
 @contextmanager
@@ -34,12 +36,11 @@ def extra(user: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         module = (error.name or "").split(".")[0]
-        package = (PACKAGES | SEARCH_PACKAGES).get(module)
-        if package is None:
+        name = next((name for name, packages in EXTRAS.items() if module in packages), None)
+        if name is None:
             raise
-        name = "scripts" if module in PACKAGES else "blackbox"
         raise ModuleNotFoundError(
-            f"{user} needs {package}, which is not installed. It comes with the extra: pip install "
-            f'"torch-metaopt[{name}]".',
+            f"{user} needs {EXTRAS[name][module]}, which is not installed. It comes with the "
+            f'extra: pip install "torch-metaopt[{name}]".',
             name=error.name,
         ) from error

@@ -6,6 +6,8 @@ Plain training, clean data only, meta-weight-net and an oracle are compared.
     # Long-tailed classes, from 100 examples down to 2:
     python scripts/meta_weight_net.py --noise 0 --imbalance 50
     python scripts/meta_weight_net.py --noise 0 --imbalance 50 --weight-input "loss and class"
+    # Texts and a pretrained transformer in place of digits and a small network:
+    python scripts/meta_weight_net.py text --help
 
 Every method makes SGD steps with momentum on minibatches; they differ in where these come from and
 how they are weighted:
@@ -26,6 +28,7 @@ several processes (`torchrun`) share the seeds.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -521,4 +524,8 @@ def main(config: Config) -> Mapping[str, Result]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["text"]:
+        import meta_weight_net_text as text  # here: transformers takes seconds to load
+
+        command_line.run(text.main, {"text": text.Config}, text.__doc__, shares=False)
     command_line.run(main, Config, __doc__)

@@ -52,6 +52,8 @@ LAZY = {  # may import what is slow to load when it is asked for
     "metaopt/tasks/digits.py",  # scikit-learn, for its data
     "metaopt/tasks/examples.py",  # the same
     "metaopt/tasks/omniglot.py",  # pillow, to read drawings
+    "metaopt/tasks/sentences.py",  # transformers, 3 s
+    "scripts/meta_weight_net_learners.py",  # peft, which is of no extra
     "metaopt/interop/torchopt.py",  # torchopt, 0.13 s
     "scripts/contenders/large_model.py",  # transformers, 2 s
     "metaopt/black_box/ax.py",  # Ax, 3 s

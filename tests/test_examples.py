@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parents[1] / "examples"
 # name, and the arguments of its small form; "out" is set to a fresh folder
 EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("architecture_search", {"seeds": 1, "rivals": 2, "steps": 40}),
+    ("domains", {"seeds": 1, "steps": 10}),
     ("learning_by_ignoring", {"seeds": 1, "steps": 15}),
     ("maml_plus_plus", {"steps": 4, "tasks": 4, "test_tasks": 10}),
     ("meta_curvature", {"steps": 10, "test_tasks": 10}),

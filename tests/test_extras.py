@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import metaopt as mo
-from metaopt.extras import PACKAGES, SEARCH_PACKAGES, extra
+from metaopt.extras import EXTRAS, PACKAGES, extra
 from metaopt.meta_training import Report
 from metaopt.table import write_table
 from metaopt.tasks.digits import digits
@@ -96,12 +96,9 @@ def test_another_missing_package_is_not_ours_to_explain() -> None:
 
 def test_the_extra_is_what_the_messages_speak_of() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {line.split(">")[0] for line in project["optional-dependencies"]["scripts"]} == set(
-        PACKAGES.values()
-    )
-    assert {line.split(">")[0] for line in project["optional-dependencies"]["blackbox"]} == set(
-        SEARCH_PACKAGES.values()
-    )
+    for name, packages in EXTRAS.items():
+        found = project["optional-dependencies"][name]
+        assert {line.split(">")[0] for line in found} == set(packages.values())
     assert project["name"] == "torch-metaopt"
     assert not {line.split(">")[0] for line in project["dependencies"]} & set(PACKAGES.values())
 
