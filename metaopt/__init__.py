@@ -29,9 +29,12 @@ from metaopt.differentiate import (
 from metaopt.distributed import Ranks, join_ranks
 from metaopt.linear_solve import (
     GMRES,
+    KFAC,
+    KFACCG,
     BiCGStab,
     ConjugateGradient,
     Direct,
+    KroneckerFactors,
     LinearSolver,
     Neumann,
     NormalCG,
@@ -153,6 +156,9 @@ __all__ = [  # noqa: RUF022 - in groups
     "ConjugateGradient",
     "Direct",
     "GMRES",
+    "KFAC",
+    "KFACCG",
+    "KroneckerFactors",
     "LinearSolver",
     "Neumann",
     "NormalCG",
