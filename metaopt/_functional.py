@@ -335,7 +335,8 @@ _RECOMPUTED = (
     "A module that is called with other parameters than its own must not call "
     "torch.utils.checkpoint, nor set other hooks on saved tensors: what is computed again on the "
     "way back would be computed with its own parameters. Take the checkpoint out of its "
-    'forward; for long loops there are Backprop(memory="steps") and Revolve(snapshots).'
+    "forward, of transformers' models by `gradient_checkpointing_disable()`; for long loops there "
+    'are Backprop(memory="steps") and Revolve(snapshots).'
 )
 
 

@@ -42,6 +42,7 @@ Name = Literal[
     "regression-neumann",
     "trainer",
     "many-tensors",
+    "attention",
     "scale-darts",
     "scale-sama",
     "scale-darts-frozen",
@@ -138,9 +139,15 @@ def check_equal(results: dict[str, dict[str, np.ndarray]], tolerance: float) -> 
 
 
 def measure(
-    function: str, side: Side, problem: Any, lengths: Sequence[int], threads: int, limit: float
+    function: str,
+    side: Side,
+    problem: Any,
+    lengths: Sequence[int],
+    threads: int,
+    limit: float,
+    length: str = "steps",
 ) -> list[Memory]:
-    """Return the memory that loops of these lengths need, each in a fresh process.
+    """Return the memory that problems of these lengths need, each in a fresh process.
 
     Where that would exceed the limit, nothing runs, and an estimate is the last entry.
     """
@@ -150,7 +157,7 @@ def measure(
         if expected > limit:
             return [*done, Memory(side.name, steps, expected, None, None)]
         with Contender(
-            side, function, replace(problem, steps=steps), threads, exact_memory=True
+            side, function, replace(problem, **{length: steps}), threads, exact_memory=True
         ) as contender:
             done.append(Memory(side.name, steps, contender.grown, contender.peak, contender.first))
     return done
@@ -195,9 +202,10 @@ def main(config: Config) -> None:
             for side in tqdm(
                 [side for side in sides if side.lengths], desc=f"{name}: memory", leave=False
             ):
-                lengths = [steps for steps in side.lengths if steps <= config.longest]
+                is_loop, limit = comparison.length == "steps", config.max_gib * 2**30
+                lengths = [n for n in side.lengths if not is_loop or n <= config.longest]
                 rows += measure(
-                    function, side, problem, lengths, config.threads, config.max_gib * 2**30
+                    function, side, problem, lengths, config.threads, limit, comparison.length
                 )
                 if rows:  # what is there is kept if a later side takes too long
                     write(config.out, name, config.threads, problem, rows)

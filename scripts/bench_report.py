@@ -40,6 +40,7 @@ class Memory:
     """A side's memory in bytes for a number of steps; an estimate has no peak and no time.
 
     Attributes:
+        steps: or tokens, of a problem that has those.
         grown: by which a run, and building before it, raised the largest resident size.
         peak: the largest resident size, libraries included.
         seconds: of the run, and of building before it.
@@ -107,7 +108,8 @@ def tables(results: list[dict[str, Any]]) -> str:
         head = f"**{table['comparison']}**, {threads}. {table['problem']['about']} ({sizes})"
         steps = table["problem"].get("inner steps")
         is_times = table["kind"] == "times"
-        rows = _times(table["rows"], steps) if is_times else _memory(table["rows"])
+        unit = "token" if "tokens" in table["problem"] else "step"
+        rows = _times(table["rows"], steps) if is_times else _memory(table["rows"], unit)
         parts.append(f"{head}\n\n{rows}")
     return "\n\n".join([*parts, _measured_with(results)])
 
@@ -165,7 +167,7 @@ def _times(rows: list[dict[str, Any]], inner_steps: int | None) -> str:
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def _memory(rows: list[dict[str, Any]]) -> str:
+def _memory(rows: list[dict[str, Any]], unit: str) -> str:
     points = [Memory(**row) for row in rows]
     lengths = sorted({point.steps for point in points})
     cells = []
@@ -181,7 +183,7 @@ def _memory(rows: list[dict[str, Any]]) -> str:
             )
         )
         cells.append([name, *(_point(own.get(steps)) for steps in lengths), per_step])
-    headers = ["side", *(f"{steps} steps" for steps in lengths), "each further step"]
+    headers = ["side", *(f"{steps} {unit}s" for steps in lengths), f"each further {unit}"]
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
 
 

@@ -24,7 +24,7 @@ def _scripts_on_path(monkeypatch) -> None:
 
 
 def small(comparison: str) -> Any:
-    from contenders import large_model, problems, short_steps
+    from contenders import attention, large_model, problems, short_steps
 
     return {
         "sinusoid": lambda: problems.Sinusoid(tasks=3, shots=2, queries=4, steps=2, hidden=5),
@@ -48,6 +48,7 @@ def small(comparison: str) -> Any:
         ),
         "trainer": lambda: short_steps.TrainerLoop(batch=6, sizes=(5, 4, 3), steps=3),
         "many-tensors": lambda: problems.ManyTensors(layers=8, width=3, batch=4, steps=3),
+        "attention": lambda: attention.Attention(tokens=3, heads=2, width=4),
         **{
             f"scale-{rule}{name}": lambda rule=rule, frozen=frozen: large_model.Scale(
                 rule, 4, 4, frozen, width=8, layers=2, vocabulary=11, hidden=4, radius=0.1
@@ -72,6 +73,7 @@ NAMES = [
     "regression-neumann",
     "trainer",
     "many-tensors",
+    "attention",
     "scale-darts",
     "scale-sama",
     "scale-darts-frozen",

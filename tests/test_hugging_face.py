@@ -1,4 +1,4 @@
-"""BERT and GPT-2 of Hugging Face in inner loops and levels, against plain torch by hand.
+"""BERT, GPT-2 and Llama of Hugging Face in inner loops and levels, against plain torch by hand.
 
 They are small and have random weights.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +34,8 @@ def build(
     """Return a model of 2 layers, width 32, in training mode.
 
     Args:
-        kind: "bert" classifies into 3, "gpt2" predicts the next token.
+        kind: "bert" classifies into 3, "gpt2" and "llama" predict the next token; the last has
+            grouped heads, rotary positions and RMS norms.
         dropout: wherever there is any.
         attention: "sdpa", torch's fused kernels, or "eager".
         hooked: switch gradient checkpointing on and off: a hook stays that asks activations to
@@ -51,6 +53,20 @@ def build(
             vocab_size=VOCABULARY, max_position_embeddings=16, num_labels=3, **sizes, **rates
         )
         model = transformers.BertForSequenceClassification(config)
+    elif kind == "llama":
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 48,
+            "max_position_embeddings": 16,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(vocab_size=VOCABULARY, attention_dropout=dropout, **sizes)
+        )
     else:
         sizes = {
             "n_embd": 32,
@@ -119,10 +135,11 @@ def descend(
     *,
     first_order: bool = False,
     momentum: float = 0.0,
+    steps: int = STEPS,
 ) -> Any:
     """Return the parameters after some steps, by hand."""
     velocity = None
-    for _ in range(STEPS):
+    for _ in range(steps):
         found = torch.autograd.grad(
             plain_loss(model, params, batch), list(params.values()), create_graph=not first_order
         )
@@ -241,7 +258,13 @@ def weighing(kind: str, rule: Any, optimizer: Any, **options: Any) -> Any:
     """
     model, weights = build(kind, attention="eager", **options), nn.Linear(LENGTH, 1)
     support, query = batch_of(kind), batch_of(kind)
+    graph = weighing_of(model, weights, support, query, rule, optimizer)
+    return graph, model, weights, support, query
 
+
+def weighing_of(
+    model: nn.Module, weights: nn.Module, support: Any, query: Any, rule: Any, optimizer: Any
+) -> mo.LevelGraph:
     def lower_loss(levels: Any, batch: Any) -> Tensor:
         weight = levels.weights(batch["input_ids"] / VOCABULARY).sigmoid().mean()
         return weight * loss_of(levels.model(**inputs_of(batch)), batch)
@@ -251,13 +274,7 @@ def weighing(kind: str, rule: Any, optimizer: Any, **options: Any) -> Any:
 
     lower = mo.Level("model", model, lower_loss, optimizer, data=[support])
     upper = mo.Level("weights", weights, upper_loss, Adam(0.1), data=[query], allow_unused=True)
-    return (
-        mo.LevelGraph([mo.Edge(upper, lower, steps=1, differentiate=rule)]),
-        model,
-        weights,
-        support,
-        query,
-    )
+    return mo.LevelGraph([mo.Edge(upper, lower, steps=1, differentiate=rule)])
 
 
 @pytest.mark.parametrize(
@@ -309,3 +326,106 @@ def test_a_level_steps_with_dropout(kind: str, rule: Any) -> None:
     )
     after = [*model.parameters(), *weights.parameters()]
     assert sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) >= len(after) - 1
+
+
+# A third kind, and adapters of PEFT: against finite differences
+
+
+def adapted(dropout: float = 0.0) -> nn.Module:
+    """Return a Llama model whose only trainable part are LoRA adapters, of random weights."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT asks for what version 5.24 renamed
+        model = peft.get_peft_model(build("llama"), config).double().train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # they begin at zero, where the other half has no gradient
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def make(kind: str) -> nn.Module:
+    return adapted() if kind == "lora" else build(kind)
+
+
+def slope_along(fn: Any, params: Any, direction: Any, step: float) -> Tensor:
+    """Return the derivative of fn along a direction, by central differences.
+
+    Llama's norms round to float32, which leaves five digits of a difference.
+    """
+    after, before = (
+        fn({name: p.detach() + sign * step * direction[name] for name, p in params.items()})
+        for sign in (1, -1)
+    )
+    return (after - before).detach() / (2 * step)
+
+
+@pytest.mark.parametrize("kind", ["llama", "lora"])
+def test_meta_gradients_are_finite_differences(kind: str) -> None:
+    model, batch, query = make(kind), batch_of("llama"), batch_of("llama")
+    net = mo.functional(model)
+    loss = net_loss(net)
+
+    def outer(params: Any) -> Tensor:
+        return loss(mo.minimize(loss, SGD(0.1), params, batch, steps=STEPS).params, query)
+
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    assert all("lora" in name for name in net.params) == (kind == "lora") == bool(frozen)
+    grads = torch.autograd.grad(outer(net.params), list(net.params.values()))
+    direction = {name: torch.randn_like(p) for name, p in net.params.items()}
+    found = sum((g * d).sum() for g, d in zip(grads, direction.values(), strict=True))
+    assert found.abs() > 1e-3
+    assert_close(found, slope_along(outer, net.params, direction, 1e-4), 1e-4)
+    by_hand = torch.autograd.grad(
+        plain_loss(model, descend(model, dict(net.params), batch, 0.1), query),
+        list(net.params.values()),
+    )
+    assert_close([*grads], [*by_hand], 1e-9)
+    for name, parameter in model.named_parameters():
+        assert name not in frozen or torch.equal(parameter, frozen[name])
+
+
+@pytest.mark.parametrize("kind", ["llama", "lora"])
+def test_hypergradients_are_finite_differences(kind: str) -> None:
+    model, weights = make(kind), nn.Linear(LENGTH, 1)
+    support, query = batch_of("llama"), batch_of("llama")
+    graph = weighing_of(model, weights, support, query, mo.Backprop(), SGD(1.0))
+    net, start = mo.functional(model), mo.functional(weights)
+
+    def outer(params: Any) -> Tensor:
+        weight = start(params, support["input_ids"] / VOCABULARY).sigmoid().mean()
+        after = descend(model, dict(net.params), support, weight, steps=1)  # of weight * loss
+        return plain_loss(model, after, query)
+
+    found = graph.hypergradient("weights")
+    expected = torch.autograd.grad(outer(start.params), list(start.params.values()))
+    assert_close([*found.values()], [*expected], 1e-9)
+    direction = {name: torch.randn_like(p) for name, p in start.params.items()}
+    along = sum((found[name] * direction[name]).sum() for name in found)
+    assert along.abs() > 1e-3
+    assert_close(along, slope_along(outer, start.params, direction, 1e-2), 1e-5)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    graph.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == trainable
+
+
+def test_a_checkpoint_holds_the_adapters(tmp_path: Path) -> None:
+    def trainer(model: nn.Module, steps: int, *, resume: bool = False) -> mo.Trainer:
+        torch.manual_seed(2)
+        graph = weighing_of(
+            model, nn.Linear(LENGTH, 1), batch_of("llama"), batch_of("llama"), mo.T1T2(), SGD(0.1)
+        )
+        return mo.Trainer(
+            graph, max_steps=steps, checkpoint=tmp_path / "run", resume=resume, progress=False
+        )
+
+    torch.manual_seed(1)
+    model = adapted()
+    trainer(model, 2).fit()
+    torch.manual_seed(1)
+    resumed = adapted()
+    trainer(resumed, 2, resume=True).fit()
+    for (name, one), other in zip(model.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metaopt.exact_ops.attend import Attend
 from metaopt.exact_ops.dropout import dropout
+from metaopt.exact_ops.in_parts import InParts
 from metaopt.exact_ops.recomputed import recomputed
 from metaopt.torch_internals import uses_dual_numbers
 from metaopt.transforms import is_inside_jvp
 
 LONG = 1024**2  # scores a head: fewer are kept as a whole, which is faster up to about there
-ROWS = 128  # queries at a time: 64 and 256 take as long, and more memory
+ROWS = 128  # queries at a time: 64 take a tenth longer, 256 more memory
 
 
 def _attention(
@@ -46,11 +47,10 @@ def _attention(
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    causal_from = 0 if is_causal else None
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     is_long = query.shape[-2] * key.shape[-2] >= LONG and query.shape[-2] > ROWS
     if not is_long or dropout_p or torch.compiler.is_compiling() or _has_plain_tangents():
-        return _attend(scale, dropout_p, causal_from, *tensors)
+        return Attend(scale, 0 if is_causal else None).attend(*tensors, dropout_p=dropout_p)
     return _attend_in_parts(scale, is_causal, *tensors)
 
 
@@ -59,74 +59,18 @@ def _has_plain_tangents() -> bool:
     return uses_dual_numbers() and not is_inside_jvp()
 
 
-def _attend(
-    scale: float,
-    dropout_p: float,
-    causal_from: int | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Return the attention of some queries; of causal ones the first has this position."""
-    if causal_from is not None:
-        # Keys behind the last query are seen by nobody.
-        key, value = (x[..., : causal_from + query.shape[-2], :] for x in (key, value))
-        mask = torch.ones(
-            query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device
-        ).tril(causal_from)
-    dtype = query.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    query, key, value = (x.to(wide) for x in (query, key, value))
-    scores = query * scale @ key.transpose(-2, -1)
-    if mask is None:
-        weights = scores.softmax(-1)
-    else:
-        allowed = mask.dtype == torch.bool
-        scores = scores.masked_fill(~mask, -torch.inf) if allowed else scores + mask
-        alone = (scores == -torch.inf).all(-1, keepdim=True)
-        weights = scores.masked_fill(alone, 0).softmax(-1).masked_fill(alone, 0)
-    if dropout_p:
-        weights = dropout(weights, dropout_p)
-    found = weights @ value
-    return found if dtype == wide else found.to(dtype)
-
-
-def _attend_in_parts(
-    scale: float,
-    is_causal: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Return `_attend`, `ROWS` queries at a time.
-
-    Each part is given all keys and values, and takes its own by itself: were they cut here, the
-    cotangents of all cuts would wait for each other.
-    """
+def _attend_in_parts(scale: float, is_causal: bool, query: Tensor, *others: Tensor) -> Tensor:
+    """Return the same, `ROWS` queries at a time."""
     device = query.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    has_rows = mask is not None and mask.ndim > 1 and mask.shape[-2] > 1
-    parts = []
-    for first in range(0, query.shape[-2], ROWS):
-        rows = slice(first, first + ROWS)
-        masks = () if mask is None else (mask[..., rows, :] if has_rows else mask,)
-        attend = partial(_attend_as_before, device, precision, scale, first if is_causal else None)
-        parts.append(recomputed(attend, query[..., rows, :], key, value, *masks))
-    return torch.cat(parts, -2)
 
+    def attend(first: int) -> Attend:
+        return Attend(scale, first if is_causal else None, precision)
 
-def _attend_as_before(
-    device: str,
-    precision: torch.dtype | None,
-    scale: float,
-    causal_from: int | None,
-    *tensors: Tensor,
-) -> Tensor:
-    """Return `_attend` in the autocast of the forward pass: a backward pass runs outside of it."""
-    with torch.autocast(device, precision, enabled=precision is not None):
-        return _attend(scale, 0.0, causal_from, *tensors)
+    has_rows = [mask.ndim > 1 and mask.shape[-2] > 1 for mask in others[2:]]
+    whole = InParts(attend, ROWS, [True, False, False, *has_rows], [True])
+    found: Tensor = recomputed(whole, query, *others)[0]
+    return found
 
 
 def _multi_head(*args: Any, **kwargs: Any) -> Any:

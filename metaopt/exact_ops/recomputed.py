@@ -24,13 +24,21 @@ def recomputed(function: Function, *tensors: Tensor) -> Any:
 
     Args:
         function: of tensors alone; it draws no random numbers, and reads no other tensor that is
-            differentiated.
+            differentiated. It may have its pullback written out: `function.pullback(wanted)` is a
+            function of (tensors, cotangents of the results) which returns the cotangents of the
+            tensors that are wanted. By default autograd finds them.
         tensors: its arguments; those that are no floating-point numbers have no derivative.
 
     Cost:
         One more evaluation a derivative.
     """
     return _Recomputed.apply(function, *tensors)  # type: ignore[no-untyped-call]
+
+
+def pullback_of(function: Function, wanted: Sequence[bool]) -> Function:
+    """Return the function of (tensors, cotangents) whose results are the wanted cotangents."""
+    written = getattr(function, "pullback", None)
+    return partial(_pull_back, function, wanted) if written is None else written(wanted)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -50,7 +58,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         tensors: list[Any] = [unwrap_ended(saved) for saved in ctx.saved_tensors]
         wanted = ctx.needs_input_grad[1:]
-        bars = iter(recomputed(partial(_pull_back, ctx.function, wanted), *tensors, *cotangents))
+        bars = iter(recomputed(pullback_of(ctx.function, wanted), *tensors, *cotangents))
         return None, *(next(bars) if is_wanted else None for is_wanted in wanted)
 
     @staticmethod
@@ -61,7 +69,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _pull_back(
-    function: Function, wanted: tuple[bool, ...], *arguments: Tensor
+    function: Function, wanted: Sequence[bool], *arguments: Tensor
 ) -> tuple[Tensor, ...]:
     """Return the cotangents of the wanted tensors; `arguments` are (tensors, cotangents)."""
     tensors, cotangents = arguments[: len(wanted)], arguments[len(wanted) :]
@@ -94,7 +102,7 @@ def _push_forward(function: Function, moves: tuple[bool, ...], *arguments: Tenso
 
 
 def _put(
-    chosen: Iterable[Tensor], tensors: Sequence[Tensor], places: tuple[bool, ...]
+    chosen: Iterable[Tensor], tensors: Sequence[Tensor], places: Sequence[bool]
 ) -> list[Tensor]:
     """Return the tensors with the chosen ones in these places."""
     fresh = iter(chosen)

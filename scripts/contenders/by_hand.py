@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from contenders import problems
+from contenders.attention import Attention, gradient_of_gradient
 from contenders.large_model import Scale, adam_slopes
 from metaopt.tasks.episode import Episode
 from optimizers import LSTMOptimizer
@@ -355,3 +357,9 @@ def log_and_sign(x: Tensor) -> Tensor:
     """Return [n, 2], as in appendix A of arXiv:1606.04474 with p = 10."""
     tiny = math.exp(-10)
     return torch.stack([x.abs().clamp(min=tiny).log() / 10, (x / tiny).clamp(-1, 1)], dim=1)
+
+
+def attention(problem: Attention) -> Run:
+    """By torch's plain kernel, the only one of its own with a second derivative."""
+    inputs = problem.data()
+    return sdpa_kernel(SDPBackend.MATH)(partial(gradient_of_gradient, inputs))

@@ -11,6 +11,7 @@ from typing import Any
 
 import metaopt as mo
 from contenders import problems
+from contenders.attention import Attention
 from contenders.large_model import Scale
 from contenders.problems import LogisticRegression
 from contenders.short_steps import TrainerLoop
@@ -28,7 +29,8 @@ class Side:
         name: in the tables.
         module: with_LIBRARY, or by_hand.
         options: how it is to do it.
-        lengths: numbers of inner steps for which its memory is measured.
+        lengths: numbers of inner steps, or of whatever `Comparison.length` names, for which its
+            memory is measured.
     """
 
     name: str
@@ -69,6 +71,8 @@ class Comparison:
     """
     function: str | None = None
     """of each library's module; by default the comparison's name"""
+    length: str = "steps"
+    """the field of the problem that memory is measured for several values of"""
     needs: str | None = None
     """a package without which nobody can take part"""
     repeats: int = 1000
@@ -84,6 +88,7 @@ class Comparison:
 
 STEPS, REVOLVE = {"memory": "steps"}, {"memory": mo.Revolve(16)}
 FEW, MANY = (16, 64, 256), (16, 64, 256, 2000)
+TOKENS = (64, 256, 1024, 2048, 4096)
 BETTY, MENDED = Side("Betty", "with_betty"), Side("Betty, its CG mended", "with_betty")
 EAGER = [Side("PyTorch by hand", "by_hand"), Side("metaopt", "with_metaopt")]
 LEVELS = [*EAGER, Side("metaopt, compiled", "with_metaopt", {"compile": True})]
@@ -196,6 +201,15 @@ COMPARISONS = {
         ],
         # In float64 the gradients agree to 1e-13; 1 - beta^t loses digits in float32.
         tolerance=1e-3,
+    ),
+    "attention": Comparison(
+        Attention(),
+        [
+            Side("PyTorch, its plain kernel", "by_hand", lengths=TOKENS),
+            Side("metaopt", "with_metaopt", lengths=TOKENS),
+        ],
+        length="tokens",
+        repeats=10,
     ),
     "scale-darts": at_scale(Scale("darts")),
     "scale-sama": at_scale(Scale("sama")),

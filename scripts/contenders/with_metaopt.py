@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 import metaopt as mo
 from contenders import problems
+from contenders.attention import Attention, gradient_of_gradient
 from contenders.large_model import Scale
 from contenders.problems import next_byte_losses
 from contenders.short_steps import Descent, TrainerLoop
 from metaopt import tree
 from metaopt._functional import Functional, Params
 from metaopt.differentiate import Rule
+from metaopt.exact_ops import any_order
 from metaopt.tasks.episode import Episode
 from optimizers import SGD, Adam, AdamW, Grouped, LSTMOptimizer
 
@@ -302,5 +304,16 @@ def many_tensors(problem: problems.ManyTensors) -> Run:
         out = mo.minimize(loss, adam, net.params, train, steps=problem.steps)
         found = torch.autograd.grad(loss(out.params, validation), list(net.params.values()))
         return dict(zip(net.params, found, strict=True))
+
+    return run
+
+
+def attention(problem: Attention) -> Run:
+    """As in a loss, which runs in `any_order`."""
+    inputs = problem.data()
+
+    def run() -> dict[str, Tensor]:
+        with any_order():
+            return gradient_of_gradient(inputs)
 
     return run
