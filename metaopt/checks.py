@@ -30,6 +30,7 @@ class NonFiniteError(FloatingPointError):
         last_finite: the loss before it, if there was one.
         unit: what `step` counts, "step" or "task".
         what: what the value is.
+        remedy: a sentence on what else may mend it.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class NonFiniteError(FloatingPointError):
         *,
         unit: str = "step",
         what: str = "loss",
+        remedy: str = "",
     ):
         self.where, self.step, self.value = where, step, value
         self.last_finite, self.unit = last_finite, unit
@@ -51,7 +53,8 @@ class NonFiniteError(FloatingPointError):
             mend = "Check the batch (is it empty?) and the parameters."
         else:
             mend = "Lower the learning rate or clip the gradients."
-        super().__init__(f"{where}, {unit} {step}: the {what} is {value}.{before} {mend}")
+        said = f"{where}, {unit} {step}: the {what} is {value}.{before} {mend} {remedy}"
+        super().__init__(said.rstrip())
 
 
 class Limits(NamedTuple):

@@ -290,7 +290,8 @@ def count_messages() -> list[list[Any]]:
         "meta_grad, 6 tasks": (maml, (FLOAT * p, FLOAT * tasks)),
         "FullUnroll, 6 tasks": (train(mo.FullUnroll(tasks)).step, (2 * FLOAT * tasks, FLOAT * q)),
         "PES, 8 pairs": (train(mo.PES(0.01, pairs, window=2)).step, (16 * pairs,)),
-        "levels, SAMA, 4 inner steps": (graph(mo.SAMA()).step, sama(p, m, 4)),
+        # with each of the two tensors, a number that says whether it is there
+        "levels, SAMA, 4 inner steps": (graph(mo.SAMA()).step, sama(p + 2, m + 2, 4)),
         "levels, Backprop, 4 inner steps": (graph(mo.Backprop()).step, backprop(p, m, 4)),
     }
     rows = []

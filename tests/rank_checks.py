@@ -237,27 +237,84 @@ def gradients_are_sent_beside_the_backward_pass(ranks: Ranks) -> None:
     wanted = grad(whole)({"a": a, "b": b})
     log: list[Any] = []
     assert_equal(logged_gradient(ranks, {"a": a, "b": b}, log=log), wanted)
-    assert log == ["pass", 8]  # what is small is one message
+    assert log == ["pass", 8 + 2]  # what is small is one message, with who has what
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overlap, "FIRST_BUCKET", 1)
         patch.setattr(overlap, "BUCKET", 1)
         log = []
         assert_equal(logged_gradient(ranks, {"a": a, "b": b}, log=log), wanted)
-        assert log == [2, "pass", 6]
+        assert log == [3, "pass", 7]
         log = []  # in the order of the parameters, not of time
         assert_equal(logged_gradient(ranks, {"b": b, "a": a}, log=log), wanted)
-        assert log == ["pass", 6, 2]
+        assert log == ["pass", 7, 3]
         log = []  # what one rank does not use is late there, and the others wait for it
         found = logged_gradient(ranks, {"a": a, "b": b, "c": c}, log=log)
         assert_equal(found, wanted | {"c": 2 * c})
-        assert log == ([5, 2, "pass", 6] if ranks.rank == 0 else ["pass", 5, 2, 6])
+        assert log == ([6, 3, "pass", 7] if ranks.rank == 0 else ["pass", 6, 3, 7])
         log = []  # and beside other messages, whose order depends on the graph, all are late
         found = logged_gradient(ranks, {"a": a, "b": b}, log=log, others=True)
         assert_equal(found, wanted | {"b": wanted["b"] + b.cos()})
         assert sorted(log[:2], key=str) == [2, "pass"]
-        assert log[2:] == [2, 6]
+        assert log[2:] == [3, 7]
         many = run(weight_net(mo.SAMA(), Adam(lr=0.05)))
     assert_equal(many, run(weight_net(mo.SAMA(), Adam(lr=0.05))), 0.0)
+
+
+@check
+def a_gradient_that_no_rank_has_is_missing(ranks: Ranks) -> None:
+    """Not zero; but what one rank has, be it zero, all have."""
+    a, kinds = seeded(3), (torch.float64, torch.bfloat16, torch.complex128)
+    params = {f"{i}": a.to(kind) for i, kind in enumerate(kinds)}
+
+    def find(users: dict[str, tuple[int, ...]]) -> dict[str, Tensor | None]:
+        def loss(w: dict[str, Tensor]) -> tuple[Tensor, Any]:
+            seen = copy_beside_backward(w)
+            assert seen is not None
+            used = [seen[name] for name, some in users.items() if ranks.rank in some]
+            part = sum((x.abs().square().sum().double() for x in used), torch.tensor(1.0).double())
+            return sum_over_ranks(part, ranks), ()
+
+        with torch.no_grad():
+            found, *_ = gradient(loss, params, allow_unused=True)
+        assert isinstance(found, dict)
+        return found
+
+    for users in (
+        {},
+        {"0": (0, 1), "1": (0,)},
+        {"2": (1,), "1": (1,)},  # to rank 0 its part is a constant
+    ):
+        wanted = {name: len(users.get(name, ())) * 2 * x for name, x in params.items()}
+        for name, found in find(users).items():
+            if name in users:
+                assert_equal(found, wanted[name])
+            else:
+                assert found is None, (users, name, found)
+    params["0"] = torch.zeros_like(a)
+    assert_equal(find({"0": (0,)})["0"], params["0"], 0)
+
+
+@check
+def a_derivative_that_stops_arriving_is_missed(ranks: Ranks) -> None:
+    """At the second step, as by one process."""
+    torch.manual_seed(5)
+    uses_low = [True]
+
+    def errors(levels: Any, x: Tensor) -> Tensor:
+        found: Tensor = (levels.low(x) - x * levels.top.params["weight"].exp()).square().mean()
+        return found
+
+    def top_loss(levels: Any, x: Tensor) -> Tensor:
+        found: Tensor = levels.top.params["bias"].square().sum()
+        return found + errors(levels, x) if uses_low[0] else found
+
+    low = mo.Level("low", nn.Linear(3, 3).double(), errors, SGD(lr=0.1), [X])
+    top = mo.Level("top", nn.Linear(1, 1).double(), top_loss, SGD(lr=0.1), [X])
+    graph = mo.LevelGraph([mo.Edge(top, low, differentiate=mo.FiniteDifference())])
+    graph.step()
+    uses_low[0] = False
+    with refused("no derivative arrives at its parameter 'weight'"):
+        graph.step()
 
 
 def fail_in_a_backward_pass(ranks: Ranks) -> None:
@@ -341,6 +398,36 @@ def meta_training_is_that_of_one_process(ranks: Ranks) -> None:
     for estimator in estimators:
         assert_shared(lambda estimator=estimator: train(estimator, clip=0.1), 1e-12)
     assert sum(float(one["tasks left out"]) for one in train(estimators[0])[1]) > 0
+
+
+@check
+def inner_problems_are_those_of_as_many_ranks(ranks: Ranks) -> None:
+    def make(estimator: Any) -> mo.MetaTraining:
+        tasks: Any = Waves()
+        return mo.MetaTraining(
+            SGD(nn.Parameter(torch.tensor(0.1))),
+            tasks,
+            estimator=estimator,
+            outer=Adam(0.1),
+            horizon=6,
+        )
+
+    for estimator, keeps in (
+        (mo.PES(0.01, 4, window=3), True),
+        (mo.Groups(mo.PES(0.01, 2, window=3), 2), True),
+        (mo.Groups(mo.FullUnroll(2), 2), False),
+    ):
+        training = make(estimator)
+        training.step()
+        state = training.state_dict()
+        make(estimator).load_state_dict(state)
+        with work_alone():
+            alone = make(estimator)
+            if keeps:
+                with refused("inner problems of one of 2 ranks, and there are 1: go on with 2"):
+                    alone.load_state_dict(state)
+            else:
+                alone.load_state_dict(state)
 
 
 @check
@@ -866,6 +953,23 @@ def a_rank_with_a_full_disk_ends_the_save_on_all(ranks: Ranks) -> None:
     checkpoints.save(2, {"w": w})
     checkpoints.save(3, {"w": w})
     assert checkpoints.steps() == [2, 3]  # others may not have the last one yet
+
+
+@check
+def a_best_state_that_one_rank_has_lost_is_lost_to_all(ranks: Ranks) -> None:
+    checkpoints = mo.Checkpoints(own_folder("best"))
+    checkpoints.save(1, {"w": 1})
+    checkpoints.save(2, {"w": 2}, best_step=1)
+    found = checkpoints.load()
+    assert found is not None
+    assert found.best == {"w": 1}
+    if ranks.rank == 1:
+        checkpoints.path(1).write_bytes(b"")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        found = checkpoints.load()
+    assert found is not None
+    assert (found.step, found.best, len(heard)) == (2, None, ranks.rank)
 
 
 @check

@@ -316,6 +316,18 @@ def test_reports_on_the_way(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must return a number on an executor, got a generator"):
         run(make(), 1, curve, executor=ThreadPoolExecutor(1), parallel=1)
 
+    def failing(values: dict[str, Any]) -> Iterator[float]:
+        try:
+            yield math.inf
+        finally:
+            if len(search.trials) == 1:
+                raise KeyError("as it is stopped")
+
+    search = make()
+    with pytest.raises(RuntimeError, match="none of 2 trials has a finite loss"):
+        run(search, 2, failing)
+    assert [trial.status for trial in search.trials] == ["failed", "non-finite"]
+
 
 def test_a_table_a_picture_and_tensorboard(tmp_path: Path) -> None:
     search = make()
@@ -628,6 +640,29 @@ def test_a_trial_that_kills_its_process_fails_in_the_end(tmp_path: Path) -> None
     assert search.trials[0].error == "the process that ran it died 3 times"
 
 
+def test_an_interruption_of_a_trial_whose_end_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, update = tmp_path / "trials.jsonl", mo.JsonLines._update
+
+    def stop(journal: mo.JsonLines, event: Any) -> None:
+        if event["event"] == "end":
+            raise KeyboardInterrupt
+        update(journal, event)
+
+    search = make(journal=path)
+    with monkeypatch.context() as patch:
+        patch.setattr(mo.JsonLines, "_update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(search, 1)
+    resumed = make(journal=path)
+    run(resumed, 2)
+    straight = make()
+    run(straight, 2)
+    assert known(resumed) == known(straight)
+    assert path.read_bytes().count(b'"end"') == 2
+
+
 def test_the_file_of_another_search_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "trials.jsonl"
     run(make(journal=path), 1)
@@ -759,9 +794,9 @@ def test_a_shared_journal_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     run(make(journal=mo.OptunaJournal(path)), 3)
     whole = path.read_bytes()
     run(straight, 3)
-    for less in (1, 60):
-        path.write_bytes(whole[:-less])
-        # the cut line is the end of trial 2, whose worker counts as dead
+    for kept in (len(whole) - 1, len(whole) - 60, 4):
+        path.write_bytes(whole[:kept])
+        # the cut line is the end of trial 2, whose worker counts as dead, or the first of all
         resumed = make(journal=mo.OptunaJournal(path, patience=0.05))
         run(resumed, 3)
         assert known(make(journal=mo.OptunaJournal(path))) == known(straight)

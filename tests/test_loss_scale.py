@@ -194,6 +194,7 @@ def test_a_resumed_level_has_the_same_bits() -> None:
 
 
 def test_what_overflows_is_an_error() -> None:
-    graph = make_half(mo.Backprop(), precision=torch.float16, loss_scale=2.0**60)
-    with pytest.raises(mo.NonFiniteError, match="level 'low'"):
+    graph = make_half(mo.Backprop(), precision=torch.float16, loss_scale=2.0**40)
+    remedy = "Or lower `loss_scale`, 1099511627776.0 of 'top', 1099511627776.0 of 'low': in float16"
+    with pytest.raises(mo.NonFiniteError, match=rf"level 'low'.*\. {remedy}"):
         graph.step()

@@ -59,11 +59,8 @@ def gradient(
         and (all(leaf.requires_grad for leaf in leaves) or goes_beyond(value))
     )
     backward = partial(slopes_of_scalar, value, again=goes_on, keep=again and is_constant)
-    found: Tree
-    if sums is None or not value.requires_grad:
-        found = backward(variables)
-    else:
-        found = sums.differentiate(backward)
+    # also of a constant: on another rank it may be none, and that rank waits for this one's part
+    found: Tree = backward(variables) if sums is None else sums.differentiate(backward)
     if not allow_unused and type(None) in map(type, found):
         known = zip(found, leaves, strict=True)
         found = [

@@ -47,6 +47,9 @@ def evaluate(
         curve, result = result, None
         for step in itertools.count(1):
             try:
+                if stopped:
+                    curve.close()
+                    break
                 result = next(curve)
             except StopIteration:
                 break
@@ -54,9 +57,7 @@ def evaluate(
                 return read_error(error)
             if isinstance(mistake := _read(objective, result), Exception):
                 return mistake
-            if stopped := report(step, result):
-                curve.close()
-                break
+            stopped = report(step, result)
     return _read(objective, result, stopped=stopped)
 
 

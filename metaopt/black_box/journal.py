@@ -228,7 +228,8 @@ class JsonLines(Memory):
         is_new = kind == "begin" and number == known
         if type(number) is not int or not (is_new or 0 <= number < known):
             raise ValueError(f"trial {number!r}, where there are {known} before it")
-        if not is_new and self._trials[number].has_ended:
+        # an interruption may come when the end is written, and before it is known here
+        if not is_new and self._trials[number].has_ended and kind != "release":
             raise ValueError(f"trial {number} has ended before")
         if kind == "begin":
             attempt = 1 if is_new else self._count_next(self._trials[number])

@@ -101,7 +101,7 @@ class OptunaJournal(Journal):
         lock.acquire()
         try:
             content = self.path.read_bytes()
-            if not (content + FIRST).startswith(FIRST):
+            if content[: len(FIRST)] != FIRST[: len(content)]:  # it may be shorter
                 raise ValueError("the first line is none of Optuna's")
             os.truncate(self.path, content.rfind(b"\n") + 1)
         finally:

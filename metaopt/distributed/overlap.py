@@ -8,6 +8,8 @@ et al. 2020, arXiv:2006.15704, section 3.2).
 
 All ranks send the same buckets in the same order, whatever arrives first: a bucket starts after
 those before it. What one rank's loss does not depend on is sent as zeros when the pass has ended.
+Behind the gradients of a bucket is a 1 for each that is there, a 0 for each that is not: their sum
+tells a gradient of zeros from one that no rank has.
 """
 
 from __future__ import annotations
@@ -80,6 +82,9 @@ class OverlappedSums:
 
         Args:
             backward: leaves of the graph -> the derivatives in them; None where there is none.
+
+        Returns:
+            None for a variable that no rank's loss depends on.
         """
         self._buckets = self._fill_buckets()
         hooks = [
@@ -100,7 +105,10 @@ class OverlappedSums:
         for bucket in self._buckets:
             for place, part in bucket.wait().items():
                 own = total[place]  # of what did not go through the copy
-                total[place] = part if own is None else own + part
+                if own is None or part is None:
+                    total[place] = own if part is None else part
+                else:
+                    total[place] = own + part
         return total
 
     def _fill_buckets(self) -> list[_Bucket]:
@@ -139,6 +147,8 @@ class _Bucket:
         self.size = 0  # bytes
         self._leaves: dict[int, Tensor] = {}  # place -> whose gradient
         self._parts: dict[int, Tensor] = {}  # place -> its part of the message
+        self._holders: dict[int, Tensor] = {}  # place -> of how many ranks it is the sum
+        self._absent: list[int] = []  # places without a gradient on this rank
         self._message: Tensor | None = None
         self._sending: Sending | None = None
 
@@ -151,13 +161,17 @@ class _Bucket:
         """Write a gradient into the message, zeros for None. Return its part of the message."""
         if self._message is None:  # made late, when the pass has given memory back
             sizes = [leaf.numel() for leaf in self._leaves.values()]
-            like = self._leaves[place]
-            self._message = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
-            parts = zip(self._leaves.items(), self._message.split(sizes), strict=True)
-            self._parts = {place: part.view(leaf.shape) for (place, leaf), part in parts}
+            like, count = self._leaves[place], len(sizes)
+            self._message = torch.empty(sum(sizes) + count, dtype=like.dtype, device=like.device)
+            *parts, holders = self._message.split([*sizes, count])
+            named = zip(self._leaves.items(), parts, strict=True)
+            self._parts = {place: part.view(leaf.shape) for (place, leaf), part in named}
+            self._holders = dict(zip(self._leaves, holders.fill_(1), strict=True))
         part = self._parts[place]
         if grad is None:
             part.zero_()
+            self._holders[place].zero_()
+            self._absent.append(place)
         else:
             part.copy_(grad)
         self.missing.discard(place)
@@ -167,8 +181,10 @@ class _Bucket:
         assert self._message is not None  # a bucket has a gradient
         self._sending = start_sum(self._message)
 
-    def wait(self) -> dict[int, Tensor]:
-        """Return place -> sum of the gradients, when it is there."""
+    def wait(self) -> dict[int, Tensor | None]:
+        """Return place -> sum of the gradients, when it is there; None if no rank has one."""
         assert self._sending is not None  # all have started
         self._sending.wait()
-        return self._parts
+        # what this rank has is not asked for: that would wait for the device
+        nowhere = {place for place in self._absent if not self._holders[place]}
+        return {place: None if place in nowhere else part for place, part in self._parts.items()}

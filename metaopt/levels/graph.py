@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -169,7 +169,7 @@ class LevelGraph:
             ):
                 _, states = self._run_turn(self._states, rows)
             # until here nothing has changed, and no batch is gone
-            _raise_if_not_finite(states, self._steps)
+            _raise_if_not_finite(states, self._steps, _suggest_scale(self.plan.levels))
             drawn.clear()
         for name, count in counts.items():
             self._data[name].take(count)
@@ -471,25 +471,36 @@ def _make_first_state(plan: Plan, name: str) -> State:
     return {**state, "below": {other: _make_first_state(plan, other) for other in inside}}
 
 
-def _raise_if_not_finite(states: States, step: int) -> None:
+def _suggest_scale(levels: Mapping[str, Level]) -> str:
+    """Return a sentence on the loss scales of levels in float16, "" where there are none."""
+    halves = [level for level in levels.values() if level.precision is torch.float16]
+    scales = ", ".join(f"{level.loss_scale!r} of {level.name!r}" for level in halves)
+    if not halves:
+        return ""
+    return f"Or lower `loss_scale`, {scales}: in float16 derivatives end at 65504 / loss_scale."
+
+
+def _raise_if_not_finite(states: States, step: int, remedy: str) -> None:
     """Raise `NonFiniteError` for a loss that is not finite, or the gradient of a top level.
 
     Args:
         states: after a step of the graph.
         step: its number; levels that make several count for themselves.
+        remedy: see `NonFiniteError`.
     """
     for name, state in states.items():
-        _raise_if_not_finite(state["below"], step)
+        _raise_if_not_finite(state["below"], step, remedy)
         progress, where = state["progress"], f"level {name!r}"
         values: list[float] = progress["loss"].reshape(-1).tolist()
         first = find_not_finite(values)
         if first is not None:
             counted = "steps" in progress
             at = progress["steps"].reshape(-1).tolist()[first] - 1 if counted else step
-            raise NonFiniteError(where, at, values[first])
+            raise NonFiniteError(where, at, values[first], remedy=remedy)
         norm = state["metrics"].get("gradient norm")
         if norm is not None and not math.isfinite(norm.mean()):
-            raise NonFiniteError(where, step, float(norm.mean()), what="gradient norm")
+            value = float(norm.mean())
+            raise NonFiniteError(where, step, value, what="gradient norm", remedy=remedy)
 
 
 def _find_metrics(states: States) -> dict[str, float | Tensor]:

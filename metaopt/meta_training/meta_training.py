@@ -178,6 +178,7 @@ class MetaTraining:
             "generator": self.generator.get_state(),
             "lost": self._lost,
             "made with": _describe(self.estimator),
+            "ranks": current_ranks().size,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -212,6 +213,12 @@ class MetaTraining:
                         f"has {one.get(path, 'nothing')}, where this one has "
                         f"{other.get(path, 'nothing')}. Build it as it was when it was saved."
                     )
+        problems = tree.leaves(state["estimator"])
+        if state["ranks"] != own["ranks"] and any(isinstance(one, Tensor) for one in problems):
+            raise ValueError(
+                f"MetaTraining: the state has the inner problems of one of {state['ranks']} ranks, "
+                f"and there are {own['ranks']}: go on with {state['ranks']} processes."
+            )
 
     def _theta(self) -> Params:
         return {

@@ -184,9 +184,12 @@ class Checkpoints:
                 last = error
                 self.path(step).rename(self.path(step).with_suffix(".damaged"))
                 warnings.warn(f"{error} The training goes back before step {step}.", stacklevel=2)
-            is_there = gather_rows(torch.tensor([found is not None]), self._ranks.size, self._ranks)
-            if is_there.all():
-                return found
+            own = torch.tensor([[found is not None, found is not None and found.best is not None]])
+            each = gather_rows(own, self._ranks.size, self._ranks)
+            is_there, has_best = each.all(0).tolist()
+            if is_there and found is not None:
+                # one that a rank has lost none goes back to: ranks would come to differ
+                return found if has_best else found._replace(best=None)
         if last is not None:
             raise last
         return None
