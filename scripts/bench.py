@@ -3,10 +3,11 @@
 python scripts/bench.py sinusoid omniglot --threads 2
 python scripts/bench.py lstm transformer --write
 
-Before anything is timed, every side's gradient is compared with that of the first; a difference
-ends the run. Results go to `--out`, where later runs add theirs; the tables show all that is there.
-`--write` publishes them: a line for each in benchmarks/history.jsonl, the README's ratios, and the
-tables in docs/benchmarks.md, which then has these and no others.
+Before anything is timed, every side's gradient is compared with that of the first, or where it is
+known with the exact one; a difference ends the run. Results go to `--out`, where later runs add
+theirs; the tables show all that is there. `--write` publishes them: a line for each in
+benchmarks/history.jsonl, the README's ratios, and the tables in docs/benchmarks.md, which then has
+these and no others.
 """
 
 from __future__ import annotations
@@ -47,16 +48,23 @@ Name = Literal[
     "scale-sama",
     "scale-darts-frozen",
     "scale-sama-frozen",
+    "bilevel-100",
+    "bilevel-10000",
 ]
-GROUPS = {"scale": tuple(name for name in get_args(Name) if name.startswith("scale-"))}
+GROUPS = {
+    group: tuple(name for name in get_args(Name) if name.startswith(f"{group}-"))
+    for group in ("scale", "bilevel")
+}
 
 
 @dataclass
 class Config:
     """What to compare, and how thoroughly."""
 
-    comparisons: tyro.conf.Positional[tuple[Name | Literal["scale"], ...]] = ()
-    """which; by default all. "scale" stands for those on a large model: about six minutes"""
+    comparisons: tyro.conf.Positional[tuple[Name | Literal["scale", "bilevel"], ...]] = ()
+    """which; by default all. "scale" stands for those on a large model: about six minutes;
+    "bilevel" for those on quadratics
+    """
     threads: int = 1
     """cores of each process"""
     repeats: int = 20
@@ -92,23 +100,51 @@ def compare(
     """Time the sides in turns.
 
     Raises:
-        ValueError: two gradients differ.
+        ValueError: two gradients differ, or one and the exact one.
     """
     times: dict[str, list[float]] = {side.name: [] for side in sides}
     with ExitStack() as stack:
         contenders = []
         for side in tqdm(sides, desc=f"{function}: starting", leave=False):
             contenders.append(stack.enter_context(Contender(side, function, problem, threads)))
-        check_equal({contender.name: contender.result() for contender in contenders}, tolerance)
+        results = {contender.name: contender.result() for contender in contenders}
+        errors = check(results, sides, problem, tolerance)
         for contender in contenders:
             contender.seconds()  # finds out how many runs fill a repetition
         for _ in tqdm(range(repeats), desc=f"{function}: timing", leave=False):
             for contender in contenders:
                 times[contender.name].append(contender.seconds())
         return [
-            Times(contender.name, contender.first, times[contender.name])
+            Times(contender.name, contender.first, times[contender.name], errors[contender.name])
             for contender in contenders
         ]
+
+
+def check(
+    results: dict[str, dict[str, np.ndarray]],
+    sides: Sequence[Side],
+    problem: Any,
+    tolerance: float,
+) -> dict[str, float | None]:
+    """Return the error of each side, of the exact gradient's norm, where the problem has that.
+
+    Else all sides must agree, and their errors are None.
+
+    Raises:
+        ValueError: a side is further than it may be from the exact gradient, or from the first.
+    """
+    if not hasattr(problem, "exact"):
+        check_equal(results, tolerance)
+        return dict.fromkeys(results)
+    exact = {name: value.numpy() for name, value in problem.exact().items()}
+    errors: dict[str, float | None] = {}
+    for side in sides:
+        found = results[side.name]
+        check_equal({"the exact gradient": exact, side.name: found}, side.error)
+        gaps = [np.linalg.norm(found[name] - value) for name, value in exact.items()]
+        norms = [np.linalg.norm(value) for value in exact.values()]
+        errors[side.name] = float(np.linalg.norm(gaps) / np.linalg.norm(norms))
+    return errors
 
 
 def check_equal(results: dict[str, dict[str, np.ndarray]], tolerance: float) -> None:

@@ -24,11 +24,16 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Times:
-    """A side's times in seconds: of building and the first run, and of each repetition."""
+    """A side's times in seconds: of building and the first run, and of each repetition.
+
+    Attributes:
+        error: of its gradient, of the exact one's norm; None where that is not known.
+    """
 
     name: str
     first: float
     seconds: list[float]
+    error: float | None = None
 
     @property
     def median(self) -> float:
@@ -164,6 +169,10 @@ def _times(rows: list[dict[str, Any]], inner_steps: int | None) -> str:
         headers.append("inner steps a second")
         for row, side in zip(cells, sides, strict=True):
             row.append(f"{inner_steps / side.median:,.0f}")
+    if any(side.error is not None for side in sides):
+        headers.append("error")
+        for row, side in zip(cells, sides, strict=True):
+            row.append("" if side.error is None else f"{side.error:.2g}")
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
 
 

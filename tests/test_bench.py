@@ -14,6 +14,10 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
+
+from metaopt.linear_solve.base import seeded_places
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -24,7 +28,7 @@ def _scripts_on_path(monkeypatch) -> None:
 
 
 def small(comparison: str) -> Any:
-    from contenders import attention, large_model, problems, short_steps
+    from contenders import attention, large_model, problems, quadratics, short_steps
 
     return {
         "sinusoid": lambda: problems.Sinusoid(tasks=3, shots=2, queries=4, steps=2, hidden=5),
@@ -56,6 +60,12 @@ def small(comparison: str) -> Any:
             for rule in ("darts", "sama")
             for name, frozen in (("", 0), ("-frozen", 1))
         },
+        **{
+            f"bilevel-{condition}": lambda condition=condition: quadratics.Bilevel(
+                condition, products=12, inner=8, outer=3, rank=4, window=2
+            )
+            for condition in (100, 10_000)
+        },
     }[comparison]()
 
 
@@ -78,6 +88,8 @@ NAMES = [
     "scale-sama",
     "scale-darts-frozen",
     "scale-sama-frozen",
+    "bilevel-100",
+    "bilevel-10000",
 ]
 
 
@@ -97,8 +109,9 @@ def test_all_sides_compute_the_same(comparison: str) -> None:
     results = {}
     if COMPARISONS[comparison].missing is not None:
         pytest.skip(COMPARISONS[comparison].missing)
-    for side in COMPARISONS[comparison].sides:
-        if side.missing is None and not side.options.get("compile"):
+    sides = [side for side in COMPARISONS[comparison].sides if side.missing is None]
+    for side in sides:
+        if not side.options.get("compile"):
             build = getattr(
                 importlib.import_module(f"contenders.{side.module}"), function_of(comparison)
             )
@@ -112,7 +125,7 @@ def test_all_sides_compute_the_same(comparison: str) -> None:
             bench.check_equal({"a run": first, "another": second}, tolerance)
             results[side.name] = first
     assert len(results) >= 2
-    bench.check_equal(results, tolerance)
+    bench.check(results, [s for s in sides if s.name in results], small(comparison), tolerance)
 
 
 def test_every_comparison_can_be_asked_for() -> None:
@@ -158,6 +171,60 @@ def test_a_difference_ends_the_run() -> None:
             bench.check_equal({"one": right, "other": wrong}, 1e-4)
     with pytest.raises(ValueError, match="other and one do not compute the same tensors"):
         bench.check_equal({"one": right, "other": {"a": right["a"]}}, 1e-4)
+
+
+def test_an_error_is_that_of_the_exact_gradient() -> None:
+    import bench
+    from contenders.sides import Side
+
+    problem = small("bilevel-100")
+    exact = {name: value.numpy() for name, value in problem.exact().items()}
+    results = {"good": exact, "rough": {name: 0.75 * value for name, value in exact.items()}}
+    good = Side("good", "by_hand")
+    sides = [good, Side("rough", "by_hand", error=1.0)]
+    assert bench.check(results, sides, problem, 0.0) == {"good": 0.0, "rough": pytest.approx(0.25)}
+    with pytest.raises(ValueError, match=r"rough and the exact gradient differ in 'w' by 2\.5e-01"):
+        bench.check(results, [good, Side("rough", "by_hand")], problem, 1.0)
+
+
+def test_each_way_on_quadratics_has_the_error_of_its_theory() -> None:
+    """Against what each puts for the inverse Hessian, as a dense matrix."""
+    from contenders import with_metaopt
+    from contenders.sides import COMPARISONS
+
+    problem = small("bilevel-100")
+    lower, upper, _, x = problem.data()
+    x.requires_grad_()
+    A, rank, unit = lower.A, problem.rank, torch.eye(problem.inner, dtype=torch.float64)
+    assert torch.linalg.cond(A).item() == pytest.approx(problem.condition)
+    z = torch.linalg.solve(A, -lower.C.T @ x - lower.a)
+    (whole,) = torch.autograd.grad(upper(z, x), x)
+    torch.testing.assert_close(problem.exact()["w"], whole, rtol=1e-9, atol=1e-9)
+
+    places = seeded_places(problem.inner, rank, 0)
+    columns = A[:, places]
+    sketch = columns @ torch.linalg.solve(columns[places], columns.T)
+    exact = torch.linalg.inv(A)
+
+    def series(terms: int) -> Tensor:
+        return exact @ (unit - torch.linalg.matrix_power(unit - A, terms))
+
+    inverses = {
+        "Neumann": series(problem.products),
+        "Nystrom": torch.linalg.inv(sketch + problem.condition**-0.5 * unit),
+        "Backprop": series(problem.products),
+        "Backprop, truncated": series(problem.window),
+        **dict.fromkeys(("T1T2", "FiniteDifference", "SAMA"), unit),
+    }
+    z = z.detach().requires_grad_()
+    slope, direct = torch.autograd.grad(upper(z, x), [z, x])
+    for side in COMPARISONS["bilevel-100"].sides:
+        if side.module == "with_metaopt":
+            rule = side.options["rule"]
+            limit = 1e-8 if rule in inverses else side.error
+            expected = direct - lower.C @ inverses.get(rule, exact) @ slope
+            found = with_metaopt.bilevel(problem, **side.options)()["w"]
+            assert (found - expected).norm() <= limit * expected.norm(), side.name
 
 
 def test_a_process_runs_answers_and_says_what_went_wrong() -> None:
@@ -210,16 +277,17 @@ def test_results_become_tables(tmp_path) -> None:
         small("lstm"),
         [Times("slow", 3.0, [0.2, 0.1, 0.4]), Times("fast", 60.0, [0.05])],
     )
+    write(tmp_path, "bilevel-100", 1, small("bilevel-100"), [Times("rough", 1.0, [0.1], 0.123)])
     points = [
         Memory("slow", 10, 10 * 2**20, 1, 1.0),
         Memory("slow", 20, 30 * 2**20, 1, 2.0),
         Memory("slow", 40, 2**31, None, None),
     ]
     write(tmp_path, "lstm", 1, small("lstm"), points)
-    memory, times = read(tmp_path)
+    errors, memory, times = read(tmp_path)
     assert {"torch", "metaopt"} <= times["versions"].keys()
     assert "\n" not in times["problem"]["about"]
-    text = tables([memory, times])
+    text = tables([errors, memory, times])
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in text.splitlines()
@@ -227,6 +295,7 @@ def test_results_become_tables(tmp_path) -> None:
     ]
     assert ["slow", "200 ms", "100 ms to 400 ms", "1", "3 s"] in rows
     assert ["fast", "50 ms", "50 ms to 50 ms", "4", "60 s"] in rows
+    assert ["rough", "100 ms", "100 ms to 100 ms", "1", "1 s", "0.12"] in rows
     assert ["slow", "10 MiB, 1 s", "30 MiB, 2 s", "(would be 2 GiB)", "2 MiB"] in rows
     assert f"Measured on {times['date']}, at commit {times['commit']}, with metaopt" in text
 

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from contenders import problems
 from contenders.attention import Attention, gradient_of_gradient
 from contenders.large_model import Scale, adam_slopes
+from contenders.quadratics import Bilevel
 from metaopt.tasks.episode import Episode
 from optimizers import LSTMOptimizer
 
@@ -220,6 +221,21 @@ def logistic_regression(problem: problems.LogisticRegression) -> Run:
         outer.step()
 
     return again_and_again(step, dict(decay.named_parameters()), [model.w], inner, outer)
+
+
+def bilevel(problem: Bilevel) -> Run:
+    """By conjugate gradients."""
+    lower, upper, z, x = problem.data()
+    z.requires_grad_()
+    x.requires_grad_()
+
+    def run() -> dict[str, Tensor]:
+        v, direct = torch.autograd.grad(upper(z, x), [z, x])
+        slope = torch.autograd.grad(lower(z, x), [z], create_graph=True)
+        solution = conjugate_gradients(slope, [z], [v], problem.products)
+        return {"w": direct - torch.autograd.grad(slope, x, solution)[0]}
+
+    return run
 
 
 def many_tensors(problem: problems.ManyTensors) -> Run:

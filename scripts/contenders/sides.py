@@ -14,6 +14,7 @@ from contenders import problems
 from contenders.attention import Attention
 from contenders.large_model import Scale
 from contenders.problems import LogisticRegression
+from contenders.quadratics import Bilevel
 from contenders.short_steps import TrainerLoop
 
 BETTY_VERSION = "0.2.1"
@@ -31,12 +32,15 @@ class Side:
         options: how it is to do it.
         lengths: numbers of inner steps, or of whatever `Comparison.length` names, for which its
             memory is measured.
+        error: by how much its gradient may differ from the exact one, of its norm, where the
+            problem has one; an approximation must only be better than no gradient.
     """
 
     name: str
     module: str
     options: dict[str, Any] = field(default_factory=dict)
     lengths: Sequence[int] = ()
+    error: float = 1e-6
 
     @property
     def missing(self) -> str | None:
@@ -67,7 +71,7 @@ class Comparison:
     sides: Sequence[Side]
     tolerance: float = 1e-4
     """by how much a tensor of the gradient may differ, of its norm: float32, and sums in another
-    order
+    order. Where the problem has an exact gradient, each side's `error` says it
     """
     function: str | None = None
     """of each library's module; by default the comparison's name"""
@@ -110,6 +114,31 @@ def at_scale(problem: Scale) -> Comparison:
     ]
     # The finite difference divides the rounding of float32 by its radius.
     return Comparison(problem, sides, 3e-2, "scale", needs="transformers", repeats=3)
+
+
+def differentiated(rule: str, error: float = 1e-6) -> Side:
+    """Return our side that differentiates a solution by this rule."""
+    return Side(f"metaopt, {rule}", "with_metaopt", {"rule": rule}, error=error)
+
+
+def on_quadratics(problem: Bilevel, *rough: Side) -> Comparison:
+    """Return a comparison of exact solvers, and of approximations."""
+    exact = [
+        Side("PyTorch by hand, CG", "by_hand"),
+        Side("Betty, its CG mended", "with_betty", {"rule": "cg"}),
+        *map(differentiated, ("CG", "GMRES", "BiCGStab", "NystromCG", "Direct")),
+    ]
+    return Comparison(problem, [*exact, *rough], function="bilevel", repeats=3)
+
+
+ROUGH = [differentiated(rule, 1.0) for rule in ("Neumann", "Nystrom", "T1T2")]
+AS_ROUGH = [  # of the same errors, but for truncation's
+    Side("Betty, Neumann", "with_betty", {"rule": "neumann"}, error=1.0),
+    *(
+        differentiated(rule, 1.0)
+        for rule in ("Backprop", "Backprop, truncated", "FiniteDifference", "SAMA")
+    ),
+]
 
 
 COMPARISONS = {
@@ -215,6 +244,8 @@ COMPARISONS = {
     "scale-sama": at_scale(Scale("sama")),
     "scale-darts-frozen": at_scale(Scale("darts", batch=64, frozen=4)),
     "scale-sama-frozen": at_scale(Scale("sama", batch=64, frozen=4)),
+    "bilevel-100": on_quadratics(Bilevel(1e2, products=90), *ROUGH, *AS_ROUGH),
+    "bilevel-10000": on_quadratics(Bilevel(1e4, products=700), *ROUGH),
 }
 
 

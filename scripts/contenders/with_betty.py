@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from contenders import problems
 from contenders.by_hand import Run, again_and_again
 from contenders.large_model import Scale, adam_slopes
+from contenders.quadratics import Bilevel
 
 BATCHES = 1000  # in its data loader, which is begun again when it ends
 
@@ -137,6 +138,33 @@ def logistic_regression(problem: problems.LogisticRegression) -> Run:
     lower = Lower("lower", config, model, inner, train_data_loader=[train] * BATCHES)
     upper = upper_problem(Upper, problem.decay(), problem.outer_lr, validation)
     return hypergradients(lower, upper, problem.steps)
+
+
+def bilevel(problem: Bilevel, *, rule: str) -> Run:
+    """One step of the engine, which stays at the solution, with its rule "cg" or "neumann"."""
+    mend_conjugate_gradients()
+    lower_loss, upper_loss, z, x = problem.data()
+
+    class Lower(ImplicitProblem):
+        def training_step(self, batch: Any) -> Tensor:
+            return lower_loss(self.module.w, self.upper.module.w)
+
+    class Upper(ImplicitProblem):
+        def training_step(self, batch: Any) -> Tensor:
+            return upper_loss(self.lower.module.w, self.module.w)
+
+    model = problems.Vector(z)
+    inner = torch.optim.SGD(model.parameters(), problem.lr)
+    config = Config(
+        type=rule,
+        cg_iterations=problem.products,
+        neumann_iterations=problem.products - 1,  # its series has one term more
+        neumann_alpha=problem.lr,
+    )
+    nothing = torch.empty(0)
+    lower = Lower("lower", config, model, inner, train_data_loader=[nothing] * BATCHES)
+    upper = upper_problem(Upper, problems.Vector(x), problem.outer_lr, nothing)
+    return hypergradients(lower, upper, 1)
 
 
 def upper_problem(

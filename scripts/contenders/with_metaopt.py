@@ -15,6 +15,7 @@ from contenders import problems
 from contenders.attention import Attention, gradient_of_gradient
 from contenders.large_model import Scale
 from contenders.problems import next_byte_losses
+from contenders.quadratics import Bilevel
 from contenders.short_steps import Descent, TrainerLoop
 from metaopt import tree
 from metaopt._functional import Functional, Params
@@ -274,6 +275,40 @@ def logistic_regression(problem: problems.LogisticRegression) -> Run:
         upper=decay, lower=model, steps=problem.steps, start="restart", differentiate=rule
     )
     return hypergradients(mo.LevelGraph([edge]), "decay")
+
+
+def bilevel(problem: Bilevel, *, rule: str) -> Run:
+    """One step, which stays at the solution; backpropagation goes through several such steps."""
+    lower, upper, start, x = problem.data()
+    x.requires_grad_()
+    products, rank, ends = problem.products, problem.rank, {"rtol": 1e-9}
+    middle = problem.condition**-0.5  # of the eigenvalues
+    rules: dict[str, Rule] = {
+        "CG": mo.Implicit(mo.ConjugateGradient(products, rtol=0.0)),
+        "GMRES": mo.Implicit(mo.GMRES(products, **ends)),
+        "BiCGStab": mo.Implicit(mo.BiCGStab(products, **ends)),
+        "NystromCG": mo.Implicit(mo.NystromCG(products, **ends, rank=rank)),
+        "Direct": mo.Implicit(mo.Direct()),
+        "Neumann": mo.Implicit(mo.Neumann(problem.lr, products)),
+        "Nystrom": mo.Implicit(mo.Nystrom(rank, damping=middle)),
+        "Backprop": mo.Backprop(),
+        "Backprop, truncated": mo.Backprop(),
+        "T1T2": mo.T1T2(scale="lr"),
+        "FiniteDifference": mo.FiniteDifference(scale="lr"),
+        "SAMA": mo.SAMA(),
+    }
+    steps = {"Backprop": products, "Backprop, truncated": problem.window}.get(rule, 1)
+
+    def loss(z: Tensor, batch: None, x: Tensor) -> Tensor:
+        return lower(z, x)
+
+    def run() -> dict[str, Tensor]:
+        out = mo.minimize(
+            loss, SGD(problem.lr), start, None, steps=steps, meta=x, differentiate=rules[rule]
+        )
+        return {"w": torch.autograd.grad(upper(out.params, x), x)[0]}
+
+    return run
 
 
 def hypergradients(graph: mo.LevelGraph, level: str) -> Run:
