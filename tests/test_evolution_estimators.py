@@ -262,7 +262,6 @@ def mean_of(estimator: Any, horizon: int, cycles: int) -> tuple[float, float]:
 ROWS = [
     (mo.MeanLoss(), 21, 5, 210),  # sum_{t < 21} t
     (mo.MeanLoss(), 21, 7, 210),
-    (mo.MeanLoss(), 21, 1, 210),
     (mo.MeanLoss(), 8, 20, 28),
     (mo.LastLoss(), 20, 5, 20),
     (mo.MeanLoss(), 12, 1, 66),

@@ -14,7 +14,7 @@ import metaopt
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 1.15
-RUNS = 5
+RUNS = 3
 NEEDED = {"metaopt", "einops", "safetensors", "tqdm"}  # beyond what torch imports itself
 
 
