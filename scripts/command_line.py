@@ -35,6 +35,7 @@ def run(
     about: str | None = None,
     *,
     shares: bool = True,
+    has_checkpoints: bool = True,
 ) -> NoReturn:
     """Read the arguments, save the configuration, call `main` with it, and leave.
 
@@ -43,9 +44,12 @@ def run(
         config: a dataclass; or several by the name of a subcommand.
         about: text for `--help`; by default the docstring of the dataclass.
         shares: whether several processes share its work, see `run_on_ranks`.
+        has_checkpoints: whether it leaves some in its folder. Of those that do not, the folder may
+            be that of a training, whose checkpoints are none of theirs.
     """
     found = parse(config, sys.argv[1:], about)
-    _require_fresh(found)
+    if has_checkpoints:
+        _require_fresh(found)
     if is_first_rank():
         show(found)
     try:

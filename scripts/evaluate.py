@@ -178,4 +178,4 @@ def compare(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, Config, shares=False)
+    command_line.run(main, Config, shares=False, has_checkpoints=False)

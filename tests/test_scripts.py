@@ -256,6 +256,22 @@ def test_a_missing_weights_file_is_named(tmp_path) -> None:
         evaluate.main(evaluate.Config(weights=(tmp_path / "nowhere.safetensors",), out=tmp_path))
 
 
+def test_the_demo_compares_in_the_folder_of_its_training(tmp_path, monkeypatch) -> None:
+    """Its second command finds the checkpoints of the first, which are no matter of its."""
+    train, compare = (
+        line.split()[1:]
+        for line in (ROOT / "scripts/demo").read_text().splitlines()
+        if line.startswith(".venv/bin/python")
+    )
+    folder = tmp_path / train[train.index("--out") + 1]
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/step-00000001.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", compare)
+    with pytest.raises(FileNotFoundError, match=r"No weights file at runs/demo"):
+        runpy.run_path(str(ROOT / compare[0]), run_name="__main__")
+
+
 def test_install_says_in_one_line_what_is_wrong(tmp_path) -> None:
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts/install", tmp_path / "scripts")
