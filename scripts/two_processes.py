@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -67,10 +68,10 @@ def make_maml() -> Callable[[], Any]:
     return lambda: meta_gradient(net.params, tasks)
 
 
-def make_pes() -> Callable[[], Any]:
-    """Return a step: an estimate by 32 pairs of a learned optimizer that trains on digits."""
+def make_pes(pairs: int) -> Callable[[], Any]:
+    """Return a step: an estimate by pairs of a learned optimizer that trains on digits."""
     torch.manual_seed(0)
-    estimator = mo.PES(0.01, pairs=32, window=5, chunk_size=16)
+    estimator = mo.PES(0.01, pairs=pairs, window=5, chunk_size=16)
     return mo.MetaTraining(
         MLPOptimizer(hidden_size=16),
         mo.tasks.DigitsMLP(),
@@ -83,7 +84,11 @@ def make_pes() -> Callable[[], Any]:
 def measure_speed_up(ranks: mo.Ranks, turns: int = 9) -> str:
     """Return the table of one process, whose other rank waits, and of two."""
     rows = []
-    for name, make in (("MAML, conv-4, 8 tasks", make_maml), ("PES, 32 pairs, digits", make_pes)):
+    for name, make in (
+        ("MAML, conv-4, 8 tasks", make_maml),
+        ("PES, 32 pairs, digits", partial(make_pes, 32)),
+        ("PES, 128 pairs, digits", partial(make_pes, 128)),
+    ):
         with work_alone():
             one = make()
 
