@@ -1,6 +1,6 @@
 """MAML++: an initialisation, a rate and a batch norm for each step, learned together.
 
-    python examples/maml_plus_plus.py                             # 200 meta-steps: docs/results.md
+    python examples/maml_plus_plus.py                             # 200 meta-steps: docs/pages/results.md
     python examples/maml_plus_plus.py --steps 20 --test-tasks 20  # a look
 
 The rates differ from layer to layer. A task is to tell five turned digits apart, from one image of

@@ -1,6 +1,6 @@
 """Meta-weight-net as its authors programmed it.
 
-    python examples/virtual_step.py                        # as in docs/results.md
+    python examples/virtual_step.py                        # as in docs/pages/results.md
     python examples/virtual_step.py --seeds 1 --steps 50   # a look
 
 The hypergradient goes through a virtual step of plain SGD. Then comes the real step. Each iteration

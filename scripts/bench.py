@@ -6,7 +6,7 @@ python scripts/bench.py lstm transformer --write
 Before anything is timed, every side's gradient is compared with that of the first, or where it is
 known with the exact one; a difference ends the run. Results go to `--out`, where later runs add
 theirs; the tables show all that is there. `--write` publishes them: a line for each in
-benchmarks/history.jsonl, the README's ratios, and the tables in docs/benchmarks.md, which then has
+benchmarks/history.jsonl, the README's ratios, and the tables in docs/pages/benchmarks.md, which then has
 these and no others.
 """
 
@@ -80,7 +80,7 @@ class Config:
     out: Path = Path("runs/bench")
     """folder for the results"""
     write: bool = False
-    """publish all results in `out`: docs/benchmarks.md, benchmarks/history.jsonl, README.md"""
+    """publish all results in `out`: docs/pages/benchmarks.md, benchmarks/history.jsonl, README.md"""
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.repeats < 1:

@@ -1,7 +1,7 @@
 """What became of `bench.py`'s figures from run to run, and the three ratios that the README shows.
 
 `benchmarks/history.jsonl` has one line for each table that was ever published: the newest line of a
-comparison is what `docs/benchmarks.md` shows.
+comparison is what `docs/pages/benchmarks.md` shows.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def read(out: Path) -> list[dict[str, Any]]:
 def publish(results: list[dict[str, Any]], root: Path = ROOT) -> None:
     """Publish results: tables, a line for each in the history, and the README's ratios.
 
-    They go to `docs/benchmarks.md`, `benchmarks/history.jsonl` and `README.md`.
+    They go to `docs/pages/benchmarks.md`, `benchmarks/history.jsonl` and `README.md`.
 
     Raises:
         ValueError: the markers are not there, or a comparison that the README shows was never
@@ -96,7 +96,7 @@ def publish(results: list[dict[str, Any]], root: Path = ROOT) -> None:
     """
     lines = record(root / "benchmarks" / "history.jsonl", results)
     for name, marker, text in (
-        ("docs/benchmarks.md", "bench", tables(results)),
+        ("docs/pages/benchmarks.md", "bench", tables(results)),
         ("README.md", "ratios", headlines(lines)),
     ):
         (root / name).write_text(between((root / name).read_text(), marker, text))

@@ -634,7 +634,7 @@ def what_ranks_have_apart_is_refused(ranks: Ranks) -> None:
 
 @check
 def messages_are_those_of_the_formulas(ranks: Ranks) -> None:
-    """What docs/scaling.md predicts from."""
+    """What docs/pages/guides/many-processes.md predicts from."""
     for name, *found in import_module("scaling").count_messages():
         assert found[:2] == found[2:], name
 

@@ -392,11 +392,11 @@ def test_publishing_fills_the_pages(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"no place for the tables\. Put `<!-- bench -->`"):
         between("nothing", "bench", "new")
 
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "benchmarks.md").write_text("<!-- bench --><!-- /bench -->")
+    (tmp_path / "docs" / "pages").mkdir(parents=True)
+    (tmp_path / "docs" / "pages" / "benchmarks.md").write_text("<!-- bench --><!-- /bench -->")
     (tmp_path / "README.md").write_text("<!-- ratios --><!-- /ratios -->")
     publish(RESULTS, tmp_path)
-    assert "2026-01-02, at commit abc" in (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "2026-01-02, at commit abc" in (tmp_path / "docs" / "pages" / "benchmarks.md").read_text()
     assert "MAML on sine waves" in (tmp_path / "README.md").read_text()
     assert len((tmp_path / "benchmarks" / "history.jsonl").read_text().splitlines()) == 3
 
@@ -418,7 +418,7 @@ def test_the_tables_of_the_benchmarks_are_those_of_the_last_run() -> None:
     from bench_history import read
     from bench_report import duration, size
 
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    page = (ROOT / "docs" / "pages" / "benchmarks.md").read_text()
     rows = {
         tuple(cell.strip() for cell in line.strip("|").split("|"))
         for line in page.splitlines()

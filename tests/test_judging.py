@@ -96,9 +96,9 @@ def test_speed_and_divergence() -> None:
 def test_publishing_adds_to_what_is_known(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
     judging = importlib.import_module("judging")
-    places = {"README.md": ["carrying over"], "docs/results.md": ["carrying over", "specialists"]}
+    places = {"README.md": ["carrying over"], "docs/pages/results.md": ["carrying over", "specialists"]}
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "pages").mkdir(parents=True)
     for name, markers in places.items():
         (tmp_path / name).write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in markers))
     low, high = constant([[1.0, 1.0]] * 2), constant([[2.0, 2.0]] * 2)
@@ -108,7 +108,7 @@ def test_publishing_adds_to_what_is_known(tmp_path: Path, monkeypatch: Any) -> N
     second = {family: {**adam, "lstm": constant([[3.0, 3.0]] * 2)} for family in ("wine", "conv")}
     judging.publish(mo.Judgement(second, "Adam"), tmp_path)
 
-    page = (tmp_path / "docs/results.md").read_text()
+    page = (tmp_path / "docs/pages/results.md").read_text()
     general, special = page.split("<!-- specialists -->")
     assert "| wine | 2.0000 | 2.0000 | 1.0000 |" in general
     assert "lstm" not in general
@@ -266,7 +266,7 @@ def test_the_tables_of_what_carries_over_are_those_of_the_last_run(monkeypatch) 
     import judging
 
     figures = json.loads((root / judging.FIGURES).read_text())
-    for page, columns in (("README.md", judging.OF_README), ("docs/results.md", None)):
+    for page, columns in (("README.md", judging.OF_README), ("docs/pages/results.md", None)):
         assert judging.markdown(figures, columns) in (root / page).read_text(), page
 
 

@@ -20,7 +20,19 @@ import metaopt
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def name_of(page: Path) -> str:
+    """Return "guides/levels" for docs/pages/guides/levels.md."""
+    top = ROOT / "docs" / "pages"
+    return str(page.relative_to(top if top in page.parents else ROOT).with_suffix(""))
+
+
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs" / "pages").rglob("*.md")),
+]
 PROGRAMS = [page for page in PAGES if BLOCK.search(page.read_text())]
 
 
@@ -30,7 +42,7 @@ def _default_dtype():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PROGRAMS, ids=name_of)
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # torch's own, at its first compilation
 def test_the_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypatch) -> None:
     """What a page shows in a block of text after a program is what the program prints."""
@@ -59,11 +71,11 @@ def test_the_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monk
 
 def test_pages_with_programs() -> None:
     names = {page.name for page in PROGRAMS}
-    assert {"README.md", "minimize.md", "optimizers.md", "maml.md", "levels.md"} <= names
-    assert {"learned-optimizers.md", "interop.md", "extending.md"} <= names
+    assert {"README.md", "long-loops.md", "optimizers.md", "maml.md", "levels.md"} <= names
+    assert {"learned-optimizers.md", "wrap-a-model.md"} <= names
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_and_links_lead_somewhere(page) -> None:
     text = page.read_text()
     for command in re.findall(r"((?:scripts|examples)/[a-z_]+(?:\.py)?)\b", text):
@@ -86,7 +98,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 def test_the_layout_names_every_module() -> None:
     """Of the first level; what is inside a package is its own matter."""
-    layout = (ROOT / "docs" / "architecture.md").read_text()
+    layout = (ROOT / "docs" / "pages" / "architecture.md").read_text()
     layout = layout[layout.index("## The layout") : layout.index("## How to add")]
     named = set(re.findall(r"\w+", layout))
     modules = {path.stem for path in (ROOT / "metaopt").iterdir() if not path.name.startswith("__")}
