@@ -1,6 +1,6 @@
 """Data distillation: a few images, learned so that others can learn to read digits from them.
 
-    python examples/data_distillation.py   # 200 meta-steps, as in docs/pages/results.md
+    python examples/data_distillation.py   # 200 meta-steps, as in the results
     python examples/data_distillation.py --steps 40 --learners 4   # a look
 
 The "learner" makes 10 full-batch SGD steps on the synthetic images, always from fresh random

@@ -1,6 +1,6 @@
 """Implicit MAML on few-shot digits: the meta-gradient without remembering how a task was learned.
 
-    python examples/implicit_maml.py   # 100 meta-steps, as in docs/pages/results.md
+    python examples/implicit_maml.py   # 100 meta-steps, as in the results
     python examples/implicit_maml.py --steps 20 --tasks 8 --test-tasks 50   # a look
 
 Each task is to tell 5 digits apart, in a random order, from one image of each. A network adapts to

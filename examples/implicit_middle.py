@@ -1,6 +1,6 @@
 """Regularisation that is learned to be learned.
 
-    python examples/implicit_middle.py   # 30 meta-steps, as in docs/pages/results.md
+    python examples/implicit_middle.py   # 30 meta-steps, as in the results
     python examples/implicit_middle.py --steps 1 --copies 4 --test-tasks 10     # a look
 
 An implicit middle level stands under a top level that unrolls it. Each task is to tell two

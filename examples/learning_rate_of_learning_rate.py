@@ -1,6 +1,6 @@
 """The learning rate of the learning rate, itself learned: three composed unrolls.
 
-    python examples/learning_rate_of_learning_rate.py   # 40 meta-meta-steps, as in docs/pages/results.md
+    python examples/learning_rate_of_learning_rate.py   # 40 meta-meta-steps, as in the results
     python examples/learning_rate_of_learning_rate.py --steps 3      # a look
 
 - "learner", a network on the handwritten digits, makes SGD steps with a learning rate alpha;

@@ -1,7 +1,7 @@
 """MAML++: an initialisation, a rate and a batch norm for each step, learned together.
 
-    python examples/maml_plus_plus.py                             # 200 meta-steps: docs/pages/results.md
-    python examples/maml_plus_plus.py --steps 20 --test-tasks 20  # a look
+    python examples/maml_plus_plus.py                            # 200 meta-steps, as in the results
+    python examples/maml_plus_plus.py --steps 20 --test-tasks 20 # a look
 
 The rates differ from layer to layer. A task is to tell five turned digits apart, from one image of
 each, by 5 gradient steps. To MAML, Antoniou, Edwards and Storkey (ICLR 2019, arXiv:1810.09502) add

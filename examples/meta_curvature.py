@@ -1,6 +1,6 @@
 """Meta-Curvature: an initialisation and a transformation of each layer's gradient.
 
-    python examples/meta_curvature.py   # 1200 meta-steps, as in docs/pages/results.md
+    python examples/meta_curvature.py   # 1200 meta-steps, as in the results
     python examples/meta_curvature.py --steps 100 --test-tasks 50   # a look
 
 They are learned together. A task is to tell five turned digits apart, from one image of each, by 3

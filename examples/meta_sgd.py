@@ -1,6 +1,6 @@
 """Meta-SGD: an initialisation, and a step size for each entry of each parameter, learned together.
 
-    python examples/meta_sgd.py                                # 2000 meta-steps: docs/pages/results.md
+    python examples/meta_sgd.py                                # 2000 meta-steps, as in the results
     python examples/meta_sgd.py --steps 100 --test-tasks 100   # a look
 
 A task is a sine wave, seen at 10 points; the network adapts by one step w - a * grad L(w). MAML

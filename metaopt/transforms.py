@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,25 @@ def unwrap(tensor: Tensor) -> Tensor:
     while torch_internals.is_wrapped(tensor):
         tensor = torch_internals.unwrapped(tensor)
     return tensor
+
+
+def find_overlapping(leaves: Sequence[Tensor]) -> set[int]:
+    """Return the places of the tensors that have memory in common with another one."""
+    found: set[int] = set()
+    last, reach = -1, -1  # of those before, the one that goes furthest
+    for (begin, end), place in sorted((_span(leaf), place) for place, leaf in enumerate(leaves)):
+        if begin < reach and begin < end:
+            found |= {last, place}
+        if end > reach:
+            last, reach = place, end
+    return found
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return (first, end) of the addresses that a tensor's entries lie at."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    begin = tensor.data_ptr()
+    return begin, begin + (reach + 1) * tensor.element_size() if tensor.numel() else begin
 
 
 def is_sharded(leaf: Any) -> bool:

@@ -92,14 +92,28 @@ class Adam(WithBetas):
             return super().move(grads, params, slots, hyper, step)
         moved = [w.clone() for w in params]
         after = {name: [memory.clone() for memory in slot] for name, slot in slots.items()}
-        memories = after["mean"], after["square"], after.get("largest", [])
+        self._move_fused(grads, moved, after, hyper, step)
+        return moved, after
+
+    def move_in_place(
+        self, grads: Leaves, params: Leaves, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> Slots:
+        if not self._is_fused([grads, params, *slots.values()], hyper):
+            return super().move_in_place(grads, params, slots, hyper, step)
+        self._move_fused(grads, params, slots, hyper, step)
+        return slots
+
+    def _move_fused(
+        self, grads: Leaves, params: Leaves, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> None:
+        """Move parameters and slots in place, by one operation of torch."""
+        memories = slots["mean"], slots["square"], slots.get("largest", [])
         steps = [step.to("cpu", torch.float32)] * len(grads)
         options = {name: hyper[name] for name in ("lr", "beta1", "beta2", "weight_decay", "eps")}
         step_in_place = fused_adamw_ if isinstance(self, AdamW) else fused_adam_
         step_in_place(
-            moved, grads, *memories, steps, amsgrad=self.amsgrad, maximize=False, **options
+            params, grads, *memories, steps, amsgrad=self.amsgrad, maximize=False, **options
         )
-        return moved, after
 
     def _is_fused(self, rows: Sequence[Leaves], hyper: Hyper) -> bool:
         """Return True if torch has all of it as one operation, and that is faster.
@@ -139,17 +153,22 @@ class Adam(WithBetas):
             spread = [torch.maximum(old, v) for old, v in pairs]
             # of two equal ones autograd gives each a half
             shares = [((v > old) * 0.5 + (v >= old) * 0.5).to(v.dtype) for old, v in pairs]
+        # With s^2 = 1 - beta2^t, R = s r and D = s d it is scale s (1 - beta1 - (1 - beta2) m g /
+        # (R D)) / D: a pass less over the entries.
         bias = bias_correction(hyper["beta2"], step, grads[0])
-        scale = -hyper["lr"] / bias_correction(hyper["beta1"], step, grads[0])
-        of_mean, of_square = 1 - hyper["beta1"], (1 - hyper["beta2"]) / bias
+        s = bias**0.5
+        scale = -hyper["lr"] * s / bias_correction(hyper["beta1"], step, grads[0])
+        of_mean, of_square = 1 - hyper["beta1"], 1 - hyper["beta2"]
         found = []
         # in place, for the caches
         for g, m, v, share in zip(grads, after["mean"], spread, shares, strict=True):
-            root = v / bias
-            if not is_zero(hyper["eps_root"]):
-                root += hyper["eps_root"]
-            denominator = root.sqrt_() + hyper["eps"]
-            slope = (m * g).div_(root * denominator).masked_fill_(root == 0, 0)
+            if is_zero(hyper["eps_root"]):
+                root = v.sqrt()
+            else:
+                root = (v + hyper["eps_root"] * bias).sqrt_()
+            denominator = root + hyper["eps"] * s
+            # 0 / 0 and x / 0 where r = 0; a mask takes longer than the rest
+            slope = (m * g).div_(root.mul_(denominator)).nan_to_num_(0.0, 0.0, 0.0)
             slope.mul_(-of_square * share).add_(of_mean).div_(denominator)
             found.append(slope.mul_(scale))
         return found

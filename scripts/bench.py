@@ -6,8 +6,8 @@ python scripts/bench.py lstm transformer --write
 Before anything is timed, every side's gradient is compared with that of the first, or where it is
 known with the exact one; a difference ends the run. Results go to `--out`, where later runs add
 theirs; the tables show all that is there. `--write` publishes them: a line for each in
-benchmarks/history.jsonl, the README's ratios, and the tables in docs/pages/benchmarks.md, which then has
-these and no others.
+benchmarks/history.jsonl, the README's ratios, and the tables in docs/pages/benchmarks.md, which
+then has these and no others.
 """
 
 from __future__ import annotations
@@ -44,10 +44,16 @@ Name = Literal[
     "trainer",
     "many-tensors",
     "attention",
+    "attention-causal",
+    "attention-masked",
     "scale-darts",
     "scale-sama",
+    "scale-darts-64",
+    "scale-sama-64",
     "scale-darts-frozen",
     "scale-sama-frozen",
+    "scale-darts-frozen-16",
+    "scale-sama-frozen-16",
     "bilevel-100",
     "bilevel-10000",
 ]
@@ -80,7 +86,7 @@ class Config:
     out: Path = Path("runs/bench")
     """folder for the results"""
     write: bool = False
-    """publish all results in `out`: docs/pages/benchmarks.md, benchmarks/history.jsonl, README.md"""
+    """publish all results in `out`, in benchmarks/history.jsonl and the pages that show them"""
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.repeats < 1:

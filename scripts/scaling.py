@@ -1,4 +1,6 @@
-"""What each way of sharing work costs, and how far it scales: the tables of docs/pages/guides/many-processes.md.
+"""What each way of sharing work costs, and how far it scales.
+
+It prints the tables of docs/pages/guides/many-processes.md.
 
 python scripts/scaling.py                                        # what the model predicts
 torchrun --nproc-per-node 2 scripts/scaling.py --measure         # what it is fitted to

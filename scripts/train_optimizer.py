@@ -37,7 +37,8 @@ TASKS = {
     "quadratics-50": (mo.tasks.Quadratics(dimension=50), 100),
 }
 VALIDATION_TASKS = {"quadratics": 512}  # 32 of the others
-# What is best known for backpropagation, by optimizer and task; docs/pages/results.md says what it gives.
+# What is best known for backpropagation, by optimizer and task; docs/pages/results.md says what it
+# gives.
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("lstm", "quadratics"): {
         "window": 5,

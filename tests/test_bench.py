@@ -52,13 +52,18 @@ def small(comparison: str) -> Any:
         ),
         "trainer": lambda: short_steps.TrainerLoop(batch=6, sizes=(5, 4, 3), steps=3),
         "many-tensors": lambda: problems.ManyTensors(layers=8, width=3, batch=4, steps=3),
-        "attention": lambda: attention.Attention(tokens=3, heads=2, width=4),
+        **{
+            f"attention{name}": lambda sees=sees: attention.Attention(
+                tokens=5, heads=2, width=4, sees=sees
+            )
+            for name, sees in (("", "all"), ("-causal", "causal"), ("-masked", "masked"))
+        },
         **{
             f"scale-{rule}{name}": lambda rule=rule, frozen=frozen: large_model.Scale(
                 rule, 4, 4, frozen, width=8, layers=2, vocabulary=11, hidden=4, radius=0.1
             )
             for rule in ("darts", "sama")
-            for name, frozen in (("", 0), ("-frozen", 1))
+            for name, frozen in (("", 0), ("-64", 0), ("-frozen", 1), ("-frozen-16", 1))
         },
         **{
             f"bilevel-{condition}": lambda condition=condition: quadratics.Bilevel(
@@ -84,10 +89,16 @@ NAMES = [
     "trainer",
     "many-tensors",
     "attention",
+    "attention-causal",
+    "attention-masked",
     "scale-darts",
     "scale-sama",
+    "scale-darts-64",
+    "scale-sama-64",
     "scale-darts-frozen",
     "scale-sama-frozen",
+    "scale-darts-frozen-16",
+    "scale-sama-frozen-16",
     "bilevel-100",
     "bilevel-10000",
 ]
@@ -396,7 +407,9 @@ def test_publishing_fills_the_pages(tmp_path) -> None:
     (tmp_path / "docs" / "pages" / "benchmarks.md").write_text("<!-- bench --><!-- /bench -->")
     (tmp_path / "README.md").write_text("<!-- ratios --><!-- /ratios -->")
     publish(RESULTS, tmp_path)
-    assert "2026-01-02, at commit abc" in (tmp_path / "docs" / "pages" / "benchmarks.md").read_text()
+    assert (
+        "2026-01-02, at commit abc" in (tmp_path / "docs" / "pages" / "benchmarks.md").read_text()
+    )
     assert "MAML on sine waves" in (tmp_path / "README.md").read_text()
     assert len((tmp_path / "benchmarks" / "history.jsonl").read_text().splitlines()) == 3
 

@@ -833,7 +833,7 @@ def test_a_shared_journal_keeps_all_that_is_known_of_a_trial(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("backend", [mo.BoTorch(), mo.Ax(seed=4)], ids=["BoTorch", "Ax"])
 def test_branin(backend: Any) -> None:
-    """The minimum is .398. Medians of five seeds after 20 trials are in docs/pages/guides/black-box.md.
+    """The minimum is .398. docs/pages/guides/black-box.md has medians of five seeds.
 
     Once a search is there it need not go on to trial 20.
     """

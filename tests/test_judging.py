@@ -96,7 +96,10 @@ def test_speed_and_divergence() -> None:
 def test_publishing_adds_to_what_is_known(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
     judging = importlib.import_module("judging")
-    places = {"README.md": ["carrying over"], "docs/pages/results.md": ["carrying over", "specialists"]}
+    places = {
+        "README.md": ["carrying over"],
+        "docs/pages/results.md": ["carrying over", "specialists"],
+    }
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "docs" / "pages").mkdir(parents=True)
     for name, markers in places.items():

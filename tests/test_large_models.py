@@ -20,6 +20,8 @@ import metaopt as mo
 from metaopt import spare, tree
 from metaopt.optimizer import blocks
 from metaopt.optimizer.precondition import precondition_by_vjp, precondition_in_blocks
+from metaopt.optimizer.trial import try_step
+from metaopt.transforms import find_overlapping
 from optimizers import SGD, Adam, AdamW, ClipNorm, ClipValue, Cosine, NAdam
 
 SHAPES = {"a": (3, 4), "b": (7,), "c": ()}
@@ -97,6 +99,188 @@ def test_an_update_in_blocks_is_the_same(name: str, all_is_large, monkeypatch) -
                 updates, _ = optimizer(gradients(step), state, params)
         found.append((params, state, updates))
     assert_close(found[0], found[1], 1e-14)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", CASES)
+def test_a_tried_step_is_the_step(name: str, all_is_large) -> None:
+    """Nothing moves before it is made, and then in its own memory."""
+    kind, settings = CASES[name]
+    optimizer, params = kind(**settings), draw(0)
+    state = optimizer.init(params)
+    with torch.no_grad():
+        for step in range(3):
+            before, grads = copy.deepcopy((params, state)), gradients(step)
+            expected = optimizer.moved(grads, state, params)
+            trial = try_step(optimizer, grads, state, params, None)
+            assert trial is not None
+            assert_close((params, state), before, 0)
+            assert_close(trial.params, expected[0], 1e-14)
+            tried, where = (
+                copy.deepcopy(trial.params),
+                [leaf.data_ptr() for leaf in params.values()],
+            )
+            state = trial.make()
+            assert_close(params, tried, 0)  # the same bits
+            assert_close(state, expected[1], 1e-14)
+            assert [leaf.data_ptr() for leaf in params.values()] == where
+
+
+def test_a_step_that_cannot_be_tried_is_made_at_once(all_is_large, monkeypatch) -> None:
+    params, grads = draw(0), gradients(0)
+
+    def attempt(optimizer: mo.Optimizer, **options: Any) -> Any:
+        return try_step(optimizer, grads, optimizer.init(params, **options), params, None)
+
+    with torch.no_grad():
+        assert attempt(Adam()) is not None
+        assert attempt(Adam({"b": 0.2, "*": 0.1})) is None
+        assert attempt(Adam(), per_parameter=True) is None
+        assert attempt(ClipNorm(1.0, Adam())) is None
+        monkeypatch.setattr(blocks, "LEAST_TOGETHER", 2**20)
+        assert attempt(Adam()) is None
+    assert attempt(Adam()) is None  # derivatives are recorded
+
+
+# The state of a graph
+
+
+def two_levels(rule: mo.Rule, optimizer: mo.Optimizer) -> tuple[nn.Module, mo.LevelGraph]:
+    """Return a model of weighed examples, and its graph; the third step's data has a nan."""
+    torch.manual_seed(0)
+    model, weights = nn.Linear(3, 1), nn.Linear(1, 1)
+    x, y = torch.randn(5, 3), torch.randn(5, 1)
+
+    def lower_loss(levels: Any, batch: Any) -> Tensor:
+        each = (levels.model(x) - y).square()
+        return (torch.sigmoid(levels.weights(each.detach())) * each).mean()
+
+    def upper_loss(levels: Any, batch: Any) -> Tensor:
+        return (levels.model(x) - batch).square().mean()
+
+    lower = mo.Level("model", model, lower_loss, optimizer)
+    clean = [y.flip(0), y, y * torch.nan]
+    upper = mo.Level("weights", weights, upper_loss, Adam(0.1), data=clean)
+    return model, mo.LevelGraph([mo.Edge(upper, lower, differentiate=rule)])
+
+
+POINT_RULES = [
+    mo.FiniteDifference(1e-4),
+    mo.FiniteDifference(1e-4, scale="lr"),
+    mo.SAMA(1e-4),
+    mo.SAMA(1e-4, at="last"),
+    mo.T1T2(),
+]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("rule", POINT_RULES, ids=str)
+@pytest.mark.parametrize("kind", [Adam, AdamW, NAdam])
+def test_a_graph_that_tries_its_steps_makes_the_same(rule, kind, all_is_large, monkeypatch) -> None:
+    found = []
+    for least in (0, 2**40):
+        monkeypatch.setattr(blocks, "LEAST_TOGETHER", least)
+        monkeypatch.setattr("optimizers.adam.LEAST_FUSED", least)
+        _, graph = two_levels(rule, kind(0.1))
+        metrics = [graph.step() for _ in range(2)]
+        found.append((metrics, graph.state_dict()))
+    assert_close(found[0], found[1], 1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("rule", POINT_RULES, ids=str)
+def test_a_step_that_fails_changes_nothing_of_a_large_model(rule, all_is_large) -> None:
+    model, graph = two_levels(rule, Adam(0.1))
+    graph.step()
+    graph.step()
+    before, shown = graph.state_dict(), copy.deepcopy(model.state_dict())
+    with pytest.raises(mo.NonFiniteError, match="level 'weights'"):
+        graph.step()
+    assert_close((graph.state_dict(), dict(model.state_dict())), (before, dict(shown)), 0)
+
+
+@pytest.mark.usefixtures("float64")
+def test_at_rest_there_is_only_the_next_step() -> None:
+    """A hypergradient is that of where the levels stand; a step is that of the one just made."""
+    next_, last = (two_levels(mo.SAMA(1e-4, at=at), Adam(0.1))[1] for at in ("next", "last"))
+    for _ in range(2):
+        assert_close(next_.hypergradient("weights"), last.hypergradient("weights"), 0)
+        last.step()
+        next_.load_state_dict(last.state_dict())
+    there = last.hypergradient("weights", after_steps=True)["weight"]
+    assert there != next_.hypergradient("weights", after_steps=True)["weight"]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("is_large", [True, False])
+def test_a_state_that_was_read_stays_as_it_is(is_large, all_is_large, monkeypatch) -> None:
+    monkeypatch.setattr(blocks, "LEAST_TOGETHER", 0 if is_large else 2**40)
+    model, graph = two_levels(mo.FiniteDifference(1e-4), Adam(0.1))
+    first, shown = graph.state_dict(), graph.params("model")
+    kept = copy.deepcopy((first, shown))
+    after = [graph.step()["weights/loss"] for _ in range(2)]
+    assert_close((first, shown), kept, 0)
+    graph.load_state_dict(first)
+    assert_close(dict(model.named_parameters()), shown, 0)
+    assert [graph.step()["weights/loss"] for _ in range(2)] == after
+    assert_close((first, shown), kept, 0)  # nor does it change by being loaded
+
+
+@pytest.mark.usefixtures("float64")
+def test_what_is_written_into_a_model_is_what_the_next_step_starts_from() -> None:
+    other, _ = two_levels(mo.FiniteDifference(1e-4), SGD(0.1))
+    with torch.no_grad():
+        other.weight += 1
+    model, graph = two_levels(mo.FiniteDifference(1e-4), SGD(0.1))
+    graph.step()
+    graph.load_state_dict(graph.state_dict())
+    before = graph.state_dict()
+    model.load_state_dict(other.state_dict())
+    assert_close(graph.params("model"), dict(other.named_parameters()), 0)
+    before["levels"]["weights"]["below"]["model"]["params"] = graph.params("model")
+    found = graph.step()
+    graph.load_state_dict({**before})
+    assert_close(graph.step(), found, 0)
+
+
+class Overlapping(nn.Module):
+    """Two parameters with entries in common, and one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        memory = torch.arange(5.0)
+        self.a, self.b = nn.Parameter(memory[:3]), nn.Parameter(memory[2:])
+        self.c = nn.Parameter(torch.ones(2))
+
+
+def test_parameters_in_the_same_memory_have_values_of_their_own() -> None:
+    memory = torch.zeros(10)
+    leaves = [memory[8:], memory[:4], memory[3:5], torch.zeros(3), memory[5:8], memory[:0]]
+    assert find_overlapping(leaves) == {1, 2}
+    assert find_overlapping([memory, memory[2:3], memory[4:5], memory[9:]]) == {0, 1, 2, 3}
+    model, upper = Overlapping(), nn.Linear(1, 1)
+
+    def loss(levels: Any, batch: Any) -> Tensor:
+        rate = levels.upper(torch.ones(1)).sum()
+        net = levels.model.params
+        return ((net["a"].sum() - 1) ** 2 + (net["b"].sum() - 3) ** 2 + net["c"].sum() ** 2) * rate
+
+    graph = mo.LevelGraph(
+        [
+            mo.Edge(
+                mo.Level("upper", upper, loss, SGD(0.0)),
+                mo.Level("model", model, loss, SGD(0.01)),
+                differentiate=mo.FiniteDifference(),
+            )
+        ]
+    )
+    assert graph.plan.held_by_models == {"upper"}
+    start = graph.params("model")
+    graph.step()
+    after = graph.params("model")
+    assert after["a"][2] != after["b"][0]
+    moved = after["a"] - start["a"]
+    assert_close(moved, moved[0].expand(3), 1e-6)
 
 
 # Preconditioners

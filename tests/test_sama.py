@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,6 +109,70 @@ def test_the_preconditioner_is_the_derivative_of_the_update(name: str) -> None:
                     mo.tree.ravel(x), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max())
                 )
         params, state = mo.apply_updates(params, updates), after
+
+
+@float64
+def test_sama_at_the_last_step_is_its_formula() -> None:
+    """[d grad_w L(w_7)]' D' v, with D of the step from w_6 to w_7."""
+    bilevel, rule = logistic(), mo.SAMA(1e-4, at="last")
+    meta = leaf(bilevel.meta)
+
+    def train(steps: int, rule: mo.Rule) -> Any:
+        optimizer = Adam(0.1, eps=1e-2)
+        return mo.minimize(
+            bilevel.loss,
+            optimizer,
+            bilevel.start,
+            bilevel.batch,
+            steps=steps,
+            meta=meta,
+            differentiate=rule,
+        )
+
+    out = train(7, rule)
+    (bar,) = torch.autograd.grad(bilevel.outer(out.params), meta)
+
+    with torch.no_grad():
+        before = train(6, rule)
+    w = leaf(out.params)
+    (v,) = torch.autograd.grad(bilevel.outer(w), w)
+    g = leaf(grad(bilevel.loss)(before.params, bilevel.batch, bilevel.meta))
+    h = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-2, "eps_root": 0.0}
+    after, _ = adam(7, before.params, g, h, before.opt_state["slots"])
+    (x,) = torch.autograd.grad((after * v).sum(), g)
+    at = leaf(bilevel.meta)
+    (slope,) = torch.autograd.grad(bilevel.loss(w, bilevel.batch, at), w, create_graph=True)
+    (expected,) = torch.autograd.grad((slope * x).sum(), at)
+    assert_close(bar, expected, 1e-7)  # radius 1e-4
+
+
+@float64
+def test_sama_at_the_last_step_can_be_differentiated_again() -> None:
+    """In what the loss reads, of which D is a function too."""
+    bilevel, rule = logistic(), mo.SAMA(1e-4, at="last")
+    args = (bilevel.loss, Adam(0.1, eps=1e-2), bilevel.start, bilevel.batch)
+    loop, _ = recorded(*args, steps=7, meta=bilevel.meta)
+    with torch.no_grad():
+        _, end = rule._run(loop)
+    v = torch.linspace(-1, 1, bilevel.start.numel()).view_as(bilevel.start)
+
+    def pull(meta: Tensor) -> Tensor:
+        here = replace(loop, inputs={**loop.inputs, "meta": meta})
+        in_read = {name: name == "meta" for name in ("meta", "loss", "batch")}
+        return rule.pull_back(here, end, v, (in_read, False))[0][0]["meta"].square().sum()
+
+    meta = leaf(bilevel.meta)
+    (slope,) = torch.autograd.grad(pull(meta), meta)
+    with torch.enable_grad():  # as where it is recorded: the gradient moves with the weights
+        e = 1e-5 * torch.randn(meta.shape, generator=torch.Generator().manual_seed(0))
+        ahead, behind = pull(leaf(bilevel.meta + e)), pull(leaf(bilevel.meta - e))
+    assert_close((slope * e).sum(), (ahead - behind).detach() / 2, 1e-4)
+
+
+def test_sama_refuses_other_steps() -> None:
+    with pytest.raises(ValueError, match='SAMA: `at` must be "next" or "last", got \'first\''):
+        mo.SAMA(at="first")
+    assert mo.SAMA() == mo.SAMA(at="next") != mo.SAMA(at="last")
 
 
 @float64

@@ -62,6 +62,10 @@ class FiniteDifference(PointRule):
         check_positive(self, "radius", self.radius)
         check_scale(self, self.scale)
 
+    @property
+    def needs_memory(self) -> bool:
+        return self.scale == "lr"
+
     def pull_back(
         self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
     ) -> tuple[Read, dict[str, Tensor]]:

@@ -19,7 +19,7 @@ from metaopt.compiled import compile_whole
 from metaopt.differentiate.arguments import Scale
 from metaopt.differentiate.protocol import Given, InnerLoop, Inputs, Pullback, Result, Rule
 from metaopt.differentiate.statistics import say
-from metaopt.differentiate.steps import run
+from metaopt.differentiate.steps import LastStep, run_noting_last
 from metaopt.scan.stream import Stream, last_row
 from metaopt.transforms import has_tangent
 from metaopt.tree import Tree
@@ -28,11 +28,19 @@ Read = tuple[Any, Tree]  # inputs without the optimizer, batch: what a loss read
 
 
 class End(NamedTuple):
-    """Where a loop ended: the last parameters and state, and the batch of the last step."""
+    """Where a loop ended.
+
+    Attributes:
+        params: the last parameters.
+        state: the last state.
+        batch: the batch of the last step.
+        last: the last step, for a rule that looks back; None if there was none.
+    """
 
     params: Tree
     state: Any
     batch: Tree
+    last: LastStep | None = None
 
 
 class PointRule(Rule):
@@ -47,9 +55,16 @@ class PointRule(Rule):
         looks_around: whether it evaluates the loss at other parameters too, as differences do. In a
             graph, levels below then make their steps for each evaluation; else they stay where they
             are, and their derivatives say how they would move.
+        looks_back: whether it looks at the last step, `End.last`, too.
     """
 
     looks_around = False
+    looks_back = False
+
+    @property
+    def needs_memory(self) -> bool:
+        """Whether `pull_back` looks at the optimizer's state at the end."""
+        return True
 
     def pull_back(
         self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
@@ -81,9 +96,8 @@ class PointRule(Rule):
         given = loop.given() if is_stream else None
         loop = loop.starting_from(given) if given is not None else loop
         before = _random_state(loop)
-        result = run(loop)
+        result, end = self._run(loop)
         loop = _after_run(loop, before)
-        end = End(result.params, result.state, last_row(loop.batches))
         winds_back = loop.is_random and not torch.compiler.is_compiling()
         ambient = Ambient.now(tree.leaves((loop.inputs, *end))) if winds_back else None
 
@@ -107,10 +121,17 @@ class PointRule(Rule):
         """Run without a graph; `pull_back` is the derivative of the last parameters."""
         with noting_modes() as modes:
             before = _random_state(loop)
-            result = run(loop)
+            result, end = self._run(loop)
             loop = _after_run(loop, before)
-        end = End(result.params, result.state, last_row(loop.batches))
         return result._replace(params=self.attach_at(loop, end, modes))
+
+    def _run(self, loop: InnerLoop) -> tuple[Result, End]:
+        """Run the loop without a graph; return its result, and what the rule looks at."""
+        # a compiled loop says nothing of its steps
+        noted = replace(loop, compile=False) if self.looks_back else loop
+        result, last = run_noting_last(noted)
+        batch = last_row(loop.batches)
+        return result, End(result.params, result.state, batch, last if self.looks_back else None)
 
     def attach_at(self, loop: InnerLoop, end: End, modes: Modes | None = None) -> Tree:
         """Return the last parameters with the derivative that the rule gives them.
@@ -124,23 +145,24 @@ class PointRule(Rule):
 
         def pull_back(
             params: Tree,
-            given: tuple[Inputs, Any, Tree],
+            given: tuple[Inputs, Any, Tree, Any],
             cotangent: Tree,
-            wanted: tuple[Inputs, Any, Tree],
+            wanted: tuple[Inputs, Any, Tree, Any],
         ) -> Tree:
-            (inputs, state, batch), (in_inputs, in_state, in_batch) = given, wanted
+            (inputs, *fixed, batch), (in_inputs, *in_fixed, in_batch) = given, wanted
             in_read = (read_by_loss(in_inputs), in_batch)
             if not any(tree.leaves(in_read)):
                 return tree.nones(wanted)
             here = replace(loop, inputs=inputs)
-            bars, to_batch = _pull_back(self, here, End(params, state, batch), cotangent, in_read)
+            there = End(params, fixed[0], batch, fixed[1])
+            bars, to_batch = _pull_back(self, here, there, cotangent, in_read)
             to_inputs = {
                 name: bars[name] if name in bars else tree.nones(part)
                 for name, part in in_inputs.items()
             }
-            return to_inputs, tree.nones(in_state), to_batch
+            return to_inputs, *tree.nones(in_fixed), to_batch
 
-        given = (loop.inputs, end.state, end.batch)
+        given = (loop.inputs, end.state, end.last, end.batch)
         return with_derivative(pull_back, end.params, given, modes=modes)
 
     def ignored(self, loop: InnerLoop) -> dict[str, Tree]:
@@ -231,7 +253,7 @@ def scale_cotangent(rule: Rule, scale: Scale, loop: InnerLoop, end: End, cotange
             )
 
         def observe() -> tuple[Tree, Tensor]:
-            grads, loss, _ = loop.gradient(loop.inputs, *end)
+            grads, loss, _ = loop.gradient(loop.inputs, end.params, end.state, end.batch)
             return grads, loss
 
         with drawn_again(end):

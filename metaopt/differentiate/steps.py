@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,8 +87,34 @@ def unroll(
     return Result(params, state, emitted)
 
 
+class LastStep(NamedTuple):
+    """What the last step of a loop went from.
+
+    Attributes:
+        params: the parameters before it.
+        state: the state before it.
+        grads: the gradients there.
+        loss: the loss there.
+        aux: what else the loss gave.
+    """
+
+    params: Tree
+    state: Any
+    grads: Tree
+    loss: Tensor
+    aux: Tree
+
+
 def run(loop: InnerLoop) -> Result:
     """Run the loop without a graph; what comes out is constant."""
+    return run_noting_last(loop)[0]
+
+
+def run_noting_last(loop: InnerLoop) -> tuple[Result, LastStep | None]:
+    """Return what `run` does, and the last step.
+
+    None if there is none, or the loop is compiled.
+    """
     nobody_differentiates = is_unrecorded()
     if not nobody_differentiates:
         # `no_grad` below does not stop the transforms of torch.func around this: constants do
@@ -97,7 +123,8 @@ def run(loop: InnerLoop) -> Result:
         loop = replace(loop, inputs=inputs, params=params, state=state, batches=batches)
     params, state = loop.params, loop.state
     if loop.steps == 0:
-        return Result(params, state, ())
+        return Result(params, state, ()), None
+    last: LastStep | None = None
     with torch.no_grad():
         if loop.compile:
             result = unroll(loop, "full")
@@ -112,10 +139,14 @@ def run(loop: InnerLoop) -> Result:
                     params,
                     allow_unused=loop.skips,
                 )
+                last = LastStep(params, state, grads, loss, aux)
                 params, state = loop.update(loop.inputs, grads, state, params, loss, aux)
                 emitted.append(loop.emit(loop.inputs, (params, state), batch, loss, aux))
             result = Result(params, state, tree.stack(emitted))
-    return result if nobody_differentiates else Result(*tree.map(constant, tuple(result)))
+    if nobody_differentiates:
+        return result, last
+    ended = Result(*tree.map(constant, tuple(result)))
+    return ended, None if last is None else LastStep(*tree.map(constant, tuple(last)))
 
 
 def _rows(batches: Tree | Stream, steps: int | None) -> Iterable[Tree]:

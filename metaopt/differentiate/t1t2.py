@@ -47,6 +47,10 @@ class T1T2(PointRule):
     def __post_init__(self) -> None:
         check_scale(self, self.scale)
 
+    @property
+    def needs_memory(self) -> bool:
+        return self.scale == "lr"
+
     def pull_back(
         self, loop: InnerLoop, end: End, cotangent: Tree, wanted: Read
     ) -> tuple[Read, dict[str, Tensor]]:

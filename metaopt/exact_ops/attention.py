@@ -20,7 +20,7 @@ from metaopt.exact_ops.dropout import dropout
 from metaopt.exact_ops.in_parts import InParts
 from metaopt.exact_ops.recomputed import recomputed
 from metaopt.torch_internals import uses_dual_numbers
-from metaopt.transforms import is_inside_jvp
+from metaopt.transforms import is_inside_jvp, values_are_readable
 
 LONG = 1024**2  # scores a head: fewer are kept as a whole, which is faster up to about there
 ROWS = 128  # queries at a time: 64 take a tenth longer, 256 more memory
@@ -40,10 +40,15 @@ def _attention(
 
     A query that may attend to nothing gets a row of zeros. The scores of `LONG` entries a head and
     more are never there as a whole: `ROWS` queries at a time are attended to, and again for each
-    derivative. Not with dropout, in a compiler, or with dual numbers.
+    derivative. Not with dropout, in a compiler, or with dual numbers. Of constants torch's own
+    kernel is taken, but for masks, where it may see a row of nothing otherwise, and dropout.
     """
-    if is_causal and attn_mask is not None:  # torch's error
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
+    is_error = is_causal and attn_mask is not None  # torch has it
+    is_plain = attn_mask is None and not dropout_p and _are_constant(query, key, value)
+    if is_error or is_plain:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -52,6 +57,13 @@ def _attention(
     if not is_long or dropout_p or torch.compiler.is_compiling() or _has_plain_tangents():
         return Attend(scale, 0 if is_causal else None).attend(*tensors, dropout_p=dropout_p)
     return _attend_in_parts(scale, is_causal, *tensors)
+
+
+def _are_constant(*tensors: Tensor) -> bool:
+    """Return True if nobody differentiates the tensors, in any way."""
+    if not values_are_readable() or uses_dual_numbers():
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def _has_plain_tangents() -> bool:

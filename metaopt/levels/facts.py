@@ -16,6 +16,7 @@ from metaopt.levels.reading import Pair
 from metaopt.levels.scope import Rows
 from metaopt.levels.timetable import Owner
 from metaopt.optimizer import Optimizer
+from metaopt.transforms import find_overlapping, is_sharded
 
 if TYPE_CHECKING:
     from metaopt.levels.plan import Plan
@@ -170,6 +171,21 @@ def _find_moves(plan: Plan, owner: Owner) -> Iterator[Move]:
         yield Move(name, steps, begins, plan.rule(owner, name), rows, part)
 
 
+def _find_held_by_models(plan: Plan) -> frozenset[str]:
+    """Return the levels whose parameters can lie in the memory of their models.
+
+    One model cannot hold copies; what is sharded may be laid out anew at each step; and of two
+    parameters in the same memory each has a value of its own.
+    """
+    owners = [(name, leaf) for name, net in plan.nets.items() for leaf in net.params.values()]
+    if any(is_sharded(leaf) for _, leaf in owners):
+        return frozenset()
+    mixed = {owners[place][0] for place in find_overlapping([leaf for _, leaf in owners])}
+    return frozenset(
+        name for name, level in plan.levels.items() if level.copies is None and name not in mixed
+    )
+
+
 def _find_copies_below(plan: Plan, name: str) -> int | None:
     members = plan.timetable.members.get(name, ())
     return None if plan.levels[name].copies or not members else plan.levels[members[0]].copies
@@ -199,6 +215,28 @@ def _is_responding_at_points(plan: Plan, name: str) -> bool:
         and not timetable.members.get(other)
         and not timetable.shared[other]
         for other in _find_responding(plan, name)
+    )
+
+
+def _is_tried(plan: Plan, name: str) -> bool:
+    """Return True if nobody looks at the optimizer's state between a level's step and the end.
+
+    The level makes one step below a top level, by a rule that looks at its parameters alone.
+    """
+    timetable = plan.timetable
+    owner = timetable.owner[name]
+    if owner is None or not (plan.is_top(owner) and plan.responds_at_points(owner)):
+        return False
+    rule = plan.rule(owner, name)
+    return (
+        isinstance(rule, PointRule)
+        and not rule.needs_memory
+        and timetable.steps[name] == 1
+        and timetable.total[name] == 1
+        and not timetable.shared[owner]
+        and not plan.levels[name].warmup
+        and not any(edge.look_ahead for edge in plan.edges)
+        and not plan.compile
     )
 
 
@@ -288,6 +326,8 @@ FACTS: dict[str, Callable[[Plan], Any]] = {
     "starts": _of_each(_find_start),
     "copies_below": _of_each(_find_copies_below),
     "responding_at_points": _where(_is_responding_at_points),
+    "tried": _where(_is_tried),
+    "held_by_models": _find_held_by_models,
     "separately_compiled": _where(_is_separately_compiled),
     "adjustable": _where(_is_adjustable),
     "carried": _find_carried,

@@ -30,6 +30,7 @@ from metaopt.levels.facts import find_links
 from metaopt.levels.forward import run_turn, total_loss
 from metaopt.levels.history import NO_WINDOW, Record, Window, make_inputs, open_window
 from metaopt.levels.level import Level
+from metaopt.levels.models import share_with_models, write_into_models
 from metaopt.levels.plan import Plan
 from metaopt.levels.reading import Pair, Reading, read, read_all
 from metaopt.levels.scope import Rows, Scene
@@ -39,6 +40,7 @@ from metaopt.levels.state import (
     States,
     find_values,
     make_initial_state,
+    make_tried_steps,
     show_all,
     without_params,
 )
@@ -46,8 +48,7 @@ from metaopt.levels.telling import OnStep, telling
 from metaopt.levels.timetable import arrange
 from metaopt.levels.top_step import begin_virtual_steps, step_top_level
 from metaopt.spare import Spare
-from metaopt.torch_internals import foreach_copy_
-from metaopt.transforms import spread_like, take_local, values_are_readable
+from metaopt.transforms import values_are_readable
 
 
 class LevelGraph:
@@ -123,6 +124,7 @@ class LevelGraph:
         # only a level that begins anew looks at how it began: of a large one, three copies less
         for name in [name for name in levels if self.plan.starts[name] is None]:
             del self.plan.initial[name]
+        self._states = self._held = share_with_models(self.plan, self._states)
         self._steps = 0
 
     def step(self, on_step: OnStep | None = None) -> dict[str, float | Tensor]:
@@ -137,7 +139,9 @@ class LevelGraph:
         level's last step.
 
         All that changes is the graph's state, and, when the step has succeeded, the values in the
-        levels' models (but not of levels with `copies`).
+        levels' models (but not of levels with `copies`). Parameters have no other memory than the
+        models': what is written into a model between two steps, the next one starts from. Its
+        buffers are the graph's own.
 
         Args:
             on_step: called after each step of each level with (its name, the number of its steps
@@ -173,9 +177,8 @@ class LevelGraph:
             drawn.clear()
         for name, count in counts.items():
             self._data[name].take(count)
-        self._states = states
+        self._settle(make_tried_steps(states))
         self._steps += 1
-        self._load()
         return _find_metrics(states) | gathered.found
 
     def hypergradient(self, level: str, *, after_steps: bool = False) -> Params:
@@ -204,8 +207,8 @@ class LevelGraph:
         return grads
 
     def params(self, level: str) -> Params:
-        """Return a level's present parameters, by name."""
-        return self._view(level)[0]["params"]
+        """Return copies of a level's present parameters, by name."""
+        return {key: _copy(param) for key, param in self._view(level)[0]["params"].items()}
 
     def objective(self, level: str, params: Params) -> Tensor:
         """Return T(w), the loss after the next steps of the levels below, at other parameters w.
@@ -243,8 +246,11 @@ class LevelGraph:
         """Return what the next step depends on, but for the random state that losses draw from.
 
         Of data it is the number of the next batch, and of a `DataLoader` the random state that
-        its order came from.
+        its order came from. The tensors are copies: later steps do not change them.
         """
+        return tree.map(_copy, self._read_state())  # type: ignore[no-any-return]
+
+    def _read_state(self) -> dict[str, Any]:
         return {
             "levels": self._states,
             "initial": dict(self.plan.initial),
@@ -263,17 +269,17 @@ class LevelGraph:
         Raises:
             ValueError: it is the state of another graph; then nothing is changed.
         """
-        check_state(state, self.state_dict())
+        check_state(state, self._read_state())
         for name, one in self._data.items():
             one.check(state["data"][name])
-        self._states = tree.map(_move, state["levels"], self._states)
+        levels = tree.map(_move, state["levels"], self._states)
         self._steps = state["steps"]
         self.plan.initial.update(tree.map(_move, state["initial"], dict(self.plan.initial)))
         for edge, rule in self._drawing():
             rule.wind_to(state["draws"][str(edge)])
         for name, place in state["data"].items():
             self._data[name].seek(place)
-        self._load()
+        self._settle(levels)
 
     def draw(self, path: str | Path) -> None:
         """Write a picture of the levels and edges to a file, in the format of its suffix."""
@@ -348,28 +354,25 @@ class LevelGraph:
             records.append(Record(lower, move.steps, move.begins, scene, part, states[lower]))
         return open_window(plan, name, states, records)
 
-    def _load(self) -> None:
-        """Write the present values into the levels' models."""
-        models: list[Tensor] = []
-        values: list[Tensor] = []
-        for name, seen in show_all(self._states).items():
-            net = self.plan.nets[name]
-            if self.plan.levels[name].copies:  # one module cannot hold them all
-                continue
-            for own, now in (
-                (net.params, seen["params"]),
-                (net.buffers if seen["buffers"] else {}, seen["buffers"]),
-            ):
-                models += map(take_local, own.values())
-                # what an optimizer returns may be spread in another way
-                values += [take_local(spread_like(now[key], leaf)) for key, leaf in own.items()]
-        with torch.no_grad():
-            foreach_copy_(models, values)
+    def _settle(self, states: States) -> None:
+        """Make states the present ones, also in the levels' models.
+
+        After each line the graph's state is a whole one, should an interruption come between.
+        """
+        before = self._states if self._states is self._held else {}
+        self._states = states
+        write_into_models(self.plan, states, before)
+        self._states = self._held = share_with_models(self.plan, states)
+
+
+def _copy(leaf: Any) -> Any:
+    """Return a leaf that steps in place do not change."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _move(leaf: Any, own: Any) -> Any:
-    """Return a leaf on the device of the graph's own, where a file knows the CPU alone."""
-    return leaf.to(own.device) if isinstance(leaf, Tensor) else leaf
+    """Return a copy of a leaf on the graph's own device, where a file knows the CPU alone."""
+    return leaf.to(own.device, copy=True) if isinstance(leaf, Tensor) else leaf
 
 
 def _check_surroundings(method: str) -> None:

@@ -23,6 +23,11 @@ class JointRule(PointRule):
 
     parts: tuple[tuple[PointRule, frozenset[str]], ...]
 
+    @property
+    def looks_back(self) -> bool:  # type: ignore[override]
+        """Whether one of them does."""
+        return any(rule.looks_back for rule, _ in self.parts)
+
     def __str__(self) -> str:
         return str(self.parts[0][0])
 

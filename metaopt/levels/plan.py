@@ -50,6 +50,8 @@ class Plan:
         copies_below: level -> number of copies of the levels that run inside its steps, if it is
             itself outside of them.
         responding_at_points: the levels for which `responds_at_points`.
+        tried: the levels whose step may be a `Trial` until the graph's step has succeeded.
+        held_by_models: the levels whose parameters lie in the memory of their models.
         separately_compiled: the levels whose loop is compiled by itself, if `compile` is set.
         adjustable: the levels whose optimizer has tensors.
         carried: level -> its buffers that have derivatives and matter to a loss.
@@ -78,6 +80,8 @@ class Plan:
     starts: dict[str, Edge | None] = field(init=False)
     copies_below: dict[str, int | None] = field(init=False)
     responding_at_points: frozenset[str] = field(init=False)
+    tried: frozenset[str] = field(init=False)
+    held_by_models: frozenset[str] = field(init=False)
     separately_compiled: frozenset[str] = field(init=False)
     adjustable: frozenset[str] = field(init=False)
     carried: dict[str, frozenset[str]] = field(init=False)

@@ -28,7 +28,7 @@ from metaopt.levels.state import (
     update,
     without_params,
 )
-from metaopt.transforms import values_are_readable
+from metaopt.transforms import is_unrecorded, values_are_readable
 
 # (plan, level, place, inputs, params, memory, rows) -> (T, the rest of the state afterwards)
 TotalLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
@@ -83,7 +83,10 @@ def respond(
     stays = at_point and isinstance(rule, PointRule)
     if move.begins and not stays:
         state = begin(plan, name, scene, state)
-    loop = make_loop(plan, name, total_loss, 0 if stays else move.steps, scene, state, rows, window)
+    # with a tape it is the graph's own step: when all is well, it makes what was tried
+    tries = tape is not None and name in plan.tried and is_unrecorded()
+    steps = 0 if stays else move.steps
+    loop = make_loop(plan, name, total_loss, steps, scene, state, rows, window, tries=tries)
     if rule is None:
         result = run(loop)
     elif tape is None:
@@ -104,13 +107,18 @@ def make_loop(
     state: State,
     rows: Rows,
     window: Window,
+    *,
+    tries: bool = False,
 ) -> InnerLoop:
-    """Return the steps of a level as an inner loop, whose `meta` is all that they read."""
+    """Return the steps of a level as an inner loop, whose `meta` is all that they read.
+
+    If it `tries`, the optimizer's state after them may be a `Trial`.
+    """
     level, is_one = plan.levels[name], plan.timetable.steps[name] == 1
     has_below = bool(plan.timetable.members.get(name))
     return InnerLoop(
         loss=partial(total_loss, plan, name, "steps"),
-        update=partial(update, level),
+        update=partial(update, level, tries=tries),
         inputs=make_inputs(
             {other: scene[other] for other in plan.reads_outside[name]},
             window,

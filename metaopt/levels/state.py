@@ -19,6 +19,7 @@ from metaopt.levels.scope import Scene, Shown
 from metaopt.levels.telling import tell_step
 from metaopt.optimizer import Observe
 from metaopt.optimizer.by_name import Value
+from metaopt.optimizer.trial import Trial, try_step
 from metaopt.transforms import constant
 
 
@@ -137,6 +138,8 @@ def update(
     params: Params,
     loss: Tensor,
     aux: dict[str, Any],
+    *,
+    tries: bool = False,
 ) -> tuple[Params, Memory]:
     """Return (parameters, rest of the state) after one application of the level's optimizer.
 
@@ -148,10 +151,17 @@ def update(
         params: at which the gradients were taken.
         loss: the loss there.
         aux: those parts of the rest that evaluating the loss has changed.
+        tries: whether the optimizer's state may be a `Trial`, where the step is large.
     """
     before, move = memory["optimizer"], level.optimizer.moved
     tensors = inputs["optimizer"]
-    if tensors:
+    trial = None
+    if tries:
+        given = level.optimizer, grads, before, params, loss
+        trial = lend(level.optimizer, tensors, try_step, *given)
+    if trial is not None:
+        moved = trial.params, trial
+    elif tensors:
         moved = lend(level.optimizer, tensors, move, grads, before, params, loss=loss)
     else:
         moved = move(grads, before, params, loss=loss)
@@ -164,6 +174,19 @@ def update(
     tell_step(level.name, loss, aux["metrics"])
     # in the same order, by which trees are flattened
     return after, {key: new[key] for key in memory}  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def make_tried_steps(states: States) -> States:
+    """Make the steps that were only tried, in place; return the states after them."""
+    made: States = {}
+    for name, state in states.items():
+        after: State = {**state, "below": make_tried_steps(state["below"])}
+        if isinstance(state["optimizer"], Trial):
+            trial = state["optimizer"]
+            after |= {"optimizer": trial.make(), "params": trial.before}
+        made[name] = after
+    return made
 
 
 def find_rate(

@@ -14,10 +14,10 @@ from metaopt.optimizer.deployed import Deployed
 from metaopt.optimizer.missing import separate_state
 from metaopt.optimizer.module import Configurable
 from metaopt.optimizer.precondition import precondition_by_vjp, precondition_in_blocks
-from metaopt.optimizer.state import Hyper, Leaves, Slots, State
+from metaopt.optimizer.state import Hyper, Leaves, Slots, State, find_lists
 from metaopt.optimizer.step import start, step_leaves
 from metaopt.optimizer.values import Observe, find_rate, read_values
-from metaopt.torch_internals import has_forward_hooks
+from metaopt.torch_internals import foreach_copy_, has_forward_hooks
 from metaopt.tree import Tree
 
 
@@ -95,6 +95,19 @@ class Optimizer(Configurable):
         updates, after = self.update(grads, weights, slots, hyper, step)
         pairs = zip(weights, updates, strict=True)
         return [apply_update(w, u) for w, u in pairs], after
+
+    def move_in_place(
+        self, grads: Leaves, params: Leaves, slots: Slots, hyper: Hyper, step: Tensor
+    ) -> Slots:
+        """Make the step of `move` in the memory of the parameters and slots; return the slots.
+
+        Only where nothing is recorded and nobody else looks at them.
+        """
+        moved, after = self.move(grads, params, slots, hyper, step)
+        foreach_copy_(params, moved)
+        for name, slot in find_lists(slots).items():
+            foreach_copy_(slot, after[name])
+        return after | find_lists(slots)
 
     def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step, on the parameters' device and in their dtypes.

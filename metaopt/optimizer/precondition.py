@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from metaopt import tree
@@ -64,7 +65,7 @@ def precondition_in_blocks(
             grad, weight, vector, *slots = [take(row, block) for row in own]
             named = state["shared"] | dict(zip(memory, slots, strict=True))
             call = Arguments(grad, weight, named, part.hyper, state["step"] + 1)
-            foreach_copy_(take(place, block), _apply(optimizer, vector, call))
+            _apply(optimizer, vector, call, take(place, block))
     return tree.with_leaves(grads, results)
 
 
@@ -95,13 +96,14 @@ def _is_diagonal(optimizer: Optimizer, hyper: Hyper) -> bool:
     return says_so and is_elementwise(optimizer, hyper)
 
 
-def _apply(optimizer: Optimizer, v: Leaves, call: Arguments) -> Leaves:
-    """Return D' v, in closed form where the class knows one."""
+def _apply(optimizer: Optimizer, v: Leaves, call: Arguments, into: Leaves) -> None:
+    """Write D' v, in closed form where the class knows one."""
     if "diagonal" in vars(type(optimizer)):  # not inherited: a subclass may have another update
-        return [d * x for d, x in zip(optimizer.diagonal(*call), v, strict=True)]
+        for d, x, result in zip(optimizer.diagonal(*call), v, into, strict=True):
+            torch.mul(x, d, out=result)
+        return
 
     def update(grads: Leaves) -> Leaves:
         return optimizer.update(grads, *call[1:])[0]
 
-    x: Leaves = pull_back(update, (call.grads,), v, (True,))[0]
-    return x
+    foreach_copy_(into, pull_back(update, (call.grads,), v, (True,))[0])

@@ -26,6 +26,12 @@ class Arguments(NamedTuple):
 # *Arguments -> (one tensor per parameter, next slots)
 UpdateFn = Callable[..., tuple[Leaves, Slots]]
 
+
+def find_lists(slots: Slots) -> dict[str, Leaves]:
+    """Return the memory that has one tensor for each parameter."""
+    return {name: slot for name, slot in slots.items() if isinstance(slot, list)}
+
+
 STATE_KEYS = frozenset(("step", "slots", "shared", "schedules"))
 
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from contenders import problems
 from contenders.attention import Attention, gradient_of_gradient
-from contenders.large_model import Scale, adam_slopes
+from contenders.large_model import Scale, adam_slopes, age
 from contenders.quadratics import Bilevel
 from metaopt.tasks.episode import Episode
 from optimizers import LSTMOptimizer
@@ -139,23 +139,28 @@ def scale(problem: Scale) -> Run:
             each = losses()
         return problems.weighted_loss(each, weights)
 
-    def precondition(v: Sequence[Tensor]) -> list[Tensor]:
-        grads = torch.autograd.grad(loss(), params)
+    def precondition(v: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
         memory = [inner.state[param] for param in params]
         slopes = adam_slopes(grads, memory, inner.param_groups[0])
         torch._foreach_mul_(slopes, v)
         return torch._foreach_neg(slopes)
 
     def step() -> None:
-        put_grads(params, torch.autograd.grad(loss(), params))
+        grads = torch.autograd.grad(loss(), params)
+        put_grads(params, grads)
         inner.step()
         inner.zero_grad()
+        if problem.rule != "sama":
+            del grads
         v = torch.autograd.grad(F.cross_entropy(model(clean_words), clean_y), params)
-        x = precondition(v) if problem.rule == "sama" else v
+        x = precondition(v, grads) if problem.rule == "sama" else v
         put_grads(above, mixed_difference(seen_from_above, params, above, x, problem.radius))
         outer.step()
 
-    return again_and_again(step, dict(weights.named_parameters()), params, inner, outer)
+    above_by_name = dict(weights.named_parameters())
+    return again_and_again(
+        step, above_by_name, params, inner, outer, lambda: age([*inner.state.values()])
+    )
 
 
 def imaml(problem: problems.IMAML) -> Run:
@@ -330,8 +335,9 @@ def again_and_again(
     below: list[nn.Parameter],
     inner: torch.optim.Optimizer,
     outer: torch.optim.Adam,
+    prepare: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Return a run that makes the first step of all problems.
+    """Return a run that makes the first step of all problems, after what `prepare` does.
 
     It returns the gradient with which Adam moved the parameters above.
     """
@@ -351,6 +357,7 @@ def again_and_again(
         with torch.no_grad():
             torch._foreach_copy_(params, initial)
             torch._foreach_zero_(memory)
+            prepare()
         step()
         return {name: mean / (1 - decay) for name, mean in means.items()}
 
@@ -377,5 +384,5 @@ def log_and_sign(x: Tensor) -> Tensor:
 
 def attention(problem: Attention) -> Run:
     """By torch's plain kernel, the only one of its own with a second derivative."""
-    inputs = problem.data()
-    return sdpa_kernel(SDPBackend.MATH)(partial(gradient_of_gradient, inputs))
+    inputs, mask = problem.data(), problem.mask()
+    return sdpa_kernel(SDPBackend.MATH)(partial(gradient_of_gradient, problem, inputs, mask))

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from contenders.problems import MetaWeightNet
 
+STEPS_BEFORE, SQUARE_BEFORE = 10, 1e-8  # of the memory that every run begins with
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -46,8 +48,7 @@ class Scale:
     def data(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return a batch of (words, labels) for the learner and one for the weights.
 
-        They have the same words: where the learner's gradient is 0, Adam divides by its eps alone,
-        and a preconditioned displacement would be one of the embeddings of all other words.
+        They have the same words: a displacement is then of what the batch sees.
         """
         generator = torch.Generator().manual_seed(2)
         size = (self.batch, self.length)
@@ -92,21 +93,29 @@ class Classifier(nn.Module):
 def adam_slopes(
     grads: Sequence[Tensor], memory: Sequence[dict[str, Tensor]], group: dict[str, Any]
 ) -> list[Tensor]:
-    """Return the derivative of Adam's next update in each entry of the gradient.
+    """Return the derivative of Adam's last update in each entry of the gradient.
 
     Args:
-        grads: the gradients.
-        memory: what `torch.optim.AdamW` remembers of each parameter.
+        grads: the gradients of that step.
+        memory: what `torch.optim.AdamW` remembers of each parameter after it.
         group: its options.
     """
     (beta1, beta2), found = group["betas"], []
     for g, state in zip(grads, memory, strict=True):
-        t = state["step"] + 1
-        mean = state["exp_avg"].mul(beta1).add_(g, alpha=1 - beta1)
-        root = state["exp_avg_sq"].mul(beta2).addcmul_(g, g, value=1 - beta2)
-        root.div_(1 - beta2**t).sqrt_()
+        t = state["step"]
+        root = state["exp_avg_sq"].div(1 - beta2**t).sqrt_()
         below = root + group["eps"]
-        slope = mean.mul_(g).div_(root.mul_(below)).nan_to_num_(0.0)  # 0 / 0 where g is 0
+        slope = state["exp_avg"].mul(g).div_(root.mul_(below)).nan_to_num_(0.0)  # where g is 0
         slope.mul_(-(1 - beta2) / (1 - beta2**t)).add_(1 - beta1).div_(below)
         found.append(slope.mul_(-group["lr"] / (1 - beta1**t)))
     return found
+
+
+def age(memory: Sequence[dict[str, Tensor]]) -> None:
+    """Make the memory of `torch.optim.AdamW` that of some steps with gradients of usual sizes.
+
+    At its first step Adam moves by the sign of the gradient, whose derivative is 0.
+    """
+    for state in memory:
+        state["step"].fill_(STEPS_BEFORE)
+        state["exp_avg_sq"].fill_(SQUARE_BEFORE)

@@ -116,6 +116,15 @@ def at_scale(problem: Scale) -> Comparison:
     return Comparison(problem, sides, 3e-2, "scale", needs="transformers", repeats=3)
 
 
+def at_lengths(problem: Attention, tokens: tuple[int, ...]) -> Comparison:
+    """Return a comparison of attention to sequences of these lengths."""
+    sides = [
+        Side("PyTorch, its plain kernel", "by_hand", lengths=tokens),
+        Side("metaopt", "with_metaopt", lengths=tokens),
+    ]
+    return Comparison(problem, sides, function="attention", length="tokens", repeats=10)
+
+
 def differentiated(rule: str, error: float = 1e-6) -> Side:
     """Return our side that differentiates a solution by this rule."""
     return Side(f"metaopt, {rule}", "with_metaopt", {"rule": rule}, error=error)
@@ -231,19 +240,17 @@ COMPARISONS = {
         # In float64 the gradients agree to 1e-13; 1 - beta^t loses digits in float32.
         tolerance=1e-3,
     ),
-    "attention": Comparison(
-        Attention(),
-        [
-            Side("PyTorch, its plain kernel", "by_hand", lengths=TOKENS),
-            Side("metaopt", "with_metaopt", lengths=TOKENS),
-        ],
-        length="tokens",
-        repeats=10,
-    ),
+    "attention": at_lengths(Attention(), TOKENS),
+    "attention-causal": at_lengths(Attention(sees="causal"), (2048,)),
+    "attention-masked": at_lengths(Attention(sees="masked"), (2048,)),
     "scale-darts": at_scale(Scale("darts")),
     "scale-sama": at_scale(Scale("sama")),
+    "scale-darts-64": at_scale(Scale("darts", batch=64)),
+    "scale-sama-64": at_scale(Scale("sama", batch=64)),
     "scale-darts-frozen": at_scale(Scale("darts", batch=64, frozen=4)),
     "scale-sama-frozen": at_scale(Scale("sama", batch=64, frozen=4)),
+    "scale-darts-frozen-16": at_scale(Scale("darts", frozen=4)),
+    "scale-sama-frozen-16": at_scale(Scale("sama", frozen=4)),
     "bilevel-100": on_quadratics(Bilevel(1e2, products=90), *ROUGH, *AS_ROUGH),
     "bilevel-10000": on_quadratics(Bilevel(1e4, products=700), *ROUGH),
 }

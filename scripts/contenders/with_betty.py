@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from contenders import problems
 from contenders.by_hand import Run, again_and_again
-from contenders.large_model import Scale, adam_slopes
+from contenders.large_model import Scale, adam_slopes, age
 from contenders.quadratics import Bilevel
 
 BATCHES = 1000  # in its data loader, which is begun again when it ends
@@ -77,7 +77,8 @@ def scale(problem: Scale) -> Run:
     inner = AdamW(params, problem.lr, foreach=True)
     config = Config(type=problem.rule, darts_alpha=problem.radius, sama_adam_alpha=problem.radius)
     lower = Lower("lower", config, model, inner, train_data_loader=[noisy] * BATCHES)
-    return hypergradients(lower, upper_problem(Upper, weights, problem.outer_lr, clean), 1)
+    upper = upper_problem(Upper, weights, problem.outer_lr, clean)
+    return hypergradients(lower, upper, 1, lambda: age([*lower.optimizer.state.values()]))
 
 
 def imaml(problem: problems.IMAML) -> Run:
@@ -176,7 +177,12 @@ def upper_problem(
     return kind("upper", Config(retain_graph=True), model, optimizer, train_data_loader=loader)
 
 
-def hypergradients(lower: ImplicitProblem, upper: ImplicitProblem, steps: int) -> Run:
+def hypergradients(
+    lower: ImplicitProblem,
+    upper: ImplicitProblem,
+    steps: int,
+    prepare: Callable[[], None] = lambda: None,
+) -> Run:
     """Return a run of the engine's steps up to and including one of the upper problem."""
     logging.disable(logging.INFO)
     engine = Engine(
@@ -193,7 +199,7 @@ def hypergradients(lower: ImplicitProblem, upper: ImplicitProblem, steps: int) -
     above = dict(upper.module.named_parameters())
     below = list(lower.module.parameters())
     # the engine replaces the optimizers that it is given by others of the same class
-    return again_and_again(step, above, below, lower.optimizer, upper.optimizer)
+    return again_and_again(step, above, below, lower.optimizer, upper.optimizer, prepare)
 
 
 def mend_conjugate_gradients() -> None:
@@ -214,14 +220,13 @@ def mend_conjugate_gradients() -> None:
 def mend_preconditioner() -> None:
     """Put the derivative of Adam's update in the place of what its rule "sama" takes for it.
 
-    That has no correction of the bias, and is 0 at the first step. The derivative is that of the
-    next update, whose gradient is taken where the weights stand.
+    That has no correction of the bias. Both are of the last update, whose gradient it has kept.
     """
 
     def precondition(vectors: Sequence[Tensor], problem: Any) -> list[Tensor]:
         params = problem.meta_trainable_parameters()
-        grads = torch.autograd.grad(problem.training_step_exec(problem.cur_batch), params)
         memory = [problem.get_opt_state_for_param(param) for param in params]
+        grads = [state["last_grad"] for state in memory]
         group = problem.get_opt_param_group_for_param(params[0])
         pairs = zip(vectors, adam_slopes(grads, memory, group), strict=True)
         return [-slope.mul_(v) for v, slope in pairs]

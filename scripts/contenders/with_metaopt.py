@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import metaopt as mo
 from contenders import problems
 from contenders.attention import Attention, gradient_of_gradient
-from contenders.large_model import Scale
+from contenders.large_model import SQUARE_BEFORE, STEPS_BEFORE, Scale
 from contenders.problems import next_byte_losses
 from contenders.quadratics import Bilevel
 from contenders.short_steps import Descent, TrainerLoop
@@ -202,25 +202,31 @@ def scale(problem: Scale) -> Run:
         words, y = batch
         return F.cross_entropy(levels.learner(words), y)
 
-    rules = {"darts": mo.FiniteDifference, "sama": mo.SAMA}
-    rule = rules[problem.rule](problem.radius)
+    rules = {
+        "darts": mo.FiniteDifference(problem.radius),
+        "sama": mo.SAMA(problem.radius, at="last"),
+    }
+    rule = rules[problem.rule]
     learner = mo.Level("learner", problem.model(), learner_loss, AdamW(problem.lr), data=[noisy])
     weights = mo.Level(
         "weights", problem.weights(), meta_loss, Adam(problem.outer_lr), data=[clean]
     )
     graph = mo.LevelGraph([mo.Edge(upper=weights, lower=learner, differentiate=rule)])
-    first = {name: tree.map(Tensor.clone, graph.params(name)) for name in ("learner", "weights")}
+    first = {name: graph.params(name) for name in ("learner", "weights")}
 
     def run() -> dict[str, Tensor]:
         # In place, as the sides by hand do it: a second state to load would be a second model.
-        states = graph.state_dict()["levels"]
+        states = graph._states
         levels = {"weights": states["weights"], "learner": states["weights"]["below"]["learner"]}
         with torch.no_grad():
             for name, state in levels.items():
                 tree.map(Tensor.copy_, state["params"], first[name])
                 tree.map(Tensor.zero_, state["optimizer"])
+            past = levels["learner"]["optimizer"]
+            past["step"].fill_(STEPS_BEFORE)
+            tree.map(lambda square: square.fill_(SQUARE_BEFORE), past["slots"]["square"])
         graph.step()
-        memory = graph.state_dict()["levels"]["weights"]["optimizer"]["slots"]["mean"]
+        memory = graph._states["weights"]["optimizer"]["slots"]["mean"]
         return {name: mean / (1 - 0.9) for name, mean in memory.items()}  # Adam's beta1
 
     return run
@@ -345,10 +351,10 @@ def many_tensors(problem: problems.ManyTensors) -> Run:
 
 def attention(problem: Attention) -> Run:
     """As in a loss, which runs in `any_order`."""
-    inputs = problem.data()
+    inputs, mask = problem.data(), problem.mask()
 
     def run() -> dict[str, Tensor]:
         with any_order():
-            return gradient_of_gradient(inputs)
+            return gradient_of_gradient(problem, inputs, mask)
 
     return run

@@ -1,0 +1,110 @@
+"""A large step that is tried, and made in place once nothing can fail any more.
+
+Where a step must be undone if something after it fails, what was there before has to be kept. Of
+Adam that would be a second copy of the parameters and both moments. But what comes after the step
+looks at the parameters alone: they are computed first, and the gradient is kept; the rest moves in
+its own memory when all is well. Two copies instead of three, and a second pass over the parameters,
+block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from metaopt import tree
+from metaopt.optimizer.blocks import cut, flatten, take
+from metaopt.optimizer.flat import is_divisible, is_joinable
+from metaopt.optimizer.optimizer import Optimizer, is_plain
+from metaopt.optimizer.parts import is_divided
+from metaopt.optimizer.state import Arguments, Leaves, Slots, State, find_lists
+from metaopt.optimizer.step import read_memory
+from metaopt.optimizer.values import advance_schedules
+from metaopt.spare import empty_like
+from metaopt.torch_internals import foreach_copy_
+from metaopt.tree import Tree
+
+
+class Trial:
+    """A step from a state and parameters that stay as they are until it is made.
+
+    Attributes:
+        before: the parameters from which it goes.
+        params: those to which it leads.
+        grads: the gradients.
+        state: the optimizer's state before.
+        loss: the loss there.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        grads: Tree,
+        state: State,
+        params: Tree,
+        loss: Tensor | None,
+        given: Arguments,
+        schedules: Tree,
+    ):
+        self.before, self.grads, self.state, self.loss = params, grads, state, loss
+        self._optimizer, self._given, self._schedules = optimizer, given, schedules
+        results, memory = (
+            [empty_like(leaf) for leaf in tree.leaves(params)],
+            find_lists(given.slots),
+        )
+        for g, w, into, *slots in self._cut(results, memory):
+            foreach_copy_(into, w)
+            # what becomes of the memory is not needed yet
+            scratch = dict(zip(memory, [[*map(torch.clone, slot)] for slot in slots], strict=True))
+            self._move(g, into, scratch)
+        self.params = tree.with_leaves(params, results)
+
+    def make(self) -> State:
+        """Make the step in the memory of the parameters and of the state; return the next state.
+
+        With gradients off, as it was tried.
+        """
+        memory, after = find_lists(self._given.slots), self._given.slots
+        # block by block as it was tried: the same bits
+        for g, w, _, *slots in self._cut(tree.leaves(self.before), memory):
+            after = self._move(g, w, dict(zip(memory, slots, strict=True)))
+        return {
+            **self.state,
+            "step": self._given.step,
+            "shared": {name: after[name] for name in self.state["shared"]},
+            "schedules": self._schedules,
+        }
+
+    def _cut(self, results: Leaves, memory: dict[str, Leaves]) -> Iterator[list[Leaves]]:
+        """Yield the parts of the gradients, parameters, results and each memory, by blocks."""
+        before = tree.leaves(self.before)
+        rows = [flatten(row) for row in (self._given.grads, before, results, *memory.values())]
+        for block in cut(before):
+            yield [take(row, block) for row in rows]
+
+    def _move(self, grads: Leaves, params: Leaves, slots: dict[str, Leaves]) -> Slots:
+        """Move one block in place; return its slots."""
+        _, _, memory, hyper, step = self._given
+        return self._optimizer.move_in_place(grads, params, {**memory, **slots}, hyper, step)
+
+
+def try_step(
+    optimizer: Optimizer, grads: Tree, state: State, params: Tree, loss: Tensor | None
+) -> Trial | None:
+    """Return a step to be made later; None where it is not elementwise, or too small to gain."""
+    if "steps" in state or not (is_joinable(type(optimizer)) and is_plain(optimizer)):
+        return None
+    leaves, weights = tree.leaves(grads), tree.leaves_like(grads, params, "params")
+    slots = read_memory(state, "slots", grads) | state["shared"]
+    rows = [leaves, weights, *find_lists(slots).values()]
+    if any(leaf is None or leaf.is_complex() for leaf in leaves):
+        return None
+    hyper, schedules = advance_schedules(optimizer, state, leaves, loss, grads)
+    if is_divided(hyper):
+        return None
+    given = Arguments(leaves, weights, slots, hyper, state["step"] + 1)
+    if not is_divisible(optimizer, given) or len({leaf.dtype for row in rows for leaf in row}) > 1:
+        return None
+    return Trial(optimizer, grads, state, params, loss, given, schedules)
