@@ -10,6 +10,7 @@ import io
 import linecache
 import re
 import sys
+import textwrap
 import types
 from pathlib import Path
 
@@ -51,8 +52,8 @@ def test_the_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monk
     module = types.ModuleType(f"page_{page.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where classes look themselves up
     outputs = []
-    for number, (program, expected) in enumerate(BLOCK.findall(page.read_text()), 1):
-        name = f"{page.name}, block {number}"
+    for number, (block, expected) in enumerate(BLOCK.findall(page.read_text()), 1):
+        program, name = textwrap.dedent(block), f"{page.name}, block {number}"  # one in a tab
         linecache.cache[name] = (len(program), None, program.splitlines(keepends=True), name)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(program, name, "exec", dont_inherit=True), vars(module))
