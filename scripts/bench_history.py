@@ -1,4 +1,4 @@
-"""What became of `bench.py`'s figures from run to run, and the three ratios that the README shows.
+"""What became of `bench.py`'s figures from run to run, and the ratios that the README shows.
 
 `benchmarks/history.jsonl` has one line for each table that was ever published: the newest line of a
 comparison is what `docs/pages/benchmarks.md` shows.
@@ -10,8 +10,6 @@ import json
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from tabulate import tabulate
 
 Result = dict[str, Any]  # what `bench_report.write` writes, read back
 Line = dict[str, Any]  # what `summarize` makes of it
@@ -65,41 +63,39 @@ def latest(lines: list[Line], comparison: str, kind: str, threads: int = 1) -> L
 
 
 class Headline(NamedTuple):
-    """A row of the README's table: one of our sides beside a peer."""
+    """A column of the README's table: ours beside a peer."""
 
     about: str
     comparison: str
     peer: str
-    eager: str = "metaopt"
-    compiled: str = "metaopt, compiled"
 
 
 SPEED = [
-    Headline("MAML on sine waves, 5 SGD steps", "sinusoid", "higher"),
+    Headline("MAML on sine waves", "sinusoid", "higher"),
     Headline("the same", "sinusoid", "JAX jit"),
-    Headline("an iteration of meta-weight-net", "meta-weight-net", "Betty"),
+    Headline("meta-weight-net", "meta-weight-net", "Betty"),
 ]
-MEMORY = Headline(
-    "{steps} SGD steps of a small transformer", "transformer", "higher", "metaopt, Revolve(16)"
-)
-COLUMNS = ["gradient", "beside", "speed", "speed, compiled", "memory"]
+MEMORY = Headline("{steps} steps of a transformer", "transformer", "higher")
+OURS, COMPILED, REVOLVED = "metaopt", "metaopt, compiled", "metaopt, Revolve(16)"
 
 
 def headlines(lines: list[Line]) -> str:
-    """Return the README's table: ratios of what was measured in one run, side by side."""
-    rows = []
-    for row in SPEED:
-        medians = latest(lines, row.comparison, "times")["medians"]
-        eager, compiled = (medians[row.peer] / medians[name] for name in (row.eager, row.compiled))
-        rows.append([row.about, row.peer, f"{eager:.2g}", f"{compiled:.2g}", ""])
+    """Return the README's table: one row of ratios of what was measured in one run."""
+    heads, cells = [""], ["times as fast"]
+    for about, comparison, peer in SPEED:
+        medians = latest(lines, comparison, "times")["medians"]
+        eager, compiled = (medians[peer] / medians[name] for name in (OURS, COMPILED))
+        heads.append(f"{about}, beside {peer}")
+        cells.append(f"{eager:.2g}, compiled {compiled:.2g}")
     memory = latest(lines, MEMORY.comparison, "memory")["memory"]
-    ours, theirs = memory[MEMORY.eager], memory[MEMORY.peer]
+    ours, theirs = memory[REVOLVED], memory[MEMORY.peer]
     # the longest loop that both have run; what was only estimated has no time
     steps = max((n for n in ours if n in theirs and ours[n][1] and theirs[n][1]), key=int)
     (own_bytes, own_seconds), (their_bytes, their_seconds) = ours[steps], theirs[steps]
-    speed, size = f"{their_seconds / own_seconds:.2g}", f"1/{their_bytes / own_bytes:.2g}"
-    rows.append([MEMORY.about.format(steps=steps), MEMORY.peer, speed, "", size])
-    return tabulate(rows, headers=COLUMNS, tablefmt="github", disable_numparse=True)
+    heads.append(f"{MEMORY.about.format(steps=steps)}, beside {MEMORY.peer}")
+    size = their_bytes / own_bytes
+    cells.append(f"{their_seconds / own_seconds:.2g}, in 1/{size:.2g} of the memory")
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), cells))
 
 
 def _times(rows: list[dict[str, Any]]) -> dict[str, Any]:

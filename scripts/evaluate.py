@@ -69,7 +69,8 @@ class Config:
     resume: bool = False
     """Take families of the table from `out`, if an earlier run of these optimizers left them."""
     write: bool = False
-    """Publish a table in the README, docs/pages/results.md and benchmarks/carrying-over.json."""
+    """Publish tables in docs/pages/results.md and docs/pages/get-started.md, and their figures in
+    benchmarks/carrying-over.json."""
     families: tuple[str, ...] = ()
     """Names of some families of a table; by default all of them."""
     grid: tuple[float, ...] = (

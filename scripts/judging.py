@@ -1,7 +1,7 @@
 """The table of optimizers over the held-out families, for `evaluate.py --task held-out`.
 
 `--write` publishes it: the figures in benchmarks/carrying-over.json beside those of others, and the
-tables in docs/pages/results.md and README.md.
+tables in docs/pages/results.md and docs/pages/get-started.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from optimizers import SGD, Adam, Cosine, Muon, Transform
 
 ROOT = Path(__file__).parents[1]
 FIGURES = "benchmarks/carrying-over.json"
-OF_README = ("Adam", "Adam, cosine", "Muon, cosine", "small")
+OF_GET_STARTED = ("Adam", "Adam, cosine", "Muon, cosine", "small")
 SPECIALISTS = ("lstm", "mlp", "schedule")  # trained on one task each: in a table of their own
 QUARTERS = tuple(10 ** (i / 4) for i in range(14))
 OF_ADAM = tuple(3.16e-4 * quarter for quarter in QUARTERS)
@@ -226,8 +226,8 @@ def publish(judgement: mo.Judgement, root: Path = ROOT) -> None:
         for title, scores in _scores(judgement, name).items():
             entry.setdefault(title, {}).update(scores)
     path.write_text(json.dumps(figures, indent=1) + "\n")
-    page = root / "README.md"
-    page.write_text(between(page.read_text(), "carrying over", markdown(figures, OF_README)))
+    page = root / "docs/pages/get-started.md"
+    page.write_text(between(page.read_text(), "carrying over", markdown(figures, OF_GET_STARTED)))
     page = root / "docs/pages/results.md"
     text = between(page.read_text(), "carrying over", markdown(figures, None))
     page.write_text(between(text, "specialists", specialists(figures)))

@@ -164,15 +164,3 @@ def test_more_digits_than_there_are_are_refused() -> None:
 
     with pytest.raises(ValueError, match="`tests` must be at most 450, got 451"):
         data_attribution.make_problem(small(tests=451), 0)
-
-
-def test_the_readme_has_the_figures_of_the_file() -> None:
-    root = Path(__file__).parents[1]
-    methods = json.loads((root / "benchmarks/attribution.json").read_text())["digits"]["methods"]
-    lines = (root / "README.md").read_text().splitlines()
-    at = next(place for place, line in enumerate(lines) if line.startswith("| exact metagradient"))
-    names, scores = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines[at : at + 3 : 2]
-    )
-    assert scores == [f"{methods[name]['score']:.2f}".lstrip("0") for name in names]
-    assert max(scores) == scores[0]

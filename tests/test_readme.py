@@ -5,6 +5,7 @@ The blocks of a page run one after the other, in one namespace.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import linecache
@@ -60,7 +61,7 @@ def test_the_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monk
         outputs.append(printed.getvalue())
         if expected:
             assert printed.getvalue() == expected, name
-    if page.stem == "README":
+    if page.stem == "get-started":
         (recipe,) = (text for text in outputs if "test error" in text)
         errors = [float(line.split(": ")[1]) for line in recipe.splitlines()]
         assert errors[1] < 0.8 * errors[0]
@@ -73,7 +74,7 @@ def test_the_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monk
 def test_pages_with_programs() -> None:
     names = {page.name for page in PROGRAMS}
     assert {"README.md", "long-loops.md", "optimizers.md", "maml.md", "levels.md"} <= names
-    assert {"learned-optimizers.md", "wrap-a-model.md"} <= names
+    assert {"learned-optimizers.md", "wrap-a-model.md", "index.md", "get-started.md"} <= names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -87,9 +88,28 @@ def test_commands_and_links_lead_somewhere(page) -> None:
 
 def test_the_readme_is_short_and_has_its_two_commands() -> None:
     text = (ROOT / "README.md").read_text()
-    assert len(text.encode()) <= 9 * 1024
+    assert len(text.encode()) <= 6 * 1024
     assert "\nscripts/demo    # " in text
     assert "\nscripts/test    # " in text
+
+
+def test_the_readme_and_the_home_show_one_example_and_every_rule() -> None:
+    text = (ROOT / "README.md").read_text()
+    home = (ROOT / "docs" / "pages" / "index.md").read_text()
+    (example,), (other,) = BLOCK.findall(text), BLOCK.findall(home)
+    assert ast.dump(ast.parse(example[0])) == ast.dump(ast.parse(other[0]))  # lines break elsewhere
+    assert example[1] == other[1]
+    rules = [
+        name
+        for name in metaopt.__all__
+        if isinstance(kind := getattr(metaopt, name), type)
+        and issubclass(kind, metaopt.Rule)
+        and name not in ("Rule", "PointRule")
+    ]
+    assert all(f"`mo.{name}(" in text for name in rules)
+    assert len(rules) == 9
+    assert "nine rules" in text
+    assert "Nine rules" in home
 
 
 def test_the_version_is_the_same_everywhere() -> None:
