@@ -1,4 +1,4 @@
-"""Data distillation: a few images, learned so that others can learn to read digits from them.
+"""Data distillation: a few learned images, from which fresh networks learn to read digits.
 
     python examples/data_distillation.py   # 200 meta-steps, as in the results
     python examples/data_distillation.py --steps 40 --learners 4   # a look
@@ -6,9 +6,9 @@
 The "learner" makes 10 full-batch SGD steps on the synthetic images, always from fresh random
 weights; "images" holds them and the learner's optimizer, and lowers the learner's loss on real
 digits (Wang, Zhu, Torralba, Efros 2018, arXiv:1811.10959). The learner's parameters are offsets
-from weights that come with the data: so its copies begin differently. What is learned is compared,
-for new weights and on held-out digits, with choices of as many real images, whose learning rate is
-the best of a grid.
+from weights that come with the data, so its copies begin differently. The learned images are
+compared, for new weights and on held-out digits, with the same number of real images, whose
+learning rate is the best of a grid.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/domains.py --data vaderSentiment-3.3.2.tar.gz --target tweets
 
-A linear classifier of sentences (positive or negative) is wanted for a target domain, of which few
-examples have labels; three other domains have many. "pretrain" minimises mean_i d_i a_i l_i over
+The aim is a linear classifier of sentences (positive or negative) for a target domain with few
+labelled examples; three other domains have many. "pretrain" minimises mean_i d_i a_i l_i over
 these, d_i the weight of the example's domain and a_i its own; "finetune" minimises the loss on some
 target examples, staying near the pretrained parameters; "reweight" moves the weights to lower the
 finetuned model's loss on the other target examples, through both. Then both stages are run afresh:

@@ -4,14 +4,19 @@
     python examples/implicit_middle.py --steps 1 --copies 4 --test-tasks 10     # a look
 
 An implicit middle level stands under a top level that unrolls it. Each task is to tell two
-handwritten digits apart from 8 noisy images of each, 8 x 8 pixels. - "classifier", a logistic
-regression with weights w, minimises cross-entropy + 1/2 sum_i exp(s_i) w_i^2; - "strength" makes 3
-steps on s, one for each pixel, to lower the loss on 8 further images of each.   Its gradient is
-implicit, -[d grad_w L / ds]' H^-1 v, whatever steps led to w (Lorraine, Vicol,   Duvenaud 2020,
-arXiv:1911.02590); - "initial_strength" is where s starts in every task, learned so that those 3
-steps lower the loss   on yet other images: by `Backprop` through the steps of "strength", so that
-the implicit gradients   are themselves differentiated. The top hypergradient is checked by finite
-differences, and the learned start compared, on unseen pairs, with the best single one.
+handwritten digits apart from 8 noisy images of each, 8 x 8 pixels.
+
+- "classifier", a logistic regression with weights w, minimises
+  cross-entropy + 1/2 sum_i exp(s_i) w_i^2;
+- "strength" makes 3 steps on s, one number for each pixel, to lower the loss on 8 further images of
+  each digit. Its gradient is implicit, -[d grad_w L / ds]' H^-1 v: it does not depend on the steps
+  that led to w (Lorraine, Vicol, Duvenaud 2020, arXiv:1911.02590);
+- "initial_strength" is where s starts in every task. It is learned so that those 3 steps lower the
+  loss on yet other images: by `Backprop` through the steps of "strength", so the implicit gradients
+  are themselves differentiated.
+
+The top hypergradient is checked by finite differences. The learned start is compared, on unseen
+pairs of digits, with the best single one.
 """
 
 from __future__ import annotations

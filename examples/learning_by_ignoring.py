@@ -6,9 +6,9 @@ The examples are digits, of which many have wrong labels. "pretrain" minimises m
 1000 examples with wrong labels among them. "finetune" minimises the loss on 30 right ones, staying
 near the pretrained parameters. "ignore" moves the a_i to lower the loss of the finetuned model on
 100 others: its hypergradient passes through finetuning and pretraining, `Implicit` through either.
-Then the two stages are run afresh, with the learned a, with all a_i = 1, with these 100 examples in
-the finetuning set too, and with the a of one who knows which are wrong. Zhang, Mukherjee, Xie et
-al. 2020, arXiv:2012.14288.
+Then the two stages are run afresh: with the learned a, with all a_i = 1, with these 100 examples in
+the finetuning set too, and with a_i = 1 for the right labels and 0 for the wrong ones. Zhang,
+Mukherjee, Xie et al. 2020, arXiv:2012.14288.
 """
 
 from __future__ import annotations

@@ -7,14 +7,13 @@
 - "rate" is the module that holds alpha: the learner's optimizer. It makes SGD steps, with a
   learning rate eta, to lower the loss after 5 steps of the learner;
 - "rate of rate" is the module that holds eta: the optimizer of "rate". It lowers the loss after 3
-steps of "rate".
+  steps of "rate".
 
-A level's optimizer may be the model of a level above; the graph sees that it is the same module,
-and that is all that has to be said. Maclaurin, Duvenaud, Adams 2015 (arXiv:1502.03492)
-differentiate training by its hyperparameters; Chandra et al. 2022 (arXiv:1909.13371) stack
-optimizers so and find that the taller the stack, the less it matters how one starts. Here both
-rates start badly on purpose: alpha = 0.003, eta = 1e-4. The hypergradient of the top level is first
-checked by finite differences.
+A level's optimizer may be the model of a level above: the graph sees that both are the same module.
+Maclaurin, Duvenaud, Adams 2015 (arXiv:1502.03492) differentiate training by its hyperparameters;
+Chandra et al. 2022 (arXiv:1909.13371) stack optimizers in this way, and find that the start matters
+less with each one. Here both rates start badly on purpose: alpha = 0.003, eta = 1e-4. The
+hypergradient of the top level is first checked by finite differences.
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
     python examples/reweighting.py --noise 0.4 --seeds 5
 
 The examples are digits, of which many have wrong labels. The learner minimises the mean of V(l_i)
-l_i over a damaged training set, l_i the loss of example i; the weight net V is learned so that the
-learner's next step lowers the loss on 100 clean examples. Compared with plain training on the
-damaged set (from the same initial networks on the same batches), with the same stopped when the
-loss on the clean examples is least, and with training on these alone. The picture shows V: the
-weight of an example as a function of its loss. Shu et al. 2019, arXiv:1902.07379; here weights are
-divided by their sum in the batch: V chooses examples and is no learning rate.
+l_i over a damaged training set, where l_i is the loss of example i. The weight net V is learned so
+that the learner's next step lowers the loss on 100 clean examples. It is compared with plain
+training on the damaged set (from the same initial networks on the same batches), with the same
+training stopped when the loss on the clean examples is least, and with training on these alone. The
+picture shows V: the weight of an example as a function of its loss. Shu et al. 2019,
+arXiv:1902.07379; here weights are divided by their sum in the batch, so V chooses examples and does
+not act as a learning rate.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Meta-weight-net as its authors programmed it.
 
-    python examples/virtual_step.py                        # as in docs/pages/results.md
+    python examples/virtual_step.py                        # as in Results
     python examples/virtual_step.py --seeds 1 --steps 50   # a look
 
 The hypergradient goes through a virtual step of plain SGD. Then comes the real step. Each iteration
 (Shu et al. 2019, arXiv:1902.07379, algorithm 1, and the published program): a copy of the
 classifier makes one step of plain SGD on the weighted loss; the weight net descends the copy's loss
 on clean examples; the classifier itself then steps by SGD with momentum and weight decay, with the
-new weights. So two optimizers move the same parameters. 40 % of the labels are wrong; as so short a
-training asks for it, the weight net learns ten times as fast as in that program.
+new weights. So two optimizers move the same parameters. 40 % of the labels are wrong. Because this
+training is short, the weight net learns ten times as fast as in that program.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def main(seeds: int = 3, steps: int = 800) -> dict[str, list[float]]:
     }
     for name, accuracies in found.items():
         print(
-            f"{name:>13}: {sum(accuracies) / seeds:.1f} % on the test, of each seed",
+            f"{name:>13}: mean test accuracy {sum(accuracies) / seeds:.1f} %, of each seed",
             *(f"{a:.1f}" for a in accuracies),
         )
     assert steps < 800 or sum(found["weight net"]) > sum(found["equal weights"]), "the weights help"

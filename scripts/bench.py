@@ -1,11 +1,11 @@
 """metaopt beside its peers: the same meta-gradients, timed in turns, one process a side.
 
-python scripts/bench.py sinusoid omniglot --threads 2
-python scripts/bench.py lstm transformer --write
+    python scripts/bench.py sinusoid omniglot --threads 2
+    python scripts/bench.py lstm transformer --write
 
 Before anything is timed, every side's gradient is compared with that of the first, or where it is
 known with the exact one; a difference ends the run. Results go to `--out`, where later runs add
-theirs; the tables show all that is there. `--write` publishes them: a line for each in
+theirs; the tables show everything that is there. `--write` publishes them: a line for each in
 benchmarks/history.jsonl, the README's ratios, and the tables in docs/pages/benchmarks.md, which
 then has these and no others.
 """
@@ -68,13 +68,13 @@ class Config:
     """What to compare, and how thoroughly."""
 
     comparisons: tyro.conf.Positional[tuple[Name | Literal["scale", "bilevel"], ...]] = ()
-    """which; by default all. "scale" stands for those on a large model: about six minutes;
+    """comparisons; by default all. "scale" stands for those on a large model, about six minutes;
     "bilevel" for those on quadratics
     """
     threads: int = 1
-    """cores of each process"""
+    """number of cores of each process"""
     repeats: int = 20
-    """timings of each side; each lasts a tenth of a second or one run"""
+    """number of timings of each side; one lasts .1 s, or one run if that is longer"""
     longest: int = 256
     """inner steps up to which memory is measured; 0 leaves memory out, 2000 takes half an hour for
     the transformer

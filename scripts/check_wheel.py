@@ -1,6 +1,7 @@
 """Build the distribution, and run the wheel where only what it requires is installed.
 
-    .venv/bin/python scripts/check_wheel.py
+    .venv/bin/python scripts/check_wheel.py          # leaves nothing behind
+    .venv/bin/python scripts/check_wheel.py dist     # leaves what was built in dist, to publish it
 
 Nothing large is downloaded: the packages that the wheel requires, and those that these require, are
 links to the installed ones.
@@ -36,7 +37,7 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Build source distribution and wheel, and return the wheel."""
+    """Build source distribution and wheel into an empty folder, and return the wheel."""
     run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
     run(sys.executable, "-m", "twine", "check", "--strict", *folder.iterdir())
     (wheel,) = folder.glob("*.whl")
@@ -108,7 +109,7 @@ def main() -> None:
     """Build, install, run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        wheel = build(folder / "dist")
+        wheel = build(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else folder / "dist")
         check_files(wheel)
         run(sys.executable, "-m", "venv", "--without-pip", folder / "env")
         python = folder / "env/bin/python"

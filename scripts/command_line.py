@@ -7,6 +7,7 @@ The configuration that results is printed, and saved in the run's folder as SCRI
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 import typing
@@ -44,8 +45,8 @@ def run(
         config: a dataclass; or several by the name of a subcommand.
         about: text for `--help`; by default the docstring of the dataclass.
         shares: whether several processes share its work, see `run_on_ranks`.
-        has_checkpoints: whether it leaves some in its folder. Of those that do not, the folder may
-            be that of a training, whose checkpoints are none of theirs.
+        has_checkpoints: whether it leaves some in its folder. The folder of one that leaves none
+            may be that of a training, whose checkpoints do not concern it.
     """
     found = parse(config, sys.argv[1:], about)
     if has_checkpoints:
@@ -74,7 +75,8 @@ def parse(
             sys.exit(0 if {"-h", "--help"} & {*arguments} else USAGE)
         name = arguments.pop(0)
         config, program = config[name], f"{program} {name}"
-    text = f"{about or config.__doc__}\n--config FILE begins with a configuration that a run saved."
+    text = inspect.cleandoc(about or config.__doc__ or "")
+    text += "\n\n--config FILE begins with a configuration that a run saved."
     options: dict[str, Any] = {"description": text, "prog": program}
     file = _take_file(arguments)
     if file is not None:

@@ -1,9 +1,9 @@
 """Learned schedules of the inner rate against the tuned constant one, in MAML and in Reptile.
 
-All is chosen with trainings whose seeds are not reported; those that are reported come in pairs,
-with the same initial weights and the same training and test tasks.
+Rates are chosen by trainings with other seeds. The trainings that are reported come in pairs, with
+the same initial weights and the same training and test tasks.
 
-python scripts/compare_inner_rates.py maml --json benchmarks/schedules.json
+    python scripts/compare_inner_rates.py maml --json benchmarks/schedules.json
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Config:
     """Sine waves; what is tuned is tuned on validation tasks, and all is tested on others."""
 
     algorithm: tyro.conf.Positional[Literal["maml", "reptile"]]
-    """What trains the initialisation."""
+    """Method that trains the initialisation."""
     kinds: tuple[Kind, ...] = ()
     """Schedules that all tensors share."""
     per_tensor: tuple[Kind, ...] = ("gp",)
-    """Schedules of which each tensor has its own."""
+    """Schedules of which each tensor of the network has its own."""
     shots: int = 10
     """Points to adapt on."""
     inner_steps: int = 5

@@ -6,8 +6,8 @@
 Each training example has a weight w_i in the loss, 1 at first. The score of example i for a test
 example is d(test loss) / d w_i, where the test loss depends on w through every step of training.
 The exact metagradient differentiates the steps (one backward pass gives all examples' scores);
-implicit differentiation takes the last parameters for a solution, with a linear solver in place of
-the inverse Hessian; T1 - T2 takes the identity for it, which leaves the product of two gradients.
+implicit differentiation treats the last parameters as a solution, with a linear solver in place of
+the inverse Hessian; T1 - T2 has the identity in its place, which leaves a product of two gradients.
 
 They are judged by the linear datamodeling score: the same training is run again on 64 random halves
 of the examples (those outside have weight 0, those inside 2, so that the mean stays 1), and for
@@ -79,7 +79,7 @@ class Config:
     subsets: int = 64
     """Random halves of the training examples on which the training is run again."""
     other_seeds: int = 1
-    """How often that is done once more, from other initial weights and in another order."""
+    """Number of repetitions of this from other initial weights and in another order."""
     steps: int = 200
     """Steps of training."""
     batch_size: int = 325
@@ -133,14 +133,14 @@ class Digits(Config):
 
 @dataclass(frozen=True)
 class Language(Config):
-    """Attribute the predictions of a transformer on passages of Python's topics of help."""
+    """Attribute the predictions of a transformer on passages of Python's help topics."""
 
     examples: int = 384
     """Passages to train on."""
     tests: int = 16
     """Passages of other topics, each with scores of its own."""
     other_seeds: int = 0
-    """How often training on halves is done once more, with other initial weights and order."""
+    """Number of repetitions of the halves, with other initial weights and another order."""
     steps: int = 150
     """Steps of training."""
     batch_size: int = 48
@@ -321,7 +321,7 @@ def main(config: Digits | Language) -> dict[str, Judged]:
         figures = {name: one.figures for name, one in judged.items()}
         key = type(config).__name__.lower()
         write_json(config.json, key, asdict(config), {"methods": figures})
-    print(f"Plots and events are in {config.out}")
+    print(f"Plots and TensorBoard events: {config.out}")
     return judged
 
 

@@ -1,8 +1,10 @@
 """Compare learned optimizers with tuned hand-designed ones on tasks that training never saw.
 
-python scripts/evaluate.py --weights runs/optimizer/weights.safetensors --task digits
-python scripts/evaluate.py --trained small --task held-out
-python scripts/evaluate.py --trained lstm mlp schedule --task held-out --recorded --write
+    python scripts/evaluate.py --weights runs/optimizer/weights.safetensors --task digits
+    python scripts/evaluate.py --trained small --task held-out
+    python scripts/evaluate.py --trained lstm mlp schedule --task held-out --recorded --write
+
+The last two commands judge over eight families of tasks, as in docs/pages/results.md.
 """
 
 from __future__ import annotations
@@ -52,9 +54,9 @@ class Config:
         "held-out",
         "stress",
     ] = "digits"
-    """What they are compared on; it may differ from what they were trained on. "held-out" is a
-    table over eight families, "stress" one over longer runs and larger networks; there every
-    optimizer has one factor tuned over 14 values."""
+    """Task of the comparison, which need not be that of their training. "held-out" is a table over
+    eight families, and "stress" a table over longer runs and larger networks. In both, one factor
+    of each optimizer is tuned over 14 values."""
     horizon: int | None = None
     """Inner steps; by default the task's own."""
     seeds: int | None = None
@@ -64,8 +66,8 @@ class Config:
     against: tuple[Literal["Adam", "Nesterov", "Muon"], ...] = ("Adam",)
     """Hand-designed optimizers of a table, each with a constant rate and with a cosine."""
     recorded: bool = False
-    """Hand-designed optimizers of the table over held-out families have the rates that were best in
-    the published one, and are not tuned again; give the same numbers of seeds."""
+    """Take the rates of hand-designed optimizers from the published table over held-out families,
+    in place of tuning them again. The numbers of seeds must be those of that table."""
     resume: bool = False
     """Take families of the table from `out`, if an earlier run of these optimizers left them."""
     write: bool = False

@@ -1,6 +1,8 @@
 """A language model that learns while it reads, chunk by chunk, and one that was trained for that.
 
-python scripts/language_model.py
+    python scripts/language_model.py
+
+docs/pages/results.md says what each way of reading reaches.
 """
 
 from __future__ import annotations
@@ -48,19 +50,19 @@ class Config:
     """Train a small language model in four ways, and let each read documents it never saw."""
 
     train: Literal["both", "sources", "topics"] = "both"
-    """What it is trained on: sources of the standard library, topics of Python's help, or both."""
+    """Training text: sources of the standard library, topics of Python's help, or both."""
     adapt: Literal["mlp", "block", "all"] = "mlp"
     """What changes while it reads: the MLP of the last block, the last block, or everything."""
     optimizer: Literal["lstm", "mlp"] = "lstm"
     """The learned optimizer, which all coordinates share."""
     hidden_size: int = 4
-    """Its width."""
+    """Width of the learned optimizer."""
     step_size: float = 0.03
-    """The factor on its output."""
+    """Factor on the output of the learned optimizer."""
     width: int = 64
-    """Of the language model's embeddings."""
+    """Width of the language model's embeddings."""
     blocks: int = 2
-    """Its blocks."""
+    """Number of the language model's blocks."""
     window: int = 64
     """Characters before its own that a position attends to."""
     chunk: int = 128
@@ -401,7 +403,7 @@ def main(config: Config) -> dict[str, dict[str, Tensor]]:
             json.dumps({"config": asdict(config), **report.figures}, default=str, indent=1)
         )
         plot(found, config.chunk, config.out / "reading.png")
-    print(f"Plot, figures and events are in {config.out}")
+    print(f"Plot, figures and TensorBoard events: {config.out}")
     return found
 
 

@@ -1,8 +1,11 @@
 """Model-agnostic meta-learning: an initialisation from which a few gradient steps learn a new task.
 
-python scripts/maml.py sinusoid --compile
-python scripts/maml.py sinusoid --compile --schedule lstm   # inner rates are learned too
-python scripts/maml.py omniglot --data FOLDER_OR_ZIP --ways 5 --shots 1
+    python scripts/maml.py sinusoid --compile
+    python scripts/maml.py sinusoid --compile --schedule lstm   # inner rates are learned too
+    python scripts/maml.py omniglot --data FOLDER_OR_ZIP --ways 5 --shots 1
+
+Inner steps are differentiated exactly, or not at all with --first-order. Finn, Abbeel, Levine 2017,
+arXiv:1703.03400.
 """
 
 from __future__ import annotations
@@ -313,12 +316,15 @@ def run_sinusoid(config: SinusoidConfig) -> dict[str, Tensor]:
         "pretrained, rate tuned": fine_tuned,
     }
     report("mean squared error", scores, config, {"pretrained, rate tuned": best})
-    starts = {"MAML": (net.params, inner), "pretrained": (start, best[-1])}
+    kind = f"rate {config.inner_lr:g}" if config.schedule == "none" else config.schedule
+    starts = {
+        f"MAML, {kind}": (net.params, inner),
+        f"pretrained, rate {best[-1]:g}": (start, best[-1]),
+    }
     steps = (0, 1, config.test_steps[-1])
     adapted: dict[str, list] = {}
     for name, (params, lr) in starts.items():
-        what = f"rate {lr:g}" if isinstance(lr, float) else f"rate: {config.schedule}"
-        waves = adapted[f"{name}, learning {what}"] = []
+        waves = adapted[name] = []
         for task in (tree.index(test, index) for index in range(2)):
             path = adapt(loss, lr, steps, params, task)
             waves.append(
@@ -470,7 +476,7 @@ def report(
         tablefmt="github",
     )
     tuned = [
-        f"{name}: best on other tasks were "
+        f"{name}: the best rates on other tasks are "
         + ", ".join(
             f"{rate:g} for {n}" for n, rate in zip(config.test_steps, best, strict=True) if n
         )
@@ -490,7 +496,7 @@ def main(config: SinusoidConfig | OmniglotConfig) -> None:
         run_sinusoid(config)
     else:
         run_omniglot(config)
-    print(f"plot, weights and events are in {config.out}")
+    print(f"Plot, weights and TensorBoard events: {config.out}")
 
 
 CONFIGS = {"sinusoid": SinusoidConfig, "omniglot": OmniglotConfig}

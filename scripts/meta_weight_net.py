@@ -17,8 +17,8 @@ how they are weighted:
 - meta-weight-net: the damaged set, example i weighted by V(loss_i; theta); theta is learned so that
   one step of the learner lowers the loss on the 100 clean examples (Shu et al. 2019,
   arXiv:1902.07379, equations 3 to 5);
-- oracle: the damaged set by one who knows the damage: wrong labels are never drawn, the classes
-equally often.
+- oracle: the damaged set with the damage known: wrong labels are never drawn, and all classes
+  equally often.
 
 The learning rate and the number of steps are chosen for each method and seed from one grid, by the
 accuracy on the clean examples (ties by the loss); clean only is chosen by 5-fold cross-validation

@@ -15,9 +15,9 @@ differ in where their minibatches come from and how these are weighted:
 - balanced: the same, but both labels equally often;
 - clean only: the clean, balanced examples;
 - finite differences, SAMA: meta-weight-net (Shu et al. 2019, arXiv:1902.07379) through a level
-  graph, by either rule. Example i weighs V(what is seen of it; theta), divided by the sum over the
+  graph, by either rule. Example i has the weight V(input_i; theta), divided by the sum over the
   minibatch; theta is learned on the clean examples;
-- oracle: the damaged set by one who knows the damage: no wrong labels, the classes equally often.
+- oracle: the damaged set with the damage known: no wrong labels, both classes equally often.
 
 The learning rate and the number of steps are chosen for each method and seed from one grid, by the
 accuracy on the clean examples (ties by the loss); clean only is chosen by 5-fold cross-validation

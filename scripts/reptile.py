@@ -1,6 +1,9 @@
 """Reptile: an initialisation moves towards where a few gradient steps on each task lead it.
 
-The rate of these steps may be a schedule that is learned beside. python scripts/reptile.py
+    python scripts/reptile.py
+    python scripts/reptile.py --schedule gp --per-tensor
+
+The rate of these steps may be a learned schedule, as in the second command.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class ReptileConfig(SinusoidConfig):
 
     inner_lr: float = 0.02
     schedule_lr: float = 3e-3
-    """step size of the outer Adam for the schedule; at 1e-2 some trainings went astray"""
+    """step size of the outer Adam for the schedule; at .01 some trainings diverged"""
     out: Path = Path("runs/reptile")
 
 
@@ -111,7 +114,7 @@ def run(config: SinusoidConfig) -> dict[str, Tensor]:
 def main(config: ReptileConfig) -> None:
     torch.set_num_threads(1)  # tensors this small only make threads wait for each other
     run(config)
-    print(f"weights and events are in {config.out}")
+    print(f"Weights and TensorBoard events: {config.out}")
 
 
 if __name__ == "__main__":

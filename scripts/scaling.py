@@ -1,11 +1,11 @@
 """What each way of sharing work costs, and how far it scales.
 
-It prints the tables of docs/pages/guides/many-processes.md.
+    python scripts/scaling.py                                    # what the model predicts
+    torchrun --nproc-per-node 2 scripts/scaling.py --measure     # what it is fitted to
+    torchrun --nproc-per-node 2 scripts/scaling.py --speed-up    # two processes against one
+    torchrun --nproc-per-node 2 scripts/scaling.py --overlap     # sums beside the backward pass
 
-python scripts/scaling.py                                        # what the model predicts
-torchrun --nproc-per-node 2 scripts/scaling.py --measure         # what it is fitted to
-torchrun --nproc-per-node 2 scripts/scaling.py --speed-up        # two processes against one
-torchrun --nproc-per-node 2 scripts/scaling.py --overlap         # sums beside the backward pass
+The tables of docs/pages/guides/many-processes.md come from here.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
 
 Branin's function has two real numbers and the minimum .398 at three points. The other problem is a
 search on top of a graph of levels: the digits with wrong labels, which a learner minimises with
-weights that a second level learns (see scripts/meta_weight_net.py). Searched are the learner's rate
-(on a logarithmic scale), width and activation, and the number of its steps for each step of the
-weights; the number of steps in all is fixed. The loss is that on clean examples that no level has
-seen, averaged over the last quarter of the training.
+weights that a second level learns (see scripts/meta_weight_net.py). The search is over the
+learner's rate (on a logarithmic scale), width and activation, and over the number of its steps for
+each step of the weights; the total number of steps is fixed. The loss is that on clean examples
+that no level has seen, averaged over the last quarter of the training.
 
 Each search is written down in the output folder: a script that was interrupted, or that is run
 again with more trials, goes on from there.
@@ -65,9 +65,9 @@ class Config:
     """Compare ways to search."""
 
     problem: tyro.conf.Positional[Literal["branin", "meta-weight-net"]] = "branin"
-    """What is minimised."""
+    """Problem to minimise."""
     backends: tuple[Backend, ...] = ("random", "optuna", "botorch", "ax")
-    """Who suggests values."""
+    """Backends that suggest values."""
     trials: int = 20
     """Number of trials of each search."""
     seeds: int = 5

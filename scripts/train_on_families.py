@@ -1,6 +1,8 @@
 """Train a learned optimizer that carries over, on small networks drawn anew, by evolution.
 
-python scripts/train_on_families.py --out runs/small
+    python scripts/train_on_families.py --out runs/small
+
+docs/pages/results.md has what it reaches on families that training never saw.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ class Config:
     outer_lr: float = 0.005
     """Learning rate of the outer Adam, with cosine decay to a twentieth."""
     average: float = 0.95
-    """Decay of the average of the weights, which is what is validated and kept."""
+    """Decay of the average of the weights, which is validated and kept."""
     groups: int = 6
-    """Families under way."""
+    """Families that are trained on at the same time."""
     pairs: int = 16
-    """Pairs of perturbed optimizers in each."""
+    """Pairs of perturbed optimizers in each of these families."""
     window: int = 20
     """Inner steps between outer steps."""
     std: float = 0.03
@@ -52,7 +54,7 @@ class Config:
     validation: int = 18
     """Families to validate on, 8 tasks of each."""
     seed: int = 0
-    """Of the initial weights and of the training tasks."""
+    """Seed of the initial weights and of the training tasks."""
     threads: int = 1
     """Threads for torch."""
     out: Path = Path("runs/small")

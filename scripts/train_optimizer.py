@@ -1,6 +1,8 @@
 """Train a learned optimizer and save its weights.
 
-python scripts/train_optimizer.py --optimizer lstm --task quadratics
+    python scripts/train_optimizer.py --optimizer lstm --task quadratics
+
+The defaults are the recipe for this optimizer and task, where there is one.
 """
 
 from __future__ import annotations
@@ -37,8 +39,7 @@ TASKS = {
     "quadratics-50": (mo.tasks.Quadratics(dimension=50), 100),
 }
 VALIDATION_TASKS = {"quadratics": 512}  # 32 of the others
-# What is best known for backpropagation, by optimizer and task; docs/pages/results.md says what it
-# gives.
+# The best known settings for backpropagation, by optimizer and task: see docs/pages/results.md.
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("lstm", "quadratics"): {
         "window": 5,
@@ -80,44 +81,44 @@ class Config:
     task: Literal["digits", "digits-deep", "quadratics", "quadratics-20", "quadratics-50"] = (
         "digits"
     )
-    """What it is trained on."""
+    """Task that the optimizer is trained on."""
     horizon: int | None = None
     """Inner steps per episode; by default the task's own."""
     estimator: Literal["backprop", "es", "pes", "nres"] = "backprop"
     """How the meta-gradient is estimated."""
     window: int | None = None
-    """The number of steps in a window of truncated backpropagation, PES or NRES; by default that of
-    the recipe for this optimizer and task, else whole episodes for the first, and 20 for the
-    others."""
+    """Number of inner steps in a window of truncated backpropagation, PES or NRES. By default that
+    of the recipe for this optimizer and task; without a recipe, whole episodes for backpropagation
+    and 20 steps for the others."""
     std: float = 0.01
     """Standard deviation of the noise of ES, PES and NRES."""
     second_order: bool | None = None
-    """Differentiate through the inner gradients too; by default as in the recipe, else not."""
+    """Differentiate through the inner gradients too; by default the recipe's choice; else no."""
     batch: int | None = None
-    """Episodes per outer step, or pairs of episodes; this and what follows is by default that of
-    the recipe, else 8."""
+    """Episodes per outer step, or pairs of episodes. Here and below, the default is that of the
+    recipe for this optimizer and task; without a recipe, 8."""
     clip: float | None = None
-    """With second_order: largest entry of the cotangent of the parameters between inner steps, see
-    `Backprop`; else no limit."""
+    """With --second-order True: largest entry of the cotangent of the parameters between inner
+    steps, see `Backprop`; without a recipe, no limit."""
     hidden_size: int | None = None
     """Width of the learned optimizer; by default its own."""
     steps: int | None = None
-    """Outer steps; else 140."""
+    """Outer steps; without a recipe, 140."""
     finish: int | None = None
-    """Outer steps after these, with longer windows and .3 of the learning rate, from the weights
-    that validated best: windows see too short a way ahead; else none."""
+    """Further outer steps with longer windows and .3 of the learning rate, from the weights that
+    validated best, because short windows are shortsighted; without a recipe, none."""
     finish_window: int | None = None
-    """The number of steps in a window then; else that of an episode."""
+    """Number of inner steps in a window of these; without a recipe, the whole episode."""
     outer_lr: float | None = None
-    """Learning rate of the outer Adam, with cosine decay to a tenth; else .01."""
+    """Learning rate of the outer Adam, with cosine decay to a tenth; without a recipe, .01."""
     average: float | None = None
-    """Decay of the average of the weights, which is what is validated and kept; else .98."""
+    """Decay of the average of the weights, which is validated and kept; without a recipe, .98."""
     validate_every: int | None = None
-    """Outer steps between validations; the weights that validate best are kept; else 20."""
+    """Outer steps between validations; the best weights are kept; without a recipe, 20."""
     start: Path | None = None
-    """Weights to begin with, of a training before, in place of random ones."""
+    """File of weights to begin with, from an earlier training; by default random weights."""
     seed: int = 0
-    """Of the initial weights and of the training tasks."""
+    """Seed of the initial weights and of the training tasks."""
     threads: int = 1
     """Threads for torch; these networks are too small for more to help."""
     out: Path = Path("runs/optimizer")

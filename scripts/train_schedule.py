@@ -1,6 +1,8 @@
 """Train a learning-rate schedule through the inner loop.
 
-It is compared with tuned constant and cosine rates. python scripts/train_schedule.py
+    python scripts/train_schedule.py
+
+It is compared with tuned constant and cosine rates.
 """
 
 from __future__ import annotations
@@ -63,14 +65,14 @@ class Config:
     """
 
     kind: tuple[Kind, ...] = ("lstm",)
-    """What the schedule is; several are trained one after the other."""
+    """Kind of schedule; several are trained one after the other."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """Whose learning rate it is."""
+    """Optimizer whose learning rate is scheduled."""
     objective: Literal["mean", "final"] = "mean"
-    """What is minimised, tuned and selected by: the mean training loss, or that of the last tenth
-    of the steps."""
+    """Objective of training, tuning and selection: the mean training loss of all steps, or of the
+    last tenth of them."""
     start: Literal["constant", "cosine"] = "constant"
-    """What the schedule starts from: the rate `initial`, or a warm-up to it over a twentieth of the
+    """Schedule before training: the rate `initial`, or a warm-up to it over a twentieth of the
     steps and cosine decay."""
     horizon: int = 100
     """Inner steps per episode."""
@@ -117,7 +119,7 @@ class Config:
     scales: tuple[float, ...] = (0.5, 0.7, 1.0)
     """Factors on the learned schedule tried on that network."""
     seed: int = 0
-    """Of the initial weights and of the training tasks."""
+    """Seed of the initial weights and of the training tasks."""
     threads: int = 1
     """Threads for torch."""
     out: Path = Path("runs/schedule")

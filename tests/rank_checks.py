@@ -481,7 +481,7 @@ def weight_net(
     return mo.LevelGraph([mo.Edge(weights, learner, steps=3, differentiate=rule)])
 
 
-def run(graph: mo.LevelGraph, steps: int = 3) -> Any:
+def run(graph: mo.LevelGraph, steps: int = 2) -> Any:
     metrics = [graph.step() for _ in range(steps)]
     return metrics, {name: graph.params(name) for name in graph.plan.levels}
 

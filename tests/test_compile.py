@@ -58,12 +58,11 @@ def no_recompilation() -> Iterator[Callable[[], None]]:
     torch._dynamo.config.error_on_recompile = before
 
 
-def made(dropout: float = 0.0) -> Made:
+def made(dropout: float = 0.0, *, deep: bool = True) -> Made:
     """Return a new loss function and new parameters of the same network."""
     torch.manual_seed(0)
-    net = mo.functional(
-        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 2))
-    )
+    layers = [nn.Linear(3, 4), nn.Tanh(), nn.Dropout(dropout), nn.Linear(4, 2)]
+    net = mo.functional(nn.Sequential(*(layers if deep else [nn.Linear(3, 2)])))
 
     def loss_fn(params: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(net(params, batch[0]), batch[1])
@@ -84,13 +83,14 @@ def gradients(
     *,
     compile: bool,
     dropout: float = 0.0,
+    deep: bool = True,
     create_graph: bool = False,
 ) -> list:
     """Return the losses and the derivative of their sum with respect to all parameters.
 
     These are the optimizer's and the network's.
     """
-    loss_fn, params = made(dropout)
+    loss_fn, params = made(dropout, deep=deep)
     torch.manual_seed(2)
     out = mo.minimize(
         loss_fn, optimizer, params, batches(steps), differentiate=rule, compile=compile
@@ -121,7 +121,8 @@ class TestEquality:
     def test_a_step_and_its_pullback_are_compiled_once_for_every_length(
         self, rule: Rule, no_recompilation: Callable[[], None], float64: None
     ) -> None:
-        optimizer = LSTMOptimizer(hidden_size=3).double()
+        """Adam counts its steps, and the count must not be compiled in."""
+        optimizer = Adam(lr=nn.Parameter(torch.tensor(0.1)))
         for steps in (3, 7):
             assert_equal(
                 gradients(optimizer, rule, steps, compile=True),
@@ -242,10 +243,11 @@ class TestEquality:
     def test_second_derivatives_through_a_compiled_loop(
         self, memory: object, float64: None
     ) -> None:
-        optimizer = SGD(lr=nn.Parameter(torch.tensor(0.1)), momentum=0.9)
+        optimizer, rule = SGD(lr=nn.Parameter(torch.tensor(0.1)), momentum=0.9), mo.Backprop(memory)
 
         def seconds(*, compile: bool) -> list[Tensor]:
-            first = gradients(optimizer, mo.Backprop(memory), 4, compile=compile, create_graph=True)
+            # one layer: its loss has all derivatives too, in smaller graphs
+            first = gradients(optimizer, rule, 4, compile=compile, deep=False, create_graph=True)
             return [
                 *first,
                 *torch.autograd.grad(
@@ -256,15 +258,16 @@ class TestEquality:
         assert_equal(seconds(compile=True), seconds(compile=False), 1e-11)
 
     def test_those_of_a_loop_compiled_as_a_whole_are_refused(self) -> None:
-        optimizer = Adam(lr=nn.Parameter(torch.tensor(0.1)))
-        first = gradients(optimizer, mo.Backprop(), 2, compile=True, create_graph=True)
+        optimizer, rule = Adam(lr=nn.Parameter(torch.tensor(0.1))), mo.Backprop()
+        first = gradients(optimizer, rule, 2, compile=True, deep=False, create_graph=True)
         with pytest.raises(RuntimeError, match="does not currently support double backward"):
             torch.autograd.grad(first[1], [*optimizer.parameters()])
 
     def test_a_whole_loop_is_one_graph_for_an_outer_compiler(self) -> None:
         """With Adam and a learnable schedule.
 
-        The derivative in the schedule and in the initial parameters is included.
+        The derivative in the schedule and in the initial parameters is included. What counts is
+        what the compiler sees, so no code is generated.
         """
         optimizer = Adam(lr=Cosine(nn.Parameter(torch.tensor(0.1)), steps=2))
         loss_fn, params, rows = *made(), batches(2)
@@ -273,9 +276,8 @@ class TestEquality:
             return mo.minimize(loss_fn, optimizer, params, rows).losses.sum()
 
         learned = [*optimizer.parameters(), *params.values()]
-        found, expected = (
-            torch.autograd.grad(f(), learned) for f in (torch.compile(value, fullgraph=True), value)
-        )
+        seen = torch.compile(value, fullgraph=True, backend="aot_eager")
+        found, expected = (torch.autograd.grad(f(), learned) for f in (seen, value))
         assert_equal([*found], [*expected], 1e-5)
 
     def test_dropout_draws_what_it_draws_uncompiled(self) -> None:

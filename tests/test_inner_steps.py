@@ -111,5 +111,5 @@ def test_a_step_that_is_stopped_by_who_is_told_changes_nothing() -> None:
 
 def test_compiled_loops_tell_nobody() -> None:
     graph = make_graph(mo.Backprop(), compile=True)
-    with pytest.raises(ValueError, match=r"nobody can be told .* compile=True\. Leave `comp"):
+    with pytest.raises(ValueError, match=r"cannot report each .* compile=True\. Leave `comp"):
         graph.step(print)

@@ -39,19 +39,19 @@ class Backprop(StepsRule):
             compile sees through it. "steps" keeps the parameters and the optimizer state of each
             step and rebuilds one step at a time on the way back. `Revolve(snapshots)` keeps few of
             these states and recomputes the others with the fewest possible steps.
-        window: differentiate only through the last so many steps; by default through all. The steps
-            before are constants: nothing reaches the initial parameters and state, and to ask
-            `minimize` for that alone is an error; nor their losses. The error decays like (1 - lr
+        window: number of steps, the last ones, to differentiate through; by default all. The steps
+            before are constants: nothing reaches their losses, nor the initial parameters and
+            state, and to ask `minimize` for those alone is an error. The error decays like (1 - lr
             mu)^window where the loss has curvature mu or more.
         clip: on the way back, clamp every entry of the cotangent of the parameters after a step to
             [-clip, clip], all steps. A product of many Hessians explodes where the optimizer
             overshoots; this bounds it, step by step, and so one wild part of the parameters does
             not decide the derivative. Biased where it acts; the unit is that of the outer loss per
             unit of a parameter.
-        microbatches: for batches too large for one graph, cut each step's batch into so many equal
-            parts, whose gradients are averaged, forward and on the way back. The loss must then be
-            a mean over the leading axis of every leaf of the batch; what it computes across
-            examples, such as batch statistics, is that of one part.
+        microbatches: the number of equal parts into which each step's batch is cut, for batches too
+            large for one graph. Their gradients are averaged, forward and on the way back. The loss
+            must then be a mean over the leading axis of every leaf of the batch; what it computes
+            across examples, such as batch statistics, is that of one part.
         hvp: how the gradient in a step is differentiated: "reverse" over reverse, or "forward" over
             reverse, one derivative of (dL/dw, dL/d inputs, dL/d batch) along the cotangent of the
             gradient. Both are exact.
@@ -256,8 +256,8 @@ def _find_examples(loop: InnerLoop, microbatches: int) -> Tree:
         if microbatches > 1 and length < 0:
             raise ValueError(
                 f"`microbatches={microbatches}` needs a batch whose every leaf has a leading axis "
-                f"of examples, which {path} has not. Pass what is no example as `meta`, or leave "
-                "`microbatches` out."
+                f"of examples, which {path} has not. Pass everything that is not an example as "
+                "`meta`, or leave `microbatches` out."
             )
         if length % microbatches:
             raise ValueError(

@@ -42,7 +42,7 @@ class FirstOrder(StepsRule):
         check_memory(self.memory)
 
     def attach(self, loop: InnerLoop) -> Result:
-        """Return the result of the steps, with the graph of what is no gradient."""
+        """Return the result of the steps, with the graph of everything but gradients."""
 
         def update(
             inputs: Inputs, grads: Tree, state: Any, params: Tree, loss: Tensor, aux: Tree

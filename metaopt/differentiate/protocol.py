@@ -94,7 +94,7 @@ class InnerLoop:
             optimizer.
         inputs: what every step reads.
         params: initial parameters.
-        state: initial state: the optimizer's, and whatever else goes on from step to step.
+        state: initial state: the optimizer's, and everything else that goes on from step to step.
         batches: leaves with the leading axis `steps`; without leaves, every step sees
             `inputs["batch"]`. Or a `Stream`.
         steps: number of steps; 0 for a loop that ends where it starts; None for a `Stream`, which
@@ -104,7 +104,7 @@ class InnerLoop:
             next; `observe()` gives the gradients and the loss there, if it needs them. None where
             there is no optimizer.
         precondition: the transposed derivative of `update` in the gradients, applied to a vector;
-            None where nobody knows it better than the graph of `update`.
+            None where the graph of `update` is as good.
         emit: what the loop says of each step, stacked over steps; the loss comes first in it.
         describe: returns the settings of the functions, as text.
         skips: whether the gradient of a parameter is None, not zero, at a step whose loss does not
@@ -166,7 +166,7 @@ class Rule:
         """Return the loop's result, and the function that pulls its cotangents back.
 
         The result is a constant. The pullback may be differentiable in the loop's tensors, and in
-        the cotangents: then so is whatever `attach` returns, any number of times.
+        the cotangents: then so is the result of `attach`, any number of times.
         """
         raise TypeError(f"{type(self).__name__} must define `vjp(loop) -> (result, pullback)`.")
 

@@ -25,7 +25,7 @@ class SAMA(PointRule):
     The cotangent is that of the last parameters; the mixed product is taken by differences.
 
     D is the derivative of an update of the optimizer, w + u(g, s, w), at a gradient g and a state
-    s: bias correction, clipping, schedules and whatever a learned optimizer computes are in it. Its
+    s: bias correction, clipping, schedules and all that a learned optimizer computes are in it. Its
     transpose is applied, so D need not be diagonal. For SGD D = -lr; for Adam it is the derivative
     through both moments.
 
@@ -46,7 +46,7 @@ class SAMA(PointRule):
 
     Cost:
         The loop without a graph, two gradients at displaced parameters, with "next" one at the end,
-        and a vjp of the update: for an elementwise one, if nobody differentiates the result, a pass
+        and a vjp of the update: for an elementwise one, if the result is not differentiated, a pass
         over the parameters; see `Optimizer.diagonal`. With "last", what the step went from and its
         gradient are kept, the loop is not compiled by itself, and the gradient is taken again where
         the result is differentiated again.

@@ -122,7 +122,7 @@ def join_ranks(*, timeout: float = 600.0) -> Iterator[Ranks]:
     `MetaTraining` and `LevelGraph` share their tasks, pairs and batches over the ranks, and all
     ranks come to the same result. Every rank runs the same script with the same seeds: it makes
     the same models and draws the same data, and works on its part of them. In a process that
-    nobody started so, nothing changes:
+    was not started in this way, nothing changes:
 
         with mo.join_ranks() as ranks:
             training = mo.MetaTraining(...)

@@ -51,7 +51,7 @@ def from_torchopt(
         transform: what a TorchOpt function such as `torchopt.adam(1e-3)` or `torchopt.chain(...)`
             returns; with arguments, the function, or one of your own that returns a transformation.
         arguments: by name. Floats, tensors, parameters and schedules are hyperparameters of the
-            optimizer; whatever else (a pair of betas, a flag, a schedule of TorchOpt) is handed on
+            optimizer; anything else (a pair of betas, a flag, a schedule of TorchOpt) is handed on
             as it is.
 
     Raises:

@@ -31,7 +31,7 @@ class Edge:
             level has moved, once more with its new parameters, on the same batches (the virtual
             step of meta-weight-net and DARTS). Given an optimizer, the steps for the hypergradient
             are its own, from a fresh state: the virtual step of meta-weight-net is one of plain
-            SGD, whatever optimizer the lower level has.
+            SGD, also where the lower level has another optimizer.
 
     Raises:
         TypeError: an end is no `Level`, `differentiate` no rule, or `look_ahead` neither a bool nor

@@ -67,7 +67,7 @@ class LevelGraph:
     Inside of `join_ranks`, where every rank is given the same models and batches, each rank
     evaluates the losses on its part of every batch. They are taken for means over the examples;
     a loss that is not, and a norm layer with batch statistics, sees one rank's part at a time. All
-    derivatives are those of the mean over ranks, whatever the rules.
+    derivatives are those of the mean over ranks, under every rule.
 
     Args:
         edges: which connect the levels.
@@ -160,7 +160,7 @@ class LevelGraph:
         _check_surroundings("step")
         if on_step is not None and self.plan.compile:
             raise ValueError(
-                "LevelGraph.step: nobody can be told of each step of a compiled loop, got "
+                "LevelGraph.step: a compiled loop cannot report each of its steps, got "
                 f"on_step={on_step!r} and compile=True. Leave `compile` out; losses and metrics of "
                 "each level's last step are what `step` returns."
             )

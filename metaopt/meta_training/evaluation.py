@@ -92,7 +92,7 @@ def evaluate(
 
     Args:
         optimizers: name -> optimizer; or a function from a list of parameters to a torch optimizer,
-            of whatever library: `lambda params: torch.optim.AdamW(params, lr=1e-3)`. One that was
+            of any library: `lambda params: torch.optim.AdamW(params, lr=1e-3)`. One that was
             made with `steps=None` is told the horizon.
         tasks: the family to draw from.
         horizon: number of steps.

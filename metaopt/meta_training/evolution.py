@@ -188,7 +188,7 @@ class PES(Windowed):
     Each window has noise epsilon_i of its own, and xi_i is the sum of all that the pair has seen in
     its episode, this window's included. L is the window's part of the episode's loss.
 
-    **Bias**: none for the smoothed loss of the episode, whatever the window, if theta stands still
+    **Bias**: none for the smoothed loss of the episode and every window, if theta stands still
     meanwhile.
 
     Args:
@@ -221,7 +221,7 @@ class NRES(Windowed):
 
     The multiplier is epsilon_i. It is drawn anew when the pair's episode begins.
 
-    **Bias**: none for the smoothed loss of the episode, whatever the window, if theta stands still
+    **Bias**: none for the smoothed loss of the episode and every window, if theta stands still
     meanwhile.
 
     Args:

@@ -211,7 +211,7 @@ class Optimizer(Configurable):
             ValueError: as `forward`.
 
         Cost:
-            Where the update is elementwise, and nobody differentiates this, one pass over the
+            Where the update is elementwise and this is not differentiated, one pass over the
             parameters, by `diagonal` if there is one. Elsewhere the graph of the update.
         """
         found = None

@@ -1,4 +1,4 @@
-"""The checkpoints of a training run: a directory in which, whatever happens, one can be read."""
+"""The checkpoints of a training run: a directory in which one can be read at any moment."""
 
 from __future__ import annotations
 

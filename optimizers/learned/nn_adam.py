@@ -27,7 +27,7 @@ class NNAdam(Optimizer):
     The logarithms of lr, 1 - beta1 and 1 - beta2 of a tensor change in each step by max_change *
     tanh(readout . h). An LSTM whose weights all tensors share, h its state for this tensor, sees
     statistics of the tensor (`describe`), the time, and how far the three have moved. m^ and v^ are
-    m and v divided by the same averages of 1, so that they are means whatever the betas were. The
+    m and v divided by the same averages of 1, so that they are means for all betas. The
     readout starts at zero: untrained, it is Adam with the rate `step_size`. The first values are
     learned too.
 

@@ -15,7 +15,7 @@ from metaopt.optimizer import Schedule, Value
 class Positive(Schedule):
     """value = exp(log_value): a constant whose logarithm is learned.
 
-    An outer step of 0.01 changes it by one percent, whatever its size, and it cannot become
+    An outer step of 0.01 changes it by one percent at any size, and it cannot become
     negative. `SGD(lr=Positive(0.1))`.
 
     Args:

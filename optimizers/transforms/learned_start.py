@@ -16,8 +16,9 @@ from .transform import Transform
 class LearnedStart(Transform):
     """w_0 is learned: episodes of training and evaluation start at parameters of the optimizer.
 
-    `MetaTraining` then trains the initial parameters, with any estimator and beside whatever else
-    the optimizer learns: MAML by evolution strategies or by truncated backpropagation, for example.
+    `MetaTraining` then trains the initial parameters, with any estimator and beside everything else
+    that the optimizer learns: MAML by evolution strategies or by truncated backpropagation, for
+    example.
     The updates are those of the optimizer behind. `minimize`, levels and `as_torch` begin at the
     parameters that they are given, which are `optimizer.initial(params)` for the learned ones.
     Parameters that are tied are one as long as they are not saved and loaded.

@@ -31,7 +31,7 @@ class WeightDecay(Transform):
 class DecoupledWeightDecay(Transform):
     """u = u - weight_decay w, after the optimizer.
 
-    The weights shrink at this rate whatever the gradients are. `AdamW(lr, weight_decay=d)` is
+    The weights shrink at this rate for any gradients. `AdamW(lr, weight_decay=d)` is
     `DecoupledWeightDecay(lr * d, Adam(lr))`.
 
     Args:
