@@ -1,4 +1,7 @@
-"""Rules of one's own, written from scratch: the two classes are what a reader copies."""
+"""Rules of one's own, written from scratch, beside those of docs/pages/extend/rule.md.
+
+The two classes are what a reader copies.
+"""
 
 from __future__ import annotations
 
