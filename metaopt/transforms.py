@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,22 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     begin = tensor.data_ptr()
     return begin, begin + (reach + 1) * tensor.element_size() if tensor.numel() else begin
+
+
+def find_memories(leaves: Iterable[Tensor]) -> set[int]:
+    """Return where the memories begin in which plain tensors lie, whole or in part."""
+    return {leaf.untyped_storage().data_ptr() for leaf in leaves if _has_memory(leaf)}
+
+
+def part_from(memories: set[int], leaf: Any) -> Any:
+    """Return a leaf, a copy of it if it is a tensor that lies in one of these memories."""
+    plain = unwrap(leaf) if isinstance(leaf, Tensor) else leaf
+    is_there = _has_memory(plain) and plain.untyped_storage().data_ptr() in memories
+    return plain.clone() if is_there else leaf
+
+
+def _has_memory(leaf: Any) -> bool:
+    return type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided
 
 
 def is_sharded(leaf: Any) -> bool:

@@ -116,10 +116,8 @@ def test_a_tried_step_is_the_step(name: str, all_is_large) -> None:
             assert trial is not None
             assert_close((params, state), before, 0)
             assert_close(trial.params, expected[0], 1e-14)
-            tried, where = (
-                copy.deepcopy(trial.params),
-                [leaf.data_ptr() for leaf in params.values()],
-            )
+            tried = copy.deepcopy(trial.params)
+            where = [leaf.data_ptr() for leaf in params.values()]
             state = trial.make()
             assert_close(params, tried, 0)  # the same bits
             assert_close(state, expected[1], 1e-14)
@@ -241,6 +239,112 @@ def test_what_is_written_into_a_model_is_what_the_next_step_starts_from() -> Non
     found = graph.step()
     graph.load_state_dict({**before})
     assert_close(graph.step(), found, 0)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("start", ["restart", "upper"])
+@pytest.mark.parametrize("rule", [mo.FiniteDifference(1e-4), mo.SAMA(1e-4, at="last")], ids=str)
+def test_a_level_that_begins_anew_moves_nobody_else(rule, start, all_is_large, monkeypatch) -> None:
+    """Neither its first parameters, nor those of the level above that it begins at."""
+    x, found = torch.randn(5, 3), []
+
+    def lower_loss(levels: Any, batch: Any) -> Tensor:
+        near = levels.model.params["weight"] - levels.above.params["weight"]
+        return levels.model(x).square().mean() + near.square().sum()
+
+    def upper_loss(levels: Any, batch: Any) -> Tensor:
+        return (levels.model(x) - 1).square().mean()
+
+    for least in (0, 2**40):
+        monkeypatch.setattr(blocks, "LEAST_TOGETHER", least)
+        torch.manual_seed(0)
+        lower = mo.Level("model", nn.Linear(3, 1), lower_loss, Adam(0.1))
+        upper = mo.Level("above", nn.Linear(3, 1), upper_loss, Adam(0.1), allow_unused=True)
+        graph = mo.LevelGraph([mo.Edge(upper, lower, differentiate=rule, start=start)])
+        found.append(([graph.step() for _ in range(3)], graph.state_dict()))
+    assert_close(found[0], found[1], 1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("is_large", [True, False])
+def test_what_was_told_stays_as_it_is(is_large, all_is_large, monkeypatch) -> None:
+    """A parameter that is a metric is told as the loss saw it."""
+    monkeypatch.setattr(blocks, "LEAST_TOGETHER", 0 if is_large else 2**40)
+    model, above = nn.Linear(3, 1), nn.Linear(1, 1)
+    x, told = torch.randn(5, 3), []
+
+    def lower_loss(levels: Any, batch: Any) -> dict[str, Tensor]:
+        loss = (levels.model(x) - levels.above(torch.ones(1))).square().mean()
+        return {"loss": loss, "bias": levels.model.params["bias"][0]}
+
+    def upper_loss(levels: Any, batch: Any) -> dict[str, Tensor]:
+        loss = levels.model(x).square().mean()
+        return {"loss": loss, "bias": levels.above.params["bias"][0]}
+
+    lower = mo.Level("model", model, lower_loss, Adam(0.1))
+    upper = mo.Level("above", above, upper_loss, Adam(0.1))
+    graph = mo.LevelGraph([mo.Edge(upper, lower, differentiate=mo.FiniteDifference(1e-4))])
+    before = {"model": model.bias.item(), "above": above.bias.item()}
+    metrics = graph.step(lambda name, _, values: told.append((name, values["bias"])))
+    assert before == {name: value.item() for name, value in told}
+    assert before == {name: metrics[f"{name}/bias"].item() for name in before}
+
+
+class Remembering(mo.Optimizer):
+    """A heavy ball: what it remembers are the parameters before, or copies of them."""
+
+    joinable = True
+
+    def __init__(self, copies: bool):
+        super().__init__()
+        self.copies = copies
+
+    def slots(self, params: Any) -> Any:
+        return {"older": [*map(torch.clone, params)], "old": [*map(torch.clone, params)]}
+
+    def update(self, grads: Any, params: Any, slots: Any, hyper: Any, step: Tensor) -> Any:
+        pairs = zip(grads, slots["old"], slots["older"], strict=True)
+        kept = {"older": slots["old"], "old": params}
+        if self.copies:
+            kept = {name: [*map(torch.clone, slot)] for name, slot in kept.items()}
+        return [-0.1 * g + 0.5 * (old - older) for g, old, older in pairs], kept
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("is_large", [True, False])
+def test_an_optimizer_may_remember_the_parameters(is_large, all_is_large, monkeypatch) -> None:
+    monkeypatch.setattr(blocks, "LEAST_TOGETHER", 0 if is_large else 2**40)
+    graphs = [two_levels(mo.T1T2(), Remembering(copies))[1] for copies in (False, True)]
+    metrics, expected = ([graph.step() for _ in range(2)] for graph in graphs)
+    assert_close((metrics, graphs[0].state_dict()), (expected, graphs[1].state_dict()), 0)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("is_large", [True, False])
+def test_a_graph_follows_its_models_into_other_memory(is_large, all_is_large, monkeypatch) -> None:
+    """As that of a graph's copy, or after weights were assigned."""
+    monkeypatch.setattr(blocks, "LEAST_TOGETHER", 0 if is_large else 2**40)
+    model, graph = two_levels(mo.FiniteDifference(1e-4), Adam(0.1))
+    graph.step()
+    twin = copy.deepcopy(graph)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert_close(graph.step(), twin.step(), 0)
+    assert_close(graph.state_dict(), twin.state_dict(), 0)
+    for one in (graph, twin):
+        shown = dict(one.plan.levels["model"].model.named_parameters())
+        assert_close(shown, one.params("model"), 0)
+    weight = torch.full((1, 3), 2.0)
+    model.load_state_dict({**model.state_dict(), "weight": weight}, assign=True)
+    assert_close(graph.params("model")["weight"], weight, 0)
+
+
+@pytest.mark.parametrize("is_large", [True, False])
+def test_a_graph_of_a_users_sees_that_a_model_has_moved(is_large, all_is_large) -> None:
+    model, graph = two_levels(mo.FiniteDifference(1e-2), Adam(0.1) if is_large else SGD(0.1))
+    before = model.weight.square().sum()
+    graph.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.backward()
 
 
 class Overlapping(nn.Module):

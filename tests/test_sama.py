@@ -15,6 +15,7 @@ from torch.func import grad
 
 import metaopt as mo
 from metaopt.differentiate import End
+from metaopt.differentiate.steps import run_noting_last
 from optimizers import SGD, Adam, AdamW, ClipNorm, LSTMOptimizer, MLPOptimizer, RMSprop
 
 float64 = pytest.mark.usefixtures("float64")
@@ -151,9 +152,10 @@ def test_sama_at_the_last_step_can_be_differentiated_again() -> None:
     """In what the loss reads, of which D is a function too."""
     bilevel, rule = logistic(), mo.SAMA(1e-4, at="last")
     args = (bilevel.loss, Adam(0.1, eps=1e-2), bilevel.start, bilevel.batch)
-    loop, _ = recorded(*args, steps=7, meta=bilevel.meta)
+    loop, end = recorded(*args, steps=7, meta=bilevel.meta)
     with torch.no_grad():
-        _, end = rule._run(loop)
+        _, last = run_noting_last(loop, notes=True)
+    end = end._replace(last=last)
     v = torch.linspace(-1, 1, bilevel.start.numel()).view_as(bilevel.start)
 
     def pull(meta: Tensor) -> Tensor:
@@ -167,6 +169,20 @@ def test_sama_at_the_last_step_can_be_differentiated_again() -> None:
         e = 1e-5 * torch.randn(meta.shape, generator=torch.Generator().manual_seed(0))
         ahead, behind = pull(leaf(bilevel.meta + e)), pull(leaf(bilevel.meta - e))
     assert_close((slope * e).sum(), (ahead - behind).detach() / 2, 1e-4)
+
+
+@float64
+def test_sama_at_the_next_step_leaves_the_last_to_a_rule_beside_it() -> None:
+    """As where the edges into one level have rules of their own."""
+    bilevel = logistic()
+    loop, end = recorded(
+        bilevel.loss, Adam(0.1), bilevel.start, bilevel.batch, steps=3, meta=bilevel.meta
+    )
+    with torch.no_grad():
+        _, last = run_noting_last(loop, notes=True)
+        v = torch.ones_like(bilevel.start)
+        found = mo.SAMA().precondition(loop, end._replace(last=last), v)
+        assert_close(found, mo.SAMA().precondition(loop, end, v), 0)
 
 
 def test_sama_refuses_other_steps() -> None:

@@ -96,8 +96,9 @@ class PointRule(Rule):
         given = loop.given() if is_stream else None
         loop = loop.starting_from(given) if given is not None else loop
         before = _random_state(loop)
-        result, end = self._run(loop)
+        result, last = run_noting_last(loop, self.looks_back)
         loop = _after_run(loop, before)
+        end = End(result.params, result.state, last_row(loop.batches), last)
         winds_back = loop.is_random and not torch.compiler.is_compiling()
         ambient = Ambient.now(tree.leaves((loop.inputs, *end))) if winds_back else None
 
@@ -121,17 +122,10 @@ class PointRule(Rule):
         """Run without a graph; `pull_back` is the derivative of the last parameters."""
         with noting_modes() as modes:
             before = _random_state(loop)
-            result, end = self._run(loop)
+            result, last = run_noting_last(loop, self.looks_back)
             loop = _after_run(loop, before)
+        end = End(result.params, result.state, last_row(loop.batches), last)
         return result._replace(params=self.attach_at(loop, end, modes))
-
-    def _run(self, loop: InnerLoop) -> tuple[Result, End]:
-        """Run the loop without a graph; return its result, and what the rule looks at."""
-        # a compiled loop says nothing of its steps
-        noted = replace(loop, compile=False) if self.looks_back else loop
-        result, last = run_noting_last(noted)
-        batch = last_row(loop.batches)
-        return result, End(result.params, result.state, batch, last if self.looks_back else None)
 
     def attach_at(self, loop: InnerLoop, end: End, modes: Modes | None = None) -> Tree:
         """Return the last parameters with the derivative that the rule gives them.

@@ -88,7 +88,8 @@ class SAMA(PointRule):
 
     def precondition(self, loop: InnerLoop, end: End, cotangent: Tree) -> Tree:
         """Return D' v."""
-        params, state, batch, last = end
+        params, state, batch, _ = end
+        last = end.last if self.looks_back else None  # a rule beside this one may look back
         if last is not None:
             params, state, grads, loss, aux = last
         if last is None or not is_unrecorded():  # the gradient moves with what is differentiated

@@ -107,14 +107,16 @@ class LastStep(NamedTuple):
 
 def run(loop: InnerLoop) -> Result:
     """Run the loop without a graph; what comes out is constant."""
-    return run_noting_last(loop)[0]
+    return run_noting_last(loop, False)[0]
 
 
-def run_noting_last(loop: InnerLoop) -> tuple[Result, LastStep | None]:
-    """Return what `run` does, and the last step.
+def run_noting_last(loop: InnerLoop, notes: bool) -> tuple[Result, LastStep | None]:
+    """Return what `run` does, and the last step, if there is one and it is to be noted.
 
-    None if there is none, or the loop is compiled.
+    Of a compiled loop no step is seen: one that is to be noted is not compiled.
     """
+    if notes:
+        loop = replace(loop, compile=False)
     nobody_differentiates = is_unrecorded()
     if not nobody_differentiates:
         # `no_grad` below does not stop the transforms of torch.func around this: constants do
@@ -133,13 +135,15 @@ def run_noting_last(loop: InnerLoop) -> tuple[Result, LastStep | None]:
             # four frames fewer.
             emitted = []
             for batch in _rows(loop.batches, loop.steps):
+                last = None  # a step before the last is not kept
                 # called at once, so it sees the state and the batch of this step
                 grads, loss, aux = gradient(
                     lambda at: loop.loss(loop.inputs, at, state, batch),  # noqa: B023
                     params,
                     allow_unused=loop.skips,
                 )
-                last = LastStep(params, state, grads, loss, aux)
+                if notes:
+                    last = LastStep(params, state, grads, loss, aux)
                 params, state = loop.update(loop.inputs, grads, state, params, loss, aux)
                 emitted.append(loop.emit(loop.inputs, (params, state), batch, loss, aux))
             result = Result(params, state, tree.stack(emitted))

@@ -221,7 +221,8 @@ def _is_responding_at_points(plan: Plan, name: str) -> bool:
 def _is_tried(plan: Plan, name: str) -> bool:
     """Return True if nobody looks at the optimizer's state between a level's step and the end.
 
-    The level makes one step below a top level, by a rule that looks at its parameters alone.
+    The level makes one step below a top level, by a rule that looks at its parameters alone. It
+    goes on from where it stood: elsewhere others own what it would move in place.
     """
     timetable = plan.timetable
     owner = timetable.owner[name]
@@ -233,6 +234,7 @@ def _is_tried(plan: Plan, name: str) -> bool:
         and not rule.needs_memory
         and timetable.steps[name] == 1
         and timetable.total[name] == 1
+        and plan.starts[name] is None
         and not timetable.shared[owner]
         and not plan.levels[name].warmup
         and not any(edge.look_ahead for edge in plan.edges)

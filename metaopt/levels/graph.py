@@ -30,7 +30,7 @@ from metaopt.levels.facts import find_links
 from metaopt.levels.forward import run_turn, total_loss
 from metaopt.levels.history import NO_WINDOW, Record, Window, make_inputs, open_window
 from metaopt.levels.level import Level
-from metaopt.levels.models import share_with_models, write_into_models
+from metaopt.levels.models import part_from_models, share_with_models, write_into_models
 from metaopt.levels.plan import Plan
 from metaopt.levels.reading import Pair, Reading, read, read_all
 from metaopt.levels.scope import Rows, Scene
@@ -164,6 +164,7 @@ class LevelGraph:
                 f"on_step={on_step!r} and compile=True. Leave `compile` out; losses and metrics of "
                 "each level's last step are what `step` returns."
             )
+        self._look_at_models()
         rows, counts = peek_rows(self.plan, self._data, None)
         with torch.no_grad(), gathering() as gathered, self._drawn_again() as drawn:
             with (
@@ -177,6 +178,7 @@ class LevelGraph:
             drawn.clear()
         for name, count in counts.items():
             self._data[name].take(count)
+        states = part_from_models(self.plan, states)
         self._settle(make_tried_steps(states))
         self._steps += 1
         return _find_metrics(states) | gathered.found
@@ -235,6 +237,7 @@ class LevelGraph:
         A schedule that observes the loss is given that of the level's last step. Of copies it is
         their mean.
         """
+        self._look_at_models()
         with torch.no_grad():
             return {
                 f"{name}/{key}": value
@@ -251,6 +254,7 @@ class LevelGraph:
         return tree.map(_copy, self._read_state())  # type: ignore[no-any-return]
 
     def _read_state(self) -> dict[str, Any]:
+        self._look_at_models()
         return {
             "levels": self._states,
             "initial": dict(self.plan.initial),
@@ -334,6 +338,7 @@ class LevelGraph:
                 f"level {level!r} has `copies`, each with a gradient of its own. Ask for that of a "
                 f"level above."
             )
+        self._look_at_models()
         rows, _ = peek_rows(self.plan, self._data, level)
         return self._state(level), show_all(self._states), rows, self._predict_window(level)
 
@@ -353,6 +358,15 @@ class LevelGraph:
             lower, part = move.level, move.take(rows)
             records.append(Record(lower, move.steps, move.begins, scene, part, states[lower]))
         return open_window(plan, name, states, records)
+
+    def _look_at_models(self) -> None:
+        """Take the parameters from the memory in which the models have them now.
+
+        It may be another than after the last step: where a model was moved to a device and back, or
+        weights were assigned to it, or the graph was copied.
+        """
+        if self._states is self._held:  # else a step was interrupted while it wrote into the models
+            self._states = self._held = share_with_models(self.plan, self._states)
 
     def _settle(self, states: States) -> None:
         """Make states the present ones, also in the levels' models.

@@ -7,14 +7,26 @@ the model between two steps, as loading weights does, is what the next step star
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from metaopt import tree
 from metaopt.levels.plan import Plan
 from metaopt.levels.state import State, States
 from metaopt.torch_internals import foreach_copy_
-from metaopt.transforms import spread_like, take_local
+from metaopt.transforms import find_memories, part_from, spread_like, take_local
+
+
+def part_from_models(plan: Plan, states: States) -> States:
+    """Return the states with copies of what lies in the memory of the models.
+
+    An optimizer may remember the parameters that it was given, and a metric be one of them: what is
+    written into the models must not change these.
+    """
+    held = [leaf for name in plan.held_by_models for leaf in plan.nets[name].params.values()]
+    return tree.map(partial(part_from, find_memories(held)), states)  # type: ignore[no-any-return]
 
 
 def write_into_models(plan: Plan, states: States, before: States) -> None:

@@ -55,13 +55,15 @@ def untold() -> AbstractContextManager[None]:
 def tell_step(level: str, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
     """Tell of a step, unless nobody listens, or it is one that is made again on the way back.
 
-    No value is read here. What is told has no graph, and of copies under `vmap` the row of all.
+    No value is read here. What is told has no graph, and memory of its own, since a metric may be
+    a parameter; of copies under `vmap` it is the row of all.
     """
     listener = None if torch.compiler.is_compiling() else _LISTENER.get()
     if listener is None or is_in_backward():
         return
     listener.counts[level] += 1
-    plain = {name: unwrap(value).detach() for name, value in {"loss": loss, **metrics}.items()}
+    told = {"loss": loss, **metrics}
+    plain = {name: unwrap(value).detach().clone() for name, value in told.items()}
     with outside_transforms(), torch.no_grad():
         listener.on_step(level, listener.counts[level], plain)
 

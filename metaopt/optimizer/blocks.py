@@ -76,7 +76,7 @@ def call_in_blocks(update_fn: UpdateFn, given: Arguments) -> tuple[Leaves, Slots
     return results, {name: after.get(name, slot) for name, slot in after_block.items()}
 
 
-def is_worth_blocks(rows: Sequence[Leaves]) -> bool:
+def is_divisible(rows: Sequence[Leaves]) -> bool:
     """Return True if an elementwise update of these lists can be made in blocks, and is faster so.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from torch import DisableTorchFunction, Tensor
 from torch.nn import Parameter
 
-from metaopt.optimizer.blocks import call_in_blocks, is_worth_blocks
+from metaopt.optimizer.blocks import call_in_blocks, is_divisible
 from metaopt.optimizer.state import Arguments, Hyper, Leaves, Slots, UpdateFn
 from metaopt.transforms import count_entries, is_unrecorded
 
@@ -42,7 +42,7 @@ def call_joined(
     # a compiler fuses the loop over tensors itself
     if torch.compiler.is_compiling() or not is_joinable(type(optimizer)):
         return update_fn(*given)
-    if is_divisible(optimizer, given):
+    if _is_divisible(optimizer, given):
         return call_in_blocks(update_fn, given)
     if len(given.grads) < LEAST_TENSORS or not _is_faster(optimizer, given):
         return update_fn(*given)
@@ -61,10 +61,9 @@ def _is_faster(optimizer: Optimizer, given: Arguments) -> bool:
         return prefers_joined(_find_rows(given)) and is_elementwise(optimizer, given.hyper)
 
 
-def is_divisible(optimizer: Optimizer, given: Arguments) -> bool:
-    """Return True if an update can be made in blocks, and is faster so."""
+def _is_divisible(optimizer: Optimizer, given: Arguments) -> bool:
     with DisableTorchFunction():
-        return is_worth_blocks(_find_rows(given)) and is_elementwise(optimizer, given.hyper)
+        return is_divisible(_find_rows(given)) and is_elementwise(optimizer, given.hyper)
 
 
 def _find_rows(given: Arguments) -> list[Leaves]:

@@ -18,6 +18,7 @@ from metaopt.optimizer.state import Hyper, Leaves, Slots, State, find_lists
 from metaopt.optimizer.step import start, step_leaves
 from metaopt.optimizer.values import Observe, find_rate, read_values
 from metaopt.torch_internals import foreach_copy_, has_forward_hooks
+from metaopt.transforms import find_memories, part_from
 from metaopt.tree import Tree
 
 
@@ -104,10 +105,13 @@ class Optimizer(Configurable):
         Only where nothing is recorded and nobody else looks at them.
         """
         moved, after = self.move(grads, params, slots, hyper, step)
-        foreach_copy_(params, moved)
-        for name, slot in find_lists(slots).items():
-            foreach_copy_(slot, after[name])
-        return after | find_lists(slots)
+        memory = find_lists(slots)
+        own = [*params, *(leaf for slot in memory.values() for leaf in slot)]
+        values = [*moved, *(leaf for name in memory for leaf in after[name])]
+        # what is remembered may be the parameters, or what another memory was
+        there = find_memories(own)
+        foreach_copy_(own, [part_from(there, value) for value in values])
+        return after | memory
 
     def init(self, params: Tree, *, per_parameter: bool = False) -> State:
         """Return the state before the first step, on the parameters' device and in their dtypes.

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from metaopt import tree
-from metaopt.optimizer.blocks import cut, flatten, take
-from metaopt.optimizer.flat import is_divisible, is_joinable
+from metaopt.optimizer.blocks import cut, flatten, is_divisible, take
+from metaopt.optimizer.flat import is_elementwise, is_joinable
 from metaopt.optimizer.optimizer import Optimizer, is_plain
 from metaopt.optimizer.parts import is_divided
 from metaopt.optimizer.state import Arguments, Leaves, Slots, State, find_lists
@@ -33,27 +34,20 @@ class Trial:
     Attributes:
         before: the parameters from which it goes.
         params: those to which it leads.
-        grads: the gradients.
-        state: the optimizer's state before.
-        loss: the loss there.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        grads: Tree,
         state: State,
         params: Tree,
-        loss: Tensor | None,
         given: Arguments,
         schedules: Tree,
     ):
-        self.before, self.grads, self.state, self.loss = params, grads, state, loss
+        self.before, self._state = params, state
         self._optimizer, self._given, self._schedules = optimizer, given, schedules
-        results, memory = (
-            [empty_like(leaf) for leaf in tree.leaves(params)],
-            find_lists(given.slots),
-        )
+        results = [empty_like(leaf) for leaf in tree.leaves(params)]
+        memory = find_lists(given.slots)
         for g, w, into, *slots in self._cut(results, memory):
             foreach_copy_(into, w)
             # what becomes of the memory is not needed yet
@@ -64,16 +58,18 @@ class Trial:
     def make(self) -> State:
         """Make the step in the memory of the parameters and of the state; return the next state.
 
-        With gradients off, as it was tried.
+        With gradients off, as it was tried. An interruption meanwhile leaves them between the two.
         """
         memory, after = find_lists(self._given.slots), self._given.slots
         # block by block as it was tried: the same bits
         for g, w, _, *slots in self._cut(tree.leaves(self.before), memory):
             after = self._move(g, w, dict(zip(memory, slots, strict=True)))
+        # a fused operation says nothing to a graph that a user has through the parameters
+        increment_version(tree.leaves(self.before))
         return {
-            **self.state,
+            **self._state,
             "step": self._given.step,
-            "shared": {name: after[name] for name in self.state["shared"]},
+            "shared": {name: after[name] for name in self._state["shared"]},
             "schedules": self._schedules,
         }
 
@@ -101,10 +97,10 @@ def try_step(
     rows = [leaves, weights, *find_lists(slots).values()]
     if any(leaf is None or leaf.is_complex() for leaf in leaves):
         return None
+    if not is_divisible(rows) or len({leaf.dtype for row in rows for leaf in row}) > 1:
+        return None
     hyper, schedules = advance_schedules(optimizer, state, leaves, loss, grads)
-    if is_divided(hyper):
+    if is_divided(hyper) or not is_elementwise(optimizer, hyper):
         return None
     given = Arguments(leaves, weights, slots, hyper, state["step"] + 1)
-    if not is_divisible(optimizer, given) or len({leaf.dtype for row in rows for leaf in row}) > 1:
-        return None
-    return Trial(optimizer, grads, state, params, loss, given, schedules)
+    return Trial(optimizer, state, params, given, schedules)
