@@ -176,7 +176,7 @@ __all__ = [  # noqa: RUF022 - in groups
     "Level",
     "LevelGraph",
     "Levels",
-    # a level without gradients: the space, who suggests, where trials are written down
+    # a level without gradients, the space, who suggests, where trials are written down
     "Ax",
     "Backend",
     "BlackBox",

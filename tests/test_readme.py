@@ -13,7 +13,9 @@ import re
 import sys
 import textwrap
 import types
+import unicodedata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -21,19 +23,38 @@ import torch
 import metaopt
 
 ROOT = Path(__file__).parent.parent
+SITE = ROOT / "docs" / "pages"
+HOME = "https://github.com/torch-metaopt/torch-metaopt"
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 
 
 def name_of(page: Path) -> str:
     """Return "guides/levels" for docs/pages/guides/levels.md."""
-    top = ROOT / "docs" / "pages"
-    return str(page.relative_to(top if top in page.parents else ROOT).with_suffix(""))
+    return str(page.relative_to(SITE if SITE in page.parents else ROOT).with_suffix(""))
+
+
+def strip_code(text: str) -> str:
+    return re.sub(r"^( *)```.*?^\1```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what a link to a heading may be: what it is on GitHub and on the site."""
+    found = set()
+    for heading in re.findall(r"^#+ (.*)", strip_code(page.read_text()), re.MULTILINE):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        github = re.sub(r"[^\w\- ]", "", text).strip().lower().replace(" ", "-")
+        ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+        site = re.sub(r"[^\w\s-]", "", ascii_only).strip().lower()
+        if re.sub(r"[-\s]+", "-", site) == github:
+            found.add(github)
+    return found
 
 
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs" / "pages").rglob("*.md")),
+    # those of the API are written by a script
+    *sorted(page for page in SITE.rglob("*.md") if SITE / "api" not in page.parents),
 ]
 PROGRAMS = [page for page in PAGES if BLOCK.search(page.read_text())]
 
@@ -82,8 +103,58 @@ def test_commands_and_links_lead_somewhere(page) -> None:
     text = page.read_text()
     for command in re.findall(r"((?:scripts|examples)/[a-z_]+(?:\.py)?)\b", text):
         assert (ROOT / command).exists(), command
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for link in re.finditer(r'\]\(([^)]+)\)|(?:href|src)="([^"]+)"', strip_code(text)):
+        check_link(page, link[1] or link[2])
+
+
+def check_link(page: Path, target: str) -> None:
+    """Raise if a link leads to nothing; what is on other sites is only looked at.
+
+    Pages of the site link to files outside docs/pages by their address on GitHub.
+    """
+    address, _, anchor = target.partition("#")
+    place = page.parent / address if address else page
+    parts = urlsplit(address)
+    own = re.fullmatch(rf"{HOME}/(blob|tree)/main/(.*)", address)
+    if own:
+        place = ROOT / own[2]
+        assert place.is_file() if own[1] == "blob" else place.is_dir(), target
+    elif parts.scheme:
+        assert parts.scheme == "https", target
+        assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc), target
+        assert not re.search(r"\s", target), target
+        return
+    else:
+        assert place.exists(), target
+        assert SITE not in page.parents or SITE in place.resolve().parents, target
+    if anchor and place.suffix == ".md":
+        assert anchor in anchors(place), target
+
+
+def test_a_link_that_leads_nowhere_is_found() -> None:
+    page = ROOT / "docs/pages/guides/levels.md"
+    for target in (
+        "missing.md",
+        "levels.md#no-heading",
+        "#no-heading",
+        "../../../README.md",
+        f"{HOME}/blob/main/missing.py",
+        f"{HOME}/blob/main/README.md#no-heading",
+        f"{HOME}/tree/main/README.md",
+        "http://arxiv.org/abs/1",
+        "https://arxiv",
+    ):
+        with pytest.raises(AssertionError):
+            check_link(page, target)
+    for target in (
+        "#large-models",
+        "maml.md",
+        "../results.md#scripts",
+        f"{HOME}/tree/main/examples",
+        f"{HOME}/blob/main/CONTRIBUTING.md#style",
+        "https://arxiv.org/abs/1703.03400",
+    ):
+        check_link(page, target)
 
 
 def test_the_readme_is_short_and_has_its_two_commands() -> None:
@@ -119,7 +190,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 def test_the_layout_names_every_module() -> None:
     """Of the first level; what is inside a package is its own matter."""
-    layout = (ROOT / "docs" / "pages" / "architecture.md").read_text()
+    layout = (SITE / "architecture.md").read_text()
     layout = layout[layout.index("## The layout") : layout.index("## How to add")]
     named = set(re.findall(r"\w+", layout))
     modules = {path.stem for path in (ROOT / "metaopt").iterdir() if not path.name.startswith("__")}
