@@ -17,7 +17,7 @@ from metaopt.tasks.corruption import flip_labels, long_tail, stratified_split
 from metaopt.tasks.sentences import SentenceEncoder, Sentences
 
 FOLDS = 5
-AT_ONCE = 256  # snippets that are judged together
+AT_ONCE = 64  # snippets that are judged together
 METHODS = ("plain", "balanced", "clean only", "finite differences", "SAMA", "oracle")
 RULES: dict[str, mo.Rule] = {"finite differences": mo.FiniteDifference(), "SAMA": mo.SAMA()}
 
@@ -171,12 +171,15 @@ class Comparison:
 
     @torch.no_grad()
     def logits(self, rows: Tensor) -> Tensor:
-        """Return the present model's logits of snippets, [n, 2]."""
-        parts = [
-            self.training.logits(Sentences(*(leaf[part] for leaf in self.sentences)))
-            for part in rows.split(AT_ONCE)
-        ]
-        return torch.cat([torch.empty(0, CLASSES), *parts])
+        """Return the present model's logits of snippets, [n, 2]; those of one length together."""
+        lengths = self.sentences.mask[rows].sum(1)
+        logits = torch.empty(len(rows), CLASSES)
+        for part in lengths.argsort().split(AT_ONCE) if len(rows) else ():
+            longest = int(lengths[part].max())
+            logits[part] = self.training.logits(
+                Sentences(*(leaf[rows[part], :longest] for leaf in self.sentences))
+            )
+        return logits
 
     def results(self) -> dict[str, Result]:
         """Return what each method's trainings gave on the grid."""

@@ -3,7 +3,9 @@
 Plain training, also with balanced labels, clean data only, meta-weight-net and an oracle.
 
     python scripts/meta_weight_net.py text --data vaderSentiment-3.3.2.tar.gz --flip positive
-    # the last layer in place of the classifier alone; the last two through adapters
+    # a long tail in place of wrong labels
+    python scripts/meta_weight_net.py text --noise 0 --imbalance 10
+    # the last layer too, not the classifier alone; the last two through adapters
     python scripts/meta_weight_net.py text --layers 1
     python scripts/meta_weight_net.py text --layers 2 --lora
 
@@ -28,16 +30,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 
 import metaopt as mo
 from metaopt.extras import extra
+from metaopt.tasks.corruption import flip_labels, long_tail
 from metaopt.tasks.rated_text import Corpus, read_rated_text
 from metaopt.tasks.sentences import SentenceEncoder, Sentences
 
@@ -45,7 +49,11 @@ with extra("scripts/meta_weight_net.py"):
     import command_line
     from meta_weight_net import Result
     from meta_weight_net_comparison import FOLDS, METHODS, RULES, Comparison
+    from meta_weight_net_learners import CLASSES
     from meta_weight_net_text_report import draw, lowest, report, title
+
+# Where things are, and what is compared.
+NOT_OF_FIGURES = {"data", "model", "features", "out", "json", "resume", "methods"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,11 @@ class Config:
                 f"`clean` must be a multiple of {least}, and {FOLDS - 1} of {FOLDS} folds must "
                 f"fill a batch of {self.batch_size}, got {self.clean}."
             )
+        if self.lora and self.layers == 0:
+            raise ValueError("`lora` adapts layers, and none is trained: set `layers`, or None.")
+        labels = torch.arange(CLASSES).repeat_interleave(self.train // CLASSES)
+        flip_labels(labels, self.noise, CLASSES, torch.Generator())  # says here what is impossible
+        long_tail(labels, self.imbalance, torch.Generator())
 
 
 def encode(config: Config, corpus: Corpus, encoder: SentenceEncoder) -> Sentences:
@@ -146,13 +159,10 @@ def encode(config: Config, corpus: Corpus, encoder: SentenceEncoder) -> Sentence
 
 
 def add_figures(config: Config, comparison: Comparison, results: Mapping[str, Result]) -> None:
-    """Add the figures of every seed to the file of JSON."""
+    """Add the figures of every seed to the file of JSON, under the options that they are of."""
     assert config.json is not None
     known = json.loads(config.json.read_text()) if config.json.exists() else {}
-    options = {name: value for name, value in asdict(config).items() if value != default(name)}
-    for name in ("data", "model", "features", "out", "json", "resume", "methods"):
-        options.pop(name, None)
-    key = " ".join(f"--{name} {value}" for name, value in options.items()) or "defaults"
+    key = describe(config)
     known[key] = known.get(key, {}) | {
         method: {
             "tuned": result.chosen(longest=False).tolist(),
@@ -166,8 +176,16 @@ def add_figures(config: Config, comparison: Comparison, results: Mapping[str, Re
     config.json.write_text(json.dumps(known, indent=1))
 
 
-def default(name: str) -> Any:
-    return Config.__dataclass_fields__[name].default
+def describe(config: Config) -> str:
+    """Return the options of the command line that make its figures what they are."""
+    options: list[str] = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in NOT_OF_FIGURES:
+            values = value if isinstance(value, tuple) else (value,)
+            options.append(f"--{field.name.replace('_', '-')}")
+            options += () if value is True else map(str, values)
+    return shlex.join(options) or "defaults"
 
 
 def main(config: Config) -> Mapping[str, Result]:

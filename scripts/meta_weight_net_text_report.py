@@ -81,15 +81,17 @@ def lowest(method: str, seen: Seen, corpus: Corpus) -> str:
                 corpus.texts[row],
             ]
         )
-    wrong, right = seen.weights[seen.wrong], seen.weights[~seen.wrong]
-    share = f"wrong labels weigh {wrong.mean() / right.mean():.2f} times what right ones weigh"
+    share = ""
+    if seen.wrong.any():
+        times = seen.weights[seen.wrong].mean() / seen.weights[~seen.wrong].mean()
+        share = f" (wrong labels weigh {times:.2f} times what right ones weigh)"
     table = tabulate.tabulate(
         rows,
         ["weight", "loss", "label", "rating", "snippet"],
         disable_numparse=True,
         maxcolwidths=[None, None, None, None, 70],
     )
-    return f"{method}, lowest weights of the first seed ({share}):\n{table}"
+    return f"{method}, lowest weights of the first seed{share}:\n{table}"
 
 
 def draw(title: str, seen: Mapping[str, Sequence[Seen]], path: Path) -> None:

@@ -24,6 +24,7 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import meta_weight_net_text as script
 from meta_weight_net_comparison import FOLDS, METHODS, Comparison, Run, damage, drawn_rows
+from meta_weight_net_text_report import Seen
 
 SUBJECTS = ["a film", "film", "a plot", "plot ,", "a a film", "a plot , a film"]
 
@@ -231,6 +232,41 @@ def test_adapters_need_peft(config, corpus, monkeypatch):
         compare(dataclasses.replace(config, lora=True, layers=1), corpus)
 
 
+def test_figures_are_kept_under_the_options_that_give_them():
+    key = script.describe(
+        script.Config(
+            flip="positive", lora=True, layers=2, lengths=(5, 10), weight_input="loss", seeds=3
+        )
+    )
+    expected = "--flip positive --layers 2 --lora --lengths 5 10 --weight-input loss --seeds 3"
+    assert key == expected
+    changed = script.Config(data=Path("a"), out=Path("b"), json=Path("c"), methods=("plain",))
+    assert script.describe(changed) == "defaults"
+
+
+def test_snippets_are_judged_without_their_padding(config, corpus):
+    """In groups of one length, and back in the order that was asked for."""
+    comparison = compare(dataclasses.replace(config, layers=1), corpus)
+    rows = torch.randperm(240, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = comparison.training.logits(comparison.examples(rows, rows, rows)[0])
+    assert comparison.sentences.mask.sum(1).unique().numel() > 1
+    torch.testing.assert_close(comparison.logits(rows), expected, rtol=1e-4, atol=1e-6)
+    assert comparison.logits(rows[:0]).shape == (0, 2)
+
+
+def test_a_long_tail_has_no_wrong_labels_to_weigh(config, corpus):
+    split = damage(
+        dataclasses.replace(config, noise=0.0, imbalance=6.0), (corpus.ratings > 0).long(), 3
+    )
+    assert sorted(split.given.bincount().tolist()) == [10, 60]
+    assert not split.wrong.any()
+    seen = Seen(split.train * 1.0, split.train * 1.0, split.wrong, split.given, split.train)
+    assert script.lowest("SAMA", seen, corpus).startswith(
+        "SAMA, lowest weights of the first seed:\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -239,6 +275,9 @@ def test_adapters_need_peft(config, corpus, monkeypatch):
         ({"methods": ("magic",)}, "`methods` must be of .*, got .*magic"),
         ({"clean": 25}, "`clean` must be a multiple of 10, .*, got 25"),
         ({"batch_size": 17}, "4 of 5 folds must fill a batch of 17, got 20"),
+        ({"lora": True}, "`lora` adapts layers, and none is trained"),
+        ({"noise": 1.0}, r"must lie in \[0, 1\), got 1.0. Write 0.4"),
+        ({"imbalance": 61.0}, r"must lie in \[1, 60\], got 61.0"),
     ],
 )
 def test_bad_configurations(config, changes, message):
