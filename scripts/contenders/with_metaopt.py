@@ -322,12 +322,13 @@ def hypergradients(graph: mo.LevelGraph, level: str) -> Run:
 
     It returns the gradient with which Adam moved the level's parameters.
     """
-    start, decay = graph.state_dict(), 0.9  # Adam's beta1
+    start, decay = tree.leaves(graph.state_dict()["levels"]), 0.9  # Adam's beta1
 
     def run() -> dict[str, Tensor]:
-        graph.load_state_dict(start)
+        with torch.no_grad():  # in place, as the sides by hand do it
+            torch._foreach_copy_(tree.leaves(graph._states), start)
         graph.step()
-        means = graph.state_dict()["levels"][level]["optimizer"]["slots"]["mean"]
+        means = graph._states[level]["optimizer"]["slots"]["mean"]
         return {name: mean / (1 - decay) for name, mean in means.items()}
 
     return run
