@@ -118,9 +118,10 @@ def test_where_ours_is_slower() -> None:
         BENCHMARKS,
         f"takes {nres['metaopt, compiled'] / jax:.1f} times as long as in JAX when it is compiled, "
         f"and {nres['metaopt'] / jax:.1f} times when it is not",
-        f"grows by {memory['darts']:.1f} times as much (SAMA {memory['sama']:.1f})",
+        f"grows by {memory['darts']:.2f} times as much as by hand",
+        f"With SAMA at the last step it is {memory['sama']:.2f} times",
         f"With the lower layers frozen, {memory['darts-frozen']:.2f} times",
-        f"SAMA takes {sama['metaopt'] / darts['metaopt']:.1f} times as long as finite differences",
+        f"SAMA takes {sama['metaopt'] / darts['metaopt']:.2f} times as long as finite differences",
         f"takes {cg[0]:.1f} to {cg[1]:.1f} times as long as by hand at 1,000 dimensions",
         f"takes {attention['metaopt'] / attention['PyTorch, its plain kernel']:.1f} times as long "
         "as the plain kernel in a double backward, and a tenth of the memory",
@@ -132,7 +133,7 @@ def test_where_ours_is_slower() -> None:
         attention["PyTorch, its plain kernel"] / 10, rel=0.1
     )
     for comparison in ("meta-weight-net", "regression-darts", "regression-neumann"):
-        assert 0.9 < medians(comparison)["Betty"] / medians(comparison)["metaopt"] < 1
+        assert 0.85 < medians(comparison)["Betty"] / medians(comparison)["metaopt"] < 1
 
 
 def test_the_price_of_less_memory() -> None:
