@@ -49,7 +49,7 @@ class SAMA(PointRule):
         and a vjp of the update: for an elementwise one, if the result is not differentiated, a pass
         over the parameters; see `Optimizer.diagonal`. With "last", what the step went from and its
         gradient are kept, the loop is not compiled by itself, and the gradient is taken again where
-        the result is differentiated again.
+        the result is differentiated again, of a random loss with other numbers than the step drew.
 
     Reference:
         Choe, Mehta, Ahn, Neiswanger, Xie, Strubell, Xing 2023, arXiv:2310.05674, section 3. They

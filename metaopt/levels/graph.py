@@ -141,7 +141,8 @@ class LevelGraph:
         All that changes is the graph's state, and, when the step has succeeded, the values in the
         levels' models (but not of levels with `copies`). Parameters have no other memory than the
         models': what is written into a model between two steps, the next one starts from. Its
-        buffers are the graph's own.
+        buffers are the graph's own. Ctrl-C in the moment in which a large step is made in place
+        leaves the graph between two states; a `Trainer` holds it back until the step has ended.
 
         Args:
             on_step: called after each step of each level with (its name, the number of its steps
