@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_history import headlines, record
+from draw_history import PICTURE, draw
 from tabulate import tabulate
 
 import metaopt
@@ -88,7 +89,8 @@ def read(out: Path) -> list[dict[str, Any]]:
 def publish(results: list[dict[str, Any]], root: Path = ROOT) -> None:
     """Publish results: tables, a line for each in the history, and the README's ratios.
 
-    They go to `docs/pages/benchmarks.md`, `benchmarks/history.jsonl` and `README.md`.
+    They go to `docs/pages/benchmarks.md`, `benchmarks/history.jsonl` and `README.md`; the picture
+    of the history is drawn anew.
 
     Raises:
         ValueError: the markers are not there, or a comparison that the README shows was never
@@ -100,6 +102,8 @@ def publish(results: list[dict[str, Any]], root: Path = ROOT) -> None:
         ("README.md", "ratios", headlines(lines)),
     ):
         (root / name).write_text(between((root / name).read_text(), marker, text))
+    (root / PICTURE).parent.mkdir(parents=True, exist_ok=True)
+    (root / PICTURE).write_text(draw(lines))
 
 
 def tables(results: list[dict[str, Any]]) -> str:

@@ -84,6 +84,7 @@ PICTURES = {
     "virtual_step": Picture(pictures.virtual_step),
     "weight_decay": Picture(pictures.weight_decay),
     "bench": Picture(pictures.bench, recorded=True),
+    "compare_choices": Picture(pictures.compare_choices, recorded=True),
     "compare_inner_rates": Picture(pictures.compare_inner_rates, recorded=True),
     "data_attribution": Picture(pictures.data_attribution, recorded=True),
     "evaluate": Picture(

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 from bench_history import latest, read
+from svg import GREY, OURS, TEXT, bar, dot, line, picture, text, title
 
 ROOT = Path(__file__).parents[1]
 PICTURE = "docs/pages/pictures/results.svg"
 WIDTH, HEIGHT = 930, 300
 TOP, BOTTOM = 62, 254  # of the panels' axes
-TEXT, GREY, OURS = "#757d87", "#9aa4af", "#2f81f7"
 MEMORY = {
     "higher": ("higher", GREY),
     'metaopt, memory="steps"': ('memory="steps"', OURS),
@@ -41,15 +39,7 @@ def draw(root: Path = ROOT) -> str:
         *draw_scores(attribution["digits"]["methods"], 440, 602),
         *draw_families(families, 742, 915),
     ]
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-            f'font-family="-apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="12" '
-            f'fill="{TEXT}">',
-            *parts,
-            "</svg>\n",
-        ]
-    )
+    return picture(WIDTH, HEIGHT, parts)
 
 
 def draw_memory(memory: dict[str, dict[str, list[float]]], left: int, right: int) -> list[str]:
@@ -126,35 +116,6 @@ def draw_families(
         parts += [dot(x, BOTTOM + 36, colour, 5), text(x + 9, BOTTOM + 40, label, "start")]
         x += 142
     return parts
-
-
-def title(x: float, head: str, below: str) -> list[str]:
-    return [
-        f'<text x="{x:g}" y="18" font-size="15" font-weight="600">{escape(head)}</text>',
-        text(x, 38, below, "start"),
-    ]
-
-
-def text(x: float, y: float, words: str, anchor: str, colour: str = TEXT) -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"'
-    return f"<text {place}>{escape(words)}</text>"
-
-
-def line(
-    points: Sequence[tuple[float, float]], colour: str, opacity: float, width: float = 1
-) -> str:
-    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    style = f'fill="none" stroke="{colour}" stroke-opacity="{opacity:g}" stroke-width="{width:g}"'
-    return f'<polyline points="{places}" {style}/>'
-
-
-def dot(x: float, y: float, colour: str, radius: float = 4) -> str:
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{colour}"/>'
-
-
-def bar(x: float, y: float, width: float, height: float, colour: str) -> str:
-    size = f'width="{width:.1f}" height="{height:.1f}"'
-    return f'<rect x="{x:.1f}" y="{y:.1f}" {size} rx="2" fill="{colour}"/>'
 
 
 if __name__ == "__main__":

@@ -245,6 +245,20 @@ def bench(run: Path, printed: str) -> Any:
     return figure
 
 
+def compare_choices(run: Path, printed: str) -> Any:
+    found = json.loads((BENCHMARKS / "choices.json").read_text())["rules"]["found"]
+    rows = found["example weights"]["rows"]
+    cosines = {
+        name.removeprefix("Implicit(").split("(")[0]: row["late"]["cosine"]
+        for name, row in rows.items()
+        if "window" not in name and "memory" not in name
+    }
+    figure, axes = make_figure(3.4)
+    draw_bars(axes, cosines, ("Backprop",), form="{:.3f}")
+    axes.set(xlabel="cosine with the exact hypergradient")
+    return figure
+
+
 def scaling(run: Path, printed: str) -> Any:
     shown = {
         "MAML: 1,024 tasks, conv-4": "MAML, convolutions",

@@ -357,3 +357,12 @@ def test_the_picture_is_drawn_from_the_files() -> None:
 
     assert page(PICTURE) == draw(), "Run `python scripts/draw_results.py`."
     assert len(page(PICTURE)) < 60_000
+
+
+def test_the_history_is_drawn_from_its_file() -> None:
+    from bench_history import read
+    from draw_history import PICTURE, draw
+
+    lines = read(ROOT / "benchmarks" / "history.jsonl")
+    assert page(PICTURE) == draw(lines), "Run `python scripts/draw_history.py`."
+    assert page(PICTURE).count("<circle") > 10

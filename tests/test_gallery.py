@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/pages/gallery.md").read_text()
 # What checks or draws, and is of no interest by itself.
-TOOLS = {"absolute_links", "check_wheel", "draw_gallery", "draw_results"}
+TOOLS = {
+    *("absolute_links", "check_wheel", "draw_gallery", "draw_history", "draw_results"),
+    *("run_tutorials", "write_api_pages"),
+}
 PROGRAMS = {
     path.stem: path.relative_to(ROOT).as_posix()
     for folder in ("examples", "scripts")
@@ -40,7 +43,7 @@ def test_each_program_has_a_picture_and_a_command(name: str) -> None:
 @pytest.mark.usefixtures("scripts")
 def test_pictures_are_drawn_from_runs_and_benchmarks(tmp_path: Path, capsys: Any) -> None:
     drawing = import_module("draw_gallery")
-    assert drawing.PICTURES.keys() == PROGRAMS.keys()
+    assert drawing.PICTURES.keys() == PROGRAMS.keys()  # each program's
     (tmp_path / "maml_plus_plus").mkdir()
     text = "  MAML: test accuracy 0.700, with\nMAML++: test accuracy 0.800, with\n"
     (tmp_path / "maml_plus_plus/output.txt").write_text(text)
