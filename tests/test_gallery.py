@@ -14,7 +14,7 @@ PAGE = (ROOT / "docs/pages/gallery.md").read_text()
 # What checks or draws, and is of no interest by itself.
 TOOLS = {
     *("absolute_links", "check_wheel", "draw_gallery", "draw_history", "draw_results"),
-    *("run_tutorials", "write_api_pages"),
+    *("record_results", "run_tutorials", "write_api_pages"),
 }
 PROGRAMS = {
     path.stem: path.relative_to(ROOT).as_posix()
