@@ -79,7 +79,7 @@ def run(commands: list[str]) -> dict[str, Any]:
                 check=True,
             )
         printed = process.stdout.replace(out, "FOLDER").splitlines()
-    commit = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = ["git", "rev-parse", "--short", "HEAD"]
     return {
         "commands": [command.format(out="FOLDER") for command in commands],
         "printed": printed,

@@ -349,6 +349,36 @@ def test_damaged_texts_in_words() -> None:
     )
 
 
+# Written by record_results.py
+
+
+NUMBER = re.compile(r"(?<![\w.])(\d*)\.(\d+)(?![\w.])")
+
+
+def test_the_demo_prints_the_table_of_the_page() -> None:
+    printed = figures("programs.json")["demo"]["printed"]
+    start = next(place for place, line in enumerate(printed) if line.startswith("optimizer "))
+    table = "\n".join(line.rstrip() for line in printed[start : start + 7])
+    assert table in page(RESULTS), table
+
+
+def test_the_figures_of_the_examples() -> None:
+    """Each decimal of a row is in what the program printed, as a number or in per cent."""
+    found = figures("programs.json")
+    rows = [row for row in rows_of(RESULTS, "## Examples") if row[0].startswith("`examples/")]
+    assert {Path(row[0].strip("`")).stem for row in rows} | {"demo"} == found.keys()
+    for name, _, measured in rows:
+        text = "\n".join(found[Path(name.strip("`")).stem]["printed"])
+        printed = [float(number) for number in re.findall(r"\d*\.\d+(?:e-?\d+)?|\d+", text)]
+        # what needs data from elsewhere, or several runs, is not in the file
+        for whole, digits in NUMBER.findall(measured.split("(not in the file")[0]):
+            shown, close = float(f"{whole}.{digits}"), 0.5000001 * 10 ** -len(digits)
+            is_there = any(
+                abs(scale * one - shown) <= close for one in printed for scale in (1, 100)
+            )
+            assert is_there, (name, f"{whole}.{digits}")
+
+
 # The picture of the front page
 
 
