@@ -368,15 +368,32 @@ def test_the_figures_of_the_examples() -> None:
     rows = [row for row in rows_of(RESULTS, "## Examples") if row[0].startswith("`examples/")]
     assert {Path(row[0].strip("`")).stem for row in rows} | {"demo"} == found.keys()
     for name, _, measured in rows:
-        text = "\n".join(found[Path(name.strip("`")).stem]["printed"])
-        printed = [float(number) for number in re.findall(r"\d*\.\d+(?:e-?\d+)?|\d+", text)]
         # what needs data from elsewhere, or several runs, is not in the file
-        for whole, digits in NUMBER.findall(measured.split("(not in the file")[0]):
-            shown, close = float(f"{whole}.{digits}"), 0.5000001 * 10 ** -len(digits)
-            is_there = any(
-                abs(scale * one - shown) <= close for one in printed for scale in (1, 100)
-            )
-            assert is_there, (name, f"{whole}.{digits}")
+        check_printed(found[Path(name.strip("`")).stem]["printed"], measured.split("(not in")[0])
+
+
+def check_printed(lines: list[str], text: str) -> None:
+    """Assert that each decimal of the text is among the numbers, as it is or in per cent."""
+    numbers = re.findall(r"\d*\.\d+(?:e-?\d+)?|\d+", "\n".join(lines))
+    printed = [scale * float(number) for number in numbers for scale in (1, 100)]
+    for whole, digits in NUMBER.findall(text):
+        close = 0.5000001 * 10 ** -len(digits)
+        assert any(abs(one - float(f"{whole}.{digits}")) <= close for one in printed), (
+            f"{whole}.{digits}",
+            text,
+        )
+
+
+def test_the_figures_of_the_gallery() -> None:
+    """Those of the examples: what a program prints, or results.md says of it."""
+    found = figures("programs.json")
+    sections = page("docs/pages/gallery.md").split("\n### ")
+    results = page(RESULTS).splitlines()
+    for name in found.keys() - {"demo"}:
+        (section,) = (part for part in sections if f"gallery/{name}.png" in part)
+        said = [line for line in results if line.startswith(f"| `examples/{name}.py`")]
+        text = section.split("```")[0].split(".png)")[1]
+        check_printed([*found[name]["printed"], *said], re.sub(r"\([^)]*\.md[^)]*\)", "", text))
 
 
 # The picture of the front page
