@@ -1,9 +1,10 @@
-"""Run the demo and the examples, and keep what they print in benchmarks/programs.json.
+"""Run the demo, the examples and some scripts, and keep what they print in a file.
 
-    python scripts/record_results.py                # all of them, some 8 minutes of one core
+    python scripts/record_results.py                # all of them, some 25 minutes of one core
     python scripts/record_results.py reweighting    # one of them anew
 
-The figures of docs/pages/results.md come from that file: a test compares them with it.
+The figures of docs/pages/results.md come from that file, benchmarks/programs.json: a test compares
+them with it.
 """
 
 from __future__ import annotations
@@ -33,9 +34,20 @@ DEMO = [
     "scripts/train_optimizer.py --optimizer mlp --task digits --out {out}",
     "scripts/evaluate.py --weights {out}/weights.safetensors --task digits --out {out}",
 ]
-# name -> commands, of which the last one prints the result
+EVALUATE = "scripts/evaluate.py --weights {out}/weights.safetensors --out {out} --task"
+QUADRATICS = [
+    "scripts/train_optimizer.py --optimizer lstm --task quadratics --steps 12000 --hidden-size 20 "
+    "--batch 128 --clip 1e9 --finish 0 --validate-every 200 --out {out}",
+    f"{EVALUATE} quadratics --seeds 512 --tuning-seeds 512",
+    f"{EVALUATE} quadratics-20 --seeds 512",
+    f"{EVALUATE} quadratics-50",
+]
+# name -> commands; those after the first, or the only one, print the result
 PROGRAMS = {
     "demo": DEMO,
+    "digits-deep": [DEMO[0], f"{EVALUATE} digits-deep"],
+    "quadratics": QUADRATICS,
+    "train_schedule": ["scripts/train_schedule.py --out {out}"],
     **{
         path.stem: [f"examples/{path.name}"]
         for path in sorted((ROOT / "examples").glob("[!_]*.py"))
@@ -48,7 +60,7 @@ class Config:
     """Which programs."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """"demo", or examples by the names of their files, without .py; by default all"""
+    """the demo, "digits-deep", "quadratics", or programs by their files' names; by default all"""
 
     def __post_init__(self) -> None:
         unknown = {*self.names} - PROGRAMS.keys()
@@ -66,8 +78,8 @@ def main(config: Config) -> None:
 
 
 def run(commands: list[str]) -> dict[str, Any]:
-    """Return what the last of the commands prints, with what made it."""
-    started = time.perf_counter()
+    """Return what the commands after the first print, or the only one, with what made it."""
+    started, outputs = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as out:
         for command in commands:
             process = subprocess.run(
@@ -78,11 +90,11 @@ def run(commands: list[str]) -> dict[str, Any]:
                 text=True,
                 check=True,
             )
-        printed = process.stdout.replace(out, "FOLDER").splitlines()
+            outputs.append(process.stdout.replace(out, "FOLDER").splitlines())
     commit = ["git", "rev-parse", "--short", "HEAD"]
     return {
         "commands": [command.format(out="FOLDER") for command in commands],
-        "printed": printed,
+        "printed": sum(outputs[1:], []) or outputs[0],
         "seconds": round(time.perf_counter() - started),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
