@@ -94,7 +94,7 @@ def run(commands: list[str]) -> dict[str, Any]:
     commit = ["git", "rev-parse", "--short", "HEAD"]
     return {
         "commands": [command.format(out="FOLDER") for command in commands],
-        "printed": sum(outputs[1:], []) or outputs[0],
+        "printed": [line for lines in outputs[1:] or outputs for line in lines],
         "seconds": round(time.perf_counter() - started),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
