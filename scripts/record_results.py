@@ -1,6 +1,6 @@
 """Run the demo, the examples and some scripts, and keep what they print in a file.
 
-    python scripts/record_results.py                # all of them, some 25 minutes of one core
+    python scripts/record_results.py                # all of them, some 16 minutes of one core
     python scripts/record_results.py reweighting    # one of them anew
 
 The figures of docs/pages/results.md come from that file, benchmarks/programs.json: a test compares
