@@ -1,6 +1,6 @@
 """Run the demo, the examples and some scripts, and keep what they print in a file.
 
-    python scripts/record_results.py                # all of them, some 16 minutes of one core
+    python scripts/record_results.py                # all of them, some 27 minutes of one core
     python scripts/record_results.py reweighting    # one of them anew
 
 The figures of docs/pages/results.md come from that file, benchmarks/programs.json: a test compares
@@ -48,6 +48,12 @@ PROGRAMS = {
     "digits-deep": [DEMO[0], f"{EVALUATE} digits-deep"],
     "quadratics": QUADRATICS,
     "train_schedule": ["scripts/train_schedule.py --out {out}"],
+    "maml": ["scripts/maml.py sinusoid --compile --out {out}"],
+    "meta_weight_net": ["scripts/meta_weight_net.py --out {out}"],
+    "meta_weight_net-60": ["scripts/meta_weight_net.py --noise 0.6 --out {out}"],
+    "meta_weight_net-tail": [
+        "scripts/meta_weight_net.py --noise 0 --imbalance 50 --out {out}",
+    ],
     **{
         path.stem: [f"examples/{path.name}"]
         for path in sorted((ROOT / "examples").glob("[!_]*.py"))
