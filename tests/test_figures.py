@@ -361,6 +361,10 @@ SCRIPTS = {
     "digits-deep": ("the same weights on a network they never saw",),
     "quadratics": ("LSTM on random quadratics", "the same weights in other dimensions"),
     "train_schedule": ("learned schedule",),
+    "maml": ("MAML, sinusoids",),
+    "meta_weight_net": (),
+    "meta_weight_net-60": (),
+    "meta_weight_net-tail": (),
 }
 
 
@@ -387,6 +391,19 @@ def test_the_figures_of_the_scripts() -> None:
     for name, titles in SCRIPTS.items():
         for title in titles:
             check_printed(found[name]["printed"], rows[title].split("(not in")[0])
+
+
+def test_the_table_of_meta_weight_net_on_digits() -> None:
+    found = figures("programs.json")
+    rows = {row[0]: row[1:] for row in rows_of(RESULTS, "Meta-weight-net on digits")}
+    for name, options in (
+        ("meta_weight_net", "(40 % wrong labels)"),
+        ("meta_weight_net-60", "`--noise 0.6`"),
+        ("meta_weight_net-tail", "`--noise 0 --imbalance 50`"),
+        ("meta_weight_net", "40 %, 3200 steps, rate .03 / .1 (plain memorises)"),
+        ("meta_weight_net-60", "60 %, 3200 steps, rate .01 / .03"),
+    ):
+        check_printed(found[name]["printed"], " ".join(rows[options]))
 
 
 def check_printed(lines: list[str], text: str) -> None:
