@@ -3,6 +3,7 @@
     python scripts/record_results.py                # all of them, some two hours of one core
     python scripts/record_results.py reweighting    # one of them anew
     python scripts/record_results.py omniglot --omniglot images_background_small1.zip
+    python scripts/record_results.py texts texts-both --texts vaderSentiment-3.3.2.tar.gz
 
 The figures of docs/pages/results.md come from that file, benchmarks/programs.json: a test compares
 them with it.
@@ -50,6 +51,12 @@ LSTM_RECIPES = {  # 26,000 inner steps each, as the recipe has
     "20-constant": f"--steps 1300 --window 20 --second-order False {ONE_PHASE}",
 }
 DIGITS = "scripts/meta_weight_net.py --out {out}"
+TEXTS = "scripts/meta_weight_net.py text --data {texts} --out {out}"
+WEIGHTS = f"{TEXTS} --seeds 1 --methods 'finite differences' SAMA"
+INPUTS = {  # of the weight net, on seeds that no table has
+    name: f"{TEXTS} --seed 100 --methods plain 'finite differences' --weight-input '{name}'"
+    for name in ("loss", "loss and class", "history", "history and class")
+}
 LANGUAGE = "scripts/language_model.py --memory full --out {out}"
 SEARCH = "scripts/search.py meta-weight-net --out {out}"
 TWO_PROCESSES = "-m torch.distributed.run --nproc-per-node 2 scripts/scaling.py"
@@ -75,6 +82,9 @@ PROGRAMS = {
     "meta_weight_net-60": [f"{DIGITS} --noise 0.6"],
     "meta_weight_net-tail": [f"{DIGITS} --noise 0 --imbalance 50"],
     "meta_weight_net-class": [f"{DIGITS} --noise 0 --imbalance 50 --weight-input 'loss and class'"],
+    "texts": [f"{WEIGHTS} --flip positive"],
+    "texts-both": [WEIGHTS],
+    **{f"texts-{name.replace(' ', '-')}": [command] for name, command in INPUTS.items()},
     "language_model": [LANGUAGE],
     "language_model-long": [f"{LANGUAGE} --static-steps 180 --seeds 0"],
     "branin": ["scripts/search.py branin --backends random sobol optuna botorch ax --out {out}"],
@@ -101,22 +111,26 @@ class Config:
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """Names of programs, those of examples by their files' names; by default all of them."""
     omniglot: Path | None = None
-    """A folder or archive of Omniglot's images, which the program "omniglot" needs."""
+    """A folder or archive of Omniglot's images, for "omniglot"."""
+    texts: Path | None = None
+    """The archive of rated snippets, for those that begin with "texts"."""
 
     def __post_init__(self) -> None:
         unknown = {*self.names} - PROGRAMS.keys()
         if unknown:
             raise ValueError(f"`names` must be some of {[*PROGRAMS]}, got {sorted(unknown)}.")
-        if self.omniglot is None and "omniglot" in (self.names or PROGRAMS):
-            raise ValueError(
-                'The program "omniglot" needs images of characters: --omniglot FOLDER_OR_ZIP. '
-                "Without them, name the others."
-            )
+        for name in self.names or PROGRAMS:
+            for option in ("omniglot", "texts"):
+                if f"{{{option}}}" in PROGRAMS[name][0] and getattr(self, option) is None:
+                    raise ValueError(
+                        f"The program {name!r} needs data: --{option} PATH. Without them, name the "
+                        "others."
+                    )
 
 
 def main(config: Config) -> None:
     for name in tqdm(config.names or tuple(PROGRAMS)):
-        found = run(PROGRAMS[name], config.omniglot)
+        found = run(PROGRAMS[name], {"omniglot": config.omniglot, "texts": config.texts})
         # another process may have written others meanwhile
         everything = json.loads(FILE.read_text()) if FILE.exists() else {}
         everything[name] = found
@@ -124,26 +138,28 @@ def main(config: Config) -> None:
         FILE.write_text(f"{text}\n")
 
 
-def run(commands: list[str], omniglot: Path | None) -> dict[str, Any]:
-    """Return what the commands print, with what made it."""
+def run(commands: list[str], data: dict[str, Path | None]) -> dict[str, Any]:
+    """Return what the commands print, with what made it; places are called by their names."""
     started, printed = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as out:
+        places = {name: str(path) for name, path in data.items() if path} | {"out": out}
         for command in commands:
             process = subprocess.run(
-                [sys.executable, *shlex.split(command.format(out=out, omniglot=omniglot))],
+                [sys.executable, *shlex.split(command.format(**places))],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
             )
-            printed += process.stdout.replace(out, "FOLDER").splitlines()
+            printed += process.stdout.splitlines()
+    for name, place in places.items():
+        printed = [line.replace(place, name.upper()) for line in printed]
+    names = {name: name.upper() for name in (*data, "out")}
     commit = ["git", "rev-parse", "--short", "HEAD"]
     return {
-        "commands": [
-            command.format(out="FOLDER", omniglot="FOLDER_OR_ZIP") for command in commands
-        ],
-        "printed": [line.replace(str(omniglot), "FOLDER_OR_ZIP") for line in printed],
+        "commands": [command.format(**names) for command in commands],
+        "printed": printed,
         "seconds": round(time.perf_counter() - started),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
