@@ -58,6 +58,7 @@ INPUTS = {  # of the weight net, on seeds that no table has
     for name in ("loss", "loss and class", "history", "history and class")
 }
 LANGUAGE = "scripts/language_model.py --memory full --out {out}"
+ATTRIBUTION = "scripts/data_attribution.py"
 SEARCH = "scripts/search.py meta-weight-net --out {out}"
 TWO_PROCESSES = "-m torch.distributed.run --nproc-per-node 2 scripts/scaling.py"
 PROGRAMS = {
@@ -87,6 +88,11 @@ PROGRAMS = {
     **{f"texts-{name.replace(' ', '-')}": [command] for name, command in INPUTS.items()},
     "language_model": [LANGUAGE],
     "language_model-long": [f"{LANGUAGE} --static-steps 180 --seeds 0"],
+    "attribution": [f"{ATTRIBUTION} digits --out {{out}}"],
+    "attribution-rough": [
+        f"{ATTRIBUTION} digits --out {{out}} --lr 0.3 --other-seeds 0 --dampings 0.001 0.01 0.1"
+    ],
+    "attribution-language": [f"{ATTRIBUTION} language --out {{out}}"],
     "branin": ["scripts/search.py branin --backends random sobol optuna botorch ax --out {out}"],
     "search": [f"{SEARCH} --trials {trials}" for trials in (20, 40)],
     "search-5": [

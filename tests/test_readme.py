@@ -149,7 +149,7 @@ def test_a_link_that_leads_nowhere_is_found() -> None:
     for target in (
         "#large-models",
         "maml.md",
-        "../results.md#scripts",
+        "../results/index.md#scripts",
         f"{HOME}/tree/main/examples",
         f"{HOME}/blob/main/CONTRIBUTING.md#style",
         "https://arxiv.org/abs/1703.03400",

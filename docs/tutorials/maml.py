@@ -190,7 +190,7 @@ plt.show()
 #
 # This network was trained for half a minute. `scripts/maml.py` trains a larger one for 19 minutes
 # and compares it with pretrained features as well: 94.2 % after one step on the same alphabets;
-# see the [results](../results.md#scripts).
+# see the [results](../results/index.md#scripts).
 #
 # ## Where to go from here
 #

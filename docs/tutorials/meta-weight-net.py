@@ -236,7 +236,7 @@ print(f"dropped: {share:.0f} % of the wrong labels; of what is kept {left_over:.
 
 # %% [markdown]
 # The standard error is over the three splits. Meta-weight-net needs the hundred clean examples,
-# and it is no miracle: with few wrong labels there is little to gain. The [results](../results.md)
+# and it is no miracle: with few wrong labels there is little to gain. The [results](../results/index.md)
 # have other shares of noise, unequal classes, and texts.
 #
 # ## Where to go from here

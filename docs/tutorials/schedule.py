@@ -200,7 +200,7 @@ for _ in range(STEPS):
 # ## Where to go from here
 #
 # - [Optimizers and schedules](../guides/optimizers.md): all schedules, and how to write one
-# - [Results](../results.md#learned-schedules): five kinds of learned schedules, trained a little
+# - [Results](../results/schedules.md): five kinds of learned schedules, trained a little
 #   longer, also on another network
 # - [Train your own optimizer](train-an-optimizer.md): there more than the rate is learned
 

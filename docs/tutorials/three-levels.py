@@ -192,7 +192,7 @@ plt.show()
 #
 # - [Levels](../guides/levels.md): data of each level, starts, copies, large models
 # - `examples/learning_by_ignoring.py` has three levels for another purpose: which examples to
-#   pretrain on; [results](../results.md#examples)
+#   pretrain on; [results](../results/index.md#examples)
 # - [Search over the discrete rest](search.md): a level above that needs no gradient
 
 # %% What this page claims, checked tags=["fold"]

@@ -193,7 +193,7 @@ plt.show()
 # the training loss. Much longer runs and much wider layers are another matter. The package has
 # weights that were trained on many small networks for seven minutes: `load_trained("small",
 # steps=80)`. [Learned optimizers](../guides/learned-optimizers.md) says how, and the
-# [results](../results.md#learned-optimizers-on-families-they-never-saw) say where they win and
+# [results](../results/learned-optimizers.md#families-they-never-saw) say where they win and
 # where not.
 
 # %% What this page claims, checked tags=["fold"]
