@@ -55,7 +55,7 @@ class Picture:
     Attributes:
         draw: (run folder, what the program printed) -> a figure, or the file that the run left.
         options: of the program; {run} stands for its folder. Some runs are shorter than those of
-            docs/pages/results.md, and the gallery says so.
+            docs/pages/results, and the gallery says so.
         recorded: whether it is drawn from figures in benchmarks/ or docs/, without a run.
     """
 

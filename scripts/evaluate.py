@@ -4,7 +4,7 @@
     python scripts/evaluate.py --trained small --task held-out
     python scripts/evaluate.py --trained lstm mlp schedule --task held-out --recorded --write
 
-The last two commands judge over eight families of tasks, as in docs/pages/results.md.
+The last two commands judge over eight families of tasks: docs/pages/results/learned-optimizers.md.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Config:
     resume: bool = False
     """Take families of the table from `out`, if an earlier run of these optimizers left them."""
     write: bool = False
-    """Publish tables in docs/pages/results.md and docs/pages/get-started.md, and their figures in
-    benchmarks/carrying-over.json."""
+    """Publish tables in docs/pages/results/learned-optimizers.md and docs/pages/get-started.md, and
+    their figures in benchmarks/carrying-over.json."""
     families: tuple[str, ...] = ()
     """Names of some families of a table; by default all of them."""
     grid: tuple[float, ...] = (

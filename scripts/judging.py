@@ -1,7 +1,7 @@
 """The table of optimizers over the held-out families, for `evaluate.py --task held-out`.
 
 `--write` publishes it: the figures in benchmarks/carrying-over.json beside those of others, and the
-tables in docs/pages/results.md and docs/pages/get-started.md.
+tables in docs/pages/results/learned-optimizers.md and docs/pages/get-started.md.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def publish(judgement: mo.Judgement, root: Path = ROOT) -> None:
     path.write_text(json.dumps(figures, indent=1) + "\n")
     page = root / "docs/pages/get-started.md"
     page.write_text(between(page.read_text(), "carrying over", markdown(figures, OF_GET_STARTED)))
-    page = root / "docs/pages/results.md"
+    page = root / "docs/pages/results/learned-optimizers.md"
     text = between(page.read_text(), "carrying over", markdown(figures, None))
     page.write_text(between(text, "specialists", specialists(figures)))
 

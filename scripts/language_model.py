@@ -2,7 +2,7 @@
 
     python scripts/language_model.py
 
-docs/pages/results.md says what each way of reading reaches.
+docs/pages/results/language-model.md says what each way of reading reaches.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     python scripts/record_results.py omniglot --omniglot images_background_small1.zip
     python scripts/record_results.py texts texts-both --texts vaderSentiment-3.3.2.tar.gz
 
-The figures of docs/pages/results.md come from that file, benchmarks/programs.json: a test compares
+The figures of docs/pages/results come from that file, benchmarks/programs.json: a test compares
 them with it.
 """
 

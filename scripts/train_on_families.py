@@ -2,7 +2,7 @@
 
     python scripts/train_on_families.py --out runs/small
 
-docs/pages/results.md has what it reaches on families that training never saw.
+docs/pages/results/learned-optimizers.md has what it reaches on families that training never saw.
 """
 
 from __future__ import annotations

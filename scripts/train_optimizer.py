@@ -39,7 +39,7 @@ TASKS = {
     "quadratics-50": (mo.tasks.Quadratics(dimension=50), 100),
 }
 VALIDATION_TASKS = {"quadratics": 512}  # 32 of the others
-# The best known settings for backpropagation, by optimizer and task: see docs/pages/results.md.
+# The best known settings for backpropagation, by optimizer and task; docs/pages/results has why.
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("lstm", "quadratics"): {
         "window": 5,

@@ -98,10 +98,10 @@ def test_publishing_adds_to_what_is_known(tmp_path: Path, monkeypatch: Any) -> N
     judging = importlib.import_module("judging")
     places = {
         "docs/pages/get-started.md": ["carrying over"],
-        "docs/pages/results.md": ["carrying over", "specialists"],
+        "docs/pages/results/learned-optimizers.md": ["carrying over", "specialists"],
     }
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "docs" / "pages").mkdir(parents=True)
+    (tmp_path / "docs" / "pages" / "results").mkdir(parents=True)
     for name, markers in places.items():
         (tmp_path / name).write_text("".join(f"<!-- {m} -->\n<!-- /{m} -->\n" for m in markers))
     low, high = constant([[1.0, 1.0]] * 2), constant([[2.0, 2.0]] * 2)
@@ -111,7 +111,7 @@ def test_publishing_adds_to_what_is_known(tmp_path: Path, monkeypatch: Any) -> N
     second = {family: {**adam, "lstm": constant([[3.0, 3.0]] * 2)} for family in ("wine", "conv")}
     judging.publish(mo.Judgement(second, "Adam"), tmp_path)
 
-    page = (tmp_path / "docs/pages/results.md").read_text()
+    page = (tmp_path / "docs/pages/results/learned-optimizers.md").read_text()
     general, special = page.split("<!-- specialists -->")
     assert "| wine | 2.0000 | 2.0000 | 1.0000 |" in general
     assert "lstm" not in general
