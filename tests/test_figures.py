@@ -17,7 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
-RESULTS = "docs/pages/results.md"
+RESULTS = "docs/pages/results/index.md"
+LEARNED = "docs/pages/results/learned-optimizers.md"
+SCHEDULES = "docs/pages/results/schedules.md"
+LABELS = "docs/pages/results/noisy-labels.md"
+SCORES = "docs/pages/results/attribution.md"
+LANGUAGE = "docs/pages/results/language-model.md"
 BENCHMARKS = "docs/pages/benchmarks.md"
 
 
@@ -151,14 +156,14 @@ def test_the_tables_of_what_carries_over() -> None:
 
     found = figures("carrying-over.json")
     assert judging.markdown(found, judging.OF_GET_STARTED) in page("docs/pages/get-started.md")
-    assert judging.markdown(found, None) in page(RESULTS)
-    assert judging.specialists(found) in page(RESULTS)
+    assert judging.markdown(found, None) in page(LEARNED)
+    assert judging.specialists(found) in page(LEARNED)
 
 
 def test_the_scores_of_what_carries_over() -> None:
     summary = figures("carrying-over.json")["summary"]
     rows = {
-        row[0]: row[1:] for row in rows_of(RESULTS, "Losses of a contender over those of tuned")
+        row[0]: row[1:] for row in rows_of(LEARNED, "Losses of a contender over those of tuned")
     }
     for title, name in {
         "small": "small",
@@ -179,7 +184,7 @@ def test_the_scores_of_what_carries_over() -> None:
         "-".join(map(str, summary["small"][f"against each, {by}"]["Muon, cosine"]))
         for by in ("mean", "final")
     )
-    says(RESULTS, f"small has {mean} in the mean and {final} in the end")
+    says(LEARNED, f"small has {mean} in the mean and {final} in the end")
 
 
 def test_the_card_of_the_small_optimizer() -> None:
@@ -205,7 +210,7 @@ def test_the_tables_of_the_attribution(kind: str) -> None:
 
     methods = figures("attribution.json")[kind]["methods"]
     judged = {name: Judged(torch.empty(0), found) for name, found in methods.items()}
-    assert write_table(judged) in page(RESULTS)
+    assert write_table(judged) in page(SCORES)
 
 
 def test_the_attribution_in_the_readme() -> None:
@@ -220,11 +225,8 @@ def test_the_attribution_in_words() -> None:
     exact, cg = methods["exact metagradient"], methods["CG"]
     low, high = (short(end, 3) for end in exact["interval"])
     little = short(cg["settings"]["damping 0.0001"], 2)
-    says(
-        RESULTS,
-        f"datamodeling score {short(exact['score'], 3)} ({low} to {high})",
-        f"CG with little damping, which solves the system best, has {little}",
-    )
+    says(RESULTS, f"datamodeling score {short(exact['score'], 3)} ({low} to {high})")
+    says(SCORES, f"CG with little damping, which solves the system best, has {little}")
 
 
 # Written by train_schedule.py and compare_inner_rates.py
@@ -234,7 +236,7 @@ def test_the_table_of_learned_schedules() -> None:
     found = figures("schedules.json")
     together = found["adam, final loss, 100 steps: gp lstm mlp attention policy"]
     alone = found["adam, final loss, 100 steps: attention"]
-    rows = {row[0]: row[1:] for row in rows_of(RESULTS, "## Learned schedules")}
+    rows = {row[0]: row[1:] for row in rows_of(SCHEDULES, "## On digits")}
     kinds = {
         "`MLPSchedule`": ("mlp", together),
         "`GPSchedule`": ("gp", together),
@@ -245,7 +247,7 @@ def test_the_table_of_learned_schedules() -> None:
     }
     for title, (kind, entry) in kinds.items():
         test = {one["name"]: one for one in entry["test"]}[f"learned: {kind}"]
-        loss, change, z, _, seconds = rows[title]
+        loss, change, z, seconds = rows[title]
         assert loss == short(test["final"], 4)
         assert change == f"{100 * (test['final ratio'] - 1):+.1f} %"
         assert z == f"{test['final z']:.1f}"
@@ -255,7 +257,7 @@ def test_the_table_of_learned_schedules() -> None:
         assert rows[title][0] == short(test["final"], 4)
     (deeper,) = (one for one in together["transfer"] if one["name"].startswith("learned: mlp"))
     says(
-        RESULTS,
+        SCHEDULES,
         f"its final loss is {short(deeper['final'], 4)}, {100 * (1 - deeper['final ratio']):.1f} % "
         f"below the best of the nine cosines there (z {deeper['final z']:.1f})",
     )
@@ -263,7 +265,7 @@ def test_the_table_of_learned_schedules() -> None:
 
 def test_the_table_of_schedules_in_maml_and_reptile() -> None:
     found = figures("schedules.json")
-    shown = rows_of(RESULTS, "## Schedules in MAML and Reptile")[2:]
+    shown = rows_of(SCHEDULES, "## In MAML and Reptile")[2:]
     entries = [
         *found["maml, 10 shots, 5 steps, seeds 10 to 17"]["rows"].items(),
         *found["maml, 10 shots, 5 steps, seeds 0 to 9"]["rows"].items(),
@@ -296,7 +298,7 @@ def test_the_table_of_damaged_texts() -> None:
         *(("defaults", "long"), ("--noise 0.3", "tuned"), ("--noise 0.2", "tuned")),
         *((tail, "tuned"), (tail, "long")),
     ]
-    shown = rows_of(RESULTS, "### Damaged labels of texts")[2 : 2 + len(places)]
+    shown = rows_of(LABELS, "## Texts")[2 : 2 + len(places)]
     for (_, _, *cells), (options, length) in zip(shown, places, strict=True):
         # it does not see the labels that are damaged, and was trained once
         methods = {"clean only": found["--flip positive"]["clean only"]} | found[options]
@@ -333,19 +335,45 @@ def test_damaged_texts_in_words() -> None:
         return percent(accuracy[options, one] - accuracy[options, other])
 
     flip, learned = "--flip positive", "finite differences"
+    clean = accuracy[flip, "clean only"]
     says(
-        RESULTS,
-        f"beats plain training, by {gap(flip, learned, 'plain')} points",
-        f"the clean examples alone by {gap(flip, learned, 'clean only')}",
+        LABELS,
+        f"beats plain training by {gap(flip, learned, 'plain')} points, with either rule. The clean "
+        f"examples alone it beats by {gap(flip, learned, 'clean only')}",
         f"it is worse by {gap('defaults', 'plain', learned)} "
         f"(SAMA {gap('defaults', 'plain', 'SAMA')})",
         f"Finite differences beat plain training by {gap(layers, learned, 'plain')} points, "
         f"SAMA by {gap(layers, 'SAMA', 'plain')}; the clean examples alone they beat by "
         f"{gap(layers, learned, 'clean only')} and {gap(layers, 'SAMA', 'clean only')}",
-        f"Finite differences beat plain training by {gap(tail, learned, 'plain')} points",
-        f"tuned length {percent(accuracy[half, 'plain'])} plain and "
-        f"{percent(accuracy[half, learned])} by finite differences",
-        f"A step of SAMA takes {1000 * found[flip]['SAMA']['CPU seconds a step']:.1f} ms",
+        f"Finite differences beat plain training by {gap(tail, learned, 'plain')} points and the "
+        f"clean examples alone by {percent(accuracy[tail, learned] - clean)}",
+        f"{percent(accuracy[half, 'plain'])} plain and {percent(accuracy[half, learned])} by finite "
+        "differences at the tuned length",
+    )
+    assert gap(flip, learned, "plain") == gap(flip, "SAMA", "plain")
+
+
+def test_the_times_of_texts() -> None:
+    found = figures("text-noise.json")
+    layers = "--flip positive --layers 1 --learning-rates {} --lengths 50 100 --batch-size 16 "
+    layers += "--clean-batch 32"
+    adapters = layers.replace("--layers 1", "--layers 1 --lora")
+
+    def cost(options: str, method: str, digits: int = 0) -> str:
+        return f"{1000 * found[options][method]['CPU seconds a step']:.{digits}f}"
+
+    flip, last = "--flip positive", layers.format("0.0003")
+    half, lora = f"{last} --precision bf16 --seeds 3", f"{adapters.format('0.001')} --seeds 3"
+    says(
+        LABELS,
+        f"takes {cost(flip, 'plain', 1)} ms plain, {cost(flip, 'finite differences', 1)} ms by "
+        f"finite differences and {cost(flip, 'SAMA', 1)} ms by SAMA",
+        f"A step takes {cost(last, 'plain')} ms plain, {cost(last, 'finite differences')} ms by "
+        f"finite differences and {cost(last, 'SAMA')} ms by SAMA",
+        f"a step takes {cost(half, 'plain')} ms plain and {cost(half, 'finite differences')} ms by "
+        f"finite differences, where float32 takes {cost(last, 'plain')} and "
+        f"{cost(last, 'finite differences')} ms",
+        f"at {cost(lora, 'plain')} and {cost(lora, 'finite differences')} ms a step",
     )
 
 
@@ -395,7 +423,7 @@ def test_the_figures_of_the_scripts() -> None:
 
 def test_the_table_of_meta_weight_net_on_digits() -> None:
     found = figures("programs.json")
-    rows = {row[0]: row[1:] for row in rows_of(RESULTS, "Meta-weight-net on digits")}
+    rows = {row[0]: row[1:] for row in rows_of(LABELS, "## Digits")}
     for name, options in (
         ("meta_weight_net", "(40 % wrong labels)"),
         ("meta_weight_net-60", "`--noise 0.6`"),
