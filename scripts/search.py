@@ -198,16 +198,19 @@ def draw(config: Config, curves: Mapping[str, list[list[float]]], path: Path) ->
 
 
 def report(config: Config, curves: Mapping[str, list[list[float]]]) -> str:
-    """Return a table of the best losses, and of how often each is below that of random search."""
-    last = {name: [row[-1] for row in rows] for name, rows in curves.items()}
+    """Return a table of the best losses, and of their paired differences from random search's."""
+    last = {name: torch.tensor([row[-1] for row in rows]) for name, rows in curves.items()}
     rows = []
     for name, losses in last.items():
-        better = [a < b for a, b in zip(losses, last.get("random", losses), strict=True)]
-        seeds = " ".join(f"{loss:.3f}" for loss in losses)
-        rows.append([name, statistics.median(losses), statistics.mean(losses), sum(better), seeds])
-    headers = ["", "median", "mean", "below random", "each seed"]
+        row = [name, losses.median().item(), losses.mean().item(), "", ""]
+        if name != "random" and "random" in last:
+            gaps = losses - last["random"]
+            error = gaps.std(correction=min(1, len(gaps) - 1)) / len(gaps) ** 0.5
+            row[3:] = [f"{gaps.mean():+.3f} ± {error:.3f}", f"{(gaps < 0).sum()} of {len(gaps)}"]
+        rows.append([*row, " ".join(f"{loss:.3f}" for loss in losses.tolist())])
+    headers = ["", "median", "mean", "minus random", "better in", "each seed"]
     return f"Least loss after {config.trials} trials\n" + write_table(
-        headers, rows, ["", ".4f", ".4f", "d", ""]
+        headers, rows, ["", ".3f", ".3f", "", "", ""]
     )
 
 

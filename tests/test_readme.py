@@ -85,7 +85,7 @@ def test_the_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monk
     if page.stem == "get-started":
         (recipe,) = (text for text in outputs if "test error" in text)
         errors = [float(line.split(": ")[1]) for line in recipe.splitlines()]
-        assert errors[1] < 0.8 * errors[0]
+        assert errors[1] < 0.75 * errors[0]
         assert module.value.item() < 0.01  # the learned optimizer's
     if page.stem == "learned-optimizers":
         assert (tmp_path / "runs/docs-learned/curves.png").exists()
