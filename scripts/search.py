@@ -202,7 +202,7 @@ def report(config: Config, curves: Mapping[str, list[list[float]]]) -> str:
     last = {name: torch.tensor([row[-1] for row in rows]) for name, rows in curves.items()}
     rows = []
     for name, losses in last.items():
-        row = [name, losses.median().item(), losses.mean().item(), "", ""]
+        row = [name, statistics.median(losses.tolist()), losses.mean().item(), "", ""]
         if name != "random" and "random" in last:
             gaps = losses - last["random"]
             error = gaps.std(correction=min(1, len(gaps) - 1)) / len(gaps) ** 0.5
