@@ -6,13 +6,15 @@
     python scripts/record_results.py texts texts-both --texts vaderSentiment-3.3.2.tar.gz
 
 The figures of docs/pages/results come from that file, benchmarks/programs.json: a test compares
-them with it.
+them with it. What stands on a page between `<!-- printed: NAME -->` and `<!-- /printed: NAME -->` is
+written anew.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -30,9 +32,11 @@ from metaopt.extras import extra
 
 with extra("scripts/record_results.py"):
     import tyro
+    from bench_report import between
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "benchmarks/programs.json"
+PAGES = ROOT / "docs/pages"
 TRAIN = "scripts/train_optimizer.py --out {out}"
 EVALUATE = "scripts/evaluate.py --weights {out}/weights.safetensors --out {out} --task"
 MLP = f"{TRAIN} --optimizer mlp --task digits"
@@ -142,6 +146,18 @@ def main(config: Config) -> None:
         everything[name] = found
         text = json.dumps(dict(sorted(everything.items())), indent=1, ensure_ascii=False)
         FILE.write_text(f"{text}\n")
+    for page in PAGES.rglob("*.md"):
+        old = page.read_text()
+        if (new := show_printed(old)) != old:
+            page.write_text(new)
+
+
+def show_printed(text: str) -> str:
+    """Return a page with what programs printed, tables in Markdown, between their markers."""
+    everything = json.loads(FILE.read_text())
+    for name in re.findall(r"<!-- printed: (.+?) -->", text):
+        text = between(text, f"printed: {name}", "\n".join(everything[name]["printed"]))
+    return text
 
 
 def run(commands: list[str], data: dict[str, Path | None]) -> dict[str, Any]:

@@ -434,6 +434,16 @@ def test_the_table_of_meta_weight_net_on_digits() -> None:
         check_printed(found[name]["printed"], " ".join(rows[options]))
 
 
+def test_what_pages_show_as_printed() -> None:
+    from record_results import show_printed
+
+    pages = [*(ROOT / "docs/pages").rglob("*.md")]
+    shown = [one for one in pages if "<!-- printed: " in one.read_text()]
+    assert shown
+    for one in shown:
+        assert one.read_text() == show_printed(one.read_text()), one
+
+
 def check_printed(lines: list[str], text: str) -> None:
     """Assert that each decimal of the text is among the numbers, as it is or in per cent."""
     numbers = re.findall(r"\d*\.\d+(?:e-?\d+)?|\d+", "\n".join(lines))
