@@ -6,8 +6,8 @@
     python scripts/record_results.py texts texts-both --texts vaderSentiment-3.3.2.tar.gz
 
 The figures of docs/pages/results come from that file, benchmarks/programs.json: a test compares
-them with it. What stands on a page between `<!-- printed: NAME -->` and `<!-- /printed: NAME -->` is
-written anew.
+them with it. What stands on a page between `<!-- printed: NAME -->` and `<!-- /printed: NAME -->`
+is written anew.
 """
 
 from __future__ import annotations

@@ -338,8 +338,8 @@ def test_damaged_texts_in_words() -> None:
     clean = accuracy[flip, "clean only"]
     says(
         LABELS,
-        f"beats plain training by {gap(flip, learned, 'plain')} points, with either rule. The clean "
-        f"examples alone it beats by {gap(flip, learned, 'clean only')}",
+        f"beats plain training by {gap(flip, learned, 'plain')} points, with either rule. "
+        f"The clean examples alone it beats by {gap(flip, learned, 'clean only')}",
         f"it is worse by {gap('defaults', 'plain', learned)} "
         f"(SAMA {gap('defaults', 'plain', 'SAMA')})",
         f"Finite differences beat plain training by {gap(layers, learned, 'plain')} points, "
@@ -347,8 +347,8 @@ def test_damaged_texts_in_words() -> None:
         f"{gap(layers, learned, 'clean only')} and {gap(layers, 'SAMA', 'clean only')}",
         f"Finite differences beat plain training by {gap(tail, learned, 'plain')} points and the "
         f"clean examples alone by {percent(accuracy[tail, learned] - clean)}",
-        f"{percent(accuracy[half, 'plain'])} plain and {percent(accuracy[half, learned])} by finite "
-        "differences at the tuned length",
+        f"{percent(accuracy[half, 'plain'])} plain and {percent(accuracy[half, learned])} by "
+        "finite differences at the tuned length",
     )
     assert gap(flip, learned, "plain") == gap(flip, "SAMA", "plain")
 
