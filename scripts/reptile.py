@@ -27,6 +27,7 @@ from optimizers import SGD
 
 with extra("scripts/reptile.py"):
     import command_line
+    import tyro
     from maml import (
         TEST_SEED,
         Batch,
@@ -46,6 +47,9 @@ class ReptileConfig(SinusoidConfig):
     inner_lr: float = 0.02
     schedule_lr: float = 3e-3
     """step size of the outer Adam for the schedule; at .01 some trainings diverged"""
+    # MAML's alone
+    first_order: tyro.conf.Suppress[tyro.conf.Fixed[bool]] = False
+    pretrain_steps: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 0
     out: Path = Path("runs/reptile")
 
 
