@@ -287,6 +287,21 @@ def test_a_loop_from_outside_is_the_same_as_fit(tmp_path: Path) -> None:
     assert (other.value, notes.closed) == (7, 2)
 
 
+def test_two_loops_at_once_are_refused() -> None:
+    training = Counter()
+    trainer = mo.Trainer(training, max_steps=3, progress=False)
+    first = iter(trainer)
+    next(first)
+    for second in (trainer.fit, lambda: next(iter(trainer))):
+        with pytest.raises(RuntimeError, match=r"is at step 1 of 3, and a second one would move"):
+            second()
+    assert training.value == trainer.step == 1
+    next(first)  # the refusal leaves it as it was
+    first.close()
+    trainer.fit()
+    assert trainer.step == 3
+
+
 def test_a_callback_can_stop_it() -> None:
     def stop(trainer: mo.Trainer, metrics: Any) -> None:
         if trainer.step == 3:

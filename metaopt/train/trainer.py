@@ -137,6 +137,7 @@ class Trainer:
         self.checkpoint_every = as_count("checkpoint_every", checkpoint_every)
         self.callbacks, self.inner_callbacks = tuple(callbacks), tuple(inner_callbacks)
         self.resume, self.label, self.progress = resume, label, progress
+        self._is_running = False
         self._begin()
 
     def fit(self) -> None:
@@ -160,7 +161,23 @@ class Trainer:
         """Yield the metrics of each step when all that belongs to it is done; as `fit` otherwise.
 
         A loop that is left early leaves the training in the best state by then, as `fit` does.
+
+        Raises:
+            RuntimeError: another loop over this trainer is not over yet.
         """
+        if self._is_running:
+            raise RuntimeError(
+                f"A loop over this trainer is at step {self.step} of {self.max_steps}, and a second "
+                "one would move the same training. End the first one (`break`, or `close()` of its "
+                "iterator), or make a `Trainer` of its own for the second."
+            )
+        self._is_running = True
+        try:
+            yield from self._iterate()
+        finally:
+            self._is_running = False
+
+    def _iterate(self) -> Iterator[Metrics]:
         self._begin()
         is_resumed = self._resume()
         # one rank is enough: all come to the same metrics
