@@ -92,3 +92,13 @@ def as_count(name: str, value: Any) -> int:
     if count < 1:
         raise ValueError(f"`{name}` must be positive, got {count}.")
     return count
+
+
+def check_idle(trainer: Trainer, is_running: bool) -> None:
+    """Raise if a loop over the trainer is not over yet."""
+    if is_running:
+        raise RuntimeError(
+            f"A loop over this trainer is at step {trainer.step} of {trainer.max_steps}, and a "
+            "second one would move the same training. End the first one (`break`, or `close()` of "
+            "its iterator), or make a `Trainer` of its own for the second."
+        )

@@ -19,6 +19,7 @@ from metaopt.train.arguments import (
     InnerCallback,
     Training,
     as_count,
+    check_idle,
     check_parts,
 )
 from metaopt.train.checkpoint import Checkpoints
@@ -165,19 +166,7 @@ class Trainer:
         Raises:
             RuntimeError: another loop over this trainer is not over yet.
         """
-        if self._is_running:
-            raise RuntimeError(
-                f"A loop over this trainer is at step {self.step} of {self.max_steps}, and a second "
-                "one would move the same training. End the first one (`break`, or `close()` of its "
-                "iterator), or make a `Trainer` of its own for the second."
-            )
-        self._is_running = True
-        try:
-            yield from self._iterate()
-        finally:
-            self._is_running = False
-
-    def _iterate(self) -> Iterator[Metrics]:
+        check_idle(self, self._is_running)
         self._begin()
         is_resumed = self._resume()
         # one rank is enough: all come to the same metrics
@@ -186,6 +175,7 @@ class Trainer:
             self.label, self.max_steps, done=self.step, shown=self.progress and not self._ranks.rank
         )
         try:
+            self._is_running = True
             with Interrupt(self._leave) as interrupt:
                 if is_resumed:  # perhaps from the end
                     self.stopped_by, _ = self._decide(interrupt)
@@ -342,6 +332,7 @@ class Trainer:
 
     def _close(self) -> None:
         """Go back to what was best, also after an interruption."""
+        self._is_running = False
         if self._selection.best_state is not None:
             self.training.load_state_dict(self._selection.best_state)
         self._reporting.close(self.step)
