@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from metaopt.checks import check_positive
+
 if TYPE_CHECKING:
     from metaopt.train.trainer import Trainer
 
@@ -92,6 +94,18 @@ def as_count(name: str, value: Any) -> int:
     if count < 1:
         raise ValueError(f"`{name}` must be positive, got {count}.")
     return count
+
+
+def check_limits(
+    time_limit: float | None, patience: int | None, validate: Any, resume: bool, checkpoint: Any
+) -> None:
+    """Raise if a limit is not positive, or what it or `resume` needs is missing."""
+    if time_limit is not None:
+        check_positive(None, "time_limit", time_limit)
+    if patience is not None and validate is None:
+        raise ValueError(f"`patience={patience}` counts validations: give `validate=`.")
+    if resume and checkpoint is None:
+        raise ValueError("`resume=True` needs a folder to go on from: give `checkpoint=`.")
 
 
 def check_idle(trainer: Trainer, is_running: bool) -> None:

@@ -20,6 +20,7 @@ from metaopt.train.arguments import (
     Training,
     as_count,
     check_idle,
+    check_limits,
     check_parts,
 )
 from metaopt.train.checkpoint import Checkpoints
@@ -128,13 +129,8 @@ class Trainer:
         self.patience = None if patience is None else as_count("patience", patience)
         self.min_change = min_change
         self.time_limit = time_limit
-        if time_limit is not None:
-            check_positive(None, "time_limit", time_limit)
         self.checkpoints = _open(checkpoint, check_flag(None, "resume", resume))
-        if resume and checkpoint is None:
-            raise ValueError("`resume=True` needs a folder to go on from: give `checkpoint=`.")
-        if patience is not None and validate is None:
-            raise ValueError(f"`patience={patience}` counts validations: give `validate=`.")
+        check_limits(time_limit, patience, validate, resume, checkpoint)
         self.checkpoint_every = as_count("checkpoint_every", checkpoint_every)
         self.callbacks, self.inner_callbacks = tuple(callbacks), tuple(inner_callbacks)
         self.resume, self.label, self.progress = resume, label, progress
