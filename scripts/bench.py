@@ -111,13 +111,13 @@ def compare(
     times: dict[str, list[float]] = {side.name: [] for side in sides}
     with ExitStack() as stack:
         contenders = []
-        for side in tqdm(sides, desc=f"{function}: starting", leave=False):
+        for side in tqdm(sides, desc=f"{function}: starting", leave=False, disable=None):
             contenders.append(stack.enter_context(Contender(side, function, problem, threads)))
         results = {contender.name: contender.result() for contender in contenders}
         errors = check(results, sides, problem, tolerance)
         for contender in contenders:
             contender.seconds()  # finds out how many runs fill a repetition
-        for _ in tqdm(range(repeats), desc=f"{function}: timing", leave=False):
+        for _ in tqdm(range(repeats), desc=f"{function}: timing", leave=False, disable=None):
             for contender in contenders:
                 times[contender.name].append(contender.seconds())
         return [
@@ -242,7 +242,10 @@ def main(config: Config) -> None:
             write(config.out, name, config.threads, problem, times)
             rows: list[Memory] = []
             for side in tqdm(
-                [side for side in sides if side.lengths], desc=f"{name}: memory", leave=False
+                [side for side in sides if side.lengths],
+                desc=f"{name}: memory",
+                leave=False,
+                disable=None,
             ):
                 is_loop, limit = comparison.length == "steps", config.max_gib * 2**30
                 lengths = [n for n in side.lengths if not is_loop or n <= config.longest]
