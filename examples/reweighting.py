@@ -112,7 +112,7 @@ def draw(path: Path, seen: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         xlabel="loss of the example (nats)",
         ylabel="learned weight / mean weight",
     )
-    axis.legend(title=f"{len(seen)} seeds")
+    axis.legend(title=f"{len(seen)} seeds", markerscale=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -6,8 +6,8 @@
 Before anything is timed, every side's gradient is compared with that of the first, or where it is
 known with the exact one; a difference ends the run. Results go to `--out`, where later runs add
 theirs; the tables show everything that is there. `--write` publishes them: a line for each in
-benchmarks/history.jsonl, the README's ratios, and the tables in docs/pages/benchmarks.md, which
-then has these and no others.
+benchmarks/history.jsonl, the ratios on other pages, and the tables in docs/pages/benchmarks.md,
+where those of other comparisons stay.
 """
 
 from __future__ import annotations
@@ -56,10 +56,14 @@ Name = Literal[
     "scale-sama-frozen-16",
     "bilevel-100",
     "bilevel-10000",
+    "optimizer-steps-26k",
+    "optimizer-steps-269k",
+    "optimizer-steps-5m",
 ]
+Group = Literal["scale", "bilevel", "optimizer-steps"]
 GROUPS = {
     group: tuple(name for name in get_args(Name) if name.startswith(f"{group}-"))
-    for group in ("scale", "bilevel")
+    for group in get_args(Group)
 }
 
 
@@ -67,9 +71,9 @@ GROUPS = {
 class Config:
     """What to compare, and how thoroughly."""
 
-    comparisons: tyro.conf.Positional[tuple[Name | Literal["scale", "bilevel"], ...]] = ()
+    comparisons: tyro.conf.Positional[tuple[Name | Group, ...]] = ()
     """comparisons; by default all. "scale" stands for those on a large model, about six minutes;
-    "bilevel" for those on quadratics
+    "bilevel" for those on quadratics; "optimizer-steps" for steps of learned optimizers
     """
     threads: int = 1
     """number of cores of each process"""

@@ -1,4 +1,4 @@
-"""What became of `bench.py`'s figures from run to run, and the ratios that the README shows.
+"""What became of `bench.py`'s figures from run to run, and the ratios that other pages show.
 
 `benchmarks/history.jsonl` has one line for each table that was ever published: the newest line of a
 comparison is what `docs/pages/benchmarks.md` shows.
@@ -97,7 +97,31 @@ def headlines(lines: list[Line]) -> str:
     heads.append(f"{MEMORY.about.format(steps=steps)}, beside {MEMORY.peer}")
     size = their_bytes / own_bytes
     cells.append(f"{their_seconds / own_seconds:.2g}, in 1/{size:.2g} of the memory")
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), cells))
+    return _table([heads, cells])
+
+
+STEPS = {
+    "26 thousand parameters": "optimizer-steps-26k",
+    "269 thousand": "optimizer-steps-269k",
+    "5.0 million": "optimizer-steps-5m",
+}
+
+
+def step_costs(lines: list[Line]) -> str:
+    """Return the guide's table: what a step of a learned optimizer costs, in steps of Adam."""
+    columns = [latest(lines, comparison, "times")["medians"] for comparison in STEPS.values()]
+    adam, *learned = columns[0]
+    rows = [["", *STEPS], [f"`{adam}`", *(f"{1e3 * medians[adam]:.2g} ms" for medians in columns)]]
+    for name in learned:
+        ratios = [medians[name] / medians[adam] for medians in columns]
+        rows.append([f"`{name}`", *(f"{ratio:.{0 if ratio > 9.95 else 1}f}" for ratio in ratios)])
+    return _table(rows)
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Return Markdown; the first row has the heads."""
+    heads, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *others))
 
 
 def _times(rows: list[dict[str, Any]]) -> dict[str, Any]:

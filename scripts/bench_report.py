@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench_history import headlines, record
+from bench_history import Line, headlines, latest, record, step_costs
 from draw_history import PICTURE, draw
 from tabulate import tabulate
 
@@ -21,6 +22,7 @@ import metaopt
 
 PACKAGES = ("torch", "higher", "torchopt", "jax", "betty-ml")
 ROOT = Path(__file__).parents[1]
+TABLE = re.compile(r"^\*\*([\w-]+)\*\*, (\d+) threads?\. .*\n\n((?:\|.*\n)+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -87,19 +89,21 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def publish(results: list[dict[str, Any]], root: Path = ROOT) -> None:
-    """Publish results: tables, a line for each in the history, and the README's ratios.
+    """Publish results: tables, a line for each in the history, and the ratios on other pages.
 
-    They go to `docs/pages/benchmarks.md`, `benchmarks/history.jsonl` and `README.md`; the picture
-    of the history is drawn anew.
+    They go to `docs/pages/benchmarks.md`, where other tables stay, `benchmarks/history.jsonl`,
+    `README.md` and the guide to learned optimizers; the picture of the history is drawn anew.
 
     Raises:
-        ValueError: the markers are not there, or a comparison that the README shows was never
+        ValueError: the markers are not there, or a comparison that these pages show was never
             recorded.
     """
     lines = record(root / "benchmarks" / "history.jsonl", results)
+    benchmarks = "docs/pages/benchmarks.md"
     for name, marker, text in (
-        ("docs/pages/benchmarks.md", "bench", tables(results)),
+        (benchmarks, "bench", merge((root / benchmarks).read_text(), results, lines)),
         ("README.md", "ratios", headlines(lines)),
+        ("docs/pages/guides/learned-optimizers.md", "optimizer steps", step_costs(lines)),
     ):
         (root / name).write_text(between((root / name).read_text(), marker, text))
     (root / PICTURE).parent.mkdir(parents=True, exist_ok=True)
@@ -108,19 +112,22 @@ def publish(results: list[dict[str, Any]], root: Path = ROOT) -> None:
 
 def tables(results: list[dict[str, Any]]) -> str:
     """Return all results as Markdown."""
-    parts = []
-    for table in results:
-        threads = f"{table['threads']} thread{'s' if table['threads'] > 1 else ''}"
-        sizes = ", ".join(
-            f"{name} {value}" for name, value in table["problem"].items() if name != "about"
-        )
-        head = f"**{table['comparison']}**, {threads}. {table['problem']['about']} ({sizes})"
-        steps = table["problem"].get("inner steps")
-        is_times = table["kind"] == "times"
-        unit = "token" if "tokens" in table["problem"] else "step"
-        rows = _times(table["rows"], steps) if is_times else _memory(table["rows"], unit)
-        parts.append(f"{head}\n\n{rows}")
-    return "\n\n".join([*parts, _measured_with(results)])
+    return "\n\n".join([*map(_table, results), _measured(results)])
+
+
+def merge(page: str, results: list[dict[str, Any]], lines: list[Line]) -> str:
+    """Return the tables of a page where these results take the places of older ones.
+
+    The history says below them when and with what each was measured.
+    """
+    found = {
+        (old[1], "times" if "| median " in old[3] else "memory", int(old[2])): old[0].strip()
+        for old in TABLE.finditer(page)
+    }
+    for result in results:
+        found[result["comparison"], result["kind"], result["threads"]] = _table(result)
+    shown = sorted(found)
+    return "\n\n".join([*map(found.get, shown), _measured([latest(lines, *key) for key in shown])])
 
 
 def between(page: str, marker: str, text: str) -> str:
@@ -139,21 +146,35 @@ def between(page: str, marker: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
-def _measured_with(results: list[dict[str, Any]]) -> str:
-    """Return a sentence about versions, machines, commits and days."""
-    numbers: dict[str, set[str]] = {}
-    for result in results:
-        for name, number in result["versions"].items():
-            numbers.setdefault(name, set()).add(number)
-    versions = ", ".join(f"{name} {_joined(found)}" for name, found in numbers.items())
-    machines, commits, dates = (
-        _joined({result[key] for result in results}) for key in ("machine", "commit", "date")
+def _table(result: dict[str, Any]) -> str:
+    """Return one result as Markdown, in the form of `TABLE`."""
+    threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+    sizes = ", ".join(
+        f"{name} {value}" for name, value in result["problem"].items() if name != "about"
     )
-    return f"Measured on {dates}, at commit {commits}, with {versions} on {machines}."
+    head = f"**{result['comparison']}**, {threads}. {result['problem']['about']} ({sizes})"
+    steps = result["problem"].get("inner steps")
+    is_times = result["kind"] == "times"
+    unit = "token" if "tokens" in result["problem"] else "step"
+    rows = _times(result["rows"], steps) if is_times else _memory(result["rows"], unit)
+    return f"{head}\n\n{rows}"
 
 
-def _joined(names: set[str]) -> str:
-    return " and ".join(sorted(names))
+def _measured(results: Sequence[dict[str, Any]]) -> str:
+    """Return when and with what results, or lines of the history, were measured."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for result in results:
+        versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+        runs = found.setdefault(f"{versions} on {result['machine']}", {})
+        when = f"{result['date']}, at commit {result['commit']}"
+        runs.setdefault(when, []).append(result["comparison"])
+    return "\n\n".join(
+        "\n".join(
+            [f"Measured with {setup}:\n"]
+            + [f"- {when}: {', '.join(dict.fromkeys(names))}" for when, names in runs.items()]
+        )
+        for setup, runs in found.items()
+    )
 
 
 def _times(rows: list[dict[str, Any]], inner_steps: int | None) -> str:

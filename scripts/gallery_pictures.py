@@ -34,7 +34,7 @@ def weight_decay(run: Path, printed: str) -> Any:
     axes.set_yticks((3, 2, 1), [f"data set {number}" for number in range(3)])
     axes.set(xlabel="validation loss (nats) after 20 steps on the decays", ylim=(0.5, 3.5))
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False, loc="upper center")
+    figure.legend(frameon=False, loc="outside upper center", ncols=2)
     return figure
 
 
@@ -242,6 +242,7 @@ def bench(run: Path, printed: str) -> Any:
     draw_bars(axes, newest["ratios"], ours, form="{:.2g}")
     axes.set(xlabel="meta-gradients of MAML a second, times those of higher", xscale="log")
     axes.set_xlim(0.8, 200)
+    axes.set_xticks((1, 10, 100), ("1", "10", "100"))
     return figure
 
 

@@ -57,17 +57,15 @@ def draw_bars(
     errors: Sequence[float] | None = None,
 ) -> None:
     """Draw a horizontal bar with its value for each name, from the top down."""
-    names = [*values]
+    names, labels = [*values], [form.format(value) for value in values.values()]
     places = range(len(names), 0, -1)
     colours = [OURS if name in ours else OTHER for name in names]
     axes.barh(places, values.values(), color=colours, height=0.62, xerr=errors, capsize=3)
     axes.set_yticks(places, names)
-    for place, value, error in zip(places, values.values(), errors or [0.0] * len(names)):
-        label = form.format(value)
-        axes.annotate(
-            label, (value + error, place), (4, 0), textcoords="offset points", va="center"
-        )
-    axes.margins(x=0.14)
+    ends = map(sum, zip(values.values(), errors or [0.0] * len(names)))
+    for place, end, label in zip(places, ends, labels):
+        axes.annotate(label, (end, place), (4, 0), textcoords="offset points", va="center")
+    axes.margins(x=max(0.14, 0.035 * max(map(len, labels))))  # the longest must not be cut
 
 
 def draw_dots(

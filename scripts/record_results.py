@@ -155,7 +155,8 @@ def main(config: Config) -> None:
 def show_printed(text: str) -> str:
     """Return a page with what programs printed, tables in Markdown, between their markers."""
     everything = json.loads(FILE.read_text())
-    for name in re.findall(r"<!-- printed: (.+?) -->", text):
+    shown = re.findall(r"<!-- printed: (.+?) -->", text)
+    for name in everything.keys() & {*shown}:
         text = between(text, f"printed: {name}", "\n".join(everything[name]["printed"]))
     return text
 

@@ -14,6 +14,7 @@ from torch.func import vmap
 
 import metaopt as mo
 from metaopt.extras import extra
+from metaopt.log_axis import label_plainly
 from metaopt.meta_training.evaluation import TEST_SEED, VALIDATION_SEED
 from metaopt.meta_training.task import sample_tasks
 
@@ -126,6 +127,7 @@ def plot(report: mo.Report, rates: dict[str, Tensor], path: Path) -> None:
         title="Learning rate (thin: single runs)",
         ylim=(0, None),
     )
+    label_plainly(loss_axes.yaxis)
     for axes in (loss_axes, rate_axes):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import metaopt as mo
 from metaopt.extras import extra
+from metaopt.log_axis import label_plainly
 from metaopt.table import write_table
 from metaopt.tasks.corruption import flip_labels, stratified_split
 from metaopt.tasks.digits import CLASSES, PIXELS, digits
@@ -191,6 +192,8 @@ def draw(config: Config, curves: Mapping[str, list[list[float]]], path: Path) ->
         axis.fill_between(numbers, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
     # the first trials of some seeds blow up
     axis.set(xlabel="trial", ylabel="least loss so far", yscale="log", ylim=(None, 1.5 * top))
+    label_plainly(axis.yaxis)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_title(f"{config.problem}: median of {config.seeds} seeds, and their range")
     axis.grid(alpha=0.3, which="both")
     axis.legend()

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 # Inside metaopt a module imports only from lower layers; what stands in one line does not know its
 # neighbours.
 LAYERS = [
-    ["torch_internals", "extras", "table", "native"],
+    ["torch_internals", "extras", "table", "native", "log_axis"],
     ["transforms"],
     ["checks", "tree", "random_state", "spare"],
     ["exact_ops", "compiled", "linear_solve", "distributed"],

@@ -6,6 +6,7 @@ How fast is no matter of a test.
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import runpy
 import sys
@@ -28,7 +29,14 @@ def _scripts_on_path(monkeypatch) -> None:
 
 
 def small(comparison: str) -> Any:
-    from contenders import attention, large_model, problems, quadratics, short_steps
+    from contenders import (
+        attention,
+        large_model,
+        optimizer_steps,
+        problems,
+        quadratics,
+        short_steps,
+    )
 
     return {
         "sinusoid": lambda: problems.Sinusoid(tasks=3, shots=2, queries=4, steps=2, hidden=5),
@@ -71,6 +79,10 @@ def small(comparison: str) -> Any:
             )
             for condition in (100, 10_000)
         },
+        **{
+            f"optimizer-steps-{size}": lambda: optimizer_steps.OptimizerSteps((6, 5, 3))
+            for size in ("26k", "269k", "5m")
+        },
     }[comparison]()
 
 
@@ -101,6 +113,9 @@ NAMES = [
     "scale-sama-frozen-16",
     "bilevel-100",
     "bilevel-10000",
+    "optimizer-steps-26k",
+    "optimizer-steps-269k",
+    "optimizer-steps-5m",
 ]
 
 
@@ -117,6 +132,10 @@ def test_all_sides_compute_the_same(comparison: str) -> None:
 
     # of a displacement by .1 in float32 little remains in a bias
     tolerance = 1e-2 if comparison.startswith("scale") else 1e-4
+    moves = comparison.startswith("optimizer-steps")
+    if moves:  # each optimizer goes its own way
+        tolerance = COMPARISONS[comparison].tolerance
+        assert tolerance == math.inf
     results = {}
     if COMPARISONS[comparison].missing is not None:
         pytest.skip(COMPARISONS[comparison].missing)
@@ -132,8 +151,10 @@ def test_all_sides_compute_the_same(comparison: str) -> None:
                 for _ in range(2)
             )
             assert all(np.abs(value).max() > 0 or "conv" in name for name, value in first.items())
-            # running changes nothing
-            bench.check_equal({"a run": first, "another": second}, tolerance)
+            if moves:  # each run is a further step
+                assert all(np.any(second[name] != value) for name, value in first.items())
+            else:  # running changes nothing
+                bench.check_equal({"a run": first, "another": second}, tolerance)
             results[side.name] = first
     assert len(results) >= 2
     bench.check(results, [s for s in sides if s.name in results], small(comparison), tolerance)
@@ -308,7 +329,8 @@ def test_results_become_tables(tmp_path) -> None:
     assert ["fast", "50 ms", "50 ms to 50 ms", "4", "60 s"] in rows
     assert ["rough", "100 ms", "100 ms to 100 ms", "1", "1 s", "0.12"] in rows
     assert ["slow", "10 MiB, 1 s", "30 MiB, 2 s", "(would be 2 GiB)", "2 MiB"] in rows
-    assert f"Measured on {times['date']}, at commit {times['commit']}, with metaopt" in text
+    assert "\n\nMeasured with metaopt " in text
+    assert f"- {times['date']}, at commit {times['commit']}: bilevel-100, lstm" in text
 
 
 # What is published
@@ -347,6 +369,9 @@ RESULTS = [
             point("metaopt, Revolve(16)", 256, 300, 8.0),
         ],
     ),
+    times("optimizer-steps-26k", Adam=0.0002, learned=0.00035, larger=0.004),
+    times("optimizer-steps-269k", Adam=0.0005, learned=0.00497, larger=0.005),
+    times("optimizer-steps-5m", Adam=0.012, learned=0.1197, larger=1.2),
 ]
 
 
@@ -356,7 +381,8 @@ def test_the_history_has_a_line_for_each_result_once(tmp_path) -> None:
     path = tmp_path / "benchmarks" / "history.jsonl"
     first = record(path, RESULTS)
     assert first == record(path, RESULTS)  # published again, it is no other run
-    assert [line["comparison"] for line in first] == ["sinusoid", "meta-weight-net", "transformer"]
+    names = [line["comparison"] for line in first]
+    assert names[:4] == ["sinusoid", "meta-weight-net", "transformer", "optimizer-steps-26k"]
     assert first[0] == {
         "comparison": "sinusoid",
         "kind": "times",
@@ -372,7 +398,7 @@ def test_the_history_has_a_line_for_each_result_once(tmp_path) -> None:
     assert first[2]["ratios"]["metaopt, Revolve(16)"] == {"16": 1.0, "64": 4.0, "256": 30.0}
 
     later = record(path, [RESULTS[1] | {"commit": "def"}])
-    assert len(later) == 4
+    assert len(later) == len(RESULTS) + 1
     assert latest(later, "meta-weight-net", "times")["commit"] == "def"
     with pytest.raises(
         ValueError, match=r"a line of 'lstm', memory, 1 thread, got none\. Run `pyt"
@@ -395,6 +421,18 @@ def test_ratios_say_where_ours_is_slower() -> None:
     }
 
 
+def test_steps_of_optimizers_are_counted_in_steps_of_adam() -> None:
+    from bench_history import step_costs, summarize
+
+    assert step_costs([*map(summarize, RESULTS)]).splitlines()[2:] == [
+        "| `Adam` | 0.2 ms | 0.5 ms | 12 ms |",
+        "| `learned` | 1.8 | 9.9 | 10 |",
+        "| `larger` | 20 | 10 | 100 |",
+    ]
+    with pytest.raises(ValueError, match="a line of 'optimizer-steps-26k', times"):
+        step_costs([*map(summarize, RESULTS[:3])])
+
+
 def test_publishing_fills_the_pages(tmp_path) -> None:
     from bench_report import between, publish
 
@@ -403,7 +441,9 @@ def test_publishing_fills_the_pages(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"no place for the tables\. Put `<!-- bench -->`"):
         between("nothing", "bench", "new")
 
-    (tmp_path / "docs" / "pages").mkdir(parents=True)
+    guide = tmp_path / "docs" / "pages" / "guides" / "learned-optimizers.md"
+    guide.parent.mkdir(parents=True)
+    guide.write_text("<!-- optimizer steps --><!-- /optimizer steps -->")
     (tmp_path / "docs" / "pages" / "benchmarks.md").write_text("<!-- bench --><!-- /bench -->")
     (tmp_path / "README.md").write_text("<!-- ratios --><!-- /ratios -->")
     publish(RESULTS, tmp_path)
@@ -411,7 +451,26 @@ def test_publishing_fills_the_pages(tmp_path) -> None:
         "2026-01-02, at commit abc" in (tmp_path / "docs" / "pages" / "benchmarks.md").read_text()
     )
     assert "MAML on sine waves" in (tmp_path / "README.md").read_text()
-    assert len((tmp_path / "benchmarks" / "history.jsonl").read_text().splitlines()) == 3
+    assert "| `learned` | 1.8 |" in guide.read_text()
+    lines = (tmp_path / "benchmarks" / "history.jsonl").read_text().splitlines()
+    assert len(lines) == len(RESULTS)
+
+
+def test_what_is_measured_again_takes_the_place_of_its_table(tmp_path) -> None:
+    from bench_history import record
+    from bench_report import between, merge
+
+    both = [RESULTS[2] | {"kind": "times", "rows": RESULTS[0]["rows"]}, *RESULTS]
+    history = tmp_path / "history.jsonl"
+    page = merge("# A page", both, record(history, both))
+    again = times("sinusoid", **{"higher": 3.0, **OURS}) | {"commit": "def", "date": "2026-02-03"}
+    page = between("<!-- bench --><!-- /bench -->", "bench", page)
+    merged = merge(page, [again], record(history, [again]))
+    assert merged.count("**sinusoid**, 1 thread.") == 1
+    assert merged.count("**transformer**, 1 thread.") == 2  # times and memory
+    assert "4 s" not in merged.partition("**sinusoid**")[2].partition("**transformer**")[0]
+    assert merged.endswith("\n- 2026-02-03, at commit def: sinusoid")
+    assert merge(page, [], record(history, [])).count("| side") == page.count("| side")
 
 
 def test_help_lists_the_options(monkeypatch: Any, capsys: Any) -> None:

@@ -87,6 +87,15 @@ def test_the_ratios_of_the_readme() -> None:
     assert readme == between(readme, "ratios", ratios)
 
 
+def test_the_steps_of_learned_optimizers() -> None:
+    from bench_history import read, step_costs
+    from bench_report import between
+
+    guide = page("docs/pages/guides/learned-optimizers.md")
+    costs = step_costs(read(ROOT / "benchmarks" / "history.jsonl"))
+    assert guide == between(guide, "optimizer steps", costs)
+
+
 def test_the_tables_of_the_benchmarks() -> None:
     """Medians, ratios and, of memory, sizes."""
     from bench_report import duration, size
@@ -441,7 +450,9 @@ def test_what_pages_show_as_printed() -> None:
     shown = [one for one in pages if "<!-- printed: " in one.read_text()]
     assert shown
     for one in shown:
-        assert one.read_text() == show_printed(one.read_text()), one
+        text = one.read_text()
+        assert {*re.findall(r"<!-- printed: (.+?) -->", text)} <= figures("programs.json").keys()
+        assert text == show_printed(text), one
 
 
 def check_printed(lines: list[str], text: str) -> None:

@@ -34,7 +34,7 @@ def test_each_program_has_a_picture_and_a_command(name: str) -> None:
     (section,) = [part for part in PAGE.split("\n### ") if f"pictures/gallery/{name}.png" in part]
     assert f"```bash\npython {PROGRAMS[name]}" in section
     assert re.search(r"!\[[^]]{20,}\]", section), "a picture has a text for who cannot see it"
-    assert re.search(r"\]\((results|benchmarks|guides/[a-z-]+)\.md", section)
+    assert re.search(r"\]\((results/[a-z-]+|benchmarks|guides/[a-z-]+)\.md", section)
     picture = (ROOT / f"docs/pages/pictures/gallery/{name}.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) <= 40_000

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 SITE = ROOT / "docs" / "pages"
 HOME = "https://github.com/torch-metaopt/torch-metaopt"
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+OPTIONAL = re.compile(r"```py\n(.*?)```", re.DOTALL)  # run where its library is installed
 
 
 def name_of(page: Path) -> str:
@@ -90,6 +91,26 @@ def test_the_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monk
     if page.stem == "learned-optimizers":
         assert (tmp_path / "runs/docs-learned/curves.png").exists()
         assert list((tmp_path / "runs/docs-learned").glob("events.*"))
+
+
+@pytest.mark.parametrize("library", ["accelerate", "lightning"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # what Lightning calls in torch
+@pytest.mark.filterwarnings("ignore:The number of training batches")  # five, in place of a thousand
+def test_trainings_run_inside_the_loops_of_others(library, tmp_path, monkeypatch) -> None:
+    """The blocks that need what not every environment has, each in five steps."""
+    pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    page = (SITE / "guides/training.md").read_text()
+    (block,) = (one for one in OPTIONAL.findall(page) if f"import {library}\n" in one)
+    assert "1000" in block
+    module = types.ModuleType("page_training")
+    for program in (BLOCK.findall(page)[0][0], block.replace("1000", "5")):
+        exec(compile(program, "training.md", "exec", dont_inherit=True), vars(module))
+    assert (module.trainer.step, module.trainer.stopped_by) == (5, "max_steps")
+    if library == "accelerate":
+        assert list((tmp_path / "runs/levels").glob("events.*"))
+    else:
+        assert list((tmp_path / "runs/docs-lightning").glob("step-00000005*"))
 
 
 def test_pages_with_programs() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from metaopt.black_box.space import Choice, Space
 from metaopt.black_box.trial import Trial
 from metaopt.extras import extra
+from metaopt.log_axis import label_plainly
 from metaopt.table import write_table
 
 
@@ -94,6 +95,7 @@ def _draw_best(axis: Any, objective: str, done: Sequence[Trial]) -> None:
         numbers, list(itertools.accumulate(losses, min)), drawstyle="steps-post", label="best"
     )
     axis.set(xlabel="trial", ylabel=objective)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend()
     axis.grid(alpha=0.3)
 
@@ -111,6 +113,8 @@ def _draw_slice(axis: Any, name: str, space: Space, objective: str, done: Sequen
     axis.scatter(
         values, [trial.loss for trial in active], s=14, c=numbers, cmap="Blues", edgecolors="C0"
     )
+    if not isinstance(parameter, Choice) and parameter.log:
+        label_plainly(axis.xaxis)
     axis.set(xlabel=name, ylabel=objective)
     axis.grid(alpha=0.3)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from metaopt import tree
 from metaopt.autodiff.replay import Ambient
 from metaopt.extras import extra
+from metaopt.log_axis import label_plainly
 from metaopt.meta_training.running import AnyOptimizer, run_tasks
 from metaopt.meta_training.task import TaskFamily, sample_tasks
 from metaopt.table import write_table
@@ -72,8 +73,7 @@ class Report:
         seeds = len(next(iter(self.curves.values())))
         label = f"training loss, mean of {seeds} runs"
         axes.set(xlabel="inner step", ylabel=label, yscale="log", title=title)
-        for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis_formatter("{x:g}")
+        label_plainly(axes.yaxis)
         axes.grid(alpha=0.3)
         axes.legend()
         Path(path).parent.mkdir(parents=True, exist_ok=True)

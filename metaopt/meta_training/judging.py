@@ -17,6 +17,7 @@ from metaopt import tree
 from metaopt.autodiff.replay import Ambient
 from metaopt.checks import check_count
 from metaopt.extras import extra
+from metaopt.log_axis import label_plainly
 from metaopt.meta_training.evaluation import TEST_SEED, VALIDATION_SEED
 from metaopt.meta_training.running import AnyOptimizer, run_tasks
 from metaopt.meta_training.task import TaskFamily, sample_tasks
@@ -358,11 +359,7 @@ class Judgement:
                 width = max(1, len(curve) // 50)
                 axes.plot(curve.unfold(0, width, 1).mean(1), label=name, linewidth=1.2)
             axes.set(title=family, yscale="log", xlabel="inner step")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
-            axes.tick_params(which="minor", labelsize=7)
-            if max(axes.get_ylim()) > 20 * min(axes.get_ylim()):  # decades say enough
-                axes.yaxis.set_minor_formatter("")
+            label_plainly(axes.yaxis)
             axes.grid(alpha=0.3)
         handles, labels = sheet.axes[0].get_legend_handles_labels()
         sheet.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from contenders import problems
 from contenders.attention import Attention, gradient_of_gradient
 from contenders.large_model import Scale, adam_slopes, age
+from contenders.optimizer_steps import OptimizerSteps
 from contenders.quadratics import Bilevel
 from metaopt.tasks.episode import Episode
 from optimizers import LSTMOptimizer
@@ -380,6 +381,17 @@ def log_and_sign(x: Tensor) -> Tensor:
     """Return [n, 2], as in appendix A of arXiv:1606.04474 with p = 10."""
     tiny = math.exp(-10)
     return torch.stack([x.abs().clamp(min=tiny).log() / 10, (x / tiny).clamp(-1, 1)], dim=1)
+
+
+def optimizer_steps(problem: OptimizerSteps) -> Run:
+    params = dict(problem.model().named_parameters())
+    adam = torch.optim.Adam(params.values(), foreach=True)
+
+    def run() -> dict[str, Tensor]:
+        adam.step()
+        return params
+
+    return run
 
 
 def attention(problem: Attention) -> Run:

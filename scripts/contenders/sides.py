@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import metaopt as mo
 from contenders import problems
 from contenders.attention import Attention
 from contenders.large_model import Scale
+from contenders.optimizer_steps import OptimizerSteps
 from contenders.problems import LogisticRegression
 from contenders.quadratics import Bilevel
 from contenders.short_steps import TrainerLoop
@@ -123,6 +125,26 @@ def at_lengths(problem: Attention, tokens: tuple[int, ...]) -> Comparison:
         Side("metaopt", "with_metaopt", lengths=tokens),
     ]
     return Comparison(problem, sides, function="attention", length="tokens", repeats=10)
+
+
+def learned(name: str, **options: Any) -> Side:
+    """Return our side that makes a step of a learned optimizer."""
+    given = ", ".join(f"{option}={value}" for option, value in options.items())
+    return Side(f"{name}({given})", "with_metaopt", {"name": name, **options})
+
+
+def stepped(*sizes: int) -> Comparison:
+    """Return a comparison of optimizers on a dense network with layers of these sizes.
+
+    Each goes its own way, so that parameters must only agree in their names and shapes.
+    """
+    sides = [
+        Side("torch.optim.Adam(foreach=True)", "by_hand"),
+        *map(learned, ("NNAdam", "AdafactorMLP", "RNNMLP", "MLPOptimizer")),
+        learned("ControlledMLP", orthogonal=False),
+        learned("ControlledMLP"),
+    ]
+    return Comparison(OptimizerSteps(sizes), sides, math.inf, "optimizer_steps")
 
 
 def differentiated(rule: str, error: float = 1e-6) -> Side:
@@ -253,6 +275,9 @@ COMPARISONS = {
     "scale-sama-frozen-16": at_scale(Scale("sama", frozen=4)),
     "bilevel-100": on_quadratics(Bilevel(1e2, products=90), *ROUGH, *AS_ROUGH),
     "bilevel-10000": on_quadratics(Bilevel(1e4, products=700), *ROUGH),
+    "optimizer-steps-26k": stepped(784, 32, 32, 10),
+    "optimizer-steps-269k": stepped(784, 256, 256, 10),
+    "optimizer-steps-5m": stepped(784, 1024, 2048, 1024, 10),
 }
 
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaopt as mo
+import optimizers
 from contenders import problems
 from contenders.attention import Attention, gradient_of_gradient
 from contenders.large_model import SQUARE_BEFORE, STEPS_BEFORE, Scale
+from contenders.optimizer_steps import OptimizerSteps
 from contenders.problems import next_byte_losses
 from contenders.quadratics import Bilevel
 from contenders.short_steps import Descent, TrainerLoop
@@ -346,6 +348,18 @@ def many_tensors(problem: problems.ManyTensors) -> Run:
         out = mo.minimize(loss, adam, net.params, train, steps=problem.steps)
         found = torch.autograd.grad(loss(out.params, validation), list(net.params.values()))
         return dict(zip(net.params, found, strict=True))
+
+    return run
+
+
+def optimizer_steps(problem: OptimizerSteps, *, name: str, **options: Any) -> Run:
+    params, loss = dict(problem.model().named_parameters()), torch.ones(())
+    optimizer = mo.with_steps(getattr(optimizers, name)(**options), 10**6)
+    deployed = optimizer.as_torch(params.values())
+
+    def run() -> dict[str, Tensor]:
+        deployed.step(loss=loss)
+        return params
 
     return run
 
