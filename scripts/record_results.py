@@ -90,6 +90,10 @@ PROGRAMS = {
     "texts": [f"{WEIGHTS} --flip positive"],
     "texts-both": [WEIGHTS],
     **{f"texts-{name.replace(' ', '-')}": [command] for name, command in INPUTS.items()},
+    **{
+        f"domains-{target}": [f"examples/domains.py --data {{texts}} --target {target}"]
+        for target in ("tweets", "amazon")
+    },
     "language_model": [LANGUAGE],
     "language_model-long": [f"{LANGUAGE} --static-steps 180 --seeds 0"],
     "attribution": [f"{ATTRIBUTION} digits --out {{out}}"],

@@ -189,7 +189,7 @@ plt.show()
 # before any step the network guesses (dotted line).
 #
 # This network was trained for half a minute. `scripts/maml.py` trains a larger one for 19 minutes
-# and compares it with pretrained features as well: 94.2 % after one step on the same alphabets;
+# and compares it with pretrained features as well: 93.4 % after one step on the same alphabets;
 # see the [results](../results/index.md#scripts).
 #
 # ## Where to go from here
