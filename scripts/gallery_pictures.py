@@ -280,9 +280,10 @@ def scaling(run: Path, printed: str) -> Any:
 
 
 def language_model(run: Path, printed: str) -> Any:
-    """Draw the first table that benchmarks/programs.json has: its trainings take ten minutes."""
+    """Draw what benchmarks/programs.json has of all seeds: their trainings take ten minutes."""
     recorded = json.loads((ROOT / "benchmarks/programs.json").read_text())
     lines = recorded["language_model"]["printed"]
+    (*_, start) = (place for place, line in enumerate(lines) if " sources, " in line)
     names = {
         "static": "static",
         "dynamic evaluation": "dynamic evaluation",
@@ -291,7 +292,7 @@ def language_model(run: Path, printed: str) -> Any:
     }
     values = {}
     for name, label in names.items():
-        row = next(line for line in lines if line.startswith(f"| {name} "))
+        row = next(line for line in lines[start:] if line.startswith(f"| {name} "))
         values[label] = float(row.split("|")[2].split()[0])
     figure, axes = make_figure(2.2)
     draw_dots(axes, values, list(values)[2:], form="{:.3f}")
