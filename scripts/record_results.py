@@ -56,7 +56,7 @@ LSTM_RECIPES = {  # 26,000 inner steps each, as the recipe has
 }
 DIGITS = "scripts/meta_weight_net.py --out {out}"
 TEXTS = "scripts/meta_weight_net.py text --data {texts} --out {out}"
-WEIGHTS = f"{TEXTS} --seeds 1 --methods 'finite differences' SAMA"
+WEIGHTS = f"{TEXTS} --seeds 2 --methods 'finite differences' SAMA"
 INPUTS = {  # of the weight net, on seeds that no table has
     name: f"{TEXTS} --seed 100 --methods plain 'finite differences' --weight-input '{name}'"
     for name in ("loss", "loss and class", "history", "history and class")
