@@ -127,7 +127,7 @@ class Config:
     omniglot: Path | None = None
     """A folder or archive of Omniglot's images, for "omniglot"."""
     texts: Path | None = None
-    """The archive of rated snippets, for those that begin with "texts"."""
+    """The archive of rated snippets, for those that begin with "texts", and "domains-..."."""
 
     def __post_init__(self) -> None:
         unknown = {*self.names} - PROGRAMS.keys()

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Meta-gradients in ten minutes
 #
-# A training run is a function. Weights, data and settings go in; a loss comes out. metaopt runs
-# the training and differentiates the loss by whatever went in. This tutorial takes three such
+# A training run is a function. Weights, data and settings go in; a loss comes out. metaopt runs the
+# training and differentiates the loss with respect to any of them. This tutorial takes three such
 # gradients on handwritten digits: of a learning rate, of twenty learning rates, and of the weights
 # of the training examples. At the end it compares ways to compute them.
 #
-# You need PyTorch and `pip install "torch-metaopt[scripts]"`. All of it runs in half a minute on
-# one core.
+# You need metaopt with the extra `scripts` ([install](../get-started.md#install)). All of it runs
+# in half a minute on one core.
 
 # %%
 import time
@@ -80,12 +80,11 @@ with torch.no_grad():
 print(f"finite differences: {difference:.2f}")
 
 # %% [markdown]
-# The picture shows the validation loss over the learning rate. Each short line is one
-# meta-gradient, drawn as the slope that it claims. Up to a rate of about 0.7 the curve is smooth
-# and the slopes show the way down. Beyond, training overshoots, and the loss jumps from rate to
-# rate. The gradient is still exact there, but it says little about the rates nearby. That is so
-# for long or rough loops in general, and the reason why there are other rules than
-# backpropagation.
+# The picture shows the validation loss over the learning rate. Each short line is drawn with one
+# meta-gradient as its slope. Up to a rate of about 0.7 the curve is smooth and the slopes show the
+# way down. Beyond, training overshoots, and the loss jumps from rate to rate. The gradient is still
+# exact there, but it says little about the rates nearby. This is true for long or rough loops in
+# general, and it is why there are other rules than backpropagation.
 
 # %% Code of the picture tags=["fold"] alt="Validation loss after 20 steps over the learning rate, with its slope at six rates"
 rates = torch.logspace(-2, 0.4, 160)
@@ -173,8 +172,8 @@ plt.show()
 # ## The gradient of a data set
 #
 # Now 60 of the 300 training digits get a wrong label. Which ones? Give each example a weight, all
-# 1, and ask how the validation loss would change with each weight. What the outer problem owns
-# goes in as `meta`, and the loss gets it as its third argument.
+# 1, and ask how the validation loss would change with each weight. These weights go in as `meta`,
+# and the loss gets them as its third argument.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -219,14 +218,14 @@ plt.show()
 
 # %% [markdown]
 # The rule of thumb is as good here, and a little better. But it can only find examples that do not
-# fit. The gradient says what each example does to the loss you care about, whatever the reason.
-# [Clean a data set with meta-weight-net](meta-weight-net.md) goes on from here and trains with
-# weights that are learned.
+# fit. The gradient says what each example does to the loss you care about, for any reason. [Clean a
+# data set with meta-weight-net](meta-weight-net.md) continues from here and trains with learned
+# weights.
 #
 # ## Rules: how the gradient is computed
 #
-# Backpropagation keeps every step in memory. Where that is too much, or too slow, another rule
-# goes into the argument `differentiate=`. The loop and the loss stay as they are.
+# Backpropagation keeps every step in memory. If that takes too much memory or time, pass another
+# *rule* as `differentiate=`. The loop and the loss stay as they are.
 #
 # First the time. We take the gradient of the learning rate through 100 steps, by each rule in
 # turn, three times, and keep the median of the CPU times.
@@ -292,14 +291,14 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# - `memory="steps"` and `memory=Revolve(n)` make steps again on the way back. The gradient is the
+# - `memory="steps"` and `memory=Revolve(n)` repeat steps in the backward pass. The gradient is the
 #   same, memory falls, and time grows.
 # - `ForwardMode()` carries the derivative along with the steps. It keeps nothing, and its time
 #   grows with the number of things that are learned. Here that is one.
 # - A window and `FirstOrder()` leave something out. The column "relative error" says how much. It
 #   is not small: leave something out only where you know that it does not matter.
-# - The times are those of a small network, relative to the first. A large one orders them in
-#   another way.
+# - The times are those of a small network, relative to the first. For a large one the order may
+#   differ.
 #
 # ## Where to go from here
 #

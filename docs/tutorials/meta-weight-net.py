@@ -7,7 +7,8 @@
 # weights are used to clean the data set.
 #
 # The method is that of Shu et al. 2019 ([arXiv:1902.07379](https://arxiv.org/abs/1902.07379)). You
-# need `pip install "torch-metaopt[scripts]"`, and half a minute on one core.
+# need metaopt with the extra `scripts` ([install](../get-started.md#install)), and half a minute on
+# one core.
 
 # %%
 import matplotlib.pyplot as plt
@@ -22,8 +23,8 @@ from metaopt.tasks.corruption import flip_labels, stratified_split
 # %% [markdown]
 # ## Data with wrong labels
 #
-# Of each digit there are 100 examples to train on, 10 that are known to be right, and the rest is
-# the test. `flip_labels` gives 400 of the 1,000 training examples another label.
+# Of each digit there are 100 examples to train on, 10 whose labels are known to be right, and the
+# rest for the test. `flip_labels` gives 400 of the 1,000 training examples another label.
 
 # %%
 images, truth = mo.tasks.table("digits")
@@ -84,8 +85,8 @@ def clean_loss(levels, batch):
 # %% [markdown]
 # A `Level` puts a model, a loss, an optimizer and data together. An `Edge` says that the upper
 # level is differentiated through the steps of the lower one; here that is one step. With
-# `look_ahead=True` the learner first makes that step on trial, the weight net moves, and then the
-# learner makes the step with the new weights.
+# `look_ahead=True` the learner first makes a trial step, then the weight net makes its step, and
+# then the learner makes its real step with the new weights.
 
 
 # %%
@@ -107,8 +108,8 @@ model, weight_net, graph = make_graph(0, train, clean)
 print(graph)
 
 # %% [markdown]
-# 800 steps train both. On the way we write down the mean weights of right and of wrong examples.
-# The training does not know which are which.
+# 800 steps train both. Meanwhile we record the mean weights of right and of wrong examples. The
+# training does not know which are which.
 
 
 # %%
@@ -138,9 +139,9 @@ print(f"mean weight of right labels {history[-1][1]:.2f}, of wrong labels {histo
 # %% [markdown]
 # ## What it learned
 #
-# On the left: the mean weights during the training. They part after a while, and by themselves;
-# nobody said which labels are wrong. In the middle: the weights at the end. On the right: the
-# weight as a function of the loss. That curve is all that the weight net is.
+# On the left: the mean weights during the training. They separate after a while, although nobody
+# said which labels are wrong. In the middle: the weights at the end. On the right: the weight as a
+# function of the loss. That curve is all that the weight net is.
 
 # %% Code of the picture tags=["fold"] alt="Learned weights: those of wrong labels fall, and at the end most of them are near zero"
 losses, weights = weigh(model, weight_net, train)
@@ -235,9 +236,9 @@ share, left_over = 100 * torch.tensor(found).mean(0)
 print(f"dropped: {share:.0f} % of the wrong labels; of what is kept {left_over:.0f} % is wrong")
 
 # %% [markdown]
-# The standard error is over the three splits. Meta-weight-net needs the hundred clean examples,
-# and it is no miracle: with few wrong labels there is little to gain. The [results](../results/index.md)
-# have other shares of noise, unequal classes, and texts.
+# The standard error is over the three splits. Meta-weight-net needs the hundred clean examples, and
+# with few wrong labels there is little to gain. The [results on wrong
+# labels](../results/noisy-labels.md) have other shares of noise, unequal classes, and texts.
 #
 # ## Where to go from here
 #

@@ -2,10 +2,11 @@
 # # Learn a schedule
 #
 # How should the learning rate change during a training run? Cosine decay is a good guess. Here we
-# let the gradient say it: we differentiate whole training runs with respect to the schedule. The
+# let the gradient decide: we differentiate whole training runs with respect to the schedule. The
 # result is compared with the best constant rate and the best cosine.
 #
-# You need `pip install "torch-metaopt[scripts]"`, and a minute on one core.
+# You need metaopt with the extra `scripts` ([install](../get-started.md#install)), and a minute on
+# one core.
 
 # %%
 import matplotlib.pyplot as plt
@@ -70,9 +71,9 @@ plt.show()
 # %% [markdown]
 # ## A schedule that looks
 #
-# `MLPSchedule` is a small network. At each step it sees the loss, the norm of the gradient and the
-# part of the run that is over, and changes the rate by a bounded factor. It starts from a schedule
-# of yours; here that is a cosine from the middle of the grid. Its last layer is zero at first, so
+# `MLPSchedule` is a small network. At each step it sees the loss, the norm of the gradient and how
+# much of the run is over, and changes the rate by a bounded factor. It starts from a schedule of
+# yours; here that is a cosine from the middle of the grid. Its last layer is zero at first, so
 # untrained it *is* that cosine.
 
 # %%
@@ -84,9 +85,9 @@ print(sum(weight.numel() for weight in learned.parameters()), "numbers to learn"
 # ## Learning it
 #
 # `MetaTraining` draws runs, differentiates them from the first to the last step, and moves the
-# schedule by Adam. What is to be small is an objective of our own, the mean of the last ten
-# losses. Every ten steps we look at 64 other runs, and the `Trainer` goes back to what was best
-# there: training through a hundred steps is uneven.
+# schedule by Adam. It minimises an objective of our own, the mean of the last ten losses. Every ten
+# steps we validate on 64 other runs, and at the end the `Trainer` goes back to the schedule that
+# was best there: training through a hundred steps is uneven.
 
 
 # %%
@@ -177,7 +178,7 @@ plt.show()
 # ## Use it
 #
 # A schedule is a part of its optimizer. `save` and `load` keep both, and `as_torch` gives a
-# `torch.optim.Optimizer` for a plain loop. It counts the steps itself, and is given the loss.
+# `torch.optim.Optimizer` for a plain loop. It counts the steps itself; you give it the loss.
 
 # %%
 learned.save("adam_with_schedule.safetensors")
@@ -194,8 +195,8 @@ for _ in range(STEPS):
     opt.step(loss=loss)
 
 # %% [markdown]
-# The schedule belongs to this problem: 100 steps, this network, these data. For a longer run learn
-# it anew.
+# The schedule belongs to this problem: 100 steps, this network, these data. For a longer run, learn
+# it again.
 #
 # ## Where to go from here
 #

@@ -3,10 +3,11 @@
 #
 # Gradients learn rates, weights and schedules. Some choices have no gradient: which optimizer, how
 # wide a network, how many inner steps. They are the discrete rest. Here a search by
-# [Ax](https://ax.dev) makes these choices, and stands above a graph of levels, in which gradients
-# do what they can.
+# [Ax](https://ax.dev) makes these choices, above a graph of levels in which gradients learn the
+# rest.
 #
-# You need `pip install "torch-metaopt[scripts,blackbox]"`, and a minute on one core.
+# You need metaopt with the extras `scripts` and `blackbox` ([install](../get-started.md#install)),
+# and a minute on one core.
 
 # %%
 import itertools
@@ -92,8 +93,8 @@ def train_and_validate(values):
 # ## A space with conditions
 #
 # `Float`, `Int` and `Choice` are the kinds of values. `log=True` searches orders of magnitude. A
-# condition `when=` says that a value is there only beside another one: momentum belongs to SGD,
-# and each optimizer has a rate of its own.
+# condition `when=` says that a value exists only together with another one: momentum belongs to
+# SGD, and each optimizer has a rate of its own.
 
 # %%
 space = {
@@ -126,7 +127,7 @@ ax = search_with(mo.Ax(seed=0))
 others = [search_with(mo.RandomSearch(seed=seed)) for seed in range(3)]
 
 # %% [markdown]
-# The best trials of Ax. An empty field is a value that is not there.
+# The best trials of Ax. An empty field is a value that does not exist in that trial.
 
 # %% tags=["varies"]
 print(ax.table(rows=6))
@@ -165,8 +166,8 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# All trials of Ax in one picture. Each line is a trial; it says which value it had on each axis.
-# On the axis at the right, trials stand in the order of their loss.
+# All trials of Ax in one picture. Each line is a trial; it says which value it had on each axis. On
+# the axis at the right, trials are in the order of their loss.
 
 # %% Code of the picture tags=["fold"] alt="Parallel coordinates of all trials of Ax; the best five are blue"
 names = [*space, "loss"]
@@ -210,9 +211,9 @@ print("random search:", " ".join(f"{error:.0f} %" for error in errors[1:]))
 # each step of the learner. One search of each kind proves little: another seed gives another
 # order. The guide has [five splits of the data for four backends](../guides/black-box.md#figures).
 #
-# The other backends go into the same place: `mo.Optuna(seed)`, `mo.BoTorch(seed)`,
-# `mo.Sobol(seed)`. With `journal="search.jsonl"` each trial is written down, and the same program
-# goes on after a crash. With `executor=` trials run at once.
+# Other backends are used in the same way: `mo.Optuna(seed)`, `mo.BoTorch(seed)`, `mo.Sobol(seed)`.
+# With `journal="search.jsonl"` each trial is written down, and the same program continues after a
+# crash. With `executor=` trials run in parallel.
 #
 # ## Where to go from here
 #

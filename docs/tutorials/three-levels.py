@@ -2,12 +2,12 @@
 # # Three levels
 #
 # A learning rate can be learned: a second optimizer moves it. But that optimizer has a learning
-# rate too. Who sets that one? A third optimizer. This tutorial builds the tower, and shows what it
-# is good for: the taller it is, the less it matters how one starts.
+# rate too. Who sets that one? A third optimizer. This tutorial builds this tower, and shows what it
+# is good for: the taller it is, the less the start matters.
 #
 # The idea is in Maclaurin et al. 2015 ([arXiv:1502.03492](https://arxiv.org/abs/1502.03492)) and
-# Chandra et al. 2022 ([arXiv:1909.13371](https://arxiv.org/abs/1909.13371)). You need `pip install
-# "torch-metaopt[scripts]"`, and half a minute on one core.
+# Chandra et al. 2022 ([arXiv:1909.13371](https://arxiv.org/abs/1909.13371)). You need metaopt with
+# the extra `scripts` ([install](../get-started.md#install)), and half a minute on one core.
 
 # %%
 import matplotlib.pyplot as plt
@@ -26,7 +26,7 @@ from metaopt.optimizers import SGD, Adam, Positive
 # - **rate_of_rate**: the number η. Adam moves it, with a fixed learning rate.
 #
 # α is a parameter of the learner's optimizer. So that optimizer is the *model* of the level above.
-# metaopt sees that both are the same module; nothing else has to be said. `Positive` learns the
+# metaopt sees that both are the same module; you need to say nothing else. `Positive` learns the
 # logarithm of a rate, so the rate cannot become negative.
 #
 # All three levels minimise the same thing, the loss of the network: the learner on one part of the
@@ -52,9 +52,9 @@ def loss(levels, batch):
 
 # %% [markdown]
 # Two edges join the three levels. The rate makes one step for five steps of the learner; its
-# gradient passes through these five. The rate of the rate makes one step for two steps of the
-# rate; its gradient passes through two steps of the rate, and through the ten steps of the learner
-# inside of them.
+# gradient passes through these five. The rate of the rate makes one step for two steps of the rate;
+# its gradient passes through two steps of the rate, and through the ten steps of the learner inside
+# them.
 
 
 # %%
@@ -184,15 +184,15 @@ plt.show()
 # With one level only a large α works. With two, α has to be right within about a factor of ten.
 # With three, all five starts end within a narrow band.
 #
-# Two things are left out. The top level has a rate of its own, 0.2, and we tried two values for
-# it. And a start of α = 3 is beyond help: the first steps throw the network so far off that it
-# does not come back.
+# Two things are left out. The top level has a rate of its own, 0.2, and we tried two values for it.
+# And from a start of α = 3 nothing helps: the first steps move the network so far away that it does
+# not recover.
 #
 # ## Where to go from here
 #
 # - [Levels](../guides/levels.md): data of each level, starts, copies, large models
 # - `examples/learning_by_ignoring.py` has three levels for another purpose: which examples to
-#   pretrain on; [results](../results/index.md#examples)
+#   pretrain on ([its results](../results/index.md#examples))
 # - [Search over the discrete rest](search.md): a level above that needs no gradient
 
 # %% What this page claims, checked tags=["fold"]

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Train your own optimizer and use it
 #
-# A learned optimizer is a small network that looks at gradients and says how to step. This
-# tutorial trains one in half a minute on one core, saves it, loads it, and uses it in a plain
-# PyTorch loop beside Adam with a tuned learning rate.
+# A learned optimizer is a small network that looks at gradients and says how to step. This tutorial
+# trains one in half a minute on one core, saves it, loads it, and uses it in a plain PyTorch loop,
+# compared with Adam with a tuned learning rate.
 #
-# You need `pip install "torch-metaopt[scripts]"`.
+# You need metaopt with the extra `scripts` ([install](../get-started.md#install)).
 
 # %%
 import matplotlib.pyplot as plt
@@ -20,8 +20,8 @@ from metaopt.optimizers import EMA, Adam, ControlledMLP, Cosine
 # ## The optimizer and what it is trained on
 #
 # `ControlledMLP` has 289 weights. For each tensor of a network it chooses a direction, from the
-# gradient and its averages, and the length of the step, from the loss and from the part of the run
-# that is over. Untrained it is close to Adam with small steps.
+# gradient and its averages, and the length of the step, from the loss and from how much of the run
+# is over. Untrained it is close to Adam with small steps.
 #
 # A task is a training run of its own: a network 64-32-10 with fresh random weights, 80 steps on
 # minibatches of 64 handwritten digits. `DigitsMLP` draws such tasks.
@@ -36,12 +36,13 @@ print(sum(weight.numel() for weight in optimizer.parameters()), "weights")
 # ## Training it
 #
 # How good is an optimizer? We take the mean loss over the 80 steps. Backpropagation through 80
-# steps of a learned optimizer has exploding gradients, so we use evolution. `NRES` runs pairs of
-# training runs with slightly changed weights of the optimizer, and moves towards the better one of
-# each pair. It needs no derivative of the loss with respect to the optimizer, and it looks at
-# windows of 20 steps, so that the optimizer is updated four times in an episode (Li et al. 2023,
-# [arXiv:2304.12180](https://arxiv.org/abs/2304.12180)). `Relative` makes the loss comparable over
-# tasks, and `EMA` keeps an average of the optimizer's weights, which is what we use in the end.
+# steps of a learned optimizer has exploding gradients, so we use evolution. `NRES` makes pairs of
+# training runs, in which the optimizer's weights are changed a little in opposite directions, and
+# moves towards the better one of each pair. It needs no derivative of the loss with respect to the
+# optimizer, and it looks at windows of 20 steps, so that the optimizer is updated four times in an
+# episode (Li et al. 2023, [arXiv:2304.12180](https://arxiv.org/abs/2304.12180)). `Relative` makes
+# the loss comparable over tasks, and `EMA` keeps an average of the optimizer's weights, which is
+# what we use in the end.
 
 # %%
 OUTER_STEPS = 240
@@ -138,8 +139,8 @@ print(f"loss: {losses[0]:.2f} at first, {sum(losses[-8:]) / 8:.2f} at the end")
 # ## A network it has never seen
 #
 # It was trained on one kind of network only. Does it carry over to a deeper one, with another
-# activation? Adam's rate is tuned anew for that network, with torch's own Adam. The learned
-# optimizer is used as it is.
+# activation? The rate of torch's own Adam is tuned again for that network. The learned optimizer is
+# used as it is.
 
 
 # %%
@@ -189,12 +190,12 @@ plt.show()
 # %% [markdown]
 # ## What this does not show
 #
-# The optimizer knows runs of 80 steps of small networks on one data set, and both pictures show
-# the training loss. Much longer runs and much wider layers are another matter. The package has
-# weights that were trained on many small networks for seven minutes: `load_trained("small",
-# steps=80)`. [Learned optimizers](../guides/learned-optimizers.md) says how, and the
-# [results](../results/learned-optimizers.md#families-they-never-saw) say where they win and
-# where not.
+# The optimizer knows runs of 80 steps of small networks on one data set, and both pictures show the
+# training loss. Much longer runs and much wider layers are another matter. The package has weights
+# that were trained on many small networks for seven minutes: `load_trained("small", steps=80)`.
+# [Learned optimizers](../guides/learned-optimizers.md) says how, and the [results on unseen
+# families](../results/learned-optimizers.md#families-they-never-saw) say where they win and where
+# not.
 
 # %% What this page claims, checked tags=["fold"]
 assert report.mean("learned") < min(report.mean(name) for name in tuned)
