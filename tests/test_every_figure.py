@@ -37,7 +37,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "docs/pages/guides/language-models.md": (
         *("attribution.json", "history.jsonl", "text-noise.json", "22.7"),
     ),
-    "docs/pages/guides/many-processes.md": ("programs.json: scaling", "2.13 22.4"),
+    "docs/pages/guides/many-processes.md": ("programs.json: scaling", "1.5 2.13 2.6 22.4"),
     "docs/pages/migrate/higher.md": ("1.3 2.13 3.5 3.11", "1.55"),
     "docs/pages/migrate/learn2learn.md": ("3.3",),
     "docs/pages/migrate/learned-optimization.md": ("0.1 0.5",),
