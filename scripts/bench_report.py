@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench_history import Line, headlines, latest, record, step_costs
+from bench_history import Line, headlines, latest, record, step_costs, summarize
 from draw_history import PICTURE, draw
 from tabulate import tabulate
 
@@ -73,7 +73,7 @@ def write(
         "comparison": comparison,
         "kind": kind,
         "threads": threads,
-        "commit": _commit(),
+        "commit": find_commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "problem": {"about": " ".join(str(type(problem).__doc__).split()), **sizes},
         "versions": _versions(),
@@ -124,10 +124,16 @@ def merge(page: str, results: list[dict[str, Any]], lines: list[Line]) -> str:
         (old[1], "times" if "| median " in old[3] else "memory", int(old[2])): old[0].strip()
         for old in TABLE.finditer(page)
     }
+    newest = {key: latest(lines, *key) for key in found.keys() | {*map(_key, results)}}
     for result in results:
-        found[result["comparison"], result["kind"], result["threads"]] = _table(result)
+        if summarize(result) == newest[_key(result)]:  # an older run may have left others
+            found[_key(result)] = _table(result)
     shown = sorted(found)
-    return "\n\n".join([*map(found.get, shown), _measured([latest(lines, *key) for key in shown])])
+    return "\n\n".join([*(found[key] for key in shown), _measured([newest[key] for key in shown])])
+
+
+def _key(result: dict[str, Any]) -> tuple[str, str, int]:
+    return result["comparison"], result["kind"], result["threads"]
 
 
 def between(page: str, marker: str, text: str) -> str:
@@ -252,7 +258,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
+def find_commit() -> str:
     """Return the commit of the source that runs, with "-dirty" if it was changed since."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,9 +1,8 @@
 """Run the demo, the examples and the scripts, and keep what they print in a file.
 
-    python scripts/record_results.py                # all of them, some two hours of one core
-    python scripts/record_results.py reweighting    # one of them anew
-    python scripts/record_results.py omniglot --omniglot images_background_small1.zip
-    python scripts/record_results.py texts texts-both --texts vaderSentiment-3.3.2.tar.gz
+    python scripts/record_results.py reweighting    # one of them
+    # all of them, some three hours of one core
+    python scripts/record_results.py --omniglot images.zip --texts vaderSentiment-3.3.2.tar.gz
 
 The figures of docs/pages/results come from that file, benchmarks/programs.json: a test compares
 them with it. What stands on a page between `<!-- printed: NAME -->` and `<!-- /printed: NAME -->`
@@ -32,11 +31,13 @@ from metaopt.extras import extra
 
 with extra("scripts/record_results.py"):
     import tyro
-    from bench_report import between
+    from bench_report import find_commit
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "benchmarks/programs.json"
 PAGES = ROOT / "docs/pages"
+DATA = ("omniglot", "texts")
+NAMES = {"out": "FOLDER", "omniglot": "FOLDER_OR_ZIP", "texts": "ARCHIVE"}  # as the file has them
 TRAIN = "scripts/train_optimizer.py --out {out}"
 EVALUATE = "scripts/evaluate.py --weights {out}/weights.safetensors --out {out} --task"
 MLP = f"{TRAIN} --optimizer mlp --task digits"
@@ -95,7 +96,7 @@ PROGRAMS = {
         for target in ("tweets", "amazon")
     },
     "language_model": [LANGUAGE],
-    "language_model-long": [f"{LANGUAGE} --static-steps 180 --seeds 0"],
+    "language_model-long": [f"{LANGUAGE} --static-steps 150 --seeds 0"],
     "attribution": [f"{ATTRIBUTION} digits --out {{out}}"],
     "attribution-rough": [
         f"{ATTRIBUTION} digits --out {{out}} --lr 0.3 --other-seeds 0 --dampings 0.001 0.01 0.1"
@@ -134,7 +135,7 @@ class Config:
         if unknown:
             raise ValueError(f"`names` must be some of {[*PROGRAMS]}, got {sorted(unknown)}.")
         for name in self.names or PROGRAMS:
-            for option in ("omniglot", "texts"):
+            for option in DATA:
                 if f"{{{option}}}" in PROGRAMS[name][0] and getattr(self, option) is None:
                     raise ValueError(
                         f"The program {name!r} needs data: --{option} PATH. Without them, name the "
@@ -143,36 +144,50 @@ class Config:
 
 
 def main(config: Config) -> None:
-    for name in tqdm(config.names or tuple(PROGRAMS)):
-        found = run(PROGRAMS[name], {"omniglot": config.omniglot, "texts": config.texts})
-        # another process may have written others meanwhile
-        everything = json.loads(FILE.read_text()) if FILE.exists() else {}
-        everything[name] = found
-        text = json.dumps(dict(sorted(everything.items())), indent=1, ensure_ascii=False)
-        FILE.write_text(f"{text}\n")
-    for page in PAGES.rglob("*.md"):
-        old = page.read_text()
-        if (new := show_printed(old)) != old:
-            page.write_text(new)
+    data = {name: path for name in DATA if (path := getattr(config, name)) is not None}
+    try:
+        for name in tqdm(config.names or tuple(PROGRAMS)):
+            found = run(PROGRAMS[name], data)
+            # another process may have written others meanwhile
+            everything = json.loads(FILE.read_text()) if FILE.exists() else {}
+            everything[name] = found
+            text = json.dumps(dict(sorted(everything.items())), indent=1, ensure_ascii=False)
+            write(FILE, f"{text}\n")
+    finally:  # also of those before one that failed
+        for page in PAGES.rglob("*.md"):
+            old = page.read_text()
+            if (new := show_printed(old)) != old:
+                write(page, new)
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file at once, so that nobody reads a half."""
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.write_text(text)
+    fresh.replace(path)
 
 
 def show_printed(text: str) -> str:
     """Return a page with what programs printed, tables in Markdown, between their markers."""
     everything = json.loads(FILE.read_text())
-    shown = re.findall(r"<!-- printed: (.+?) -->", text)
-    for name in everything.keys() & {*shown}:
-        text = between(text, f"printed: {name}", "\n".join(everything[name]["printed"]))
-    return text
+
+    def show(found: re.Match[str]) -> str:
+        begin, name, end = found.groups()
+        printed = everything.get(name, {}).get("printed", [])
+        return "\n".join([begin, *printed, end])
+
+    pattern = r"(<!-- printed: (.+?) -->)\n.*?(<!-- /printed: \2 -->)"
+    return re.sub(pattern, show, text, flags=re.DOTALL)
 
 
-def run(commands: list[str], data: dict[str, Path | None]) -> dict[str, Any]:
+def run(commands: list[str], data: dict[str, Path]) -> dict[str, Any]:
     """Return what the commands print, with what made it; places are called by their names."""
     started, printed = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as out:
-        places = {name: str(path) for name, path in data.items() if path} | {"out": out}
+        places = {"out": out} | {name: str(path.resolve()) for name, path in data.items()}
         for command in commands:
             process = subprocess.run(
-                [sys.executable, *shlex.split(command.format(**places))],
+                [sys.executable, *(word.format(**places) for word in shlex.split(command))],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
@@ -181,15 +196,13 @@ def run(commands: list[str], data: dict[str, Path | None]) -> dict[str, Any]:
             )
             printed += process.stdout.splitlines()
     for name, place in places.items():
-        printed = [line.replace(place, name.upper()) for line in printed]
-    names = {name: name.upper() for name in (*data, "out")}
-    commit = ["git", "rev-parse", "--short", "HEAD"]
+        printed = [line.replace(place, NAMES[name]) for line in printed]
     return {
-        "commands": [command.format(**names) for command in commands],
+        "commands": [command.format(**NAMES) for command in commands],
         "printed": printed,
         "seconds": round(time.perf_counter() - started),
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": subprocess.check_output(commit, cwd=ROOT, text=True).strip(),
+        "commit": find_commit(),
         "torch": torch.__version__,
     }
 

@@ -186,7 +186,7 @@ def draw(config: Config, curves: Mapping[str, list[list[float]]], path: Path) ->
     for name, rows in curves.items():
         columns = [sorted(column) for column in zip(*rows, strict=True)]
         medians = [statistics.median(column) for column in columns]
-        top = max(top, *filter(math.isfinite, medians))
+        top = max([top, *filter(math.isfinite, medians)])
         (line,) = axis.plot(numbers, medians, label=name)
         low, high = [c[0] for c in columns], [c[-1] for c in columns]
         axis.fill_between(numbers, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
@@ -202,19 +202,27 @@ def draw(config: Config, curves: Mapping[str, list[list[float]]], path: Path) ->
 
 def report(config: Config, curves: Mapping[str, list[list[float]]]) -> str:
     """Return a table of the best losses, and of their paired differences from random search's."""
-    last = {name: torch.tensor([row[-1] for row in rows]) for name, rows in curves.items()}
+    last = {name: [row[-1] for row in rows] for name, rows in curves.items()}
     rows = []
     for name, losses in last.items():
-        row = [name, statistics.median(losses.tolist()), losses.mean().item(), "", ""]
+        row = [name, statistics.median(losses), statistics.fmean(losses), "", ""]
         if name != "random" and "random" in last:
-            gaps = losses - last["random"]
-            error = gaps.std(correction=min(1, len(gaps) - 1)) / len(gaps) ** 0.5
-            row[3:] = [f"{gaps.mean():+.3f} ± {error:.3f}", f"{(gaps < 0).sum()} of {len(gaps)}"]
-        rows.append([*row, " ".join(f"{loss:.3f}" for loss in losses.tolist())])
+            pairs = list(zip(losses, last["random"], strict=True))
+            row[3] = difference([a - b for a, b in pairs if math.isfinite(a) and math.isfinite(b)])
+            row[4] = f"{sum(a < b for a, b in pairs)} of {len(pairs)}"
+        rows.append([*row, " ".join(f"{loss:.3f}" for loss in losses)])
     headers = ["", "median", "mean", "minus random", "better in", "each seed"]
     return f"Least loss after {config.trials} trials\n" + write_table(
         headers, rows, ["", ".3f", ".3f", "", "", ""]
     )
+
+
+def difference(gaps: list[float]) -> str:
+    """Return the mean, with its standard error if there is one."""
+    if not gaps:
+        return ""
+    error = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.3f}" if len(gaps) > 1 else ""
+    return f"{statistics.fmean(gaps):+.3f}{error}"
 
 
 def main(config: Config) -> dict[str, list[float]]:

@@ -89,7 +89,7 @@ MOST_LINES = {ast.FunctionDef: 60, ast.ClassDef: 200, ast.Module: 300}  # but fo
 LONG: set[str] = set()
 # Tokens of code, without comments and docstrings. Whoever needs more says why; whoever needs less
 # lowers it.
-MOST_TOKENS = {"metaopt": 133_850, "optimizers": 37_800}
+MOST_TOKENS = {"metaopt": 133_900, "optimizers": 37_800}
 NOT_COUNTED = {"interop", "tasks", "diagnostics", "black_box"}  # beside the core
 SHADOWED: set[str] = set()
 # set the global generators, and put them back

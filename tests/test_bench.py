@@ -471,6 +471,10 @@ def test_what_is_measured_again_takes_the_place_of_its_table(tmp_path) -> None:
     assert "4 s" not in merged.partition("**sinusoid**")[2].partition("**transformer**")[0]
     assert merged.endswith("\n- 2026-02-03, at commit def: sinusoid")
     assert merge(page, [], record(history, [])).count("| side") == page.count("| side")
+    # what an older run left in its folder does not come back
+    old = next(one for one in both if one["comparison"] == "sinusoid")
+    page = between("<!-- bench --><!-- /bench -->", "bench", merged)
+    assert merge(page, [old], record(history, [old])) == merged
 
 
 def test_help_lists_the_options(monkeypatch: Any, capsys: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -389,7 +390,7 @@ def test_the_times_of_texts() -> None:
 # Written by record_results.py
 
 
-NUMBER = re.compile(r"(?<![\w.])(\d*)\.(\d+)(?![\w.])")
+NUMBER = re.compile(r"(?<![\w.,])(\d*)\.(\d+)(?!\w|\.\d)")
 
 
 EXAMPLES = {path.stem for path in (ROOT / "examples").glob("[!_]*.py")}
@@ -439,9 +440,21 @@ def test_the_table_of_meta_weight_net_on_digits() -> None:
         ("meta_weight_net-tail", "`--noise 0 --imbalance 50`"),
         ("meta_weight_net-class", '`--noise 0 --imbalance 50 --weight-input "loss and class"`'),
         ("meta_weight_net", "40 %, 3200 steps, rate .03 / .1 (plain memorises)"),
-        ("meta_weight_net-60", "60 %, 3200 steps, rate .01 / .03"),
+        ("meta_weight_net-60", "60 %, 3200 steps, rate .01 / .03 / .1"),
     ):
         check_printed(found[name]["printed"], " ".join(rows[options]))
+
+
+def test_the_recorded_commands_are_those_of_the_script() -> None:
+    """With the same options; their order does not matter."""
+    from record_results import NAMES, PROGRAMS
+
+    found = figures("programs.json")
+    assert found.keys() == PROGRAMS.keys()
+    for name, commands in PROGRAMS.items():
+        recorded = [sorted(shlex.split(command)) for command in found[name]["commands"]]
+        current = [sorted(shlex.split(command.format(**NAMES))) for command in commands]
+        assert recorded == current, name
 
 
 def test_what_pages_show_as_printed() -> None:

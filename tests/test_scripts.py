@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import os
 import runpy
 import shutil
@@ -359,6 +360,27 @@ def test_an_optimizer_is_trained_on_families_and_judged_on_those_held_out(
         evaluate.main(evaluate.Config(task="held-out", families=("iris",)))
     with pytest.raises(ValueError, match="`steps` must be positive, got 0"):
         train_on_families.Config(steps=0)
+
+
+def test_differences_from_random_search_are_paired_and_finite() -> None:
+    import search
+
+    curves = {"random": [[1.0], [2.0], [3.0]], "sobol": [[0.5], [2.5], [math.inf]]}
+    printed = search.report(search.Config(backends=("random", "sobol"), seeds=3), curves)
+    (row,) = (line.split() for line in printed.splitlines() if line.startswith("sobol"))
+    assert row[3:9] == ["+0.000", "±", "0.500", "1", "of", "3"]
+    first = {name: runs[:1] for name, runs in curves.items()}
+    assert "-0.500" in (printed := search.report(search.Config(seeds=1), first))
+    assert "±" not in printed
+
+
+def test_recorded_programs_get_the_places_of_their_data(tmp_path: Path) -> None:
+    from record_results import run
+
+    program = "-c 'import sys; print(*sys.argv[1:])'"
+    found = run([f"{program} {{texts}} {{out}}"], {"texts": tmp_path / "o'clock data"})
+    assert found["printed"] == ["ARCHIVE FOLDER"]
+    assert found["commands"] == [f"{program} ARCHIVE FOLDER"]
 
 
 def test_ways_to_search_are_compared_and_go_on(tmp_path, capsys) -> None:

@@ -302,6 +302,32 @@ def test_two_loops_at_once_are_refused() -> None:
     assert trainer.step == 3
 
 
+def test_an_error_at_the_end_leaves_no_loop_open(monkeypatch: Any) -> None:
+    """A bar whose pipe is closed: the best state comes back, and another loop may begin."""
+
+    def fail(self: Any) -> None:
+        raise OSError("broken pipe")
+
+    training = Counter()
+    losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    trainer = mo.Trainer(
+        training, max_steps=2, validate=lambda: next(losses), validate_every=1, progress=False
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.Bar, "close", fail)
+        with pytest.raises(OSError, match="broken pipe"):
+            trainer.fit()
+    assert training.value == trainer.best_step == 1
+    trainer.fit()
+    assert trainer.step == 2
+
+
+def test_a_refused_trainer_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`time_limit` must be a positive number, got -1"):
+        mo.Trainer(Counter(), max_steps=2, checkpoint=tmp_path / "run", time_limit=-1.0)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_callback_can_stop_it() -> None:
     def stop(trainer: mo.Trainer, metrics: Any) -> None:
         if trainer.step == 3:

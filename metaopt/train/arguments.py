@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from metaopt.checks import check_positive
+from metaopt.checks import check_flag, check_positive
 
 if TYPE_CHECKING:
     from metaopt.train.trainer import Trainer
@@ -100,6 +100,7 @@ def check_limits(
     time_limit: float | None, patience: int | None, validate: Any, resume: bool, checkpoint: Any
 ) -> None:
     """Raise if a limit is not positive, or what it or `resume` needs is missing."""
+    check_flag(None, "resume", resume)
     if time_limit is not None:
         check_positive(None, "time_limit", time_limit)
     if patience is not None and validate is None:
@@ -108,11 +109,11 @@ def check_limits(
         raise ValueError("`resume=True` needs a folder to go on from: give `checkpoint=`.")
 
 
-def check_idle(trainer: Trainer, is_running: bool) -> None:
-    """Raise if a loop over the trainer is not over yet."""
+def check_idle(is_running: bool, step: int, max_steps: int) -> None:
+    """Raise if a loop over a trainer is not over yet."""
     if is_running:
         raise RuntimeError(
-            f"A loop over this trainer is at step {trainer.step} of {trainer.max_steps}, and a "
-            "second one would move the same training. End the first one (`break`, or `close()` of "
-            "its iterator), or make a `Trainer` of its own for the second."
+            f"A loop over this trainer is at step {step} of {max_steps}, and a second one would "
+            "move the same training. End the first one (`break`, or `close()` of its iterator), "
+            "or make a `Trainer` of its own for the second."
         )

@@ -6,6 +6,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -129,8 +130,8 @@ class Trainer:
         self.patience = None if patience is None else as_count("patience", patience)
         self.min_change = min_change
         self.time_limit = time_limit
-        self.checkpoints = _open(checkpoint, check_flag(None, "resume", resume))
         check_limits(time_limit, patience, validate, resume, checkpoint)
+        self.checkpoints = _open(checkpoint, resume)
         self.checkpoint_every = as_count("checkpoint_every", checkpoint_every)
         self.callbacks, self.inner_callbacks = tuple(callbacks), tuple(inner_callbacks)
         self.resume, self.label, self.progress = resume, label, progress
@@ -149,6 +150,7 @@ class Trainer:
                 training.
             OSError: a checkpoint could not be written, for example on a full disk; those before are
                 as they were.
+            RuntimeError: a loop over this trainer is not over yet.
             KeyboardInterrupt: a signal to stop came; everything is saved.
         """
         for _ in self:
@@ -162,7 +164,7 @@ class Trainer:
         Raises:
             RuntimeError: another loop over this trainer is not over yet.
         """
-        check_idle(self, self._is_running)
+        check_idle(self._is_running, self.step, self.max_steps)
         self._begin()
         is_resumed = self._resume()
         # one rank is enough: all come to the same metrics
@@ -190,8 +192,7 @@ class Trainer:
                         self._save()  # not yet done: the body of the loop has stopped it
                         self.stopped_by = "stop"
         finally:
-            progress.close()
-            self._close()
+            self._close(progress)
 
     def stop(self) -> None:
         """Make the present step the last one, from a callback or the body of a loop.
@@ -326,12 +327,14 @@ class Trainer:
         has_best = self._selection.best_state is not None
         self.checkpoints.save(self.step, state, self.best_step if has_best else None)
 
-    def _close(self) -> None:
-        """Go back to what was best, also after an interruption."""
+    def _close(self, progress: Bar | Lines) -> None:
+        """Go back to what was best, also after an error, and end the rest if a part of it fails."""
         self._is_running = False
-        if self._selection.best_state is not None:
-            self.training.load_state_dict(self._selection.best_state)
-        self._reporting.close(self.step)
+        with ExitStack() as stack:  # the last one first
+            stack.callback(self._reporting.close, self.step)
+            if self._selection.best_state is not None:
+                stack.callback(self.training.load_state_dict, self._selection.best_state)
+            stack.callback(progress.close)
 
 
 def _open(checkpoint: str | Path | Checkpoints | None, resume: bool) -> Checkpoints | None:
