@@ -452,8 +452,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def each(tasks: Episode, label: str) -> Iterator[Episode]:
     """Yield the tasks one by one, in a terminal under a progress bar."""
-    indices = range(len(tree.leaves(tasks)[0]))
-    for index in tqdm(indices, desc=label, leave=False, disable=None):
+    for index in tqdm(range(len(tree.leaves(tasks)[0])), desc=label, leave=False, disable=None):
         yield tree.index(tasks, index)
 
 
