@@ -77,7 +77,7 @@ def write(
         "date": datetime.now(UTC).date().isoformat(),
         "problem": {"about": " ".join(str(type(problem).__doc__).split()), **sizes},
         "versions": _versions(),
-        "machine": _machine(),
+        "machine": describe_machine(),
         "rows": [asdict(row) for row in rows],
     }
     (out / f"{comparison}-{kind}-{threads}.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -265,7 +265,7 @@ def find_commit() -> str:
     return done.stdout.strip() or "unknown"  # no checkout: an unpacked archive
 
 
-def _machine() -> str:
+def describe_machine() -> str:
     """Return the processor's name and Python's version."""
     names = [
         line.split(":")[1].strip()

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench_report import _machine, between, size
+from bench_report import describe_machine, between, size
 from tabulate import tabulate
 from torch import __version__ as torch_version
 
@@ -31,7 +31,7 @@ def write(out: Path, part: str, found: dict[str, Any], config: Any, commit: str)
         "commit": commit,
         "date": datetime.now(UTC).date().isoformat(),
         "torch": torch_version,
-        "machine": _machine(),
+        "machine": describe_machine(),
         "found": found,
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from optimizers import SGD, MLPOptimizer, Positive, Within
 
 with extra("scripts/compare_choices.py"):
     import command_line
-    from bench_report import _commit
+    from bench_report import find_commit
     from choices_report import publish, read, write
 
 CPU = torch.device("cpu")
@@ -507,7 +507,7 @@ PARTS: dict[str, Callable[[Config], dict[str, Any]]] = {
 def main(config: Config) -> None:
     torch.set_num_threads(1)
     names = [name for name in PARTS if (name if name != "starts" else "rules") in config.parts]
-    commit = _commit()  # of the source that runs, whatever happens to the files meanwhile
+    commit = find_commit()  # of the source that runs, whatever happens to the files meanwhile
     for name in names:
         begin = time.process_time()
         write(config.out, name, PARTS[name](config), config, commit)
