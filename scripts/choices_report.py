@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench_report import describe_machine, between, size
+from bench_report import between, describe_machine, size
 from tabulate import tabulate
 from torch import __version__ as torch_version
 
