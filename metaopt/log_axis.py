@@ -12,7 +12,7 @@ def label_plainly(axis: Any) -> None:
 
     By itself matplotlib writes powers, and over few decades it labels all numbers from 1 to 9,
     which overlap above 5. Call it when everything is drawn: it looks at the ends. Where there are
-    less than two such numbers between them, matplotlib chooses others.
+    fewer than two such numbers between them, matplotlib chooses others.
     """
     low, high = sorted(axis.get_view_interval())  # it may be inverted
     axis.get_major_locator().set_params(subs=(1, 2, 5) if high < WIDE * low else (1,))

@@ -145,9 +145,10 @@ class Config:
 
 def main(config: Config) -> None:
     data = {name: path for name in DATA if (path := getattr(config, name)) is not None}
+    commit = find_commit()  # before what is written here changes the tree
     try:
         for name in tqdm(config.names or tuple(PROGRAMS)):
-            found = run(PROGRAMS[name], data)
+            found = run(PROGRAMS[name], data) | {"commit": commit}
             # another process may have written others meanwhile
             everything = json.loads(FILE.read_text()) if FILE.exists() else {}
             everything[name] = found
@@ -202,7 +203,6 @@ def run(commands: list[str], data: dict[str, Path]) -> dict[str, Any]:
         "printed": printed,
         "seconds": round(time.perf_counter() - started),
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": find_commit(),
         "torch": torch.__version__,
     }
 

@@ -457,6 +457,59 @@ def test_the_recorded_commands_are_those_of_the_script() -> None:
         assert recorded == current, name
 
 
+def test_the_table_of_the_language_model() -> None:
+    printed = figures("programs.json")["language_model"]["printed"]
+    start = [place for place, line in enumerate(printed) if " sources, " in line][-1]  # all seeds
+    rows = [row for row in rows_of(LANGUAGE, "| | 40 sources") if row[0][:1].isalpha()]
+    assert len(rows) == 4
+    for name, *cells in rows:
+        check_printed(
+            [line for line in printed[start:] if line.startswith(f"| {name} ")], str(cells)
+        )
+
+
+MLP = ("whole-0", "whole-1", "windows-0", "windows-1", "windows-2", "", "1", "2")
+LSTM = ("", "10", "5", "20", "20-unbounded", "5-constant", "20-constant")
+
+
+@pytest.mark.parametrize(
+    ("heading", "programs"),
+    [
+        ("## What the MLP needs", [f"mlp-{name}" if name else "demo" for name in MLP]),
+        ("## What the LSTM needs", [f"lstm-{name}".rstrip("-") for name in LSTM]),
+    ],
+)
+def test_the_tables_of_recipes(heading: str, programs: list[str]) -> None:
+    """Seconds and validation of each training, and its learned optimizer in the test."""
+    found = figures("programs.json")
+    rows = rows_of(LEARNED, heading)[2 : 2 + len(programs)]
+    for row, name in zip(rows, programs, strict=True):
+        lines = [
+            line for line in found[name]["printed"] if line.startswith(("Trained", "learned:"))
+        ]
+        seconds, *cells = row[-3:]
+        assert f"Trained for {seconds} s of CPU time" in lines[0], name
+        check_printed(lines[:2], " ".join(cells))
+
+
+@pytest.mark.parametrize(
+    ("start", "program", "count"), [("| | median", "branin", 5), ("| | 20 trials", "search", 4)]
+)
+def test_the_tables_of_searches(start: str, program: str, count: int) -> None:
+    printed = figures("programs.json")[program]["printed"]
+    for row in rows_of("docs/pages/guides/black-box.md", start)[2 : 2 + count]:
+        backend = row[0].split("`")[1].removesuffix("Search").lower()
+        check_printed(
+            [line for line in printed if line.startswith(f"{backend} ")], " ".join(row[1:])
+        )
+
+
+def test_the_rougher_attribution() -> None:
+    printed = figures("programs.json")["attribution-rough"]["printed"]
+    table = "\n".join(line for line in printed if line.startswith("| "))
+    assert table in page(SCORES)
+
+
 def test_what_pages_show_as_printed() -> None:
     from record_results import show_printed
 
